@@ -1,0 +1,1 @@
+"""One U-Net, from segmentation to latent diffusion."""

@@ -1,0 +1,250 @@
+"""The parts a denoising U-Net is made of, called `block(x, emb, context)` each.
+
+x is (B, C, H, W); emb (B, D) the embedding of timestep and class, or None; context (B, L, K) tokens to attend to, or None.
+A part ignores what it does not need, so the wiring in `unet.py` never asks what a part is.
+
+The residual block is that of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), with the scale-shift norm and the
+resampling residual block of Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233). Submodules carry diffusers' names, so
+that weights fit its UNet2DModel with a strict load and no key map.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_PERIOD = 10_000  # longest wavelength of the timestep embedding (Vaswani et al. 2017, section 3.5)
+
+
+class DownBlock(nn.Module):
+    """One level of the contracting path: residual blocks, each followed by its attention, then downsampling.
+
+    Args:
+        resnets: residual blocks.
+        attentions: one for each residual block; `PassThrough` where there is none.
+        downsampler: halves height and width; None on the lowest level.
+    """
+
+    def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], downsampler: nn.Module | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
+
+    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> list[Tensor]:
+        """Every map the level makes, in order: each is a skip connection, and the last flows on."""
+        kept = []
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x, emb, context), emb, context)
+            kept.append(x)
+        for downsampler in self.downsamplers:
+            kept.append(downsampler(kept[-1], emb, context))
+        return kept
+
+
+class MidBlock(nn.Module):
+    """The bottom of the U: a residual block, then attention and residual block by turns.
+
+    Args:
+        resnets: residual blocks, one more than attentions.
+        attentions: `PassThrough` for none.
+    """
+
+    def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> Tensor:
+        x = self.resnets[0](x, emb, context)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attention(x, emb, context), emb, context)
+        return x
+
+
+class UpBlock(nn.Module):
+    """One level of the expanding path: concatenate a skip, residual block, attention; several times; then upsampling.
+
+    Args:
+        resnets: residual blocks; each takes one skip.
+        attentions: one for each residual block; `PassThrough` where there is none.
+        upsampler: doubles height and width; None on the highest level.
+    """
+
+    def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], upsampler: nn.Module | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
+        self.num_skips = len(self.resnets)
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor], emb: Tensor | None, context: Tensor | None) -> Tensor:
+        for resnet, attention, skip in zip(self.resnets, self.attentions, skips, strict=True):
+            x = attention(resnet(crop_and_concat(x, skip), emb, context), emb, context)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, emb, context)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, [resample], conv, add or scale-shift by the embedding, norm, SiLU, dropout, conv; plus the input.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; where they differ, a 1x1 convolution carries the input across.
+        emb_channels: D, length of the embedding.
+        dropout: probability of zeroing an activation before the second convolution; 0 is off.
+        norm_num_groups: groups of both norms.
+        norm_eps: added to the variance in both norms.
+        scale_shift: the embedding scales and shifts the second norm, instead of being added before it.
+        resample: `downsample_by_mean` or `upsample_nearest`, applied in both branches; None keeps the size.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        emb_channels: int,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        scale_shift: bool = False,
+        resample: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.resample = nn.Identity() if resample is None else resample
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.resample(F.silu(self.norm1(x)))
+        h = self.conv1(h)
+        emb = self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.conv_shortcut(self.resample(x)) + h
+
+
+class SelfAttention(nn.Module):
+    """Attention of every pixel to every pixel, plus the input.
+
+    Args:
+        channels: C.
+        num_heads: heads; each is channels / num_heads wide.
+        norm_num_groups: groups of the norm before it.
+        norm_eps: added to the variance in the norm.
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, norm_num_groups: int = 32, norm_eps: float = 1e-5):
+        super().__init__()
+        self.num_heads = num_heads
+        self.group_norm = nn.GroupNorm(norm_num_groups, channels, eps=norm_eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list because diffusers' key is to_out.0
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+        q, k, v = (self._split_heads(project(tokens)) for project in (self.to_q, self.to_k, self.to_v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, heads, H*W, C/heads) -> (B, H*W, C)
+        return x + out.transpose(1, 2).unflatten(2, (height, width))
+
+    def _split_heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, heads, L, C/heads)
+
+
+class PassThrough(nn.Module):
+    """Stands where a level has no attention: returns x."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        return x
+
+
+class Downsample(nn.Module):
+    """A strided 3x3 convolution that halves height and width.
+
+    Args:
+        channels: C, in and out.
+        padding: 1 on every side, or 0: one row and column of zeros at the bottom and right only, as the first
+            TensorFlow implementation of DDPM pads.
+    """
+
+    def __init__(self, channels: int, *, padding: int = 1):
+        super().__init__()
+        self.pad = nn.Identity() if padding else nn.ZeroPad2d((0, 1, 0, 1))
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        return self.conv(self.pad(x))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling of height and width, then a 3x3 convolution.
+
+    Args:
+        channels: C, in and out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of t at frequencies from 1 to 1 / MAX_PERIOD, then two linear layers: (B,) -> (B, emb_channels).
+
+    Args:
+        channels: number of sinusoids, even.
+        emb_channels: length of the embedding.
+        flip_sin_to_cos: cosines before sines.
+        freq_shift: subtracted from the number of frequencies in the exponent's divisor; 1 reaches 1 / MAX_PERIOD exactly.
+    """
+
+    def __init__(self, channels: int, emb_channels: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0):
+        super().__init__()
+        self.channels = channels
+        self.flip_sin_to_cos = flip_sin_to_cos
+        self.freq_shift = freq_shift
+        self.linear_1 = nn.Linear(channels, emb_channels)
+        self.linear_2 = nn.Linear(emb_channels, emb_channels)
+
+    def forward(self, t: Tensor) -> Tensor:
+        sinusoids = self._sinusoids(t).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+    def _sinusoids(self, t: Tensor) -> Tensor:
+        half = self.channels // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / (half - self.freq_shift))
+        angles = t[:, None].float() * frequencies
+        sin, cos = angles.sin(), angles.cos()
+        return torch.cat([cos, sin] if self.flip_sin_to_cos else [sin, cos], dim=1)
+
+
+def crop_and_concat(x: Tensor, skip: Tensor) -> Tensor:
+    """x and the centre of the skip that is as large as x, concatenated: (B, C + C_skip, H, W).
+
+    The skip is larger only behind unpadded convolutions (Ronneberger et al. 2015); otherwise nothing is cropped.
+    """
+    height, width = x.shape[-2:]
+    top, left = (skip.shape[-2] - height) // 2, (skip.shape[-1] - width) // 2
+    return torch.cat([x, skip[..., top : top + height, left : left + width]], dim=1)

@@ -1,0 +1,138 @@
+"""Every file is decoded once before training, so that a damaged one is found in a minute and not in the tenth hour."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
+from unet_diffusion.data.files import ImageFiles
+
+T = TypeVar("T")
+
+NUM_NAMED = 5  # bad files named in a message
+
+
+@dataclass
+class StreamedImages:
+    """Images that are decoded when they are asked for.
+
+    Args:
+        files: where they are read from.
+        names: the file of each image.
+        image_format: what each is turned into.
+        dtype: torch.uint8, or torch.uint16 if any file holds 16 bits.
+    """
+
+    files: ImageFiles
+    names: list[str]
+    image_format: ImageFormat
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """The images at indices (B,), (B, C, H, W)."""
+        read = (self.files.read(self.names[i]) for i in indices.tolist())
+        return torch.stack([to_depth(decode_image(data, self.image_format), self.dtype) for data in read])
+
+
+@dataclass
+class CheckedImages:
+    """What became of the files.
+
+    Args:
+        images: those that could be decoded, as a tensor (N, C, H, W) or streamed.
+        names: the file of each image.
+        bad_files: "name: reason" for each of the others.
+    """
+
+    images: Tensor | StreamedImages
+    names: list[str]
+    bad_files: list[str]
+
+
+def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
+    """Decode all files into one tensor: uint8, or uint16 if any file holds 16 bits (8-bit values are then times 257).
+
+    Args:
+        files: what to decode.
+        image_format: what to turn each image into.
+        progress: whether to show a progress bar.
+    """
+    size = (image_format.channels, image_format.height, image_format.width)
+    images = torch.empty(len(files.names), *size, dtype=torch.uint8)
+    names, bad_files = [], []
+    decode = _decoder(files, image_format)
+    for name, image in _in_threads(decode, files.names, "loading images", progress):
+        if isinstance(image, str):
+            bad_files.append(f"{name}: {image}")
+            continue
+        if image.dtype == torch.uint16:
+            images = to_depth(images, torch.uint16)
+        images[len(names)] = to_depth(image, images.dtype)
+        names.append(name)
+    return CheckedImages(images[: len(names)], names, bad_files)
+
+
+def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
+    """Decode all files once, keeping none of them in memory.
+
+    Args:
+        files: what to decode.
+        image_format: what to turn each image into.
+        progress: whether to show a progress bar.
+    """
+    decode = _decoder(files, image_format)
+
+    def depth(name: str) -> torch.dtype | str:
+        image = decode(name)
+        return image if isinstance(image, str) else image.dtype
+
+    outcomes = list(_in_threads(depth, files.names, "checking images", progress))
+    names = [name for name, outcome in outcomes if not isinstance(outcome, str)]
+    bad_files = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
+    dtype = torch.uint16 if any(outcome == torch.uint16 for _, outcome in outcomes) else torch.uint8
+    return CheckedImages(StreamedImages(files, names, image_format, dtype), names, bad_files)
+
+
+def bad_files_message(bad_files: Sequence[str], num_files: int) -> str:
+    """How many files cannot be used, and the first few of them with the reason."""
+    lines = [f"{len(bad_files)} of {num_files} image files cannot be used:", *bad_files[:NUM_NAMED]]
+    if len(bad_files) > NUM_NAMED:
+        lines.append(f"... and {len(bad_files) - NUM_NAMED} more")
+    return "\n  ".join(lines)
+
+
+def num_cpus() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:
+    """A function from a file's name to its image, or to the reason why there is none."""
+
+    def decode(name: str) -> Tensor | str:
+        try:
+            return decode_image(files.read(name), image_format)
+        except Exception as error:  # on damaged files decoders raise anything, down to SyntaxError
+            return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+
+    return decode
+
+
+def _in_threads(
+    function: Callable[[str], T], names: Sequence[str], title: str, progress: bool
+) -> Iterator[tuple[str, T]]:
+    """Each name with its result, in order. Decoders release Python's lock, so threads use all cores."""
+    with ThreadPoolExecutor(num_cpus()) as pool:
+        results = tqdm(pool.map(function, names), title, total=len(names), unit="file", disable=not progress)
+        yield from zip(names, results, strict=True)

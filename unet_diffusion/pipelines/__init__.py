@@ -1,0 +1,1 @@
+"""Pipelines that are copied into exported folders; each imports only torch and diffusers."""

@@ -1,0 +1,293 @@
+"""Trains a denoising U-Net: noise an image, predict what was added, and keep a moving average of the weights.
+
+The training of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 1), with timesteps spread evenly over each batch
+(Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1), label dropout for guidance (Ho & Salimans 2022,
+https://arxiv.org/abs/2207.12598) and an exponential moving average of the weights (EMA), which is what is sampled.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record
+from unet_diffusion.conditioning import drop_labels
+from unet_diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
+from unet_diffusion.sampling import image_generators
+from unet_diffusion.schedule import NoiseSchedule, keyed_generator
+from unet_diffusion.unet import DenoiserUNet
+
+LRDecay = Literal["constant", "cosine"]
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly however many there are
+
+
+def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
+    """AdamW at 2e-4 (Ho et al. 2020, appendix B), without weight decay."""
+    return AdamW(params, lr=2.0e-4, weight_decay=0.0)
+
+
+class DiffusionModule(LightningModule):
+    """A denoiser, its noise schedule and how it is trained.
+
+    Batches are dicts: "images" (B, C, H, W) float32 in [-1, 1], "labels" (B,) int64 if the network has classes, and "index"
+    (B,) int64, the number of each image in its data set, which fixes its noise in validation.
+
+    Args:
+        unet: the network to train; its weights are the raw ones.
+        schedule: noise schedule and prediction type.
+        optimizer: makes the optimiser from the parameters.
+        lr_warmup_steps: optimiser steps over which the learning rate rises linearly from 0; 0 is off.
+        lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
+        ema_decay: share of the average kept at each optimiser step; less at first: (1 + n) / (10 + n) after n steps.
+        loss_weighting: "uniform", or "min_snr" with gamma 5.
+        label_dropout: probability of training on the null label, which is then the last row of the network's class
+            embedding; 0: no null label and no guidance.
+        compile: compile the network before training; costs a minute or two and pays in long runs.
+        seed: of noise, timesteps and label dropout.
+
+    Raises:
+        ValueError: if the settings contradict each other, or (in `setup`) the data.
+    """
+
+    def __init__(
+        self,
+        unet: DenoiserUNet,
+        schedule: NoiseSchedule,
+        *,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_warmup_steps: int = 0,
+        lr_decay: LRDecay = "constant",
+        ema_decay: float = 0.9999,
+        loss_weighting: LossWeighting = "uniform",
+        label_dropout: float = 0.0,
+        compile: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        num_class_embeds = unet.config["num_class_embeds"]
+        _check_settings(schedule, loss_weighting, label_dropout, ema_decay, num_class_embeds)
+        self.unet = unet
+        self.ema_unet = copy.deepcopy(unet).requires_grad_(False).eval()
+        self.schedule = schedule
+        self.optimizer_factory = optimizer
+        self.lr_warmup_steps = lr_warmup_steps
+        self.lr_decay = lr_decay
+        self.ema_decay = ema_decay
+        self.loss_weighting = loss_weighting
+        self.label_dropout = label_dropout
+        self.compile_unet = compile
+        self.seed = seed
+
+        self.null_label = num_class_embeds - 1 if label_dropout > 0 else None
+        self.image_shape: tuple[int, int, int] | None = None
+        self.class_names: list[str] | None = None
+        self.settings: dict[str, Any] = {}  # of the whole run, plain, for the model card
+
+    @property
+    def trained(self) -> TrainedDenoiser:
+        """The averaged network with all that is needed to sample and export it.
+
+        Raises:
+            ValueError: before the module has met its data.
+        """
+        if self.image_shape is None:
+            raise ValueError("the image shape is not known before training; fit the module, or set its image_shape")
+        return TrainedDenoiser(
+            unet=self.ema_unet,
+            schedule=self.schedule,
+            image_shape=self.image_shape,
+            null_label=self.null_label,
+            class_names=self.class_names,
+            settings=self.settings,
+        )
+
+    def setup(self, stage: str) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            return
+        self.image_shape = tuple(datamodule.image_shape)
+        self.class_names = datamodule.class_names
+        self._check_data(datamodule.num_classes)
+
+    def on_fit_start(self) -> None:
+        if self.compile_unet:
+            self.unet.compile()  # in place: the state dict's keys stay plain
+
+    def train(self, mode: bool = True) -> "DiffusionModule":
+        """Switches dropout of the trained network; the averaged one is never in training mode."""
+        super().train(mode)
+        self.ema_unet.eval()
+        return self
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The weighted loss of a batch at random timesteps."""
+        x0 = batch["images"]
+        if self.image_shape is None:
+            self.image_shape = tuple(x0.shape[1:])
+        # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would have.
+        step = self.trainer.fit_loop.total_batch_idx
+        generator = keyed_generator(self.seed, step, self.global_rank, device=x0.device)
+        t = stratified_timesteps(len(x0), self.schedule.num_train_timesteps, generator)
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        labels = self._labels(batch)
+        if labels is not None and self.null_label is not None:
+            labels = drop_labels(labels, self.null_label, self.label_dropout, generator)
+
+        errors = self._errors(self.unet, x0, noise, t, labels)
+        loss = (errors * loss_weights(self.schedule, t, self.loss_weighting)).mean()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self._log_quarters(errors.detach(), t)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds up the averaged network's errors on noise and timesteps that are fixed for each image."""
+        x0, index = batch["images"], batch["index"]
+        t = self.fixed_timesteps(index)
+        generators = image_generators(self.seed, index.tolist())
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
+        errors = self._errors(self.ema_unet, x0, noise, t, self._labels(batch))
+        self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation_sums = torch.zeros(2, NUM_QUARTERS, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        sums, counts = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
+        self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, rank_zero_only=True)
+        for quarter in range(NUM_QUARTERS):
+            if counts[quarter] > 0:
+                self.log(f"val/loss_q{quarter + 1}", sums[quarter] / counts[quarter], rank_zero_only=True)
+
+    def fixed_timesteps(self, index: Tensor) -> Tensor:
+        """The timestep at which each image is validated, (B,) int64: even over the range, whatever the batches.
+
+        Args:
+            index: number of each image in its data set, (B,) int64.
+        """
+        spread = (index.double() * GOLDEN_RATIO) % 1.0
+        return (spread * self.schedule.num_train_timesteps).long()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer_factory(self.unet.parameters())
+        num_steps = self.trainer.estimated_stepping_batches if self.lr_decay == "cosine" else math.inf
+        if self.lr_decay == "cosine" and num_steps == math.inf:
+            raise ValueError("lr_decay cosine needs an end: set trainer.max_steps or trainer.max_epochs")
+
+        def factor(step: int) -> float:
+            return lr_factor(step, self.lr_warmup_steps, num_steps)
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, then moves the average: once an optimiser step, however many batches it accumulates."""
+        super().optimizer_step(*args, **kwargs)
+        n = self.trainer.global_step
+        decay = min(self.ema_decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(list(self.ema_unet.parameters()), list(self.unet.parameters()), 1 - decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.image_shape is not None:
+            checkpoint["denoiser"] = denoiser_record(self.trained)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["denoiser"]["unet"]["init_args"]
+        differ = [f"{name}: {saved[name]} in the checkpoint, {value} here"
+                  for name, value in self.unet.config.items() if saved.get(name) != value]  # fmt: skip
+        if differ:
+            raise ValueError(f"the checkpoint holds another network ({'; '.join(differ)}); set model.unet as it was")
+
+    def _errors(self, unet: DenoiserUNet, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Squared error of the prediction for each image, (B,)."""
+        prediction = unet(self.schedule.add_noise(x0, noise, t), t, labels)
+        return squared_error(prediction, self.schedule.target(x0, noise, t))
+
+    def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
+        return None if self.unet.class_embedding is None else batch["labels"]
+
+    def _log_quarters(self, errors: Tensor, t: Tensor) -> None:
+        """Logs the error in each quarter of the noise range; each has a share of every batch, as t is stratified."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps:
+            return
+        sums, counts = sums_by_quarter(errors, t, self.schedule.num_train_timesteps)
+        self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in range(NUM_QUARTERS)})
+
+    def _check_data(self, num_classes: int | None) -> None:
+        assert self.image_shape is not None
+        in_channels, num_class_embeds = self.unet.config["in_channels"], self.unet.config["num_class_embeds"]
+        if self.image_shape[0] != in_channels:
+            raise ValueError(
+                f"the images have {self.image_shape[0]} channels and the network takes {in_channels}; "
+                "set model.unet.init_args.in_channels or data.init_args.channels"
+            )
+        self.unet._check_size(torch.empty(1, *self.image_shape, device="meta"))
+        if num_class_embeds is None:
+            return
+        num_null = int(self.null_label is not None)
+        if num_classes is None:
+            raise ValueError(
+                f"the network has {num_class_embeds} class embeddings and the data have no classes; "
+                "set data.init_args.class_labels to true or model.unet.init_args.num_class_embeds to null"
+            )
+        if num_class_embeds != num_classes + num_null:
+            raise ValueError(
+                f"num_class_embeds must be {num_classes + num_null} ({num_classes} classes and {num_null} null labels, "
+                f"as label_dropout is {self.label_dropout}), got {num_class_embeds}"
+            )
+
+
+def stratified_timesteps(batch_size: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """One uniform timestep from each of batch_size equal parts of the range, in random order: (B,) int64.
+
+    Each is uniform over the whole range by itself; together they spread evenly, so the loss varies less between batches.
+    """
+    device = generator.device
+    uniform = torch.rand(batch_size, generator=generator, device=device)
+    part = torch.randperm(batch_size, generator=generator, device=device)
+    t = ((part + uniform) / batch_size * num_train_timesteps).long()
+    return t.clamp(max=num_train_timesteps - 1)  # float32 rounds the highest draws up to the end
+
+
+def lr_factor(step: int, num_warmup_steps: int, num_steps: float) -> float:
+    """What the learning rate is multiplied by at a step: linear warm-up, then half a cosine to 0 at num_steps.
+
+    Args:
+        step: optimiser steps done.
+        num_warmup_steps: the first step gets 1 / num_warmup_steps.
+        num_steps: infinite for a constant rate after the warm-up.
+    """
+    if step < num_warmup_steps:
+        return (step + 1) / num_warmup_steps
+    if num_steps == math.inf:
+        return 1.0
+    progress = (step - num_warmup_steps) / max(num_steps - num_warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _check_settings(
+    schedule: NoiseSchedule,
+    loss_weighting: LossWeighting,
+    label_dropout: float,
+    ema_decay: float,
+    num_class_embeds: int | None,
+) -> None:
+    if not 0 <= label_dropout < 1:
+        raise ValueError(f"label_dropout must be in [0, 1), got {label_dropout}")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+    if label_dropout > 0 and num_class_embeds is None:
+        raise ValueError(
+            f"label_dropout {label_dropout} needs a network with classes; set num_class_embeds to the number of classes + 1"
+        )
+    if loss_weighting == "min_snr" and schedule.rescale_betas_zero_snr:
+        raise ValueError(
+            "min_snr gives the last timestep of rescale_betas_zero_snr no weight, and sampling starts there; "
+            "use loss_weighting uniform"
+        )
