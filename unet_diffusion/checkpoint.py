@@ -1,7 +1,7 @@
 """A trained denoiser as one object, and the Lightning checkpoint that holds it.
 
-A checkpoint is read with `weights_only=True`: it can hold tensors and plain values, never code. What is needed to build the
-network again is the plain dictionary `checkpoint["denoiser"]`, beside the weights that Lightning saves.
+A checkpoint is read with `weights_only=True`: it can hold tensors and plain values, never code. What is needed to build
+the network again is the plain dictionary `checkpoint["denoiser"]`, beside the weights that Lightning saves.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.unet import UNet
+from unet_diffusion.unet import DenoiserUNet
 
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
@@ -34,7 +34,7 @@ class TrainedDenoiser:
         settings: of the training, plain values; for the model card.
     """
 
-    unet: UNet
+    unet: DenoiserUNet
     schedule: NoiseSchedule
     image_shape: tuple[int, int, int]
     null_label: int | None = None
@@ -62,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
     """The denoiser in a checkpoint, with its averaged (EMA) weights, on the CPU and in eval mode.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        OSError: if the file is missing or cannot be opened.
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
     checkpoint = load_plain(path)
@@ -76,7 +76,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
         trained = _build(record)
         trained.unet.load_state_dict(_ema_weights(checkpoint["state_dict"]))
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold a whole denoiser; was it written by another version? {error}") from error
+        raise ValueError(f"{path} must hold a whole denoiser of this version, and does not: {error}") from error
     trained.unet.eval()
     return trained
 
@@ -113,15 +113,14 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
     """Tensors and plain values from a file written by `torch.save`, on the CPU.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        OSError: if the file is missing or cannot be opened.
         ValueError: if the file is something else, is damaged, or holds anything that could run code when loaded.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
-    is_whole = zipfile.is_zipfile(path)  # the directory of a zip file is at its end: a cut file has none
+    with open(path, "rb") as file:
+        is_whole = zipfile.is_zipfile(file)  # the directory of a zip file is at its end: a cut file has none
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_whole)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if not is_whole:
             reason = "is no checkpoint, or only a part of one: it must be a file written by torch.save"
         elif isinstance(error, pickle.UnpicklingError):
@@ -143,14 +142,14 @@ def _build(record: dict[str, Any]) -> TrainedDenoiser:
     )
 
 
-def _unet_class(class_path: str) -> Any:
+def _unet_class(class_path: str) -> type[DenoiserUNet]:
     """The class of that path; only this package is looked into, as a checkpoint may come from anyone."""
     module, _, name = class_path.rpartition(".")
     if module.split(".")[0] == PACKAGE and importlib.util.find_spec(module):
         unet_class = getattr(importlib.import_module(module), name, None)
-        if isinstance(unet_class, type) and issubclass(unet_class, UNet):
+        if isinstance(unet_class, type) and issubclass(unet_class, DenoiserUNet):
             return unet_class
-    raise ValueError(f"class_path of a denoiser must name a UNet in {PACKAGE}, got {class_path!r}")
+    raise ValueError(f"class_path of a denoiser must name a DenoiserUNet in {PACKAGE}, got {class_path!r}")
 
 
 def _ema_weights(state_dict: dict[str, Any]) -> dict[str, Any]:

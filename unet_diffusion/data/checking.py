@@ -37,9 +37,15 @@ class StreamedImages:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        """The images at indices (B,), (B, C, H, W)."""
-        read = (self.files.read(self.names[i]) for i in indices.tolist())
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W), as of a tensor."""
+        return len(self), self.image_format.channels, self.image_format.height, self.image_format.width
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """The images at index (B,), (B, C, H, W); called as a tensor's, so dim must be 0."""
+        assert dim == 0
+        read = (self.files.read(self.names[i]) for i in index.tolist())
         return torch.stack([to_depth(decode_image(data, self.image_format), self.dtype) for data in read])
 
 
@@ -68,7 +74,8 @@ def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool 
     """
     size = (image_format.channels, image_format.height, image_format.width)
     images = torch.empty(len(files.names), *size, dtype=torch.uint8)
-    names, bad_files = [], []
+    names: list[str] = []
+    bad_files: list[str] = []
     decode = _decoder(files, image_format)
     for name, image in _in_threads(decode, files.names, "loading images", progress):
         if isinstance(image, str):

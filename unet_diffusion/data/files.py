@@ -1,7 +1,7 @@
 """Finding image files: in a folder, in a zip archive, or in a folder inside a zip archive.
 
 A listing is sorted by name, so it is the same on every machine, and leaves out hidden files and what macOS adds to
-archives. Which files are images is told from their extension; whether they can be decoded is for `checking` to find out.
+archives. Which files are images is told from their extension; whether they can be decoded `checking` finds out.
 """
 
 import os

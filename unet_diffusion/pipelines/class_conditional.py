@@ -1,6 +1,7 @@
-"""Class-conditional image generation with classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+"""Class-conditional image generation with classifier-free guidance.
 
-This file is the `pipeline.py` of an exported folder. It needs torch and diffusers, nothing else.
+Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598). This file is the `pipeline.py` of an exported folder: it needs
+torch and diffusers, nothing else.
 """
 
 import inspect
@@ -63,13 +64,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return_dict: an object with `.images`, instead of a tuple of one element.
 
         Raises:
-            ValueError: if a class is unknown, or guidance is asked for and the network has no null label.
+            ValueError: if a class or the output type is unknown, or guidance is asked for without a null label.
         """
+        self._check(guidance_scale, output_type)
         labels = self._labels(class_labels).to(self._execution_device)
-        if guidance_scale != 1.0 and self.config.null_label is None:
-            raise ValueError(
-                f"guidance_scale must be 1 for a network trained without a null label, got {guidance_scale}"
-            )
         self.scheduler.set_timesteps(num_inference_steps, device=labels.device)
         x = randn_tensor(self._shape(len(labels)), generator=generator, device=labels.device)
         x = x * self.scheduler.init_noise_sigma
@@ -81,6 +79,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         images = self._finish((x / 2 + 0.5).clamp(0, 1), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check(self, guidance_scale: float, output_type: str) -> None:
+        if guidance_scale != 1.0 and self.config.null_label is None:
+            raise ValueError(f"guidance_scale must be 1, as there is no null label, got {guidance_scale}")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
         """The guided prediction, float32: both halves of one doubled batch, where there is guidance."""

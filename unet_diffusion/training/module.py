@@ -109,6 +109,12 @@ class DiffusionModule(LightningModule):
             settings=self.settings,
         )
 
+    @property
+    def num_classes(self) -> int | None:
+        """Classes to choose from, the null label not counted; None: the network has none."""
+        rows = self.unet.config["num_class_embeds"]
+        return rows if rows is None or self.null_label is None else rows - 1
+
     def setup(self, stage: str) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
@@ -191,7 +197,8 @@ class DiffusionModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         n = self.trainer.global_step
         decay = min(self.ema_decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(list(self.ema_unet.parameters()), list(self.unet.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema_unet.parameters()), list(self.unet.parameters()), 1 - decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.image_shape is not None:

@@ -1,0 +1,137 @@
+import math
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+from unet_diffusion.blocks import (
+    DownBlock,
+    Downsample,
+    MidBlock,
+    PassThrough,
+    ResidualBlock,
+    SelfAttention,
+    TimestepEmbedding,
+    UpBlock,
+    Upsample,
+    crop_and_concat,
+)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sinusoids_are_those_of_diffusers(flip, shift):
+    t = torch.tensor([0.0, 0.5, 17, 999])
+    ours = TimestepEmbedding(16, 4, flip_sin_to_cos=flip, freq_shift=shift)._sinusoids(t)
+    assert torch.equal(ours, get_timestep_embedding(t, 16, flip_sin_to_cos=flip, downscale_freq_shift=shift))
+
+
+def test_sinusoids_have_unit_length_per_frequency():
+    sines = TimestepEmbedding(8, 4)._sinusoids(torch.tensor([123.0]))
+    cos, sin = sines.chunk(2, dim=1)
+    torch.testing.assert_close(cos**2 + sin**2, torch.ones(1, 4))
+
+
+def test_attention_is_the_softmax_formula():
+    attention = randomised(SelfAttention(8, 2, norm_num_groups=4)).double()
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
+    tokens = attention.group_norm(x).reshape(2, 8, 6).transpose(1, 2)
+    heads = []
+    for head in range(2):
+        part = slice(4 * head, 4 * head + 4)
+        q, k, v = (project(tokens)[..., part] for project in (attention.to_q, attention.to_k, attention.to_v))
+        heads.append((q @ k.transpose(1, 2) / math.sqrt(4)).softmax(dim=-1) @ v)
+    expected = x + attention.to_out[0](torch.cat(heads, dim=-1)).transpose(1, 2).reshape(2, 8, 3, 2)
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_attention_does_not_care_where_pixels_are():
+    attention = randomised(SelfAttention(8, 2, norm_num_groups=4)).double()
+    x = torch.randn(1, 8, 4, 2, dtype=torch.float64)
+    order = torch.randperm(8)
+    shuffled = x.flatten(2)[..., order].view_as(x)
+    torch.testing.assert_close(attention(shuffled), attention(x).flatten(2)[..., order].view_as(x))
+
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_residual_block_is_the_identity_where_its_last_layer_is_zero(scale_shift):
+    block = randomised(ResidualBlock(8, 8, emb_channels=4, norm_num_groups=4, scale_shift=scale_shift))
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(block.conv2.bias)
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(block(x, torch.randn(2, 4)), x)
+
+
+@pytest.mark.parametrize(("resample", "size"), [(None, 4), (nn.AvgPool2d(2), 2), (nn.Upsample(scale_factor=2), 8)])
+def test_residual_block_resamples_both_branches(resample, size):
+    block = ResidualBlock(8, 16, emb_channels=4, norm_num_groups=4, resample=resample)
+    assert block(torch.randn(2, 8, 4, 4), torch.randn(2, 4)).shape == (2, 16, size, size)
+
+
+def test_downsampling_without_padding_sees_zeros_at_the_bottom_and_right_only():
+    down = Downsample(1, padding=0)
+    nn.init.ones_(down.conv.weight)
+    nn.init.zeros_(down.conv.bias)
+    sums = down(torch.ones(1, 1, 4, 4))[0, 0]
+    assert sums.tolist() == [[9, 6], [6, 4]]
+
+
+def test_downsampling_with_padding_sees_zeros_at_the_top_and_left():
+    down = Downsample(1, padding=1)
+    nn.init.ones_(down.conv.weight)
+    nn.init.zeros_(down.conv.bias)
+    assert down(torch.ones(1, 1, 4, 4))[0, 0].tolist() == [[4, 6], [6, 9]]
+
+
+def test_upsampling_doubles_the_size():
+    assert Upsample(4)(torch.randn(1, 4, 3, 5)).shape == (1, 4, 6, 10)
+
+
+def test_down_block_keeps_every_map_and_the_downsampled_one():
+    block = DownBlock([AddOne(), AddOne()], [PassThrough(), PassThrough()], AddOne())
+    assert [float(kept) for kept in block(torch.tensor(0.0), None, None)] == [1, 2, 3]
+
+
+def test_mid_block_puts_attention_between_residual_blocks():
+    block = MidBlock([AddOne(), AddOne()], [Double()])
+    assert block(torch.tensor(0.0), None, None) == 3
+
+
+def test_up_block_takes_one_skip_for_each_residual_block():
+    block = UpBlock([Mean(), Mean()], [PassThrough(), PassThrough()], None)
+    assert block.num_skips == 2
+    x, skips = torch.full((1, 1, 2, 2), 4.0), [torch.full((1, 1, 2, 2), value) for value in (0.0, 6.0)]
+    assert block(x, skips, None, None).mean() == 4  # (4 + 0) / 2 = 2; (2 + 6) / 2 = 4
+    with pytest.raises(ValueError, match="zip"):
+        block(x, skips[:1], None, None)
+
+
+def test_skip_is_cropped_to_its_centre():
+    skip = torch.arange(16.0).view(1, 1, 4, 4)
+    both = crop_and_concat(torch.zeros(1, 1, 2, 2), skip)
+    assert both.shape == (1, 2, 2, 2)
+    assert both[0, 1].tolist() == [[5, 6], [9, 10]]
+
+
+class AddOne(nn.Module):
+    def forward(self, x, emb, context):
+        return x + 1
+
+
+class Double(nn.Module):
+    def forward(self, x, emb, context):
+        return 2 * x
+
+
+class Mean(nn.Module):
+    def forward(self, x, emb, context):
+        return x.mean(dim=1, keepdim=True)

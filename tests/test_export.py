@@ -1,0 +1,311 @@
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from unet_diffusion import interop
+from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, write_initial_checkpoint
+from unet_diffusion.interop import export_pipeline, from_diffusers, import_pipeline, load_denoiser
+from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
+from unet_diffusion.sampling import image_generators, sample
+from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.unet import DenoiserUNet
+
+SEED = 3
+NUM_IMAGES = 3
+LABELS = [0, 1, 1]
+NAMES = ["cat", "dog"]
+NULL_LABEL = 2
+
+# Runs where this package cannot be imported: whoever gets the folder has diffusers and nothing else.
+ELSEWHERE = """
+import json, sys
+sys.modules["unet_diffusion"] = None
+try:
+    import unet_diffusion
+except ImportError:
+    pass
+else:
+    raise AssertionError("the package must not be importable here")
+import diffusers, numpy, torch
+folder, output, seeds, calls = json.loads(sys.argv[1])
+pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+arrays = {}
+for name, options in calls.items():
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    arrays[name] = pipeline(generator=generator, output_type="np", **options).images
+card = open(folder + "/README.md", encoding="utf-8").read().split("```python\\n")[1].split("```")[0]
+exec(card.replace("path/to/this/folder", folder))
+arrays["card"] = numpy.stack([numpy.asarray(image) for image in images])
+numpy.savez(output, **arrays)
+"""
+
+
+def tiny_denoiser(*, classes: bool, **options) -> TrainedDenoiser:
+    torch.manual_seed(0)
+    count = 3 if classes else None
+    model = DenoiserUNet(
+        1, (8, 16), norm_num_groups=4, layers_per_block=1, attention_levels=(1,), num_class_embeds=count, dropout=0.1
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return TrainedDenoiser(
+        unet=model.eval(),
+        schedule=NoiseSchedule(100, "squaredcos_cap_v2", prediction_type="v_prediction"),
+        image_shape=(1, 8, 4),
+        null_label=NULL_LABEL if classes else None,
+        class_names=NAMES if classes else None,
+        settings={"model": {"lr": 0.5}, "note": "größer"},
+        **options,
+    )
+
+
+def images_elsewhere(trained: TrainedDenoiser, folder, calls: dict) -> dict:
+    """Images that an exported folder makes in a process without this package, by name of the call."""
+    export_pipeline(trained, folder / "pipeline")
+    seeds = [generator.initial_seed() for generator in image_generators(SEED, range(NUM_IMAGES))]
+    arguments = json.dumps([str(folder / "pipeline"), str(folder / "images.npz"), seeds, calls])
+    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, arguments], check=True, cwd=folder, env=environment)
+    with np.load(folder / "images.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def unconditional_elsewhere(tmp_path_factory) -> dict:
+    calls = {"plain": {"batch_size": NUM_IMAGES, "num_inference_steps": 5}}
+    return images_elsewhere(tiny_denoiser(classes=False), tmp_path_factory.mktemp("unconditional"), calls)
+
+
+@pytest.fixture(scope="module")
+def class_conditional_elsewhere(tmp_path_factory) -> dict:
+    calls = {
+        "numbers": {"class_labels": LABELS, "num_inference_steps": 5},
+        "names": {"class_labels": [NAMES[label] for label in LABELS], "num_inference_steps": 5},
+        "guided": {"class_labels": LABELS, "num_inference_steps": 5, "guidance_scale": 3.0},
+    }
+    return images_elsewhere(tiny_denoiser(classes=True), tmp_path_factory.mktemp("class_conditional"), calls)
+
+
+def images_here(trained: TrainedDenoiser, **options) -> np.ndarray:
+    """What our sampler makes, in the range and layout of a pipeline's arrays."""
+    options = {"scheduler": "DDPMScheduler", "num_inference_steps": 5, "seed": SEED, **options}
+    images = sample(trained.unet, trained.schedule, (NUM_IMAGES, *trained.image_shape), **options)
+    return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def assert_same_images(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.std() > 0.1  # not clipped to one value
+    # float32 rounding over the steps, in batches of another layout
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_unconditional_folder_makes_our_images_without_this_package(unconditional_elsewhere):
+    assert_same_images(images_here(tiny_denoiser(classes=False)), unconditional_elsewhere["plain"])
+
+
+@pytest.mark.parametrize(("name", "guidance_scale"), [("numbers", 1.0), ("guided", 3.0)])
+def test_class_conditional_folder_makes_our_images_without_this_package(
+    class_conditional_elsewhere, name, guidance_scale
+):
+    options = {"labels": torch.tensor(LABELS), "null_label": NULL_LABEL, "guidance_scale": guidance_scale}
+    assert_same_images(images_here(tiny_denoiser(classes=True), **options), class_conditional_elsewhere[name])
+
+
+def test_class_conditional_folder_takes_names_for_labels(class_conditional_elsewhere):
+    assert np.array_equal(class_conditional_elsewhere["names"], class_conditional_elsewhere["numbers"])
+
+
+def test_guidance_of_the_class_conditional_folder_does_something(class_conditional_elsewhere):
+    images = class_conditional_elsewhere
+    assert np.abs(images["guided"] - images["numbers"]).max() > 1e-2
+
+
+def test_python_of_the_model_card_runs(unconditional_elsewhere, class_conditional_elsewhere):
+    assert len(unconditional_elsewhere["card"]) == 4
+    assert len(class_conditional_elsewhere["card"]) == 2
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_class_conditional_pipeline_makes_our_images_with_any_scheduler(tmp_path, scheduler):
+    trained = tiny_denoiser(classes=True)
+    trained.schedule = NoiseSchedule(100, prediction_type="v_prediction")
+    export_pipeline(trained, tmp_path / "pipeline")
+    pipeline = load_here(tmp_path / "pipeline")
+    pipeline.scheduler = getattr(interop.diffusers, scheduler).from_config(pipeline.scheduler.config)
+    generator = image_generators(SEED, range(NUM_IMAGES))
+    theirs = pipeline(LABELS, guidance_scale=2.0, num_inference_steps=5, generator=generator, output_type="np").images
+    options = {"scheduler": scheduler, "labels": torch.tensor(LABELS), "null_label": NULL_LABEL, "guidance_scale": 2.0}
+    assert_same_images(images_here(trained, **options), theirs)
+
+
+def load_here(folder) -> ClassConditionalPipeline:
+    """The pipeline from its components: in this process its class is importable, and no custom code is run."""
+    index = json.loads((folder / "model_index.json").read_text())
+    pipeline = ClassConditionalPipeline(
+        UNet2DModel.from_pretrained(folder / "unet"),
+        DDPMScheduler.from_pretrained(folder / "scheduler"),
+        index["null_label"],
+        index["class_names"],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_pipeline(**changes) -> ClassConditionalPipeline:
+    trained = tiny_denoiser(classes=True)
+    options = {"null_label": NULL_LABEL, "class_names": NAMES, **changes}
+    unet = interop.to_diffusers(trained.unet, sample_size=(8, 4))
+    pipeline = ClassConditionalPipeline(unet, DDPMScheduler(**interop.scheduler_config(trained.schedule)), **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_pipeline_returns_what_is_asked_for():
+    pipeline = tiny_pipeline()
+    made = {
+        kind: pipeline(
+            "dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type=kind
+        ).images
+        for kind in ("pil", "np", "pt")
+    }
+    assert made["pt"].shape == (1, 1, 8, 4)
+    assert np.array_equal(made["np"][0, ..., 0], made["pt"][0, 0].numpy())
+    assert made["pil"][0].size == (4, 8)
+    assert np.array_equal(np.asarray(made["pil"][0]), (255 * made["np"][0, ..., 0]).round().astype(np.uint8))
+    assert isinstance(pipeline(1, num_inference_steps=2, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("'bird'", {"class_labels": "bird"}),
+        (r"\[0, 2\).*got 7", {"class_labels": 7}),
+        (r"\[0, 2\).*got -1", {"class_labels": [0, -1]}),
+        ("output_type.*'jpg'", {"class_labels": 0, "output_type": "jpg"}),
+    ],
+)
+def test_pipeline_refuses_what_it_does_not_know(message, options):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline()(**options)
+
+
+def test_pipeline_without_null_label_refuses_guidance():
+    with pytest.raises(ValueError, match=r"guidance_scale.*null label.*2\.0"):
+        tiny_pipeline(null_label=None)(0, guidance_scale=2.0)
+
+
+def test_pipeline_runs_in_bfloat16():
+    pipeline = tiny_pipeline()
+    pipeline.to(torch.bfloat16)
+    images = pipeline(LABELS, num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
+    assert images.dtype == torch.float32
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_exported_folder_is_imported_again_as_it_was(tmp_path, classes):
+    trained = tiny_denoiser(classes=classes)
+    export_pipeline(trained, tmp_path / "pipeline")
+    again = import_pipeline(tmp_path / "pipeline")
+    # settings are for people, in the model card; dropout is for training
+    assert denoiser_record(again) == denoiser_record(trained) | {"settings": {}}
+    torch.testing.assert_close(again.unet.state_dict(), trained.unet.state_dict(), rtol=0, atol=0)
+
+
+def test_network_folder_holds_nothing_of_ours(tmp_path):
+    export_pipeline(tiny_denoiser(classes=True), tmp_path / "pipeline")
+    config = json.loads((tmp_path / "pipeline" / "unet" / "config.json").read_text())
+    fields = inspect.signature(UNet2DModel.__init__).parameters
+    assert {key for key in config if not key.startswith("_")} <= fields.keys()
+    assert config["_class_name"] == "UNet2DModel"
+
+
+def test_every_field_of_the_scheduler_is_written_out(tmp_path):
+    export_pipeline(tiny_denoiser(classes=False), tmp_path / "pipeline")
+    scheduler = DDPMPipeline.from_pretrained(tmp_path / "pipeline").scheduler
+    assert not scheduler.config.get("_use_default_values")
+
+
+def test_model_card_says_how_to_load_and_how_it_was_trained(tmp_path):
+    export_pipeline(tiny_denoiser(classes=True), tmp_path / "pipeline")
+    card = (tmp_path / "pipeline" / "README.md").read_text(encoding="utf-8")
+    front_matter = yaml.safe_load(card.split("---")[1])
+    assert front_matter["library_name"] == "diffusers"
+    assert "license" not in front_matter
+    assert "trust_remote_code=True" in card
+    assert "cat, dog" in card
+    settings = card.split("Settings:\n```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(settings) == {"model": {"lr": 0.5}, "note": "größer"}
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b"], ["one"], ["diffusers", "UNet2DModel"]])
+def test_class_names_are_not_taken_for_a_component(tmp_path, names):
+    trained = tiny_denoiser(classes=True)
+    trained.class_names = names
+    export_pipeline(trained, tmp_path / "pipeline")
+    assert import_pipeline(tmp_path / "pipeline").class_names == names
+
+
+def test_existing_folder_is_not_overwritten(tmp_path):
+    folder = tmp_path / "pipeline"
+    export_pipeline(tiny_denoiser(classes=False), folder)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        export_pipeline(tiny_denoiser(classes=True), folder)
+    assert import_pipeline(folder).class_names is None
+    export_pipeline(tiny_denoiser(classes=True), folder, overwrite=True)
+    assert import_pipeline(folder).class_names == NAMES
+    assert os.listdir(tmp_path) == ["pipeline"]
+
+
+def test_folder_that_is_no_pipeline_is_never_overwritten(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(FileExistsError, match="only a pipeline folder"):
+        export_pipeline(tiny_denoiser(classes=False), tmp_path / "photos", overwrite=True)
+
+
+def test_folder_that_loads_as_something_else_does_not_get_its_name(tmp_path, monkeypatch):
+    def to_other(model, sample_size):
+        other = interop_to_diffusers(model, sample_size)
+        with torch.no_grad():
+            other.conv_out.bias.add_(1)
+        return other
+
+    interop_to_diffusers = interop.to_diffusers
+    monkeypatch.setattr(interop, "to_diffusers", to_other)
+    with pytest.raises(RuntimeError, match="nothing was exported"):
+        export_pipeline(tiny_denoiser(classes=False), tmp_path / "pipeline")
+    assert os.listdir(tmp_path) == []
+
+
+def test_network_in_training_mode_is_exported_as_it_evaluates(tmp_path):
+    trained = tiny_denoiser(classes=False)
+    trained.unet.train()
+    export_pipeline(trained, tmp_path / "pipeline")
+    assert trained.unet.training
+    assert not from_diffusers(tmp_path / "pipeline").training
+
+
+def test_denoiser_is_loaded_from_checkpoint_run_folder_and_pipeline(tmp_path):
+    trained = tiny_denoiser(classes=True)
+    write_initial_checkpoint(trained, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    export_pipeline(trained, tmp_path / "run" / "pipeline")
+    for path in ("run/checkpoints/last.ckpt", "run", "run/pipeline"):
+        loaded = load_denoiser(tmp_path / path)
+        torch.testing.assert_close(loaded.unet.state_dict(), trained.unet.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_path_without_denoiser_says_what_was_looked_for(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"{name}.*checkpoints/last\.ckpt.*model_index\.json"):
+        load_denoiser(tmp_path / name)

@@ -1,0 +1,16 @@
+import subprocess
+import sys
+
+import pytest
+
+FORBIDDEN = [  # what a module must not pull in, however indirectly
+    ("lightning", ["losses", "sampling", "interop", "checkpoint", "pipelines.class_conditional"]),
+    ("diffusers", ["blocks", "unet", "schedule", "conditioning", "losses", "checkpoint"]),
+]
+
+
+@pytest.mark.parametrize(("package", "modules"), FORBIDDEN)
+def test_imports_point_one_way(package, modules):
+    imports = "; ".join(f"import unet_diffusion.{module}" for module in modules)
+    code = f"import sys; {imports}; assert not {{'{package}', 'lightning', 'pytorch_lightning'}} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,237 @@
+"""The command line: `unet-diffusion fit | validate | sample | export | import`.
+
+fit and validate are Lightning's own command line, so that every argument of the module, the data and the trainer is an
+option; the others are small programs on a checkpoint. Every error is one message; `--traceback` shows where it came from.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+if TYPE_CHECKING:
+    from unet_diffusion.checkpoint import TrainedDenoiser
+
+TRAINING_COMMANDS = ("fit", "validate")  # parsed by Lightning's command line
+MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 1 failed, 2 wrong usage.
+
+    Args:
+        arguments: without the program's name; None: those of this process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    try:
+        if arguments and arguments[0] in TRAINING_COMMANDS:
+            _train(arguments)
+        else:
+            options = _parser().parse_args(arguments)
+            options.run(options)
+    except Exception as error:  # the one place where errors end: whatever it was, it is said in one message
+        if show_traceback:
+            raise
+        print(f"unet-diffusion: error: {error or type(error).__name__}", file=sys.stderr)
+        print("(--traceback shows where it came from)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unet-diffusion",
+        description="Train a diffusion U-Net on a folder of images, draw samples, and hand it over as a diffusers pipeline.",
+        epilog="Every command has --help, and takes --traceback to show where an error came from.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("fit", help="train a denoiser: fit --config configs/digits.yaml")
+    commands.add_parser("validate", help="validation loss: validate --config CONFIG --ckpt_path CHECKPOINT")
+    _add_sample(commands.add_parser("sample", help="draw images from a checkpoint", **_STYLE))
+    _add_export(commands.add_parser("export", help="write a checkpoint as a diffusers pipeline folder", **_STYLE))
+    _add_import(commands.add_parser("import", help="make a checkpoint from a diffusers pipeline folder", **_STYLE))
+    return parser
+
+
+_STYLE: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+_CHECKPOINT_HELP = "a .ckpt file, a run folder, or a diffusers pipeline folder"
+
+
+# ------------------------------------------------------------------------------------------------------ fit, validate
+
+
+def _train(arguments: list[str]) -> None:
+    # The training stack takes seconds to import; the other commands do without it.
+    from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+    from unet_diffusion.training.cli import TrainingCLI
+
+    # Two in-memory data sets on few cores need no more workers, whatever Lightning's count of cores suggests.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
+    TrainingCLI.run(arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------- sample
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw images: DIR/000000.png, ... and DIR/grid.png. Image i depends on the seed and i alone, not on the batch size."
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
+    parser.add_argument("--num_images", type=int, default=64, help="images to draw")
+    parser.add_argument("--scheduler", default="DPMSolverMultistepScheduler", help="name of a diffusers scheduler")
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1: off; larger: closer to the label")
+    parser.add_argument("--labels", nargs="+", help="class numbers or names, used in turn; default: all classes in turn")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--output", type=Path, default=Path("generated"), metavar="DIR", help="folder for the images")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace images that are in DIR")
+    existing.add_argument("--resume", action="store_true", help="keep images that are in DIR and draw the missing ones")
+    parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
+    parser.set_defaults(run=_sample)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from unet_diffusion.interop import load_denoiser
+    from unet_diffusion.pictures import read_images, save_grid, save_images
+    from unet_diffusion.sampling import check_sampling, num_network_steps, sample
+
+    for name in ("num_images", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    trained = load_denoiser(options.checkpoint)
+    labels = _labels(options.labels, trained, options.num_images)
+    settings = dict(
+        scheduler=options.scheduler,
+        num_inference_steps=options.num_inference_steps,
+        null_label=trained.null_label,
+        guidance_scale=options.guidance_scale,
+    )
+    check_sampling(trained.schedule, (options.num_images, *trained.image_shape), labels=labels, **settings)
+    todo = _prepare_output(options)
+
+    unet = trained.unet.to(options.device)
+    device_type = torch.device(options.device).type
+    num_steps = num_network_steps(trained.schedule, options.scheduler, options.num_inference_steps)
+    with tqdm(total=len(todo) * num_steps, unit="image step") as bar:
+        for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:
+            with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+                images = sample(
+                    unet,
+                    trained.schedule,
+                    (len(indices), *trained.image_shape),
+                    seed=options.seed,
+                    indices=indices,
+                    labels=None if labels is None else labels[indices],
+                    batch_size=options.batch_size,
+                    device=options.device,
+                    progress=bar.update,
+                    **settings,
+                )
+            save_images(images, options.output, indices=indices, overwrite=options.overwrite)
+    first = [options.output / f"{i:06d}.png" for i in range(min(options.num_images, MAX_GRID_IMAGES))]
+    save_grid(read_images(first), options.output / "grid.png")
+    print(f"{options.num_images} images and grid.png in {options.output}")
+
+
+def _labels(wanted: list[str] | None, trained: "TrainedDenoiser", num_images: int) -> torch.Tensor | None:
+    """The label of each image, (num_images,): the wanted ones, numbers or names, by turns."""
+    rows = trained.unet.config["num_class_embeds"]
+    if rows is None:
+        if wanted:
+            raise ValueError(f"--labels {' '.join(wanted)}: the checkpoint was trained without classes; leave --labels out")
+        return None
+    num_classes = rows - (trained.null_label is not None)
+    names = trained.class_names or []
+    numbers = []
+    for label in wanted or map(str, range(num_classes)):
+        number = int(label) if label.isdecimal() else names.index(label) if label in names else -1
+        if not 0 <= number < num_classes:
+            known = f", or a name: {', '.join(names)}" if names else ""
+            raise ValueError(f"--labels must be numbers from 0 to {num_classes - 1}{known}; got {label!r}")
+        numbers.append(number)
+    return torch.tensor(numbers)[torch.arange(num_images) % len(numbers)]
+
+
+def _prepare_output(options: argparse.Namespace) -> list[int]:
+    """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
+    folder: Path = options.output
+    unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device"}
+    settings = {key: value for key, value in vars(options).items() if key not in unasked}
+    record = folder / "settings.json"
+    present = {path.name for path in folder.glob("*.png")} if folder.exists() else set()
+    if present and not (options.overwrite or options.resume):
+        raise FileExistsError(
+            f"{folder} holds {len(present)} images already; choose another --output, "
+            "--resume to draw only the missing ones, or --overwrite"
+        )
+    if options.resume and record.exists() and (before := json.loads(record.read_text())) != settings:
+        differ = ", ".join(key for key in settings if before.get(key) != settings[key])
+        raise ValueError(f"the images in {folder} were drawn with other settings ({differ}); --resume needs the same")
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=1))
+    return [i for i in range(options.num_images) if not (options.resume and f"{i:06d}.png" in present)]
+
+
+# ----------------------------------------------------------------------------------------------------- export, import
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a diffusers pipeline that loads without this package, load it again and compare it before saying done."
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from unet_diffusion.interop import export_pipeline, load_denoiser
+
+    export_pipeline(load_denoiser(options.checkpoint), options.folder, overwrite=options.overwrite)
+    print(f"{options.folder} holds the pipeline; loaded again with diffusers, it gives the same output")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make a checkpoint of a diffusers pipeline with a UNet2DModel, and beside it a configuration for "
+        "fit --config RECIPE --config CHECKPOINT.yaml --ckpt_path CHECKPOINT."
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="diffusers pipeline folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".ckpt file to make")
+    parser.set_defaults(run=_import)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from unet_diffusion.checkpoint import denoiser_record, write_initial_checkpoint
+    from unet_diffusion.interop import import_pipeline
+
+    recipe = options.checkpoint.with_suffix(".yaml")
+    if recipe.exists():
+        raise FileExistsError(f"{recipe} exists and is not overwritten; choose another path, or remove it")
+    trained = import_pipeline(options.folder)
+    write_initial_checkpoint(trained, options.checkpoint)
+    schedule = {"class_path": "unet_diffusion.schedule.NoiseSchedule", "init_args": trained.schedule.config}
+    model = {"unet": denoiser_record(trained)["unet"], "schedule": schedule}
+    recipe.write_text(yaml.safe_dump({"model": model}, sort_keys=False))
+    print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
+          f"--ckpt_path {options.checkpoint}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Data modules: images from a folder or zip archive, from torchvision, or scikit-learn's handwritten digits."""
+
+from unet_diffusion.data.base import ImageDataModule, scale_to_unit_range, split_indices
+from unet_diffusion.data.batches import ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.checking import StreamedImages, check_images, load_images
+from unet_diffusion.data.decoding import ImageFormat, decode_image
+from unet_diffusion.data.files import find_images
+from unet_diffusion.data.folder import FolderDataModule
+from unet_diffusion.data.standard import DigitsDataModule, TorchvisionDataModule
+
+__all__ = [
+    "DigitsDataModule",
+    "FolderDataModule",
+    "ImageBatches",
+    "ImageDataModule",
+    "ImageFormat",
+    "ImageSet",
+    "OrderedBatches",
+    "ResumableLoader",
+    "ShuffledBatches",
+    "StreamedImages",
+    "TorchvisionDataModule",
+    "check_images",
+    "decode_image",
+    "find_images",
+    "load_images",
+    "scale_to_unit_range",
+    "split_indices",
+]

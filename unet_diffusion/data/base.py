@@ -1,0 +1,185 @@
+"""What all data modules share: the split, the batches, and the one place where images are scaled to [-1, 1]."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import suggested_max_num_workers
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.schedule import keyed_generator
+
+MAX_NUM_VAL = 1000  # by default: enough for a validation loss that is stable to about 1 %
+MAX_NUM_WORKERS = 8  # by default, a process
+SPLIT_KEY = 0  # not the seed: runs that differ in their seed are validated on the same images
+
+
+class ImageDataModule(LightningDataModule):
+    """Batches of images and class labels. A subclass says where the images come from, in `load`.
+
+    Batches are {"images": float32 (B, C, H, W) in [-1, 1], "index": int64 (B,), position in the whole set} and, if
+    there are classes, "labels": int64 (B,).
+
+    Args:
+        batch_size: images a batch and process.
+        num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        horizontal_flip: mirror every second training image, drawn at random.
+        num_workers: processes that load batches; None: 0 if the images are in memory, otherwise one a processor core,
+            at most 8.
+        seed: of the order of the training images and their mirroring.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        num_val: int | None = None,
+        horizontal_flip: bool = False,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {num_workers}; 0 loads in the training process")
+        self.batch_size = batch_size
+        self.num_val = num_val
+        self.horizontal_flip = horizontal_flip
+        self.num_workers = num_workers
+        self.seed = seed
+        self._image_set: ImageSet | None = None
+
+    def load(self) -> ImageSet:
+        """All images and their labels; called once."""
+        raise NotImplementedError(f"{type(self).__name__} must define load()")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images, once, and split them.
+
+        Args:
+            stage: of no consequence; Lightning passes it.
+
+        Raises:
+            ValueError: if the images are too few for the split.
+        """
+        if self._image_set is None:
+            image_set = self.load()
+            self.train_indices, self.val_indices = split_indices(len(image_set.images), self.num_val)
+            self._image_set = image_set
+
+    @property
+    def image_set(self) -> ImageSet:
+        """The whole set, before the split."""
+        if self._image_set is None:
+            raise RuntimeError('the images are not loaded yet; call setup("fit") first')
+        return self._image_set
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        _, channels, height, width = self.image_set.images.shape
+        return channels, height, width
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The name of each class, or None if there are no classes."""
+        return self.image_set.class_names
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes there are, or None if there are none."""
+        return None if self.class_names is None else len(self.class_names)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The training batches, shuffled anew every epoch; see `ShuffledBatches`.
+
+        Raises:
+            ValueError: if the trainer is to overfit batches, for which Lightning would replace the sampler.
+        """
+        overfit_batches = getattr(self.trainer, "overfit_batches", 0)
+        if overfit_batches:
+            raise ValueError(
+                f"overfit_batches must be 0 with {type(self).__name__}, got {overfit_batches}; "
+                "to overfit, train on a folder with a few images"
+            )
+        sampler = ShuffledBatches(
+            self.train_indices,
+            self.batch_size,
+            num_images=len(self.image_set.images),
+            horizontal_flip=self.horizontal_flip,
+            seed=self.seed,
+            **self._replica(),
+        )
+        return ResumableLoader(sampler=sampler, **self._loader_arguments())
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation batches, in order and never mirrored; see `OrderedBatches`."""
+        sampler = OrderedBatches(self.val_indices, self.batch_size, **self._replica())
+        return DataLoader(sampler=sampler, **self._loader_arguments())
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Scale the images, once they are on the device: a quarter of the bytes is copied."""
+        return {**batch, "images": scale_to_unit_range(batch["images"])}
+
+    def _replica(self) -> dict[str, int]:
+        """Which of how many processes this one is, as samplers take it."""
+        distributed = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return distributed or {"num_replicas": 1, "rank": 0}
+
+    def _loader_arguments(self) -> dict[str, Any]:
+        num_workers = self.num_workers
+        if num_workers is None:
+            num_workers = 0 if isinstance(self.image_set.images, Tensor) else self._suggested_num_workers()
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "dataset": ImageBatches(self.image_set),
+            "batch_size": None,  # the sampler makes the batches
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
+            "pin_memory": on_gpu,
+        }
+
+    def _suggested_num_workers(self) -> int:
+        num_processes = self.trainer.num_devices if self.trainer is not None else 1
+        return min(suggested_max_num_workers(num_processes), MAX_NUM_WORKERS)
+
+
+def split_indices(num_images: int, num_val: int | None = None) -> tuple[Tensor, Tensor]:
+    """Indices to train and to validate on, drawn at random, a function of the two numbers alone; sorted.
+
+    Args:
+        num_images: size of the whole set.
+        num_val: images to validate on; None: a tenth, at most 1000. A larger number keeps the images of a smaller one.
+
+    Raises:
+        ValueError: if that leaves none for either.
+    """
+    if num_images < 2:
+        raise ValueError(f"there must be at least 2 images, to train and to validate on, got {num_images}; add images")
+    if num_val is None:
+        num_val = min(max(num_images // 10, 1), MAX_NUM_VAL)
+    if not 1 <= num_val < num_images:
+        raise ValueError(
+            f"num_val must be at least 1 and less than the {num_images} images, got {num_val}; "
+            "leave it out to keep a tenth apart"
+        )
+    order = torch.randperm(num_images, generator=keyed_generator(SPLIT_KEY))
+    return order[num_val:].sort().values, order[:num_val].sort().values
+
+
+def scale_to_unit_range(images: Tensor) -> Tensor:
+    """Images as float32 in [-1, 1]: x / 127.5 - 1 for uint8, x / 32767.5 - 1 for uint16.
+
+    Raises:
+        ValueError: if the images have another dtype, such as when they were scaled before.
+    """
+    if images.dtype not in (torch.uint8, torch.uint16):
+        raise ValueError(f"images must be uint8 or uint16 to be scaled, got {images.dtype}; scale them only once")
+    half = 127.5 if images.dtype == torch.uint8 else 32767.5
+    return images.float().div_(half).sub_(1.0)

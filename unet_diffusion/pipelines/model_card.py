@@ -1,0 +1,87 @@
+"""The README.md of an exported folder: what it is, how to load it, how it was trained."""
+
+from typing import Any
+
+import yaml
+
+from unet_diffusion.checkpoint import TrainedDenoiser
+
+MODEL_CARD = """---
+library_name: diffusers
+tags: [image-generation, {kind}, unet-diffusion]
+---
+# A denoising U-Net, {kind}
+
+Makes images of {channels} x {height} x {width} (channels, height, width) by diffusion in pixel space. The network is a
+`UNet2DModel` of {parameters:,} parameters.
+
+## Use
+{usage}
+## Training
+Noise schedule:
+```yaml
+{schedule}```
+Settings:
+```yaml
+{settings}```
+
+## Licence
+Not stated: whoever publishes this folder chooses one that fits the images that the network was trained on.
+"""
+UNCONDITIONAL_USAGE = """```python
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")
+images = pipeline(batch_size=4, num_inference_steps={steps}).images
+```
+In fewer steps with `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`; their number must
+divide {steps}. `DPMSolverMultistepScheduler` fits too; Euler and its like do not, as `DDPMPipeline` does not scale its
+input for them.
+"""
+CONDITIONAL_USAGE = """```python
+from diffusers import DiffusionPipeline
+
+# trust_remote_code: runs pipeline.py of this folder, the sampling loop with classifier-free guidance
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
+images = pipeline({labels}, num_inference_steps={steps}{guidance}).images
+```
+Classes: {classes}.
+
+In fewer steps with another scheduler for the same noise schedule, such as
+`pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)`.
+"""
+
+
+def model_card(trained: TrainedDenoiser) -> str:
+    """The text of README.md; its licence is left to the user."""
+    channels, height, width = trained.image_shape
+    is_conditional = trained.unet.config["num_class_embeds"] is not None
+    return MODEL_CARD.format(
+        kind="class-conditional" if is_conditional else "unconditional",
+        channels=channels,
+        height=height,
+        width=width,
+        parameters=sum(parameter.numel() for parameter in trained.unet.parameters()),
+        usage=_conditional_usage(trained) if is_conditional else _unconditional_usage(trained),
+        schedule=_yaml(trained.schedule.config),
+        settings=_yaml(trained.settings) if trained.settings else "# not known\n",
+    )
+
+
+def _yaml(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _unconditional_usage(trained: TrainedDenoiser) -> str:
+    return UNCONDITIONAL_USAGE.format(steps=trained.schedule.num_train_timesteps)
+
+
+def _conditional_usage(trained: TrainedDenoiser) -> str:
+    names = trained.class_names
+    last = trained.unet.config["num_class_embeds"] - 1 - (trained.null_label is not None)  # the null label is no class
+    return CONDITIONAL_USAGE.format(
+        labels=names[:2] if names else [0, last],
+        steps=trained.schedule.num_train_timesteps,
+        guidance="" if trained.null_label is None else ", guidance_scale=2.0",
+        classes=", ".join(names) if names else f"0 to {last}",
+    )

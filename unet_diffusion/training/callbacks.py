@@ -1,0 +1,116 @@
+"""Shows how training does: a grid of samples of the averaged network, every so often."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL.Image import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from unet_diffusion.pictures import image_grid, save_grid
+from unet_diffusion.sampling import build_scheduler, sample
+from unet_diffusion.training.module import DiffusionModule
+
+MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
+
+
+class SampleGrid(Callback):
+    """Draws the same seeds again and again: run folder/samples/step_0001000.png, and samples.png at the end.
+
+    The run folder is the trainer's default_root_dir. W&B and TensorBoard loggers get each grid too. With classes, each
+    column is a class.
+
+    Args:
+        every_n_steps: optimiser steps between grids; 0: only at the end.
+        num_images: images in a grid.
+        scheduler: name of a diffusers scheduler.
+        num_inference_steps: network steps a grid.
+        guidance_scale: 1 is off; more needs a model trained with label_dropout.
+        seed: of the grid's images.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 1000,
+        *,
+        num_images: int = 64,
+        scheduler: str = "DPMSolverMultistepScheduler",
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+    ):
+        self.every_n_steps = every_n_steps
+        self.num_images = num_images
+        self.scheduler = scheduler
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.seed = seed
+        self._drawn_at = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
+        """Refuses a scheduler or guidance that would only fail at the first grid.
+
+        Raises:
+            ValueError: if the model cannot be sampled so.
+        """
+        build_scheduler(pl_module.schedule, self.scheduler)
+        if self.guidance_scale != 1 and pl_module.null_label is None:
+            raise ValueError(
+                f"samples.guidance_scale {self.guidance_scale} needs a null label; "
+                "set model.label_dropout above 0 (0.1 is usual), or samples.guidance_scale to 1"
+            )
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: Trainer, pl_module: DiffusionModule, *args: object) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_at:
+            self._drawn_at = step  # with accumulation, several batches end at the same step
+            self._draw(trainer, pl_module, run_folder(trainer) / "samples" / f"step_{step:07d}.png")
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
+        self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
+
+    def _draw(self, trainer: Trainer, module: DiffusionModule, path: Path) -> None:
+        if trainer.fast_dev_run:
+            return
+        num_classes = module.num_classes
+        images = self.sample(trainer, module, num_classes)
+        columns = num_classes if num_classes and num_classes <= MAX_COLUMNS else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(images, path, columns=columns)
+        _log_picture(trainer, image_grid(images, columns=columns))
+
+    def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int | None) -> Tensor:
+        """The grid's images, (num_images, C, H, W) float32 in [-1, 1], in the trainer's precision."""
+        trained = module.trained
+        labels = None if num_classes is None else torch.arange(self.num_images) % num_classes
+        with trainer.precision_plugin.forward_context():
+            return sample(
+                trained.unet,
+                trained.schedule,
+                (self.num_images, *trained.image_shape),
+                scheduler=self.scheduler,
+                num_inference_steps=self.num_inference_steps,
+                seed=self.seed,
+                labels=labels,
+                null_label=trained.null_label,
+                guidance_scale=self.guidance_scale,
+                device=module.device,
+            )
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run puts its files: the trainer's default_root_dir."""
+    return Path(trainer.default_root_dir)
+
+
+def _log_picture(trainer: Trainer, picture: Image) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image("samples", [picture], step=trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image("samples", pil_to_tensor(picture), trainer.global_step)

@@ -1,0 +1,119 @@
+"""fit and validate: Lightning's command line around DiffusionModule and the data modules.
+
+The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png, checkpoints/ and
+the exported pipeline/; a folder that holds a run is never trained into again, except to continue it.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
+
+from unet_diffusion.data import ImageDataModule
+from unet_diffusion.interop import export_pipeline
+from unet_diffusion.training.callbacks import SampleGrid, run_folder
+from unet_diffusion.training.module import DiffusionModule
+
+CHECKPOINTS = "checkpoints"
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the whole configuration to run folder/config.yaml, and tells it to the loggers."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(text)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(text))
+
+
+class TrainingCLI(LightningCLI):
+    """Lightning's command line with this project's callbacks, run folder and last step: the exported pipeline."""
+
+    @classmethod
+    def run(cls, arguments: Sequence[str]) -> None:
+        """Parse and carry out `fit ...` or `validate ...`.
+
+        Raises:
+            ValueError: if the settings contradict each other.
+            FileExistsError: if the run folder holds a run that is not being continued.
+        """
+        cls(
+            DiffusionModule,
+            ImageDataModule,
+            subclass_mode_data=True,
+            args=list(arguments),
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"callbacks": [LearningRateMonitor()]},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skipped = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}
+        return {"fit": skipped, "validate": skipped}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(SampleGrid, "samples")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
+                             "checkpoint.auto_insert_metric_name": False})  # fmt: skip
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir or "runs/unnamed")
+        config.trainer.default_root_dir = str(root)
+        config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
+        config.trainer.logger = _loggers(config.trainer.logger, root)
+        if self.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
+            _refuse_to_overwrite(root)
+
+    def before_fit(self) -> None:
+        self.model.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+
+    def after_fit(self) -> None:
+        if self.trainer.state.status != TrainerStatus.FINISHED or self.trainer.fast_dev_run:
+            return
+        if self.trainer.is_global_zero:
+            folder = run_folder(self.trainer)
+            export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
+            rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and pipeline/, which diffusers loads")
+
+
+def _refuse_to_overwrite(root: Path) -> None:
+    """A run is not trained over. Other ranks than the first start later, when the run may have begun."""
+    checkpoints = sorted((root / CHECKPOINTS).glob("*.ckpt"))
+    if checkpoints and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        raise FileExistsError(
+            f"{root} holds a run already; continue it with --ckpt_path {root / CHECKPOINTS / 'last.ckpt'}, "
+            "or start another with --trainer.default_root_dir DIR"
+        )
+
+
+def _loggers(wanted: Any, root: Path) -> Any:
+    """The loggers asked for, writing into the run folder, after a CSV file that is always there."""
+    if wanted is False:
+        return False
+    csv = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        # A version of its own each time it starts: a continued run would otherwise delete the log it continues.
+        "init_args": {"save_dir": str(root), "name": "logs"},
+    }
+    others = [] if wanted in (None, True) else wanted if isinstance(wanted, list) else [wanted]
+    for logger in others:
+        if logger.init_args.get("save_dir") in (None, "."):
+            logger.init_args.save_dir = str(root)
+    return [csv, *others]
