@@ -1,11 +1,11 @@
 """The parts a denoising U-Net is made of, called `block(x, emb, context)` each.
 
-x is (B, C, H, W); emb (B, D) the embedding of timestep and class, or None; context (B, L, K) tokens to attend to, or None.
-A part ignores what it does not need, so the wiring in `unet.py` never asks what a part is.
+x is (B, C, H, W); emb (B, D) the embedding of timestep and class, or None; context (B, L, K) tokens to attend to, or
+None. A part ignores what it does not need, so the wiring in `unet.py` never asks what a part is.
 
 The residual block is that of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), with the scale-shift norm and the
-resampling residual block of Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233). Submodules carry diffusers' names, so
-that weights fit its UNet2DModel with a strict load and no key map.
+resampling residual block of Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233). Submodules carry diffusers'
+names, so that weights fit its UNet2DModel with a strict load and no key map.
 """
 
 import math
@@ -216,7 +216,7 @@ class TimestepEmbedding(nn.Module):
         channels: number of sinusoids, even.
         emb_channels: length of the embedding.
         flip_sin_to_cos: cosines before sines.
-        freq_shift: subtracted from the number of frequencies in the exponent's divisor; 1 reaches 1 / MAX_PERIOD exactly.
+        freq_shift: subtracted from the number of frequencies in the exponent's divisor; 1 reaches 1 / MAX_PERIOD.
     """
 
     def __init__(self, channels: int, emb_channels: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0):

@@ -1,13 +1,12 @@
 """The command line: `unet-diffusion fit | validate | sample | export | import`.
 
 fit and validate are Lightning's own command line, so that every argument of the module, the data and the trainer is an
-option; the others are small programs on a checkpoint. Every error is one message; `--traceback` shows where it came from.
+option; the others are small programs on a checkpoint. Every error is one message; `--traceback` shows its origin.
 """
 
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unet-diffusion",
-        description="Train a diffusion U-Net on a folder of images, draw samples, and hand it over as a diffusers pipeline.",
+        description="Train a diffusion U-Net on images, draw samples, and hand it over as a diffusers pipeline.",
         epilog="Every command has --help, and takes --traceback to show where an error came from.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -70,12 +69,8 @@ _CHECKPOINT_HELP = "a .ckpt file, a run folder, or a diffusers pipeline folder"
 
 def _train(arguments: list[str]) -> None:
     # The training stack takes seconds to import; the other commands do without it.
-    from lightning.pytorch.utilities.warnings import PossibleUserWarning
-
     from unet_diffusion.training.cli import TrainingCLI
 
-    # Two in-memory data sets on few cores need no more workers, whatever Lightning's count of cores suggests.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
     TrainingCLI.run(arguments)
 
 
@@ -84,21 +79,26 @@ def _train(arguments: list[str]) -> None:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Draw images: DIR/000000.png, ... and DIR/grid.png. Image i depends on the seed and i alone, not on the batch size."
+        "Draw images: DIR/000000.png, ... and DIR/grid.png. "
+        "Image i depends on the seed and i alone, not on the batch size."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     parser.add_argument("--num_images", type=int, default=64, help="images to draw")
     parser.add_argument("--scheduler", default="DPMSolverMultistepScheduler", help="name of a diffusers scheduler")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="1: off; larger: closer to the label")
-    parser.add_argument("--labels", nargs="+", help="class numbers or names, used in turn; default: all classes in turn")
+    parser.add_argument(
+        "--labels", nargs="+", help="class numbers or names, used in turn; default: all classes in turn"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--output", type=Path, default=Path("generated"), metavar="DIR", help="folder for the images")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace images that are in DIR")
     existing.add_argument("--resume", action="store_true", help="keep images that are in DIR and draw the missing ones")
     parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
     parser.set_defaults(run=_sample)
 
@@ -153,7 +153,9 @@ def _labels(wanted: list[str] | None, trained: "TrainedDenoiser", num_images: in
     rows = trained.unet.config["num_class_embeds"]
     if rows is None:
         if wanted:
-            raise ValueError(f"--labels {' '.join(wanted)}: the checkpoint was trained without classes; leave --labels out")
+            raise ValueError(
+                f"--labels {' '.join(wanted)}: the checkpoint was trained without classes; leave --labels out"
+            )
         return None
     num_classes = rows - (trained.null_label is not None)
     names = trained.class_names or []

@@ -69,8 +69,8 @@ RESAMPLE_OF_BLOCK = {  # None: as downsample_type or upsample_type says; the oth
     "AttnUpBlock2D": None,
     "ResnetUpsampleBlock2D": "resnet",
 }
-LEGACY_BLOCK_PREFIX = "UNetRes"  # of block names before diffusers 0.3
-LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before 0.15
+LEGACY_BLOCK_PREFIX = "UNetRes"  # of block names in old files
+LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in old files
 # a variant, such as fp16, stands before or after the number of the shard
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 EXPORT_TOLERANCE = 1e-4  # of outputs of order 1; the same float32 operations in another order differ by 1e-6

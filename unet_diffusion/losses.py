@@ -43,7 +43,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def sums_by_quarter(errors: Tensor, t: Tensor, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
-    """Sums of errors and counts in each quarter of the range of t, from least to most noise; without leaving the device.
+    """Sums of errors and counts in each quarter of the range of t, from least to most noise; on the device.
 
     Args:
         errors: one for each sample, (B,).

@@ -24,8 +24,8 @@ COSINE_OFFSET = 0.008  # s in the cosine schedule: keeps the first betas from va
 class NoiseSchedule:
     """A table of a_t = alphas_cumprod[t], and the formulas of diffusion in terms of it.
 
-    x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise. The schedule has no parameters and is not a module: its table stays float32
-    whatever precision the network is cast to.
+    x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise. The schedule has no parameters and is not a module: its table stays
+    float32 whatever precision the network is cast to.
 
     Args:
         num_train_timesteps: T; timesteps are 0 (least noisy) to T - 1.
@@ -129,7 +129,9 @@ class NoiseSchedule:
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must hold one timestep a sample: shape ({x.shape[0]},), got {tuple(t.shape)}")
         if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"noise must be added in float32 or float64, got {x.dtype}; cast the images, not the schedule")
+            raise ValueError(
+                f"noise must be added in float32 or float64, got {x.dtype}; cast the images, not the schedule"
+            )
         a_t = self._table(x.device)[t].to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         return a_t.sqrt(), (1.0 - a_t).sqrt()
 

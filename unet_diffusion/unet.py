@@ -1,7 +1,8 @@
 """The U: the wiring of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597), and the denoiser that fills it.
 
-`UNet` knows how maps flow down, across and up, and nothing of what is done to them. `DenoiserUNet` fills it with the residual
-blocks and attention of Ho et al. 2020 (https://arxiv.org/abs/2006.11239); its weights are those of diffusers' UNet2DModel.
+`UNet` knows how maps flow down, across and up, and nothing of what is done to them. `DenoiserUNet` fills it with the
+residual blocks and attention of Ho et al. 2020 (https://arxiv.org/abs/2006.11239); its weights fit diffusers'
+UNet2DModel.
 """
 
 import math
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_diffusion.blocks import (
-    Downsample,
     DownBlock,
+    Downsample,
     MidBlock,
     PassThrough,
     ResidualBlock,
@@ -202,7 +203,7 @@ class DenoiserUNet(UNet):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The embedding of timesteps (B,), plus that of labels (B,) if the network has classes: (B, 4 * channels[0])."""
+        """The embedding of timesteps (B,), plus that of labels (B,) if there are classes: (B, 4 * channels[0])."""
         emb = self.time_embedding(t)
         if (labels is None) != (self.class_embedding is None):
             have = "no classes" if self.class_embedding is None else f"{self.config['num_class_embeds']} classes"
@@ -257,7 +258,7 @@ def _up_blocks(
 
 
 def _initialise(model: nn.Module) -> None:
-    """The initialisation of Ho et al.'s code: fan-average uniform weights, zero biases, zero last layer of each residual.
+    """The initialisation of Ho et al.'s code: fan-average uniform weights, zero biases, residuals that end in zeros.
 
     Every residual block and attention then starts as the identity, and the network predicts 0.
     """

@@ -1,17 +1,20 @@
-"""Shows how training does: a grid of samples of the averaged network, every so often."""
+"""Shows how training does: a grid of samples of the averaged network every so often, and one bar for the whole run."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm import tqdm
 
 from unet_diffusion.pictures import image_grid, save_grid
-from unet_diffusion.sampling import build_scheduler, sample
+from unet_diffusion.sampling import check_sampling, sample
 from unet_diffusion.training.module import DiffusionModule
 
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
@@ -56,12 +59,17 @@ class SampleGrid(Callback):
         Raises:
             ValueError: if the model cannot be sampled so.
         """
-        build_scheduler(pl_module.schedule, self.scheduler)
         if self.guidance_scale != 1 and pl_module.null_label is None:
             raise ValueError(
                 f"samples.guidance_scale {self.guidance_scale} needs a null label; "
                 "set model.label_dropout above 0 (0.1 is usual), or samples.guidance_scale to 1"
             )
+        check_sampling(
+            pl_module.schedule,
+            (self.num_images, 1, 1, 1),
+            scheduler=self.scheduler,
+            num_inference_steps=self.num_inference_steps,
+        )
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: DiffusionModule, *args: object) -> None:  # type: ignore[override]
@@ -101,6 +109,52 @@ class SampleGrid(Callback):
                 guidance_scale=self.guidance_scale,
                 device=module.device,
             )
+
+
+class RunProgressBar(ProgressBar):
+    """One bar over the optimiser steps of the whole run, with the time that is left and the last logged losses.
+
+    Lightning's own bars start again every epoch, which for a small data set is every few seconds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Lightning turns the bar off on all processes but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._enabled:
+            num_steps = trainer.estimated_stepping_batches
+            total = num_steps if isinstance(num_steps, int) else None
+            self._bar = tqdm(total=total, initial=trainer.global_step, unit="step", desc="fit", mininterval=1.0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self._bar is None:
+            return
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # reading a loss waits for the device: not each step
+            losses = {
+                key: f"{value:.4f}" for key, value in self.get_metrics(trainer, pl_module).items() if key != "v_num"
+            }
+            self._bar.set_postfix(losses, refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def run_folder(trainer: Trainer) -> Path:

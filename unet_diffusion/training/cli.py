@@ -1,10 +1,11 @@
 """fit and validate: Lightning's command line around DiffusionModule and the data modules.
 
-The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png, checkpoints/ and
-the exported pipeline/; a folder that holds a run is never trained into again, except to continue it.
+The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png,
+checkpoints/ and the exported pipeline/; a folder that holds a run is never trained into again, except to continue it.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from unet_diffusion.data import ImageDataModule
 from unet_diffusion.interop import export_pipeline
-from unet_diffusion.training.callbacks import SampleGrid, run_folder
+from unet_diffusion.training.callbacks import RunProgressBar, SampleGrid, run_folder
 from unet_diffusion.training.module import DiffusionModule
 
 CHECKPOINTS = "checkpoints"
@@ -49,6 +50,7 @@ class TrainingCLI(LightningCLI):
             ValueError: if the settings contradict each other.
             FileExistsError: if the run folder holds a run that is not being continued.
         """
+        _silence_what_is_meant()
         cls(
             DiffusionModule,
             ImageDataModule,
@@ -58,7 +60,7 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={"callbacks": [LearningRateMonitor()]},
+            trainer_defaults={"callbacks": [LearningRateMonitor(), RunProgressBar()], "enable_model_summary": False},
         )
 
     @staticmethod
@@ -91,6 +93,18 @@ class TrainingCLI(LightningCLI):
             folder = run_folder(self.trainer)
             export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
             rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and pipeline/, which diffusers loads")
+
+
+def _silence_what_is_meant() -> None:
+    """Hides Lightning's warnings about things that are as they should be here."""
+    for message in (
+        "LightningCLI's args parameter is intended",
+        r"Found \d+ module\(s\) in eval mode",  # the averaged network
+        "The number of training batches .* is smaller than the logging interval",  # steps are counted, not epochs
+        ".*does not have many workers",  # the images are in memory
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def _refuse_to_overwrite(root: Path) -> None:

@@ -1,6 +1,6 @@
 """Trains a denoising U-Net: noise an image, predict what was added, and keep a moving average of the weights.
 
-The training of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 1), with timesteps spread evenly over each batch
+The training of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 1), with timesteps spread over each batch
 (Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1), label dropout for guidance (Ho & Salimans 2022,
 https://arxiv.org/abs/2207.12598) and an exponential moving average of the weights (EMA), which is what is sampled.
 """
@@ -37,8 +37,8 @@ def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
 class DiffusionModule(LightningModule):
     """A denoiser, its noise schedule and how it is trained.
 
-    Batches are dicts: "images" (B, C, H, W) float32 in [-1, 1], "labels" (B,) int64 if the network has classes, and "index"
-    (B,) int64, the number of each image in its data set, which fixes its noise in validation.
+    Batches are dicts: "images" (B, C, H, W) float32 in [-1, 1], "labels" (B,) int64 if the network has classes, and
+    "index" (B,) int64, the number of each image in its data set, which fixes its noise in validation.
 
     Args:
         unet: the network to train; its weights are the raw ones.
@@ -253,7 +253,7 @@ class DiffusionModule(LightningModule):
 def stratified_timesteps(batch_size: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
     """One uniform timestep from each of batch_size equal parts of the range, in random order: (B,) int64.
 
-    Each is uniform over the whole range by itself; together they spread evenly, so the loss varies less between batches.
+    Each is uniform over the whole range by itself; together they spread evenly, and the loss varies less.
     """
     device = generator.device
     uniform = torch.rand(batch_size, generator=generator, device=device)
@@ -291,7 +291,7 @@ def _check_settings(
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
     if label_dropout > 0 and num_class_embeds is None:
         raise ValueError(
-            f"label_dropout {label_dropout} needs a network with classes; set num_class_embeds to the number of classes + 1"
+            f"label_dropout {label_dropout} needs a network with classes; set num_class_embeds to their number + 1"
         )
     if loss_weighting == "min_snr" and schedule.rescale_betas_zero_snr:
         raise ValueError(
