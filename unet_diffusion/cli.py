@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the one place where errors end: whatever it was, it is said in one message
         if show_traceback:
             raise
-        print(f"unet-diffusion: error: {error or type(error).__name__}", file=sys.stderr)
+        print(f"unet-diffusion: error: {str(error) or type(error).__name__}", file=sys.stderr)
         print("(--traceback shows where it came from)", file=sys.stderr)
         return 1
     return 0

@@ -54,7 +54,7 @@ class SampleGrid(Callback):
         self._drawn_at = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
-        """Refuses a scheduler or guidance that would only fail at the first grid.
+        """Refuses a scheduler, steps or guidance that would only fail at the first grid.
 
         Raises:
             ValueError: if the model cannot be sampled so.
@@ -83,7 +83,7 @@ class SampleGrid(Callback):
         self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
 
     def _draw(self, trainer: Trainer, module: DiffusionModule, path: Path) -> None:
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it at runtime
             return
         num_classes = module.num_classes
         images = self.sample(trainer, module, num_classes)
@@ -138,7 +138,8 @@ class RunProgressBar(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._bar is None:
             return
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # reading a loss waits for the device: not each step
+        # Reading a loss waits for the device: not each step. Lightning sets log_every_n_steps at runtime.
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             losses = {
                 key: f"{value:.4f}" for key, value in self.get_metrics(trainer, pl_module).items() if key != "v_num"
             }

@@ -78,16 +78,21 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         root = Path(config.trainer.default_root_dir or "runs/unnamed")
         config.trainer.default_root_dir = str(root)
+        self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
         config.trainer.logger = _loggers(config.trainer.logger, root)
         if self.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
             _refuse_to_overwrite(root)
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.config = self.written
+        return super().instantiate_trainer(**kwargs)
+
     def before_fit(self) -> None:
         self.model.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
 
     def after_fit(self) -> None:
-        if self.trainer.state.status != TrainerStatus.FINISHED or self.trainer.fast_dev_run:
+        if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
             return
         if self.trainer.is_global_zero:
             folder = run_folder(self.trainer)

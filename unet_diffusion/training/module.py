@@ -8,11 +8,12 @@ https://arxiv.org/abs/2207.12598) and an exponential moving average of the weigh
 import copy
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -73,6 +74,10 @@ class DiffusionModule(LightningModule):
     ):
         super().__init__()
         num_class_embeds = unet.config["num_class_embeds"]
+        _check_choice("loss_weighting", loss_weighting, get_args(LossWeighting))
+        _check_choice("lr_decay", lr_decay, get_args(LRDecay))
+        if lr_warmup_steps < 0:
+            raise ValueError(f"lr_warmup_steps must be 0 or more, got {lr_warmup_steps}")
         _check_settings(schedule, loss_weighting, label_dropout, ema_decay, num_class_embeds)
         self.unet = unet
         self.ema_unet = copy.deepcopy(unet).requires_grad_(False).eval()
@@ -137,7 +142,8 @@ class DiffusionModule(LightningModule):
         """The weighted loss of a batch at random timesteps."""
         x0 = batch["images"]
         if self.image_shape is None:
-            self.image_shape = tuple(x0.shape[1:])
+            channels, height, width = x0.shape[1:]
+            self.image_shape = (channels, height, width)
         # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would have.
         step = self.trainer.fit_loop.total_batch_idx
         generator = keyed_generator(self.seed, step, self.global_rank, device=x0.device)
@@ -167,10 +173,11 @@ class DiffusionModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sums, counts = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
-        self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, rank_zero_only=True)
+        # Equal on all processes; sync_dist lets callbacks on each of them monitor it.
+        self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, sync_dist=True)
         for quarter in range(NUM_QUARTERS):
             if counts[quarter] > 0:
-                self.log(f"val/loss_q{quarter + 1}", sums[quarter] / counts[quarter], rank_zero_only=True)
+                self.log(f"val/loss_q{quarter + 1}", sums[quarter] / counts[quarter], sync_dist=True)
 
     def fixed_timesteps(self, index: Tensor) -> Tensor:
         """The timestep at which each image is validated, (B,) int64: even over the range, whatever the batches.
@@ -181,7 +188,7 @@ class DiffusionModule(LightningModule):
         spread = (index.double() * GOLDEN_RATIO) % 1.0
         return (spread * self.schedule.num_train_timesteps).long()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer_factory(self.unet.parameters())
         num_steps = self.trainer.estimated_stepping_batches if self.lr_decay == "cosine" else math.inf
         if self.lr_decay == "cosine" and num_steps == math.inf:
@@ -205,6 +212,11 @@ class DiffusionModule(LightningModule):
             checkpoint["denoiser"] = denoiser_record(self.trained)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "denoiser" not in checkpoint:
+            raise ValueError(
+                "a checkpoint to train on must have an entry 'denoiser', and this one was written by another program; "
+                "for its weights, convert them to a diffusers folder and import that"
+            )
         saved = checkpoint["denoiser"]["unet"]["init_args"]
         differ = [f"{name}: {saved[name]} in the checkpoint, {value} here"
                   for name, value in self.unet.config.items() if saved.get(name) != value]  # fmt: skip
@@ -221,10 +233,11 @@ class DiffusionModule(LightningModule):
 
     def _log_quarters(self, errors: Tensor, t: Tensor) -> None:
         """Logs the error in each quarter of the noise range; each has a share of every batch, as t is stratified."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps:
+        if self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # Lightning sets it at runtime
             return
         sums, counts = sums_by_quarter(errors, t, self.schedule.num_train_timesteps)
-        self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in range(NUM_QUARTERS)})
+        filled = counts.nonzero().flatten().tolist()  # fewer than 6 samples can leave a quarter empty
+        self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in filled})
 
     def _check_data(self, num_classes: int | None) -> None:
         assert self.image_shape is not None
@@ -276,6 +289,11 @@ def lr_factor(step: int, num_warmup_steps: int, num_steps: float) -> float:
         return 1.0
     progress = (step - num_warmup_steps) / max(num_steps - num_warmup_steps, 1)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_settings(

@@ -1,0 +1,121 @@
+"""What the tests of training, the command line and the recipes share: a tiny network, tiny data, a quiet trainer."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from unet_diffusion.cli import main
+from unet_diffusion.data import ImageDataModule, ImageSet
+from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.training import DiffusionModule
+from unet_diffusion.unet import DenoiserUNet
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = REPOSITORY / "configs"
+
+TINY_UNET = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+
+TINY_DIGITS = (  # configs/digits.yaml, in a second
+    f"--config {CONFIGS / 'digits.yaml'} --model.unet.init_args.channels [8,16] "
+    "--model.unet.init_args.norm_num_groups 4 --model.unet.init_args.layers_per_block 1 "
+    "--data.init_args.batch_size 32 --data.init_args.num_val 20 "
+    "--trainer.accelerator cpu --trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 "
+    "--trainer.enable_progress_bar false --trainer.enable_model_summary false "
+    "--samples.every_n_steps 2 --samples.num_images 10 --samples.num_inference_steps 2 "
+    "--checkpoint.every_n_train_steps 2"
+).split()
+
+
+class TinyImages(ImageDataModule):
+    """20 images of noise, 1x8x8, of two classes or none: 16 to train on and 4 to validate on."""
+
+    def __init__(self, *, class_names=("cat", "dog"), shape=(1, 8, 8), num_val=4, batch_size=4, **options):
+        super().__init__(num_val=num_val, batch_size=batch_size, num_workers=0, **options)
+        self._names, self._shape = class_names, shape
+
+    def load(self) -> ImageSet:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (20, *self._shape), generator=generator).to(torch.uint8)
+        if self._names is None:
+            return ImageSet(images)
+        return ImageSet(images, torch.arange(20) % len(self._names), list(self._names))
+
+
+@pytest.fixture
+def tiny_images():
+    return TinyImages
+
+
+@pytest.fixture
+def tiny_unet():
+    """Makes a tiny network; the same weights every time."""
+
+    def make(**options) -> DenoiserUNet:
+        torch.manual_seed(0)
+        return DenoiserUNet(**{**TINY_UNET, **options})
+
+    return make
+
+
+@pytest.fixture
+def tiny_module(tiny_unet):
+    """Makes a tiny module without classes, or with as many rows of the class embedding as told."""
+
+    def make(*, num_class_embeds=None, prediction_type="v_prediction", unet=None, **options) -> DiffusionModule:
+        unet = unet or tiny_unet(num_class_embeds=num_class_embeds)
+        schedule = NoiseSchedule(100, "squaredcos_cap_v2", prediction_type=prediction_type)
+        return DiffusionModule(unet, schedule, **options)
+
+    return make
+
+
+@pytest.fixture
+def quiet_trainer(tmp_path):
+    """Makes a trainer on the CPU that writes nothing but what a test asks for."""
+
+    def make(**options) -> Trainer:
+        return Trainer(**{"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, **QUIET, **options})
+
+    return make
+
+
+@pytest.fixture
+def run_cli(capsys):
+    """Runs a command in this process; its exit status, and what it wrote to stdout and to stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            status = exit.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def console_script() -> str:
+    """The installed command; skips if the package is not installed with it."""
+    path = Path(sys.executable).parent / "unet-diffusion"
+    if not path.exists():
+        pytest.skip(f"no console script at {path}")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_digits() -> tuple[str, ...]:
+    return tuple(TINY_DIGITS)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> Path:
+    """The folder of a finished tiny run on the digits, to look at; tests do not write into it."""
+    root = tmp_path_factory.mktemp("digits") / "run"
+    assert main(["fit", *TINY_DIGITS, "--trainer.default_root_dir", str(root)]) == 0
+    return root

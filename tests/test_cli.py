@@ -1,0 +1,399 @@
+import csv
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from unet_diffusion import cli
+from unet_diffusion.checkpoint import read_checkpoint
+from unet_diffusion.interop import export_pipeline, import_pipeline
+from unet_diffusion.unet import DenoiserUNet
+
+SAMPLE = ("--num_inference_steps", 2, "--device", "cpu")
+
+
+def pixels(folder) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
+
+
+def copy_of(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def metrics(run, version=0) -> list[dict[str, str]]:
+    with open(run / "logs" / f"version_{version}" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------------------ fit, validate
+
+
+def test_fit_leaves_samples_checkpoints_configuration_and_pipeline(digits_run):
+    expected = ["checkpoints/last.ckpt", "config.yaml", "logs/version_0/metrics.csv", "pipeline/model_index.json"]
+    expected += ["samples.png", "samples/step_0000002.png", "samples/step_0000004.png"]
+    assert [name for name in expected if not (digits_run / name).is_file()] == []
+
+
+def test_fit_logs_training_and_validation_losses(digits_run):
+    rows = metrics(digits_run)
+    assert sorted({int(row["step"]) for row in rows if row.get("train/loss")}) == [0, 1, 2, 3]
+    assert sorted({int(row["step"]) for row in rows if row.get("val/loss")}) == [1, 3]
+
+
+def test_written_configuration_makes_the_same_run(digits_run, tmp_path, run_cli):
+    again = tmp_path / "again"
+    before = sorted(digits_run.rglob("*"))
+    status, _, err = run_cli("fit", "--config", digits_run / "config.yaml", "--trainer.default_root_dir", again)
+    assert status == 0, err
+    assert sorted(digits_run.rglob("*")) == before
+    assert len(list((again / "logs").iterdir())) == 1
+    one, other = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (digits_run, again))
+    torch.testing.assert_close(one["state_dict"], other["state_dict"], rtol=0, atol=0)
+
+
+def test_exported_pipeline_holds_the_averaged_weights_of_the_last_checkpoint(digits_run):
+    exported = import_pipeline(digits_run / "pipeline").unet.state_dict()
+    last = read_checkpoint(digits_run / "checkpoints" / "last.ckpt").unet.state_dict()
+    torch.testing.assert_close(exported, last, rtol=0, atol=0)
+
+
+def test_second_fit_into_a_run_folder_is_refused_with_what_to_do(digits_run, run_cli, tiny_digits):
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", digits_run)
+    assert status == 1
+    assert f"{digits_run} holds a run already; continue it with --ckpt_path {digits_run}/checkpoints/last.ckpt" in err
+    assert not (digits_run / "logs" / "version_1").exists()
+
+
+def test_run_continues_from_its_checkpoint_and_keeps_its_log(digits_run, tmp_path, run_cli, tiny_digits):
+    run = copy_of(digits_run, tmp_path)
+    log = (run / "logs" / "version_0" / "metrics.csv").read_text()
+    last = run / "checkpoints" / "last.ckpt"
+    arguments = [*tiny_digits, "--trainer.default_root_dir", run, "--ckpt_path", last, "--trainer.max_steps", 6]
+    status, _, err = run_cli("fit", *arguments)
+    assert status == 0, err
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    assert (run / "logs" / "version_0" / "metrics.csv").read_text() == log
+    assert {int(row["step"]) for row in metrics(run, version=1)} == {4, 5}
+
+
+def test_validate_gives_the_loss_of_the_run(digits_run, run_cli):
+    arguments = ["--config", digits_run / "config.yaml", "--ckpt_path", digits_run / "checkpoints" / "last.ckpt"]
+    status, out, err = run_cli("validate", *arguments, "--trainer.logger", "false")
+    assert status == 0, err
+    (during_fit,) = (row["val/loss"] for row in metrics(digits_run) if row.get("val/loss") and row["step"] == "3")
+    assert f"{float(during_fit):.6f}"[:7] in out
+
+
+def test_fast_dev_run_trains_and_leaves_nothing(tmp_path, run_cli, tiny_digits):
+    run = tmp_path / "run"
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", run, "--trainer.fast_dev_run", 1)
+    assert status == 0, err
+    assert not any(path.suffix in (".ckpt", ".png") for path in run.rglob("*"))
+
+
+def test_wandb_overlay_logs_pictures_and_configuration_offline(tmp_path, run_cli, tiny_digits, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run, overlay = tmp_path / "run", "configs/logger/wandb.yaml"
+    monkeypatch.chdir(cli.__file__.removesuffix("unet_diffusion/cli.py"))
+    status, _, err = run_cli("fit", *tiny_digits, "--config", overlay, "--trainer.default_root_dir", run)
+    wandb.finish()
+    assert status == 0, err
+    (folder,) = run.glob("wandb/offline-run-*")
+    assert len(list(folder.glob("files/media/images/samples_*.png"))) == 3
+    (record,) = folder.glob("*.wandb")
+    assert b"unet_diffusion.data.DigitsDataModule" in record.read_bytes()
+    assert (run / "logs" / "version_0" / "metrics.csv").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------- sample
+
+
+@pytest.fixture
+def draw(run_cli, tmp_path):
+    """Draws images into a folder of that name; they must come out."""
+
+    def run(name, checkpoint, *arguments):
+        status, _, err = run_cli("sample", checkpoint, "--output", tmp_path / name, *SAMPLE, *arguments)
+        assert status == 0, err
+        return tmp_path / name
+
+    return run
+
+
+def test_sample_writes_images_a_grid_and_the_settings(digits_run, draw):
+    folder = draw("images", digits_run, "--num_images", 4, "--labels", 3, "--guidance_scale", 2)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(f"{i:06d}.png" for i in range(4)),
+        "grid.png",
+        "settings.json",
+    ]
+    assert Image.open(folder / "grid.png").size == (2 * 66 + 2, 2 * 66 + 2)
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["guidance_scale"] == 2
+    assert settings["labels"] == ["3"]
+    assert settings["seed"] == 0
+    assert settings["checkpoint"] == str(digits_run)
+
+
+def test_checkpoint_run_folder_and_pipeline_give_the_same_images(digits_run, draw):
+    sources = {"run": digits_run, "file": digits_run / "checkpoints" / "last.ckpt", "folder": digits_run / "pipeline"}
+    drawn = [pixels(draw(name, source, "--num_images", 3, "--guidance_scale", 1.5)) for name, source in sources.items()]
+    assert drawn[0].std() > 1
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+
+
+def named_pipeline(tmp_path, digits_run):
+    """The digits' pipeline with names for the classes."""
+    trained = import_pipeline(digits_run / "pipeline")
+    trained.class_names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    export_pipeline(trained, tmp_path / "named")
+    return tmp_path / "named"
+
+
+def test_labels_are_numbers_or_names_by_turns(digits_run, draw, tmp_path):
+    source = named_pipeline(tmp_path, digits_run)
+    by_name = pixels(draw("names", source, "--num_images", 3, "--labels", "seven", "two"))
+    by_number = pixels(draw("numbers", source, "--num_images", 3, "--labels", 7, 2, 7))
+    np.testing.assert_array_equal(by_name, by_number)
+
+
+def test_labels_matter(digits_run, draw):
+    one, other = (pixels(draw(f"{label}", digits_run, "--num_images", 2, "--labels", label)) for label in (1, 2))
+    assert not np.array_equal(one, other)
+
+
+def test_default_labels_are_all_classes_in_turn(digits_run, draw):
+    default = pixels(draw("default", digits_run, "--num_images", 12))
+    listed = pixels(draw("listed", digits_run, "--num_images", 12, "--labels", *range(10)))
+    np.testing.assert_array_equal(default, listed)
+
+
+def test_images_depend_on_the_seed(digits_run, draw):
+    one, other = (pixels(draw(f"{seed}", digits_run, "--num_images", 2, "--seed", seed)) for seed in (0, 1))
+    assert not np.array_equal(one, other)
+
+
+def test_images_do_not_depend_on_the_batch_size(digits_run, draw):
+    one = pixels(draw("one", digits_run, "--num_images", 5, "--batch_size", 2))
+    other = pixels(draw("other", digits_run, "--num_images", 5))
+    assert np.abs(one.astype(int) - other).max() <= 1  # float32 rounding before the rounding to bytes
+
+
+def test_images_are_not_overwritten_unasked(digits_run, draw, run_cli):
+    folder = draw("images", digits_run, "--num_images", 2)
+    before = pixels(folder)
+    status, _, err = run_cli("sample", digits_run, "--output", folder, *SAMPLE, "--seed", 5)
+    assert status == 1
+    assert "choose another --output, --resume to draw only the missing ones, or --overwrite" in err
+    np.testing.assert_array_equal(pixels(folder), before)
+    assert json.loads((folder / "settings.json").read_text())["seed"] == 0
+
+
+def test_overwrite_replaces_images(digits_run, draw):
+    before = pixels(draw("images", digits_run, "--num_images", 2))
+    after = pixels(draw("images", digits_run, "--num_images", 2, "--seed", 5, "--overwrite"))
+    assert not np.array_equal(before, after)
+
+
+def test_resume_draws_only_what_is_missing_as_it_was(digits_run, draw):
+    folder = draw("images", digits_run, "--num_images", 4, "--scheduler", "DDPMScheduler")
+    before, kept = pixels(folder), (folder / "000002.png").stat().st_mtime_ns
+    (folder / "000001.png").unlink()
+    (folder / "000003.png").unlink()
+    draw("images", digits_run, "--num_images", 4, "--scheduler", "DDPMScheduler", "--resume")
+    assert np.abs(pixels(folder).astype(int) - before).max() <= 1  # as in another batch size
+    assert (folder / "000002.png").stat().st_mtime_ns == kept
+
+
+def test_resume_with_other_settings_is_refused(digits_run, draw, run_cli):
+    folder = draw("images", digits_run, "--num_images", 2)
+    status, _, err = run_cli("sample", digits_run, "--output", folder, *SAMPLE, "--resume", "--seed", 5)
+    assert status == 1
+    assert "drawn with other settings (seed); --resume needs the same" in err
+
+
+def test_sample_in_bfloat16_is_near_the_one_in_float32(digits_run, draw):
+    exact = pixels(draw("float32", digits_run, "--num_images", 2)).astype(int)
+    rounded = pixels(draw("bfloat16", digits_run, "--num_images", 2, "--precision", "bfloat16")).astype(int)
+    assert 0 < np.abs(rounded - exact).mean() < 10
+
+
+# ----------------------------------------------------------------------------------------------------- export, import
+
+
+def test_export_writes_the_pipeline_that_fit_writes(digits_run, run_cli, tmp_path):
+    status, out, err = run_cli("export", digits_run, tmp_path / "pipeline")
+    assert status == 0, err
+    assert str(tmp_path / "pipeline") in out
+    one, other = (import_pipeline(run / "pipeline") for run in (digits_run, tmp_path))
+    torch.testing.assert_close(one.unet.state_dict(), other.unet.state_dict(), rtol=0, atol=0)
+    assert (one.null_label, one.class_names) == (other.null_label, other.class_names)
+
+
+def test_export_overwrites_only_when_asked(digits_run, run_cli, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    status, _, err = run_cli("export", digits_run, tmp_path / "kept")
+    assert status == 1
+    assert str(tmp_path / "kept") in err
+    assert (tmp_path / "kept" / "notes.txt").read_text() == "mine"
+
+
+def test_imported_pipeline_is_trained_on(digits_run, run_cli, tmp_path, tiny_digits, monkeypatch):
+    checkpoint = tmp_path / "imported" / "first.ckpt"
+    status, out, err = run_cli("import", digits_run / "pipeline", checkpoint)
+    assert status == 0, err
+    assert f"--config {checkpoint.with_suffix('.yaml')} --ckpt_path {checkpoint}" in out
+    seen = []
+    monkeypatch.setattr(
+        "unet_diffusion.training.DiffusionModule.on_train_start",
+        lambda module: seen.append({key: value.clone() for key, value in module.unet.state_dict().items()}),
+    )
+    recipe = ["--config", checkpoint.with_suffix(".yaml"), "--ckpt_path", checkpoint]
+    status, _, err = run_cli("fit", *tiny_digits, *recipe, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+    torch.testing.assert_close(seen, [import_pipeline(digits_run / "pipeline").unet.state_dict()], rtol=0, atol=0)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_imported_configuration_makes_the_network_by_itself(digits_run, run_cli, tmp_path):
+    run_cli("import", digits_run / "pipeline", tmp_path / "first.ckpt")
+    model = yaml.safe_load((tmp_path / "first.yaml").read_text())["model"]
+    expected = read_checkpoint(digits_run / "checkpoints" / "last.ckpt")
+    assert DenoiserUNet(**model["unet"]["init_args"]).config == expected.unet.config
+    assert model["schedule"]["init_args"] == expected.schedule.config
+
+
+def test_import_overwrites_nothing(digits_run, run_cli, tmp_path):
+    (tmp_path / "first.yaml").write_text("mine")
+    status, _, err = run_cli("import", digits_run / "pipeline", tmp_path / "first.ckpt")
+    assert status == 1
+    assert "first.yaml exists and is not overwritten" in err
+    assert not (tmp_path / "first.ckpt").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- errors, help
+
+
+def unconditional(tmp_path):
+    from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
+    from unet_diffusion.schedule import NoiseSchedule
+
+    unet = DenoiserUNet(1, (4, 4), norm_num_groups=2, layers_per_block=1)
+    write_initial_checkpoint(TrainedDenoiser(unet, NoiseSchedule(10), (1, 8, 8)), tmp_path / "unconditional.ckpt")
+    return tmp_path / "unconditional.ckpt"
+
+
+ERRORS = {
+    "missing checkpoint": ("sample {tmp}/none.ckpt", "none.ckpt"),
+    "no checkpoint": ("sample {tmp}/text.ckpt", "text.ckpt is no checkpoint"),
+    "bad scheduler": ("sample {run} --scheduler Euler", "scheduler must be one of"),
+    "unknown name": ("sample {run} --labels eleven", "--labels must be numbers from 0 to 9"),
+    "number out of range": ("sample {run} --labels 10", "got '10'"),
+    "labels without classes": ("sample {unconditional} --labels 1", "trained without classes; leave --labels out"),
+    "guidance without classes": ("sample {unconditional} --guidance_scale 2", "guidance_scale must be 1"),
+    "no images": ("sample {run} --num_images 0", "--num_images must be at least 1, got 0"),
+    "no batch": ("sample {run} --batch_size 0", "--batch_size must be at least 1, got 0"),
+    "too many steps": ("sample {run} --num_inference_steps 1001", "got 1001"),
+    "export of nothing": ("export {tmp}/none {tmp}/out", "none"),
+    "import of nothing": ("import {tmp}/none {tmp}/out.ckpt", "none"),
+    "grid's guidance": ("fit {tiny} --model.label_dropout 0 --model.unet.init_args.num_class_embeds 10", "null label"),
+    "grid's scheduler": ("fit {tiny} --samples.scheduler Euler", "scheduler must be one of"),
+    "network and data": ("fit {tiny} --model.unet.init_args.num_class_embeds 5", "num_class_embeds must be 11"),
+    "setting": ("fit {tiny} --model.ema_decay 2", "ema_decay must be in [0, 1), got 2"),
+    "missing ckpt_path": ("fit {tiny} --ckpt_path {tmp}/none.ckpt", "none.ckpt"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_error_is_one_message_and_exit_status_1(case, digits_run, run_cli, tmp_path, tiny_digits):
+    command, message = ERRORS[case]
+    (tmp_path / "text.ckpt").write_text("hello")
+    places = {
+        "tmp": tmp_path,
+        "run": digits_run,
+        "unconditional": unconditional(tmp_path),
+        "tiny": " ".join(tiny_digits),
+    }
+    arguments = command.format(**places).split()
+    arguments += {
+        "sample": ["--output", tmp_path / "images"],
+        "fit": ["--trainer.default_root_dir", tmp_path / "new"],
+    }.get(arguments[0], [])
+    status, out, err = run_cli(*arguments)
+    assert status == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("unet-diffusion: error:")]
+    assert message in line
+    assert "Traceback" not in out + err
+
+
+def test_failed_sample_leaves_no_folder(digits_run, run_cli, tmp_path):
+    run_cli("sample", digits_run, "--output", tmp_path / "images", "--labels", "eleven")
+    assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize("command", ["sample {tmp}/none.ckpt", "fit {tiny} --model.ema_decay 2"])
+def test_traceback_shows_where_an_error_came_from(command, tmp_path, tiny_digits):
+    arguments = command.format(tmp=tmp_path, tiny=" ".join(tiny_digits)).split()
+    with pytest.raises((FileNotFoundError, ValueError)):
+        cli.main([*arguments, "--traceback"])
+
+
+def test_error_without_a_message_is_named(run_cli, monkeypatch, tmp_path):
+    def fail(path):
+        raise MemoryError
+
+    monkeypatch.setattr("unet_diffusion.interop.load_denoiser", fail)
+    _, _, err = run_cli("sample", tmp_path)
+    assert "unet-diffusion: error: MemoryError" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("train",), ("sample",), ("sample", "x.ckpt", "--number", "3"), ("fit", "--x")]
+)
+def test_wrong_usage_has_exit_status_2(run_cli, arguments):
+    status, _, err = run_cli(*arguments)
+    assert status == 2
+    assert "usage: " in err or "error: " in err
+
+
+OPTIONS = {
+    "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
+    "--overwrite --resume --batch_size --device --precision",
+    "export": "CHECKPOINT DIR --overwrite",
+    "import": "DIR CHECKPOINT",
+    "fit": "--config --print_config --ckpt_path --seed_everything --model.unet --model.schedule --model.optimizer "
+    "--model.lr_warmup_steps --model.lr_decay --model.ema_decay --model.loss_weighting --model.label_dropout "
+    "--model.compile --model.seed --data --trainer.max_steps --trainer.default_root_dir --trainer.precision "
+    "--samples.every_n_steps --samples.num_images --samples.scheduler --samples.num_inference_steps "
+    "--samples.guidance_scale --samples.seed --checkpoint.every_n_train_steps",
+}
+OPTIONS["validate"] = OPTIONS["fit"]
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_of_a_command_mentions_its_options(run_cli, command):
+    status, out, _ = run_cli(command, "--help")
+    assert status == 0
+    assert [option for option in OPTIONS[command].split() if option not in out] == []
+
+
+def test_help_mentions_every_command(run_cli):
+    status, out, _ = run_cli("--help")
+    assert status == 0
+    assert [command for command in OPTIONS if f"\n    {command} " not in out] == []
+
+
+def test_console_script_fails_with_a_message_and_status_1(console_script, tmp_path):
+    done = subprocess.run([console_script, "sample", "none.ckpt"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: no denoiser at none.ckpt" in done.stderr
+    assert "Traceback" not in done.stderr

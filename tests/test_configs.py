@@ -1,0 +1,111 @@
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import yaml
+from conftest import CONFIGS
+from PIL import Image
+
+ALL = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+RECIPES = [name for name in ALL if "/" not in name]
+OVERLAYS = [name for name in ALL if "/" in name]
+
+SMALLER = [  # every recipe: sizes, not kinds
+    "--model.unet.init_args.norm_num_groups=4",
+    "--data.init_args.batch_size=4",
+    "--data.init_args.num_val=4",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--samples.num_images=2",
+    "--samples.num_inference_steps=2",
+]
+NARROWER = {
+    "cifar10_ddpm.yaml": ["--model.unet.init_args.channels", "[8,8,8,8]", "--model.compile", "false"],
+    "digits.yaml": ["--model.unet.init_args.channels", "[8,8]"],
+    "fashion_mnist.yaml": ["--model.unet.init_args.channels", "[8,8,8]"],
+    "folder.yaml": ["--model.unet.init_args.channels", "[8,8,8,8]", "--model.unet.init_args.head_channels", "4"],
+}
+
+
+def leaves(node, path="") -> dict:
+    if not isinstance(node, dict):
+        return {path: node}
+    return {key: value for name, child in node.items() for key, value in leaves(child, f"{path}.{name}").items()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_value_of_a_configuration_is_understood(run_cli, name):
+    base = [] if name in RECIPES else ["--config", CONFIGS / "digits.yaml"]
+    status, out, err = run_cli("fit", *base, "--config", CONFIGS / name, "--print_config")
+    assert status == 0, err
+    understood = leaves(yaml.safe_load(out))
+    for key, value in leaves(yaml.safe_load((CONFIGS / name).read_text())).items():
+        assert understood[key] == value, key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_understood_as_written_with_every_number_a_number(name):
+    values = leaves(yaml.safe_load((CONFIGS / name).read_text()))
+    texts = [value for value in values.values() if isinstance(value, str)]
+    assert [text for text in texts if text.replace("e-", "").replace("e", "").isdigit()] == []  # 2e-4 is a string
+
+
+def write_cifar10(root, monkeypatch):
+    """20 images in CIFAR-10's layout; torchvision would compare their checksums with those of the real ones."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(1, 6):
+        entry = {"data": rng.integers(256, size=(4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
+        (folder / f"data_batch_{i}").write_bytes(pickle.dumps(entry))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+
+def write_fashion_mnist(root, monkeypatch):
+    """20 images in the idx format of MNIST and its kin."""
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(256, size=(20, 28, 28), dtype=np.uint8)
+    labels = (np.arange(20) % 10).astype(np.uint8)
+    for part in ("train", "t10k"):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, *images.shape) + images.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, len(labels)) + labels.tobytes())
+
+
+def write_folder(root, monkeypatch):
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(256, size=(64, 72, 3), dtype=np.uint8)).save(root / f"{i}.png")
+
+
+DATA = {"cifar10_ddpm.yaml": write_cifar10, "fashion_mnist.yaml": write_fashion_mnist, "folder.yaml": write_folder}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, name):
+    arguments = ["--config", CONFIGS / name, *SMALLER, *NARROWER[name]]
+    if name in DATA:
+        DATA[name](tmp_path / "data", monkeypatch)
+        arguments += ["--data.init_args.root", tmp_path / "data"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+    for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
+        assert (tmp_path / "run" / file).is_file(), file
+
+
+def test_folder_recipe_trains_with_classes_as_its_comment_says(run_cli, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write_folder(tmp_path / "data" / label, None)
+    arguments = ["--config", CONFIGS / "folder.yaml", *SMALLER, *NARROWER["folder.yaml"]]
+    arguments += ["--data.init_args.root", tmp_path / "data", "--data.init_args.class_labels", "true"]
+    arguments += ["--model.unet.init_args.num_class_embeds", "3", "--model.label_dropout", "0.1"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
