@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from unet_diffusion import cli
-from unet_diffusion.checkpoint import read_checkpoint
+from unet_diffusion.checkpoint import read_checkpoint, write_initial_checkpoint
 from unet_diffusion.interop import export_pipeline, import_pipeline
 from unet_diffusion.unet import DenoiserUNet
 
@@ -69,6 +69,13 @@ def test_second_fit_into_a_run_folder_is_refused_with_what_to_do(digits_run, run
     assert not (digits_run / "logs" / "version_1").exists()
 
 
+def test_fit_from_another_run_into_a_run_folder_is_refused(digits_run, tmp_path, run_cli, tiny_digits):
+    last = copy_of(digits_run, tmp_path) / "checkpoints" / "last.ckpt"
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", digits_run, "--ckpt_path", last)
+    assert status == 1
+    assert "holds a run already" in err
+
+
 def test_run_continues_from_its_checkpoint_and_keeps_its_log(digits_run, tmp_path, run_cli, tiny_digits):
     run = copy_of(digits_run, tmp_path)
     log = (run / "logs" / "version_0" / "metrics.csv").read_text()
@@ -96,6 +103,20 @@ def test_fast_dev_run_trains_and_leaves_nothing(tmp_path, run_cli, tiny_digits):
     assert not any(path.suffix in (".ckpt", ".png") for path in run.rglob("*"))
 
 
+def test_fast_dev_run_leaves_a_finished_run_alone(digits_run, tmp_path, run_cli, tiny_digits):
+    run = copy_of(digits_run, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", run, "--trainer.fast_dev_run", 1)
+    assert status == 0, err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_progress_bar_can_be_on_or_off(tmp_path, run_cli, tiny_digits):
+    arguments = ["fit", *tiny_digits, "--trainer.fast_dev_run", 1, "--trainer.default_root_dir", tmp_path]
+    bars = ["fit:" in run_cli(*arguments, "--trainer.enable_progress_bar", on)[2] for on in ("true", "false")]
+    assert bars == [True, False]
+
+
 def test_wandb_overlay_logs_pictures_and_configuration_offline(tmp_path, run_cli, tiny_digits, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -115,6 +136,20 @@ def test_wandb_overlay_logs_pictures_and_configuration_offline(tmp_path, run_cli
 # ------------------------------------------------------------------------------------------------------------- sample
 
 
+@pytest.fixture(scope="module")
+def strong_run(digits_run, tmp_path_factory):
+    """A run folder whose network reacts to its labels and to rounding, which one of four steps hardly does."""
+    trained = import_pipeline(digits_run / "pipeline")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    root = tmp_path_factory.mktemp("strong") / "run"
+    write_initial_checkpoint(trained, root / "checkpoints" / "last.ckpt")
+    export_pipeline(trained, root / "pipeline")
+    return root
+
+
 @pytest.fixture
 def draw(run_cli, tmp_path):
     """Draws images into a folder of that name; they must come out."""
@@ -127,8 +162,8 @@ def draw(run_cli, tmp_path):
     return run
 
 
-def test_sample_writes_images_a_grid_and_the_settings(digits_run, draw):
-    folder = draw("images", digits_run, "--num_images", 4, "--labels", 3, "--guidance_scale", 2)
+def test_sample_writes_images_a_grid_and_the_settings(strong_run, draw):
+    folder = draw("images", strong_run, "--num_images", 4, "--labels", 3, "--guidance_scale", 2)
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"{i:06d}.png" for i in range(4)),
         "grid.png",
@@ -139,90 +174,90 @@ def test_sample_writes_images_a_grid_and_the_settings(digits_run, draw):
     assert settings["guidance_scale"] == 2
     assert settings["labels"] == ["3"]
     assert settings["seed"] == 0
-    assert settings["checkpoint"] == str(digits_run)
+    assert settings["checkpoint"] == str(strong_run)
 
 
-def test_checkpoint_run_folder_and_pipeline_give_the_same_images(digits_run, draw):
-    sources = {"run": digits_run, "file": digits_run / "checkpoints" / "last.ckpt", "folder": digits_run / "pipeline"}
+def test_checkpoint_run_folder_and_pipeline_give_the_same_images(strong_run, draw):
+    sources = {"run": strong_run, "file": strong_run / "checkpoints" / "last.ckpt", "folder": strong_run / "pipeline"}
     drawn = [pixels(draw(name, source, "--num_images", 3, "--guidance_scale", 1.5)) for name, source in sources.items()]
     assert drawn[0].std() > 1
     np.testing.assert_array_equal(drawn[0], drawn[1])
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
-def named_pipeline(tmp_path, digits_run):
+def named_pipeline(tmp_path, strong_run):
     """The digits' pipeline with names for the classes."""
-    trained = import_pipeline(digits_run / "pipeline")
+    trained = import_pipeline(strong_run / "pipeline")
     trained.class_names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     export_pipeline(trained, tmp_path / "named")
     return tmp_path / "named"
 
 
-def test_labels_are_numbers_or_names_by_turns(digits_run, draw, tmp_path):
-    source = named_pipeline(tmp_path, digits_run)
+def test_labels_are_numbers_or_names_by_turns(strong_run, draw, tmp_path):
+    source = named_pipeline(tmp_path, strong_run)
     by_name = pixels(draw("names", source, "--num_images", 3, "--labels", "seven", "two"))
     by_number = pixels(draw("numbers", source, "--num_images", 3, "--labels", 7, 2, 7))
     np.testing.assert_array_equal(by_name, by_number)
 
 
-def test_labels_matter(digits_run, draw):
-    one, other = (pixels(draw(f"{label}", digits_run, "--num_images", 2, "--labels", label)) for label in (1, 2))
+def test_labels_matter(strong_run, draw):
+    one, other = (pixels(draw(f"{label}", strong_run, "--num_images", 2, "--labels", label)) for label in (1, 2))
     assert not np.array_equal(one, other)
 
 
-def test_default_labels_are_all_classes_in_turn(digits_run, draw):
-    default = pixels(draw("default", digits_run, "--num_images", 12))
-    listed = pixels(draw("listed", digits_run, "--num_images", 12, "--labels", *range(10)))
+def test_default_labels_are_all_classes_in_turn(strong_run, draw):
+    default = pixels(draw("default", strong_run, "--num_images", 12))
+    listed = pixels(draw("listed", strong_run, "--num_images", 12, "--labels", *range(10)))
     np.testing.assert_array_equal(default, listed)
 
 
-def test_images_depend_on_the_seed(digits_run, draw):
-    one, other = (pixels(draw(f"{seed}", digits_run, "--num_images", 2, "--seed", seed)) for seed in (0, 1))
+def test_images_depend_on_the_seed(strong_run, draw):
+    one, other = (pixels(draw(f"{seed}", strong_run, "--num_images", 2, "--seed", seed)) for seed in (0, 1))
     assert not np.array_equal(one, other)
 
 
-def test_images_do_not_depend_on_the_batch_size(digits_run, draw):
-    one = pixels(draw("one", digits_run, "--num_images", 5, "--batch_size", 2))
-    other = pixels(draw("other", digits_run, "--num_images", 5))
+def test_images_do_not_depend_on_the_batch_size(strong_run, draw):
+    one = pixels(draw("one", strong_run, "--num_images", 5, "--batch_size", 2))
+    other = pixels(draw("other", strong_run, "--num_images", 5))
     assert np.abs(one.astype(int) - other).max() <= 1  # float32 rounding before the rounding to bytes
 
 
-def test_images_are_not_overwritten_unasked(digits_run, draw, run_cli):
-    folder = draw("images", digits_run, "--num_images", 2)
+def test_images_are_not_overwritten_unasked(strong_run, draw, run_cli):
+    folder = draw("images", strong_run, "--num_images", 2)
     before = pixels(folder)
-    status, _, err = run_cli("sample", digits_run, "--output", folder, *SAMPLE, "--seed", 5)
+    status, _, err = run_cli("sample", strong_run, "--output", folder, *SAMPLE, "--seed", 5)
     assert status == 1
     assert "choose another --output, --resume to draw only the missing ones, or --overwrite" in err
     np.testing.assert_array_equal(pixels(folder), before)
     assert json.loads((folder / "settings.json").read_text())["seed"] == 0
 
 
-def test_overwrite_replaces_images(digits_run, draw):
-    before = pixels(draw("images", digits_run, "--num_images", 2))
-    after = pixels(draw("images", digits_run, "--num_images", 2, "--seed", 5, "--overwrite"))
+def test_overwrite_replaces_images(strong_run, draw):
+    before = pixels(draw("images", strong_run, "--num_images", 2))
+    after = pixels(draw("images", strong_run, "--num_images", 2, "--seed", 5, "--overwrite"))
     assert not np.array_equal(before, after)
 
 
-def test_resume_draws_only_what_is_missing_as_it_was(digits_run, draw):
-    folder = draw("images", digits_run, "--num_images", 4, "--scheduler", "DDPMScheduler")
+def test_resume_draws_only_what_is_missing_as_it_was(strong_run, draw):
+    folder = draw("images", strong_run, "--num_images", 4, "--scheduler", "DDPMScheduler")
     before, kept = pixels(folder), (folder / "000002.png").stat().st_mtime_ns
     (folder / "000001.png").unlink()
     (folder / "000003.png").unlink()
-    draw("images", digits_run, "--num_images", 4, "--scheduler", "DDPMScheduler", "--resume")
+    draw("images", strong_run, "--num_images", 4, "--scheduler", "DDPMScheduler", "--resume")
     assert np.abs(pixels(folder).astype(int) - before).max() <= 1  # as in another batch size
     assert (folder / "000002.png").stat().st_mtime_ns == kept
 
 
-def test_resume_with_other_settings_is_refused(digits_run, draw, run_cli):
-    folder = draw("images", digits_run, "--num_images", 2)
-    status, _, err = run_cli("sample", digits_run, "--output", folder, *SAMPLE, "--resume", "--seed", 5)
+def test_resume_with_other_settings_is_refused(strong_run, draw, run_cli):
+    folder = draw("images", strong_run, "--num_images", 2)
+    status, _, err = run_cli("sample", strong_run, "--output", folder, *SAMPLE, "--resume", "--seed", 5)
     assert status == 1
     assert "drawn with other settings (seed); --resume needs the same" in err
 
 
-def test_sample_in_bfloat16_is_near_the_one_in_float32(digits_run, draw):
-    exact = pixels(draw("float32", digits_run, "--num_images", 2)).astype(int)
-    rounded = pixels(draw("bfloat16", digits_run, "--num_images", 2, "--precision", "bfloat16")).astype(int)
+def test_sample_in_bfloat16_is_near_the_one_in_float32(strong_run, draw):
+    exact = pixels(draw("float32", strong_run, "--num_images", 2)).astype(int)
+    rounded = pixels(draw("bfloat16", strong_run, "--num_images", 2, "--precision", "bfloat16")).astype(int)
     assert 0 < np.abs(rounded - exact).mean() < 10
 
 

@@ -106,19 +106,19 @@ def test_one_run_is_left_with_its_pipeline(two_processes):
     run = two_processes / "run"
     assert [path.name for path in (run / "logs").iterdir()] == ["version_0"]
     assert (run / "pipeline" / "model_index.json").is_file()
-    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["devices"] == 2
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["devices"] == "2"
 
 
-def test_validation_loss_is_that_of_a_single_process(two_processes, run_cli):
+def test_validation_loss_is_that_of_a_single_process(two_processes, run_cli, tmp_path):
     run = two_processes / "run"
     with open(run / "logs" / "version_0" / "metrics.csv", newline="") as file:
         (logged,) = (float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"])
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["trainer"].update(devices=1, strategy="auto", callbacks=None)
-    (two_processes / "single.yaml").write_text(yaml.safe_dump(config))
-    arguments = ["--config", two_processes / "single.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
+    config["trainer"].update(devices=1, strategy="auto", callbacks=None, default_root_dir=str(tmp_path / "alone"))
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", tmp_path / "alone.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
     status, _, err = run_cli("validate", *arguments)
     assert status == 0, err
-    with open(sorted((run / "logs").glob("version_*"))[-1] / "metrics.csv", newline="") as file:
+    with open(tmp_path / "alone" / "logs" / "version_0" / "metrics.csv", newline="") as file:
         (alone,) = (float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"])
     assert logged == pytest.approx(alone, rel=1e-5)  # float32 sums in another order

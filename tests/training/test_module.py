@@ -145,7 +145,7 @@ def test_validation_timesteps_are_spread_over_the_whole_range(tiny_module):
 
 
 def test_quarters_of_the_validation_loss_are_logged(tiny_module, tiny_images, quiet_trainer):
-    metrics = validate(tiny_module(), tiny_images(class_names=None, num_val=10), quiet_trainer())
+    metrics = validate(tiny_module(), tiny_images(class_names=None, num_val=18), quiet_trainer())
     assert set(metrics) == {"val/loss", *(f"val/loss_q{i}" for i in (1, 2, 3, 4))}
 
 

@@ -71,8 +71,10 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(SampleGrid, "samples")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        # Without a version counter last.ckpt is always the last one, also in a run folder that was moved and continued.
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
-                             "checkpoint.auto_insert_metric_name": False})  # fmt: skip
+                             "checkpoint.auto_insert_metric_name": False,
+                             "checkpoint.enable_version_counter": False})  # fmt: skip
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -81,11 +83,16 @@ class TrainingCLI(LightningCLI):
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
         config.trainer.logger = _loggers(config.trainer.logger, root)
-        if self.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
+        if config.trainer.fast_dev_run:
+            config.checkpoint.save_last = False  # Lightning would write it at the end all the same
+        elif self.subcommand == "fit" and not _continues(root, config.ckpt_path):
             _refuse_to_overwrite(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config = self.written
+        if self._get(self.config, "trainer").enable_progress_bar is False:  # Lightning refuses a bar then
+            callbacks = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [one for one in callbacks if not isinstance(one, RunProgressBar)]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -110,6 +117,11 @@ def _silence_what_is_meant() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _continues(root: Path, ckpt_path: Any) -> bool:
+    """Whether a run goes on from a checkpoint of its own: a file in its folder, or a word of Lightning's, like last."""
+    return bool(ckpt_path) and (not Path(ckpt_path).is_file() or root.resolve() in Path(ckpt_path).resolve().parents)
 
 
 def _refuse_to_overwrite(root: Path) -> None:

@@ -190,11 +190,13 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer_factory(self.unet.parameters())
-        num_steps = self.trainer.estimated_stepping_batches if self.lr_decay == "cosine" else math.inf
-        if self.lr_decay == "cosine" and num_steps == math.inf:
+        has_end = self.trainer.max_steps != -1 or self.trainer.max_epochs != -1
+        if self.lr_decay == "cosine" and not has_end:
             raise ValueError("lr_decay cosine needs an end: set trainer.max_steps or trainer.max_epochs")
 
         def factor(step: int) -> float:
+            # Not asked for before the first step: to answer, Lightning would set up the data, and then not resume them.
+            num_steps = self.trainer.estimated_stepping_batches if self.lr_decay == "cosine" and step else math.inf
             return lr_factor(step, self.lr_warmup_steps, num_steps)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
