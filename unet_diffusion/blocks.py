@@ -99,7 +99,7 @@ class ResidualBlock(nn.Module):
         norm_num_groups: groups of both norms.
         norm_eps: added to the variance in both norms.
         scale_shift: the embedding scales and shifts the second norm, instead of being added before it.
-        resample: `downsample_by_mean` or `upsample_nearest`, applied in both branches; None keeps the size.
+        resample: such as `nn.AvgPool2d(2)`, without weights, applied in both branches; None keeps the size.
     """
 
     def __init__(

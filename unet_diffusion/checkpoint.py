@@ -4,7 +4,7 @@ A checkpoint is read with `weights_only=True`: it can hold tensors and plain val
 the network again is the plain dictionary `checkpoint["denoiser"]`, beside the weights that Lightning saves.
 """
 
-import importlib
+import importlib.util
 import os
 import pickle
 import zipfile
@@ -75,7 +75,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
     try:
         trained = _build(record)
         trained.unet.load_state_dict(_ema_weights(checkpoint["state_dict"]))
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, ImportError) as error:
         raise ValueError(f"{path} must hold a whole denoiser of this version, and does not: {error}") from error
     trained.unet.eval()
     return trained

@@ -22,7 +22,7 @@ MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 1 failed, 2 wrong usage.
+    """Run a command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
     Args:
         arguments: without the program's name; None: those of this process.
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
+    except KeyboardInterrupt:
+        print("unet-diffusion: stopped", file=sys.stderr)
+        return 130  # as shells report it
     except Exception as error:  # the one place where errors end: whatever it was, it is said in one message
         if show_traceback:
             raise

@@ -31,7 +31,7 @@ def drop_labels(labels: Tensor, null_label: int, dropout: float, generator: torc
     """
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
-    dropped = torch.rand(labels.shape, generator=generator, device=generator.device) < dropout
+    dropped = torch.rand(labels.shape, generator=generator, device=generator.device, dtype=torch.float32) < dropout
     return torch.where(dropped.to(labels.device), null_label, labels)
 
 

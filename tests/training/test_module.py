@@ -74,11 +74,11 @@ def test_average_is_the_recursion_over_the_raw_weights(tiny_module, tiny_images,
     module = tiny_module(optimizer=SGD, ema_decay=0.2)
     quiet_trainer(max_steps=6, callbacks=[record]).fit(module, tiny_images(class_names=None))
     expected = {key: value.double() for key, value in record.raw[0].items()}
-    for n, raw in enumerate(record.raw[1:]):
+    for n, (raw, ema) in enumerate(zip(record.raw[1:], record.ema[1:], strict=True)):
         decay = min(0.2, (1 + n) / (10 + n))  # 1/10, 2/11, then 0.2
         expected = {key: decay * expected[key] + (1 - decay) * raw[key].double() for key in raw}
-    actual = {key: value.double() for key, value in module.ema_unet.state_dict().items()}
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # float32
+        actual = {key: value.double() for key, value in ema.items()}
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)  # float32
 
 
 def test_average_moves_once_an_optimiser_step_under_accumulation(tiny_module, tiny_images, quiet_trainer):
@@ -167,6 +167,13 @@ def test_training_draws_differ_between_steps(draws):
     record = draws()
     assert not torch.equal(record.noise[0], record.noise[1])
     assert not torch.equal(record.t[0], record.t[1])
+
+
+def test_training_draws_differ_between_epochs(tiny_module, tiny_images, quiet_trainer):
+    record = DrawRecord()
+    trainer = quiet_trainer(max_steps=5, limit_val_batches=0, callbacks=[record])  # an epoch is 4
+    trainer.fit(tiny_module(), tiny_images(class_names=None))
+    assert not torch.equal(record.noise[0], record.noise[4])
 
 
 def test_training_draws_are_the_same_for_the_same_seed(draws):

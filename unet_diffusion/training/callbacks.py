@@ -1,5 +1,6 @@
 """Shows how training does: a grid of samples of the averaged network every so often, and one bar for the whole run."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,11 @@ class SampleGrid(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
-        self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
+        last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
+        if trainer.global_step == self._drawn_at and last.exists():
+            shutil.copyfile(last, run_folder(trainer) / "samples.png")
+        else:
+            self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
 
     def _draw(self, trainer: Trainer, module: DiffusionModule, path: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it at runtime
@@ -88,7 +93,6 @@ class SampleGrid(Callback):
         num_classes = module.num_classes
         images = self.sample(trainer, module, num_classes)
         columns = num_classes if num_classes and num_classes <= MAX_COLUMNS else None
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_grid(images, path, columns=columns)
         _log_picture(trainer, image_grid(images, columns=columns))
 
@@ -139,7 +143,8 @@ class RunProgressBar(ProgressBar):
         if self._bar is None:
             return
         # Reading a loss waits for the device: not each step. Lightning sets log_every_n_steps at runtime.
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
             losses = {
                 key: f"{value:.4f}" for key, value in self.get_metrics(trainer, pl_module).items() if key != "v_num"
             }

@@ -60,7 +60,7 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={"callbacks": [LearningRateMonitor(), RunProgressBar()], "enable_model_summary": False},
+            trainer_defaults={"enable_model_summary": False},
         )
 
     @staticmethod
@@ -78,7 +78,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        root = Path(config.trainer.default_root_dir or "runs/unnamed")
+        root = Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
         config.trainer.default_root_dir = str(root)
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
@@ -90,9 +90,11 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config = self.written
-        if self._get(self.config, "trainer").enable_progress_bar is False:  # Lightning refuses a bar then
-            callbacks = self.trainer_defaults["callbacks"]
-            self.trainer_defaults["callbacks"] = [one for one in callbacks if not isinstance(one, RunProgressBar)]
+        trainer = self._get(self.config, "trainer")
+        # Lightning refuses a bar that is turned off, and rates that nobody logs.
+        bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
+        rates = [] if trainer.logger is False else [LearningRateMonitor()]
+        self.trainer_defaults["callbacks"] = [*bar, *rates]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -101,6 +103,10 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
             return
+        # Lightning writes last.ckpt every so many steps; the run may have gone on since.
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
+            self.trainer.save_checkpoint(Path(checkpoint.dirpath) / "last.ckpt")
         if self.trainer.is_global_zero:
             folder = run_folder(self.trainer)
             export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
@@ -145,6 +151,6 @@ def _loggers(wanted: Any, root: Path) -> Any:
     }
     others = [] if wanted in (None, True) else wanted if isinstance(wanted, list) else [wanted]
     for logger in others:
-        if logger.init_args.get("save_dir") in (None, "."):
+        if "save_dir" in logger.init_args and logger.init_args.save_dir in (None, "."):
             logger.init_args.save_dir = str(root)
     return [csv, *others]

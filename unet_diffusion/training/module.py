@@ -27,6 +27,7 @@ from unet_diffusion.unet import DenoiserUNet
 
 LRDecay = Literal["constant", "cosine"]
 
+FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly however many there are
 
 
@@ -45,7 +46,7 @@ class DiffusionModule(LightningModule):
         unet: the network to train; its weights are the raw ones.
         schedule: noise schedule and prediction type.
         optimizer: makes the optimiser from the parameters.
-        lr_warmup_steps: optimiser steps over which the learning rate rises linearly from 0; 0 is off.
+        lr_warmup_steps: optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
         lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
         ema_decay: share of the average kept at each optimiser step; less at first: (1 + n) / (10 + n) after n steps.
         loss_weighting: "uniform", or "min_snr" with gamma 5.
@@ -129,6 +130,11 @@ class DiffusionModule(LightningModule):
         self._check_data(datamodule.num_classes)
 
     def on_fit_start(self) -> None:
+        dtype = next(self.unet.parameters()).dtype
+        if dtype != torch.float32:
+            raise ValueError(
+                f"the weights must be float32 for the average to move, got {dtype}; use precision bf16-mixed"
+            )
         if self.compile_unet:
             self.unet.compile()  # in place: the state dict's keys stay plain
 
@@ -148,7 +154,7 @@ class DiffusionModule(LightningModule):
         step = self.trainer.fit_loop.total_batch_idx
         generator = keyed_generator(self.seed, step, self.global_rank, device=x0.device)
         t = stratified_timesteps(len(x0), self.schedule.num_train_timesteps, generator)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=torch.float32)
         labels = self._labels(batch)
         if labels is not None and self.null_label is not None:
             labels = drop_labels(labels, self.null_label, self.label_dropout, generator)
@@ -164,7 +170,9 @@ class DiffusionModule(LightningModule):
         x0, index = batch["images"], batch["index"]
         t = self.fixed_timesteps(index)
         generators = image_generators(self.seed, index.tolist())
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=g, dtype=torch.float32) for g in generators]).to(
+            x0.device
+        )
         errors = self._errors(self.ema_unet, x0, noise, t, self._labels(batch))
         self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
 
@@ -185,8 +193,8 @@ class DiffusionModule(LightningModule):
         Args:
             index: number of each image in its data set, (B,) int64.
         """
-        spread = (index.double() * GOLDEN_RATIO) % 1.0
-        return (spread * self.schedule.num_train_timesteps).long()
+        spread = (index.cpu().double() * GOLDEN_RATIO) % 1.0  # on the CPU: not every device has float64
+        return (spread * self.schedule.num_train_timesteps).long().to(index.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer_factory(self.unet.parameters())
@@ -214,16 +222,21 @@ class DiffusionModule(LightningModule):
             checkpoint["denoiser"] = denoiser_record(self.trained)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "denoiser" not in checkpoint:
-            raise ValueError(
-                "a checkpoint to train on must have an entry 'denoiser', and this one was written by another program; "
-                "for its weights, convert them to a diffusers folder and import that"
-            )
-        saved = checkpoint["denoiser"]["unet"]["init_args"]
-        differ = [f"{name}: {saved[name]} in the checkpoint, {value} here"
-                  for name, value in self.unet.config.items() if saved.get(name) != value]  # fmt: skip
+        """Refuses a checkpoint of another network, noise schedule or null label, before its weights are loaded.
+
+        Raises:
+            ValueError: naming each setting that differs.
+        """
+        saved = checkpoint["denoiser"]
+        then = {**saved["unet"]["init_args"], **saved["schedule"], "null_label": saved["null_label"]}
+        now = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
+        differ = [
+            f"{name}: {then.get(name)} in the checkpoint, {value} here"
+            for name, value in now.items()
+            if name != "dropout" and then.get(name) != value  # dropout may change: it has no weights
+        ]
         if differ:
-            raise ValueError(f"the checkpoint holds another network ({'; '.join(differ)}); set model.unet as it was")
+            raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
 
     def _errors(self, unet: DenoiserUNet, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Squared error of the prediction for each image, (B,)."""
@@ -234,12 +247,13 @@ class DiffusionModule(LightningModule):
         return None if self.unet.class_embedding is None else batch["labels"]
 
     def _log_quarters(self, errors: Tensor, t: Tensor) -> None:
-        """Logs the error in each quarter of the noise range; each has a share of every batch, as t is stratified."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        """Logs the error in each quarter of the noise range, for the step at which Lightning writes its log."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        # A smaller batch may leave a quarter empty; counting would wait for the device.
+        if not every or (self.trainer.global_step + 1) % every or len(t) < FILLS_EVERY_QUARTER:
             return
         sums, counts = sums_by_quarter(errors, t, self.schedule.num_train_timesteps)
-        filled = counts.nonzero().flatten().tolist()  # fewer than 6 samples can leave a quarter empty
-        self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in filled})
+        self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in range(NUM_QUARTERS)})
 
     def _check_data(self, num_classes: int | None) -> None:
         assert self.image_shape is not None
@@ -271,7 +285,7 @@ def stratified_timesteps(batch_size: int, num_train_timesteps: int, generator: t
     Each is uniform over the whole range by itself; together they spread evenly, and the loss varies less.
     """
     device = generator.device
-    uniform = torch.rand(batch_size, generator=generator, device=device)
+    uniform = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float32)
     part = torch.randperm(batch_size, generator=generator, device=device)
     t = ((part + uniform) / batch_size * num_train_timesteps).long()
     return t.clamp(max=num_train_timesteps - 1)  # float32 rounds the highest draws up to the end
