@@ -88,6 +88,30 @@ def test_run_continues_from_its_checkpoint_and_keeps_its_log(digits_run, tmp_pat
     assert {int(row["step"]) for row in metrics(run, version=1)} == {4, 5}
 
 
+@pytest.mark.parametrize("stop", [3, 4])  # a checkpoint is written every 2 steps, and at the end
+def test_continued_run_is_the_longer_run(stop, tmp_path, run_cli, tiny_digits):
+    def fit(name, max_steps, *arguments):
+        arguments = [*arguments, "--trainer.default_root_dir", tmp_path / name, "--trainer.max_steps", max_steps]
+        # 8 of 40 images a batch: an epoch is 5 steps
+        arguments += [
+            "--model.lr_decay",
+            "constant",
+            "--data.init_args.num_val",
+            1757,
+            "--data.init_args.batch_size",
+            8,
+        ]
+        status, _, err = run_cli("fit", *tiny_digits, *arguments, "--trainer.limit_val_batches", 1)
+        assert status == 0, err
+        return torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+
+    straight = fit("straight", 8)
+    fit("continued", stop)
+    continued = fit("continued", 8, "--ckpt_path", tmp_path / "continued" / "checkpoints" / "last.ckpt")
+    assert continued["global_step"] == straight["global_step"] == 8
+    torch.testing.assert_close(continued["state_dict"], straight["state_dict"], rtol=0, atol=0)
+
+
 def test_validate_gives_the_loss_of_the_run(digits_run, run_cli):
     arguments = ["--config", digits_run / "config.yaml", "--ckpt_path", digits_run / "checkpoints" / "last.ckpt"]
     status, out, err = run_cli("validate", *arguments, "--trainer.logger", "false")
@@ -127,7 +151,7 @@ def test_wandb_overlay_logs_pictures_and_configuration_offline(tmp_path, run_cli
     wandb.finish()
     assert status == 0, err
     (folder,) = run.glob("wandb/offline-run-*")
-    assert len(list(folder.glob("files/media/images/samples_*.png"))) == 3
+    assert len(list(folder.glob("files/media/images/samples_*.png"))) == 2
     (record,) = folder.glob("*.wandb")
     assert b"unet_diffusion.data.DigitsDataModule" in record.read_bytes()
     assert (run / "logs" / "version_0" / "metrics.csv").is_file()

@@ -148,6 +148,10 @@ def _sample(options: argparse.Namespace) -> None:
             save_images(images, options.output, indices=indices, overwrite=options.overwrite)
     first = [options.output / f"{i:06d}.png" for i in range(min(options.num_images, MAX_GRID_IMAGES))]
     save_grid(read_images(first), options.output / "grid.png")
+    if options.overwrite:  # what a longer run left would stand beside these under their settings
+        for path in options.output.glob("[0-9]*.png"):
+            if path.stem.isdecimal() and int(path.stem) >= options.num_images:
+                path.unlink()
     print(f"{options.num_images} images and grid.png in {options.output}")
 
 
@@ -184,6 +188,8 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
             f"{folder} holds {len(present)} images already; choose another --output, "
             "--resume to draw only the missing ones, or --overwrite"
         )
+    if options.resume and present and not record.exists():
+        raise ValueError(f"{folder} holds images but no settings.json, so --resume cannot tell how they were drawn")
     if options.resume and record.exists() and (before := json.loads(record.read_text())) != settings:
         differ = ", ".join(key for key in settings if before.get(key) != settings[key])
         raise ValueError(f"the images in {folder} were drawn with other settings ({differ}); --resume needs the same")

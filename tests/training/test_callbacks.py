@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from unet_diffusion.pictures import save_grid
 from unet_diffusion.sampling import sample
 from unet_diffusion.training import SampleGrid
 
@@ -44,6 +45,16 @@ def test_grid_is_a_png_with_a_column_a_class(fit_with_grid, tmp_path):
         assert (picture.format, picture.size) == ("PNG", GRID_SIZE)
 
 
+def test_grid_at_the_end_is_that_of_the_last_step(fit_with_grid, tmp_path):
+    fit_with_grid(tiny_grid())
+    assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "samples" / "step_0000004.png").read_bytes()
+
+
+def test_grid_at_the_end_is_a_new_one_if_steps_came_after_the_last(fit_with_grid, shown):
+    fit_with_grid(tiny_grid(), max_steps=5)
+    assert len(shown) == 3
+
+
 def test_grid_without_classes_is_about_square(fit_with_grid, tiny_module, tiny_images, tmp_path):
     fit_with_grid(tiny_grid(), module=tiny_module(), data=tiny_images(class_names=None))
     with Image.open(tmp_path / "samples.png") as picture:
@@ -57,9 +68,14 @@ def test_every_0_steps_writes_one_grid_at_the_end(fit_with_grid, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """The images of each grid, in place of files."""
+    """The images of each grid that is drawn."""
     grids = []
-    monkeypatch.setattr("unet_diffusion.training.callbacks.save_grid", lambda images, path, **_: grids.append(images))
+
+    def save(images, path, **options):
+        grids.append(images)
+        save_grid(images, path, **options)
+
+    monkeypatch.setattr("unet_diffusion.training.callbacks.save_grid", save)
     return grids
 
 
@@ -74,7 +90,7 @@ def test_grid_shows_the_averaged_network(fit_with_grid, tiny_module, shown):
 
 def test_grids_of_a_network_that_does_not_change_are_the_same(fit_with_grid, tiny_module, shown):
     fit_with_grid(tiny_grid(), module=tiny_module(**TWO_CLASSES, optimizer=functools.partial(torch.optim.SGD, lr=0.0)))
-    torch.testing.assert_close(shown, [shown[0]] * 3, rtol=0, atol=1e-5)  # the average of equal weights is rounded
+    torch.testing.assert_close(shown, [shown[0]] * 2, rtol=0, atol=1e-5)  # the average of equal weights is rounded
 
 
 def test_grid_follows_guidance(fit_with_grid, tiny_module, shown):
@@ -88,7 +104,7 @@ def test_grid_follows_guidance(fit_with_grid, tiny_module, shown):
 
 def test_grid_is_drawn_once_a_step_under_accumulation(fit_with_grid, shown):
     fit_with_grid(tiny_grid(), accumulate_grad_batches=2)
-    assert len(shown) == 3  # at steps 2 and 4, and at the end
+    assert len(shown) == 2  # at steps 2 and 4; samples.png is the last of them
 
 
 def test_drawing_does_not_change_training(fit_with_grid, tiny_module):
@@ -109,7 +125,7 @@ def test_tensorboard_gets_each_grid(fit_with_grid, tmp_path):
     fit_with_grid(tiny_grid(), logger=TensorBoardLogger(tmp_path, name="tensorboard"))
     events = EventAccumulator(str(tmp_path / "tensorboard" / "version_0"), size_guidance={"images": 0}).Reload()
     logged = events.Images("samples")
-    assert [image.step for image in logged] == [2, 4, 4]  # two on the way, and the end
+    assert [image.step for image in logged] == [2, 4]
     assert {(image.width, image.height) for image in logged} == {GRID_SIZE}
 
 
@@ -122,7 +138,7 @@ def test_wandb_gets_each_grid_offline(fit_with_grid, tmp_path, monkeypatch):
     wandb.finish()
     (media,) = tmp_path.glob("wandb/offline-run-*/files/media/images")
     pictures = sorted(media.glob("samples_*.png"))
-    assert len(pictures) == 3  # two on the way, and the end
+    assert len(pictures) == 2
     expected = np.asarray(Image.open(tmp_path / "samples.png"))
     assert any(np.array_equal(np.asarray(Image.open(path)), expected) for path in pictures)
 

@@ -1,11 +1,13 @@
 import copy
+import csv
 import functools
 import re
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from unet_diffusion.checkpoint import read_checkpoint
 from unet_diffusion.data import DigitsDataModule
@@ -228,6 +230,18 @@ def test_logged_losses_are_numbers_however_small_the_batch(tiny_module, tiny_ima
     assert all(value == value for metrics in record.metrics for value in metrics.values())
 
 
+def test_quarters_are_logged_though_an_epoch_is_shorter_than_the_log_interval(tiny_module, tiny_images, tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=7, log_every_n_steps=3, limit_val_batches=0, logger=logger,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(tiny_module(), tiny_images(class_names=None, batch_size=8))  # two batches an epoch
+    with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["train/loss_q1"] and row["train/loss_q4"]] == ["2", "5"]
+
+
 def test_clipped_gradients_bound_the_step_in_bfloat16(tiny_module, tiny_images, quiet_trainer):
     record = WeightRecord()
     trainer = quiet_trainer(max_steps=1, precision="bf16-mixed", gradient_clip_val=0.01, callbacks=[record])
@@ -431,6 +445,16 @@ def test_checkpoint_of_another_network_is_refused_with_what_differs(tiny_module,
     with pytest.raises(ValueError, match="num_class_embeds: None in the checkpoint, 2 here") as error:
         quiet_trainer(max_steps=2).fit(other, tiny_images(), ckpt_path=tmp_path / "one.ckpt")
     assert not re.search(r"size mismatch|Missing key", str(error.value))
+
+
+def test_checkpoint_of_another_prediction_type_is_refused(tiny_module, tiny_images, quiet_trainer, tmp_path):
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(tiny_module(), tiny_images(class_names=None))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    module = tiny_module()
+    module.schedule = NoiseSchedule(prediction_type="sample")
+    with pytest.raises(ValueError, match=r"prediction_type: .* in the checkpoint, sample here"):
+        quiet_trainer(max_steps=2).fit(module, tiny_images(class_names=None), ckpt_path=tmp_path / "one.ckpt")
 
 
 def test_checkpoint_of_another_program_is_refused(tiny_module, tiny_images, quiet_trainer, tmp_path):

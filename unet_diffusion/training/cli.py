@@ -98,7 +98,12 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        self.model.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
+        for private in (settings["trainer"], settings["data"].get("init_args", {})):
+            for key in ("default_root_dir", "logger", "root"):
+                private.pop(key, None)
+        self.model.settings = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
 
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:

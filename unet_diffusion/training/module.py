@@ -227,7 +227,12 @@ class DiffusionModule(LightningModule):
         Raises:
             ValueError: naming each setting that differs.
         """
-        saved = checkpoint["denoiser"]
+        saved = checkpoint.get("denoiser")
+        if saved is None:
+            raise ValueError(
+                "a checkpoint to train on must have an entry 'denoiser', and this one was written by another program; "
+                "for its weights, convert them to a diffusers folder and import that"
+            )
         then = {**saved["unet"]["init_args"], **saved["schedule"], "null_label": saved["null_label"]}
         now = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
         differ = [
