@@ -222,6 +222,14 @@ def test_exported_folder_is_imported_again_as_it_was(tmp_path, classes):
     torch.testing.assert_close(again.unet.state_dict(), trained.unet.state_dict(), rtol=0, atol=0)
 
 
+def test_import_says_which_settings_of_the_sampler_are_not_kept(tmp_path):
+    export_pipeline(tiny_denoiser(classes=False), tmp_path / "folder")
+    path = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "variance_type": "fixed_large"}))
+    with pytest.warns(UserWarning, match="variance_type fixed_large"):
+        import_pipeline(tmp_path / "folder")
+
+
 def test_network_folder_holds_nothing_of_ours(tmp_path):
     export_pipeline(tiny_denoiser(classes=True), tmp_path / "pipeline")
     config = json.loads((tmp_path / "pipeline" / "unet" / "config.json").read_text())

@@ -61,6 +61,7 @@ SUPPORTED_SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "snr_shift_scale": (1,),
 }
+SAMPLER_FIELDS = {"variance_type": "fixed_small", "clip_sample": True, "thresholding": False}  # of `scheduler_config`
 RESAMPLE_OF_BLOCK = {  # None: as downsample_type or upsample_type says; the other blocks ignore these fields
     "DownBlock2D": "conv",
     "AttnDownBlock2D": None,
@@ -170,9 +171,11 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
             "from_diffusers reads the network alone"
         )
     config = _complete(UNet2DModel, _read_json(_unet_folder(folder) / "config.json"))
+    scheduler_config = _read_json(_scheduler_file(folder))
+    _warn_of_lost_fields(scheduler_config)
     return TrainedDenoiser(
         unet=from_diffusers(folder),
-        schedule=schedule_from_diffusers(_read_json(_scheduler_file(folder))),
+        schedule=schedule_from_diffusers(scheduler_config),
         image_shape=_image_shape(config),
         null_label=index.get("null_label"),
         class_names=index.get("class_names"),
@@ -261,6 +264,17 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     # schedulers without these fields have them off: they predict noise, and do not rescale
     optional = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     return NoiseSchedule(**{key: fields.get(key, optional.get(key)) for key in (*names, "rescale_betas_zero_snr")})
+
+
+def _warn_of_lost_fields(config: Mapping[str, Any]) -> None:
+    """Says which settings of the sampler, not of the schedule, are replaced by ours."""
+    lost = [
+        f"{field} {config[field]} (here {ours})"
+        for field, ours in SAMPLER_FIELDS.items()
+        if config.get(field, ours) != ours
+    ]
+    if lost:
+        warnings.warn(f"not kept of the scheduler, so samples will differ: {', '.join(lost)}", stacklevel=3)
 
 
 def _defaults(diffusers_class: type) -> dict[str, Any]:
