@@ -31,7 +31,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
@@ -98,7 +98,7 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         for private in (settings["trainer"], settings["data"].get("init_args", {})):
             for key in ("default_root_dir", "logger", "root"):
@@ -108,10 +108,6 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
             return
-        # Lightning writes last.ckpt every so many steps; the run may have gone on since.
-        checkpoint = self.trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
-            self.trainer.save_checkpoint(Path(checkpoint.dirpath) / "last.ckpt")
         if self.trainer.is_global_zero:
             folder = run_folder(self.trainer)
             export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
