@@ -1,12 +1,13 @@
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import CONFIGS
 from PIL import Image
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 RECIPES = [name for name in ALL if "/" not in name]
 OVERLAYS = [name for name in ALL if "/" in name]

@@ -3,11 +3,13 @@
 import csv
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 RECORDER = """
 import torch
