@@ -13,12 +13,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
+from features import classes, fashion_mnist, trained_classifier
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
-from torch import Tensor, nn
-from torchvision.datasets import FashionMNIST
+from torch import Tensor
 
 from unet_diffusion.interop import load_denoiser
 from unet_diffusion.sampling import sample
@@ -30,8 +29,9 @@ Classifier = Callable[[Tensor], Tensor]  # images (N, 1, H, W) in [-1, 1] -> cla
 
 def main() -> None:
     options = parse_options()
-    torch.manual_seed(options.seed)
-    classify, accuracy = digits_classifier() if options.data == "digits" else fashion_classifier(options.root)
+    classify, accuracy = (
+        digits_classifier() if options.data == "digits" else fashion_classifier(options.root, options.seed)
+    )
     print(f"classifier: {accuracy:.1%} right on held-out real images")
 
     trained = load_denoiser(options.checkpoint)
@@ -90,44 +90,11 @@ def digits_classifier() -> tuple[Classifier, float]:
     return classify, svc.score(data_test, target_test)
 
 
-def fashion_classifier(root: str, num_epochs: int = 5, batch_size: int = 128) -> tuple[Classifier, float]:
+def fashion_classifier(root: str, seed: int) -> tuple[Classifier, float]:
     """A small convolutional network, trained on the 60,000 training images and scored on the 10,000 test images."""
-    train, test = (FashionMNIST(root, train=is_train) for is_train in (True, False))
-    images, targets = train.data[:, None].float() / 127.5 - 1, train.targets
-    network = small_cnn()
-    num_steps = num_epochs * (len(images) // batch_size)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2.0e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2.0e-3, total_steps=num_steps)
-    for step in range(num_steps):
-        batch = torch.randint(len(images), (batch_size,))
-        flip = [3] if step % 2 else []
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy(network(images[batch].flip(flip)), targets[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    network.eval()
-
-    @torch.no_grad()
-    def classify(images: Tensor) -> Tensor:
-        return torch.cat([network(part).argmax(1) for part in images.split(500)])
-
-    right = classify(test.data[:, None].float() / 127.5 - 1) == test.targets
-    return classify, right.float().mean().item()
-
-
-def small_cnn() -> nn.Sequential:
-    """Four convolutions and two linear layers, 28x28 -> 10 classes."""
-
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    return nn.Sequential(
-        *[*block(1, 32), *block(32, 32), nn.MaxPool2d(2)],
-        *[*block(32, 64), *block(64, 64), nn.MaxPool2d(2)],
-        *[nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)],
-    )
+    classify = partial(classes, trained_classifier(root, seed))
+    images, targets = fashion_mnist(root, train=False)
+    return classify, (classify(images) == targets).float().mean().item()
 
 
 if __name__ == "__main__":

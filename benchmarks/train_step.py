@@ -1,108 +1,171 @@
-"""Training throughput beside diffusers: the 35.7 M network of DDPM's CIFAR-10, same weights, process and precision.
+"""Training steps of the same size beside diffusers and denoising-diffusion-pytorch, each as shipped and tuned.
 
-    python benchmarks/train_step.py
+    python benchmarks/train_step.py --network cifar10
 
-A step is noising, forward, loss, backward, gradient clipping and the optimiser; ours also moves the EMA. The two
-alternate in blocks; printed are the medians. Forward agreement is asserted first.
+A step is noise, forward, loss, backward, clipping, optimiser and EMA. diffusers' network has our weights, and equality
+is asserted first; denoising-diffusion-pytorch's has about as many parameters and its own operations. What "as shipped"
+and "tuned" mean stands in peers.py. Contenders take turns in blocks, and ratios are medians of pairs in a round.
+
+TFLOP/s counts what the network asks for, whatever the kernels do, beside what one matrix product and one convolution
+reach here in bfloat16, forward and backward. The first step includes compilation, from an empty cache (ours is tried at
+several speeds before, which compiles its kernels). Memory is measured for each contender in a process of its own.
 """
 
 import argparse
-import copy
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
 
-import diffusers
 import torch
-import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from torch import nn
+from measure import (
+    Step,
+    alternate,
+    describe,
+    environment,
+    forward_flops,
+    host_synchronisations,
+    peak_memory,
+    peak_memory_apart,
+    peaks,
+    seconds,
+    table,
+    times_as_fast,
+    write_json,
+)
+from ours import our_step, speed_for
+from peers import (
+    NETWORKS,
+    assert_equal_networks,
+    ddpm_pytorch_network,
+    ddpm_pytorch_step,
+    diffusers_network,
+    diffusers_step,
+    num_parameters,
+    our_network,
+    random_images,
+    tuned_ddpm_pytorch_step,
+    tuned_diffusers_step,
+)
 
-from unet_diffusion.interop import to_diffusers
-from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.speed import SPEEDS
 
-NUM_WARM_UP = 2  # steps a network before timing
+OURS = "unet_diffusion"
+PEERS = {
+    "diffusers": (diffusers_network, diffusers_step),
+    "diffusers_tuned": (diffusers_network, tuned_diffusers_step),
+    "ddpm_pytorch": (ddpm_pytorch_network, ddpm_pytorch_step),
+    "ddpm_pytorch_tuned": (ddpm_pytorch_network, tuned_ddpm_pytorch_step),
+}
+CUDA_BATCH_SIZE = 128
+
+Record = dict[str, Any]
 
 
 def main() -> None:
+    options = parse_options()
+    if options.memory_of:
+        print(peak_memory(build_step(options.memory_of, options)))
+        return
+    machine = environment()
+    print(describe(machine))
+    difference = assert_equal_networks(options.network)
+    print(f"{options.network}: our output and diffusers' differ by {difference:.1e} of the largest, in float32")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty; processes that measure memory compile from it
+        images = random_images(options.network, options.batch_size, options.device)
+        options.ours = options.ours or speed_for(our_network(options.network), images)
+        ceilings = peaks(options.device)
+        records = measure_contenders(options)
+    for name, record in records.items():
+        millions, gflops = record["parameters"] / 1e6, record["forward_flops"] / 1e9
+        print(f"{name}: {millions:.2f} M parameters, {gflops:.3f} GFLOP forward")
+    print(table([row(name, records, ceilings) for name in records]))
+    settings = {name: getattr(options, name) for name in ("network", "batch_size", "blocks", "steps", "ours")}
+    report = {"environment": machine, "device": options.device.type, "settings": settings, "peaks": ceilings}
+    path = write_json(options.output or f"train_step_{options.network}", {**report, "contenders": records})
+    print(f"written: {path}")
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each network")
-    parser.add_argument("--steps", type=int, default=4, help="steps a block")
+    add = parser.add_argument
+    add("--network", choices=NETWORKS, default="cifar10", help="sd1 wants a GPU; tiny only tries the program")
+    add("--contenders", nargs="+", choices=[OURS, *PEERS], default=installed_contenders(), help="default: all")
+    add("--ours", choices=SPEEDS, help="speed of ours; default: the one that fit would choose")
+    add("--batch_size", type=int, help=f"default: {CUDA_BATCH_SIZE} on a GPU; 16 for cifar10, 64 for small, medium")
+    add("--blocks", type=int, default=5, help="timed blocks of each contender")
+    add("--steps", type=int, default=4, help="steps a block")
+    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--no_memory", action="store_true", help="leave out memory: it compiles every compiled contender once more")
+    add("--output", help="JSON file; default: benchmarks/results/train_step_NETWORK.json")
+    add("--memory_of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-
-    torch.manual_seed(0)
-    ours = DenoiserUNet(
-        3, [128, 256, 256, 256], attention_levels=[1], downsample_padding=0, norm_eps=1e-6,
-        flip_sin_to_cos=False, freq_shift=1,
-    )  # fmt: skip
-    nn.init.normal_(ours.conv_out.weight, std=0.02)  # it starts at zero, where all networks would agree
-    theirs = to_diffusers(ours, sample_size=32).train()
-    ours.train()
-    x, t = torch.randn(options.batch_size, 3, 32, 32), torch.arange(options.batch_size) * 7
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x, t), theirs(x, t).sample, atol=1e-5, rtol=1e-5)
-
-    steps = {"unet_diffusion": our_step(ours, x), "diffusers": their_step(theirs, x)}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(NUM_WARM_UP):
-            step()
-    for _ in range(options.blocks):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(options.steps):
-                step()
-            seconds[name].append((time.perf_counter() - start) / options.steps)
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    print(f"{time.strftime('%Y-%m-%d')}: {machine}, {versions}, bf16 autocast, batch {options.batch_size}")
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        print(f"{name:15s} {median:.3f} s a step, {options.batch_size / median:.1f} images/s "
-              f"(blocks {min(times):.3f} to {max(times):.3f} s)")  # fmt: skip
-    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(f"ours is {statistics.median(ratios):.2f} times as fast (median of {len(ratios)} pairs)")
+    on_gpu = options.device.type == "cuda"
+    options.batch_size = options.batch_size or (CUDA_BATCH_SIZE if on_gpu else NETWORKS[options.network].batch_size)
+    return options
 
 
-def our_step(unet: DenoiserUNet, x0: torch.Tensor) -> Callable[[], None]:
-    schedule = NoiseSchedule()
-    ema = copy.deepcopy(unet).requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-4)
-
-    def step() -> None:
-        noise, t = torch.randn_like(x0), torch.randint(schedule.num_train_timesteps, (len(x0),))
-        with torch.autocast("cpu", torch.bfloat16):
-            prediction = unet(schedule.add_noise(x0, noise, t), t)
-        F.mse_loss(prediction.float(), schedule.target(x0, noise, t)).backward()
-        _finish(unet, optimizer)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1e-4)
-
-    return step
+def installed_contenders() -> list[str]:
+    with_ddpm_pytorch = find_spec("denoising_diffusion_pytorch") is not None
+    return [OURS, *(name for name in PEERS if with_ddpm_pytorch or not name.startswith("ddpm_pytorch"))]
 
 
-def their_step(unet: nn.Module, x0: torch.Tensor) -> Callable[[], None]:
-    scheduler = DDPMScheduler()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-4)
-
-    def step() -> None:
-        noise, t = torch.randn_like(x0), torch.randint(1000, (len(x0),))
-        with torch.autocast("cpu", torch.bfloat16):
-            prediction = unet(scheduler.add_noise(x0, noise, t), t).sample
-        F.mse_loss(prediction.float(), noise).backward()
-        _finish(unet, optimizer)
-
-    return step
+def build_step(name: str, options: argparse.Namespace) -> Step:
+    x0 = random_images(options.network, options.batch_size, options.device)
+    if name == OURS:
+        return our_step(our_network(options.network).to(options.device), x0, speed=options.ours)
+    make_network, make_step = PEERS[name]
+    return make_step(make_network(options.network).to(options.device), x0)
 
 
-def _finish(unet: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+def measure_contenders(options: argparse.Namespace) -> dict[str, Record]:
+    """What is reported of each contender, by name."""
+    records: dict[str, Record] = {name: size(name, options.network) for name in options.contenders}
+    steps = {}
+    for name in options.contenders:
+        steps[name] = build_step(name, options)
+        records[name]["first_step_seconds"] = seconds(steps[name])
+        print(f"{name}: first step after {records[name]['first_step_seconds']:.1f} s", flush=True)
+    times = alternate(steps, options.blocks, options.steps, warm_up=2)
+    for name, record in records.items():
+        record["seconds_per_step"] = times[name]
+        record["images_per_second"] = [options.batch_size / taken for taken in times[name]]
+        record["tflops"] = 3 * record["forward_flops"] * statistics.median(record["images_per_second"]) / 1e12
+        record["ours_times_as_fast"] = times_as_fast(times[OURS], times[name]) if OURS in times else None
+        record["host_synchronisations"] = host_synchronisations(steps[name])
+        record["peak_mib"] = None if options.no_memory else peak_memory_apart(name, "--ours", options.ours)
+    return records
+
+
+def size(name: str, network: str) -> Record:
+    """Parameters and operations, counted on the plain network in float32: those of ours and diffusers' are equal."""
+    channels, height, width = NETWORKS[network].image_shape
+    unet = ddpm_pytorch_network(network) if name.startswith("ddpm_pytorch") else our_network(network)
+    flops = forward_flops(unet.eval(), torch.zeros(1, channels, height, width), torch.zeros(1))
+    return {"parameters": num_parameters(unet), "forward_flops": flops}
+
+
+def row(name: str, records: dict[str, Record], ceilings: dict[str, float]) -> dict[str, str | None]:
+    record = records[name]
+    ratio, memory = record["ours_times_as_fast"], record["peak_mib"]
+    return {
+        "contender": name,
+        "images/s (lowest to highest block)": spread(record["images_per_second"]),
+        "ours is so many times as fast": None if ratio is None else f"{ratio:.2f}",
+        "TFLOP/s": f"{record['tflops']:.3f}",
+        "of a matrix product": f"{record['tflops'] / ceilings['product bfloat16 training']:.0%}",
+        "of a convolution": f"{record['tflops'] / ceilings['convolution bfloat16 training']:.0%}",
+        "first step, s": f"{record['first_step_seconds']:.1f}",
+        "peak memory, MiB": None if memory is None else f"{memory:.0f}",
+        "host waits a step": record["host_synchronisations"],
+    }
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":

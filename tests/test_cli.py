@@ -431,7 +431,7 @@ OPTIONS = {
     "import": "DIR CHECKPOINT",
     "fit": "--config --print_config --ckpt_path --seed_everything --model.unet --model.schedule --model.optimizer "
     "--model.lr_warmup_steps --model.lr_decay --model.ema_decay --model.loss_weighting --model.label_dropout "
-    "--model.compile --model.seed --data --trainer.max_steps --trainer.default_root_dir --trainer.precision "
+    "--model.speed --model.seed --data --trainer.max_steps --trainer.default_root_dir --trainer.precision "
     "--samples.every_n_steps --samples.num_images --samples.scheduler --samples.num_inference_steps "
     "--samples.guidance_scale --samples.seed --checkpoint.every_n_train_steps",
 }

@@ -18,6 +18,7 @@ SMALLER = [  # every recipe: sizes, not kinds
     "--data.init_args.num_val=4",
     "--trainer.accelerator=cpu",
     "--trainer.max_steps=2",
+    "--model.speed=plain",
     "--trainer.val_check_interval=2",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
@@ -25,7 +26,7 @@ SMALLER = [  # every recipe: sizes, not kinds
     "--samples.num_inference_steps=2",
 ]
 NARROWER = {
-    "cifar10_ddpm.yaml": ["--model.unet.init_args.channels", "[8,8,8,8]", "--model.compile", "false"],
+    "cifar10_ddpm.yaml": ["--model.unet.init_args.channels", "[8,8,8,8]"],
     "digits.yaml": ["--model.unet.init_args.channels", "[8,8]"],
     "fashion_mnist.yaml": ["--model.unet.init_args.channels", "[8,8,8]"],
     "folder.yaml": ["--model.unet.init_args.channels", "[8,8,8,8]", "--model.unet.init_args.head_channels", "4"],
@@ -68,12 +69,12 @@ def write_cifar10(root, monkeypatch):
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
 
 
-def write_fashion_mnist(root, monkeypatch):
-    """20 images in the idx format of MNIST and its kin."""
+def write_fashion_mnist(root, monkeypatch=None, num_images=20):
+    """Images of noise in the idx format of MNIST and its kin."""
     folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(256, size=(20, 28, 28), dtype=np.uint8)
-    labels = (np.arange(20) % 10).astype(np.uint8)
+    images = np.random.default_rng(0).integers(256, size=(num_images, 28, 28), dtype=np.uint8)
+    labels = (np.arange(num_images) % 10).astype(np.uint8)
     for part in ("train", "t10k"):
         (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, *images.shape) + images.tobytes())
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, len(labels)) + labels.tobytes())

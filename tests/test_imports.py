@@ -5,7 +5,7 @@ import pytest
 
 FORBIDDEN = [  # what a module must not pull in, however indirectly
     ("lightning", ["losses", "sampling", "interop", "checkpoint", "pipelines.class_conditional"]),
-    ("diffusers", ["blocks", "unet", "schedule", "conditioning", "losses", "checkpoint"]),
+    ("diffusers", ["blocks", "unet", "schedule", "conditioning", "losses", "checkpoint", "speed"]),
 ]
 
 

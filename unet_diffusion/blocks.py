@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unet_diffusion.kernels import group_norm_silu, winograd_conv2d
+
+MAX_PRODUCT_TOKENS = 1024  # up to which plain products beat flash attention on a CPU, and the (L, L) map is small
 MAX_PERIOD = 10_000  # longest wavelength of the timestep embedding (Vaswani et al. 2017, section 3.5)
 
 
@@ -116,26 +119,70 @@ class ResidualBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = GroupNormSiLU(norm_num_groups, in_channels, eps=norm_eps)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
+        self.norm2 = GroupNormSiLU(norm_num_groups, out_channels, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         self.resample = nn.Identity() if resample is None else resample
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.resample(F.silu(self.norm1(x)))
-        h = self.conv1(h)
-        emb = self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + emb)
-        h = self.conv2(self.dropout(F.silu(h)))
+        h = self.conv1(self.resample(self.norm1(x)))
+        emb = self.time_emb_proj(F.silu(emb))
+        h = self.norm2(h, scale_shift=emb) if self.scale_shift else self.norm2(h, offset=emb)
+        h = self.conv2(self.dropout(h))
         return self.conv_shortcut(self.resample(x)) + h
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps height and width.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+    """
+
+    fused = False  # by `kernels.winograd_conv2d`; see `speed.set_speed`
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused and self.bias is not None:
+            return winograd_conv2d(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """Group norm, then SiLU. Its arguments are those of nn.GroupNorm."""
+
+    fused = False  # by `kernels.group_norm_silu`; see `speed.set_speed`
+
+    def forward(self, x: Tensor, *, offset: Tensor | None = None, scale_shift: Tensor | None = None) -> Tensor:
+        """silu(norm(x + offset) * (1 + scale) + shift).
+
+        Args:
+            x: (B, C, H, W).
+            offset: (B, C), or None for none.
+            scale_shift: scale and shift, (B, 2C), or None for none.
+        """
+        if self.fused:
+            return self._fused(x, offset, scale_shift)
+        h = super().forward(x if offset is None else x + offset[:, :, None, None])
+        if scale_shift is not None:
+            scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        return F.silu(h)
+
+    def _fused(self, x: Tensor, offset: Tensor | None, scale_shift: Tensor | None) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if scale_shift is not None:
+            scale, shift = scale_shift.chunk(2, dim=1)
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        return group_norm_silu(x, self.num_groups, weight, bias, self.eps, offset=offset)
 
 
 class SelfAttention(nn.Module):
@@ -161,9 +208,14 @@ class SelfAttention(nn.Module):
         height, width = x.shape[-2:]
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
         q, k, v = (self._split_heads(project(tokens)) for project in (self.to_q, self.to_k, self.to_v))
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = self._attend(q, k, v)
         out = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, heads, H*W, C/heads) -> (B, H*W, C)
         return x + out.transpose(1, 2).unflatten(2, (height, width))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu" and q.shape[2] <= MAX_PRODUCT_TOKENS:
+            return torch.softmax(q * q.shape[3] ** -0.5 @ k.transpose(2, 3), dim=3) @ v
+        return F.scaled_dot_product_attention(q, k, v)
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, heads, L, C/heads)
@@ -203,7 +255,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from unet_diffusion.speed import SPEEDS, keep_freed_memory, set_speed
+
 if TYPE_CHECKING:
     from unet_diffusion.checkpoint import TrainedDenoiser
 
@@ -103,6 +105,12 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
+    parser.add_argument(
+        "--speed",
+        choices=SPEEDS,
+        default="plain",
+        help="how the network runs; fused (CPU) and compiled take a while to compile first, and pay with many images",
+    )
     parser.set_defaults(run=_sample)
 
 
@@ -127,7 +135,10 @@ def _sample(options: argparse.Namespace) -> None:
     check_sampling(trained.schedule, (options.num_images, *trained.image_shape), labels=labels, **settings)
     todo = _prepare_output(options)
 
+    if torch.device(options.device).type == "cpu":
+        keep_freed_memory()
     unet = trained.unet.to(options.device)
+    set_speed(unet, options.speed)
     device_type = torch.device(options.device).type
     num_steps = num_network_steps(trained.schedule, options.scheduler, options.num_inference_steps)
     with tqdm(total=len(todo) * num_steps, unit="image step") as bar:
@@ -179,7 +190,7 @@ def _labels(wanted: list[str] | None, trained: "TrainedDenoiser", num_images: in
 def _prepare_output(options: argparse.Namespace) -> list[int]:
     """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
     folder: Path = options.output
-    unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device"}
+    unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device", "speed"}
     settings = {key: value for key, value in vars(options).items() if key not in unasked}
     record = folder / "settings.json"
     present = {path.name for path in folder.glob("*.png")} if folder.exists() else set()

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_diffusion.blocks import (
+    Conv3x3,
     DownBlock,
     Downsample,
+    GroupNormSiLU,
     MidBlock,
     PassThrough,
     ResidualBlock,
@@ -151,7 +152,7 @@ class DenoiserUNet(UNet):
             return Upsample(width)
 
         super().__init__(
-            nn.Conv2d(in_channels, channels[0], 3, padding=1),
+            Conv3x3(in_channels, channels[0]),
             _down_blocks(channels, layers_per_block, residual, attentions, downsampler),
             mid_block=MidBlock(
                 [residual(channels[-1], channels[-1]) for _ in range(2)],
@@ -163,8 +164,8 @@ class DenoiserUNet(UNet):
             channels[0], emb_channels, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift
         )
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, emb_channels)
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.conv_norm_out = GroupNormSiLU(norm_num_groups, channels[0], eps=norm_eps)
+        self.conv_out = Conv3x3(channels[0], out_channels)
         _initialise(self)
 
         self.config: dict[str, Any] = {
@@ -200,7 +201,7 @@ class DenoiserUNet(UNet):
         """
         self._check_size(x)
         x = self.wire(x, self.embed(t, labels), context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
     def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The embedding of timesteps (B,), plus that of labels (B,) if there are classes: (B, 4 * channels[0])."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -23,6 +24,7 @@ from unet_diffusion.conditioning import drop_labels
 from unet_diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
 from unet_diffusion.sampling import image_generators
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
+from unet_diffusion.speed import SPEEDS, Speed, fastest_speed, keep_freed_memory, set_speed, speeds_for
 from unet_diffusion.unet import DenoiserUNet
 
 LRDecay = Literal["constant", "cosine"]
@@ -52,7 +54,8 @@ class DiffusionModule(LightningModule):
         loss_weighting: "uniform", or "min_snr" with gamma 5.
         label_dropout: probability of training on the null label, which is then the last row of the network's class
             embedding; 0: no null label and no guidance.
-        compile: compile the network before training; costs a minute or two and pays in long runs.
+        speed: how the network runs, see `speed.py`; they differ in rounding. "auto" times them on this machine before
+            the run, for at most 5 % of it, and a run that is continued keeps what was found.
         seed: of noise, timesteps and label dropout.
 
     Raises:
@@ -70,13 +73,14 @@ class DiffusionModule(LightningModule):
         ema_decay: float = 0.9999,
         loss_weighting: LossWeighting = "uniform",
         label_dropout: float = 0.0,
-        compile: bool = False,
+        speed: Speed | Literal["auto"] = "plain",
         seed: int = 0,
     ):
         super().__init__()
         num_class_embeds = unet.config["num_class_embeds"]
         _check_choice("loss_weighting", loss_weighting, get_args(LossWeighting))
         _check_choice("lr_decay", lr_decay, get_args(LRDecay))
+        _check_choice("speed", speed, (*SPEEDS, "auto"))
         if lr_warmup_steps < 0:
             raise ValueError(f"lr_warmup_steps must be 0 or more, got {lr_warmup_steps}")
         _check_settings(schedule, loss_weighting, label_dropout, ema_decay, num_class_embeds)
@@ -89,9 +93,10 @@ class DiffusionModule(LightningModule):
         self.ema_decay = ema_decay
         self.loss_weighting = loss_weighting
         self.label_dropout = label_dropout
-        self.compile_unet = compile
+        self.speed = speed
         self.seed = seed
 
+        self.chosen_speed: Speed = "plain"  # until the run begins
         self.null_label = num_class_embeds - 1 if label_dropout > 0 else None
         self.image_shape: tuple[int, int, int] | None = None
         self.class_names: list[str] | None = None
@@ -122,6 +127,13 @@ class DiffusionModule(LightningModule):
         return rows if rows is None or self.null_label is None else rows - 1
 
     def setup(self, stage: str) -> None:
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
+        self._meet_data()
+        if stage == "fit":
+            self._run_at(self._fastest_speed() if self.speed == "auto" else self.speed)
+
+    def _meet_data(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
             return
@@ -135,8 +147,6 @@ class DiffusionModule(LightningModule):
             raise ValueError(
                 f"the weights must be float32 for the average to move, got {dtype}; use precision bf16-mixed"
             )
-        if self.compile_unet:
-            self.unet.compile()  # in place: the state dict's keys stay plain
 
     def train(self, mode: bool = True) -> "DiffusionModule":
         """Switches dropout of the trained network; the averaged one is never in training mode."""
@@ -218,6 +228,7 @@ class DiffusionModule(LightningModule):
             torch._foreach_lerp_(list(self.ema_unet.parameters()), list(self.unet.parameters()), 1 - decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["speed"] = self.chosen_speed
         if self.image_shape is not None:
             checkpoint["denoiser"] = denoiser_record(self.trained)
 
@@ -242,6 +253,38 @@ class DiffusionModule(LightningModule):
         ]
         if differ:
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
+        if self.speed == "auto" and self._trainer is not None:
+            before = checkpoint.get("speed")
+            if before in speeds_for(self.trainer.strategy.root_device):  # to go on bit for bit
+                rank_zero_info(f"speed {before}, as the run had before")
+                self._run_at(before)
+
+    def _run_at(self, speed: Speed) -> None:
+        """Both networks in the same memory format, so that the average moves fast; only the trained one is compiled."""
+        self.chosen_speed = speed
+        device = self.trainer.strategy.root_device
+        set_speed(self.unet, speed, device)
+        set_speed(self.ema_unet, "channels_last" if speed == "compiled" else speed, device)
+
+    def _fastest_speed(self) -> Speed:
+        """Of the first process, for all."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise ValueError(f"speed auto needs a data module that knows its images; use one of {', '.join(SPEEDS)}")
+        assert self.image_shape is not None
+        device = self.trainer.strategy.root_device
+        x = torch.zeros(datamodule.batch_size, *self.image_shape, device=device)
+        labels = None if self.unet.class_embedding is None else x.new_zeros(len(x), dtype=torch.int64)
+        num_batches = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
+        speed, reason = fastest_speed(
+            self.unet,
+            x,
+            labels,
+            num_steps=num_batches * self.trainer.accumulate_grad_batches,
+            autocast=self.trainer.precision_plugin.forward_context,
+        )
+        rank_zero_info(reason)
+        return self.trainer.strategy.broadcast(speed)
 
     def _errors(self, unet: DenoiserUNet, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Squared error of the prediction for each image, (B,)."""

@@ -1,0 +1,70 @@
+"""Our training step without the trainer: what `unet-diffusion fit` does in each step, and nothing around it."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from unet_diffusion.losses import squared_error
+from unet_diffusion.schedule import NoiseSchedule, keyed_generator
+from unet_diffusion.speed import Speed, fastest_speed, keep_freed_memory, set_speed
+from unet_diffusion.training.module import stratified_timesteps
+from unet_diffusion.unet import DenoiserUNet
+
+EMA_DECAY = 0.9999
+RUN_STEPS = 1000  # of the run that a speed is chosen for: on a CPU too short for torch.compile to be tried
+
+
+def our_step(
+    unet: DenoiserUNet,
+    x0: Tensor,
+    *,
+    speed: Speed,
+    labels: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Callable[[], Tensor]:
+    """A function that trains the network for a step on x0 and returns the loss, which stays on the device.
+
+    Args:
+        unet: on the device of x0; its speed is set here.
+        x0: images, (B, C, H, W) float32.
+        speed: one of unet_diffusion.speed.SPEEDS.
+        labels: (B,) int64, for a network with classes.
+        dtype: of autocast; float32 is off.
+    """
+    if x0.device.type == "cpu":
+        keep_freed_memory()  # as fit does; it is the whole process's, so that peers in it gain too
+    set_speed(unet.train(), speed)
+    schedule = NoiseSchedule()
+    parameters = list(unet.parameters())
+    ema = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0e-4, fused=True)
+    autocast = torch.autocast(x0.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    numbers = itertools.count()
+
+    def step() -> Tensor:
+        generator = keyed_generator(0, next(numbers), device=x0.device)
+        t = stratified_timesteps(len(x0), schedule.num_train_timesteps, generator)
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        with autocast:
+            prediction = unet(schedule.add_noise(x0, noise, t), t, labels)
+            loss = squared_error(prediction, schedule.target(x0, noise, t)).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, parameters, 1 - EMA_DECAY)
+        return loss.detach()
+
+    return step
+
+
+def speed_for(unet: DenoiserUNet, x0: Tensor) -> Speed:
+    """What `--model.speed auto` would choose for a run of RUN_STEPS; it is printed with the reason."""
+    speed, reason = fastest_speed(
+        unet, x0, num_steps=RUN_STEPS, autocast=lambda: torch.autocast(x0.device.type, torch.bfloat16)
+    )
+    print(reason, flush=True)
+    return speed

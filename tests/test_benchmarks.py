@@ -1,0 +1,97 @@
+"""Every benchmark runs, with settings that only make it small, and writes what it says that it measures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_configs import write_fashion_mnist
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from features import frechet_distance, label_entropy  # noqa: E402  (the benchmarks are no package)
+
+TINY_FIT = [
+    *["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--model.speed", "plain"],
+    *["--model.unet.init_args.channels", "[8,16]", "--model.unet.init_args.norm_num_groups", "4"],
+    *["--data.init_args.batch_size", "8", "--samples.num_images", "2", "--samples.num_inference_steps", "2"],
+]
+
+
+def run(script: str, *arguments: object, output: Path) -> dict:
+    """What the script wrote; it prints a table too."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments), "--output", str(output)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=output.parent)
+    assert "| --- |" in result.stdout
+    return json.loads(output.read_text())
+
+
+@pytest.mark.slow
+def test_train_step(tmp_path):
+    report = run(
+        "train_step.py", "--network", "tiny", "--contenders", "unet_diffusion", "diffusers",
+        "--ours", "plain", "--blocks", 2, "--steps", 1, "--device", "cpu", output=tmp_path / "train_step.json",
+    )  # fmt: skip
+    for contender in ("unet_diffusion", "diffusers"):
+        assert all(taken > 0 for taken in report["contenders"][contender]["seconds_per_step"])
+        assert report["contenders"][contender]["peak_mib"] > 0
+    # the same network needs the same operations
+    assert report["contenders"]["unet_diffusion"]["forward_flops"] == report["contenders"]["diffusers"]["forward_flops"]
+    assert report["environment"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_sample(tmp_path):
+    schedulers = ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+    report = run(
+        "sample.py", "--network", "tiny", "--contenders", "unet_diffusion", "diffusers", "--scheduler", *schedulers,
+        "--batch_size", 2, "--ours", "plain", "--blocks", 2, "--device", "cpu", output=tmp_path / "sample.json",
+    )  # fmt: skip
+    assert [record["scheduler"] for record in report["contenders"]] == [name for name in schedulers for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_fit(tmp_path):
+    report = run(
+        "fit.py", *TINY_FIT, "--trainer.max_steps", 4, "--blocks", 2, "--steps", 1, output=tmp_path / "fit.json"
+    )
+    assert len(report["step_seconds"]) == 3  # between four
+    assert 0 < report["start_seconds"][0] < report["whole_seconds"]
+
+
+@pytest.mark.slow
+def test_start_of_fit(tmp_path):
+    report = run("fit.py", "--start_only", *TINY_FIT, "--repeats", 1, output=tmp_path / "start.json")
+    assert len(report["start_seconds"]) == 1
+
+
+@pytest.mark.slow
+def test_time_to_quality(tmp_path):
+    write_fashion_mnist(tmp_path / "data", num_images=300)
+    command = [sys.executable, str(ROOT / "benchmarks" / "time_to_quality.py"), "--root", str(tmp_path / "data")]
+    command += ["--minutes", "0.2", "--num_images", "10", "--contenders", "diffusers_tuned", "ours"]
+    command += ["--calibration_steps", "2", "4", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "t.json")]
+    subprocess.run(command, check=True)
+    results = json.loads((tmp_path / "t.json").read_text())["results"]
+    assert {result["contender"] for result in results} == {"diffusers_tuned", "ours"}
+    assert all(result["distance"] > 0 and result["steps"] > 0 for result in results)
+    assert (tmp_path / "time_to_quality_ours_0.2.png").exists()
+    seconds = [result["seconds"] for result in results]
+    subprocess.run(command, check=True)  # finds them, and measures nothing again
+    assert [result["seconds"] for result in json.loads((tmp_path / "t.json").read_text())["results"]] == seconds
+
+
+def test_frechet_distance_of_gaussians_is_that_of_its_closed_form():
+    x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), (x - x.mean(0)).T, upper=False).T  # N(0, 1)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    # means 3 apart in each of 4 dimensions, deviations 1 and 2: 4 * (3^2 + (2 - 1)^2)
+    assert frechet_distance(x, 2 * x + 3) == pytest.approx(40)
+
+
+def test_label_entropy_of_equal_classes_is_log_of_their_number():
+    assert label_entropy(torch.arange(50) % 10) == pytest.approx(2.302585)
+    assert label_entropy(torch.zeros(5, dtype=torch.int64)) == pytest.approx(0, abs=1e-9)

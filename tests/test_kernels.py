@@ -1,0 +1,124 @@
+"""The fused kernels against PyTorch's own operations in float64, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unet_diffusion.interop import to_diffusers
+from unet_diffusion.kernels import group_norm_silu, winograd_conv2d
+from unet_diffusion.speed import MIN_WINOGRAD_CHANNELS, set_speed
+from unet_diffusion.unet import DenoiserUNet
+
+SHAPES = {  # B, C, K, H, W
+    "even": (2, 32, 64, 8, 8),
+    "odd and not square": (3, 16, 32, 7, 10),
+    "one pixel": (1, 64, 32, 1, 1),
+    "square of the batch": (8, 8, 8, 8, 8),
+}
+FLOAT32 = 2e-6  # relative; float32 has 6e-8, and a pixel is a sum of several hundred products
+# bfloat16 has 4e-3. The plain convolution rounds twice; Winograd's rounds its tiles and products too, which are larger
+# than what they add up to.
+BFLOAT16 = 1e-2
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def in_float64(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """In the mean over all elements, relative to the size of the expected ones."""
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+def assert_same_function(fused, plain, inputs: list[Tensor], tolerance: float) -> None:
+    exact = in_float64(inputs)
+    found, expected = fused(*inputs), plain(*exact)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    assert_near(found, expected, tolerance)
+    grads = torch.autograd.grad(found, inputs, grad.to(found.dtype))
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+        assert_near(mine, theirs, tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_winograd_convolution_is_the_convolution(shape):
+    batch, channels_in, channels_out, height, width = shape
+    inputs = leaves((batch, channels_in, height, width), (channels_out, channels_in, 3, 3), (channels_out,))
+    assert_same_function(winograd_conv2d, lambda *args: F.conv2d(*args, padding=1), inputs, FLOAT32)
+
+
+def test_winograd_convolution_in_autocast_is_the_convolution_up_to_bfloat16(monkeypatch):
+    inputs = leaves((2, 64, 8, 8), (32, 64, 3, 3), (32,))
+
+    def fused(*args: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = winograd_conv2d(*args)
+        assert out.dtype == torch.bfloat16
+        return out
+
+    assert_same_function(fused, lambda *args: F.conv2d(*args, padding=1), inputs, BFLOAT16)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_winograd_convolution_takes_any_memory_format_and_returns_channels_last(memory_format):
+    x, weight, bias = (tensor.detach() for tensor in leaves((2, 32, 8, 8), (64, 32, 3, 3), (64,)))
+    out = winograd_conv2d(x.to(memory_format=memory_format), weight.to(memory_format=memory_format), bias)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert_near(out, F.conv2d(x.double(), weight.double(), bias.double(), padding=1), FLOAT32)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_group_norm_silu_is_the_three_operations(shape):
+    batch, channels, _, height, width = shape
+    inputs = leaves((batch, channels, height, width), (channels,), (channels,), (batch, channels))
+
+    def fused(x, weight, bias, offset):
+        return group_norm_silu(x, 4, weight, bias, 1e-5, offset=offset)
+
+    def plain(x, weight, bias, offset):
+        return F.silu(F.group_norm(x + offset[:, :, None, None], 4, weight, bias, 1e-5))
+
+    assert_same_function(fused, plain, inputs, FLOAT32)
+
+
+def test_group_norm_silu_takes_gains_of_each_image():
+    inputs = leaves((2, 8, 4, 4), (2, 8), (2, 8))
+
+    def plain(x, weight, bias):
+        return F.silu(F.group_norm(x, 4, eps=1e-5) * weight[:, :, None, None] + bias[:, :, None, None])
+
+    assert_same_function(lambda x, *gains: group_norm_silu(x, 4, *gains, 1e-5), plain, inputs, FLOAT32)
+
+
+def test_group_norm_silu_survives_a_map_without_variance():
+    x = torch.full((1, 8, 4, 4), 1000.0)
+    out = group_norm_silu(x, 4, torch.ones(8), torch.zeros(8), 1e-5)
+    assert out.abs().max() < 1e-2  # the variance of equal numbers is 0 up to rounding, and eps is all there is
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_shift": True, "resample": "resnet"}], ids=["added", "scale and shift"])
+def test_fused_network_is_diffusers_network(options):
+    torch.manual_seed(0)
+    width = MIN_WINOGRAD_CHANNELS  # narrower convolutions are not fused
+    unet = DenoiserUNet(1, [width, width], layers_per_block=1, attention_levels=[1], num_class_embeds=3, **options)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    theirs = to_diffusers(unet, sample_size=8)
+    set_speed(unet, "fused")
+    x, t, labels = torch.randn(2, 1, 8, 12), torch.tensor([3, 900]), torch.tensor([0, 2])
+    ours, expected = unet(x, t, labels), theirs(x, t, labels).sample
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+    ours.square().mean().backward()
+    expected.square().mean().backward()
+    largest = max(parameter.grad.abs().max().item() for parameter in theirs.parameters())
+    grads = dict(theirs.named_parameters())
+    for name, parameter in unet.named_parameters():  # the bias of the keys has a gradient of 0, up to rounding
+        torch.testing.assert_close(parameter.grad, grads[name].grad, rtol=1e-4, atol=1e-6 * largest)

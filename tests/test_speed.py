@@ -1,0 +1,232 @@
+import copy
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unet_diffusion import speed
+from unet_diffusion.sampling import build_scheduler, denoise, image_generators
+from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.speed import SPEEDS, fastest_speed, set_speed
+from unet_diffusion.training import DiffusionModule
+
+
+@pytest.mark.parametrize("name", SPEEDS)
+def test_a_speed_changes_neither_weights_nor_names(tiny_unet, name):
+    unet = tiny_unet()
+    before = copy.deepcopy(unet.state_dict())
+    set_speed(unet, name)
+    after = unet.state_dict()
+    assert list(after) == list(before)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "channels_last", "fused"])
+def test_every_speed_computes_the_same(tiny_unet, name, monkeypatch):
+    monkeypatch.setattr(speed, "MIN_WINOGRAD_CHANNELS", 8)
+    unet, x, t = tiny_unet(), torch.randn(2, 1, 8, 8), torch.tensor([1, 99])
+    torch.nn.init.normal_(unet.conv_out.weight)
+    expected = unet(x, t)
+    set_speed(unet, name)
+    torch.testing.assert_close(unet(x, t), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_speed_set_counts(tiny_unet):
+    unet = tiny_unet()
+    for name in ("compiled", "fused", "plain"):
+        set_speed(unet, name)
+    assert not any(getattr(module, "fused", False) for module in unet.modules())
+    assert unet._compiled_call_impl is None
+    assert unet.conv_in.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "message"),
+    [
+        ("fast", "cpu", "speed must be one of plain, channels_last, fused, compiled, got 'fast'"),
+        ("fused", "cuda", "speed fused is for CPUs; here use one of plain, channels_last, compiled"),
+    ],
+)
+def test_a_speed_that_cannot_be_is_refused(tiny_unet, name, device, message):
+    with pytest.raises(ValueError, match=message):
+        set_speed(tiny_unet(), name, torch.device(device))
+
+
+def test_without_a_compiler_nothing_that_needs_one_is_offered(tiny_unet, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ValueError, match=r"speed fused needs a C\+\+ compiler \(install g\+\+\); here use one of plain"
+    ):
+        set_speed(tiny_unet(), "fused")
+
+
+def time_as_told(monkeypatch, **seconds: float) -> list[str]:
+    """Has each speed take so long; the speeds that were timed, in order, the float32 comparison last."""
+    timed = []
+
+    def step_seconds(network, name, x, labels, autocast):
+        timed.append(name)
+        return seconds["float32"] if autocast is nullcontext else seconds[name]
+
+    monkeypatch.setattr(speed, "_step_seconds", step_seconds)
+    return timed
+
+
+def choose(unet, num_steps=1e6) -> tuple[str, str]:
+    return fastest_speed(unet, torch.zeros(2, 1, 8, 8), num_steps=num_steps, autocast=lambda: nullcontext())
+
+
+def test_the_fastest_is_chosen_and_the_reason_given(tiny_unet, monkeypatch):
+    time_as_told(monkeypatch, plain=1.0, fused=0.5, compiled=0.8, float32=3.0)
+    chosen, reason = choose(tiny_unet())
+    assert chosen == "fused"
+    assert reason.startswith("speed fused: a step takes plain 1.000 s, fused 0.500 s, compiled 0.800 s (tried for ")
+
+
+def test_a_gain_within_the_noise_does_not_count(tiny_unet, monkeypatch):
+    time_as_told(monkeypatch, plain=1.0, fused=0.96, compiled=0.97, float32=1.0)
+    assert choose(tiny_unet())[0] == "plain"
+
+
+def test_what_takes_longer_to_try_than_it_can_save_is_not_tried(tiny_unet, monkeypatch):
+    timed = time_as_told(monkeypatch, plain=1.0, fused=0.1, compiled=0.1, float32=1.0)
+    assert choose(tiny_unet(), num_steps=599)[0] == "plain"  # 30 s are more than 5 % of 599 s
+    assert timed == ["plain"]
+    assert choose(tiny_unet(), num_steps=600)[0] == "fused"
+    assert timed[1:] == ["plain", "fused", "plain"]  # the last in float32
+
+
+def test_float32_is_recommended_where_bfloat16_is_slower(tiny_unet, monkeypatch):
+    time_as_told(monkeypatch, plain=2.0, fused=2.0, compiled=2.0, float32=1.0)
+    assert "; float32 would take 1.000 s: set trainer.precision to 32-true (tried" in choose(tiny_unet())[1]
+
+
+def test_trying_leaves_network_and_random_numbers_alone(tiny_unet):
+    unet = tiny_unet(dropout=0.5)
+    weights, random_state = copy.deepcopy(unet.state_dict()), torch.get_rng_state()
+    chosen, reason = choose(unet, num_steps=1)
+    assert chosen == "plain"
+    assert reason.startswith("speed plain: a step takes plain ")
+    torch.testing.assert_close(unet.state_dict(), weights, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+RESIDENT = """
+import torch
+from unet_diffusion.speed import keep_freed_memory
+if {keep}: keep_freed_memory()
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+block = torch.ones(64 * 2**20, dtype=torch.uint8)
+before = resident()
+del block
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_step():
+    def returned(keep: bool) -> float:  # MiB, of 64
+        command = [sys.executable, "-c", RESIDENT.format(keep=keep)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert returned(keep=False) > 60
+    assert returned(keep=True) < 4
+
+
+# -------------------------------------------------------------------------------------------- in training and sampling
+
+
+def test_auto_times_and_a_continued_run_keeps_what_was_found(
+    tiny_module, tiny_images, quiet_trainer, tmp_path, monkeypatch
+):
+    found = iter(["channels_last", "plain"])
+    monkeypatch.setattr(
+        "unet_diffusion.training.module.fastest_speed", lambda *args, **options: (next(found), "for a test")
+    )
+    data = tiny_images(class_names=None)
+    trainer = quiet_trainer(max_steps=2, limit_val_batches=0)
+    trainer.fit(tiny_module(speed="auto"), data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    module = tiny_module(speed="auto")
+    quiet_trainer(max_steps=4, limit_val_batches=0).fit(module, data, ckpt_path=tmp_path / "run.ckpt")
+    assert module.chosen_speed == "channels_last"
+    assert module.unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_auto_without_a_data_module_is_refused(tiny_module, tiny_images, quiet_trainer):
+    data = tiny_images(class_names=None)
+    data.setup("fit")
+    data.trainer = None
+    with pytest.raises(ValueError, match="speed auto needs a data module that knows its images"):
+        quiet_trainer(max_steps=1).fit(tiny_module(speed="auto"), data.train_dataloader())
+
+
+def test_fit_times_the_speeds_of_this_machine_and_says_so(run_cli, tiny_digits, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("unet_diffusion.training.module.rank_zero_info", said.append)
+    status, _, err = run_cli("fit", *tiny_digits, "--model.speed", "auto", "--trainer.default_root_dir", tmp_path)
+    assert status == 0, err
+    assert [line for line in said if line.startswith("speed plain: a step takes plain ")]
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["speed"] == "plain"
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that hand a tensor's value to Python, each of which waits for a GPU."""
+
+    READS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.is_nonzero.default,
+        torch.ops.aten.nonzero.default,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.READS:
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_host_reads_are_found():
+    with HostReads() as reads:
+        torch.ones(1).item()
+    assert reads.found
+
+
+def test_a_training_step_reads_nothing_back(tiny_unet, tiny_images, quiet_trainer):
+    class Watched(DiffusionModule):
+        found: list[str] | None = None
+
+        def training_step(self, batch, batch_idx):
+            with HostReads() as reads:
+                loss = super().training_step(batch, batch_idx)
+                torch.autograd.grad(loss, list(self.unet.parameters()), retain_graph=True)
+            self.found = reads.found
+            return loss
+
+    module = Watched(tiny_unet(num_class_embeds=3), NoiseSchedule(100), label_dropout=0.1)
+    quiet_trainer(max_steps=2, limit_val_batches=0, log_every_n_steps=50).fit(module, tiny_images())
+    assert module.found == []
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+)
+def test_a_sampling_loop_reads_nothing_back(name, monkeypatch):
+    # Tensors on the meta device have no values: what would read one fails. Autocast does not know the device.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+    x = denoise(
+        lambda x, t: x * 0.5,
+        build_scheduler(NoiseSchedule(), name),
+        image_generators(0, range(2)),
+        (2, 1, 8, 8),
+        num_inference_steps=10,
+        device="meta",
+    )
+    assert x.shape == (2, 1, 8, 8)

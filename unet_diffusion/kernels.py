@@ -1,0 +1,276 @@
+"""Fast CPU forms of a U-Net's two costly parts, equal to the plain ones up to rounding.
+
+`winograd_conv2d` is a 3x3 convolution with 2.25 times fewer multiplications: F(2x2, 3x3) of Lavin & Gray 2015
+(https://arxiv.org/abs/1509.09308), which makes 2x2 outputs from a tile of 4x4 inputs as 16 products where the plain
+form needs 36. The products are one batched matrix product; what comes before and after it is fused by torch.compile.
+`group_norm_silu` is group norm, SiLU and the embedding added before, in two passes over the image instead of six.
+
+Both want channels last in memory. Their kernels are compiled once for all shapes, in some ten seconds, and kept on
+disk by torch.compile; a C++ compiler is needed. torch only.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MAX_KINDS = 64  # of types and sizes of 1 that a kernel is compiled for; torch stops at 8
+TURNED = (15, 13, 14, 12, 7, 5, 6, 4, 11, 9, 10, 8, 3, 1, 2, 0)  # first and last row, and column, change places
+
+
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution with stride 1 and padding 1, (B, C, H, W) -> (B, K, H, W), in channels_last.
+
+    Args:
+        x: (B, C, H, W), any size; computed in autocast's type where that is on, else in its own.
+        weight: (K, C, 3, 3).
+        bias: (K,).
+    """
+    dtype = _autocast_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):  # the kernels would be compiled again for each of its states
+        return _WinogradConv2d.apply(x.to(dtype), weight, bias)
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None
+) -> Tensor:
+    """silu(group_norm(x + offset)) over (B, C, H, W), in channels_last and in x's type; statistics in float32.
+
+    Args:
+        x: (B, C, H, W).
+        num_groups: must divide C.
+        weight: gain of each channel, (C,), or of each channel of each image, (B, C).
+        bias: added after the gain, same shape.
+        eps: added to the variance.
+        offset: added to each channel of each image, (B, C); None: nothing.
+    """
+    batch, channels = x.shape[:2]
+    gain, shift = (parameter.float().expand(batch, channels) for parameter in (weight, bias))
+    offset = gain.new_zeros(batch, channels) if offset is None else offset.float()
+    with torch.autocast(x.device.type, enabled=False):
+        return _GroupNormSiLU.apply(x, gain, shift, offset, num_groups, eps)
+
+
+class _WinogradConv2d(torch.autograd.Function):
+    """Keeps the input, not its tiles, which are four times as large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x = _channels_last(x)
+        ctx.save_for_backward(x, weight)
+        filters = _kernel(_filter_tiles, x.dtype)(_channels_last(weight)).transpose(1, 2)
+        return _convolve(x, filters, bias).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = _channels_last(grads[0].to(x.dtype))
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if need_x:  # the convolution with the filter turned by 180 degrees, whose tiles are those of the filter turned
+            filters = _kernel(_filter_tiles, x.dtype)(_channels_last(weight))[list(TURNED)]
+            grad_x = _convolve(grad, filters, grad.new_zeros(x.shape[3])).permute(0, 3, 1, 2)
+        if need_weight:
+            grad_weight = _kernel(_filter_gradient)(_tile_products(x, grad)).permute(0, 3, 1, 2)
+        if need_bias:
+            grad_bias = grad.sum((0, 1, 2), dtype=torch.float32)
+        return grad_x, grad_weight, grad_bias
+
+
+def _convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    """(B, H, W, C), (16, C, K) and (K,) -> (B, H, W, K)."""
+    batch, height, width, _ = x.shape
+    tiles = _kernel(_input_tiles)(_padded(x))  # (16, B, h, w, C)
+    products = torch.bmm(tiles.flatten(1, 3), filters)  # (16, B*h*w, K)
+    h, w = tiles.shape[2:4]
+    out = _kernel(_outputs)(products.view(4, 4, batch * h, w, len(bias)), bias)  # (B*h, 2, w, 2, K)
+    return out.view(batch, 2 * h, 2 * w, len(bias))[:, :height, :width].contiguous()
+
+
+def _tile_products(x: Tensor, grad: Tensor) -> Tensor:
+    """(B, H, W, C) and (B, H, W, K) -> the gradient of the filter tiles, (4, 4, K, C)."""
+    batch, height, width, num_out = grad.shape
+    tiles = _kernel(_input_tiles)(_padded(x)).flatten(1, 3)  # (16, B*h*w, C)
+    even = F.pad(grad, (0, 0, 0, width % 2, 0, height % 2))
+    even = even.view(batch * ((height + 1) // 2), 2, (width + 1) // 2, 2, num_out)
+    grad_tiles = _kernel(_gradient_tiles)(even).flatten(1, 2)  # (16, B*h*w, K)
+    return torch.bmm(grad_tiles.transpose(1, 2), tiles).unflatten(0, (4, 4))
+
+
+def _filter_tiles(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """G w G^T for each filter w, with G of section 4.1: (K, 3, 3, C) -> (16, K, C)."""
+    top, middle, bottom = weight.float().unbind(1)
+    tiles = []
+    for row in (top, (top + middle + bottom) / 2, (top - middle + bottom) / 2, bottom):
+        left, centre, right = row.unbind(1)
+        tiles += [left, (left + centre + right) / 2, (left - centre + right) / 2, right]
+    return torch.stack([tile.to(dtype) for tile in tiles])
+
+
+def _filter_gradient(products: Tensor) -> Tensor:
+    """G^T p G, the transpose of `_filter_tiles`: (4, 4, K, C) -> (K, 3, 3, C) float32."""
+    p = products.float()
+    rows = []
+    for row in (p[0] + (p[1] + p[2]) / 2, (p[1] - p[2]) / 2, (p[1] + p[2]) / 2 + p[3]):
+        half = (row[1] + row[2]) / 2
+        rows.append(torch.stack([row[0] + half, (row[1] - row[2]) / 2, half + row[3]], dim=1))
+    return torch.stack(rows, dim=1)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """(B, H, W, C) with a border of zeros, and one more where a side is odd."""
+    return F.pad(x, (0, 0, 1, 1 + x.shape[2] % 2, 1, 1 + x.shape[1] % 2))
+
+
+def _input_tiles(padded: Tensor) -> Tensor:
+    """B^T d B for each 4x4 tile d, two pixels apart: (B, 2h + 2, 2w + 2, C) -> (16, B, h, w, C)."""
+    batch, height, width, channels = padded.shape
+    h, w = height // 2 - 1, width // 2 - 1
+    pairs = padded.view(batch, height // 2, 2, width // 2, 2, channels).float()
+    d = (pairs[:, :h, 0], pairs[:, :h, 1], pairs[:, 1:, 0], pairs[:, 1:, 1])  # rows of the tiles
+    tiles = []
+    for row in (d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]):
+        e = (row[:, :, :w, 0], row[:, :, :w, 1], row[:, :, 1:, 0], row[:, :, 1:, 1])  # and columns
+        tiles += [e[0] - e[2], e[1] + e[2], e[2] - e[1], e[1] - e[3]]
+    return torch.stack([tile.to(padded.dtype) for tile in tiles])
+
+
+def _outputs(products: Tensor, bias: Tensor) -> Tensor:
+    """A^T m A + bias for each tile m: (4, 4, B*h, w, K) -> (B*h, 2, w, 2, K)."""
+    m = products.float()
+    rows = []
+    for row in (m[0] + m[1] + m[2], m[1] - m[2] - m[3]):
+        pair = (row[0] + row[1] + row[2] + bias, row[1] - row[2] - row[3] + bias)
+        rows.append(torch.stack([pixel.to(products.dtype) for pixel in pair], dim=2))
+    return torch.stack(rows, dim=1)
+
+
+def _gradient_tiles(grad: Tensor) -> Tensor:
+    """A g A^T, the transpose of `_outputs`: (B*h, 2, w, 2, K) -> (16, B*h, w, K)."""
+    g = grad.float()
+    top, bottom = g[:, 0], g[:, 1]
+    tiles = []
+    for row in (top, top + bottom, top - bottom, -bottom):
+        left, right = row[:, :, 0], row[:, :, 1]
+        tiles += [left, left + right, left - right, -right]
+    return torch.stack([tile.to(grad.dtype) for tile in tiles])
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    """All that is as large as the image is in four compiled kernels; the rest is a few numbers a channel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, offset: Tensor, num_groups: int, eps: float
+    ) -> Tensor:
+        x = _channels_last(x)
+        height, width, channels = x.shape[1:]
+        pixels = x.flatten(1, 2)  # (B, H*W, C)
+        total, squares = _kernel(_moments)(pixels)
+        squares = squares + offset * (2 * total + height * width * offset)
+        total = total + height * width * offset
+        count = height * width * channels // num_groups
+        mean = _group_sum(total, num_groups) / count
+        std = (_group_sum(squares, num_groups) / count - mean * mean).clamp(min=0).add(eps).sqrt()
+        scale = gain / std
+        shift = shift + (offset - mean) * scale
+        ctx.save_for_backward(pixels, gain, offset, mean, std, scale, shift, total)
+        ctx.num_groups, ctx.count = num_groups, count
+        out = _kernel(_scaled_silu)(pixels, scale[:, None], shift[:, None])
+        return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        pixels, gain, offset, mean, std, scale, shift, total = ctx.saved_tensors
+        grad = _channels_last(grads[0].to(pixels.dtype))
+        height, width = grad.shape[1:3]
+        grad = grad.flatten(1, 2)
+        # z is what SiLU is applied to; xhat the normalised image, before gain and shift.
+        sum_dz, sum_dz_x = _kernel(_silu_gradient_sums)(grad, pixels, scale[:, None], shift[:, None])
+        sum_dz_xhat = (sum_dz_x + (offset - mean) * sum_dz) / std
+        mean_dxhat = _group_sum(sum_dz * gain, ctx.num_groups) / ctx.count
+        mean_dxhat_xhat = _group_sum(sum_dz_xhat * gain, ctx.num_groups) / ctx.count
+        # dx = (dxhat - mean_dxhat - xhat mean_dxhat_xhat) / std, as dz scale + x slope + intercept
+        slope = -mean_dxhat_xhat / std**2
+        intercept = -mean_dxhat / std + (offset - mean) * slope
+        grad_x = _kernel(_norm_gradient)(
+            grad, pixels, scale[:, None], shift[:, None], slope[:, None], intercept[:, None]
+        ).unflatten(1, (height, width)).permute(0, 3, 1, 2)  # fmt: skip
+        # The offset is added to every pixel of its channel; total has it already, which the intercept accounts for.
+        num_pixels = height * width
+        grad_offset = scale * sum_dz + slope * (total - num_pixels * offset) + num_pixels * intercept
+        return grad_x, sum_dz_xhat, sum_dz, grad_offset, None, None
+
+
+def _group_sum(values: Tensor, num_groups: int) -> Tensor:
+    """The sum over each group of channels, for each of its channels: (B, C) -> (B, C)."""
+    grouped = values.unflatten(1, (num_groups, -1))
+    return grouped.sum(2, keepdim=True).expand_as(grouped).flatten(1)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    return x.sum(1), (x * x).sum(1)
+
+
+def _scaled_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    z = x.float() * scale + shift
+    return (z * torch.sigmoid(z)).to(x.dtype)
+
+
+def _silu_gradient(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    z = x * scale + shift
+    sigmoid = torch.sigmoid(z)
+    return grad.float() * (sigmoid * (1 + z * (1 - sigmoid)))
+
+
+def _silu_gradient_sums(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    dz = _silu_gradient(grad, x, scale, shift)
+    return dz.sum(1), (dz * x).sum(1)
+
+
+def _norm_gradient(
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, intercept: Tensor
+) -> Tensor:  # fmt: skip
+    wide = x.float()
+    return (_silu_gradient(grad, wide, scale, shift) * scale + wide * slope + intercept).to(x.dtype)
+
+
+@cache
+def _kernel(function: Callable[..., Any], *options: Any) -> Callable[..., Any]:
+    """The function compiled for all sizes, but anew for each type and each pattern of sizes that are 1."""
+    from torch._dynamo import config as dynamo_config  # seconds to import, which runs that are not fused save
+    from torch.fx.experimental import _config as shape_config
+
+    compiled = torch.compile(function, dynamic=True)
+    known = set()
+
+    def call(*tensors: Tensor) -> Any:
+        # requires_grad would be another reason to compile anew.
+        tensors = tuple(tensor.detach() for tensor in tensors)
+        kind = tuple((tensor.dtype, *(size == 1 for size in tensor.shape)) for tensor in tensors)
+        if kind in known:
+            return compiled(*tensors, *options)
+        known.add(kind)
+        # Sizes that happen to be equal are not taken to be so always.
+        with dynamo_config.patch(recompile_limit=MAX_KINDS), shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return compiled(*tensors, *options)
+
+    return call
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), contiguous."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

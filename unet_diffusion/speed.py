@@ -1,0 +1,163 @@
+"""How a network runs: memory format, fused kernels or compilation. Its weights, names and numbers stay as they are.
+
+    plain          PyTorch's own operations one by one, channels first
+    channels_last  the same on channels-last memory, which matrix units of GPUs and CPUs read without copying
+    fused          on a CPU: channels last, Winograd convolutions, and norm and SiLU as one (see kernels.py)
+    compiled       channels last, and the whole network through torch.compile
+
+Which one is fastest depends on the processor, the widths and the batch, so `fastest_speed` tries them.
+"""
+
+import copy
+import ctypes
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from unet_diffusion.blocks import Conv3x3, GroupNormSiLU
+
+Speed = Literal["plain", "channels_last", "fused", "compiled"]
+SPEEDS: tuple[Speed, ...] = get_args(Speed)
+
+# What trying them costs, most of it compiling; measured on two CPU cores. On a CPU, channels_last is not tried: group
+# norm is slow on it.
+TRIALS: dict[str, dict[Speed, float]] = {
+    "cpu": {"fused": 30, "compiled": 180},
+    "cuda": {"channels_last": 0, "compiled": 180},
+}
+FLOAT32_TRIAL = 30  # seconds: on a processor without instructions for bfloat16 every run is long
+MAX_TRIAL_SHARE = 0.05  # of a run: what would take longer is not tried
+MIN_GAIN = 1.05  # a setting must be so many times as fast as a simpler one; less is within the noise
+NUM_TIMED_STEPS = 2  # after one that is not timed; the fastest counts
+MIN_WINOGRAD_CHANNELS = 64  # in and out; the matrix products of fewer are too thin to gain anything
+
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None) -> None:
+    """Make a network run so, in place. "compiled" compiles when it is first called, and for each new shape.
+
+    Args:
+        unet: a DenoiserUNet, or any module of our blocks.
+        speed: one of SPEEDS.
+        device: where it will run; None: where its weights are.
+
+    Raises:
+        ValueError: if there is no such setting, or not on this device, or it needs a C++ compiler and there is none.
+    """
+    device = next(unet.parameters()).device if device is None else device
+    if speed not in SPEEDS:
+        raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
+    if speed not in speeds_for(device):
+        needs = "is for CPUs" if device.type != "cpu" and speed == "fused" else "needs a C++ compiler (install g++)"
+        raise ValueError(f"speed {speed} {needs}; here use one of {', '.join(speeds_for(device))}")
+    unet.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
+    for module in unet.modules():
+        if isinstance(module, GroupNormSiLU):
+            module.fused = speed == "fused"
+        elif isinstance(module, Conv3x3):
+            module.fused = speed == "fused" and min(module.in_channels, module.out_channels) >= MIN_WINOGRAD_CHANNELS
+    unet._compiled_call_impl = None  # undoes an earlier compile(), for which torch has no method
+    if speed == "compiled":
+        unet.compile()  # in place: the state dict's keys stay plain
+
+
+def speeds_for(device: torch.device) -> tuple[Speed, ...]:
+    """The settings that a device can run, simplest first."""
+    if device.type == "cuda":
+        return "plain", "channels_last", "compiled"
+    return SPEEDS if device.type == "cpu" and _has_compiler() else ("plain", "channels_last")
+
+
+def fastest_speed(
+    unet: nn.Module,
+    x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    num_steps: float,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> tuple[Speed, str]:
+    """The setting with the shortest training step here, and a sentence that says how long each one took.
+
+    Forward and backward of a copy are timed, a few steps each, on x's device; each further setting only if the run is
+    so long that trying it takes at most 5 % of it. The network and the random numbers are left as they were.
+
+    Args:
+        unet: a DenoiserUNet.
+        x: a batch as in training, (B, C, H, W) float32; the values do not matter.
+        labels: (B,) int64, for a network with classes.
+        num_steps: of the run; infinite if unknown.
+        autocast: makes the context that the steps will run in.
+    """
+    start = time.perf_counter()
+    network = copy.deepcopy(unet).to(x.device).train()
+    seconds: dict[Speed, float] = {"plain": _step_seconds(network, "plain", x, labels, autocast)}
+    allowed = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
+    for speed, cost in TRIALS.get(x.device.type, {"channels_last": 0}).items():
+        if cost <= allowed and speed in speeds_for(x.device):
+            seconds[speed] = _step_seconds(network, speed, x, labels, autocast)
+    fastest = min(seconds, key=seconds.__getitem__)
+    chosen = fastest if seconds[fastest] * MIN_GAIN < seconds["plain"] else "plain"
+    reason = ", ".join(f"{speed} {taken:.3f} s" for speed, taken in seconds.items())
+    if x.device.type == "cpu" and allowed >= FLOAT32_TRIAL:
+        float32 = _step_seconds(network, "plain", x, labels, nullcontext)
+        if float32 * MIN_GAIN < seconds[chosen]:
+            reason += f"; float32 would take {float32:.3f} s: set trainer.precision to 32-true"
+    return chosen, f"speed {chosen}: a step takes {reason} (tried for {time.perf_counter() - start:.0f} s)"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step, instead of returning it to the system and asking for it again.
+
+    Each step frees and allocates the same large maps; a CPU spends up to an eighth of its time on clearing their pages.
+    For the whole process. Does nothing on systems with another C library.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(M_TOP_PAD, 2**26)
+
+
+def _step_seconds(
+    network: nn.Module,
+    speed: Speed,
+    x: Tensor,
+    labels: Tensor | None,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> float:
+    """Of forward and backward, the fastest of a few; the copy's own gradients are not touched."""
+    set_speed(network, speed)
+    x = x if speed == "plain" else x.contiguous(memory_format=torch.channels_last)
+    t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    parameters = list(network.parameters())
+
+    def step() -> None:
+        with autocast():
+            loss = network(x, t, labels).float().square().mean()
+        torch.autograd.grad(loss, parameters)
+
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):  # dropout draws
+        step()
+        return min(_seconds(step, x.device) for _ in range(NUM_TIMED_STEPS))
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _has_compiler() -> bool:
+    return shutil.which(os.environ.get("CXX", "g++")) is not None  # as torch.compile looks for it
