@@ -6,7 +6,8 @@
 Arguments after the configuration go to fit. The time of each optimiser step is recorded in a run of the program itself,
 in a temporary folder. "Over the run" is from the end of the first step to that of the last, with validation, grids,
 logs and checkpoints between; the median step is without them. The bare step is that of ours.py, on the network, batch
-size, precision and speed of the run, timed before and after it; its share is what the program leaves of it.
+size and precision of the run, timed before and after it; its share is what the program leaves of it. With speed auto
+the choice is made here, and both run at that speed.
 
 A start is from the start of the process to the end of the first step, with an empty compiler cache and a filled one.
 """
@@ -26,10 +27,11 @@ from typing import Any
 import torch
 import yaml
 from measure import Step, alternate, describe, environment, table, write_json
-from ours import our_step
+from ours import our_step, speed_for
 
 from unet_diffusion.checkpoint import read_checkpoint
 from unet_diffusion.cli import main as unet_diffusion
+from unet_diffusion.speed import Speed
 from unet_diffusion.training.module import DiffusionModule
 
 # a run that ends soon after its first step
@@ -108,12 +110,13 @@ def measure_starts(arguments: list[str], folder: str, options: argparse.Namespac
 
 def measure_run(arguments: list[str], folder: str, options: argparse.Namespace) -> Record:
     run, first = fit_apart([*arguments, *ONE_STEP], folder)  # leaves the network and settings for the bare step
-    step, batch_size = bare_step(run)
+    step, batch_size, speed = bare_step(run)
     before = alternate({"bare step": step}, options.blocks, options.steps, warm_up=3)["bare step"]
-    _, whole = fit_apart(arguments, folder)
+    _, whole = fit_apart([*arguments, "--model.speed", speed], folder)
     after = alternate({"bare step": step}, options.blocks, options.steps)["bare step"]
     return {
         "batch_size": batch_size,
+        "speed": speed,
         "first_start_seconds": first["start_seconds"],
         "start_seconds": [whole["start_seconds"]],
         "whole_seconds": whole["whole_seconds"],
@@ -122,22 +125,20 @@ def measure_run(arguments: list[str], folder: str, options: argparse.Namespace) 
     }
 
 
-def bare_step(run: Path) -> tuple[Step, int]:
-    """The training step alone of the network, batch size, precision and speed of a run; and the batch size."""
+def bare_step(run: Path) -> tuple[Step, int, Speed]:
+    """The training step alone, for network, batch size and precision of a run; the batch size; and a speed for both."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     on_gpu = torch.cuda.is_available() and config["trainer"]["accelerator"] != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
-    last = run / "checkpoints" / "last.ckpt"
-    trained = read_checkpoint(last)
-    batch_size, classes = config["data"]["init_args"]["batch_size"], trained.unet.config["num_class_embeds"]
-    step = our_step(
-        trained.unet.to(device),
-        torch.rand(batch_size, *trained.image_shape, device=device) * 2 - 1,
-        speed=torch.load(last, weights_only=True)["speed"],
-        labels=None if classes is None else torch.randint(classes, (batch_size,), device=device),
-        dtype=BARE_DTYPES[config["trainer"]["precision"]],
-    )
-    return step, batch_size
+    trained = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    unet = trained.unet.to(device)
+    batch_size, classes = config["data"]["init_args"]["batch_size"], unet.config["num_class_embeds"]
+    x0 = torch.rand(batch_size, *trained.image_shape, device=device) * 2 - 1
+    labels = None if classes is None else torch.randint(classes, (batch_size,), device=device)
+    wanted = config["model"]["speed"]
+    speed = speed_for(unet, x0, labels) if wanted == "auto" else wanted
+    dtype = BARE_DTYPES[config["trainer"]["precision"]]
+    return our_step(unet, x0, speed=speed, labels=labels, dtype=dtype), batch_size, speed
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

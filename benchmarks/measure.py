@@ -179,18 +179,19 @@ def peak_memory_apart(name: str, *arguments: str) -> float:
     return float(output.split()[-1])
 
 
-def peak_memory(step: Step) -> float:
-    """MiB: on a GPU all that was allocated at once; on a CPU what steps add to the process that holds the network.
+def peak_memory(build: Callable[[], Step]) -> float:
+    """MiB that network, optimiser, average and a step take at most, after a first step that may compile.
 
-    On a CPU the compiler, which works in the same process, is part of it.
+    On a GPU all that is allocated, on a CPU what the process takes beyond what it took before the network was built.
     """
+    before = _status_mib("VmRSS")
+    step = build()
+    seconds(step)
     if torch.cuda.is_initialized():
-        step()  # tuning of kernels takes memory once
         torch.cuda.reset_peak_memory_stats()
         seconds(step, MEMORY_STEPS)
         return torch.cuda.max_memory_allocated() / MIB
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
-    before = _status_mib("VmRSS")
     seconds(step, MEMORY_STEPS)
     # not resource.getrusage: its peak is inherited from the process that started this one
     return _status_mib("VmHWM") - before

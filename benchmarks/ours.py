@@ -61,10 +61,10 @@ def our_step(
     return step
 
 
-def speed_for(unet: DenoiserUNet, x0: Tensor) -> Speed:
+def speed_for(unet: DenoiserUNet, x0: Tensor, labels: Tensor | None = None) -> Speed:
     """What `--model.speed auto` would choose for a run of RUN_STEPS; it is printed with the reason."""
     speed, reason = fastest_speed(
-        unet, x0, num_steps=RUN_STEPS, autocast=lambda: torch.autocast(x0.device.type, torch.bfloat16)
+        unet, x0, labels, num_steps=RUN_STEPS, autocast=lambda: torch.autocast(x0.device.type, torch.bfloat16)
     )
     print(reason, flush=True)
     return speed

@@ -67,7 +67,7 @@ Record = dict[str, Any]
 def main() -> None:
     options = parse_options()
     if options.memory_of:
-        print(peak_memory(build_step(options.memory_of, options)))
+        print(peak_memory(lambda: build_step(options.memory_of, options)))
         return
     machine = environment()
     print(describe(machine))
@@ -141,9 +141,9 @@ def measure_contenders(options: argparse.Namespace) -> dict[str, Record]:
 
 
 def size(name: str, network: str) -> Record:
-    """Parameters and operations, counted on the plain network in float32: those of ours and diffusers' are equal."""
+    """Parameters and operations, counted on the plain network in float32."""
     channels, height, width = NETWORKS[network].image_shape
-    unet = ddpm_pytorch_network(network) if name.startswith("ddpm_pytorch") else our_network(network)
+    unet = our_network(network) if name == OURS else PEERS[name][0](network)
     flops = forward_flops(unet.eval(), torch.zeros(1, channels, height, width), torch.zeros(1))
     return {"parameters": num_parameters(unet), "forward_flops": flops}
 

@@ -41,6 +41,25 @@ def test_sinusoids_have_unit_length_per_frequency():
     torch.testing.assert_close(cos**2 + sin**2, torch.ones(1, 4))
 
 
+def test_attention_as_products_is_flash_attention(monkeypatch):
+    attention, x = randomised(SelfAttention(32, 2)), torch.randn(2, 32, 4, 4)
+    products = attention(x)
+    monkeypatch.setattr("unet_diffusion.blocks.MAX_SCORES", 0)  # as with too many pixels for their pairs to be kept
+    torch.testing.assert_close(products, attention(x), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_in_bfloat16_is_as_near_as_flash_attention(monkeypatch):
+    attention, x = SelfAttention(32, 1), torch.randn(4, 32, 8, 8)
+    exact = attention.double()(x.double()) - x
+    attention.float()
+    errors = []
+    for limit in (2**24, 0):  # products, flash
+        monkeypatch.setattr("unet_diffusion.blocks.MAX_SCORES", limit)
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append((attention(x) - x - exact).norm() / exact.norm())
+    assert errors[0] < 2 * errors[1]  # both round what goes in and comes out; products round the scores too
+
+
 def test_attention_is_the_softmax_formula():
     attention = randomised(SelfAttention(8, 2, norm_num_groups=4)).double()
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64)

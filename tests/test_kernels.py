@@ -7,8 +7,10 @@ from torch import Tensor
 
 from unet_diffusion.interop import to_diffusers
 from unet_diffusion.kernels import group_norm_silu, winograd_conv2d
-from unet_diffusion.speed import MIN_WINOGRAD_CHANNELS, set_speed
+from unet_diffusion.speed import MIN_WINOGRAD_CHANNELS, set_speed, speeds_for
 from unet_diffusion.unet import DenoiserUNet
+
+pytestmark = pytest.mark.skipif("fused" not in speeds_for(torch.device("cpu")), reason="needs a C++ compiler")
 
 SHAPES = {  # B, C, K, H, W
     "even": (2, 32, 64, 8, 8),
@@ -54,7 +56,7 @@ def test_winograd_convolution_is_the_convolution(shape):
     assert_same_function(winograd_conv2d, lambda *args: F.conv2d(*args, padding=1), inputs, FLOAT32)
 
 
-def test_winograd_convolution_in_autocast_is_the_convolution_up_to_bfloat16(monkeypatch):
+def test_winograd_convolution_in_autocast_is_the_convolution_up_to_bfloat16():
     inputs = leaves((2, 64, 8, 8), (32, 64, 3, 3), (32,))
 
     def fused(*args: Tensor) -> Tensor:

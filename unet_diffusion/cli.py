@@ -133,13 +133,13 @@ def _sample(options: argparse.Namespace) -> None:
         guidance_scale=options.guidance_scale,
     )
     check_sampling(trained.schedule, (options.num_images, *trained.image_shape), labels=labels, **settings)
-    todo = _prepare_output(options)
-
-    if torch.device(options.device).type == "cpu":
+    device_type = torch.device(options.device).type
+    if device_type == "cpu":
         keep_freed_memory()
     unet = trained.unet.to(options.device)
     set_speed(unet, options.speed)
-    device_type = torch.device(options.device).type
+    todo = _prepare_output(options)
+
     num_steps = num_network_steps(trained.schedule, options.scheduler, options.num_inference_steps)
     with tqdm(total=len(todo) * num_steps, unit="image step") as bar:
         for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:

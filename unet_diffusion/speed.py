@@ -26,8 +26,8 @@ from unet_diffusion.blocks import Conv3x3, GroupNormSiLU
 Speed = Literal["plain", "channels_last", "fused", "compiled"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
-# What trying them costs, most of it compiling; measured on two CPU cores. On a CPU, channels_last is not tried: group
-# norm is slow on it.
+# Seconds that trying them is expected to take, most of it compiling: measured on two CPU cores, guessed for GPUs. On a
+# CPU, channels_last is not tried: group norm is slow on it.
 TRIALS: dict[str, dict[Speed, float]] = {
     "cpu": {"fused": 30, "compiled": 180},
     "cuda": {"channels_last": 0, "compiled": 180},
@@ -57,8 +57,8 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
     if speed not in SPEEDS:
         raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
     if speed not in speeds_for(device):
-        needs = "is for CPUs" if device.type != "cpu" and speed == "fused" else "needs a C++ compiler (install g++)"
-        raise ValueError(f"speed {speed} {needs}; here use one of {', '.join(speeds_for(device))}")
+        reason = "needs a C++ compiler (install g++)" if device.type == "cpu" else f"is not for {device.type}"
+        raise ValueError(f"speed {speed} {reason}; here use one of {', '.join(speeds_for(device))}")
     unet.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
     for module in unet.modules():
         if isinstance(module, GroupNormSiLU):
@@ -87,12 +87,13 @@ def fastest_speed(
 ) -> tuple[Speed, str]:
     """The setting with the shortest training step here, and a sentence that says how long each one took.
 
-    Forward and backward of a copy are timed, a few steps each, on x's device; each further setting only if the run is
-    so long that trying it takes at most 5 % of it. The network and the random numbers are left as they were.
+    Forward and backward of a copy are timed, three steps each, on x's device. Further settings than "plain" are tried
+    only if all trials together are expected to take at most 5 % of the run (see TRIALS); one that fails is left out.
+    The network and the random numbers are left as they were.
 
     Args:
         unet: a DenoiserUNet.
-        x: a batch as in training, (B, C, H, W) float32; the values do not matter.
+        x: a batch as in training, (B, C, H, W) float32.
         labels: (B,) int64, for a network with classes.
         num_steps: of the run; infinite if unknown.
         autocast: makes the context that the steps will run in.
@@ -100,18 +101,23 @@ def fastest_speed(
     start = time.perf_counter()
     network = copy.deepcopy(unet).to(x.device).train()
     seconds: dict[Speed, float] = {"plain": _step_seconds(network, "plain", x, labels, autocast)}
-    allowed = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
+    left = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
+    notes = []
     for speed, cost in TRIALS.get(x.device.type, {"channels_last": 0}).items():
-        if cost <= allowed and speed in speeds_for(x.device):
-            seconds[speed] = _step_seconds(network, speed, x, labels, autocast)
-    fastest = min(seconds, key=seconds.__getitem__)
-    chosen = fastest if seconds[fastest] * MIN_GAIN < seconds["plain"] else "plain"
-    reason = ", ".join(f"{speed} {taken:.3f} s" for speed, taken in seconds.items())
-    if x.device.type == "cpu" and allowed >= FLOAT32_TRIAL:
+        if cost <= left and speed in speeds_for(x.device):
+            left -= cost
+            try:
+                seconds[speed] = _step_seconds(network, speed, x, labels, autocast)
+            except RuntimeError as error:  # of the compilers that torch.compile calls, and out of memory
+                notes.append(f"; {speed} does not run here ({str(error).strip().splitlines()[0]})")
+    if x.device.type == "cpu" and _is_bfloat16(autocast) and left >= FLOAT32_TRIAL:
         float32 = _step_seconds(network, "plain", x, labels, nullcontext)
-        if float32 * MIN_GAIN < seconds[chosen]:
-            reason += f"; float32 would take {float32:.3f} s: set trainer.precision to 32-true"
-    return chosen, f"speed {chosen}: a step takes {reason} (tried for {time.perf_counter() - start:.0f} s)"
+        if float32 * MIN_GAIN < min(seconds.values()):
+            notes.append(f"; float32 would take {float32:.3f} s: set trainer.precision to 32-true")
+    chosen = _simplest_of_the_fastest(seconds)
+    times = ", ".join(f"{speed} {taken:.3f} s" for speed, taken in seconds.items())
+    tried_for = time.perf_counter() - start
+    return chosen, f"speed {chosen}: a step takes {times} (tried for {tried_for:.0f} s){''.join(notes)}"
 
 
 def keep_freed_memory() -> None:
@@ -124,8 +130,22 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
     libc.mallopt(M_TOP_PAD, 2**26)
+
+
+def _simplest_of_the_fastest(seconds: dict[Speed, float]) -> Speed:
+    """The seconds are in order of simplicity; each further setting must gain on what was best before it."""
+    chosen: Speed = "plain"
+    for speed, taken in seconds.items():
+        if taken * MIN_GAIN < seconds[chosen]:
+            chosen = speed
+    return chosen
+
+
+def _is_bfloat16(autocast: Callable[[], AbstractContextManager[object]]) -> bool:
+    with autocast():
+        return torch.is_autocast_enabled("cpu")
 
 
 def _step_seconds(
@@ -135,9 +155,8 @@ def _step_seconds(
     labels: Tensor | None,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> float:
-    """Of forward and backward, the fastest of a few; the copy's own gradients are not touched."""
+    """Of forward and backward, the fastest of a few; the network gets no gradients."""
     set_speed(network, speed)
-    x = x if speed == "plain" else x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     parameters = list(network.parameters())
 
@@ -152,11 +171,16 @@ def _step_seconds(
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    _synchronize(device)
     start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _synchronize(device)
     return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _has_compiler() -> bool:

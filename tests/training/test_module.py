@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from unet_diffusion.checkpoint import read_checkpoint
 from unet_diffusion.data import DigitsDataModule
 from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.speed import SPEEDS
 from unet_diffusion.training import DiffusionModule
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -274,8 +275,11 @@ def test_cosine_decay_without_an_end_is_refused(tiny_module, tiny_images, quiet_
         quiet_trainer(max_epochs=-1).fit(tiny_module(lr_decay="cosine"), tiny_images(class_names=None))
 
 
-def test_compiled_network_trains_as_the_plain_one_under_plain_names(tiny_module, tiny_images, quiet_trainer):
-    plain, compiled = tiny_module(optimizer=SGD), tiny_module(optimizer=SGD, compile=True)
+def test_compiled_network_trains_as_the_plain_one_under_plain_names(
+    tiny_module, tiny_images, quiet_trainer, monkeypatch
+):
+    monkeypatch.setattr("unet_diffusion.speed.speeds_for", lambda device: SPEEDS)
+    plain, compiled = tiny_module(optimizer=SGD), tiny_module(optimizer=SGD, speed="compiled")
     calls = []
 
     def backend(graph, example_inputs):  # runs what was traced as it is: no C++ compiler is needed

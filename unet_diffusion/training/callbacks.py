@@ -54,12 +54,14 @@ class SampleGrid(Callback):
         self.seed = seed
         self._drawn_at = 0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
-        """Refuses a scheduler, steps or guidance that would only fail at the first grid.
+    def setup(self, trainer: Trainer, pl_module: DiffusionModule, stage: str) -> None:  # type: ignore[override]
+        """Refuses a scheduler, steps or guidance that would only fail at the first grid; before speeds are timed.
 
         Raises:
             ValueError: if the model cannot be sampled so.
         """
+        if stage != "fit":
+            return
         if self.guidance_scale != 1 and pl_module.null_label is None:
             raise ValueError(
                 f"samples.guidance_scale {self.guidance_scale} needs a null label; "

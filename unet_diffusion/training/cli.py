@@ -98,6 +98,7 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
+        self.model.is_continued = bool(self.config.fit.ckpt_path)
         settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         for private in (settings["trainer"], settings["data"].get("init_args", {})):

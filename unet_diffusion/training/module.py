@@ -55,7 +55,7 @@ class DiffusionModule(LightningModule):
         label_dropout: probability of training on the null label, which is then the last row of the network's class
             embedding; 0: no null label and no guidance.
         speed: how the network runs, see `speed.py`; they differ in rounding. "auto" times them on this machine before
-            the run, for at most 5 % of it, and a run that is continued keeps what was found.
+            the run, for about 5 % of it at most, and a run that is continued keeps what was found.
         seed: of noise, timesteps and label dropout.
 
     Raises:
@@ -97,6 +97,7 @@ class DiffusionModule(LightningModule):
         self.seed = seed
 
         self.chosen_speed: Speed = "plain"  # until the run begins
+        self.is_continued = False  # set by who calls fit with a checkpoint: speed auto then need not try again
         self.null_label = num_class_embeds - 1 if label_dropout > 0 else None
         self.image_shape: tuple[int, int, int] | None = None
         self.class_names: list[str] | None = None
@@ -131,7 +132,11 @@ class DiffusionModule(LightningModule):
             keep_freed_memory()
         self._meet_data()
         if stage == "fit":
-            self._run_at(self._fastest_speed() if self.speed == "auto" else self.speed)
+            self._check_end()
+            if self.speed != "auto":
+                self._run_at(self.speed)
+            elif not self.is_continued:  # else the checkpoint tells
+                self._run_at(self._fastest_speed())
 
     def _meet_data(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -208,9 +213,6 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer_factory(self.unet.parameters())
-        has_end = self.trainer.max_steps != -1 or self.trainer.max_epochs != -1
-        if self.lr_decay == "cosine" and not has_end:
-            raise ValueError("lr_decay cosine needs an end: set trainer.max_steps or trainer.max_epochs")
 
         def factor(step: int) -> float:
             # Not asked for before the first step: to answer, Lightning would set up the data, and then not resume them.
@@ -253,11 +255,24 @@ class DiffusionModule(LightningModule):
         ]
         if differ:
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
-        if self.speed == "auto" and self._trainer is not None:
+        if self.speed == "auto" and self._trainer is not None and self.trainer.training:
             before = checkpoint.get("speed")
             if before in speeds_for(self.trainer.strategy.root_device):  # to go on bit for bit
                 rank_zero_info(f"speed {before}, as the run had before")
                 self._run_at(before)
+            elif self.is_continued:
+                self._run_at(self._fastest_speed())
+
+    def on_train_start(self) -> None:
+        """Lays out the optimiser's moments as the weights, whose memory format another speed may have changed.
+
+        A fused optimiser walks through both in memory, whatever their strides.
+        """
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _run_at(self, speed: Speed) -> None:
         """Both networks in the same memory format, so that the average moves fast; only the trained one is compiled."""
@@ -273,18 +288,28 @@ class DiffusionModule(LightningModule):
             raise ValueError(f"speed auto needs a data module that knows its images; use one of {', '.join(SPEEDS)}")
         assert self.image_shape is not None
         device = self.trainer.strategy.root_device
-        x = torch.zeros(datamodule.batch_size, *self.image_shape, device=device)
+        generator = keyed_generator(self.seed, device=device)
+        x = torch.randn(datamodule.batch_size, *self.image_shape, generator=generator, device=device)
         labels = None if self.unet.class_embedding is None else x.new_zeros(len(x), dtype=torch.int64)
-        num_batches = math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps
-        speed, reason = fastest_speed(
-            self.unet,
-            x,
-            labels,
-            num_steps=num_batches * self.trainer.accumulate_grad_batches,
-            autocast=self.trainer.precision_plugin.forward_context,
-        )
+        autocast = self.trainer.precision_plugin.forward_context
+        speed, reason = fastest_speed(self.unet, x, labels, num_steps=self._num_batches(), autocast=autocast)
         rank_zero_info(reason)
         return self.trainer.strategy.broadcast(speed)
+
+    def _num_batches(self) -> float:
+        """Of the whole run; infinite if it has no end."""
+        trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]  # set by fit
+        ends = [math.inf]
+        if trainer.max_steps != -1:
+            ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
+        if trainer.max_epochs not in (None, -1):
+            ends.append(trainer.max_epochs * max(len(data.train_indices) // (data.batch_size * trainer.world_size), 1))
+        return min(ends)
+
+    def _check_end(self) -> None:
+        has_end = self.trainer.max_steps != -1 or self.trainer.max_epochs != -1
+        if self.lr_decay == "cosine" and not has_end:
+            raise ValueError("lr_decay cosine needs an end: set trainer.max_steps or trainer.max_epochs")
 
     def _errors(self, unet: DenoiserUNet, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Squared error of the prediction for each image, (B,)."""
