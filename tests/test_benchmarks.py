@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from features import frechet_distance, label_entropy  # noqa: E402  (the benchmarks are no package)
 
 TINY_FIT = [
+    *["--config", str(ROOT / "configs" / "digits.yaml")],
     *["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--model.speed", "plain"],
     *["--model.unet.init_args.channels", "[8,16]", "--model.unet.init_args.norm_num_groups", "4"],
     *["--data.init_args.batch_size", "8", "--samples.num_images", "2", "--samples.num_inference_steps", "2"],
@@ -40,7 +41,7 @@ def test_train_step(tmp_path):
         assert report["contenders"][contender]["peak_mib"] > 0
     # the same network needs the same operations
     assert report["contenders"]["unet_diffusion"]["forward_flops"] == report["contenders"]["diffusers"]["forward_flops"]
-    assert report["environment"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["environment"]["versions"]["torch"])
 
 
 @pytest.mark.slow
@@ -70,7 +71,7 @@ def test_start_of_fit(tmp_path):
 
 @pytest.mark.slow
 def test_time_to_quality(tmp_path):
-    write_fashion_mnist(tmp_path / "data", num_images=300)
+    write_fashion_mnist(tmp_path / "data", num_images=700)
     command = [sys.executable, str(ROOT / "benchmarks" / "time_to_quality.py"), "--root", str(tmp_path / "data")]
     command += ["--minutes", "0.6", "--num_images", "10", "--contenders", "diffusers_tuned", "ours"]
     command += ["--calibration_steps", "2", "60", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "t.json")]
