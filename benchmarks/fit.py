@@ -135,9 +135,11 @@ def bare_step(run: Path) -> tuple[Step, int, Speed]:
     batch_size, classes = config["data"]["init_args"]["batch_size"], unet.config["num_class_embeds"]
     x0 = torch.rand(batch_size, *trained.image_shape, device=device) * 2 - 1
     labels = None if classes is None else torch.randint(classes, (batch_size,), device=device)
-    wanted = config["model"]["speed"]
-    speed = speed_for(unet, x0, labels) if wanted == "auto" else wanted
-    dtype = BARE_DTYPES[config["trainer"]["precision"]]
+    wanted, precision = config["model"]["speed"], config["trainer"]["precision"]
+    if precision not in BARE_DTYPES:
+        raise ValueError(f"trainer.precision must be bf16-mixed or 32-true for the bare step, got {precision}")
+    dtype = BARE_DTYPES[precision]
+    speed = speed_for(unet, x0, labels, dtype) if wanted == "auto" else wanted
     return our_step(unet, x0, speed=speed, labels=labels, dtype=dtype), batch_size, speed
 
 

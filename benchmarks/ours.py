@@ -61,10 +61,14 @@ def our_step(
     return step
 
 
-def speed_for(unet: DenoiserUNet, x0: Tensor, labels: Tensor | None = None) -> Speed:
+def speed_for(
+    unet: DenoiserUNet, x0: Tensor, labels: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Speed:
     """What `--model.speed auto` would choose for a run of RUN_STEPS; it is printed with the reason."""
-    speed, reason = fastest_speed(
-        unet, x0, labels, num_steps=RUN_STEPS, autocast=lambda: torch.autocast(x0.device.type, torch.bfloat16)
-    )
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(x0.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    speed, reason = fastest_speed(unet, x0, labels, num_steps=RUN_STEPS, autocast=autocast)
     print(reason, flush=True)
     return speed

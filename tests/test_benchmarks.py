@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from features import frechet_distance, label_entropy
 from test_configs import write_fashion_mnist
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-
-from features import frechet_distance, label_entropy  # noqa: E402  (the benchmarks are no package)
-
 TINY_FIT = [
     *["--config", str(ROOT / "configs" / "digits.yaml")],
     *["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--model.speed", "plain"],

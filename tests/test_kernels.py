@@ -99,6 +99,13 @@ def test_group_norm_silu_takes_gains_of_each_image():
     assert_same_function(lambda x, *gains: group_norm_silu(x, 4, *gains, 1e-5), plain, inputs, FLOAT32)
 
 
+def test_group_norm_silu_of_a_small_variance_about_a_large_mean():
+    (noise,) = leaves((2, 32, 64, 64))
+    x, ones, zeros = noise.detach() + 1000, torch.ones(32), torch.zeros(32)
+    expected = F.silu(F.group_norm(x.double(), 8, ones.double(), zeros.double(), 1e-5))
+    assert_near(group_norm_silu(x, 8, ones, zeros, 1e-5), expected, 1e-4)  # x itself is rounded by 6e-5 deviations
+
+
 def test_group_norm_silu_survives_a_map_without_variance():
     x = torch.full((1, 8, 4, 4), 1000.0)
     out = group_norm_silu(x, 4, torch.ones(8), torch.zeros(8), 1e-5)

@@ -10,6 +10,7 @@ names, so that weights fit its UNet2DModel with a strict load and no key map.
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -150,9 +151,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and self.bias is not None:
-            return winograd_conv2d(x, self.weight, self.bias)
-        return super().forward(x)
+        return winograd_conv2d(x, self.weight, cast(Tensor, self.bias)) if self.fused else super().forward(x)
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -177,8 +176,7 @@ class GroupNormSiLU(nn.GroupNorm):
         return F.silu(h)
 
     def _fused(self, x: Tensor, offset: Tensor | None, scale_shift: Tensor | None) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
+        weight, bias = cast(Tensor, self.weight), cast(Tensor, self.bias)
         if scale_shift is not None:
             scale, shift = scale_shift.chunk(2, dim=1)
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
@@ -215,10 +213,11 @@ class SelfAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, L, C/heads), as F.scaled_dot_product_attention.
 
-        On a CPU its flash attention is two to three times slower than plain products, most of all backward.
+        In training on a CPU, forward and backward as plain products take 0.2 to 0.9 of the time of its flash attention
+        (49 to 256 pixels, bfloat16 and float32); without a backward pass they are the slower of the two.
         """
         num_scores = q.shape[0] * q.shape[1] * q.shape[2] ** 2
-        if q.device.type == "cpu" and num_scores <= MAX_SCORES:
+        if q.requires_grad and q.device.type == "cpu" and num_scores <= MAX_SCORES:
             return torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3) @ v
         return F.scaled_dot_product_attention(q, k, v)
 

@@ -5,7 +5,7 @@
 form needs 36. The products are one batched matrix product; what comes before and after it is fused by torch.compile.
 `group_norm_silu` is group norm, SiLU and the embedding added before, in two passes over the image instead of six.
 
-Both want channels last in memory. Their kernels are compiled once for all shapes, in some ten seconds, and kept on
+Both want channels last in memory. Their kernels are compiled once for all shapes, in about half a minute, and kept on
 disk by torch.compile; a C++ compiler is needed. torch only.
 """
 
@@ -39,9 +39,6 @@ def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None
 ) -> Tensor:
     """silu(group_norm(x + offset)) over (B, C, H, W), in channels_last and in x's type, computed in float32.
-
-    The variance is the mean of squares less the square of the mean, as in PyTorch's group norm on channels_last: where
-    the mean is 1000 deviations, it is off by a tenth.
 
     Args:
         x: (B, C, H, W).
@@ -172,53 +169,54 @@ class _GroupNormSiLU(torch.autograd.Function):
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, offset: Tensor, num_groups: int, eps: float
     ) -> Tensor:
         x = _channels_last(x)
-        height, width, channels = x.shape[1:]
+        height, width = x.shape[1:3]
         pixels = x.flatten(1, 2)  # (B, H*W, C)
-        total, squares = _kernel(_moments)(pixels)
-        squares = squares + offset * (2 * total + height * width * offset)
-        total = total + height * width * offset
-        count = height * width * channels // num_groups
-        mean = _group_sum(total, num_groups) / count
-        std = (_group_sum(squares, num_groups) / count - mean * mean).clamp(min=0).add(eps).sqrt()
+        # Moments about each channel's first pixel: about 0, a mean of many deviations would drown the variance.
+        first = pixels[:, 0].float()
+        total, squares = (moment / (height * width) for moment in _kernel(_moments)(pixels, first[:, None]))
+        channel_mean = first + total
+        mean = _group_mean(channel_mean + offset, num_groups)
+        channel_variance = squares - total**2 + (channel_mean + offset - mean) ** 2  # about the group's mean
+        std = _group_mean(channel_variance, num_groups).clamp(min=0).add(eps).sqrt()
         scale = gain / std
         shift = shift + (offset - mean) * scale
-        ctx.save_for_backward(pixels, gain, offset, mean, std, scale, shift, total)
-        ctx.num_groups, ctx.count = num_groups, count
+        ctx.save_for_backward(pixels, gain, offset, mean, std, scale, shift, channel_mean)
+        ctx.num_groups = num_groups
         out = _kernel(_scaled_silu)(pixels, scale[:, None], shift[:, None])
         return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        pixels, gain, offset, mean, std, scale, shift, total = ctx.saved_tensors
+        pixels, gain, offset, mean, std, scale, shift, channel_mean = ctx.saved_tensors
         grad = _channels_last(grads[0].to(pixels.dtype))
         height, width = grad.shape[1:3]
+        num_pixels = height * width
         grad = grad.flatten(1, 2)
         # z is what SiLU is applied to; xhat the normalised image, before gain and shift.
         sum_dz, sum_dz_x = _kernel(_silu_gradient_sums)(grad, pixels, scale[:, None], shift[:, None])
         sum_dz_xhat = (sum_dz_x + (offset - mean) * sum_dz) / std
-        mean_dxhat = _group_sum(sum_dz * gain, ctx.num_groups) / ctx.count
-        mean_dxhat_xhat = _group_sum(sum_dz_xhat * gain, ctx.num_groups) / ctx.count
+        mean_dxhat = _group_mean(sum_dz * gain, ctx.num_groups) / num_pixels
+        mean_dxhat_xhat = _group_mean(sum_dz_xhat * gain, ctx.num_groups) / num_pixels
         # dx = (dxhat - mean_dxhat - xhat mean_dxhat_xhat) / std, as dz scale + x slope + intercept
         slope = -mean_dxhat_xhat / std**2
         intercept = -mean_dxhat / std + (offset - mean) * slope
         grad_x = _kernel(_norm_gradient)(
             grad, pixels, scale[:, None], shift[:, None], slope[:, None], intercept[:, None]
         ).unflatten(1, (height, width)).permute(0, 3, 1, 2)  # fmt: skip
-        # The offset is added to every pixel of its channel; total has it already, which the intercept accounts for.
-        num_pixels = height * width
-        grad_offset = scale * sum_dz + slope * (total - num_pixels * offset) + num_pixels * intercept
+        grad_offset = scale * sum_dz + num_pixels * (slope * channel_mean + intercept)  # the sum of dx over the pixels
         return grad_x, sum_dz_xhat, sum_dz, grad_offset, None, None
 
 
-def _group_sum(values: Tensor, num_groups: int) -> Tensor:
-    """The sum over each group of channels, for each of its channels: (B, C) -> (B, C)."""
+def _group_mean(values: Tensor, num_groups: int) -> Tensor:
+    """The mean over each group of channels, for each of its channels: (B, C) -> (B, C)."""
     grouped = values.unflatten(1, (num_groups, -1))
-    return grouped.sum(2, keepdim=True).expand_as(grouped).flatten(1)
+    return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.float()
+def _moments(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over pixels of the distance from the centre and of its square: (B, H*W, C) and (B, 1, C) -> (B, C) twice."""
+    x = x.float() - centre
     return x.sum(1), (x * x).sum(1)
 
 
@@ -263,7 +261,8 @@ def _kernel(function: Callable[..., Any], *options: Any) -> Callable[..., Any]:
         if kind in known:
             return compiled(*tensors, *options)
         known.add(kind)
-        # Sizes that happen to be equal are not taken to be so always.
+        # Sizes that happen to be equal are not taken to be so always. mypy does not see patch(), which torch adds
+        # to the module when it is imported.
         with dynamo_config.patch(recompile_limit=MAX_KINDS), shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return compiled(*tensors, *options)
 

@@ -26,8 +26,9 @@ from unet_diffusion.blocks import Conv3x3, GroupNormSiLU
 Speed = Literal["plain", "channels_last", "fused", "compiled"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
-# Seconds that trying them is expected to take, most of it compiling: measured on two CPU cores, guessed for GPUs. On a
-# CPU, channels_last is not tried: group norm is slow on it.
+# Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 40
+# for fused with an empty cache, and 104 to 136 for whole networks; those of GPUs are guessed. On a CPU, channels_last
+# is not tried: group norm is slow on it.
 TRIALS: dict[str, dict[Speed, float]] = {
     "cpu": {"fused": 30, "compiled": 180},
     "cuda": {"channels_last": 0, "compiled": 180},
@@ -123,8 +124,8 @@ def fastest_speed(
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next step, instead of returning it to the system and asking for it again.
 
-    Each step frees and allocates the same large maps; a CPU spends up to an eighth of its time on clearing their pages.
-    For the whole process. Does nothing on systems with another C library.
+    Each step frees and allocates the same large maps, whose pages the system clears each time. For the whole process.
+    Does nothing on systems with another C library.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -271,7 +271,8 @@ class DiffusionModule(LightningModule):
         for optimizer in self.trainer.optimizers:
             for parameter, state in optimizer.state.items():
                 for name, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+                    if is_moment and value.stride() != parameter.stride():
                         state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _run_at(self, speed: Speed) -> None:
@@ -292,18 +293,18 @@ class DiffusionModule(LightningModule):
         x = torch.randn(datamodule.batch_size, *self.image_shape, generator=generator, device=device)
         labels = None if self.unet.class_embedding is None else x.new_zeros(len(x), dtype=torch.int64)
         autocast = self.trainer.precision_plugin.forward_context
-        speed, reason = fastest_speed(self.unet, x, labels, num_steps=self._num_batches(), autocast=autocast)
+        speed, reason = fastest_speed(self.unet, x, labels, num_steps=self._num_batches(datamodule), autocast=autocast)
         rank_zero_info(reason)
         return self.trainer.strategy.broadcast(speed)
 
-    def _num_batches(self) -> float:
-        """Of the whole run; infinite if it has no end."""
-        trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]  # set by fit
-        ends = [math.inf]
+    def _num_batches(self, datamodule: Any) -> float:
+        """Of the whole run; infinite if it has no end. Asking Lightning would set up the data: see `factor` above."""
+        trainer, ends = self.trainer, [math.inf]
         if trainer.max_steps != -1:
             ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
         if trainer.max_epochs not in (None, -1):
-            ends.append(trainer.max_epochs * max(len(data.train_indices) // (data.batch_size * trainer.world_size), 1))
+            num_batches = len(datamodule.train_indices) // (datamodule.batch_size * trainer.world_size)
+            ends.append(trainer.max_epochs * max(num_batches, 1))
         return min(ends)
 
     def _check_end(self) -> None:
