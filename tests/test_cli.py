@@ -427,6 +427,8 @@ def test_wrong_usage_has_exit_status_2(run_cli, arguments):
 OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
     "--overwrite --resume --batch_size --device --precision",
+    "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
+    "--device --precision",
     "export": "CHECKPOINT DIR --overwrite",
     "import": "DIR CHECKPOINT",
     "fit": "--config --print_config --ckpt_path --seed_everything --model.unet --model.schedule --model.optimizer "

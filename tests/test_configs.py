@@ -7,13 +7,16 @@ import pytest
 import yaml
 from PIL import Image
 
+from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
+from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.unet import DenoiserUNet
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 RECIPES = [name for name in ALL if "/" not in name]
 OVERLAYS = [name for name in ALL if "/" in name]
 
 SMALLER = [  # every recipe: sizes, not kinds
-    "--model.unet.init_args.norm_num_groups=4",
     "--data.init_args.batch_size=4",
     "--data.init_args.num_val=4",
     "--trainer.accelerator=cpu",
@@ -23,13 +26,31 @@ SMALLER = [  # every recipe: sizes, not kinds
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
     "--samples.num_images=2",
-    "--samples.num_inference_steps=2",
 ]
+DENOISE = ["--model.unet.init_args.norm_num_groups=4", "--samples.num_inference_steps=2"]
+SMALL_WINDOWS = ["--data.init_args.window_size=32", "--data.init_args.num_val=2"]
+NUCLEI = {"in_channels": 3, "channels": [8, 8, 8], "layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
 NARROWER = {
-    "cifar10_ddpm.yaml": ["--model.unet.init_args.channels", "[8,8,8,8]"],
-    "digits.yaml": ["--model.unet.init_args.channels", "[8,8]"],
-    "fashion_mnist.yaml": ["--model.unet.init_args.channels", "[8,8,8]"],
-    "folder.yaml": ["--model.unet.init_args.channels", "[8,8,8,8]", "--model.unet.init_args.head_channels", "4"],
+    "cells.yaml": ["--model.unet.init_args.channels=[4,8]", "--data.init_args.source.init_args.num_images=4"],
+    "isbi2012_modern.yaml": ["--model.unet.init_args.channels=[4,8]"],
+    "isbi2012_unet.yaml": ["--model.unet.init_args.channels=[4,8]"],
+    "nuclei_denoiser.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--data.init_args.tile_size=32"],
+    "nuclei_features.yaml": [
+        "--model.unet.init_args.denoiser.init_args.channels=[8,8,8]",
+        "--model.unet.init_args.denoiser.init_args.norm_num_groups=4",
+    ],
+    "nuclei_finetune.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"],
+    "nuclei_segment.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"],
+    "cifar10_ddpm.yaml": [*DENOISE, "--model.unet.init_args.channels", "[8,8,8,8]"],
+    "digits.yaml": [*DENOISE, "--model.unet.init_args.channels", "[8,8]"],
+    "fashion_mnist.yaml": [*DENOISE, "--model.unet.init_args.channels", "[8,8,8]"],
+    "folder.yaml": [
+        *DENOISE,
+        "--model.unet.init_args.channels",
+        "[8,8,8,8]",
+        "--model.unet.init_args.head_channels",
+        "4",
+    ],
 }
 
 
@@ -87,10 +108,28 @@ def write_folder(root, monkeypatch):
         Image.fromarray(rng.integers(256, size=(64, 72, 3), dtype=np.uint8)).save(root / f"{i}.png")
 
 
-DATA = {"cifar10_ddpm.yaml": write_cifar10, "fashion_mnist.yaml": write_fashion_mnist, "folder.yaml": write_folder}
+def write_pairs(root, channels, instances):
+    rng = np.random.default_rng(0)
+    for kind in ("image", "label"):
+        (root / kind).mkdir(parents=True)
+    for i in range(6):
+        pixels = rng.integers(256, size=(40, 44, 3) if channels == 3 else (40, 44), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "image" / f"{i}.png")
+        label = np.zeros((40, 44), dtype=np.uint16 if instances else np.uint8)
+        label[4:20, 4:20], label[4:20, 24:40] = (1, 300) if instances else (255, 255)
+        Image.fromarray(label).save(root / "label" / f"{i}.png")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+DATA = {
+    "cifar10_ddpm.yaml": write_cifar10,
+    "fashion_mnist.yaml": write_fashion_mnist,
+    "folder.yaml": write_folder,
+    "nuclei_denoiser.yaml": write_folder,
+}
+SEGMENT = [name for name in RECIPES if yaml.safe_load((CONFIGS / name).read_text()).get("task") == "segment"]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SEGMENT])
 def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, name):
     arguments = ["--config", CONFIGS / name, *SMALLER, *NARROWER[name]]
     if name in DATA:
@@ -100,6 +139,26 @@ def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, na
     assert status == 0, err
     for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
         assert (tmp_path / "run" / file).is_file(), file
+
+
+@pytest.mark.parametrize("name", SEGMENT)
+def test_recipe_trains_and_leaves_a_segmenter(run_cli, caplog, tmp_path, name):
+    arguments = ["--config", CONFIGS / name, *SMALLER, *SMALL_WINDOWS, *NARROWER[name]]
+    if name != "cells.yaml":
+        write_pairs(tmp_path, 3 if "nuclei" in name else 1, "nuclei" in name)
+        for side in ("image", "label"):
+            arguments += [f"--data.init_args.source.init_args.{side}s", tmp_path / side]
+    if "init_from" in (CONFIGS / name).read_text():
+        denoiser = TrainedDenoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
+        write_initial_checkpoint(denoiser, tmp_path / "denoiser.ckpt")
+        arguments += ["--model.init_from", tmp_path / "denoiser.ckpt"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+    assert ("taken over" in caplog.text) == ("init_from" in (CONFIGS / name).read_text())
+    for file in ("samples.png", "checkpoints/last.ckpt", "config.yaml"):
+        assert (tmp_path / "run" / file).is_file(), file
+    status, _, err = run_cli("segment", tmp_path / "run", tmp_path / "run" / "samples.png", "--output", tmp_path / "o")
+    assert status == 0, err
 
 
 def test_folder_recipe_trains_with_classes_as_its_comment_says(run_cli, tmp_path):

@@ -23,7 +23,7 @@ class Recorder(Callback):
 
     def setup(self, trainer, module, stage):
         self.noise, self.t, self.grids, self.index = [], [], [], []
-        add_noise, save_grid = module.schedule.add_noise, callbacks.save_grid
+        add_noise, write_png = module.schedule.add_noise, callbacks.write_png
 
         def recorded_noise(x0, noise, t):
             if torch.is_grad_enabled():
@@ -31,11 +31,11 @@ class Recorder(Callback):
                 self.t.append(t)
             return add_noise(x0, noise, t)
 
-        def recorded_grid(images, path, **options):
+        def recorded_grid(picture, path):
             self.grids.append(path.name)
-            save_grid(images, path, **options)
+            write_png(picture, path)
 
-        module.schedule.add_noise, callbacks.save_grid = recorded_noise, recorded_grid
+        module.schedule.add_noise, callbacks.write_png = recorded_noise, recorded_grid
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.index.append(batch["index"])

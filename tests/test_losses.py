@@ -6,7 +6,8 @@ from scipy.stats import chisquare
 
 from unet_diffusion.losses import loss_weights, squared_error, sums_by_quarter
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
-from unet_diffusion.training.module import lr_factor, stratified_timesteps
+from unet_diffusion.training.base import lr_factor
+from unet_diffusion.training.module import stratified_timesteps
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEPS = torch.tensor([0, 50, 200, 500, 800, 999])

@@ -82,7 +82,7 @@ def time_as_told(monkeypatch, *, float32: float, **seconds: float) -> list[str]:
     """Has each speed take so long; the speeds that were timed, in order."""
     timed = []
 
-    def step_seconds(network, name, x, labels, autocast):
+    def step_seconds(network, name, x, autocast):
         timed.append("float32" if autocast is nullcontext else name)
         if name not in seconds:
             raise RuntimeError("g++ is not what it seems")
@@ -98,41 +98,42 @@ def choose(unet, num_steps=1e6, autocast=bfloat16) -> tuple[str, str]:
 
 
 def test_the_fastest_is_chosen_and_the_reason_given(tiny_unet, monkeypatch):
-    time_as_told(monkeypatch, plain=1.0, fused=0.5, compiled=0.8, float32=3.0)
+    time_as_told(monkeypatch, plain=1.0, channels_last=1.1, fused=0.5, compiled=0.8, float32=3.0)
     chosen, reason = choose(tiny_unet())
     assert chosen == "fused"
-    assert reason.startswith("speed fused: a step takes plain 1.000 s, fused 0.500 s, compiled 0.800 s (tried for ")
+    times = "plain 1.000 s, channels_last 1.100 s, fused 0.500 s, compiled 0.800 s"
+    assert reason.startswith(f"speed fused: a step takes {times} (tried for ")
 
 
 def test_a_gain_within_the_noise_does_not_count(tiny_unet, monkeypatch):
-    time_as_told(monkeypatch, plain=1.0, fused=0.96, compiled=0.97, float32=1.0)
+    time_as_told(monkeypatch, plain=1.0, channels_last=1.0, fused=0.96, compiled=0.97, float32=1.0)
     assert choose(tiny_unet())[0] == "plain"
-    time_as_told(monkeypatch, plain=1.0, fused=0.5, compiled=0.49, float32=1.0)
+    time_as_told(monkeypatch, plain=1.0, channels_last=1.0, fused=0.5, compiled=0.49, float32=1.0)
     assert choose(tiny_unet())[0] == "fused"  # simpler than compiled
 
 
 def test_what_takes_longer_to_try_than_it_can_save_is_not_tried(tiny_unet, monkeypatch):
-    timed = time_as_told(monkeypatch, plain=1.0, fused=0.1, compiled=0.1, float32=1.0)
+    timed = time_as_told(monkeypatch, plain=1.0, channels_last=1.0, fused=0.1, compiled=0.1, float32=1.0)
     assert choose(tiny_unet(), num_steps=599)[0] == "plain"  # 30 s are more than 5 % of 599 s
-    assert timed == ["plain"]
+    assert timed == ["plain", "channels_last"]
     assert choose(tiny_unet(), num_steps=600)[0] == "fused"
-    assert timed[1:] == ["plain", "fused"]
+    assert timed[2:] == ["plain", "channels_last", "fused"]
     choose(tiny_unet(), num_steps=4000)  # 200 s: enough for either, but not for both
-    assert timed[3:] == ["plain", "fused", "float32"]
+    assert timed[5:] == ["plain", "channels_last", "fused", "float32"]
 
 
 def test_a_setting_that_does_not_run_is_left_out(tiny_unet, monkeypatch):
-    time_as_told(monkeypatch, plain=1.0, compiled=0.5, float32=1.0)
+    time_as_told(monkeypatch, plain=1.0, channels_last=1.0, compiled=0.5, float32=1.0)
     chosen, reason = choose(tiny_unet())
     assert chosen == "compiled"
     assert reason.endswith("; fused does not run here (g++ is not what it seems)")
 
 
 def test_float32_is_recommended_where_bfloat16_is_slower(tiny_unet, monkeypatch):
-    timed = time_as_told(monkeypatch, plain=2.0, fused=2.0, compiled=2.0, float32=1.0)
+    timed = time_as_told(monkeypatch, plain=2.0, channels_last=2.0, fused=2.0, compiled=2.0, float32=1.0)
     assert choose(tiny_unet())[1].endswith("; float32 would take 1.000 s: set trainer.precision to 32-true")
     choose(tiny_unet(), autocast=nullcontext)  # is float32 already
-    assert timed[4:] == ["float32", "float32", "float32"]
+    assert timed[5:] == ["float32"] * 4
 
 
 def test_trying_leaves_network_and_random_numbers_alone(tiny_unet):
@@ -178,7 +179,7 @@ def test_auto_times_once_and_a_continued_run_keeps_what_was_found(
 ):
     found = iter(["channels_last"])
     monkeypatch.setattr(
-        "unet_diffusion.training.module.fastest_speed", lambda *args, **options: (next(found), "for a test")
+        "unet_diffusion.training.base.fastest_speed", lambda *args, **options: (next(found), "for a test")
     )
     data = tiny_images(class_names=None)
     trainer = quiet_trainer(max_steps=2, limit_val_batches=0)

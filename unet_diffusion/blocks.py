@@ -1,15 +1,17 @@
-"""The parts a denoising U-Net is made of, called `block(x, emb, context)` each.
+"""The parts that fill the U, called `block(x, emb, context)` each.
 
 x is (B, C, H, W); emb (B, D) the embedding of timestep and class, or None; context (B, L, K) tokens to attend to, or
 None. A part ignores what it does not need, so the wiring in `unet.py` never asks what a part is.
 
-The residual block is that of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), with the scale-shift norm and the
-resampling residual block of Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233). Submodules carry diffusers'
+The double convolution is that of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597). The residual block is that
+of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), with the scale-shift norm and the resampling residual block of
+Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233); the submodules of the denoiser's blocks carry diffusers'
 names, so that weights fit its UNet2DModel with a strict load and no key map.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -263,6 +265,82 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DoubleConv(nn.Module):
+    """conv, [norm], [add the embedding], ReLU, conv, [norm], ReLU, dropout (Ronneberger et al. 2015, figure 1).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        padded: zeros around the input keep height and width; otherwise both lose 4 pixels.
+        make_norm: makes the norm of that many channels.
+        emb_channels: D, length of the embedding; None: there is none.
+        dropout: probability of zeroing an activation of the output; 0 is off.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        padded: bool,
+        make_norm: Callable[[int], nn.Module],
+        emb_channels: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        conv = Conv3x3 if padded else partial(nn.Conv2d, kernel_size=3)
+        self.conv1 = conv(in_channels, out_channels)
+        self.norm1 = make_norm(out_channels)
+        self.time_emb_proj = None if emb_channels is None else nn.Linear(emb_channels, out_channels)
+        self.conv2 = conv(out_channels, out_channels)
+        self.norm2 = make_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        h = self.norm1(self.conv1(x))
+        if self.time_emb_proj is not None and emb is not None:
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.norm2(self.conv2(F.relu(h)))
+        return self.dropout(F.relu(h))
+
+
+class PooledDoubleConv(nn.Module):
+    """2x2 max-pooling, which halves height and width, then a double convolution.
+
+    Args:
+        double_conv: the convolutions.
+        keeps: return the map in a list, as a level of the contracting path does, and not by itself, as the bottom.
+    """
+
+    def __init__(self, double_conv: DoubleConv, *, keeps: bool):
+        super().__init__()
+        self.double_conv = double_conv
+        self.keeps = keeps
+
+    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> Tensor | list[Tensor]:
+        x = self.double_conv(F.max_pool2d(x, 2), emb, context)
+        return [x] if self.keeps else x
+
+
+class UpConvBlock(nn.Module):
+    """A level of the expanding path: 2x2 up-convolution, the cropped skip concatenated, double convolution.
+
+    Args:
+        in_channels: channels of the map from below; twice those of the skip in the paper, any number here.
+        double_conv: takes the skip's channels twice, as the up-convolution makes as many.
+    """
+
+    num_skips = 1
+
+    def __init__(self, in_channels: int, double_conv: DoubleConv):
+        super().__init__()
+        self.up_conv = nn.ConvTranspose2d(in_channels, double_conv.conv1.in_channels // 2, 2, stride=2)
+        self.double_conv = double_conv
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor], emb: Tensor | None, context: Tensor | None) -> Tensor:
+        return self.double_conv(crop_and_concat(self.up_conv(x), skips[0]), emb, context)
 
 
 class TimestepEmbedding(nn.Module):

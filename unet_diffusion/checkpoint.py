@@ -1,23 +1,29 @@
-"""A trained denoiser as one object, and the Lightning checkpoint that holds it.
+"""A trained denoiser or segmenter as one object, and the Lightning checkpoint that holds it.
 
 A checkpoint is read with `weights_only=True`: it can hold tensors and plain values, never code. What is needed to build
-the network again is the plain dictionary `checkpoint["denoiser"]`, beside the weights that Lightning saves.
+the network again is the plain dictionary `checkpoint["denoiser"]` or `checkpoint["segmenter"]`, beside the weights that
+Lightning saves.
 """
 
 import importlib.util
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.unet import PixelNetwork
+from unet_diffusion.whole_file import whole_file
 
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
+SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
 
 
@@ -34,7 +40,7 @@ class TrainedDenoiser:
         settings: of the training, plain values; for the model card.
     """
 
-    unet: DenoiserUNet
+    unet: PixelNetwork
     schedule: NoiseSchedule
     image_shape: tuple[int, int, int]
     null_label: int | None = None
@@ -42,14 +48,61 @@ class TrainedDenoiser:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class TrainedSegmenter:
+    """A network and all that is needed to segment with it.
+
+    Args:
+        unet: called `unet(x, t)`, gives class scores; the averaged (EMA) weights.
+        kind: "binary" (background and foreground), "classes", or "instances" (background, cell and cell border).
+        class_names: of each score.
+        timestep: that a denoiser's network is given; None: it takes none.
+        stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
+        window_size: height and width of the windows it was trained on, in pixels.
+        settings: of the training, plain values.
+    """
+
+    unet: PixelNetwork
+    kind: Literal["binary", "classes", "instances"]
+    class_names: list[str]
+    timestep: int | None
+    stretch: bool
+    window_size: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def segmenter_record(trained: TrainedSegmenter) -> dict[str, Any]:
+    """What a checkpoint holds beside the weights, as plain values: the counterpart of `read_segmenter`."""
+    fields = {name: getattr(trained, name) for name in SEGMENTER_FIELDS}
+    return {"unet": network_record(trained.unet), **fields}
+
+
+def read_segmenter(path: str | os.PathLike[str]) -> TrainedSegmenter:
+    """The segmenter in a checkpoint file, or in a run folder's checkpoints/last.ckpt, on the CPU and in eval mode.
+
+    Raises:
+        OSError: if the file is missing or cannot be opened.
+        ValueError: if the file is no checkpoint, is damaged, holds code, or holds no segmenter of this package.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    record, state_dict = _read(path, "segmenter")
+    with _explained(path, "segmenter"):
+        fields = {name: record[name] for name in SEGMENTER_FIELDS}
+        return TrainedSegmenter(unet=_network_with_weights(record["unet"], state_dict), **fields)
+
+
+def network_record(network: PixelNetwork) -> dict[str, Any]:
+    """The class of a network and the arguments that build it, plain values."""
+    kind = type(network)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config}
+
+
 def denoiser_record(trained: TrainedDenoiser) -> dict[str, Any]:
     """What a checkpoint holds beside the weights, as plain values: the counterpart of `read_checkpoint`."""
-    unet_class = type(trained.unet)
     return {
-        "unet": {
-            "class_path": f"{unet_class.__module__}.{unet_class.__qualname__}",
-            "init_args": trained.unet.config,
-        },
+        "unet": network_record(trained.unet),
         "schedule": trained.schedule.config,
         "image_shape": list(trained.image_shape),
         "null_label": trained.null_label,
@@ -65,20 +118,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
         OSError: if the file is missing or cannot be opened.
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
-    checkpoint = load_plain(path)
-    record = checkpoint.get("denoiser") if isinstance(checkpoint, dict) else None
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{path} was not written by {PACKAGE}: a checkpoint must have an entry 'denoiser'; "
-            "for another program's weights, convert them to a diffusers folder and import that"
+    record, state_dict = _read(path, "denoiser")
+    with _explained(path, "denoiser"):
+        channels, height, width = record["image_shape"]
+        return TrainedDenoiser(
+            unet=_network_with_weights(record["unet"], state_dict),
+            schedule=NoiseSchedule(**record["schedule"]),
+            image_shape=(channels, height, width),
+            null_label=record["null_label"],
+            class_names=record["class_names"],
+            settings=record["settings"],
         )
-    try:
-        trained = _build(record)
-        trained.unet.load_state_dict(_ema_weights(checkpoint["state_dict"]))
-    except (KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise ValueError(f"{path} must hold a whole denoiser of this version, and does not: {error}") from error
-    trained.unet.eval()
-    return trained
 
 
 def write_initial_checkpoint(trained: TrainedDenoiser, path: str | os.PathLike[str]) -> None:
@@ -100,13 +150,8 @@ def write_initial_checkpoint(trained: TrainedDenoiser, path: str | os.PathLike[s
         "optimizer_states": [],  # Lightning restores one state for each entry: none, so all start afresh
         "lr_schedulers": [],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         torch.save(checkpoint, partial)
-        os.replace(partial, path)  # a reader sees the whole file or none
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_plain(path: str | os.PathLike[str]) -> Any:
@@ -130,28 +175,55 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} {reason}") from error
 
 
-def _build(record: dict[str, Any]) -> TrainedDenoiser:
-    channels, height, width = record["image_shape"]
-    return TrainedDenoiser(
-        unet=_unet_class(record["unet"]["class_path"])(**record["unet"]["init_args"]),
-        schedule=NoiseSchedule(**record["schedule"]),
-        image_shape=(channels, height, width),
-        null_label=record["null_label"],
-        class_names=record["class_names"],
-        settings=record["settings"],
-    )
+def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record of that key in a checkpoint, and its averaged weights."""
+    checkpoint = load_plain(path)
+    record = checkpoint.get(key) if isinstance(checkpoint, dict) else None
+    if not isinstance(record, dict):
+        others = {"denoiser", "segmenter"} - {key}
+        held = [name for name in others if isinstance(checkpoint, dict) and name in checkpoint]
+        reason = f"it holds a {held[0]}" if held else f"it was not written by {PACKAGE}"
+        raise ValueError(
+            f"{path}: a checkpoint must have an entry {key!r} here, and {reason}; "
+            "for another program's weights, convert them to a diffusers folder and import that"
+        )
+    with _explained(path, key):
+        prefix = "ema_unet."
+        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return record, weights
 
 
-def _unet_class(class_path: str) -> type[DenoiserUNet]:
+@contextmanager
+def _explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
+    """Says of which file it is, if a record or its weights are not as they must be."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{path} must hold a whole {key} of this version, and does not: {error}") from error
+
+
+def _network_with_weights(record: dict[str, Any], weights: dict[str, Tensor]) -> PixelNetwork:
+    network = _build(record)
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def _build(record: dict[str, Any]) -> PixelNetwork:
+    """The network of a record; networks within it, and their noise schedule, are built first."""
+    arguments = dict(record["init_args"])
+    for name, value in arguments.items():
+        if isinstance(value, dict) and "class_path" in value:
+            arguments[name] = _build(value)
+        elif name == "schedule":
+            arguments[name] = NoiseSchedule(**value)
+    return _network_class(record["class_path"])(**arguments)
+
+
+def _network_class(class_path: str) -> type[PixelNetwork]:
     """The class of that path; only this package is looked into, as a checkpoint may come from anyone."""
     module, _, name = class_path.rpartition(".")
     if module.split(".")[0] == PACKAGE and importlib.util.find_spec(module):
-        unet_class = getattr(importlib.import_module(module), name, None)
-        if isinstance(unet_class, type) and issubclass(unet_class, DenoiserUNet):
-            return unet_class
-    raise ValueError(f"class_path of a denoiser must name a DenoiserUNet in {PACKAGE}, got {class_path!r}")
-
-
-def _ema_weights(state_dict: dict[str, Any]) -> dict[str, Any]:
-    prefix = "ema_unet."
-    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        network_class = getattr(importlib.import_module(module), name, None)
+        if isinstance(network_class, type) and issubclass(network_class, PixelNetwork):
+            return network_class
+    raise ValueError(f"class_path of a network must name a PixelNetwork in {PACKAGE}, got {class_path!r}")

@@ -1,4 +1,4 @@
-"""The command line: `unet-diffusion fit | validate | sample | export | import`.
+"""The command line: `unet-diffusion fit | validate | sample | segment | export | import`.
 
 fit and validate are Lightning's own command line, so that every argument of the module, the data and the trainer is an
 option; the others are small programs on a checkpoint. Every error is one message; `--traceback` shows its origin.
@@ -53,13 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unet-diffusion",
-        description="Train a diffusion U-Net on images, draw samples, and hand it over as a diffusers pipeline.",
+        description="Train a U-Net to denoise or to segment, draw images or masks, hand it over to diffusers.",
         epilog="Every command has --help, and takes --traceback to show where an error came from.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("fit", help="train a denoiser: fit --config configs/digits.yaml")
+    commands.add_parser("fit", help="train a denoiser or segmenter: fit --config configs/digits.yaml")
     commands.add_parser("validate", help="validation loss: validate --config CONFIG --ckpt_path CHECKPOINT")
     _add_sample(commands.add_parser("sample", help="draw images from a checkpoint", **_STYLE))
+    _add_segment(commands.add_parser("segment", help="masks for images, from a checkpoint", **_STYLE))
     _add_export(commands.add_parser("export", help="write a checkpoint as a diffusers pipeline folder", **_STYLE))
     _add_import(commands.add_parser("import", help="make a checkpoint from a diffusers pipeline folder", **_STYLE))
     return parser
@@ -207,6 +208,63 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=1))
     return [i for i in range(options.num_images) if not (options.resume and f"{i:06d}.png" in present)]
+
+
+# ------------------------------------------------------------------------------------------------------------ segment
+
+
+def _add_segment(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a mask for each image: DIR/NAME, 255 for foreground, or class indices. Images may have any size; the "
+        "pages of a TIFF file become pages of its mask. Images whose mask is in DIR are left out, so that a run that "
+        "was cut off goes on."
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file or a run folder, of a segmenter")
+    parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="image files, folders or zip archives")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks")
+    parser.add_argument("--instances", action="store_true", help="also DIR/instances/NAME: a number for each object")
+    parser.add_argument("--overlays", action="store_true", help="also DIR/overlays/NAME.png: outlines on the image")
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also DIR/probabilities/NAME.npy: float16 (classes, height, width)"
+    )
+    parser.add_argument("--views", action="store_true", help="average over rotations and flips; 8 times the work")
+    parser.add_argument("--overwrite", action="store_true", help="replace masks that are in DIR")
+    parser.add_argument("--window_size", type=int, help="pixels given to the network at once; default: as in training")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
+    parser.set_defaults(run=_segment)
+
+
+def _segment(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from unet_diffusion.checkpoint import read_segmenter
+    from unet_diffusion.segmentation.predict import ImagesToSegment, Outputs, class_probabilities, segment_images
+
+    trained = read_segmenter(options.checkpoint)
+    if options.window_size is not None:
+        trained.window_size = options.window_size
+    if options.instances and trained.kind == "classes":
+        raise ValueError("--instances needs a model of objects, and this one was trained on classes; leave it out")
+    images = ImagesToSegment(options.images)
+    device_type = torch.device(options.device).type
+    if device_type == "cpu":
+        keep_freed_memory()
+    trained.unet.to(options.device)
+    outputs = Outputs(options.output, options.probabilities, options.overlays, options.instances, options.overwrite)
+
+    @torch.inference_mode()
+    def predict(image: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            return class_probabilities(trained, image, views=options.views, device=options.device)
+
+    with tqdm(total=len(images), unit="image") as bar:
+        failed = segment_images(trained, images, outputs, predict=predict, progress=bar.update)
+    print(f"{len(images) - len(failed)} masks in {options.output}")
+    if failed:
+        raise ValueError("\n  ".join([f"{len(failed)} of {len(images)} images could not be read:", *failed]))
 
 
 # ----------------------------------------------------------------------------------------------------- export, import

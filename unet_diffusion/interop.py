@@ -30,7 +30,7 @@ from unet_diffusion.pipelines.model_card import model_card
 from unet_diffusion.sampling import scheduler_config
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
 from unet_diffusion.speed import set_speed
-from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.unet import DenoiserUNet, PixelNetwork
 
 StrPath = str | os.PathLike[str]
 
@@ -105,7 +105,7 @@ def from_diffusers(model_or_folder: UNet2DModel | StrPath) -> DenoiserUNet:
     return model
 
 
-def to_diffusers(model: DenoiserUNet, sample_size: int | tuple[int, int] | None = None) -> UNet2DModel:
+def to_diffusers(model: PixelNetwork, sample_size: int | tuple[int, int] | None = None) -> UNet2DModel:
     """The same network as diffusers' UNet2DModel: float32, on the CPU, in eval mode.
 
     Args:

@@ -1,7 +1,6 @@
 """Pictures: tensors as PNG files, and grids of them to look at."""
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
+
+from unet_diffusion.whole_file import whole_file
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 GRID_PADDING = 2  # pixels between tiles
@@ -61,7 +62,7 @@ def save_images(
             "choose another folder or set overwrite"
         )
     for image, path in zip(pixels, paths, strict=True):
-        _write_png(to_pil_image(image), path)
+        write_png(to_pil_image(image), path)
     return paths
 
 
@@ -110,7 +111,13 @@ def image_grid(images: Tensor, columns: int | None = None, min_tile: int = 64) -
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None, min_tile: int = 64) -> None:
     """Writes `image_grid` to a PNG file, in place of one that exists; its folder is made if it is not there."""
-    _write_png(image_grid(images, columns, min_tile), Path(path))
+    write_png(image_grid(images, columns, min_tile), Path(path))
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG file, whole or not at all, in place of one that exists."""
+    with whole_file(path) as partial:
+        picture.save(partial, format="PNG")
 
 
 def _over_checkerboard(pixels: Tensor, square: int) -> Tensor:
@@ -120,14 +127,3 @@ def _over_checkerboard(pixels: Tensor, square: int) -> Tensor:
     board = torch.tensor(CHECKERBOARD, dtype=torch.float32)[odd]
     alpha = pixels[:, 3:].float() / 255
     return (alpha * pixels[:, :3] + (1 - alpha) * board).round().to(torch.uint8)
-
-
-def _write_png(picture: Image.Image, path: Path) -> None:
-    """Writes to a file beside it and renames: whoever reads the path never sees half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        picture.save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.blocks import Conv3x3, GroupNormSiLU
+from unet_diffusion.unet import PixelNetwork
 
 Speed = Literal["plain", "channels_last", "fused", "compiled"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
 # Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 40
-# for fused with an empty cache, and 104 to 136 for whole networks; those of GPUs are guessed. On a CPU, channels_last
-# is not tried: group norm is slow on it.
+# for fused with an empty cache, and 104 to 136 for whole networks; those of GPUs are guessed.
 TRIALS: dict[str, dict[Speed, float]] = {
-    "cpu": {"fused": 30, "compiled": 180},
+    "cpu": {"channels_last": 0, "fused": 30, "compiled": 180},
     "cuda": {"channels_last": 0, "compiled": 180},
 }
 FLOAT32_TRIAL = 30  # seconds: on a processor without instructions for bfloat16 every run is long
@@ -47,7 +47,7 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
     """Make a network run so, in place. "compiled" compiles when it is first called, and for each new shape.
 
     Args:
-        unet: a DenoiserUNet, or any module of our blocks.
+        unet: a network, or any module of our blocks.
         speed: one of SPEEDS.
         device: where it will run; None: where its weights are.
 
@@ -79,9 +79,8 @@ def speeds_for(device: torch.device) -> tuple[Speed, ...]:
 
 
 def fastest_speed(
-    unet: nn.Module,
+    unet: PixelNetwork,
     x: Tensor,
-    labels: Tensor | None = None,
     *,
     num_steps: float,
     autocast: Callable[[], AbstractContextManager[object]],
@@ -93,26 +92,25 @@ def fastest_speed(
     The network and the random numbers are left as they were.
 
     Args:
-        unet: a DenoiserUNet.
+        unet: the network.
         x: a batch as in training, (B, C, H, W) float32.
-        labels: (B,) int64, for a network with classes.
         num_steps: of the run; infinite if unknown.
         autocast: makes the context that the steps will run in.
     """
     start = time.perf_counter()
     network = copy.deepcopy(unet).to(x.device).train()
-    seconds: dict[Speed, float] = {"plain": _step_seconds(network, "plain", x, labels, autocast)}
+    seconds: dict[Speed, float] = {"plain": _step_seconds(network, "plain", x, autocast)}
     left = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
     notes = []
     for speed, cost in TRIALS.get(x.device.type, {"channels_last": 0}).items():
         if cost <= left and speed in speeds_for(x.device):
             left -= cost
             try:
-                seconds[speed] = _step_seconds(network, speed, x, labels, autocast)
+                seconds[speed] = _step_seconds(network, speed, x, autocast)
             except RuntimeError as error:  # of the compilers that torch.compile calls, and out of memory
                 notes.append(f"; {speed} does not run here ({str(error).strip().splitlines()[0]})")
     if x.device.type == "cpu" and _is_bfloat16(autocast) and left >= FLOAT32_TRIAL:
-        float32 = _step_seconds(network, "plain", x, labels, nullcontext)
+        float32 = _step_seconds(network, "plain", x, nullcontext)
         if float32 * MIN_GAIN < min(seconds.values()):
             notes.append(f"; float32 would take {float32:.3f} s: set trainer.precision to 32-true")
     chosen = _simplest_of_the_fastest(seconds)
@@ -150,16 +148,17 @@ def _is_bfloat16(autocast: Callable[[], AbstractContextManager[object]]) -> bool
 
 
 def _step_seconds(
-    network: nn.Module,
+    network: PixelNetwork,
     speed: Speed,
     x: Tensor,
-    labels: Tensor | None,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> float:
     """Of forward and backward, the fastest of a few; the network gets no gradients."""
     set_speed(network, speed)
-    t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    parameters = list(network.parameters())
+    zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    t = None if network.time_embedding is None else zeros
+    labels = None if network.class_embedding is None else zeros
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
 
     def step() -> None:
         with autocast():

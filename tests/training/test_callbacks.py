@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from unet_diffusion.pictures import save_grid
 from unet_diffusion.sampling import sample
 from unet_diffusion.training import SampleGrid
 
@@ -71,11 +70,13 @@ def shown(monkeypatch):
     """The images of each grid that is drawn."""
     grids = []
 
-    def save(images, path, **options):
-        grids.append(images)
-        save_grid(images, path, **options)
+    draw = SampleGrid.sample
 
-    monkeypatch.setattr("unet_diffusion.training.callbacks.save_grid", save)
+    def drawn(self, *arguments):
+        grids.append(draw(self, *arguments))
+        return grids[-1]
+
+    monkeypatch.setattr(SampleGrid, "sample", drawn)
     return grids
 
 

@@ -1,11 +1,13 @@
-"""Data modules: images from a folder or zip archive, from torchvision, or scikit-learn's handwritten digits."""
+"""Data modules: images from a folder or zip archive, from torchvision, or scikit-learn's digits; labelled images."""
 
 from unet_diffusion.data.base import ImageDataModule, scale_to_unit_range, split_indices
 from unet_diffusion.data.batches import ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.checking import StreamedImages, check_images, load_images
 from unet_diffusion.data.decoding import ImageFormat, decode_image
 from unet_diffusion.data.files import find_images
-from unet_diffusion.data.folder import FolderDataModule
+from unet_diffusion.data.folder import FolderDataModule, TilesDataModule
+from unet_diffusion.data.labelled import LabelledImages, LabelledSource, PairedFiles, SyntheticCells
+from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.standard import DigitsDataModule, TorchvisionDataModule
 
 __all__ = [
@@ -15,10 +17,16 @@ __all__ = [
     "ImageDataModule",
     "ImageFormat",
     "ImageSet",
+    "LabelledImages",
+    "LabelledSource",
     "OrderedBatches",
+    "PairedFiles",
     "ResumableLoader",
+    "SegmentationDataModule",
     "ShuffledBatches",
     "StreamedImages",
+    "SyntheticCells",
+    "TilesDataModule",
     "TorchvisionDataModule",
     "check_images",
     "decode_image",

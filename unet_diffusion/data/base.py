@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
@@ -13,6 +14,7 @@ from unet_diffusion.schedule import keyed_generator
 
 MAX_NUM_VAL = 1000  # by default: enough for a validation loss that is stable to about 1 %
 MAX_NUM_WORKERS = 8  # by default, a process
+PERCENTILES = (1, 99)  # that become -1 and 1 when grey values are stretched
 SPLIT_KEY = 0  # not the seed: runs that differ in their seed are validated on the same images
 
 
@@ -183,3 +185,18 @@ def scale_to_unit_range(images: Tensor) -> Tensor:
         raise ValueError(f"images must be uint8 or uint16 to be scaled, got {images.dtype}; scale them only once")
     half = 127.5 if images.dtype == torch.uint8 else 32767.5
     return images.float().div_(half).sub_(1.0)
+
+
+def to_float(image: Tensor, *, stretch: bool) -> Tensor:
+    """An image as float32 in [-1, 1]: by the range of its type, or stretched between its 1st and 99th percentile.
+
+    Args:
+        image: uint8 or uint16 (C, H, W).
+        stretch: whether to stretch; what lies outside of the percentiles is clipped.
+    """
+    if not stretch:
+        return scale_to_unit_range(image)
+    pixels = image.numpy()
+    low, high = np.percentile(pixels, PERCENTILES)
+    stretched = (pixels.astype(np.float32) - np.float32(low)) / np.float32(max(high - low, 1.0))
+    return torch.from_numpy(np.clip(2 * stretched - 1, -1, 1))

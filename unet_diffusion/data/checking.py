@@ -77,7 +77,7 @@ def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool 
     names: list[str] = []
     bad_files: list[str] = []
     decode = _decoder(files, image_format)
-    for name, image in _in_threads(decode, files.names, "loading images", progress):
+    for name, image in in_threads(decode, files.names, "loading images", progress):
         if isinstance(image, str):
             bad_files.append(f"{name}: {image}")
             continue
@@ -102,7 +102,7 @@ def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool
         image = decode(name)
         return image if isinstance(image, str) else image.dtype
 
-    outcomes = list(_in_threads(depth, files.names, "checking images", progress))
+    outcomes = list(in_threads(depth, files.names, "checking images", progress))
     names = [name for name, outcome in outcomes if not isinstance(outcome, str)]
     bad_files = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
     dtype = torch.uint16 if any(outcome == torch.uint16 for _, outcome in outcomes) else torch.uint8
@@ -124,22 +124,35 @@ def num_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:
-    """A function from a file's name to its image, or to the reason why there is none."""
-
-    def decode(name: str) -> Tensor | str:
-        try:
-            return decode_image(files.read(name), image_format)
-        except Exception as error:  # on damaged files decoders raise anything, down to SyntaxError
-            return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-
-    return decode
-
-
-def _in_threads(
+def in_threads(
     function: Callable[[str], T], names: Sequence[str], title: str, progress: bool
 ) -> Iterator[tuple[str, T]]:
-    """Each name with its result, in order. Decoders release Python's lock, so threads use all cores."""
+    """Each name with its result, in order. Decoders release Python's lock, so threads use all cores.
+
+    Args:
+        function: called with each name.
+        names: what to call it with.
+        title: of the progress bar.
+        progress: whether to show one.
+    """
     with ThreadPoolExecutor(num_cpus()) as pool:
         results = tqdm(pool.map(function, names), title, total=len(names), unit="file", disable=not progress)
         yield from zip(names, results, strict=True)
+
+
+def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | str:
+    """What a file holds, or the reason why it cannot be read.
+
+    Args:
+        decode: from the contents of a file.
+        files: where it is read from.
+        name: of the file.
+    """
+    try:
+        return decode(files.read(name))
+    except Exception as error:  # on damaged files decoders raise anything, down to SyntaxError
+        return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+
+
+def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:
+    return lambda name: decoded(lambda data: decode_image(data, image_format), files, name)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, ImageSequence
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png
 
@@ -80,6 +80,41 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
     return torch.from_numpy(_round_to(converted, pixels.dtype))
 
 
+def decode_pages(data: bytes, channels: int) -> list[Tensor]:
+    """Every page of an image file at its own size, (channels, H, W) uint8 or uint16 each; most formats have one.
+
+    Args:
+        data: contents of an image file.
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+
+    Raises:
+        ValueError: if a page has more pixels than PIL.Image.MAX_IMAGE_PIXELS, or numbers that are no 8 or 16-bit
+            colours.
+        Exception: whatever a decoder raises on a damaged file.
+    """
+    image_format = ImageFormat(1, 1, channels)
+    converted = [
+        _round_to(_convert_channels(pixels, image_format, white=np.iinfo(pixels.dtype).max), pixels.dtype)
+        for pixels in _read_all_pages(data)
+    ]
+    return [torch.from_numpy(pixels) for pixels in converted]
+
+
+def decode_label_pages(data: bytes) -> list[NDArray[np.int32]]:
+    """Every page of a label image, (H, W) each: the numbers that it holds, or the indices into its palette.
+
+    Args:
+        data: contents of an image file, grey (1 to 32 bits), with a palette, or colour whose channels are equal.
+
+    Raises:
+        ValueError: if pixels are colours, or no whole numbers.
+        Exception: whatever a decoder raises on a damaged file.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        _check_dimensions(image)
+        return [_numbers(np.asarray(page)) for page in ImageSequence.Iterator(image)]
+
+
 def to_depth(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 images as uint16 of the same brightness, if that is the dtype; otherwise unchanged."""
     if images.dtype == dtype:
@@ -99,6 +134,31 @@ def _read_pixels(data: bytes, image_format: ImageFormat) -> Pixels:
         image.draft(None, (twice, twice))
         _check_mode(image)
         return _pixels_of(ImageOps.exif_transpose(image))
+
+
+def _read_all_pages(data: bytes) -> list[Pixels]:
+    with Image.open(io.BytesIO(data)) as image:
+        _check_dimensions(image)
+        if image.format == "PNG" and data[PNG_BIT_DEPTH] == 16:
+            return [_read_16_bit_png(data)]
+        pages = []
+        for page in ImageSequence.Iterator(image):
+            _check_mode(page)
+            pages.append(_pixels_of(ImageOps.exif_transpose(page)))
+        return pages
+
+
+def _numbers(page: NDArray[Any]) -> NDArray[np.int32]:
+    if page.dtype.kind == "f":
+        raise ValueError("a label must be a whole number, and this file holds fractions; save it in 8 or 16 bits")
+    if page.ndim == 3:
+        colours = page[..., :3]
+        if not (colours == colours[..., :1]).all():
+            raise ValueError(
+                "a label must be one number a pixel, and this file holds colours; save class indices or a palette image"
+            )
+        page = colours[..., 0]
+    return page.astype(np.int32)
 
 
 def _check_dimensions(image: Image.Image) -> None:

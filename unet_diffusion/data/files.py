@@ -48,6 +48,14 @@ def find_images(root: str | Path) -> ImageFiles:
     return files
 
 
+def find_images_or_one(root: str | Path) -> ImageFiles:
+    """As `find_images`, or, if the root is a file and no zip archive, that file alone."""
+    path = Path(root).expanduser()
+    if path.is_file() and not zipfile.is_zipfile(path):
+        return OneFile(path)
+    return find_images(path)
+
+
 class FolderFiles:
     """The image files below a folder. Links to folders are followed.
 
@@ -63,6 +71,18 @@ class FolderFiles:
     def read(self, name: str) -> bytes:
         """The encoded contents of one of the names."""
         return (self.root / name).read_bytes()
+
+
+class OneFile(FolderFiles):
+    """An image file by itself, whatever else lies in its folder.
+
+    Args:
+        path: of an existing file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.root = path.parent
+        self.names = [path.name]
 
 
 class ZipFiles:

@@ -1,4 +1,4 @@
-"""A data module for one's own images, in a folder or a zip archive."""
+"""Data modules for one's own images, in a folder or a zip archive: scaled to one size, or cut into tiles."""
 
 import math
 from pathlib import Path
@@ -8,10 +8,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.base import ImageDataModule, to_float
 from unet_diffusion.data.batches import ImageSet
-from unet_diffusion.data.checking import CheckedImages, bad_files_message, check_images, load_images
-from unet_diffusion.data.decoding import ImageFormat
+from unet_diffusion.data.checking import (
+    CheckedImages,
+    bad_files_message,
+    check_images,
+    decoded,
+    in_threads,
+    load_images,
+)
+from unet_diffusion.data.decoding import ImageFormat, decode_pages
 from unet_diffusion.data.files import find_images
 
 OnBadFile = Literal["error", "skip"]
@@ -108,6 +115,101 @@ class FolderDataModule(ImageDataModule):
         if self.on_bad_file == "error" or not checked.names:
             raise ValueError(f'{message}\nRemove them, lower image_size, or set on_bad_file to "skip".')
         rank_zero_warn(f"{message}\nTraining goes on without them.")
+
+
+class TilesDataModule(ImageDataModule):
+    """Tiles cut from images of any size, at the size of their pixels: nothing is scaled. For textures and microscopy.
+
+    Tiles cover each image, and overlap where it is no multiple of their size. All are kept in memory.
+
+    Args:
+        root: a folder, archive.zip, or archive.zip/folder.
+        tile_size: height and width of a tile, in pixels; no image may be smaller.
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
+        num_images: use the first so many images by name, such as those that are not to be tested on; None: all.
+        batch_size: tiles a batch and process.
+        num_val: tiles kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        horizontal_flip: mirror every second training tile, drawn at random.
+        num_workers: processes that load batches; None: 0, the tiles are in memory.
+        seed: of the order of the training tiles and their mirroring.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        tile_size: int = 64,
+        channels: int = 3,
+        stretch: bool = False,
+        num_images: int | None = None,
+        batch_size: int = 64,
+        num_val: int | None = None,
+        horizontal_flip: bool = False,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, num_val=num_val, horizontal_flip=horizontal_flip, num_workers=num_workers, seed=seed
+        )
+        if tile_size < 1:
+            raise ValueError(f"tile_size must be at least 1, got {tile_size}")
+        self.root = root
+        self.tile_size = tile_size
+        self.channels = channels
+        self.stretch = stretch
+        self.num_images = num_images
+
+    def load(self) -> ImageSet:
+        """Decode all images and cut them.
+
+        Raises:
+            FileNotFoundError: if root does not exist.
+            ValueError: if root holds no images, or images that cannot be used, which are listed.
+        """
+        files = find_images(self.root)
+        names = files.names[: self.num_images]
+        progress = self.trainer is None or self.trainer.is_global_zero
+
+        def tiles_of(name: str) -> list[Tensor] | str:
+            pages = decoded(lambda data: decode_pages(data, self.channels), files, name)
+            if isinstance(pages, str):
+                return pages
+            small = [page for page in pages if min(page.shape[1:]) < self.tile_size]
+            if small:
+                height, width = small[0].shape[1:]
+                return f"too small: {height}x{width}, must be at least {self.tile_size}x{self.tile_size}"
+            return [cut(self._as_bytes(page), self.tile_size) for page in pages]
+
+        outcomes = list(in_threads(tiles_of, names, "cutting images", progress))
+        bad = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
+        if bad:
+            raise ValueError(f"{bad_files_message(bad, len(names))}\nRemove them, or lower tile_size.")
+        return ImageSet(
+            torch.cat([tiles for _, outcome in outcomes if not isinstance(outcome, str) for tiles in outcome])
+        )
+
+    def _as_bytes(self, page: Tensor) -> Tensor:
+        """8 bits are enough for what is noised anyway; sets may mix depths."""
+        return ((to_float(page, stretch=self.stretch) + 1) * 127.5).round().to(torch.uint8)
+
+
+def cut(image: Tensor, tile_size: int) -> Tensor:
+    """Tiles that cover an image, (N, C, tile_size, tile_size), evenly spaced.
+
+    Args:
+        image: (C, H, W), H and W at least tile_size.
+        tile_size: in pixels.
+    """
+    tops, lefts = (
+        [round(i * (side - tile_size) / max(count - 1, 1)) for i in range(count)]
+        for side in image.shape[1:]
+        for count in [-(-side // tile_size)]
+    )
+    return torch.stack([image[:, top : top + tile_size, left : left + tile_size] for top in tops for left in lefts])
 
 
 def _class_names(names: list[str], root: str | Path) -> list[str]:

@@ -1,8 +1,8 @@
-"""Shows how training does: a grid of samples of the averaged network every so often, and one bar for the whole run."""
+"""Shows how training does: a picture of what the averaged network makes, and one bar for the whole run."""
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,18 +14,60 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from unet_diffusion.pictures import image_grid, save_grid
+from unet_diffusion.data import SegmentationDataModule
+from unet_diffusion.pictures import image_grid, write_png
 from unet_diffusion.sampling import check_sampling, sample
+from unet_diffusion.segmentation.labels import NO_VALUE
+from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.module import DiffusionModule
+from unet_diffusion.training.segmentation import SegmentationModule
 
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
 
 
-class SampleGrid(Callback):
-    """Draws the same seeds again and again: run folder/samples/step_0001000.png, and samples.png at the end.
+class PictureGrid(Callback):
+    """Draws a picture again and again: run folder/samples/step_0001000.png, and samples.png at the end.
 
-    The run folder is the trainer's default_root_dir. W&B and TensorBoard loggers get each grid too. With classes, each
-    column is a class.
+    The run folder is the trainer's default_root_dir. W&B and TensorBoard loggers get each picture too. A subclass says
+    what is drawn, in `picture`.
+
+    Args:
+        every_n_steps: optimiser steps between pictures; 0: only at the end.
+    """
+
+    def __init__(self, every_n_steps: int = 1000):
+        self.every_n_steps = every_n_steps
+        self._drawn_at = 0
+
+    def picture(self, trainer: Trainer, module: Any) -> Image:
+        """What is to be looked at, of the module as it is now."""
+        raise NotImplementedError(f"{type(self).__name__} must define picture()")
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_at:
+            self._drawn_at = step  # with accumulation, several batches end at the same step
+            self._draw(trainer, pl_module, run_folder(trainer) / "samples" / f"step_{step:07d}.png")
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
+        if trainer.global_step == self._drawn_at and last.exists():
+            shutil.copyfile(last, run_folder(trainer) / "samples.png")
+        else:
+            self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
+
+    def _draw(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it at runtime
+            return
+        picture = self.picture(trainer, module)
+        write_png(picture, path)
+        _log_picture(trainer, picture)
+
+
+class SampleGrid(PictureGrid):
+    """Samples of the averaged denoiser, of the same seeds every time. With classes, each column is a class.
 
     Args:
         every_n_steps: optimiser steps between grids; 0: only at the end.
@@ -46,13 +88,12 @@ class SampleGrid(Callback):
         guidance_scale: float = 1.0,
         seed: int = 0,
     ):
-        self.every_n_steps = every_n_steps
+        super().__init__(every_n_steps)
         self.num_images = num_images
         self.scheduler = scheduler
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
-        self._drawn_at = 0
 
     def setup(self, trainer: Trainer, pl_module: DiffusionModule, stage: str) -> None:  # type: ignore[override]
         """Refuses a scheduler, steps or guidance that would only fail at the first grid; before speeds are timed.
@@ -74,29 +115,11 @@ class SampleGrid(Callback):
             num_inference_steps=self.num_inference_steps,
         )
 
-    @rank_zero_only
-    def on_train_batch_end(self, trainer: Trainer, pl_module: DiffusionModule, *args: object) -> None:  # type: ignore[override]
-        step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_at:
-            self._drawn_at = step  # with accumulation, several batches end at the same step
-            self._draw(trainer, pl_module, run_folder(trainer) / "samples" / f"step_{step:07d}.png")
-
-    @rank_zero_only
-    def on_train_end(self, trainer: Trainer, pl_module: DiffusionModule) -> None:  # type: ignore[override]
-        last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
-        if trainer.global_step == self._drawn_at and last.exists():
-            shutil.copyfile(last, run_folder(trainer) / "samples.png")
-        else:
-            self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
-
-    def _draw(self, trainer: Trainer, module: DiffusionModule, path: Path) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it at runtime
-            return
+    def picture(self, trainer: Trainer, module: DiffusionModule) -> Image:
         num_classes = module.num_classes
         images = self.sample(trainer, module, num_classes)
         columns = num_classes if num_classes and num_classes <= MAX_COLUMNS else None
-        save_grid(images, path, columns=columns)
-        _log_picture(trainer, image_grid(images, columns=columns))
+        return image_grid(images, columns=columns)
 
     def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int | None) -> Tensor:
         """The grid's images, (num_images, C, H, W) float32 in [-1, 1], in the trainer's precision."""
@@ -115,6 +138,26 @@ class SampleGrid(Callback):
                 guidance_scale=self.guidance_scale,
                 device=module.device,
             )
+
+
+class SegmentationGrid(PictureGrid):
+    """Image, label and prediction of the averaged segmenter, of the first validation images.
+
+    Args:
+        every_n_steps: optimiser steps between pictures; 0: only at the end.
+        num_images: how many.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, *, num_images: int = 4):
+        super().__init__(every_n_steps)
+        self.num_images = num_images
+
+    def picture(self, trainer: Trainer, module: SegmentationModule) -> Image:
+        data = cast(SegmentationDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set at runtime
+        shown = [data.whole(index) for index in data.val_indices[: self.num_images].tolist()]
+        predictions = [module.probabilities(one["images"]).argmax(dim=0).numpy() for one in shown]
+        truths = [torch.where(one["weights"] > 0, one["classes"], NO_VALUE).numpy() for one in shown]
+        return comparison([one["images"] for one in shown], truths, predictions)
 
 
 class RunProgressBar(ProgressBar):

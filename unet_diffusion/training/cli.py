@@ -1,28 +1,50 @@
-"""fit and validate: Lightning's command line around DiffusionModule and the data modules.
+"""fit and validate: Lightning's command line around the modules and the data modules.
+
+What is trained is the configuration's `task`: "denoise", the default, or "segment".
 
 The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png,
 checkpoints/ and the exported pipeline/; a folder that holds a run is never trained into again, except to continue it.
 """
 
+import argparse
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
-from unet_diffusion.data import ImageDataModule
+from unet_diffusion.data import ImageDataModule, SegmentationDataModule
 from unet_diffusion.interop import export_pipeline
-from unet_diffusion.training.callbacks import RunProgressBar, SampleGrid, run_folder
+from unet_diffusion.training.base import NetworkModule
+from unet_diffusion.training.callbacks import PictureGrid, RunProgressBar, SampleGrid, SegmentationGrid, run_folder
 from unet_diffusion.training.module import DiffusionModule
+from unet_diffusion.training.segmentation import SegmentationModule
+from unet_diffusion.unet import DenoiserUNet
 
 CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains, on what, and what it shows."""
+
+    module: type[NetworkModule]
+    data: type[LightningDataModule]
+    pictures: type[PictureGrid]
+
+
+TASKS = {
+    "denoise": Task(DiffusionModule, ImageDataModule, SampleGrid),
+    "segment": Task(SegmentationModule, SegmentationDataModule, SegmentationGrid),
+}
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -40,20 +62,28 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class TrainingCLI(LightningCLI):
-    """Lightning's command line with this project's callbacks, run folder and last step: the exported pipeline."""
+    """Lightning's command line with this project's callbacks, run folder and last step: the exported pipeline.
+
+    Args:
+        task: what is trained; a key of TASKS.
+        options: those of LightningCLI.
+    """
+
+    def __init__(self, task: str, **options: Any):
+        self.task = TASKS[task]
+        super().__init__(self.task.module, self.task.data, **options)
 
     @classmethod
     def run(cls, arguments: Sequence[str]) -> None:
         """Parse and carry out `fit ...` or `validate ...`.
 
         Raises:
-            ValueError: if the settings contradict each other.
+            ValueError: if the settings contradict each other, or there is no such task.
             FileExistsError: if the run folder holds a run that is not being continued.
         """
         _silence_what_is_meant()
         cls(
-            DiffusionModule,
-            ImageDataModule,
+            _task_of(arguments[1:]),
             subclass_mode_data=True,
             args=list(arguments),
             seed_everything_default=0,
@@ -69,7 +99,8 @@ class TrainingCLI(LightningCLI):
         return {"fit": skipped, "validate": skipped}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(SampleGrid, "samples")
+        parser.add_argument("--task", choices=tuple(TASKS), default="denoise", help="what is trained")
+        parser.add_lightning_class_args(self.task.pictures, "samples")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         # Without a version counter last.ckpt is always the last one, also in a run folder that was moved and continued.
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
@@ -111,8 +142,36 @@ class TrainingCLI(LightningCLI):
             return
         if self.trainer.is_global_zero:
             folder = run_folder(self.trainer)
-            export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
-            rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and pipeline/, which diffusers loads")
+            rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and {self._hand_over(folder)}")
+
+    def _hand_over(self, folder: Path) -> str:
+        """Exports what has a counterpart in diffusers, and says what a user would do next."""
+        if isinstance(self.model, SegmentationModule):
+            return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
+        if not isinstance(self.model.unet, DenoiserUNet):  # diffusers has no such network
+            return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
+        export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
+        return "pipeline/, which diffusers loads"
+
+
+def _task_of(arguments: Sequence[str]) -> str:
+    """The task on the command line, or else in the last configuration file that names one.
+
+    Which options there are depends on it, so it is looked for before they are parsed.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    parser.add_argument("--config", "-c", action="append", default=[])
+    found, _ = parser.parse_known_args(list(arguments))
+    tasks = ["denoise"]
+    for path in found.config:
+        if Path(path).is_file():  # a missing one is an error of the parser that comes next
+            content = yaml.safe_load(Path(path).read_text())
+            tasks += [content["task"]] if isinstance(content, dict) and "task" in content else []
+    task = found.task or tasks[-1]
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    return task
 
 
 def _silence_what_is_meant() -> None:

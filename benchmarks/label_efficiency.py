@@ -1,0 +1,135 @@
+"""Does denoising first help to segment nuclei from few labels?
+
+    python benchmarks/label_efficiency.py --root DIR --denoiser runs/nuclei_denoiser
+
+DIR holds image/ and label/ of 400 microscopy images; the last 80 by name are tested on, and never trained on or chosen
+by. The denoiser is a run of configs/nuclei_denoiser.yaml on the other 320, without labels. Then, with labels of N of
+the 320, drawn by the seed:
+
+    scratch    configs/nuclei_segment.yaml
+    finetuned  configs/nuclei_finetune.yaml: the same network, from the denoiser's weights
+    features   configs/nuclei_features.yaml: a pixel classifier on the frozen denoiser
+
+Each is trained by `unet-diffusion fit` in a process of its own, and scored on the test images: the Dice coefficient of
+the foreground, pooled over all pixels, and the average precision of nuclei at IoU 0.5 and over 0.5 to 0.9, the mean
+over the images. A result is kept as soon as it is there, and a run that was cut off continues.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import RESULTS, environment, table, write_json
+
+from unet_diffusion.checkpoint import read_segmenter
+from unet_diffusion.data import PairedFiles
+from unet_diffusion.data.base import to_float
+from unet_diffusion.segmentation.labels import instances_from
+from unet_diffusion.segmentation.predict import class_probabilities
+from unet_diffusion.segmentation.scores import average_precision
+from unet_diffusion.speed import keep_freed_memory
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+METHODS = {"scratch": "nuclei_segment.yaml", "finetuned": "nuclei_finetune.yaml", "features": "nuclei_features.yaml"}
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of IoU
+
+
+def main() -> None:
+    options = parsed()
+    results = json.loads(options.json.read_text())["results"] if options.json.exists() else []
+    for seed in options.seeds:
+        for num_labelled in options.num_labelled:
+            for method in options.methods:
+                key = (method, num_labelled, seed)
+                if key in {(one["method"], one["labelled"], one["seed"]) for one in results}:
+                    continue
+                print(f"{method}, {num_labelled} labelled images, seed {seed}", flush=True)
+                results.append(measured(options, *key))
+                print(f"  {results[-1]}", flush=True)
+                write_json(options.json, {"environment": environment(), "results": results})
+    print(table(means(results)))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="folder that holds image and label")
+    parser.add_argument("--denoiser", type=Path, required=True, help="run folder of the denoiser")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--num_labelled", nargs="+", type=int, default=[5, 20, 80])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--num_test", type=int, default=80, help="images to test on, the last by name")
+    parser.add_argument("--options", nargs="*", default=[], help="of fit, such as --trainer.max_steps=100")
+    parser.add_argument("--work", type=Path, default=Path("runs/label_efficiency"), help="for runs and logs")
+    parser.add_argument("--json", type=Path, default=RESULTS / "label_efficiency.json")
+    return parser.parse_args()
+
+
+def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: int) -> dict:
+    run = options.work / f"{method}_{num_labelled}_{seed}"
+    shutil.rmtree(run, ignore_errors=True)  # of a run that was cut off
+    run.parent.mkdir(parents=True, exist_ok=True)
+    root = options.root.resolve()
+    arguments = [
+        f"--config={CONFIGS / METHODS[method]}",
+        f"--data.init_args.source.init_args.images={root / 'image'}",
+        f"--data.init_args.source.init_args.labels={root / 'label'}",
+        f"--data.init_args.num_val={options.num_test}",
+        f"--data.init_args.num_train={num_labelled}",
+        f"--data.init_args.seed={seed}",
+        f"--seed_everything={seed}",
+        "--trainer.limit_val_batches=0",
+        f"--trainer.default_root_dir={run}",
+        *([] if method == "scratch" else [f"--model.init_from={options.denoiser}"]),
+        *options.options,
+    ]
+    start = time.perf_counter()
+    with open(run.with_suffix(".log"), "w") as log:
+        command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    seconds = round(time.perf_counter() - start, 1)
+    scores = tested(root, run, options.num_test)
+    return {"method": method, "labelled": num_labelled, "seed": seed, "seconds": seconds, **scores}
+
+
+def tested(root: Path, run: Path, num_test: int) -> dict[str, float]:
+    """Dice of the foreground, and average precisions, on the test images."""
+    keep_freed_memory()
+    trained = read_segmenter(run)
+    loaded = PairedFiles(root / "image", root / "label", channels=3).load(progress=False)
+    overlap, total, precisions = 0, 0, []
+    for image, truth in zip(loaded.images[-num_test:], loaded.labels[-num_test:], strict=True):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            probabilities = class_probabilities(trained, to_float(image, stretch=trained.stretch)).numpy()
+        foreground = probabilities[0] < 0.5
+        overlap += 2 * int((foreground & (truth > 0)).sum())
+        total += int(foreground.sum()) + int((truth > 0).sum())
+        objects = instances_from(probabilities, trained.kind)
+        precisions.append([average_precision(truth, objects, threshold) for threshold in THRESHOLDS])
+    return {
+        "dice": round(overlap / total, 4),
+        "ap_50": round(float(np.mean(precisions, axis=0)[0]), 4),
+        "ap_50_to_90": round(float(np.mean(precisions)), 4),
+    }
+
+
+def means(results: list[dict]) -> list[dict]:
+    """Mean and range over the seeds, a row a method and number of labels."""
+    rows = []
+    for key in sorted({(one["labelled"], one["method"]) for one in results}):
+        ones = [one for one in results if (one["labelled"], one["method"]) == key]
+        row = {"labelled": key[0], "method": key[1], "seeds": len(ones)}
+        for score in ("dice", "ap_50", "ap_50_to_90", "seconds"):
+            values = [one[score] for one in ones]
+            row[score] = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Images and labels are matched, read and checked; windows are drawn from them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unet_diffusion.data import PairedFiles, SegmentationDataModule, SyntheticCells, TilesDataModule
+from unet_diffusion.data.base import to_float
+from unet_diffusion.data.folder import cut
+from unet_diffusion.segmentation.augmentation import Augmentation
+from unet_diffusion.segmentation.labels import Targets
+
+RNG = np.random.default_rng(0)
+
+
+def write(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def pairs(root, num=5, size=(24, 30), **options) -> PairedFiles:
+    """Grey images, each with a square of its own number in the label."""
+    for i in range(num):
+        write(root / "image" / f"{i}.png", RNG.integers(256, size=size, dtype=np.uint8))
+        label = np.zeros(size, dtype=np.uint8)
+        label[4:12, 4 + i : 14 + i] = 255
+        write(root / "label" / f"{i}.png", label)
+    return PairedFiles(root / "image", root / "label", **options)
+
+
+BINARY = Targets(label_format="0/255")
+
+
+def data(source, targets=BINARY, **options) -> SegmentationDataModule:
+    made = SegmentationDataModule(source, targets, **{"window_size": 16, "batch_size": 2, "num_val": 1, **options})
+    made.setup()
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_grey_images_keep_their_depth_and_values(tmp_path, suffix, dtype):
+    pixels = RNG.integers(np.iinfo(dtype).max, size=(6, 7), dtype=dtype, endpoint=True)
+    write(tmp_path / "image" / f"a.{suffix}", pixels)
+    write(tmp_path / "label" / "a.png", np.zeros((6, 7), np.uint8))
+    loaded = PairedFiles(tmp_path / "image", tmp_path / "label").load(progress=False)
+    assert np.array_equal(loaded.images[0][0].numpy(), pixels)
+
+
+def test_16_bit_instance_numbers_are_kept(tmp_path):
+    numbers = np.array([[0, 1, 300], [60000, 2, 2]], dtype=np.uint16)
+    write(tmp_path / "image" / "a.png", np.zeros((2, 3, 3), np.uint8))
+    write(tmp_path / "label" / "a.png", numbers)
+    loaded = PairedFiles(tmp_path / "image", tmp_path / "label", channels=3).load(progress=False)
+    assert loaded.labels[0].tolist() == numbers.tolist()
+    assert loaded.images[0].shape == (3, 2, 3)
+
+
+def test_palette_labels_are_their_indices_and_grey_in_rgb_is_its_value(tmp_path):
+    indices = np.array([[0, 1], [2, 1]], dtype=np.uint8)
+    palette = Image.fromarray(indices).convert("L").convert("P")
+    palette.putdata(indices.ravel().tolist())
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    for name in ("a", "b"):
+        write(tmp_path / "image" / f"{name}.png", np.zeros((2, 2), np.uint8))
+    (tmp_path / "label").mkdir()
+    palette.save(tmp_path / "label" / "a.png")
+    write(tmp_path / "label" / "b.png", np.stack([indices] * 3, axis=-1))
+    loaded = PairedFiles(tmp_path / "image", tmp_path / "label").load(progress=False)
+    assert [label.tolist() for label in loaded.labels] == [indices.tolist()] * 2
+
+
+def test_pages_of_two_stacks_are_images_and_labels(tmp_path):
+    pages = [Image.fromarray(RNG.integers(256, size=(8, 9), dtype=np.uint8)) for _ in range(3)]
+    for name in ("train-volume.tif", "train-labels.tif"):  # as in the challenge
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    loaded = PairedFiles(tmp_path / "train-volume.tif", tmp_path / "train-labels.tif").load(progress=False)
+    assert loaded.names == ["train-volume_0000", "train-volume_0001", "train-volume_0002"]
+    for page, image, label in zip(pages, loaded.images, loaded.labels, strict=True):
+        assert np.array_equal(image[0].numpy(), np.asarray(page))
+        assert np.array_equal(label, np.asarray(page))
+
+
+def test_label_suffix_matches_labels_beside_their_images(tmp_path):
+    write(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
+    write(tmp_path / "a_mask.png", np.ones((4, 4), np.uint8))
+    with pytest.raises(ValueError, match="1 images have no label"):
+        PairedFiles(tmp_path, tmp_path, label_suffix="_mask").load(progress=False)  # the mask is an image too
+    write(tmp_path / "masks" / "a_mask.png", np.ones((4, 4), np.uint8))
+    (tmp_path / "a_mask.png").unlink()
+    write(tmp_path / "images" / "a.jpg", np.zeros((4, 4), np.uint8))
+    loaded = PairedFiles(tmp_path / "images", tmp_path / "masks", label_suffix="_mask").load(progress=False)
+    assert loaded.names == ["a"]
+
+
+def test_missing_partners_are_listed_on_both_sides(tmp_path):
+    source = pairs(tmp_path)
+    (tmp_path / "label" / "3.png").unlink()
+    write(tmp_path / "label" / "9.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"(?s)1 images have no label:\n  3.png.*1 labels have no image:\n  9.png"):
+        source.load(progress=False)
+
+
+def test_mis_sized_partners_are_listed(tmp_path):
+    source = pairs(tmp_path)
+    write(tmp_path / "label" / "2.png", np.zeros((24, 31), np.uint8))
+    with pytest.raises(ValueError, match="1 of 5 images cannot be used:\n  2: 24x30 pixels, and 24x31 in its label"):
+        source.load(progress=False)
+
+
+def test_damaged_files_are_listed_with_the_reason(tmp_path):
+    source = pairs(tmp_path)
+    (tmp_path / "image" / "1.png").write_bytes(b"no image")
+    (tmp_path / "label" / "2.png").write_bytes((tmp_path / "label" / "2.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"(?s)2 of 5 images cannot be used:\n  1: .*\n  2: its label 2.png: "):
+        source.load(progress=False)
+
+
+def test_coloured_labels_are_refused(tmp_path):
+    source = pairs(tmp_path)
+    write(tmp_path / "label" / "0.png", RNG.integers(256, size=(24, 30, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="this file holds colours; save class indices or a palette image"):
+        source.load(progress=False)
+
+
+def test_wrong_values_are_shown_with_the_file_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"5 of 5 label images do not fit targets:\n  0: .* found 0, 255\n"):
+        data(pairs(tmp_path), Targets(label_format="0/1"))
+
+
+# ------------------------------------------------------------------------------------------------------------- windows
+
+
+def test_window_without_augmentation_is_a_piece_of_image_and_label(tmp_path):
+    made = data(pairs(tmp_path))
+    window = made.window((2, 0, 7))
+    image, classes = made.whole(2)["images"][0], made.whole(2)["classes"]
+    places = image.unfold(0, 16, 1).unfold(1, 16, 1)  # all windows
+    (found,) = (places == window["images"][0]).all(dim=(2, 3)).nonzero()
+    assert torch.equal(window["classes"], classes.unfold(0, 16, 1).unfold(1, 16, 1)[tuple(found)])
+
+
+def test_windows_are_spread_over_the_image(tmp_path):
+    made = data(pairs(tmp_path, num=2, size=(20, 18)))
+    windows = [made.window((0, epoch, 0))["images"] for epoch in range(200)]
+    assert len({tuple(window.flatten().tolist()) for window in windows}) == 5 * 3  # every place
+
+
+def test_prediction_of_a_valid_network_lies_within_the_image(tmp_path):
+    made = data(pairs(tmp_path), window_size=40)
+    made.margin = 14
+    for epoch in range(50):
+        window = made.window((0, epoch, 0))
+        inside = window["images"][0, 14:-14, 14:-14]
+        places = made.whole(0)["images"][0].unfold(0, 12, 1).unfold(1, 12, 1)
+        assert (places == inside).all(dim=(2, 3)).any()  # no mirrored pixels
+
+
+def test_window_larger_than_the_image_is_mirrored(tmp_path):
+    made = data(pairs(tmp_path, size=(10, 10)), window_size=30)
+    expected = np.pad(made.whole(0)["images"][0].numpy(), 10, mode="reflect")  # twice around in places
+    np.testing.assert_allclose(made.window((0, 0, 0))["images"][0].numpy(), expected, atol=1e-6)
+
+
+def test_deformed_windows_keep_the_values_of_labels_and_weights(tmp_path):
+    targets = Targets(label_format="0/255", class_balance=True)
+    made = data(pairs(tmp_path), targets, augmentation=Augmentation(scale=0.2, noise=0.1))
+    balance = set(made.whole(0)["weights"].unique().tolist())
+    for epoch in range(5):
+        window = made.window((0, epoch, 0))
+        assert set(window["classes"].unique().tolist()) <= {0, 1}
+        assert set(window["weights"].unique().tolist()) <= balance
+
+
+def test_draws_are_a_function_of_seed_epoch_and_number(tmp_path):
+    made = data(pairs(tmp_path), augmentation=Augmentation())
+    again = data(PairedFiles(tmp_path / "image", tmp_path / "label"), augmentation=Augmentation())
+    other = data(PairedFiles(tmp_path / "image", tmp_path / "label"), augmentation=Augmentation(), seed=1)
+    drawn = (1, 4, 9)
+    assert torch.equal(made.window(drawn)["images"], again.window(drawn)["images"])
+    assert not torch.equal(made.window(drawn)["images"], other.window(drawn)["images"])
+    assert not torch.equal(made.window(drawn)["images"], made.window((1, 5, 9))["images"])
+
+
+def test_epoch_draws_each_image_as_often_as_told(tmp_path):
+    made = data(pairs(tmp_path), windows_per_image=3)
+    batches = list(made.train_dataloader())
+    assert [len(batch["index"]) for batch in batches] == [2] * 6
+    assert torch.cat([batch["index"] for batch in batches]).bincount().tolist() == [3, 3, 3, 3]
+
+
+def test_validation_images_are_the_last_and_whole(tmp_path):
+    made = data(pairs(tmp_path), num_val=2)
+    batches = list(made.val_dataloader())
+    assert [batch["index"].tolist() for batch in batches] == [[3], [4]]
+    assert batches[0]["images"].shape == (1, 1, 24, 30)
+
+
+def test_few_labelled_images_are_among_more(tmp_path):
+    source = pairs(tmp_path, num=9)
+    subsets = [set(data(source, num_train=n, seed=3).train_images.tolist()) for n in (2, 5, 8)]
+    assert subsets[0] < subsets[1] < subsets[2] == set(range(8))
+    assert subsets[0] != set(data(source, num_train=2, seed=4).train_images.tolist())
+
+
+def test_generated_cells_are_a_source_without_files():
+    made = data(SyntheticCells(num_images=3), Targets(label_format="instances", separate_borders=True), window_size=64)
+    assert made.image_shape == (1, 64, 64)
+    assert set(made.whole(0)["classes"].unique().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": 0}, "window_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_workers": -1}, "num_workers must be 0 or more"),
+        ({"num_val": 5}, "num_val must be at least 1 and less than the 5 images, got 5"),
+        ({"num_train": 5}, "num_train must be from 1 to 4"),
+    ],
+)
+def test_wrong_numbers_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        data(pairs(tmp_path), **options)
+
+
+# ------------------------------------------------------------------------------------------------------ stretch, tiles
+
+
+def test_stretch_maps_the_percentiles_to_the_ends():
+    image = torch.arange(1000, 2001, dtype=torch.int32).to(torch.uint16).reshape(1, 7, 143)
+    stretched = to_float(image, stretch=True)
+    expected = np.clip(2 * (np.arange(1000, 2001) - 1010) / 980 - 1, -1, 1)
+    np.testing.assert_allclose(stretched.flatten().numpy(), expected, atol=1e-6)  # float32
+
+
+def test_stretch_of_one_colour_is_no_division_by_zero():
+    assert torch.isfinite(to_float(torch.full((1, 4, 4), 7, dtype=torch.uint8), stretch=True)).all()
+
+
+def test_tiles_cover_the_image_at_the_size_of_its_pixels():
+    image = torch.arange(11 * 9).reshape(1, 11, 9)
+    tiles = cut(image, 4)
+    assert tiles.shape == (9, 1, 4, 4)
+    assert set(tiles.unique().tolist()) == set(range(99))
+
+
+def test_tiles_of_a_folder_are_a_data_set(tmp_path):
+    for i, size in enumerate([(16, 16), (16, 40), (20, 16)]):
+        write(tmp_path / f"{i}.png", RNG.integers(256, size=size, dtype=np.uint8))
+    made = TilesDataModule(tmp_path, tile_size=16, channels=1, batch_size=2, num_val=1)
+    made.setup()
+    assert made.image_shape == (1, 16, 16)
+    assert len(made.image_set.images) == 1 + 3 + 2
+    first = TilesDataModule(tmp_path, tile_size=16, channels=1, num_images=2, num_val=1)
+    first.setup()
+    assert len(first.image_set.images) == 4
+
+
+def test_images_smaller_than_a_tile_are_listed(tmp_path):
+    write(tmp_path / "a.png", np.zeros((15, 30), np.uint8))
+    with pytest.raises(ValueError, match=r"a\.png: too small: 15x30, must be at least 16x16"):
+        TilesDataModule(tmp_path, tile_size=16).setup()

@@ -1,0 +1,147 @@
+"""Label images become classes and weights; predictions become masks and instance numbers."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from unet_diffusion.segmentation.border_weights import border_weights
+from unet_diffusion.segmentation.labels import BORDER, CELL, NO_VALUE, Targets, instances_from, mask_from
+
+TWO_SQUARES = np.zeros((20, 30), dtype=np.int32)  # that touch
+TWO_SQUARES[4:16, 4:14] = 7
+TWO_SQUARES[4:16, 14:26] = 300
+
+
+def one_hot(classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Probabilities of a network that is quite sure."""
+    sure = np.moveaxis(np.eye(num_classes)[classes], 2, 0)
+    return (0.9 * sure + 0.1 / num_classes).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("label_format", "values"),
+    [("0/1", [0, 1]), ("0/255", [0, 255]), ("0/255", [255, 255]), ("classes", [0, 2]), ("instances", [0, 60000])],
+)
+def test_right_values_pass(label_format, values):
+    num_classes = 3 if label_format == "classes" else None
+    assert Targets(label_format=label_format, num_classes=num_classes).check(np.array([values])) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "message"),
+    [
+        ({"label_format": "0/1"}, [0, 255], "with label_format 0/1 values must be 0 and 1, found 0, 255"),
+        ({"label_format": "0/255"}, [0, 1], "values must be 0 and 255, found 0, 1"),
+        ({"label_format": "0/255"}, [0, 3, 254, 255], "found 0, 3, 254, 255"),  # saved as JPEG
+        ({"label_format": "classes", "num_classes": 3}, [0, 3], "values must be from 0 to 2, found 0, 3"),
+        ({"label_format": "instances"}, [-1, 3], "values must be 0 or more, found -1, 3"),
+        ({"label_format": "0/1"}, range(20), "found 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ..."),
+    ],
+)
+def test_wrong_values_are_shown(options, values, message):
+    assert message in Targets(**options).check(np.array([list(values)]))
+
+
+def test_ignored_value_is_no_wrong_value_and_is_not_learnt():
+    targets = Targets(label_format="classes", num_classes=2, ignore_label=255)
+    labels = np.array([[0, 1, 255]])
+    assert targets.check(labels) is None
+    assert targets.classes(labels).tolist() == [[0, 1, NO_VALUE]]
+    assert targets.weights(labels, np.array([1, 2], dtype=np.float32)).tolist() == [[1, 2, 0]]
+
+
+def test_binary_labels_are_background_and_foreground():
+    assert Targets(label_format="0/255").classes(np.array([[0, 255]])).tolist() == [[0, 1]]
+    assert Targets(label_format="instances").classes(np.array([[0, 9]])).tolist() == [[0, 1]]
+
+
+def test_border_is_as_wide_as_told_on_both_sides_of_a_touching_edge():
+    classes = Targets(label_format="instances", separate_borders=True, border_width=2).classes(TWO_SQUARES)
+    assert classes[10].tolist() == [0] * 4 + [2] * 2 + [1] * 6 + [2] * 4 + [1] * 8 + [2] * 2 + [0] * 4
+
+
+def test_every_object_keeps_an_inside_however_small():
+    labels = np.zeros((9, 9), dtype=np.int32)
+    labels[1, 1] = 1
+    labels[4:7, 4:7] = 2
+    classes = Targets(label_format="instances", separate_borders=True, border_width=3).classes(labels)
+    assert classes[1, 1] == CELL
+    assert classes[5, 5] == CELL
+    assert (classes[4:7, 4:7] == BORDER).sum() == 8
+
+
+def test_border_weights_are_those_of_the_connected_cells():
+    labels = np.zeros((20, 20), dtype=np.int32)
+    labels[3:17, 2:9] = labels[3:17, 12:18] = 255
+    targets = Targets(label_format="0/255", border_weight=10, border_sigma=5)
+    cells, count = ndimage.label(labels)
+    assert count == 2
+    expected = 1 + border_weights(cells, w0=10, sigma=5)
+    np.testing.assert_allclose(targets.weights(labels, np.ones(2, dtype=np.float32)), expected, rtol=1e-6)
+
+
+def test_balance_makes_classes_count_alike():
+    labels = [np.array([[0, 0, 0, 1]])]
+    targets = Targets(label_format="0/1", class_balance=True)
+    weights = targets.weights(labels[0], targets.balance(labels))
+    assert weights[0, :3].sum() == pytest.approx(weights[0, 3])
+    assert Targets(label_format="0/1").balance(labels).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("border_width", [1, 2])
+def test_objects_come_back_from_a_perfect_prediction(border_width):
+    targets = Targets(label_format="instances", separate_borders=True, border_width=border_width)
+    found = instances_from(one_hot(targets.classes(TWO_SQUARES), 3), "instances")
+    assert set(np.unique(found)) == {0, 1, 2}
+    for number in (7, 300):
+        inside = found[number == TWO_SQUARES]
+        assert (inside == np.bincount(inside).argmax()).mean() > 0.9  # the border belongs to either
+    assert ((found > 0) == (TWO_SQUARES > 0)).all()
+
+
+def test_foreground_without_borders_is_cut_into_connected_parts():
+    mask = np.zeros((20, 20), dtype=int)
+    mask[2:8, 2:8] = mask[10:18, 10:18] = 1
+    found = instances_from(one_hot(mask, 2), "binary")
+    assert found[3, 3] != found[12, 12]
+    assert ((found > 0) == (mask > 0)).all()
+
+
+def test_specks_are_left_out_and_numbers_have_no_gaps():
+    mask = np.zeros((20, 20), dtype=int)
+    mask[0, 0] = mask[2:8, 2:8] = mask[10:18, 10:18] = 1
+    assert np.unique(instances_from(one_hot(mask, 2), "binary")).tolist() == [0, 1, 2]
+
+
+def test_cell_all_of_which_looks_like_border_is_an_object_all_the_same():
+    classes = np.zeros((20, 20), dtype=int)
+    classes[5:10, 5:10] = BORDER
+    assert instances_from(one_hot(classes, 3), "instances").max() == 1
+
+
+def test_masks_are_0_and_255_or_class_indices():
+    classes = np.array([[0, 1, 2]])
+    assert mask_from(one_hot(classes, 3), "instances").tolist() == [[0, 255, 255]]
+    assert mask_from(one_hot(classes, 3), "classes").tolist() == [[0, 1, 2]]
+
+
+def test_instances_of_classes_are_refused():
+    with pytest.raises(ValueError, match="trained on classes"):
+        instances_from(one_hot(np.zeros((4, 4), dtype=int), 3), "classes")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_format": "0-255"}, "label_format must be one of 0/1, 0/255, classes, instances, got '0-255'"),
+        ({"label_format": "classes"}, "num_classes must be given exactly with label_format classes"),
+        ({"label_format": "0/1", "num_classes": 2}, "num_classes must be given exactly"),
+        ({"label_format": "classes", "num_classes": 300}, "num_classes must be from 2 to 256, got 300"),
+        ({"label_format": "0/255", "separate_borders": True}, "needs label_format instances"),
+        ({"label_format": "instances", "border_width": 0}, "border_width must be at least 1"),
+        ({"label_format": "classes", "num_classes": 3, "border_weight": 1.0}, "border_weight needs objects"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Targets(**options)

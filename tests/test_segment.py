@@ -1,0 +1,175 @@
+"""`unet-diffusion segment`: masks of the same name and size, for files of any kind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unet_diffusion.checkpoint import read_segmenter
+from unet_diffusion.cli import main
+from unet_diffusion.data.base import to_float
+from unet_diffusion.segmentation.predict import class_probabilities, mask_name
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a tiny run of configs/cells.yaml; tests do not write into it."""
+
+    root = tmp_path_factory.mktemp("cells") / "run"
+    arguments = f"--config {CONFIGS / 'cells.yaml'} --model.unet.init_args.channels [4,8] --trainer.accelerator cpu "
+    arguments += "--data.init_args.source.init_args.num_images 4 --data.init_args.num_val 1 "
+    arguments += "--data.init_args.batch_size 2 --data.init_args.window_size 64 --trainer.max_steps 4 "
+    arguments += "--trainer.val_check_interval 2 --trainer.enable_progress_bar false "
+    arguments += "--samples.every_n_steps 2 --checkpoint.every_n_train_steps 2"
+    assert main(["fit", *arguments.split(), "--trainer.default_root_dir", str(root)]) == 0
+    return root
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Grey, colour, 16 bit, a stack; of many sizes."""
+    folder = tmp_path / "images"
+    (folder / "inner").mkdir(parents=True)
+    Image.fromarray(RNG.integers(256, size=(70, 51), dtype=np.uint8)).save(folder / "grey.png")
+    Image.fromarray(RNG.integers(256, size=(20, 90, 3), dtype=np.uint8)).save(folder / "inner" / "colour.jpg")
+    Image.fromarray(RNG.integers(65536, size=(33, 64), dtype=np.uint16)).save(folder / "deep.tif")
+    pages = [Image.fromarray(RNG.integers(256, size=(40, 45), dtype=np.uint8)) for _ in range(3)]
+    pages[0].save(folder / "stack.tif", save_all=True, append_images=pages[1:])
+    return folder
+
+
+def sizes(folder) -> dict:
+    found = {}
+    for path in sorted(folder.rglob("*.*")):
+        with Image.open(path) as image:
+            found[path.relative_to(folder).as_posix()] = (image.height, image.width, getattr(image, "n_frames", 1))
+    return found
+
+
+def test_run_leaves_pictures_and_a_segmenter(run):
+    assert {"samples.png", "samples", "checkpoints", "config.yaml", "logs"} == {path.name for path in run.iterdir()}
+    assert read_segmenter(run).kind == "instances"
+
+
+def test_picture_shows_image_label_and_prediction(run):
+    with Image.open(run / "samples.png") as picture:
+        assert picture.size == (3 * 258, 16 + 258)
+        tiles = [np.asarray(picture.convert("RGB"))[16:272, 258 * i : 258 * i + 256] for i in range(3)]
+    assert len(np.unique(tiles[0])) > 50  # grey values
+    assert {tuple(colour) for colour in tiles[1].reshape(-1, 3)} == {(0, 0, 0), (255, 255, 255), (230, 159, 0)}
+
+
+def test_masks_have_the_names_and_sizes_of_their_images(run_cli, run, images, tmp_path):
+    status, out, err = run_cli("segment", run, images, "--output", tmp_path / "masks")
+    assert status == 0, err
+    assert "4 masks in" in out
+    expected = {
+        "grey.png": (70, 51, 1),
+        "deep.tif": (33, 64, 1),
+        "stack.tif": (40, 45, 3),
+        "inner/colour.png": (20, 90, 1),
+    }
+    assert sizes(tmp_path / "masks") == expected
+
+
+def test_mask_is_what_the_network_predicts(run_cli, run, images, tmp_path):
+    run_cli("segment", run, images / "grey.png", "--output", tmp_path, "--probabilities")
+    trained = read_segmenter(run)
+    with Image.open(images / "grey.png") as image, torch.no_grad():
+        pixels = to_float(torch.from_numpy(np.array(image))[None], stretch=False)
+        expected = class_probabilities(trained, pixels)
+    np.testing.assert_allclose(np.load(tmp_path / "probabilities" / "grey.npy"), expected, atol=1e-3)  # float16
+    with Image.open(tmp_path / "grey.png") as mask:
+        assert np.array_equal(np.asarray(mask), np.where(expected[0] < 0.5, 255, 0))
+
+
+def test_window_size_is_what_the_network_is_given(run_cli, run, images, tmp_path):
+    for name, options in (("default", []), ("small", ["--window_size", "32"])):
+        run_cli("segment", run, images / "grey.png", "--output", tmp_path / name, "--probabilities", *options)
+    one, other = (np.load(tmp_path / name / "probabilities" / "grey.npy") for name in ("default", "small"))
+    assert one.shape == other.shape
+    assert 0 < np.abs(one - other).mean() < 0.2  # padding at other places
+
+
+def test_overlays_and_instances_lie_beside_the_masks(run_cli, run, images, tmp_path):
+    status, _, err = run_cli("segment", run, images, "--output", tmp_path / "m", "--overlays", "--instances", "--views")
+    assert status == 0, err
+    overlays = ["deep.png", "grey.png", "inner/colour.png", "stack_0000.png", "stack_0001.png", "stack_0002.png"]
+    assert sorted(sizes(tmp_path / "m" / "overlays")) == overlays
+    with (
+        Image.open(tmp_path / "m" / "instances" / "grey.png") as numbers,
+        Image.open(tmp_path / "m" / "grey.png") as mask,
+    ):
+        assert numbers.mode.startswith("I")
+        assert not (np.asarray(numbers) > 0)[np.asarray(mask) == 0].any()
+
+
+def test_unreadable_file_is_reported_at_the_end_and_the_rest_is_done(run_cli, run, images, tmp_path):
+    (images / "broken.png").write_bytes(b"no image")
+    status, _, err = run_cli("segment", run, images, "--output", tmp_path / "masks")
+    assert status == 1
+    assert "1 of 5 images could not be read:\n  broken.png: " in err
+    assert len(sizes(tmp_path / "masks")) == 4
+
+
+def test_masks_that_are_there_are_left_alone_unless_told(run_cli, run, images, tmp_path):
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (1, 1)).save(tmp_path / "masks" / "grey.png")
+    run_cli("segment", run, images, "--output", tmp_path / "masks")
+    assert sizes(tmp_path / "masks")["grey.png"] == (1, 1, 1)
+    run_cli("segment", run, images, "--output", tmp_path / "masks", "--overwrite")
+    assert sizes(tmp_path / "masks")["grey.png"] == (70, 51, 1)
+
+
+def test_no_half_written_file_is_left(run_cli, run, images, tmp_path, monkeypatch):
+    def full(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    status, _, err = run_cli("segment", run, images / "grey.png", "--output", tmp_path / "masks")
+    assert status == 1
+    assert "no space left on device" in err
+    assert list((tmp_path / "masks").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("segment {run}/none {images} --output {tmp}/o", "none"),
+        ("segment {digits} {images} --output {tmp}/o", "must have an entry 'segmenter' here, and it holds a denoiser"),
+        ("segment {run} {tmp}/nothing --output {tmp}/o", "root must be an existing folder or zip archive"),
+        ("segment {run} {images} {images} --output {tmp}/o", "masks must differ in their names, got deep.tif twice"),
+    ],
+)
+def test_bad_input_gets_one_message(run_cli, run, images, digits_run, tmp_path, command, message):
+    filled = command.format(run=run, images=images, tmp=tmp_path, digits=digits_run)
+    status, _, err = run_cli(*filled.split())
+    assert status == 1
+    assert message in err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"), [("a.png", "a.png"), ("a.TIF", "a.TIF"), ("b/a.jpeg", "b/a.png"), ("a.webp", "a.png")]
+)
+def test_mask_keeps_the_name_unless_its_format_would_spoil_it(name, mask):
+    assert mask_name(name) == mask
+
+
+def test_task_on_the_command_line_must_exist(run_cli):
+    status, _, err = run_cli("fit", "--task", "dream")
+    assert status == 1
+    assert "task must be one of denoise, segment, got 'dream'" in err
+
+
+def test_help_of_a_task_mentions_its_options(run_cli):
+    status, out, _ = run_cli("fit", "--task", "segment", "--help")
+    assert status == 0
+    wanted = "--model.loss --model.timestep --model.init_from --samples.num_images --data --model.ema_decay"
+    assert [option for option in wanted.split() if option not in out] == []

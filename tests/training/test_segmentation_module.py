@@ -1,0 +1,225 @@
+"""The segmenter's training: what it minimises, what it validates, what it takes over, and that it resumes."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from unet_diffusion.checkpoint import TrainedDenoiser, read_checkpoint, read_segmenter, write_initial_checkpoint
+from unet_diffusion.data import DigitsDataModule, SegmentationDataModule, SyntheticCells
+from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.segmentation.augmentation import Augmentation
+from unet_diffusion.segmentation.features import FeatureClassifier
+from unet_diffusion.segmentation.labels import Targets
+from unet_diffusion.segmentation.scores import dice, iou, pixel_error
+from unet_diffusion.training import DiffusionModule, SegmentationModule
+from unet_diffusion.unet import DenoiserUNet, SegmentationUNet
+
+SGD = functools.partial(torch.optim.SGD, lr=0.05)
+ADAM = functools.partial(torch.optim.Adam, lr=1.0e-3)
+SMALL = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+
+
+def cells(**options) -> SegmentationDataModule:
+    targets = Targets(label_format="instances", separate_borders=options.pop("separate_borders", False))
+    settings = {"window_size": 32, "batch_size": 2, "windows_per_image": 2, "num_val": 2, **options}
+    return SegmentationDataModule(SyntheticCells(num_images=5), targets, **settings)
+
+
+def network(**options) -> SegmentationUNet:
+    torch.manual_seed(0)
+    return SegmentationUNet(1, 2, **{"channels": (4, 8), "padding": "same", **options})
+
+
+def module(unet=None, **options) -> SegmentationModule:
+    return SegmentationModule(unet or network(), **{"optimizer": SGD, **options})
+
+
+def test_step_is_the_weighted_cross_entropy_of_the_predicted_part(quiet_trainer, monkeypatch):
+    data = cells(window_size=36)
+    made = module(network(padding="valid"))
+    quiet_trainer(max_steps=1, limit_val_batches=0).fit(made, data)
+    assert data.margin == made.unet.margin == 8
+    monkeypatch.setattr(made, "log", lambda *args, **options: None)  # there is no loop to log in
+    batch = next(iter(data.train_dataloader()))
+    loss = made.training_step(batch, 0)
+    inside = batch["classes"][:, 8:-8, 8:-8]
+    torch.testing.assert_close(loss, F.cross_entropy(made.unet(batch["images"]), inside))
+
+
+def test_training_lowers_the_loss_and_finds_the_cells(quiet_trainer):
+    data = cells(augmentation=Augmentation(elastic_sd=2.0), window_size=64, batch_size=4)
+    made = module(network(norm="batch", channels=(8, 16)), optimizer=functools.partial(torch.optim.Adam, lr=1.0e-2))
+    trainer = quiet_trainer(max_steps=40)
+    trainer.fit(made, data)
+    assert trainer.callback_metrics["val/dice"] > 0.9
+
+
+def test_validation_scores_are_those_of_the_whole_images(quiet_trainer):
+    data, made = cells(window_size=128), module()  # the images in one window each
+    logged = quiet_trainer().validate(made, data, verbose=False)[0]
+    truths = [data.whole(i)["classes"].numpy() == 1 for i in data.val_indices.tolist()]
+    predictions = []
+    for i in data.val_indices.tolist():
+        with torch.no_grad():
+            predictions.append(made.ema_unet(data.whole(i)["images"][None])[0].argmax(dim=0).numpy() == 1)
+    truth, predicted = np.concatenate(truths), np.concatenate(predictions)  # pooled
+    assert logged["val/dice"] == pytest.approx(dice(truth, predicted))
+    assert logged["val/iou"] == pytest.approx(iou(truth, predicted))
+    assert logged["val/pixel_error"] == pytest.approx(pixel_error(truth, predicted))
+
+
+def test_average_without_decay_is_the_raw_network_batch_norms_too(quiet_trainer):
+    made = module(network(norm="batch"))
+    quiet_trainer(max_steps=3, limit_val_batches=0).fit(made, cells())
+    for name, value in made.unet.state_dict().items():
+        torch.testing.assert_close(made.ema_unet.state_dict()[name], value, rtol=1e-6, atol=1e-7)  # x + (y - x)
+
+
+def test_resumed_run_is_the_uninterrupted_one(quiet_trainer, tmp_path):
+    def train(folder, steps, **options):
+        keep = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_train_steps=3, enable_version_counter=False)
+        made = module(network(norm="batch"), optimizer=ADAM, ema_decay=0.9)
+        trainer = quiet_trainer(max_steps=steps, callbacks=[keep], enable_checkpointing=True, limit_val_batches=0)
+        trainer.fit(made, cells(augmentation=Augmentation(noise=0.1)), **options)
+        return made.state_dict()
+
+    straight = train("straight", 6)
+    train("stopped", 3)
+    resumed = train("stopped", 6, ckpt_path=tmp_path / "stopped" / "last.ckpt")
+    torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
+
+
+def fit_and_save(made, data, trainer, path):
+    trainer.fit(made, data)
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["2015", "denoiser", "features"])
+def test_checkpoint_is_read_back_as_the_averaged_network(quiet_trainer, tmp_path, kind):
+    torch.manual_seed(0)
+    schedule = NoiseSchedule(100, "linear")
+    unet = {
+        "2015": network,
+        "denoiser": lambda: DenoiserUNet(**SMALL, out_channels=2),
+        "features": lambda: FeatureClassifier(
+            DenoiserUNet(**SMALL), schedule, timesteps=[10], levels=[0, 1], hidden_channels=[4, 4]
+        ),
+    }[kind]()
+    made = module(unet, timestep=5 if kind == "denoiser" else None, ema_decay=0.5)
+    path = fit_and_save(made, cells(), quiet_trainer(max_steps=2, limit_val_batches=0), tmp_path / "x.ckpt")
+    trained = read_segmenter(path)
+    assert (trained.kind, trained.class_names, trained.window_size) == ("binary", ["background", "cell"], 32)
+    assert trained.timestep == made.timestep
+    x = torch.randn(1, 1, 16, 16)
+    t = None if made.timestep is None else torch.tensor([5])
+    with torch.no_grad():
+        assert torch.equal(trained.unet(x, t), made.ema_unet.eval()(x, t))
+
+
+def test_frozen_denoiser_is_in_a_checkpoint_once(quiet_trainer, tmp_path):
+    big = {**SMALL, "channels": [32, 64]}
+    unet = FeatureClassifier(DenoiserUNet(**big), NoiseSchedule(100, "linear"), levels=[0], hidden_channels=[4, 4],
+                             timesteps=[10])  # fmt: skip
+    path = fit_and_save(module(unet), cells(), quiet_trainer(max_steps=1, limit_val_batches=0), tmp_path / "x.ckpt")
+    weights = 4 * sum(parameter.numel() for parameter in unet.denoiser.parameters())
+    assert path.stat().st_size < 1.5 * weights
+
+
+def test_segmenter_is_no_denoiser_and_the_other_way_round(quiet_trainer, tmp_path):
+    path = fit_and_save(module(), cells(), quiet_trainer(max_steps=1, limit_val_batches=0), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="must have an entry 'denoiser' here, and it holds a segmenter"):
+        read_checkpoint(path)
+
+
+@pytest.fixture
+def denoiser(tmp_path):
+    """The path of a denoiser's checkpoint, and its network."""
+    torch.manual_seed(3)
+    trained = TrainedDenoiser(DenoiserUNet(**SMALL), NoiseSchedule(100, "linear"), (1, 8, 8))
+    write_initial_checkpoint(trained, tmp_path / "denoiser.ckpt")
+    return tmp_path / "denoiser.ckpt", trained.unet
+
+
+def test_denoiser_is_where_training_starts_from(quiet_trainer, denoiser):
+    path, unet = denoiser
+    made = module(
+        DenoiserUNet(**SMALL, out_channels=2), timestep=0, init_from=str(path),
+        optimizer=functools.partial(torch.optim.SGD, lr=0.0),
+    )  # fmt: skip
+    quiet_trainer(max_steps=1, limit_val_batches=0).fit(made, cells())
+    for part in (made.unet, made.ema_unet):
+        for name, value in unet.state_dict().items():
+            if not name.startswith("conv_out."):
+                torch.testing.assert_close(part.state_dict()[name], value, rtol=1e-6, atol=1e-7)  # averaged once
+
+
+def test_run_that_is_continued_needs_its_denoiser_no_more(quiet_trainer, denoiser, tmp_path):
+    path, _ = denoiser
+
+    def made():
+        return module(DenoiserUNet(**SMALL, out_channels=2), timestep=0, init_from=str(path))
+
+    stopped = fit_and_save(made(), cells(), quiet_trainer(max_steps=1, limit_val_batches=0), tmp_path / "x.ckpt")
+    path.unlink()
+    again = made()
+    again.is_continued = True
+    quiet_trainer(max_steps=2, limit_val_batches=0).fit(again, cells(), ckpt_path=stopped)
+    assert again.trainer.global_step == 2
+
+
+def test_2015_network_with_a_timestep_denoises_digits(quiet_trainer, tmp_path):
+    torch.manual_seed(0)
+    unet = SegmentationUNet(
+        1, 1, channels=(16, 32), padding="same", norm="group", timestep_embedding=True, num_class_embeds=11
+    )
+    made = DiffusionModule(
+        unet, NoiseSchedule(100, "squaredcos_cap_v2", prediction_type="v_prediction"), optimizer=ADAM, ema_decay=0.9,
+        label_dropout=0.1,
+    )  # fmt: skip
+    trainer = quiet_trainer(max_steps=60)
+    data = DigitsDataModule(batch_size=64, num_val=100)
+    before = quiet_trainer().validate(copy.deepcopy(made), data, verbose=False)[0]["val/loss"]
+    path = fit_and_save(made, data, trainer, tmp_path / "x.ckpt")
+    assert trainer.callback_metrics["val/loss"] < 0.7 * before
+    assert isinstance(read_checkpoint(path).unet, SegmentationUNet)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: module(loss="focal"), "loss must be one of cross_entropy, dice, both, got 'focal'"),
+        (lambda: module(timestep=3), "it has no timestep embedding, got 3"),
+        (lambda: module(DenoiserUNet(**SMALL)), "it has a timestep embedding, got None"),
+        (lambda: module(DenoiserUNet(**SMALL, num_class_embeds=3), timestep=0), "must have no class embedding"),
+        (lambda: DiffusionModule(network(), NoiseSchedule()), "a denoiser needs a timestep"),
+        (
+            lambda: DiffusionModule(network(padding="valid", timestep_embedding=True), NoiseSchedule()),
+            "takes 8 pixels off each side; set padding to same",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("unet", "options", "message"),
+    [
+        (lambda: SegmentationUNet(3, 2, channels=(4, 8)), {}, "the images have 1 channels and the network takes 3"),
+        (lambda: network(), {"separate_borders": True}, "out_channels must be 3, one a class \\(background, cell, bor"),
+        (lambda: network(), {"window_size": 33}, "the next size that fits is 34 x 34"),
+        (lambda: network(padding="valid"), {}, "the next size that fits is"),
+    ],
+)
+def test_network_that_does_not_fit_the_data_is_refused_before_training(quiet_trainer, unet, options, message):
+    if "next size" in message and not options:
+        options = {"window_size": 31}
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(max_steps=1).fit(module(unet()), cells(**options))

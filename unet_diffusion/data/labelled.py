@@ -1,0 +1,190 @@
+"""Where labelled images come from: files, matched by name and read at their own size, or generated cells.
+
+A TIFF file with several pages, as of the ISBI challenge, counts as as many images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unet_diffusion.data.checking import NUM_NAMED, decoded, in_threads
+from unet_diffusion.data.decoding import decode_label_pages, decode_pages
+from unet_diffusion.data.files import ImageFiles, find_images_or_one
+from unet_diffusion.segmentation.synthetic import synthetic_cells
+
+CELLS_SIZE = (128, 128)  # of generated images, in pixels
+
+
+@dataclass
+class LabelledImages:
+    """Images with their label images, in the order of their names.
+
+    Args:
+        images: uint8 or uint16 (C, H, W) each.
+        labels: whole numbers, (H, W) each.
+        names: of each, without an extension; pages of a file end in their number.
+    """
+
+    images: list[Tensor]
+    labels: list[NDArray[np.int32]]
+    names: list[str]
+
+
+class LabelledSource:
+    """Says where labelled images come from, in `load`."""
+
+    def load(self, *, progress: bool = True) -> LabelledImages:
+        """All images and their labels.
+
+        Args:
+            progress: whether to show a progress bar.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define load()")
+
+
+class PairedFiles(LabelledSource):
+    """Images and labels in two folders, zip archives or multi-page TIFF files; grey or colour, 8 or 16 bit.
+
+    Args:
+        images: a folder, archive.zip, archive.zip/folder, or one file.
+        labels: the same; a file's partner has the same path below it, but for the extension.
+        channels: 1 (grey) or 3 (RGB); images are converted.
+        label_suffix: what the names of label files have at their end beside those of the images, such as "_mask".
+
+    Raises:
+        ValueError: if channels is neither.
+    """
+
+    def __init__(self, images: str | Path, labels: str | Path, *, channels: int = 1, label_suffix: str = ""):
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+        self.images = images
+        self.labels = labels
+        self.channels = channels
+        self.label_suffix = label_suffix
+
+    def load(self, *, progress: bool = True) -> LabelledImages:
+        """Find, match and decode all files.
+
+        Args:
+            progress: whether to show a progress bar.
+
+        Raises:
+            FileNotFoundError: if a folder or file does not exist.
+            ValueError: listing files that have no partner, that cannot be read, or differ from it in size or pages.
+        """
+        image_files, label_files = find_images_or_one(self.images), find_images_or_one(self.labels)
+        pairs = _match(image_files, label_files, self.label_suffix)
+
+        def read(name: str) -> tuple[list[Tensor], list[NDArray[np.int32]]] | str:
+            image_name, label_name = pairs[name]
+            pages = decoded(lambda data: decode_pages(data, self.channels), image_files, image_name)
+            label_pages = decoded(decode_label_pages, label_files, label_name)
+            if isinstance(pages, str) or isinstance(label_pages, str):
+                return pages if isinstance(pages, str) else f"its label {label_name}: {label_pages}"
+            return _mismatch(pages, label_pages) or (pages, label_pages)
+
+        loaded, bad = LabelledImages([], [], []), []
+        for name, outcome in in_threads(read, list(pairs), "loading images and labels", progress):
+            if isinstance(outcome, str):
+                bad.append(f"{name}: {outcome}")
+                continue
+            pages, label_pages = outcome
+            loaded.images += pages
+            loaded.labels += label_pages
+            loaded.names += [name] if len(pages) == 1 else [f"{name}_{page:04d}" for page in range(len(pages))]
+        if bad:
+            raise ValueError(f"{len(bad)} of {len(pairs)} images cannot be used:{listed(bad)}")
+        return loaded
+
+
+class SyntheticCells(LabelledSource):
+    """Generated images of cells that touch, grey, 128x128, with instance numbers; the same ones every time.
+
+    Args:
+        num_images: how many.
+    """
+
+    def __init__(self, *, num_images: int = 64):
+        if num_images < 2:
+            raise ValueError(f"num_images must be at least 2, to train and to validate on, got {num_images}")
+        self.num_images = num_images
+
+    def load(self, *, progress: bool = True) -> LabelledImages:
+        """The generated cells.
+
+        Args:
+            progress: whether to show a progress bar.
+        """
+        names = [f"{seed:04d}" for seed in range(self.num_images)]
+        pairs = in_threads(
+            lambda name: synthetic_cells(CELLS_SIZE, seed=int(name)), names, "generating cells", progress
+        )
+        loaded = LabelledImages([], [], names)
+        for _, (image, instances) in pairs:
+            loaded.images.append(torch.from_numpy(image)[None])
+            loaded.labels.append(instances)
+        return loaded
+
+
+def listed(lines: Sequence[str]) -> str:
+    """The first few lines, each on a line of its own, and how many more there are."""
+    more = [f"... and {len(lines) - NUM_NAMED} more"] if len(lines) > NUM_NAMED else []
+    return "".join(f"\n  {line}" for line in [*lines[:NUM_NAMED], *more])
+
+
+def _match(images: ImageFiles, labels: ImageFiles, label_suffix: str) -> dict[str, tuple[str, str]]:
+    """The image and label file of each name; a single file on both sides matches whatever it is called."""
+    if len(images.names) == len(labels.names) == 1:
+        return {_stem(images.names[0]): (images.names[0], labels.names[0])}
+    image_by_name = _by_name(images.names, "")
+    label_by_name = _by_name(labels.names, label_suffix)
+    without_label = [image_by_name[name] for name in image_by_name if name not in label_by_name]
+    without_image = [label_by_name[name] for name in label_by_name if name not in image_by_name]
+    if without_label or without_image:
+        parts = []
+        if without_label:
+            parts.append(f"{len(without_label)} images have no label:{listed(without_label)}")
+        if without_image:
+            parts.append(f"{len(without_image)} labels have no image:{listed(without_image)}")
+        raise ValueError(
+            "images and labels must have the same names but for the extension (and label_suffix); "
+            + "\n".join(parts)
+            + "\nadd the missing files, remove their partners, or set label_suffix"
+        )
+    return {name: (image_by_name[name], label_by_name[name]) for name in image_by_name}
+
+
+def _by_name(names: Sequence[str], suffix: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        stem = _stem(name)
+        if not stem.endswith(suffix):
+            continue  # of another kind, such as the images themselves in the same folder
+        stem = stem.removesuffix(suffix) if suffix else stem
+        if stem in found:
+            raise ValueError(
+                f"names must differ in more than their extension, got {found[stem]} and {name}; rename one"
+            )
+        found[stem] = name
+    return found
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _mismatch(pages: Sequence[Tensor], label_pages: Sequence[NDArray[Any]]) -> str | None:
+    if len(pages) != len(label_pages):
+        return f"{len(pages)} pages, and {len(label_pages)} in its label"
+    for image, label in zip(pages, label_pages, strict=True):
+        if image.shape[1:] != label.shape:
+            height, width = image.shape[1:]
+            return f"{height}x{width} pixels, and {label.shape[0]}x{label.shape[1]} in its label"
+    return None

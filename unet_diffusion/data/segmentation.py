@@ -1,0 +1,251 @@
+"""The data module of labelled images: random windows to train on, whole images to validate on.
+
+A window is drawn from an image at random, deformed as in Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597,
+section 3.1), and reaches beyond the image's border where it must, into its mirror image. What is drawn is a function of
+(seed, epoch, number of the draw) alone: workers decide nothing, and a resumed run sees what an uninterrupted one would.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from unet_diffusion.data.base import to_float
+from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
+from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
+from unet_diffusion.segmentation.labels import Targets
+
+VAL_SHARE = 5  # by default a fifth of the images is kept for validation
+SUBSET_KEY = 1  # with the seed: which images are the labelled ones
+
+DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
+
+
+class SegmentationDataModule(LightningDataModule):
+    """Batches of images, their classes and the weight of each pixel.
+
+    Batches are {"images": float32 (B, C, H, W) in [-1, 1], "classes": int64 (B, H, W), "weights": float32 (B, H, W), 0
+    where nothing is to be learnt, "index": int64 (B,)}: random windows in training, whole images one by one in
+    validation.
+
+    Args:
+        source: where the labelled images come from.
+        targets: how label images are read and what is learnt from them.
+        window_size: height and width of a training window, in pixels; the network must take it.
+        batch_size: windows a batch and process.
+        windows_per_image: drawn from each training image in an epoch.
+        num_val: images kept for validation: the last by name, as neighbours in a stack are alike; None: a fifth.
+        num_train: use only so many of the others, drawn by the seed; more draws keep those of fewer. None: all.
+        augmentation: how windows are deformed; None: not at all.
+        stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type; for
+            16-bit images that use little of it, and sets of mixed brightness.
+        num_workers: processes that draw windows; 0: the training process does.
+        seed: of the windows and their deformation.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    margin = 0  # of the network, in pixels: a window's prediction is smaller by it; set by the module that trains
+
+    def __init__(
+        self,
+        source: LabelledSource,
+        targets: Targets,
+        *,
+        window_size: int = 256,
+        batch_size: int = 8,
+        windows_per_image: int = 16,
+        num_val: int | None = None,
+        num_train: int | None = None,
+        augmentation: Augmentation | None = None,
+        stretch: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("window_size", window_size),
+            ("batch_size", batch_size),
+            ("windows_per_image", windows_per_image),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {num_workers}; 0 draws in the training process")
+        self.source = source
+        self.targets = targets
+        self.window_size = window_size
+        self.batch_size = batch_size
+        self.windows_per_image = windows_per_image
+        self.num_val = num_val
+        self.num_train = num_train
+        self.augmentation = augmentation
+        self.stretch = stretch
+        self.num_workers = num_workers
+        self.seed = seed
+        self._images: LabelledImages | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and check the images, once, split them, and work out the weights of their pixels.
+
+        Args:
+            stage: of no consequence; Lightning passes it.
+
+        Raises:
+            ValueError: if labels hold other values than the targets say, or the images are too few for the split.
+        """
+        if self._images is not None:
+            return
+        loaded = self.source.load(progress=self.trainer is None or self.trainer.is_global_zero)
+        self._check_labels(loaded)
+        train, self.val_indices = self._split(len(loaded.images))
+        balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
+        self._classes = [torch.from_numpy(self.targets.classes(labels)) for labels in loaded.labels]
+        self._weights = [torch.from_numpy(self.targets.weights(labels, balance)) for labels in loaded.labels]
+        # One index a window of an epoch; windows of the same image are apart by the number of images.
+        self.train_images = train
+        self.train_indices = torch.arange(len(train) * self.windows_per_image)
+        self._images = loaded
+
+    @property
+    def images(self) -> LabelledImages:
+        """All images and labels, before the split."""
+        if self._images is None:
+            raise RuntimeError('the images are not loaded yet; call setup("fit") first')
+        return self._images
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a training window."""
+        return len(self.images.images[0]), self.window_size, self.window_size
+
+    def whole(self, index: int) -> Batch:
+        """An image with its classes and weights, whole: as a batch, without its first dimension."""
+        image = to_float(self.images.images[index], stretch=self.stretch)
+        return {
+            "images": image,
+            "classes": self._classes[index].long(),
+            "weights": self._weights[index],
+            "index": torch.tensor(index),
+        }
+
+    def window(self, drawn: DrawnWindow) -> Batch:
+        """A random window of a training image, as a batch without its first dimension."""
+        index, epoch, number = drawn
+        generator = keyed_generator(self.seed, epoch, number)
+        image = to_float(self.images.images[index], stretch=self.stretch)
+        size = (self.window_size, self.window_size)
+        centre = self._centre(image.shape[1:], generator)
+        augmentation = self.augmentation or NO_AUGMENTATION
+        coordinates = augmentation.coordinates(size, centre, generator)
+        targets = torch.stack([self._classes[index].float(), self._weights[index]])
+        classes, weights = sample_at(targets, coordinates, mode="nearest")
+        mode: Any = "nearest" if self.augmentation is None else "bicubic"
+        pixels = augmentation.grey_values(sample_at(image, coordinates, mode=mode), generator)
+        return {"images": pixels, "classes": classes.long(), "weights": weights, "index": torch.tensor(index)}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of random windows; see `WindowBatches`."""
+        sampler = WindowBatches(
+            self.train_indices,
+            self.batch_size,
+            images=self.train_images,
+            seed=self.seed,
+            **self._replica(),
+        )
+        workers = self.num_workers
+        return ResumableLoader(
+            dataset=_Windows(self),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation images, whole, one a batch."""
+        sampler = OrderedBatches(self.val_indices, 1, **self._replica())
+        return DataLoader(dataset=_WholeImages(self), sampler=sampler, batch_size=None)
+
+    def _replica(self) -> dict[str, int]:
+        distributed = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return distributed or {"num_replicas": 1, "rank": 0}
+
+    def _centre(self, size: torch.Size, generator: torch.Generator) -> tuple[float, float]:
+        """Of a window whose prediction lies within the image, if that is large enough, at whole pixels of the image."""
+        predicted = self.window_size - 2 * self.margin
+        draws = torch.rand(2, generator=generator)
+        starts = [int(u * max(side - predicted + 1, 1)) for u, side in zip(draws.tolist(), size, strict=True)]
+        small = [min(side - predicted, 0) // 2 for side in size]  # of an image that is smaller, the middle
+        y, x = (start + at + (predicted - 1) / 2 for start, at in zip(starts, small, strict=True))
+        return y, x
+
+    def _split(self, num_images: int) -> tuple[Tensor, Tensor]:
+        num_val = self.num_val if self.num_val is not None else max(num_images // VAL_SHARE, 1)
+        if not 1 <= num_val < num_images:
+            raise ValueError(f"num_val must be at least 1 and less than the {num_images} images, got {num_val}")
+        rest = num_images - num_val
+        if self.num_train is not None and not 1 <= self.num_train <= rest:
+            raise ValueError(
+                f"num_train must be from 1 to {rest}, the images not kept for validation, got {self.num_train}"
+            )
+        order = torch.randperm(rest, generator=keyed_generator(self.seed, SUBSET_KEY))
+        return order[: self.num_train].sort().values, torch.arange(rest, num_images)
+
+    def _check_labels(self, loaded: LabelledImages) -> None:
+        wrong = []
+        for name, labels in zip(loaded.names, loaded.labels, strict=True):
+            problem = self.targets.check(labels)
+            if problem is not None:
+                wrong.append(f"{name}: {problem}")
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(loaded.names)} label images do not fit targets:{listed(wrong)}\n"
+                "set label_format, num_classes or ignore_label to what the files hold"
+            )
+
+
+class WindowBatches(ShuffledBatches):
+    """Lists of drawn windows, shuffled anew every epoch; see `ShuffledBatches`.
+
+    Args:
+        indices: numbers of an epoch's windows; number n is of the image at n modulo the number of images.
+        batch_size: windows a batch and process.
+        images: indices of the training images, (n,) int64.
+        options: seed, num_replicas and rank of ShuffledBatches.
+    """
+
+    def __init__(self, indices: Tensor, batch_size: int, *, images: Tensor, **options: Any) -> None:
+        super().__init__(indices, batch_size, num_images=len(indices), **options)
+        self.images = images
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for numbers in super().__iter__():
+            yield [(int(self.images[number % len(self.images)]), self.epoch, number) for number in numbers]
+
+
+class _Windows(Dataset[Batch]):
+    def __init__(self, data: SegmentationDataModule) -> None:
+        self.data = data
+
+    def __getitem__(self, drawn: list[DrawnWindow]) -> Batch:
+        windows = [self.data.window(one) for one in drawn]
+        return {key: torch.stack([window[key] for window in windows]) for key in windows[0]}
+
+
+class _WholeImages(Dataset[Batch]):
+    def __init__(self, data: SegmentationDataModule) -> None:
+        self.data = data
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        (index,) = indices
+        return {key: value[None] for key, value in self.data.whole(index).items()}
+
+
+NO_AUGMENTATION = Augmentation(flip=False, rotation=0.0, elastic_sd=0.0)

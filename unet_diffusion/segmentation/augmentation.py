@@ -1,0 +1,133 @@
+"""Deformed views of labelled images: image and label are sampled once, at the same places.
+
+Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597), section 3.1: shift, rotation, grey values, and elastic
+deformation by random displacements on a coarse 3x3 grid, with bicubic interpolation.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How training windows are deformed.
+
+    As many numbers are drawn whatever is off, so that turning one deformation off leaves the others as they are.
+
+    Args:
+        flip: mirror each axis half of the time; False is off.
+        rotation: largest angle in degrees, either way; 0 is off.
+        scale: largest relative change of size, smaller or larger: 0.2 is from 1/1.2 to 1.2; 0 is off.
+        elastic_sd: standard deviation of the displacements, in pixels; 0 is off.
+        elastic_grid: points a side at which displacements are drawn.
+        brightness: standard deviation of what is added to an image, on a scale from -1 to 1; 0 is off.
+        contrast: standard deviation of the logarithm of the factor about the image's mean; 0 is off.
+        noise: standard deviation of what is added to each pixel; 0 is off.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    flip: bool = True
+    rotation: float = 180.0
+    scale: float = 0.0
+    elastic_sd: float = 10.0
+    elastic_grid: int = 3
+    brightness: float = 0.0
+    contrast: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("rotation", "scale", "elastic_sd", "brightness", "contrast", "noise"):
+            if not 0 <= getattr(self, name) < math.inf:  # nor NaN
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}; 0 turns it off")
+        if self.elastic_grid < 2:
+            raise ValueError(f"elastic_grid must be at least 2 points a side, got {self.elastic_grid}")
+
+    def coordinates(self, size: tuple[int, int], centre: tuple[float, float], generator: torch.Generator) -> Tensor:
+        """Where in the image each pixel of a window is sampled, (2, H, W): y and x in pixels.
+
+        Args:
+            size: height and width of the window.
+            centre: y and x in the image of the window's centre.
+            generator: of all that is drawn.
+        """
+        height, width = size
+        y = torch.arange(height, dtype=torch.float32) - (height - 1) / 2
+        x = torch.arange(width, dtype=torch.float32) - (width - 1) / 2
+        offsets = torch.stack(torch.meshgrid(y, x, indexing="ij"))
+        places = torch.einsum("ij,jhw->ihw", self._matrix(generator), offsets)
+        places = places + elastic_displacement(size, sd=self.elastic_sd, grid=self.elastic_grid, generator=generator)
+        return places + torch.tensor(centre, dtype=torch.float32)[:, None, None]
+
+    def grey_values(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """The image with other contrast and brightness, and noise, (C, H, W); not clipped.
+
+        Args:
+            image: (C, H, W) float, on a scale from -1 to 1.
+            generator: of all that is drawn.
+        """
+        contrast, brightness = torch.randn(2, generator=generator)
+        noise = torch.randn(image.shape, generator=generator).to(image)
+        if self.contrast:  # a factor of 1 would still round
+            mean = image.mean()
+            image = mean + (image - mean) * torch.exp(self.contrast * contrast)
+        return image + self.brightness * brightness + self.noise * noise
+
+    def _matrix(self, generator: torch.Generator) -> Tensor:
+        """From offsets in the window to offsets in the image, (2, 2): mirrored, rotated, scaled."""
+        mirror_y, mirror_x, turn, size = torch.rand(4, generator=generator).tolist()
+        signs = [-1.0 if self.flip and draw < 0.5 else 1.0 for draw in (mirror_y, mirror_x)]
+        angle = math.radians(self.rotation) * (2 * turn - 1)
+        factor = (1 + self.scale) ** (2 * size - 1)
+        cos, sin = factor * math.cos(angle), factor * math.sin(angle)
+        return torch.tensor([[cos * signs[0], -sin * signs[1]], [sin * signs[0], cos * signs[1]]])
+
+
+def elastic_displacement(
+    size: tuple[int, int], *, sd: float = 10.0, grid: int = 3, generator: torch.Generator
+) -> Tensor:
+    """A smooth random displacement of each pixel, (2, H, W) float32: dy and dx in pixels.
+
+    Normal at grid x grid points that span the window from corner to corner, bicubic in between.
+
+    Args:
+        size: height and width of the window.
+        sd: standard deviation at the points, in pixels.
+        grid: points a side.
+        generator: of the displacements.
+    """
+    coarse = sd * torch.randn(1, 2, grid, grid, generator=generator)
+    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)[0]
+
+
+def sample_at(image: Tensor, coordinates: Tensor, *, mode: Literal["bicubic", "bilinear", "nearest"]) -> Tensor:
+    """The image at the given places, (C, H, W); beyond its border it is mirrored, without repeating the last pixel.
+
+    Args:
+        image: (C, H0, W0) float32.
+        coordinates: y and x in pixels, (2, H, W).
+        mode: "nearest" for labels, whose values it keeps.
+    """
+    sides = image.shape[1:]
+    if mode == "nearest":
+        y, x = (_mirrored(places.round(), side).long() for places, side in zip(coordinates, sides, strict=True))
+        return image[:, y, x]
+    # grid_sample's own padding mirrors; it takes x before y, on a scale where -1 and 1 are the centres of end pixels.
+    y, x = (2 * places / max(side - 1, 1) - 1 for places, side in zip(coordinates, sides, strict=True))
+    places = torch.stack([x, y], dim=2)[None]
+    return F.grid_sample(image[None], places, mode=mode, padding_mode="reflection", align_corners=True)[0]
+
+
+def _mirrored(positions: Tensor, side: int) -> Tensor:
+    """Positions along a side, folded back into it."""
+    if side == 1:
+        return torch.zeros_like(positions)
+    period = 2 * (side - 1)
+    folded = positions.remainder(period)
+    return torch.minimum(folded, period - folded)

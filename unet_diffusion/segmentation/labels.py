@@ -1,0 +1,196 @@
+"""From label images to what a network learns, and from what it predicts back to masks and instance numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.measure import label as connected_components
+from skimage.segmentation import find_boundaries, watershed
+
+from unet_diffusion.segmentation.border_weights import border_weights, class_weights
+
+LabelFormat = Literal["0/1", "0/255", "classes", "instances"]
+Kind = Literal["binary", "classes", "instances"]
+
+BACKGROUND, CELL, BORDER = 0, 1, 2  # the classes of kind "instances"; those of kind "binary" without the border
+NO_VALUE = -1  # of pixels that are not to be learnt
+MAX_CLASSES = 256  # predictions are written as 8-bit images
+NUM_SHOWN = 12  # values in an error message
+FOUR_CONNECTED = 1
+
+
+@dataclass(frozen=True)
+class Targets:
+    """How label images are read, and what is learnt from them.
+
+    Args:
+        label_format: "0/1" or "0/255": background and foreground; "classes": a class index each pixel; "instances": 0
+            is background, and each object has a number of its own.
+        num_classes: with "classes", how many there are, background included; otherwise leave it out.
+        separate_borders: with "instances", learn the borders of objects as a class of their own, so that objects that
+            touch come out apart.
+        border_width: of that class, in pixels inwards from the edge of an object.
+        ignore_label: value in the label images of pixels that are not to be learnt; None: there is none.
+        class_balance: weight classes by their inverse frequency in the training images.
+        border_weight: w0 of the weight between cells that are close (Ronneberger et al. 2015, equation 2); 0 is off.
+        border_sigma: its width, in pixels.
+
+    Raises:
+        ValueError: if the settings contradict each other.
+    """
+
+    label_format: LabelFormat
+    num_classes: int | None = None
+    separate_borders: bool = False
+    border_width: int = 2
+    ignore_label: int | None = None
+    class_balance: bool = False
+    border_weight: float = 0.0
+    border_sigma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.label_format not in get_args(LabelFormat):
+            raise ValueError(
+                f"label_format must be one of {', '.join(get_args(LabelFormat))}, got {self.label_format!r}"
+            )
+        if (self.num_classes is not None) != (self.label_format == "classes"):
+            raise ValueError(
+                f"num_classes must be given exactly with label_format classes, got {self.num_classes} with "
+                f"{self.label_format}"
+            )
+        if self.num_classes is not None and not 2 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(f"num_classes must be from 2 to {MAX_CLASSES}, got {self.num_classes}")
+        if self.separate_borders and self.label_format != "instances":
+            raise ValueError(
+                f"separate_borders needs label_format instances, which tells objects apart, got {self.label_format}"
+            )
+        if self.border_width < 1 or self.border_sigma <= 0 or self.border_weight < 0:
+            raise ValueError(
+                f"border_width must be at least 1, border_sigma above 0 and border_weight 0 or more, got "
+                f"{self.border_width}, {self.border_sigma} and {self.border_weight}"
+            )
+        if self.border_weight and self.label_format == "classes":
+            raise ValueError("border_weight needs objects, which label_format classes does not tell apart; set it to 0")
+
+    @property
+    def kind(self) -> Kind:
+        """What the classes mean."""
+        if self.label_format == "classes":
+            return "classes"
+        return "instances" if self.separate_borders else "binary"
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each class; indices, where the user's classes have no names."""
+        if self.num_classes is not None:
+            return [str(index) for index in range(self.num_classes)]
+        return ["background", "cell", "border"][: 3 if self.separate_borders else 2]
+
+    def check(self, labels: NDArray[Any]) -> str | None:
+        """What is wrong with the values of a label image, in words that show them, or None if nothing is."""
+        values = np.unique(labels)
+        values = values[values != self.ignore_label] if self.ignore_label is not None else values
+        allowed = {"0/1": "0 and 1", "0/255": "0 and 255", "instances": "0 or more"}.get(
+            self.label_format, f"from 0 to {(self.num_classes or 0) - 1}"
+        )
+        if self.label_format in ("0/1", "0/255"):
+            is_right = bool(np.isin(values, [0, int(self.label_format[2:])]).all())
+        else:
+            is_right = len(values) == 0 or (
+                values[0] >= 0 and (self.num_classes is None or values[-1] < self.num_classes)
+            )
+        if is_right:
+            return None
+        shown = ", ".join(map(str, values[:NUM_SHOWN])) + (", ..." if len(values) > NUM_SHOWN else "")
+        return f"with label_format {self.label_format} values must be {allowed}, found {shown}"
+
+    def classes(self, labels: NDArray[Any]) -> NDArray[np.int16]:
+        """The class of each pixel, NO_VALUE where it is not to be learnt, (H, W).
+
+        Args:
+            labels: a label image whose values were checked.
+        """
+        classes = (labels if self.label_format == "classes" else labels > 0).astype(np.int16)
+        if self.separate_borders:
+            classes[self._borders(labels)] = BORDER
+        if self.ignore_label is not None:
+            classes[labels == self.ignore_label] = NO_VALUE
+        return classes
+
+    def weights(self, labels: NDArray[Any], balance: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The weight of each pixel in the loss, (H, W): that of its class and that of borders; 0 for NO_VALUE.
+
+        Args:
+            labels: a label image whose values were checked.
+            balance: of each class; see `balance`.
+        """
+        classes = self.classes(labels)
+        weights = np.where(classes == NO_VALUE, 0, balance[classes])
+        if self.border_weight:
+            between = border_weights(self.instances(labels), w0=self.border_weight, sigma=self.border_sigma)
+            weights = np.where(classes == NO_VALUE, 0, weights + between)
+        return weights.astype(np.float32)
+
+    def balance(self, all_labels: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        """The weight of each class, (K,): its inverse frequency in these label images, or 1 without class_balance."""
+        if not self.class_balance:
+            return np.ones(len(self.class_names), dtype=np.float32)
+        return class_weights([self.classes(labels) for labels in all_labels], len(self.class_names), NO_VALUE)
+
+    def instances(self, labels: NDArray[Any]) -> NDArray[np.int32]:
+        """A number for each object, 0 for background; without numbers in the labels, connected ones."""
+        known = np.where(labels == self.ignore_label, 0, labels) if self.ignore_label is not None else labels
+        if self.label_format == "instances":
+            return known.astype(np.int32)
+        return connected_components(known > 0, connectivity=FOUR_CONNECTED).astype(np.int32)
+
+    def _borders(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
+        """Pixels of objects that are less than border_width from their edge; each object keeps its innermost ones."""
+        edge = find_boundaries(labels, mode="inner")
+        depth = np.where(labels > 0, ndimage.distance_transform_edt(~edge), 0)  # 0 on the edge itself
+        deepest = np.zeros(int(labels.max()) + 1)
+        np.maximum.at(deepest, labels.ravel(), depth.ravel())
+        return (labels > 0) & (depth < self.border_width) & (depth < deepest[labels])
+
+
+def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: int = 16) -> NDArray[np.int32]:
+    """Instance numbers, 0 for background, (H, W), from class probabilities (K, H, W).
+
+    Of kind "instances": what is surely cell and not border is the seed of an object, and grows over the rest of the
+    foreground. Otherwise: the 4-connected components of the foreground.
+
+    Args:
+        probabilities: of background, cell and, of kind "instances", border.
+        kind: what the classes mean.
+        min_size: objects with fewer pixels are left out.
+
+    Raises:
+        ValueError: if the classes do not stand for objects.
+    """
+    if kind == "classes":
+        raise ValueError(
+            "instance numbers need a model of objects, and this one was trained on classes; leave them out"
+        )
+    foreground = probabilities[BACKGROUND] < 0.5
+    numbers = connected_components(foreground, connectivity=FOUR_CONNECTED)
+    if kind == "instances":
+        seeds = connected_components(foreground & (probabilities[CELL] > probabilities[BORDER]), connectivity=1)
+        grown = watershed(-probabilities[CELL], seeds, mask=foreground)
+        # An object too small to have an inside has no seed, and keeps the number of its component.
+        numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))
+    sizes = np.bincount(numbers.ravel())
+    sizes[0] = 0
+    kept = np.flatnonzero(sizes >= min_size)
+    renumber = np.zeros(len(sizes), dtype=np.int32)
+    renumber[kept] = np.arange(1, len(kept) + 1)
+    return renumber[numbers]
+
+
+def mask_from(probabilities: NDArray[np.float32], kind: Kind) -> NDArray[np.uint8]:
+    """The mask to write, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class."""
+    if kind == "classes":
+        return probabilities.argmax(axis=0).astype(np.uint8)
+    return np.where(probabilities[BACKGROUND] < 0.5, 255, 0).astype(np.uint8)

@@ -1,0 +1,69 @@
+"""Pictures of segmentations: classes as colours, outlines over the image, and image, label, prediction side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps
+from skimage.segmentation import mark_boundaries
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from unet_diffusion.pictures import GRID_GREY, GRID_PADDING, to_uint8
+
+# Okabe & Ito's colours, told apart by the colour-blind too; the background is black and the first class white.
+PALETTE = np.array(
+    [(0, 0, 0), (255, 255, 255), (230, 159, 0), (86, 180, 233), (0, 158, 115),
+     (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)], dtype=np.uint8,
+)  # fmt: skip
+OUTLINE = (1.0, 0.85, 0.0)
+TILE = 256  # side of an image in a comparison, in pixels
+HEADER = 16  # height of the line of titles
+
+
+def colour_classes(classes: NDArray[Any]) -> NDArray[np.uint8]:
+    """Each class in its colour, (H, W, 3); grey where it is negative, which stands for none.
+
+    Args:
+        classes: (H, W) whole numbers; with more classes than colours these come again, but for the first two.
+    """
+    repeated = np.where(classes < len(PALETTE), classes, 2 + (classes - 2) % (len(PALETTE) - 2))
+    return np.where((classes < 0)[..., None], np.uint8(GRID_GREY), PALETTE[repeated.clip(min=0)])
+
+
+def outlined(image: Tensor, objects: NDArray[Any]) -> Image.Image:
+    """The image in RGB with the outline of each object or class drawn in.
+
+    Args:
+        image: (C, H, W) float in [-1, 1], C of 1 or 3.
+        objects: (H, W) whole numbers.
+    """
+    pixels = np.asarray(to_pil_image(to_uint8(image[None])[0]).convert("RGB"))
+    marked = mark_boundaries(pixels, objects, color=OUTLINE, mode="inner")
+    return Image.fromarray((marked * 255).round().astype(np.uint8))
+
+
+def comparison(
+    images: Sequence[Tensor], truths: Sequence[NDArray[Any]], predictions: Sequence[NDArray[Any]]
+) -> Image.Image:
+    """A row for each image: the image, its label, the prediction.
+
+    Args:
+        images: (C, H, W) float in [-1, 1] each.
+        truths: classes, (H, W) each.
+        predictions: the same.
+    """
+    columns, step = ("image", "label", "prediction"), TILE + GRID_PADDING
+    picture = Image.new("RGB", (len(columns) * step, HEADER + len(images) * step), (GRID_GREY,) * 3)
+    draw = ImageDraw.Draw(picture)
+    for column, title in enumerate(columns):
+        draw.text((column * step + 4, 2), title, fill="white")
+    for row, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
+        tiles = [to_pil_image(to_uint8(image[None])[0]).convert("RGB")]
+        tiles += [Image.fromarray(colour_classes(classes)) for classes in (truth, prediction)]
+        for column, tile in enumerate(tiles):
+            # Label images have no colours in between.
+            method = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
+            picture.paste(ImageOps.contain(tile, (TILE, TILE), method), (column * step, HEADER + row * step))
+    return picture

@@ -1,0 +1,198 @@
+"""Segments images with a trained network: class probabilities of an image, and masks for a folder of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from unet_diffusion.checkpoint import TrainedSegmenter
+from unet_diffusion.data.base import to_float
+from unet_diffusion.data.decoding import decode_pages
+from unet_diffusion.data.files import ImageFiles, find_images_or_one
+from unet_diffusion.pictures import write_png
+from unet_diffusion.segmentation.labels import instances_from, mask_from
+from unet_diffusion.segmentation.pictures import outlined
+from unet_diffusion.segmentation.tiles import predict_tiled, predict_views
+from unet_diffusion.unet import PixelNetwork
+from unet_diffusion.whole_file import whole_file
+
+PNG = ".png"  # of outputs whose input has a lossy or multi-purpose format
+TIFF = (".tif", ".tiff")
+
+
+def scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
+    """Class scores before the softmax, (B, K, H, W), of a network that may want a timestep.
+
+    Args:
+        network: called `network(x, t)`.
+        x: images in [-1, 1], (B, C, H, W).
+        timestep: the same for all; None: the network takes none.
+    """
+    return network(x, None if timestep is None else torch.full((len(x),), timestep, device=x.device))
+
+
+def class_probabilities(
+    trained: TrainedSegmenter, image: Tensor, *, views: bool = False, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The probability of each class at each pixel, (K, H, W) float32 on the CPU.
+
+    Args:
+        trained: the network, on the device.
+        image: (C, H, W) in [-1, 1], of any size.
+        views: average over the eight rotated and mirrored views.
+        device: where the network is.
+    """
+
+    def predict(x: Tensor) -> Tensor:
+        return torch.softmax(scores(trained.unet, x, trained.timestep).float(), dim=1)
+
+    def whole(view: Tensor) -> Tensor:
+        return predict_tiled(predict, view, trained.unet, window_size=trained.window_size, device=device)
+
+    return predict_views(whole, image) if views else whole(image)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written for each image, under its own name.
+
+    Args:
+        folder: masks go to folder/NAME; what else is asked for to folders inside it.
+        probabilities: folder/probabilities/NAME.npy, float16 (K, H, W).
+        overlays: folder/overlays/NAME.png, the image with outlines.
+        instances: folder/instances/NAME, a 16-bit number for each object.
+        overwrite: replace files that exist; otherwise images whose mask exists are left out.
+    """
+
+    folder: Path
+    probabilities: bool = False
+    overlays: bool = False
+    instances: bool = False
+    overwrite: bool = False
+
+
+class ImagesToSegment:
+    """Files, folders and zip archives of images, each with the name that its mask is to have.
+
+    Args:
+        roots: an image file, a folder, archive.zip or archive.zip/folder each.
+
+    Raises:
+        FileNotFoundError: if one does not exist.
+        ValueError: if one holds no images, or two masks would have the same name.
+    """
+
+    def __init__(self, roots: list[Path]):
+        self.sources: dict[str, tuple[ImageFiles, str]] = {}
+        for root in roots:
+            files = find_images_or_one(root)
+            for name in files.names:
+                mask = mask_name(name)
+                if mask in self.sources:
+                    raise ValueError(f"masks must differ in their names, got {mask} twice; segment the folders apart")
+                self.sources[mask] = (files, name)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def pages(self, mask: str, channels: int) -> list[Tensor]:
+        """The decoded pages of the image that the mask is of, uint8 or uint16 (channels, H, W) each."""
+        files, name = self.sources[mask]
+        return decode_pages(files.read(name), channels)
+
+
+def segment_images(
+    trained: TrainedSegmenter,
+    images: ImagesToSegment,
+    outputs: Outputs,
+    *,
+    predict: Callable[[Tensor], Tensor],
+    progress: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Write a mask for each image, and return "name: reason" for those that could not be read.
+
+    A file appears whole or not at all. The pages of a TIFF file become the pages of its mask.
+
+    Args:
+        trained: says how images are scaled and what the classes mean.
+        images: what to segment.
+        outputs: what to write, and where.
+        predict: from an image, (C, H, W) in [-1, 1], to class probabilities, (K, H, W).
+        progress: called after each image.
+    """
+    failed = []
+    for mask in images.sources:
+        if outputs.overwrite or not (outputs.folder / mask).exists():
+            try:
+                pages = images.pages(mask, trained.unet.in_channels)
+            except Exception as error:  # on damaged files decoders raise anything, down to SyntaxError
+                failed.append(f"{images.sources[mask][1]}: {error}")
+            else:
+                _segment_pages(trained, pages, mask, outputs, predict)
+        progress()
+    return failed
+
+
+def mask_name(name: str) -> str:
+    """The name of the mask of an image: the same, or with .png where the image's format would spoil a mask."""
+    path = PurePosixPath(name)
+    keeps = path.suffix.lower() in (PNG, *TIFF)
+    return str(path if keeps else path.with_suffix(PNG))
+
+
+def _segment_pages(
+    trained: TrainedSegmenter,
+    pages: list[Tensor],
+    mask: str,
+    outputs: Outputs,
+    predict: Callable[[Tensor], Tensor],
+) -> None:
+    """Writes what is asked for; the mask last, as it says that the image is done."""
+    images = [to_float(page, stretch=trained.stretch) for page in pages]
+    predictions = [predict(image).numpy() for image in images]
+    names = [mask] if len(pages) == 1 else [_with_page(mask, number) for number in range(len(pages))]
+    objects = None if trained.kind == "classes" else [instances_from(p, trained.kind) for p in predictions]
+    masks = [mask_from(p, trained.kind) for p in predictions]
+    outlines: Sequence[NDArray[Any]] = objects or masks
+    for image, prediction, name, outline in zip(images, predictions, names, outlines, strict=True):
+        stem = PurePosixPath(name)
+        if outputs.probabilities:
+            with whole_file(outputs.folder / "probabilities" / stem.with_suffix(".npy")) as partial:
+                _save_array(partial, prediction.astype(np.float16))
+        if outputs.overlays:
+            write_png(outlined(image, outline), outputs.folder / "overlays" / stem.with_suffix(PNG))
+    if outputs.instances and objects is not None:
+        _save_pages([_sixteen_bits(numbers) for numbers in objects], outputs.folder / "instances" / mask)
+    _save_pages([Image.fromarray(pixels) for pixels in masks], outputs.folder / mask)
+
+
+def _with_page(name: str, number: int) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_name(f"{path.stem}_{number:04d}{path.suffix}"))
+
+
+def _sixteen_bits(numbers: NDArray[np.int32]) -> Image.Image:
+    limit = np.iinfo(np.uint16).max
+    if numbers.max(initial=0) > limit:
+        raise ValueError(f"instance numbers must fit 16 bits, got {numbers.max()} objects; cut the image into parts")
+    return Image.fromarray(numbers.astype(np.uint16))
+
+
+def _save_pages(pages: list[Image.Image], path: Path) -> None:
+    image_format = "TIFF" if path.suffix.lower() in TIFF else "PNG"
+    more: dict[str, Any] = (
+        {"save_all": True, "append_images": pages[1:], "compression": "tiff_lzw"} if image_format == "TIFF" else {}
+    )
+    with whole_file(path) as partial:
+        pages[0].save(partial, format=image_format, **more)
+
+
+def _save_array(path: Path, array: NDArray[np.float16]) -> None:
+    with open(path, "wb") as file:  # given a path, numpy would add an extension
+        np.save(file, array)

@@ -1,0 +1,389 @@
+"""Scores of segmentations: masks, segments behind membranes (ISBI 2012), and objects (Data Science Bowl 2018).
+
+All take 2D numpy arrays, (H, W), and know nothing of networks.
+
+- Rand and information scores: Arganda-Carreras et al. 2015, https://doi.org/10.3389/fnana.2015.00142
+- Warping error: Jain et al. 2010, https://doi.org/10.1109/CVPR.2010.5539950
+
+The results in Ronneberger et al. 2015 come from the challenge's server, whose pixel error was 1 - the best F-score of
+pixels, whose Rand error had no thinning, and whose warping error counted splits and mergers alone
+(http://brainiac2.mit.edu/isbi_challenge/evaluation). Those of the same names here are the definitions of the papers:
+compare them with each other, not with that table. V_rand and V_info are the ones that the challenge ended with.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage, sparse
+from scipy.optimize import linear_sum_assignment
+from scipy.special import entr
+from skimage.measure import label as connected_components
+from skimage.segmentation import watershed
+
+Mask = NDArray[np.bool_]
+Labels = NDArray[np.integer[Any]]
+
+ALPHA = 0.5  # of splits against mergers in V_rand and V_info: the challenge's, which makes them F-scores
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the challenge's, without 0 and 1
+FOUR_CONNECTED = 1
+
+# (row, column), anticlockwise: even ones share an edge with the centre, and k + 4 is opposite to k.
+NEIGHBOURS = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
+
+
+def pixel_error(truth: Mask | Labels, prediction: Mask | Labels) -> float:
+    """The share of pixels that differ.
+
+    Args:
+        truth: a mask, or a class index each pixel.
+        prediction: of the same kind and shape.
+
+    Raises:
+        ValueError: if shapes differ, or one is a mask and the other is not.
+    """
+    _check_shapes(truth, prediction)
+    if {truth.dtype.kind, prediction.dtype.kind} not in ({"b"}, {"i"}, {"u"}, {"i", "u"}):
+        raise ValueError(
+            f"both must be masks (bool) or class indices (integer), got {truth.dtype} and {prediction.dtype}; "
+            "threshold probabilities first"
+        )
+    return float((truth != prediction).mean())
+
+
+def dice(truth: Mask, prediction: Mask) -> float:
+    """Twice the pixels in both masks over the sum of their sizes; 1 if both are empty.
+
+    Raises:
+        ValueError: if shapes differ, or one is not bool.
+    """
+    _check_masks(truth, prediction)
+    total = np.count_nonzero(truth) + np.count_nonzero(prediction)
+    return 2 * np.count_nonzero(truth & prediction) / total if total else 1.0
+
+
+def iou(truth: Mask, prediction: Mask) -> float:
+    """The pixels in both masks over those in either; 1 if both are empty.
+
+    Raises:
+        ValueError: if shapes differ, or one is not bool.
+    """
+    _check_masks(truth, prediction)
+    union = np.count_nonzero(truth | prediction)
+    return np.count_nonzero(truth & prediction) / union if union else 1.0
+
+
+def rand_error(truth: Labels, segments: Labels) -> float:
+    """1 - F-score of the pairs of pixels that share a segment, foreground-restricted (ISBI 2012).
+
+    A pixel of `segments` that is 0 is a segment of its own, as in the challenge, so no pair has it. In scikit-image's
+    adapted_rand_error these pixels are one segment; without them the two are equal.
+
+    Args:
+        truth: segment numbers; pixels that are 0 do not count.
+        segments: those to be scored.
+
+    Raises:
+        ValueError: if shapes differ, labels are not integers of 0 or more, or truth has no segment.
+    """
+    table = _foreground_contingency(truth, segments)
+    both, of_truth, of_segments = (float((n * (n - 1)).sum()) for n in _counts(table))
+    if of_truth + of_segments == 0:  # every pixel alone, in both
+        return 0.0
+    return 1 - 2 * both / (of_truth + of_segments)
+
+
+def v_rand(truth: Labels, segments: Labels) -> float:
+    """V^Rand = sum p_ij^2 / (a sum s_i^2 + (1 - a) sum t_j^2), a = 0.5 (Arganda-Carreras et al. 2015); 1 is best.
+
+    p_ij is the share of pixels in segment i of `segments` and j of truth, s_i and t_j its marginals, over the pixels
+    where truth is not 0. A pixel of `segments` that is 0 is a segment of its own.
+
+    Args:
+        truth: segment numbers; pixels that are 0 do not count.
+        segments: those to be scored.
+
+    Raises:
+        ValueError: if shapes differ, labels are not integers of 0 or more, or truth has no segment.
+    """
+    table = _foreground_contingency(truth, segments)
+    both, of_truth, of_segments = (float((n * n).sum()) for n in _counts(table))
+    return both / (ALPHA * of_segments + (1 - ALPHA) * of_truth)
+
+
+def v_info(truth: Labels, segments: Labels) -> float:
+    """V^Info = I(S; T) / ((1 - a) H(S) + a H(T)), a = 0.5 (Arganda-Carreras et al. 2015); 1 is best.
+
+    The distributions are those of `v_rand`. With one segment in both, neither has entropy, and the score is 1.
+
+    Args:
+        truth: segment numbers; pixels that are 0 do not count.
+        segments: those to be scored.
+
+    Raises:
+        ValueError: if shapes differ, labels are not integers of 0 or more, or truth has no segment.
+    """
+    table = _foreground_contingency(truth, segments)
+    joint, h_truth, h_segments = (float(entr(n / table.sum()).sum()) for n in _counts(table))
+    if h_truth + h_segments == 0:
+        return 1.0
+    return (h_truth + h_segments - joint) / ((1 - ALPHA) * h_segments + ALPHA * h_truth)
+
+
+def thin_borders(segments: Labels) -> Labels:
+    """The segments grown over the borders (0) between them, each border pixel to the nearest; all zeros stay.
+
+    So the width of borders does not count in a score. The challenge's Fiji script thins borders to lines of one pixel;
+    we thin to width zero. The flood goes from pixel to pixel, so what is nearest is known to within one.
+
+    Args:
+        segments: segment numbers, 0 for borders.
+
+    Raises:
+        ValueError: if labels are not integers of 0 or more.
+    """
+    _check_labels(segments)
+    if not segments.any():
+        return segments.copy()
+    distance = ndimage.distance_transform_edt(segments == 0)
+    return watershed(distance, segments, connectivity=FOUR_CONNECTED).astype(segments.dtype)
+
+
+@dataclass(frozen=True)
+class MembraneScores:
+    """What `membrane_scores` measures; errors are best at 0, V at 1."""
+
+    pixel_error: float
+    rand_error: float
+    v_rand: float
+    v_info: float
+    warping_error: float
+
+
+def membrane_scores(
+    truth: Mask, cell_probability: NDArray[np.floating[Any]], *, thresholds: Sequence[float] = THRESHOLDS
+) -> MembraneScores:
+    """Scores of one image as in the ISBI 2012 challenge: the best over the thresholds, each by itself.
+
+    The segments are the 4-connected components above a threshold, grown over the borders by `thin_borders`; those of
+    the truth are not grown. The challenge scored a stack: it averaged images at one threshold before it took the
+    best, so an average of ours over images is a little better.
+
+    Args:
+        truth: True for cell, False for membrane.
+        cell_probability: in [0, 1].
+        thresholds: for all but the pixel error, which is that at 0.5.
+
+    Raises:
+        ValueError: if shapes differ, truth is not bool or has no cell, or numbers are outside [0, 1].
+    """
+    _check_shapes(truth, cell_probability)
+    _check_bool(truth)
+    _check_unit_range(cell_probability, "cell_probability", "apply the softmax or divide by 255")
+    _check_unit_range(np.asarray(thresholds, dtype=float), "thresholds", "leave them out for the challenge's")
+    true_segments = connected_components(truth, connectivity=FOUR_CONNECTED)
+    masks = [cell_probability > threshold for threshold in thresholds]
+    segments = [thin_borders(connected_components(mask, connectivity=FOUR_CONNECTED)) for mask in masks]
+    return MembraneScores(
+        pixel_error=pixel_error(truth, cell_probability > 0.5),
+        rand_error=min(rand_error(true_segments, each) for each in segments),
+        v_rand=max(v_rand(true_segments, each) for each in segments),
+        v_info=max(v_info(true_segments, each) for each in segments),
+        warping_error=min(warping_error(truth, mask) for mask in masks),
+    )
+
+
+def warping_error(truth: Mask, prediction: Mask) -> float:
+    """The share of pixels in which the prediction differs from the truth's shape, warped to it (Jain et al. 2010).
+
+    What is left are errors of topology: cells merged, split, added or lost, and holes. Where exactly a membrane lies is
+    free as long as the two touch; one that is clear of the other is a split and a merger.
+
+    Args:
+        truth: True for cell, False for membrane.
+        prediction: the same.
+
+    Raises:
+        ValueError: if shapes differ, or one is not bool.
+    """
+    return float((warped_truth(truth, prediction) != prediction).mean())
+
+
+def warped_truth(truth: Mask, prediction: Mask) -> Mask:
+    """The truth, moved as near to the prediction as its topology allows (Jain et al. 2010), (H, W) bool.
+
+    Simple points that differ from the prediction are flipped until there are none: first in reading order, then those
+    beside a flip in the order of the flips. Cells are 4-connected, membranes 8-connected. Outside the image is
+    membrane, as in the challenge's Fiji code: cells do not join there, and a notch in the image's border is no hole.
+
+    Args:
+        truth: True for cell, False for membrane.
+        prediction: the same.
+
+    Raises:
+        ValueError: if shapes differ, or one is not bool.
+    """
+    _check_masks(truth, prediction)
+    padded = np.pad(truth, 1)
+    codes = bytearray(_neighbourhoods(padded).tobytes())
+    differs = bytearray((padded != np.pad(prediction, 1)).tobytes())
+    steps = [
+        (row * padded.shape[1] + column, 1 << (bit + 4) % 8) for bit, (row, column) in enumerate(NEIGHBOURS)
+    ]  # to a neighbour, and which bit we are there
+    queue = deque(index for index, is_different in enumerate(differs) if is_different)
+    while queue:
+        pixel = queue.popleft()
+        if not (differs[pixel] and SIMPLE_POINTS[codes[pixel]]):
+            continue
+        differs[pixel] = False
+        for step, bit in steps:
+            codes[pixel + step] ^= bit
+            if differs[pixel + step]:
+                queue.append(pixel + step)
+    left = np.frombuffer(differs, dtype=np.bool_).reshape(padded.shape)[1:-1, 1:-1]
+    return prediction ^ left
+
+
+def simple_points() -> tuple[bool, ...]:
+    """Whether a pixel can be flipped without a change of topology, (256,), by the code of its neighbourhood.
+
+    Bit k of the code is set if neighbour k is foreground. A pixel is simple if the number of Yokoi, Toriwaki and
+    Fukumura (1975) for 4-connected foreground, the sum over even k of x_k - x_k x_(k+1) x_(k+2), is 1.
+    """
+    x = np.arange(256)[:, None] >> np.arange(8) & 1  # (256, 8)
+    edges, corners = x[:, ::2], x[:, 1::2]
+    numbers = (edges - edges * corners * np.roll(edges, -1, axis=1)).sum(axis=1)
+    return tuple((numbers == 1).tolist())
+
+
+SIMPLE_POINTS = simple_points()
+
+
+def match_objects(truth: Labels, prediction: Labels, threshold: float) -> tuple[int, int, int]:
+    """True positives, false positives and false negatives of objects, matched one to one at IoU >= threshold.
+
+    As many as possible are matched, and of such matchings one with the greatest sum of IoU. Above a threshold of 0.5
+    there is only one.
+
+    Args:
+        truth: instance numbers, 0 for background.
+        prediction: the same; which object has which number does not matter.
+        threshold: in (0, 1].
+
+    Raises:
+        ValueError: if shapes differ, labels are not integers of 0 or more, or the threshold is out of range.
+    """
+    _check_labels(truth, prediction)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}; 0.5 is usual")
+    rows, columns, table = _contingency(truth, prediction)
+    of_truth, of_prediction = table.sum(axis=1)[rows > 0], table.sum(axis=0)[columns > 0]
+    both = table[rows > 0][:, columns > 0].toarray()
+    ious = both / (of_truth[:, None] + of_prediction - both)
+    matches = ious >= threshold
+    # All IoU together weigh less than one match.
+    pairs = linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
+    true_positives = int(matches[pairs].sum())
+    return true_positives, len(of_prediction) - true_positives, len(of_truth) - true_positives
+
+
+def average_precision(truth: Labels, prediction: Labels, threshold: float) -> float:
+    """TP / (TP + FP + FN) of objects, as in the Data Science Bowl 2018 and StarDist; 1 if there are none in either.
+
+    This is what these two call average precision; it is no area under a curve.
+
+    Args:
+        truth: instance numbers, 0 for background.
+        prediction: the same.
+        threshold: least IoU of a match, in (0, 1].
+
+    Raises:
+        ValueError: as `match_objects`.
+    """
+    true_positives, false_positives, false_negatives = match_objects(truth, prediction, threshold)
+    total = true_positives + false_positives + false_negatives
+    return true_positives / total if total else 1.0
+
+
+def object_f1(truth: Labels, prediction: Labels, threshold: float) -> float:
+    """2 TP / (2 TP + FP + FN) of objects; 1 if there are none in either.
+
+    Args:
+        truth: instance numbers, 0 for background.
+        prediction: the same.
+        threshold: least IoU of a match, in (0, 1].
+
+    Raises:
+        ValueError: as `match_objects`.
+    """
+    true_positives, false_positives, false_negatives = match_objects(truth, prediction, threshold)
+    total = 2 * true_positives + false_positives + false_negatives
+    return 2 * true_positives / total if total else 1.0
+
+
+def _contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, sparse.csr_array]:
+    """The labels that occur in truth, those in segments, and how many pixels each pair shares, sparse (R, C)."""
+    rows, row = np.unique(truth.ravel(), return_inverse=True)
+    columns, column = np.unique(segments.ravel(), return_inverse=True)
+    ones = np.ones(truth.size, dtype=np.int64)
+    return rows, columns, sparse.csr_array((ones, (row, column)), shape=(len(rows), len(columns)))
+
+
+def _foreground_contingency(truth: Labels, segments: Labels) -> sparse.csr_array:
+    """How many pixels each pair of segments shares where truth is not 0; each 0 of segments is one of its own."""
+    _check_labels(truth, segments)
+    foreground = truth > 0
+    if not foreground.any():
+        raise ValueError("truth must have at least one segment, got only 0; leave images without any out of the score")
+    inside = segments[foreground].astype(np.int64)
+    alone = inside.max() + 1 + np.arange(len(inside))
+    return _contingency(truth[foreground], np.where(inside > 0, inside, alone))[2]
+
+
+def _counts(table: sparse.csr_array) -> tuple[Labels, Labels, Labels]:
+    """How many pixels each pair shares that shares any, each segment of truth has, and each of the other has."""
+    return table.data, table.sum(axis=1), table.sum(axis=0)
+
+
+def _neighbourhoods(padded: Mask) -> NDArray[np.uint8]:
+    """The code of each pixel's neighbourhood: bit k is neighbour k. Those of the outermost pixels mean nothing."""
+    codes = np.zeros(padded.shape, dtype=np.uint8)
+    for bit, (row, column) in enumerate(NEIGHBOURS):
+        codes |= np.roll(padded, (-row, -column), axis=(0, 1)).astype(np.uint8) << bit
+    return codes
+
+
+def _check_shapes(*images: NDArray[Any]) -> None:
+    shapes = [image.shape for image in images]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
+        shown = " and ".join(map(str, shapes))
+        raise ValueError(f"images must have one shape (H, W) of at least one pixel, got {shown}; crop or squeeze them")
+
+
+def _check_masks(*masks: Mask) -> None:
+    _check_shapes(*masks)
+    for mask in masks:
+        _check_bool(mask)
+
+
+def _check_bool(mask: NDArray[Any]) -> None:
+    if mask.dtype != np.bool_:
+        raise ValueError(f"masks must be bool, got {mask.dtype}; compare them with a value, such as mask > 0")
+
+
+def _check_labels(*images: Labels) -> None:
+    _check_shapes(*images)
+    for image in images:
+        if not np.issubdtype(image.dtype, np.integer):
+            raise ValueError(f"labels must be integers, got {image.dtype}; number the components of a mask first")
+        if image.min() < 0:
+            raise ValueError(f"labels must be 0 or more, got {image.min()}; set what is no segment to 0")
+
+
+def _check_unit_range(values: NDArray[Any], name: str, fix: str) -> None:
+    if values.size == 0 or not (values.min() >= 0 and values.max() <= 1):  # which a NaN is not either
+        got = f"{values.min()} to {values.max()}" if values.size else "none"
+        raise ValueError(f"{name} must be in [0, 1], got {got}; {fix}")

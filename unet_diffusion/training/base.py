@@ -1,0 +1,259 @@
+"""What training a network takes whatever it learns: a moving average of its weights, its learning rate, its speed.
+
+The exponential moving average (EMA) is what is sampled, validated and exported (Ho et al. 2020,
+https://arxiv.org/abs/2006.11239, appendix B).
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.speed import SPEEDS, Speed, fastest_speed, keep_freed_memory, set_speed, speeds_for
+from unet_diffusion.unet import PixelNetwork
+
+LRDecay = Literal["constant", "cosine"]
+
+
+def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
+    """AdamW at 2e-4 (Ho et al. 2020, appendix B), without weight decay."""
+    return AdamW(params, lr=2.0e-4, weight_decay=0.0)
+
+
+class NetworkModule(LightningModule):
+    """A network in training, and the moving average of its weights. A subclass says what it learns, and from what data.
+
+    It defines the steps, `meet_data`, `record`, `identity` and `identity_in`.
+
+    Args:
+        unet: the network to train; its weights are the raw ones.
+        optimizer: makes the optimiser from the parameters that are trained.
+        lr_warmup_steps: optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
+        lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
+        ema_decay: share of the average kept at each optimiser step; less at first: (1 + n) / (10 + n) after n steps.
+            0 is off: the average is the raw weights.
+        speed: how the network runs, see `speed.py`; they differ in rounding. "auto" times them on this machine before
+            the run, for about 5 % of it at most, and a run that is continued keeps what was found.
+        seed: of all that is drawn in training.
+
+    Raises:
+        ValueError: if the settings contradict each other.
+    """
+
+    image_shape: tuple[int, int, int] | None = None  # (C, H, W) of a training input; known with the data
+    record_key: str  # of `record` in a checkpoint
+
+    def __init__(
+        self,
+        unet: PixelNetwork,
+        *,
+        optimizer: OptimizerCallable,
+        lr_warmup_steps: int,
+        lr_decay: LRDecay,
+        ema_decay: float,
+        speed: Speed | Literal["auto"],
+        seed: int,
+    ):
+        super().__init__()
+        check_choice("lr_decay", lr_decay, ("constant", "cosine"))
+        check_choice("speed", speed, (*SPEEDS, "auto"))
+        if lr_warmup_steps < 0:
+            raise ValueError(f"lr_warmup_steps must be 0 or more, got {lr_warmup_steps}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        self.unet = unet
+        frozen = {id(parameter): parameter for parameter in unet.parameters() if not parameter.requires_grad}
+        self.ema_unet = copy.deepcopy(unet, frozen).requires_grad_(False).eval()  # frozen weights are there once
+        self.optimizer_factory = optimizer
+        self.lr_warmup_steps = lr_warmup_steps
+        self.lr_decay = lr_decay
+        self.ema_decay = ema_decay
+        self.speed = speed
+        self.seed = seed
+
+        self.chosen_speed: Speed = "plain"  # until the run begins
+        self.is_continued = False  # set by who calls fit with a checkpoint: speed auto then need not try again
+        self.settings: dict[str, Any] = {}  # of the whole run, plain
+
+    def meet_data(self, datamodule: Any) -> None:
+        """Take from the data what the module needs to know of them, `image_shape` too.
+
+        Raises:
+            ValueError: if network and data do not fit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define meet_data()")
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights, plain values, to build and use the averaged network again."""
+        raise NotImplementedError(f"{type(self).__name__} must define record()")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a run must keep when it is continued, plain values."""
+        raise NotImplementedError(f"{type(self).__name__} must define identity()")
+
+    @staticmethod
+    def identity_in(record: dict[str, Any]) -> dict[str, Any]:
+        """The `identity` of the run that made a record."""
+        raise NotImplementedError("a subclass must define identity_in()")
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            self.meet_data(datamodule)
+        if stage == "fit":
+            self._check_end()
+            if self.speed != "auto":
+                self._run_at(self.speed)
+            elif not self.is_continued:  # else the checkpoint tells
+                self._run_at(self._fastest_speed())
+
+    def on_fit_start(self) -> None:
+        dtype = next(self.unet.parameters()).dtype
+        if dtype != torch.float32:
+            raise ValueError(
+                f"the weights must be float32 for the average to move, got {dtype}; use precision bf16-mixed"
+            )
+
+    def train(self, mode: bool = True) -> "NetworkModule":
+        """Switches dropout of the trained network; the averaged one is never in training mode."""
+        super().train(mode)
+        self.ema_unet.eval()
+        return self
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer_factory([p for p in self.unet.parameters() if p.requires_grad])
+
+        def factor(step: int) -> float:
+            # Not asked for before the first step: to answer, Lightning would set up the data, and then not resume them.
+            num_steps = self.trainer.estimated_stepping_batches if self.lr_decay == "cosine" and step else math.inf
+            return lr_factor(step, self.lr_warmup_steps, num_steps)
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, then moves the average: once an optimiser step, however many batches it accumulates."""
+        super().optimizer_step(*args, **kwargs)
+        n = self.trainer.global_step
+        decay = min(self.ema_decay, (1 + n) / (10 + n))
+        pairs = list(zip(self.ema_unet.parameters(), self.unet.parameters(), strict=True))
+        averaged, raw = zip(*[(ema, p) for ema, p in pairs if p.requires_grad], strict=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, raw, 1 - decay)
+            for ema_buffer, buffer in zip(self.ema_unet.buffers(), self.unet.buffers(), strict=True):
+                ema_buffer.copy_(buffer)  # statistics of batch norms, which are averages already
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["speed"] = self.chosen_speed
+        if self.image_shape is not None:
+            checkpoint[self.record_key] = self.record()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another network or other settings, before its weights are loaded.
+
+        Raises:
+            ValueError: naming each setting that differs.
+        """
+        saved = checkpoint.get(self.record_key)
+        if saved is None:
+            raise ValueError(
+                f"a checkpoint to train on must have an entry {self.record_key!r}, and this one was written by another "
+                "program or for another task; for a diffusion model's weights, convert them to a diffusers folder and "
+                "import that"
+            )
+        then = self.identity_in(saved)
+        differ = [
+            f"{name}: {then.get(name)} in the checkpoint, {value} here"
+            for name, value in self.identity().items()
+            if name != "dropout" and then.get(name) != value  # dropout may change: it has no weights
+        ]
+        if differ:
+            raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
+        if self.speed == "auto" and self._trainer is not None and self.trainer.training:
+            before = checkpoint.get("speed")
+            if before in speeds_for(self.trainer.strategy.root_device):  # to go on bit for bit
+                rank_zero_info(f"speed {before}, as the run had before")
+                self._run_at(before)
+            elif self.is_continued:
+                self._run_at(self._fastest_speed())
+
+    def on_train_start(self) -> None:
+        """Lays out the optimiser's moments as the weights, whose memory format another speed may have changed.
+
+        A fused optimiser walks through both in memory, whatever their strides.
+        """
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+                    if is_moment and value.stride() != parameter.stride():
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    def _run_at(self, speed: Speed) -> None:
+        """Both networks in the same memory format, so that the average moves fast; only the trained one is compiled."""
+        self.chosen_speed = speed
+        device = self.trainer.strategy.root_device
+        set_speed(self.unet, speed, device)
+        set_speed(self.ema_unet, "channels_last" if speed == "compiled" else speed, device)
+
+    def _fastest_speed(self) -> Speed:
+        """Of the first process, for all."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise ValueError(f"speed auto needs a data module that knows its images; use one of {', '.join(SPEEDS)}")
+        assert self.image_shape is not None
+        device = self.trainer.strategy.root_device
+        generator = keyed_generator(self.seed, device=device)
+        x = torch.randn(datamodule.batch_size, *self.image_shape, generator=generator, device=device)
+        autocast = self.trainer.precision_plugin.forward_context
+        speed, reason = fastest_speed(self.unet, x, num_steps=self._num_batches(datamodule), autocast=autocast)
+        rank_zero_info(reason)
+        return self.trainer.strategy.broadcast(speed)
+
+    def _num_batches(self, datamodule: Any) -> float:
+        """Of the whole run; infinite if it has no end. Asking Lightning would set up the data: see `factor` above."""
+        trainer, ends = self.trainer, [math.inf]
+        if trainer.max_steps != -1:
+            ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
+        if trainer.max_epochs not in (None, -1):
+            num_batches = len(datamodule.train_indices) // (datamodule.batch_size * trainer.world_size)
+            ends.append(trainer.max_epochs * max(num_batches, 1))
+        return min(ends)
+
+    def _check_end(self) -> None:
+        has_end = self.trainer.max_steps != -1 or self.trainer.max_epochs != -1
+        if self.lr_decay == "cosine" and not has_end:
+            raise ValueError("lr_decay cosine needs an end: set trainer.max_steps or trainer.max_epochs")
+
+
+def lr_factor(step: int, num_warmup_steps: int, num_steps: float) -> float:
+    """What the learning rate is multiplied by at a step: linear warm-up, then half a cosine to 0 at num_steps.
+
+    Args:
+        step: optimiser steps done.
+        num_warmup_steps: the first step gets 1 / num_warmup_steps.
+        num_steps: infinite for a constant rate after the warm-up.
+    """
+    if step < num_warmup_steps:
+        return (step + 1) / num_warmup_steps
+    if num_steps == math.inf:
+        return 1.0
+    progress = (step - num_warmup_steps) / max(num_steps - num_warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError if the value is none of the choices; the error lists them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,180 @@
+"""Trains a segmenter: a class for each pixel of a window, and validation on whole images.
+
+The training of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597) with its weighted cross-entropy, or the Dice
+loss, or both; of a SegmentationUNet, of a DenoiserUNet at a fixed timestep, or of a classifier of denoiser features.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from unet_diffusion.checkpoint import TrainedSegmenter, segmenter_record
+from unet_diffusion.segmentation.bridge import take_over
+from unet_diffusion.segmentation.losses import SegmentationLoss, segmentation_loss
+from unet_diffusion.segmentation.predict import class_probabilities, scores
+from unet_diffusion.speed import Speed
+from unet_diffusion.training.base import LRDecay, NetworkModule, check_choice, default_optimizer
+from unet_diffusion.unet import PixelNetwork
+
+
+class SegmentationModule(NetworkModule):
+    """A network that gives each pixel a class, and how it is trained.
+
+    Batches are those of `SegmentationDataModule`.
+
+    Args:
+        unet: the network to train; its out_channels are the classes.
+        loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum.
+        timestep: given to a network with a timestep embedding, such as a DenoiserUNet; 0 means almost no noise.
+        init_from: a denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
+            pipeline folder. What was taken over is printed.
+        optimizer: makes the optimiser from the parameters.
+        lr_warmup_steps: optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
+        lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
+        ema_decay: share of the moving average of the weights kept at each optimiser step; 0 is off.
+        speed: how the network runs, see `speed.py`.
+        seed: of what the module draws.
+
+    Raises:
+        ValueError: if the settings contradict each other, or (in `setup`) the data or the denoiser.
+    """
+
+    record_key = "segmenter"
+
+    def __init__(
+        self,
+        unet: PixelNetwork,
+        *,
+        loss: SegmentationLoss = "cross_entropy",
+        timestep: int | None = None,
+        init_from: str | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_warmup_steps: int = 0,
+        lr_decay: LRDecay = "constant",
+        ema_decay: float = 0.0,
+        speed: Speed | Literal["auto"] = "plain",
+        seed: int = 0,
+    ):
+        check_choice("loss", loss, get_args(SegmentationLoss))
+        if (timestep is None) != (unet.time_embedding is None):
+            has = "no timestep embedding" if unet.time_embedding is None else "a timestep embedding"
+            raise ValueError(f"timestep must be given exactly if the network has a timestep embedding: it has {has}, "
+                             f"got {timestep}")  # fmt: skip
+        if unet.class_embedding is not None:
+            raise ValueError("the network must have no class embedding, as images to segment have no class; "
+                             "set num_class_embeds to null")  # fmt: skip
+        super().__init__(
+            unet,
+            optimizer=optimizer,
+            lr_warmup_steps=lr_warmup_steps,
+            lr_decay=lr_decay,
+            ema_decay=ema_decay,
+            speed=speed,
+            seed=seed,
+        )
+        self.loss = loss
+        self.timestep = timestep
+        self.init_from = init_from
+        self._validation_sums: Tensor | None = None
+
+    @property
+    def trained(self) -> TrainedSegmenter:
+        """The averaged network with all that is needed to segment with it.
+
+        Raises:
+            ValueError: before the module has met its data.
+        """
+        if self.image_shape is None:
+            raise ValueError("the classes are not known before training; fit the module first")
+        return TrainedSegmenter(
+            unet=self.ema_unet,
+            kind=self.targets.kind,
+            class_names=self.targets.class_names,
+            timestep=self.timestep,
+            stretch=self.stretch,
+            window_size=self.image_shape[-1],
+            settings=self.settings,
+        )
+
+    def meet_data(self, datamodule: Any) -> None:
+        self.image_shape = tuple(datamodule.image_shape)
+        self.targets, self.stretch = datamodule.targets, datamodule.stretch
+        datamodule.margin = self.unet.margin
+        channels, height, width = datamodule.image_shape
+        num_classes, num_scores = len(self.targets.class_names), self.unet.config["out_channels"]
+        if self.unet.in_channels != channels:
+            raise ValueError(
+                f"the images have {channels} channels and the network takes {self.unet.in_channels}; set "
+                "model.unet.init_args.in_channels or channels of the source"
+            )
+        if num_scores != num_classes:
+            raise ValueError(
+                f"out_channels must be {num_classes}, one a class ({', '.join(self.targets.class_names)}), "
+                f"got {num_scores}; set model.unet.init_args.out_channels"
+            )
+        self.unet.check_size(height, width)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.init_from is not None and not self.is_continued:
+            from unet_diffusion.interop import load_denoiser  # imports diffusers, which only this needs
+
+            denoiser = load_denoiser(self.init_from)
+            take_over(self.ema_unet, denoiser)
+            rank_zero_info(f"{self.init_from}: {take_over(self.unet, denoiser)}")
+        super().setup(stage)
+
+    def record(self) -> dict[str, Any]:
+        return segmenter_record(self.trained)
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.unet.config, "timestep": self.timestep}
+
+    @staticmethod
+    def identity_in(record: dict[str, Any]) -> dict[str, Any]:
+        return {**record["unet"]["init_args"], "timestep": record["timestep"]}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch of windows, where the network predicts."""
+        margin = self.unet.margin
+        inside = (slice(None), *(slice(margin, side - margin) for side in batch["images"].shape[-2:]))
+        predicted = scores(self.unet, batch["images"], self.timestep)
+        loss = segmentation_loss(predicted, batch["classes"][inside], batch["weights"][inside], self.loss)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        # Of each class: pixels of truth and prediction, of the truth, of the prediction; last row: errors and pixels.
+        self._validation_sums = torch.zeros(len(self.targets.class_names) + 1, 3, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds up what the averaged network gets right and wrong in a whole image."""
+        assert self._validation_sums is not None
+        predicted = self.probabilities(batch["images"][0]).argmax(dim=0).to(self.device)
+        counts = batch["weights"][0] > 0
+        predicted, truth = predicted[counts], batch["classes"][0][counts]
+        num_classes = len(self.targets.class_names)
+        right = torch.bincount(truth[predicted == truth], minlength=num_classes)
+        sums = [right, torch.bincount(truth, minlength=num_classes), torch.bincount(predicted, minlength=num_classes)]
+        self._validation_sums[:-1] += torch.stack(sums, dim=1)
+        self._validation_sums[-1, 0] += (predicted != truth).sum()
+        self._validation_sums[-1, 1] += len(truth)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
+        right, truth, predicted = sums[1:-1].unbind(dim=1)  # without the background
+        dice = (2 * right / (truth + predicted).clamp(min=1)).mean()
+        iou = (right / (truth + predicted - right).clamp(min=1)).mean()
+        error = sums[-1, 0] / sums[-1, 1].clamp(min=1)
+        self.log_dict({"val/dice": dice, "val/iou": iou, "val/pixel_error": error}, prog_bar=True, sync_dist=True)
+
+    def probabilities(self, image: Tensor) -> Tensor:
+        """Class probabilities of the averaged network for a whole image, (K, H, W) float32 on the CPU.
+
+        Args:
+            image: (C, H, W) in [-1, 1], of any size.
+        """
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            return class_probabilities(self.trained, image, device=self.device)
