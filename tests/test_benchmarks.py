@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from features import frechet_distance, label_entropy
-from test_configs import write_fashion_mnist
+from test_configs import NUCLEI, write_fashion_mnist, write_pairs
+
+from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
+from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.unet import DenoiserUNet
 
 ROOT = Path(__file__).parents[1]
 TINY_FIT = [
@@ -93,3 +97,53 @@ def test_frechet_distance_of_gaussians_is_that_of_its_closed_form():
 def test_label_entropy_of_equal_classes_is_log_of_their_number():
     assert label_entropy(torch.arange(50) % 10) == pytest.approx(2.302585)
     assert label_entropy(torch.zeros(5, dtype=torch.int64)) == pytest.approx(0, abs=1e-9)
+
+
+TINY_SEGMENTER = [
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
+    "--model.speed=plain",
+    "--data.init_args.window_size=32",
+    "--data.init_args.batch_size=2",
+]
+
+
+@pytest.mark.slow
+def test_isbi2012(tmp_path):
+    write_pairs(tmp_path / "train", channels=1, instances=False, num=8)
+    command = [sys.executable, str(ROOT / "benchmarks" / "isbi2012.py"), "--root", str(tmp_path)]
+    command += ["--contenders", "modern", "--minutes", "0.05", "--work", str(tmp_path / "work")]
+    command += ["--json", str(tmp_path / "i.json"), "--options", *TINY_SEGMENTER, "--model.unet.init_args.channels=[4,8]"]
+    subprocess.run(command, check=True)
+    results = json.loads((tmp_path / "i.json").read_text())["results"]
+    assert [result["views"] for result in results] == [False, True]
+    assert all(0 <= result["v_rand"] <= 1 and 0 <= result["pixel_error"] <= 1 for result in results)
+
+
+@pytest.mark.slow
+def test_label_efficiency_resumes(tmp_path):
+    write_pairs(tmp_path, channels=3, instances=True)
+    denoiser = TrainedDenoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
+    write_initial_checkpoint(denoiser, tmp_path / "denoiser.ckpt")
+    command = [sys.executable, str(ROOT / "benchmarks" / "label_efficiency.py"), "--root", str(tmp_path)]
+    command += ["--denoiser", str(tmp_path / "denoiser.ckpt"), "--num_test", "2", "--seeds", "0"]
+    command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "l.json")]
+    narrow = ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"]
+    few = ["--num_labelled", "2", "--methods", "scratch", "finetuned"]
+    options = ["--options", *TINY_SEGMENTER, "--trainer.max_steps=2", *narrow]
+    subprocess.run([*command, *few, *options], check=True)
+    first = json.loads((tmp_path / "l.json").read_text())["results"]
+    assert [(result["method"], result["labelled"]) for result in first] == [("scratch", 2), ("finetuned", 2)]
+    subprocess.run([*command, "--num_labelled", "2", "3", "--methods", "scratch", *options], check=True)
+    then = json.loads((tmp_path / "l.json").read_text())["results"]
+    assert then[:2] == first
+    assert [(result["method"], result["labelled"]) for result in then[2:]] == [("scratch", 3)]
+
+
+@pytest.mark.slow
+def test_segmentation_speed(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "segmentation_speed.py"), "--blocks", "1", "--slices", "1"]
+    subprocess.run([*command, "--side", "64", "--json", str(tmp_path / "s.json")], check=True)
+    rows = json.loads((tmp_path / "s.json").read_text())["results"]
+    assert {row["network"] for row in rows} >= {"unet_diffusion, modern", "unet_diffusion, paper"}
+    assert all(row["megapixels/s"] > 0 for row in rows)

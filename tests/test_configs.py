@@ -108,11 +108,11 @@ def write_folder(root, monkeypatch):
         Image.fromarray(rng.integers(256, size=(64, 72, 3), dtype=np.uint8)).save(root / f"{i}.png")
 
 
-def write_pairs(root, channels, instances):
+def write_pairs(root, channels, instances, num=6):
     rng = np.random.default_rng(0)
     for kind in ("image", "label"):
         (root / kind).mkdir(parents=True)
-    for i in range(6):
+    for i in range(num):
         pixels = rng.integers(256, size=(40, 44, 3) if channels == 3 else (40, 44), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "image" / f"{i}.png")
         label = np.zeros((40, 44), dtype=np.uint16 if instances else np.uint8)

@@ -14,15 +14,23 @@ from unet_diffusion.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SMALL = [
+SMALL = ["--samples.num_images=4", "--data.init_args.batch_size=8"]
+SMALL_DENOISER = [
+    *SMALL,
     "--model.unet.init_args.channels=[8, 16]",
     "--model.unet.init_args.norm_num_groups=4",
     "--model.unet.init_args.attention_levels=[1]",
     "--model.unet.init_args.head_channels=null",
-    "--data.init_args.batch_size=8",
-    "--samples.num_images=4",
     "--samples.num_inference_steps=2",
 ]
+SMALL_SEGMENTER = [*SMALL, "--model.unet.init_args.channels=[8, 16]", "--data.init_args.window_size=32"]
+SMALL_NUCLEI = ["--model.unet.init_args.norm_num_groups=4", "--data.init_args.num_val=4"]
+SMALL_RECIPE = {
+    "cells": [*SMALL_SEGMENTER, "--data.init_args.source.init_args.num_images=13"],
+    "isbi2012_modern": SMALL_SEGMENTER,
+    "nuclei_denoiser": [*SMALL_DENOISER, "--model.unet.init_args.attention_levels=[]"],
+    "nuclei_finetune": [*SMALL_SEGMENTER, *SMALL_NUCLEI],
+}
 
 
 def code_blocks(language: str) -> list[str]:
@@ -41,27 +49,41 @@ def run(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def write_images(folder: Path, num: int, *, channels: int, values: int, scale: int = 1) -> None:
+    folder.mkdir(parents=True)
+    for number in range(num):
+        generator = torch.Generator().manual_seed(number)
+        pixels = scale * torch.randint(values, (channels, 70, 66), generator=generator, dtype=torch.uint8)
+        write_png(pixels, str(folder / f"{number}.png"))
+
+
+def small(arguments: list[str]) -> list[str]:
+    recipe = next(Path(part).stem for part in arguments if part.startswith("configs/"))
+    return SMALL_RECIPE.get(recipe, SMALL_DENOISER)
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the recipes and a few images in it, to run the commands in."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "images").mkdir()
-    for number in range(12):
-        pixels = torch.randint(256, (3, 70, 66), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
-        write_png(pixels, str(tmp_path / "images" / f"{number}.png"))
+    write_images(tmp_path / "images", 12, channels=3, values=256)
+    for folder, num, channels in (("isbi2012/train", 8, 1), ("nuclei", 24, 3)):
+        write_images(tmp_path / folder / "image", num, channels=channels, values=256)
+        write_images(tmp_path / folder / "label", num, channels=1, values=2, scale=255 if channels == 1 else 1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return tmp_path
 
 
 def test_every_command_runs_and_the_exported_pipeline_draws(workplace: Path) -> None:
-    assert len(commands()) >= 9
+    assert len(commands()) >= 14
     for step, arguments in enumerate(commands()):
         # Each fit goes further than the last, so that the one that continues has something to do.
-        small = [*SMALL, f"--trainer.max_steps={step + 1}"] if arguments[0] == "fit" else []
-        assert run([*arguments, *small]) == 0, " ".join(arguments)
+        more = [*small(arguments), f"--trainer.max_steps={step + 1}"] if arguments[0] == "fit" else []
+        assert run([*arguments, *more]) == 0, " ".join(arguments)
     assert (workplace / "runs" / "digits" / "samples.png").exists()
     assert (workplace / "generated" / "threes_and_sevens" / "grid.png").exists()
+    assert len(list((workplace / "masks").glob("*.png"))) == 12
     for block in code_blocks("python"):
         exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), {})
     assert (workplace / "three.png").exists()

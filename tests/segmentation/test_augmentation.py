@@ -57,6 +57,13 @@ def test_quarter_turn_is_that_of_rot90(monkeypatch):
     assert torch.equal(turned, image.rot90(-1, (1, 2)))
 
 
+def test_window_is_mirrored_before_it_is_turned(monkeypatch):
+    draw_uniforms(monkeypatch, 0.1, 0.9, 0.75, 0.5)
+    image = picture(7, 7)
+    coordinates = Augmentation(elastic_sd=0.0).coordinates((7, 7), (3.0, 3.0), keyed_generator(0))
+    assert torch.equal(sample_at(image, coordinates, mode="nearest"), image.rot90(-1, (1, 2)).flip(1))
+
+
 @pytest.mark.parametrize(("draws", "axes"), [((0.1, 0.9), (1,)), ((0.9, 0.1), (2,)), ((0.1, 0.1), (1, 2))])
 def test_flip_mirrors_the_window(monkeypatch, draws, axes):
     draw_uniforms(monkeypatch, *draws, 0.5, 0.5)

@@ -49,7 +49,7 @@ def _placed_cells(size: tuple[int, int], num_cells: int, rng: np.random.Generato
             free = outline & (instances == 0)
             neighbours = ndimage.binary_dilation(outline, iterations=2) & (instances > 0)
             is_crowded = free.sum() < (1 - MAX_COVERED) * outline.sum()
-            # The first few stand anywhere, the others by preference next to one that is there.
+            # The first stands anywhere, the others by preference next to one that is there.
             is_lonely = instances.any() and not neighbours.any() and rng.random() < 0.7
             if not is_crowded and not is_lonely:
                 instances[_largest_part(free)] = instances.max() + 1
