@@ -113,7 +113,13 @@ def test_isbi2012(tmp_path):
     write_pairs(tmp_path / "train", channels=1, instances=False, num=8)
     command = [sys.executable, str(ROOT / "benchmarks" / "isbi2012.py"), "--root", str(tmp_path)]
     command += ["--contenders", "modern", "--minutes", "0.05", "--work", str(tmp_path / "work")]
-    command += ["--json", str(tmp_path / "i.json"), "--options", *TINY_SEGMENTER, "--model.unet.init_args.channels=[4,8]"]
+    command += [
+        "--json",
+        str(tmp_path / "i.json"),
+        "--options",
+        *TINY_SEGMENTER,
+        "--model.unet.init_args.channels=[4,8]",
+    ]
     subprocess.run(command, check=True)
     results = json.loads((tmp_path / "i.json").read_text())["results"]
     assert [result["views"] for result in results] == [False, True]

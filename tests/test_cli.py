@@ -428,7 +428,7 @@ OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
     "--overwrite --resume --batch_size --device --precision",
     "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
-    "--device --precision",
+    "--device --precision --speed",
     "export": "CHECKPOINT DIR --overwrite",
     "import": "DIR CHECKPOINT",
     "fit": "--config --print_config --ckpt_path --seed_everything --model.unet --model.schedule --model.optimizer "

@@ -28,8 +28,8 @@ def shorten_training(notebook: NotebookNode) -> None:
             assert num_replaced == 1
 
 
-def test_the_two_notebooks_are_found():
-    assert {"01_one_u", "02_noise_and_denoise"} <= {path.stem for path in NOTEBOOKS}
+def test_the_notebooks_are_found():
+    assert {"01_one_u", "02_noise_and_denoise", "03_segmentation_to_denoiser"} <= {path.stem for path in NOTEBOOKS}
 
 
 @every_notebook

@@ -62,6 +62,11 @@ def small(arguments: list[str]) -> list[str]:
     return SMALL_RECIPE.get(recipe, SMALL_DENOISER)
 
 
+def test_every_picture_is_there() -> None:
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert [picture for picture in pictures if not (ROOT / picture).is_file()] == []
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the recipes and a few images in it, to run the commands in."""

@@ -45,7 +45,7 @@ def images(tmp_path):
 
 def sizes(folder) -> dict:
     found = {}
-    for path in sorted(folder.rglob("*.*")):
+    for path in sorted(path for path in folder.rglob("*.*") if path.suffix != ".json"):
         with Image.open(path) as image:
             found[path.relative_to(folder).as_posix()] = (image.height, image.width, getattr(image, "n_frames", 1))
     return found
@@ -99,7 +99,7 @@ def test_window_size_is_what_the_network_is_given(run_cli, run, images, tmp_path
 def test_overlays_and_instances_lie_beside_the_masks(run_cli, run, images, tmp_path):
     status, _, err = run_cli("segment", run, images, "--output", tmp_path / "m", "--overlays", "--instances", "--views")
     assert status == 0, err
-    overlays = ["deep.png", "grey.png", "inner/colour.png", "stack_0000.png", "stack_0001.png", "stack_0002.png"]
+    overlays = ["deep.png", "grey.png", "inner/colour.png", "stack/0000.png", "stack/0001.png", "stack/0002.png"]
     assert sorted(sizes(tmp_path / "m" / "overlays")) == overlays
     with (
         Image.open(tmp_path / "m" / "instances" / "grey.png") as numbers,
@@ -113,17 +113,37 @@ def test_unreadable_file_is_reported_at_the_end_and_the_rest_is_done(run_cli, ru
     (images / "broken.png").write_bytes(b"no image")
     status, _, err = run_cli("segment", run, images, "--output", tmp_path / "masks")
     assert status == 1
-    assert "1 of 5 images could not be read:\n  broken.png: " in err
+    assert "1 of 5 images could not be segmented:\n  broken.png: " in err
     assert len(sizes(tmp_path / "masks")) == 4
 
 
 def test_masks_that_are_there_are_left_alone_unless_told(run_cli, run, images, tmp_path):
-    (tmp_path / "masks").mkdir()
-    Image.new("L", (1, 1)).save(tmp_path / "masks" / "grey.png")
-    run_cli("segment", run, images, "--output", tmp_path / "masks")
+    run_cli("segment", run, images / "stack.tif", "--output", tmp_path / "masks")
+    Image.new("L", (1, 1)).save(tmp_path / "masks" / "grey.png")  # as if it had been done
+    status, _, err = run_cli("segment", run, images, "--output", tmp_path / "masks")
+    assert status == 0, err
     assert sizes(tmp_path / "masks")["grey.png"] == (1, 1, 1)
     run_cli("segment", run, images, "--output", tmp_path / "masks", "--overwrite")
     assert sizes(tmp_path / "masks")["grey.png"] == (70, 51, 1)
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_images_are_never_replaced_by_their_masks(run_cli, run, images, overwrite):
+    before = {path: path.read_bytes() for path in images.rglob("*.*")}
+    status, _, err = run_cli("segment", run, images, "--output", images, *overwrite)
+    assert status == 1
+    assert "holds files that are no masks of this command; choose another --output" in err
+    assert {path: path.read_bytes() for path in images.rglob("*.*")} == before
+
+
+def test_masks_of_other_settings_are_not_added_to(run_cli, run, images, tmp_path):
+    run_cli("segment", run, images, "--output", tmp_path / "masks")
+    status, _, err = run_cli("segment", run, images, "--output", tmp_path / "masks", "--overlays")
+    assert status == 1
+    assert "were made with other settings (overlays)" in err
+    status, _, err = run_cli("segment", run, images, "--output", tmp_path / "masks", "--overlays", "--overwrite")
+    assert status == 0, err
+    assert (tmp_path / "masks" / "overlays" / "grey.png").is_file()
 
 
 def test_no_half_written_file_is_left(run_cli, run, images, tmp_path, monkeypatch):
@@ -135,7 +155,7 @@ def test_no_half_written_file_is_left(run_cli, run, images, tmp_path, monkeypatc
     status, _, err = run_cli("segment", run, images / "grey.png", "--output", tmp_path / "masks")
     assert status == 1
     assert "no space left on device" in err
-    assert list((tmp_path / "masks").iterdir()) == []
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["settings.json"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +164,8 @@ def test_no_half_written_file_is_left(run_cli, run, images, tmp_path, monkeypatc
         ("segment {run}/none {images} --output {tmp}/o", "none"),
         ("segment {digits} {images} --output {tmp}/o", "must have an entry 'segmenter' here, and it holds a denoiser"),
         ("segment {run} {tmp}/nothing --output {tmp}/o", "root must be an existing folder or zip archive"),
-        ("segment {run} {images} {images} --output {tmp}/o", "masks must differ in their names, got deep.tif twice"),
+        ("segment {run} {images} {images} --output {tmp}/o", "must differ in more than their extension, got deep.tif"),
+        ("segment {run} {images} --output {tmp}/o --window_size -5", "--window_size must be at least 1, got -5"),
     ],
 )
 def test_bad_input_gets_one_message(run_cli, run, images, digits_run, tmp_path, command, message):

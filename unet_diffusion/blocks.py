@@ -307,21 +307,25 @@ class DoubleConv(nn.Module):
 
 
 class PooledDoubleConv(nn.Module):
-    """2x2 max-pooling, which halves height and width, then a double convolution.
+    """The bottom of the U of 2015: 2x2 max-pooling, which halves height and width, then a double convolution.
 
     Args:
         double_conv: the convolutions.
-        keeps: return the map in a list, as a level of the contracting path does, and not by itself, as the bottom.
     """
 
-    def __init__(self, double_conv: DoubleConv, *, keeps: bool):
+    def __init__(self, double_conv: DoubleConv):
         super().__init__()
         self.double_conv = double_conv
-        self.keeps = keeps
 
-    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> Tensor | list[Tensor]:
-        x = self.double_conv(F.max_pool2d(x, 2), emb, context)
-        return [x] if self.keeps else x
+    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> Tensor:
+        return self.double_conv(F.max_pool2d(x, 2), emb, context)
+
+
+class PooledDownBlock(PooledDoubleConv):
+    """A level of its contracting path: the same, and the map is kept for the way up."""
+
+    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> list[Tensor]:  # type: ignore[override]
+        return [super().forward(x, emb, context)]
 
 
 class UpConvBlock(nn.Module):

@@ -216,8 +216,7 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
 def _add_segment(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a mask for each image: DIR/NAME, 255 for foreground, or class indices. Images may have any size; the "
-        "pages of a TIFF file become pages of its mask. Images whose mask is in DIR are left out, so that a run that "
-        "was cut off goes on."
+        "pages of a TIFF file become pages of its mask. The same command again goes on where it was cut off."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file or a run folder, of a segmenter")
     parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="image files, folders or zip archives")
@@ -228,12 +227,15 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
         "--probabilities", action="store_true", help="also DIR/probabilities/NAME.npy: float16 (classes, height, width)"
     )
     parser.add_argument("--views", action="store_true", help="average over rotations and flips; 8 times the work")
-    parser.add_argument("--overwrite", action="store_true", help="replace masks that are in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace the masks that an earlier run left in DIR")
     parser.add_argument("--window_size", type=int, help="pixels given to the network at once; default: as in training")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
+    parser.add_argument(
+        "--speed", choices=SPEEDS, default="plain", help="how the network runs; channels_last is often faster"
+    )
     parser.set_defaults(run=_segment)
 
 
@@ -245,6 +247,8 @@ def _segment(options: argparse.Namespace) -> None:
 
     trained = read_segmenter(options.checkpoint)
     if options.window_size is not None:
+        if options.window_size < 1:
+            raise ValueError(f"--window_size must be at least 1, got {options.window_size}")
         trained.window_size = options.window_size
     if options.instances and trained.kind == "classes":
         raise ValueError("--instances needs a model of objects, and this one was trained on classes; leave it out")
@@ -252,8 +256,12 @@ def _segment(options: argparse.Namespace) -> None:
     device_type = torch.device(options.device).type
     if device_type == "cpu":
         keep_freed_memory()
-    trained.unet.to(options.device)
-    outputs = Outputs(options.output, options.probabilities, options.overlays, options.instances, options.overwrite)
+    set_speed(trained.unet.to(options.device), options.speed)
+    _prepare_masks(options)
+    if options.overwrite:
+        for mask in images.sources:
+            (options.output / mask).unlink(missing_ok=True)
+    outputs = Outputs(options.output, options.probabilities, options.overlays, options.instances)
 
     @torch.inference_mode()
     def predict(image: torch.Tensor) -> torch.Tensor:
@@ -264,7 +272,26 @@ def _segment(options: argparse.Namespace) -> None:
         failed = segment_images(trained, images, outputs, predict=predict, progress=bar.update)
     print(f"{len(images) - len(failed)} masks in {options.output}")
     if failed:
-        raise ValueError("\n  ".join([f"{len(failed)} of {len(images)} images could not be read:", *failed]))
+        raise ValueError("\n  ".join([f"{len(failed)} of {len(images)} images could not be segmented:", *failed]))
+
+
+def _prepare_masks(options: argparse.Namespace) -> None:
+    """Make the output folder; what lies there must be of the same command, which is then gone on with."""
+    folder: Path = options.output
+    unasked = {"run", "images", "output", "overwrite", "device", "speed"}
+    settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
+    record = folder / "settings.json"
+    if folder.exists() and any(folder.iterdir()):
+        if not record.exists():
+            raise FileExistsError(f"{folder} holds files that are no masks of this command; choose another --output")
+        before = json.loads(record.read_text())
+        differ = ", ".join(key for key in settings if before.get(key) != settings[key])
+        if differ and not options.overwrite:
+            raise FileExistsError(
+                f"the masks in {folder} were made with other settings ({differ}); choose another --output, or --overwrite"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=1))
 
 
 # ----------------------------------------------------------------------------------------------------- export, import

@@ -23,6 +23,7 @@ from unet_diffusion.blocks import (
     MidBlock,
     PassThrough,
     PooledDoubleConv,
+    PooledDownBlock,
     ResidualBlock,
     SelfAttention,
     TimestepEmbedding,
@@ -134,7 +135,7 @@ class PixelNetwork(nn.Module):
         """Raises ValueError if an input of that size does not fit; the error names the next size that does."""
         fit = [self.next_size(side) for side in (height, width)]
         if [height, width] != fit:
-            levels = len(self.config["channels"])
+            levels = self.stride.bit_length()
             rest = self.smallest_size % self.stride
             rule = (
                 f"multiples of {self.stride}" if not rest else f"{self.smallest_size} plus a multiple of {self.stride}"
@@ -324,10 +325,10 @@ class SegmentationUNet(UNet, PixelNetwork):
         super().__init__(
             first_conv(in_channels, channels[0], dropout=dropout if len(channels) == 2 else 0.0),
             [
-                PooledDoubleConv(double_conv(above, width, dropout=p), keeps=True)
+                PooledDownBlock(double_conv(above, width, dropout=p))
                 for above, width, p in zip(channels[:-2], channels[1:-1], dropouts, strict=False)
             ],
-            mid_block=PooledDoubleConv(double_conv(channels[-2], channels[-1], dropout=dropout), keeps=False),
+            mid_block=PooledDoubleConv(double_conv(channels[-2], channels[-1], dropout=dropout)),
             up_blocks=[
                 UpConvBlock(below, double_conv(2 * width, width)) for width, below in reversed(list(pairwise(channels)))
             ],

@@ -1,12 +1,16 @@
 """Images and labels are matched, read and checked; windows are drawn from them."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 
 from unet_diffusion.data import PairedFiles, SegmentationDataModule, SyntheticCells, TilesDataModule
 from unet_diffusion.data.base import to_float
+from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.folder import cut
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.labels import Targets
@@ -169,7 +173,7 @@ def test_window_larger_than_the_image_is_mirrored(tmp_path):
 def test_deformed_windows_keep_the_values_of_labels_and_weights(tmp_path):
     targets = Targets(label_format="0/255", class_balance=True)
     made = data(pairs(tmp_path), targets, augmentation=Augmentation(scale=0.2, noise=0.1))
-    balance = set(made.whole(0)["weights"].unique().tolist())
+    balance = set(made.targets.balance([made.images.labels[i] for i in made.train_images.tolist()]).tolist())
     for epoch in range(5):
         window = made.window((0, epoch, 0))
         assert set(window["classes"].unique().tolist()) <= {0, 1}
@@ -196,8 +200,29 @@ def test_epoch_draws_each_image_as_often_as_told(tmp_path):
 def test_validation_images_are_the_last_and_whole(tmp_path):
     made = data(pairs(tmp_path), num_val=2)
     batches = list(made.val_dataloader())
-    assert [batch["index"].tolist() for batch in batches] == [[3], [4]]
-    assert batches[0]["images"].shape == (1, 1, 24, 30)
+    assert [[one["index"].item() for one in batch] for batch in batches] == [[3], [4]]
+    assert batches[0][0]["images"].shape == (1, 24, 30)
+
+
+def test_workers_draw_what_the_training_process_would(tmp_path):
+    source = pairs(tmp_path)
+    options = {"augmentation": Augmentation(), "stretch": True, "windows_per_image": 2}
+    alone, helped = data(source, **options), data(source, **options, num_workers=2)
+    for mine, theirs in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_data_can_be_sent_to_a_process_without_their_trainer(tmp_path):
+    made = data(pairs(tmp_path))
+    made.trainer = Trainer(logger=False, accelerator="cpu")
+    sent = pickle.loads(pickle.dumps(made))
+    torch.testing.assert_close(sent.window((0, 0, 0)), made.window((0, 0, 0)), rtol=0, atol=0)
+
+
+def test_only_tiff_files_have_pages(tmp_path):
+    frames = [Image.fromarray(RNG.integers(256, size=(8, 9), dtype=np.uint8)) for _ in range(2)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    assert len(decode_pages((tmp_path / "a.webp").read_bytes(), 1)) == 1
 
 
 def test_few_labelled_images_are_among_more(tmp_path):

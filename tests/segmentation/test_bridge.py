@@ -42,6 +42,12 @@ def test_all_but_the_head_is_taken_over():
         assert torch.equal(value, expected), name
 
 
+def test_denoiser_with_classes_gives_all_but_their_embedding():
+    segmenter, trained = DenoiserUNet(**SMALL, out_channels=3), denoiser(num_class_embeds=4)
+    report = take_over(segmenter, trained)
+    assert report.endswith("not taken over: class_embedding.weight, conv_out.bias, conv_out.weight")
+
+
 def test_report_names_what_was_and_was_not_taken_over():
     report = take_over(DenoiserUNet(**SMALL, out_channels=3), denoiser())
     assert "weights of the denoiser; new: conv_out.bias, conv_out.weight; not taken over: conv_out" in report

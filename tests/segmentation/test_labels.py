@@ -70,6 +70,26 @@ def test_every_object_keeps_an_inside_however_small():
     assert (classes[4:7, 4:7] == BORDER).sum() == 8
 
 
+def test_ignored_pixels_are_no_object_whose_border_is_learnt():
+    labels = np.zeros((12, 12), dtype=np.int32)
+    labels[2:10, 2:10], labels[:, 10:] = 5, 9
+    targets = Targets(label_format="instances", separate_borders=True, ignore_label=9)
+    classes = targets.classes(labels)
+    assert (classes[:, 10:] == NO_VALUE).all()
+    assert set(np.unique(classes[:, :10])) == {0, CELL, BORDER}
+
+
+def test_object_that_fills_the_image_has_no_border():
+    classes = Targets(label_format="instances", separate_borders=True).classes(np.full((6, 6), 3))
+    assert (classes == CELL).all()
+
+
+def test_huge_numbers_take_no_more_memory_than_small_ones():
+    labels = np.where(TWO_SQUARES == 7, 2**31 - 1, TWO_SQUARES)
+    targets = Targets(label_format="instances", separate_borders=True)
+    assert np.array_equal(targets.classes(labels), targets.classes(TWO_SQUARES))
+
+
 def test_border_weights_are_those_of_the_connected_cells():
     labels = np.zeros((20, 20), dtype=np.int32)
     labels[3:17, 2:9] = labels[3:17, 12:18] = 255

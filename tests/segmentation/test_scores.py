@@ -351,9 +351,13 @@ def test_a_notch_in_the_border_of_the_image_is_no_hole():
 # Membranes
 
 
+def scores_of_one(truth, probability, **options):
+    return membrane_scores([truth], [probability], **options)
+
+
 def test_a_sure_and_right_probability_has_the_best_scores():
     truth = two_cells()
-    scores = membrane_scores(truth, truth.astype(np.float32))
+    scores = scores_of_one(truth, truth.astype(np.float32))
     expected = {"pixel_error": 0, "rand_error": 0, "v_rand": 1, "v_info": 1, "warping_error": 0}
     assert asdict(scores) == pytest.approx(expected, abs=ROUNDING)
 
@@ -365,34 +369,51 @@ def faint_membrane() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("name", "best"), [("rand_error", 0), ("v_rand", 1), ("v_info", 1), ("warping_error", 0)])
 def test_scores_are_the_best_over_the_thresholds(name, best):
-    assert getattr(membrane_scores(*faint_membrane()), name) == pytest.approx(best, abs=ROUNDING)
+    assert getattr(scores_of_one(*faint_membrane()), name) == pytest.approx(best, abs=ROUNDING)
+
+
+def test_a_stack_is_scored_at_one_threshold_for_all_its_images():
+    truth, probability = faint_membrane()  # whose membrane is seen at 0.7 and more
+    cells = np.where(truth, 0.6, 0.05)  # and this at 0.1 to 0.5: at 0.7 all is membrane
+    stack = membrane_scores([truth, truth], [probability, cells], thresholds=[0.5, 0.7])
+    by_threshold = [
+        np.mean([scores_of_one(truth, each, thresholds=[t]).v_rand for each in (probability, cells)])
+        for t in (0.5, 0.7)
+    ]
+    assert stack.v_rand == pytest.approx(max(by_threshold))
+    assert stack.v_rand < 1
+
+
+def test_as_many_truths_as_probabilities_are_wanted():
+    with pytest.raises(ValueError, match="as many truths as probabilities, and one at least, got 1 and 0"):
+        membrane_scores([MASK], [])
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.9])
 def test_the_pixel_error_is_at_one_half_whatever_the_thresholds(threshold):
     truth = two_cells()
-    assert membrane_scores(truth, np.where(truth, 0.51, 0.49), thresholds=[threshold]).pixel_error == 0
+    assert scores_of_one(truth, np.where(truth, 0.51, 0.49), thresholds=[threshold]).pixel_error == 0
 
 
 def test_a_threshold_is_that_of_the_cell():
     truth, probability = faint_membrane()
-    assert membrane_scores(truth, probability, thresholds=[0.1, 0.5]).v_rand == pytest.approx(2 / 3, abs=ROUNDING)
+    assert scores_of_one(truth, probability, thresholds=[0.1, 0.5]).v_rand == pytest.approx(2 / 3, abs=ROUNDING)
 
 
 def test_the_warping_error_of_cells_merged_everywhere_is_the_whole_membrane():
     truth, probability = faint_membrane()
-    scores = membrane_scores(truth, probability, thresholds=[0.5])
+    scores = scores_of_one(truth, probability, thresholds=[0.5])
     assert scores.warping_error == pytest.approx(1 / 21, abs=ROUNDING)
 
 
 def test_cells_that_touch_at_a_corner_are_two():
     truth = np.kron(np.eye(2), np.ones((5, 5))) > 0
-    assert membrane_scores(truth, truth.astype(float)).v_info == pytest.approx(1, abs=ROUNDING)
+    assert scores_of_one(truth, truth.astype(float)).v_info == pytest.approx(1, abs=ROUNDING)
 
 
 def test_a_probability_below_every_threshold_scores_as_no_segments():
     truth = two_cells()
-    assert membrane_scores(truth, np.zeros(truth.shape)).rand_error == 1
+    assert scores_of_one(truth, np.zeros(truth.shape)).rand_error == 1
 
 
 # Objects
@@ -483,7 +504,7 @@ ALL = [
     (dice, MASK, {}),
     (iou, MASK, {}),
     (warping_error, MASK, {}),
-    (membrane_scores, MASK, {}),
+    (scores_of_one, MASK, {}),
     (rand_error, LABELS, {}),
     (v_rand, LABELS, {}),
     (v_info, LABELS, {}),
@@ -505,7 +526,7 @@ def test_stacks_of_images_are_refused(score, image, options):
         score(image[None], image[None], **options)
 
 
-@pytest.mark.parametrize("score", [dice, iou, warping_error, membrane_scores])
+@pytest.mark.parametrize("score", [dice, iou, warping_error, scores_of_one])
 def test_masks_that_are_not_bool_are_refused(score):
     with pytest.raises(ValueError, match="masks must be bool, got uint8"):
         score(MASK.astype(np.uint8) * 255, MASK)
@@ -541,10 +562,10 @@ def test_a_threshold_of_iou_out_of_range_is_refused(threshold):
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
 def test_a_probability_out_of_range_is_refused(value):
     with pytest.raises(ValueError, match=r"cell_probability must be in \[0, 1\], got"):
-        membrane_scores(MASK, np.where(np.arange(4) == 2, value, 0.5 * MASK))
+        scores_of_one(MASK, np.where(np.arange(4) == 2, value, 0.5 * MASK))
 
 
 @pytest.mark.parametrize(("thresholds", "got"), [([], "none"), ([0.5, 50], "0.5 to 50.0")])
 def test_thresholds_of_probability_out_of_range_are_refused(thresholds, got):
     with pytest.raises(ValueError, match=rf"thresholds must be in \[0, 1\], got {got}"):
-        membrane_scores(MASK, 0.5 * MASK, thresholds=thresholds)
+        scores_of_one(MASK, 0.5 * MASK, thresholds=thresholds)

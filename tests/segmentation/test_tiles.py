@@ -46,6 +46,19 @@ def test_tiles_of_valid_convolutions_equal_the_whole_exactly(size, window_size):
     assert torch.equal(tiled.double(), in_one_pass(model, picture))  # whole numbers: exact in float32 too
 
 
+def test_tiles_are_no_larger_than_as_many_of_them_need():
+    with torch.device("meta"):
+        paper = SegmentationUNet(1, 2)
+    seen = []
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[-1])
+        return x[:, :, 92:-92, 92:-92]
+
+    predict_tiled(predict, image(512, 512), paper, window_size=572)
+    assert seen == [440 + 4] * 4  # 16 k + 188, for two times 256 pixels a side
+
+
 def test_network_of_the_paper_sees_several_tiles_without_a_seam():
     model = SegmentationUNet(1, 2, channels=(4, 4, 4, 4, 4)).eval().double()  # its depth and margin
     picture = image(100, 230)

@@ -104,35 +104,25 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: if the trainer is to overfit batches, for which Lightning would replace the sampler.
         """
-        overfit_batches = getattr(self.trainer, "overfit_batches", 0)
-        if overfit_batches:
-            raise ValueError(
-                f"overfit_batches must be 0 with {type(self).__name__}, got {overfit_batches}; "
-                "to overfit, train on a folder with a few images"
-            )
+        refuse_overfit_batches(self.trainer)
         sampler = ShuffledBatches(
             self.train_indices,
             self.batch_size,
             num_images=len(self.image_set.images),
             horizontal_flip=self.horizontal_flip,
             seed=self.seed,
-            **self._replica(),
+            **replica(self.trainer),
         )
         return ResumableLoader(sampler=sampler, **self._loader_arguments())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation batches, in order and never mirrored; see `OrderedBatches`."""
-        sampler = OrderedBatches(self.val_indices, self.batch_size, **self._replica())
+        sampler = OrderedBatches(self.val_indices, self.batch_size, **replica(self.trainer))
         return DataLoader(sampler=sampler, **self._loader_arguments())
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Scale the images, once they are on the device: a quarter of the bytes is copied."""
         return {**batch, "images": scale_to_unit_range(batch["images"])}
-
-    def _replica(self) -> dict[str, int]:
-        """Which of how many processes this one is, as samplers take it."""
-        distributed = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return distributed or {"num_replicas": 1, "rank": 0}
 
     def _loader_arguments(self) -> dict[str, Any]:
         num_workers = self.num_workers
@@ -150,6 +140,21 @@ class ImageDataModule(LightningDataModule):
     def _suggested_num_workers(self) -> int:
         num_processes = self.trainer.num_devices if self.trainer is not None else 1
         return min(suggested_max_num_workers(num_processes), MAX_NUM_WORKERS)
+
+
+def replica(trainer: Any) -> dict[str, int]:
+    """Which of how many processes this one is, as samplers take it."""
+    distributed = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return distributed or {"num_replicas": 1, "rank": 0}
+
+
+def refuse_overfit_batches(trainer: Any) -> None:
+    """Raises ValueError if the trainer is to overfit batches, for which Lightning would replace the sampler."""
+    overfit_batches = getattr(trainer, "overfit_batches", 0)
+    if overfit_batches:
+        raise ValueError(
+            f"overfit_batches must be 0, got {overfit_batches}; to overfit, train on a folder with a few images"
+        )
 
 
 def split_indices(num_images: int, num_val: int | None = None) -> tuple[Tensor, Tensor]:
@@ -194,9 +199,21 @@ def to_float(image: Tensor, *, stretch: bool) -> Tensor:
         image: uint8 or uint16 (C, H, W).
         stretch: whether to stretch; what lies outside of the percentiles is clipped.
     """
-    if not stretch:
-        return scale_to_unit_range(image)
-    pixels = image.numpy()
-    low, high = np.percentile(pixels, PERCENTILES)
-    stretched = (pixels.astype(np.float32) - np.float32(low)) / np.float32(max(high - low, 1.0))
-    return torch.from_numpy(np.clip(2 * stretched - 1, -1, 1))
+    return scale_to_unit_range(image) if not stretch else stretch_to_unit_range(image, percentiles(image))
+
+
+def percentiles(image: Tensor) -> tuple[float, float]:
+    """The 1st and 99th percentile of an image's grey values, over all its channels."""
+    low, high = np.percentile(image.numpy(), PERCENTILES)
+    return float(low), float(high)
+
+
+def stretch_to_unit_range(image: Tensor, ends: tuple[float, float]) -> Tensor:
+    """An image as float32, so scaled that the two ends become -1 and 1; what lies outside is clipped.
+
+    Args:
+        image: uint8 or uint16.
+        ends: grey values.
+    """
+    low, high = ends
+    return ((image.float() - low) * (2 / max(high - low, 1.0)) - 1).clamp_(-1, 1)

@@ -6,6 +6,7 @@ hidden under transparent pixels does not bleed into the visible ones (Porter & D
 """
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
 
 
 def decode_pages(data: bytes, channels: int) -> list[Tensor]:
-    """Every page of an image file at its own size, (channels, H, W) uint8 or uint16 each; most formats have one.
+    """Every page of an image file at its own size, (channels, H, W) uint8 or uint16 each; only TIFF has several.
 
     Args:
         data: contents of an image file.
@@ -112,7 +113,7 @@ def decode_label_pages(data: bytes) -> list[NDArray[np.int32]]:
     """
     with Image.open(io.BytesIO(data)) as image:
         _check_dimensions(image)
-        return [_numbers(np.asarray(page)) for page in ImageSequence.Iterator(image)]
+        return [_numbers(np.asarray(page)) for page in _pages(image)]
 
 
 def to_depth(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,10 +143,17 @@ def _read_all_pages(data: bytes) -> list[Pixels]:
         if image.format == "PNG" and data[PNG_BIT_DEPTH] == 16:
             return [_read_16_bit_png(data)]
         pages = []
-        for page in ImageSequence.Iterator(image):
+        for page in _pages(image):
             _check_mode(page)
             pages.append(_pixels_of(ImageOps.exif_transpose(page)))
         return pages
+
+
+def _pages(image: Image.Image) -> Iterator[Image.Image]:
+    """Those of a TIFF file; in other formats further frames are previews or animations, and the first counts."""
+    for page in ImageSequence.Iterator(image) if image.format == "TIFF" else [image]:
+        _check_dimensions(page)
+        yield page
 
 
 def _numbers(page: NDArray[Any]) -> NDArray[np.int32]:

@@ -129,7 +129,8 @@ class TilesDataModule(ImageDataModule):
         stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
         num_images: use the first so many images by name, such as those that are not to be tested on; None: all.
         batch_size: tiles a batch and process.
-        num_val: tiles kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        num_val: tiles kept apart for validation, the same for every seed; None: a tenth, at most 1000. They may be of
+            an image that others are trained on.
         horizontal_flip: mirror every second training tile, drawn at random.
         num_workers: processes that load batches; None: 0, the tiles are in memory.
         seed: of the order of the training tiles and their mirroring.
@@ -157,6 +158,9 @@ class TilesDataModule(ImageDataModule):
         )
         if tile_size < 1:
             raise ValueError(f"tile_size must be at least 1, got {tile_size}")
+        if num_images is not None and num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}; leave it out for all")
+        ImageFormat(tile_size, tile_size, channels)  # refuses other numbers of channels
         self.root = root
         self.tile_size = tile_size
         self.channels = channels

@@ -13,7 +13,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from unet_diffusion.data.base import to_float
+from unet_diffusion.data.base import (
+    percentiles,
+    refuse_overfit_batches,
+    replica,
+    scale_to_unit_range,
+    stretch_to_unit_range,
+)
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
 from unet_diffusion.schedule import keyed_generator
@@ -21,7 +27,7 @@ from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
 from unet_diffusion.segmentation.labels import Targets
 
 VAL_SHARE = 5  # by default a fifth of the images is kept for validation
-SUBSET_KEY = 1  # with the seed: which images are the labelled ones
+SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number
 
 DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
@@ -30,8 +36,7 @@ class SegmentationDataModule(LightningDataModule):
     """Batches of images, their classes and the weight of each pixel.
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "classes": int64 (B, H, W), "weights": float32 (B, H, W), 0
-    where nothing is to be learnt, "index": int64 (B,)}: random windows in training, whole images one by one in
-    validation.
+    where nothing is to be learnt, "index": int64 (B,)}: random windows. In validation they are lists of `whole` images.
 
     Args:
         source: where the labelled images come from.
@@ -107,7 +112,8 @@ class SegmentationDataModule(LightningDataModule):
         train, self.val_indices = self._split(len(loaded.images))
         balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
         self._classes = [torch.from_numpy(self.targets.classes(labels)) for labels in loaded.labels]
-        self._weights = [torch.from_numpy(self.targets.weights(labels, balance)) for labels in loaded.labels]
+        self._weights = {i: torch.from_numpy(self.targets.weights(loaded.labels[i], balance)) for i in train.tolist()}
+        self._ends = [percentiles(image) for image in loaded.images] if self.stretch else []
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
@@ -126,20 +132,15 @@ class SegmentationDataModule(LightningDataModule):
         return len(self.images.images[0]), self.window_size, self.window_size
 
     def whole(self, index: int) -> Batch:
-        """An image with its classes and weights, whole: as a batch, without its first dimension."""
-        image = to_float(self.images.images[index], stretch=self.stretch)
-        return {
-            "images": image,
-            "classes": self._classes[index].long(),
-            "weights": self._weights[index],
-            "index": torch.tensor(index),
-        }
+        """An image with its classes, whole, without a batch dimension and weights; NO_VALUE where there is no class."""
+        classes = self._classes[index].long()
+        return {"images": self._scaled(index), "classes": classes, "index": torch.tensor(index)}
 
     def window(self, drawn: DrawnWindow) -> Batch:
         """A random window of a training image, as a batch without its first dimension."""
         index, epoch, number = drawn
         generator = keyed_generator(self.seed, epoch, number)
-        image = to_float(self.images.images[index], stretch=self.stretch)
+        image = self._scaled(index)
         size = (self.window_size, self.window_size)
         centre = self._centre(image.shape[1:], generator)
         augmentation = self.augmentation or NO_AUGMENTATION
@@ -151,13 +152,18 @@ class SegmentationDataModule(LightningDataModule):
         return {"images": pixels, "classes": classes.long(), "weights": weights, "index": torch.tensor(index)}
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches of random windows; see `WindowBatches`."""
+        """Batches of random windows; see `WindowBatches`.
+
+        Raises:
+            ValueError: if the trainer is to overfit batches, for which Lightning would replace the sampler.
+        """
+        refuse_overfit_batches(self.trainer)
         sampler = WindowBatches(
             self.train_indices,
             self.batch_size,
             images=self.train_images,
             seed=self.seed,
-            **self._replica(),
+            **replica(self.trainer),
         )
         workers = self.num_workers
         return ResumableLoader(
@@ -168,14 +174,18 @@ class SegmentationDataModule(LightningDataModule):
             persistent_workers=workers > 0,
         )
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation images, whole, one a batch."""
-        sampler = OrderedBatches(self.val_indices, 1, **self._replica())
+    def val_dataloader(self) -> DataLoader[list[Batch]]:
+        """The validation images, whole: lists of one, or of two where processes must have equally many batches."""
+        sampler = OrderedBatches(self.val_indices, 1, **replica(self.trainer))
         return DataLoader(dataset=_WholeImages(self), sampler=sampler, batch_size=None)
 
-    def _replica(self) -> dict[str, int]:
-        distributed = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return distributed or {"num_replicas": 1, "rank": 0}
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes, which cannot be sent a trainer."""
+        return {**self.__dict__, "trainer": None}
+
+    def _scaled(self, index: int) -> Tensor:
+        image = self.images.images[index]
+        return stretch_to_unit_range(image, self._ends[index]) if self.stretch else scale_to_unit_range(image)
 
     def _centre(self, size: torch.Size, generator: torch.Generator) -> tuple[float, float]:
         """Of a window whose prediction lies within the image, if that is large enough, at whole pixels of the image."""
@@ -218,11 +228,15 @@ class WindowBatches(ShuffledBatches):
         indices: numbers of an epoch's windows; number n is of the image at n modulo the number of images.
         batch_size: windows a batch and process.
         images: indices of the training images, (n,) int64.
-        options: seed, num_replicas and rank of ShuffledBatches.
+        seed: of the order.
+        num_replicas: processes that share an epoch.
+        rank: of this process, in [0, num_replicas).
     """
 
-    def __init__(self, indices: Tensor, batch_size: int, *, images: Tensor, **options: Any) -> None:
-        super().__init__(indices, batch_size, num_images=len(indices), **options)
+    def __init__(
+        self, indices: Tensor, batch_size: int, *, images: Tensor, seed: int = 0, num_replicas: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(indices, batch_size, num_images=len(indices), seed=seed, num_replicas=num_replicas, rank=rank)
         self.images = images
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -239,13 +253,12 @@ class _Windows(Dataset[Batch]):
         return {key: torch.stack([window[key] for window in windows]) for key in windows[0]}
 
 
-class _WholeImages(Dataset[Batch]):
+class _WholeImages(Dataset[list[Batch]]):
     def __init__(self, data: SegmentationDataModule) -> None:
         self.data = data
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        (index,) = indices
-        return {key: value[None] for key, value in self.data.whole(index).items()}
+    def __getitem__(self, indices: list[int]) -> list[Batch]:
+        return [self.data.whole(index) for index in indices]
 
 
 NO_AUGMENTATION = Augmentation(flip=False, rotation=0.0, elastic_sd=0.0)

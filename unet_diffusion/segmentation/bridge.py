@@ -10,13 +10,14 @@ from unet_diffusion.checkpoint import TrainedDenoiser
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.unet import PixelNetwork
 
-HEAD = "conv_out."  # predicts noise before, classes after
+HEADS = ("conv_out.", "class_embedding.")  # predicts noise before, classes after; images to segment have no class
 
 
 def take_over(network: PixelNetwork, denoiser: TrainedDenoiser) -> str:
     """Copy a denoiser's weights into a segmenter, in place, and say what was copied and what was not.
 
-    Of a FeatureClassifier, all weights of its frozen denoiser are copied; of another network, all but the head's.
+    Of a FeatureClassifier, all weights of its frozen denoiser are copied; of another network, all but the head's and
+    those of a class embedding.
 
     Args:
         network: to segment with; of the same widths as the denoiser.
@@ -32,7 +33,7 @@ def take_over(network: PixelNetwork, denoiser: TrainedDenoiser) -> str:
             )
         network.denoiser.load_state_dict(_fitting(network.denoiser, denoiser.unet, heads=()))
         return f"taken over: all {_millions(denoiser.unet.state_dict())} weights of the denoiser, frozen"
-    weights = _fitting(network, denoiser.unet, heads=(HEAD,))
+    weights = _fitting(network, denoiser.unet, heads=HEADS)
     own = network.state_dict()
     network.load_state_dict({**own, **weights})
     new = {name: value for name, value in own.items() if name not in weights}

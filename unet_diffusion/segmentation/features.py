@@ -31,7 +31,7 @@ class FeatureClassifier(PixelNetwork):
         hidden_channels: widths of the pixel classifier's two hidden layers.
 
     Raises:
-        ValueError: if a timestep or level does not exist, or the denoiser has classes.
+        ValueError: if a timestep or level does not exist, there are not two hidden layers, or the denoiser has classes.
     """
 
     time_embedding = None  # of its own: the timesteps are chosen here
@@ -55,6 +55,8 @@ class FeatureClassifier(PixelNetwork):
             raise ValueError(f"timesteps must be in [0, {schedule.num_train_timesteps}), got {list(timesteps)}")
         if any(not 0 <= level < num_levels for level in levels) or not levels:
             raise ValueError(f"levels must be in [0, {num_levels}), got {list(levels)}")
+        if len(hidden_channels) != 2:
+            raise ValueError(f"hidden_channels must be the widths of two layers, got {list(hidden_channels)}")
         self.denoiser = denoiser.requires_grad_(False)
         self.schedule = schedule
         self.timesteps = list(timesteps)

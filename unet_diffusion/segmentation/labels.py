@@ -115,7 +115,7 @@ class Targets:
         """
         classes = (labels if self.label_format == "classes" else labels > 0).astype(np.int16)
         if self.separate_borders:
-            classes[self._borders(labels)] = BORDER
+            classes[self._borders(self.instances(labels))] = BORDER
         if self.ignore_label is not None:
             classes[labels == self.ignore_label] = NO_VALUE
         return classes
@@ -149,11 +149,15 @@ class Targets:
 
     def _borders(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
         """Pixels of objects that are less than border_width from their edge; each object keeps its innermost ones."""
-        edge = find_boundaries(labels, mode="inner")
+        numbers, compact = np.unique(labels, return_inverse=True)
+        compact = compact.reshape(labels.shape)
+        edge = find_boundaries(compact, mode="inner", background=-1) & (labels > 0)
+        if not edge.any():  # one object fills the image
+            return edge
         depth = np.where(labels > 0, ndimage.distance_transform_edt(~edge), 0)  # 0 on the edge itself
-        deepest = np.zeros(int(labels.max()) + 1)
-        np.maximum.at(deepest, labels.ravel(), depth.ravel())
-        return (labels > 0) & (depth < self.border_width) & (depth < deepest[labels])
+        deepest = np.zeros(len(numbers))
+        np.maximum.at(deepest, compact.ravel(), depth.ravel())
+        return (labels > 0) & (depth < self.border_width) & (depth < deepest[compact])
 
 
 def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: int = 16) -> NDArray[np.int32]:
@@ -177,7 +181,8 @@ def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: 
     foreground = probabilities[BACKGROUND] < 0.5
     numbers = connected_components(foreground, connectivity=FOUR_CONNECTED)
     if kind == "instances":
-        seeds = connected_components(foreground & (probabilities[CELL] > probabilities[BORDER]), connectivity=1)
+        inside = foreground & (probabilities[CELL] > probabilities[BORDER])
+        seeds = connected_components(inside, connectivity=FOUR_CONNECTED)
         grown = watershed(-probabilities[CELL], seeds, mask=foreground)
         # An object too small to have an inside has no seed, and keeps the number of its component.
         numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))

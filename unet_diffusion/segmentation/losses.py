@@ -13,9 +13,11 @@ SMOOTH = 1.0  # pixels added to both sides of the Dice quotient: a class that is
 
 def segmentation_loss(scores: Tensor, classes: Tensor, weights: Tensor, kind: SegmentationLoss) -> Tensor:
     """The loss of that kind; the arguments are those of the two functions below."""
-    losses = {"cross_entropy": (weighted_cross_entropy,), "dice": (dice_loss,)}
-    functions = losses.get(kind, (weighted_cross_entropy, dice_loss))
-    return torch.stack([function(scores, classes, weights) for function in functions]).sum()
+    if kind == "cross_entropy":
+        return weighted_cross_entropy(scores, classes, weights)
+    if kind == "dice":
+        return dice_loss(scores, classes, weights)
+    return weighted_cross_entropy(scores, classes, weights) + dice_loss(scores, classes, weights)
 
 
 def weighted_cross_entropy(scores: Tensor, classes: Tensor, weights: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unet_diffusion.checkpoint import TrainedSegmenter
 from unet_diffusion.data.base import to_float
+from unet_diffusion.data.checking import decoded
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.pictures import write_png
@@ -24,9 +25,10 @@ from unet_diffusion.whole_file import whole_file
 
 PNG = ".png"  # of outputs whose input has a lossy or multi-purpose format
 TIFF = (".tif", ".tiff")
+EXTRAS = ("probabilities", "overlays", "instances")  # folders beside the masks
 
 
-def scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
+def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
     """Class scores before the softmax, (B, K, H, W), of a network that may want a timestep.
 
     Args:
@@ -50,7 +52,7 @@ def class_probabilities(
     """
 
     def predict(x: Tensor) -> Tensor:
-        return torch.softmax(scores(trained.unet, x, trained.timestep).float(), dim=1)
+        return torch.softmax(class_scores(trained.unet, x, trained.timestep).float(), dim=1)
 
     def whole(view: Tensor) -> Tensor:
         return predict_tiled(predict, view, trained.unet, window_size=trained.window_size, device=device)
@@ -63,18 +65,17 @@ class Outputs:
     """What is written for each image, under its own name.
 
     Args:
-        folder: masks go to folder/NAME; what else is asked for to folders inside it.
+        folder: masks go to folder/NAME; what else is asked for to folders inside it. Of a stack, each page has a file
+            there in a folder named as the stack.
         probabilities: folder/probabilities/NAME.npy, float16 (K, H, W).
         overlays: folder/overlays/NAME.png, the image with outlines.
         instances: folder/instances/NAME, a 16-bit number for each object.
-        overwrite: replace files that exist; otherwise images whose mask exists are left out.
     """
 
     folder: Path
     probabilities: bool = False
     overlays: bool = False
     instances: bool = False
-    overwrite: bool = False
 
 
 class ImagesToSegment:
@@ -85,26 +86,34 @@ class ImagesToSegment:
 
     Raises:
         FileNotFoundError: if one does not exist.
-        ValueError: if one holds no images, or two masks would have the same name.
+        ValueError: if one holds no images, or two outputs would have the same name.
     """
 
     def __init__(self, roots: list[Path]):
         self.sources: dict[str, tuple[ImageFiles, str]] = {}
+        stems: dict[str, str] = {}
         for root in roots:
             files = find_images_or_one(root)
             for name in files.names:
                 mask = mask_name(name)
-                if mask in self.sources:
-                    raise ValueError(f"masks must differ in their names, got {mask} twice; segment the folders apart")
+                stem = str(PurePosixPath(name).with_suffix(""))
+                if stem in stems:
+                    raise ValueError(
+                        f"images must differ in more than their extension, got {stems[stem]} and {name}; "
+                        "segment them into different folders"
+                    )
+                if PurePosixPath(name).parts[0] in EXTRAS:
+                    raise ValueError(f"{name} would lie among other outputs; rename its folder")
+                stems[stem] = name
                 self.sources[mask] = (files, name)
 
     def __len__(self) -> int:
         return len(self.sources)
 
-    def pages(self, mask: str, channels: int) -> list[Tensor]:
-        """The decoded pages of the image that the mask is of, uint8 or uint16 (channels, H, W) each."""
+    def pages(self, mask: str, channels: int) -> list[Tensor] | str:
+        """The pages of the image that the mask is of, uint8 or uint16 (channels, H, W) each, or why there are none."""
         files, name = self.sources[mask]
-        return decode_pages(files.read(name), channels)
+        return decoded(lambda data: decode_pages(data, channels), files, name)
 
 
 def segment_images(
@@ -115,7 +124,7 @@ def segment_images(
     predict: Callable[[Tensor], Tensor],
     progress: Callable[[], object] = lambda: None,
 ) -> list[str]:
-    """Write a mask for each image, and return "name: reason" for those that could not be read.
+    """Write a mask for each image that has none, and return "name: reason" for those that could not be.
 
     A file appears whole or not at all. The pages of a TIFF file become the pages of its mask.
 
@@ -128,13 +137,15 @@ def segment_images(
     """
     failed = []
     for mask in images.sources:
-        if outputs.overwrite or not (outputs.folder / mask).exists():
-            try:
-                pages = images.pages(mask, trained.unet.in_channels)
-            except Exception as error:  # on damaged files decoders raise anything, down to SyntaxError
-                failed.append(f"{images.sources[mask][1]}: {error}")
-            else:
-                _segment_pages(trained, pages, mask, outputs, predict)
+        if not (outputs.folder / mask).exists():
+            pages = images.pages(mask, trained.unet.in_channels)
+            if isinstance(pages, list):
+                try:
+                    _segment_pages(trained, pages, mask, outputs, predict)
+                except (ValueError, RuntimeError, OSError) as error:  # out of memory, disk full: others may do
+                    pages = str(error)
+            if isinstance(pages, str):
+                failed.append(f"{images.sources[mask][1]}: {pages}")
         progress()
     return failed
 
@@ -156,25 +167,20 @@ def _segment_pages(
     """Writes what is asked for; the mask last, as it says that the image is done."""
     images = [to_float(page, stretch=trained.stretch) for page in pages]
     predictions = [predict(image).numpy() for image in images]
-    names = [mask] if len(pages) == 1 else [_with_page(mask, number) for number in range(len(pages))]
+    stem = PurePosixPath(mask).with_suffix("")
+    stems = [stem] if len(pages) == 1 else [stem / f"{number:04d}" for number in range(len(pages))]
     objects = None if trained.kind == "classes" else [instances_from(p, trained.kind) for p in predictions]
     masks = [mask_from(p, trained.kind) for p in predictions]
     outlines: Sequence[NDArray[Any]] = objects or masks
-    for image, prediction, name, outline in zip(images, predictions, names, outlines, strict=True):
-        stem = PurePosixPath(name)
+    for image, prediction, stem, outline in zip(images, predictions, stems, outlines, strict=True):
         if outputs.probabilities:
-            with whole_file(outputs.folder / "probabilities" / stem.with_suffix(".npy")) as partial:
+            with whole_file(outputs.folder / "probabilities" / f"{stem}.npy") as partial:
                 _save_array(partial, prediction.astype(np.float16))
         if outputs.overlays:
-            write_png(outlined(image, outline), outputs.folder / "overlays" / stem.with_suffix(PNG))
+            write_png(outlined(image, outline), outputs.folder / "overlays" / f"{stem}.png")
     if outputs.instances and objects is not None:
         _save_pages([_sixteen_bits(numbers) for numbers in objects], outputs.folder / "instances" / mask)
     _save_pages([Image.fromarray(pixels) for pixels in masks], outputs.folder / mask)
-
-
-def _with_page(name: str, number: int) -> str:
-    path = PurePosixPath(name)
-    return str(path.with_name(f"{path.stem}_{number:04d}{path.suffix}"))
 
 
 def _sixteen_bits(numbers: NDArray[np.int32]) -> Image.Image:

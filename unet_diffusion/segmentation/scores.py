@@ -164,36 +164,59 @@ class MembraneScores:
 
 
 def membrane_scores(
-    truth: Mask, cell_probability: NDArray[np.floating[Any]], *, thresholds: Sequence[float] = THRESHOLDS
+    truths: Sequence[Mask],
+    cell_probabilities: Sequence[NDArray[np.floating[Any]]],
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
 ) -> MembraneScores:
-    """Scores of one image as in the ISBI 2012 challenge: the best over the thresholds, each by itself.
+    """Scores of a stack as in the ISBI 2012 challenge: the mean over its images at the best threshold for each score.
 
     The segments are the 4-connected components above a threshold, grown over the borders by `thin_borders`; those of
-    the truth are not grown. The challenge scored a stack: it averaged images at one threshold before it took the
-    best, so an average of ours over images is a little better.
+    the truth are not grown.
 
     Args:
-        truth: True for cell, False for membrane.
-        cell_probability: in [0, 1].
+        truths: True for cell, False for membrane; one for each image.
+        cell_probabilities: in [0, 1]; one for each image.
         thresholds: for all but the pixel error, which is that at 0.5.
 
     Raises:
-        ValueError: if shapes differ, truth is not bool or has no cell, or numbers are outside [0, 1].
+        ValueError: if there are no images, shapes differ, a truth is not bool or has no cell, or numbers are outside
+            [0, 1].
     """
+    if not truths or len(truths) != len(cell_probabilities):
+        raise ValueError(
+            f"there must be as many truths as probabilities, and one at least, got {len(truths)} and "
+            f"{len(cell_probabilities)}"
+        )
+    _check_unit_range(np.asarray(thresholds, dtype=float), "thresholds", "leave them out for the challenge's")
+    table = np.array(  # (images, thresholds, scores)
+        [_scores_by_threshold(*pair, thresholds) for pair in zip(truths, cell_probabilities, strict=True)]
+    ).mean(axis=0)
+    errors = [pixel_error(truth, cell > 0.5) for truth, cell in zip(truths, cell_probabilities, strict=True)]
+    return MembraneScores(
+        pixel_error=float(np.mean(errors)),
+        rand_error=float(table[:, 0].min()),
+        v_rand=float(table[:, 1].max()),
+        v_info=float(table[:, 2].max()),
+        warping_error=float(table[:, 3].min()),
+    )
+
+
+def _scores_by_threshold(
+    truth: Mask, cell_probability: NDArray[np.floating[Any]], thresholds: Sequence[float]
+) -> list[list[float]]:
+    """Rand error, V_rand, V_info and warping error of an image at each threshold."""
     _check_shapes(truth, cell_probability)
     _check_bool(truth)
     _check_unit_range(cell_probability, "cell_probability", "apply the softmax or divide by 255")
-    _check_unit_range(np.asarray(thresholds, dtype=float), "thresholds", "leave them out for the challenge's")
     true_segments = connected_components(truth, connectivity=FOUR_CONNECTED)
-    masks = [cell_probability > threshold for threshold in thresholds]
-    segments = [thin_borders(connected_components(mask, connectivity=FOUR_CONNECTED)) for mask in masks]
-    return MembraneScores(
-        pixel_error=pixel_error(truth, cell_probability > 0.5),
-        rand_error=min(rand_error(true_segments, each) for each in segments),
-        v_rand=max(v_rand(true_segments, each) for each in segments),
-        v_info=max(v_info(true_segments, each) for each in segments),
-        warping_error=min(warping_error(truth, mask) for mask in masks),
-    )
+    rows = []
+    for threshold in thresholds:
+        mask = cell_probability > threshold
+        segments = thin_borders(connected_components(mask, connectivity=FOUR_CONNECTED))
+        scores = [score(true_segments, segments) for score in (rand_error, v_rand, v_info)]
+        rows.append([*scores, warping_error(truth, mask)])
+    return rows
 
 
 def warping_error(truth: Mask, prediction: Mask) -> float:

@@ -50,7 +50,7 @@ def predict_tiled(
             output[:, *place] += blend * part
             weight[place] += blend
     assert output is not None
-    return output if network.margin else output / weight
+    return output if network.margin else output.div_(weight)
 
 
 def predict_views(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
@@ -85,15 +85,22 @@ def mirror(start: int, stop: int, length: int) -> Tensor:
 def _windows(image: Tensor, network: PixelNetwork, window_size: int) -> Iterator[tuple[int, int, Tensor]]:
     """Top and left of the place in the image that a window predicts, and its pixels, (C, h, w)."""
     margin = network.margin
-    smallest = 2 * margin + network.stride  # a step from one tile to the next is at least a stride
-    rows, columns = (
-        (network.next_size(max(min(side + 2 * margin, window_size), smallest)), side) for side in image.shape[1:]
-    )
+    rows, columns = ((_window(side, network, window_size), side) for side in image.shape[1:])
     for top in _starts(*rows, network):
         y = mirror(top - margin, top - margin + rows[0], rows[1])
         for left in _starts(*columns, network):
             x = mirror(left - margin, left - margin + columns[0], columns[1])
             yield top, left, image[:, y][:, :, x]
+
+
+def _window(side: int, network: PixelNetwork, window_size: int) -> int:
+    """The size of the windows along a side: no larger than is needed for as many as there must be."""
+    margin, stride = network.margin, network.stride
+    if not margin:
+        return network.next_size(min(side, window_size))
+    step = max((window_size - 2 * margin) // stride * stride, stride)
+    num_tiles = -(-side // step)
+    return network.next_size(-(-side // (num_tiles * stride)) * stride + 2 * margin)
 
 
 def _starts(window: int, side: int, network: PixelNetwork) -> list[int]:

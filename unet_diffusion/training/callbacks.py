@@ -17,7 +17,6 @@ from tqdm import tqdm
 from unet_diffusion.data import SegmentationDataModule
 from unet_diffusion.pictures import image_grid, write_png
 from unet_diffusion.sampling import check_sampling, sample
-from unet_diffusion.segmentation.labels import NO_VALUE
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
@@ -156,8 +155,7 @@ class SegmentationGrid(PictureGrid):
         data = cast(SegmentationDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set at runtime
         shown = [data.whole(index) for index in data.val_indices[: self.num_images].tolist()]
         predictions = [module.probabilities(one["images"]).argmax(dim=0).numpy() for one in shown]
-        truths = [torch.where(one["weights"] > 0, one["classes"], NO_VALUE).numpy() for one in shown]
-        return comparison([one["images"] for one in shown], truths, predictions)
+        return comparison([one["images"] for one in shown], [one["classes"].numpy() for one in shown], predictions)
 
 
 class RunProgressBar(ProgressBar):

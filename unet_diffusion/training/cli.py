@@ -129,13 +129,11 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        self.model.is_continued = bool(self.config.fit.ckpt_path)
+        self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config.fit.ckpt_path)
         settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
-        for private in (settings["trainer"], settings["data"].get("init_args", {})):
-            for key in ("default_root_dir", "logger", "root"):
-                private.pop(key, None)
-        self.model.settings = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
+        wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
+        self.model.settings = _without(wanted, {"default_root_dir", "logger", "root", "images", "labels", "init_from"})
 
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
@@ -189,6 +187,18 @@ def _silence_what_is_meant() -> None:
 def _continues(root: Path, ckpt_path: Any) -> bool:
     """Whether a run goes on from a checkpoint of its own: a file in its folder, or a word of Lightning's, like last."""
     return bool(ckpt_path) and (not Path(ckpt_path).is_file() or root.resolve() in Path(ckpt_path).resolve().parents)
+
+
+def _has_checkpoint(root: Path, ckpt_path: Any) -> bool:
+    """Whether there is one to continue from: with a word of Lightning's and no checkpoint, a run starts afresh."""
+    return bool(ckpt_path) and (Path(ckpt_path).is_file() or any((root / CHECKPOINTS).glob("*.ckpt")))
+
+
+def _without(settings: Any, keys: set[str]) -> Any:
+    """Nested settings without these keys, wherever they are."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _without(value, keys) for key, value in settings.items() if key not in keys}
 
 
 def _refuse_to_overwrite(root: Path) -> None:

@@ -66,10 +66,10 @@ class DiffusionModule(NetworkModule):
         speed: Speed | Literal["auto"] = "plain",
         seed: int = 0,
     ):
+        _check_denoises(unet)
         num_class_embeds = unet.config["num_class_embeds"]
         check_choice("loss_weighting", loss_weighting, get_args(LossWeighting))
         _check_settings(schedule, loss_weighting, label_dropout, num_class_embeds)
-        _check_denoises(unet)
         super().__init__(
             unet,
             optimizer=optimizer,

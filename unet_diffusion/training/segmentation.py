@@ -4,17 +4,20 @@ The training of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597) with 
 loss, or both; of a SegmentationUNet, of a DenoiserUNet at a fixed timestep, or of a classifier of denoiser features.
 """
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from unet_diffusion.checkpoint import TrainedSegmenter, segmenter_record
 from unet_diffusion.segmentation.bridge import take_over
+from unet_diffusion.segmentation.features import FeatureClassifier
+from unet_diffusion.segmentation.labels import BACKGROUND, NO_VALUE
 from unet_diffusion.segmentation.losses import SegmentationLoss, segmentation_loss
-from unet_diffusion.segmentation.predict import class_probabilities, scores
+from unet_diffusion.segmentation.predict import class_probabilities, class_scores
 from unet_diffusion.speed import Speed
 from unet_diffusion.training.base import LRDecay, NetworkModule, check_choice, default_optimizer
 from unet_diffusion.unet import PixelNetwork
@@ -103,7 +106,7 @@ class SegmentationModule(NetworkModule):
         self.image_shape = tuple(datamodule.image_shape)
         self.targets, self.stretch = datamodule.targets, datamodule.stretch
         datamodule.margin = self.unet.margin
-        channels, height, width = datamodule.image_shape
+        channels, height, width = self.image_shape
         num_classes, num_scores = len(self.targets.class_names), self.unet.config["out_channels"]
         if self.unet.in_channels != channels:
             raise ValueError(
@@ -124,50 +127,58 @@ class SegmentationModule(NetworkModule):
             denoiser = load_denoiser(self.init_from)
             take_over(self.ema_unet, denoiser)
             rank_zero_info(f"{self.init_from}: {take_over(self.unet, denoiser)}")
+        elif stage == "fit" and isinstance(self.unet, FeatureClassifier) and not self.is_continued:
+            rank_zero_warn("the frozen denoiser has random weights; set model.init_from to a trained one")
         super().setup(stage)
 
     def record(self) -> dict[str, Any]:
         return segmenter_record(self.trained)
 
     def identity(self) -> dict[str, Any]:
-        return {**self.unet.config, "timestep": self.timestep}
+        return self.identity_in(self.record())
 
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
-        return {**record["unet"]["init_args"], "timestep": record["timestep"]}
+        kept = {name: record[name] for name in ("timestep", "kind", "class_names", "stretch")}
+        return {**record["unet"]["init_args"], **kept}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of windows, where the network predicts."""
         margin = self.unet.margin
         inside = (slice(None), *(slice(margin, side - margin) for side in batch["images"].shape[-2:]))
-        predicted = scores(self.unet, batch["images"], self.timestep)
+        predicted = class_scores(self.unet, batch["images"], self.timestep)
         loss = segmentation_loss(predicted, batch["classes"][inside], batch["weights"][inside], self.loss)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        # Of each class: pixels of truth and prediction, of the truth, of the prediction; last row: errors and pixels.
-        self._validation_sums = torch.zeros(len(self.targets.class_names) + 1, 3, device=self.device)
+        # Of each class, pixels: of truth and prediction, of the truth, of the prediction.
+        num_classes = len(self.targets.class_names) if self.targets.kind == "classes" else 2
+        self._validation_sums = torch.zeros(num_classes, 3, device=self.device, dtype=torch.int64)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds up what the averaged network gets right and wrong in a whole image."""
+    def validation_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
+        """Adds up what is right and wrong in whole images: in the masks that `segment` would write."""
         assert self._validation_sums is not None
-        predicted = self.probabilities(batch["images"][0]).argmax(dim=0).to(self.device)
-        counts = batch["weights"][0] > 0
-        predicted, truth = predicted[counts], batch["classes"][0][counts]
-        num_classes = len(self.targets.class_names)
-        right = torch.bincount(truth[predicted == truth], minlength=num_classes)
-        sums = [right, torch.bincount(truth, minlength=num_classes), torch.bincount(predicted, minlength=num_classes)]
-        self._validation_sums[:-1] += torch.stack(sums, dim=1)
-        self._validation_sums[-1, 0] += (predicted != truth).sum()
-        self._validation_sums[-1, 1] += len(truth)
+        for one in batch:
+            classes = one["classes"]
+            probabilities = self.probabilities(one["images"])
+            if self.targets.kind == "classes":
+                truth, predicted = classes, probabilities.argmax(dim=0)
+            else:
+                truth, predicted = (classes > 0).long(), (probabilities[BACKGROUND] < 0.5).long()
+            counts = classes != NO_VALUE
+            truth, predicted = truth[counts], predicted.to(self.device)[counts]
+            tally = partial(torch.bincount, minlength=len(self._validation_sums))
+            sums = [tally(truth[predicted == truth]), tally(truth), tally(predicted)]
+            self._validation_sums += torch.stack(sums, dim=1)
 
     def on_validation_epoch_end(self) -> None:
-        sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
-        right, truth, predicted = sums[1:-1].unbind(dim=1)  # without the background
-        dice = (2 * right / (truth + predicted).clamp(min=1)).mean()
-        iou = (right / (truth + predicted - right).clamp(min=1)).mean()
-        error = sums[-1, 0] / sums[-1, 1].clamp(min=1)
+        sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum").double()
+        error = 1 - sums[:, 0].sum() / sums[:, 1].sum()
+        occurs = sums[1:, 1:].sum(dim=1) > 0  # the others, and the background, do not count
+        right, truth, predicted = sums[1:][occurs].unbind(dim=1)
+        dice = (2 * right / (truth + predicted)).mean()
+        iou = (right / (truth + predicted - right)).mean()
         self.log_dict({"val/dice": dice, "val/iou": iou, "val/pixel_error": error}, prog_bar=True, sync_dist=True)
 
     def probabilities(self, image: Tensor) -> Tensor:
