@@ -1,9 +1,10 @@
 """Does denoising first help to segment nuclei from few labels?
 
-    python benchmarks/label_efficiency.py --root DIR --denoiser runs/nuclei_denoiser
+    python benchmarks/label_efficiency.py --root DIR
 
 DIR holds image/ and label/ of 400 microscopy images; the last 80 by name are tested on, and never trained on or chosen
-by. The denoiser is a run of configs/nuclei_denoiser.yaml on the other 320, without labels. Then, with labels of N of
+by. The denoiser is a run of configs/nuclei_denoiser.yaml on the other 320, without labels, and is trained first if it
+is not there. Then, with labels of N of
 the 320, drawn by the seed:
 
     scratch    configs/nuclei_segment.yaml
@@ -42,6 +43,8 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of IoU
 
 def main() -> None:
     options = parsed()
+    if not options.denoiser.exists():
+        train_denoiser(options)
     results = json.loads(options.json.read_text())["results"] if options.json.exists() else []
     for seed in options.seeds:
         for num_labelled in options.num_labelled:
@@ -59,7 +62,7 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder that holds image and label")
-    parser.add_argument("--denoiser", type=Path, required=True, help="run folder of the denoiser")
+    parser.add_argument("--denoiser", type=Path, default=Path("runs/nuclei_denoiser"), help="run folder or checkpoint")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--num_labelled", nargs="+", type=int, default=[5, 20, 80])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -68,6 +71,17 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/label_efficiency"), help="for runs and logs")
     parser.add_argument("--json", type=Path, default=RESULTS / "label_efficiency.json")
     return parser.parse_args()
+
+
+def train_denoiser(options: argparse.Namespace) -> None:
+    print(f"training the denoiser: {options.denoiser}", flush=True)
+    images = options.root.resolve() / "image"
+    num_unlabelled = len(list(images.iterdir())) - options.num_test
+    arguments = [f"--data.init_args.root={images}", f"--data.init_args.num_images={num_unlabelled}"]
+    run = f"--trainer.default_root_dir={options.denoiser}"
+    config = f"--config={CONFIGS / 'nuclei_denoiser.yaml'}"
+    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", config, *arguments, run]
+    subprocess.run(command, check=True)
 
 
 def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: int) -> dict:

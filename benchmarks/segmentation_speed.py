@@ -2,19 +2,21 @@
 
     python benchmarks/segmentation_speed.py
 
-Ours is configs/isbi2012_modern.yaml's network (padded) and the paper's (valid convolutions, overlap-tile). The peer's
-Unet has a ResNet encoder and decoder widths that bring it to the parameters of each. All in bfloat16 and eval mode,
-without gradients, alternating in blocks; random weights.
+Ours are the paper's network (valid convolutions) and a padded one with batch norm; the peer's are the Unets with a
+ResNet encoder that are nearest in parameters, within 5 %. All whole slices, in bfloat16, channels last and eval mode,
+without gradients, alternating in blocks; random weights. Multiply-adds are counted by torch.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from measure import RESULTS, environment, table, write_json
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from unet_diffusion.segmentation.tiles import predict_tiled
 from unet_diffusion.speed import keep_freed_memory, set_speed
@@ -27,32 +29,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--slices", type=int, default=4, help="a block")
-    parser.add_argument("--side", type=int, default=SIDE, help="pixels")
+    parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument("--json", default=str(RESULTS / "segmentation_speed.json"))
     options = parser.parse_args()
     keep_freed_memory()
     image = torch.randn(1, options.side, options.side)
     predictors = {**ours(), **peers()}
-    seconds: dict[str, list[float]] = {name: [] for name in predictors}
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for predict, _ in predictors.values():
-            predict(image)
-        for _ in range(options.blocks):
-            for name, (predict, _) in predictors.items():
-                start = time.perf_counter()
-                for _ in range(options.slices):
-                    predict(image)
-                seconds[name].append((time.perf_counter() - start) / options.slices)
-    rows = [
-        {
-            "network": name,
-            "parameters": f"{predictors[name][1] / 1e6:.2f} M",
-            "megapixels/s": round(options.side**2 / 1e6 / float(np.median(taken)), 3),
-            "lowest": round(options.side**2 / 1e6 / max(taken), 3),
-            "highest": round(options.side**2 / 1e6 / min(taken), 3),
-        }
-        for name, taken in seconds.items()
-    ]
+    seconds = measured(predictors, image, options.blocks, options.slices)
+    rows = [row(name, *predictors[name], taken, image) for name, taken in seconds.items()]
     print(table(rows))
     print(f"written: {write_json(options.json, {'environment': environment(), 'results': rows})}")
 
@@ -60,14 +44,50 @@ def main() -> None:
 Predictor = tuple[Callable[[Tensor], Tensor], int]
 
 
+def measured(predictors: dict[str, Predictor], image: Tensor, blocks: int, slices: int) -> dict[str, list[float]]:
+    """Seconds a slice of each, block by block."""
+    seconds: dict[str, list[float]] = {name: [] for name in predictors}
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for predict, _ in predictors.values():
+            predict(image)
+        for _ in range(blocks):
+            for name, (predict, _) in predictors.items():
+                start = time.perf_counter()
+                for _ in range(slices):
+                    predict(image)
+                seconds[name].append((time.perf_counter() - start) / slices)
+    return seconds
+
+
+def row(name: str, predict: Callable[[Tensor], Tensor], parameters: int, taken: list[float], image: Tensor) -> dict:
+    megapixels = image.shape[-1] ** 2 / 1e6
+    return {
+        "network": name,
+        "parameters": f"{parameters / 1e6:.2f} M",
+        "multiply-adds a slice": f"{flops(predict, image) / 2e9:.0f} G",
+        "megapixels/s": round(megapixels / float(np.median(taken)), 3),
+        "lowest": round(megapixels / max(taken), 3),
+        "highest": round(megapixels / min(taken), 3),
+    }
+
+
 def ours() -> dict[str, Predictor]:
-    paper = SegmentationUNet(1, 2).eval()
-    modern = SegmentationUNet(1, 2, channels=(32, 64, 128, 256, 512), padding="same", norm="batch").eval()
+    widths = tuple(44 * 2**level for level in range(5))
+    networks = {
+        "unet_diffusion, paper": SegmentationUNet(1, 2).eval(),
+        "unet_diffusion, padded, 44 to 704": SegmentationUNet(
+            1, 2, channels=widths, padding="same", norm="batch"
+        ).eval(),
+    }
     made: dict[str, Predictor] = {}
-    for name, network in (("unet_diffusion, modern", modern), ("unet_diffusion, paper", paper)):
+    for name, network in networks.items():
         set_speed(network, "channels_last")
-        made[name] = (lambda image, net=network: predict_tiled(net, image, net, window_size=SIDE), size(network))
+        made[name] = (partial(in_one_window, network), size(network))
     return made
+
+
+def in_one_window(network: SegmentationUNet, image: Tensor) -> Tensor:
+    return predict_tiled(network, image, network, window_size=image.shape[-1] + 2 * network.margin + network.stride)
 
 
 def peers() -> dict[str, Predictor]:
@@ -77,15 +97,18 @@ def peers() -> dict[str, Predictor]:
         print("segmentation_models_pytorch is not installed: the peer is left out")
         return {}
     made: dict[str, Predictor] = {}
-    # A ResNet-18 with a narrow decoder has 7.8 M convolution weights' worth as ours has; a ResNet-34, 31 M.
-    for name, encoder, widths in (
-        ("smp.Unet, resnet18", "resnet18", (64, 32, 32, 16, 16)),
-        ("smp.Unet, resnet34", "resnet34", (512, 256, 128, 64, 32)),
-    ):
+    for encoder, widths in (("resnet34", (512, 256, 128, 64, 32)), ("resnet18", (256, 128, 64, 32, 16))):
         network = smp.Unet(encoder, encoder_weights=None, decoder_channels=widths, in_channels=1, classes=2).eval()
         network.to(memory_format=torch.channels_last)
+        name = f"smp.Unet, {encoder}, decoder {widths[0]} to {widths[-1]}"
         made[name] = (lambda image, net=network: net(image[None]), size(network))
     return made
+
+
+def flops(predict: Callable[[Tensor], Tensor], image: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        predict(image)
+    return counter.get_total_flops()
 
 
 def size(network: nn.Module) -> int:

@@ -170,3 +170,17 @@ def test_folder_recipe_trains_with_classes_as_its_comment_says(run_cli, tmp_path
     arguments += ["--model.unet.init_args.num_class_embeds", "3", "--model.label_dropout", "0.1"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
+
+
+def test_cells_recipe_trains_on_files_as_its_comment_says(run_cli, tmp_path):
+    write_pairs(tmp_path, channels=1, instances=True)
+    arguments = ["--config", CONFIGS / "cells.yaml", *SMALLER, *SMALL_WINDOWS, "--model.unet.init_args.channels=[4,8]"]
+    arguments += [
+        "--data.init_args.source",
+        "PairedFiles",
+        "--data.init_args.source.init_args.images",
+        tmp_path / "image",
+    ]
+    arguments += ["--data.init_args.source.init_args.labels", tmp_path / "label"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err

@@ -3,11 +3,18 @@
 import csv
 import os
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+
+from unet_diffusion.checkpoint import read_segmenter
+from unet_diffusion.data import SyntheticCells, scale_to_unit_range
+from unet_diffusion.segmentation.predict import class_probabilities
+from unet_diffusion.segmentation.scores import dice
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -51,9 +58,6 @@ NUM_STEPS = 3
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, tiny_digits):
     """The folder of a finished run, with rank0.pt and rank1.pt beside it."""
-    import sys
-    from pathlib import Path
-
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "recorder.py").write_text(RECORDER)
     program = Path(sys.executable).parent / "unet-diffusion"
@@ -124,3 +128,28 @@ def test_validation_loss_is_that_of_a_single_process(two_processes, run_cli, tmp
     with open(tmp_path / "alone" / "logs" / "version_0" / "metrics.csv", newline="") as file:
         (alone,) = (float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"])
     assert logged == pytest.approx(alone, rel=1e-5)  # float32 sums in another order
+
+
+def test_segmenter_is_validated_alike_on_two_processes(tmp_path):
+    """Three images to validate on: one process has two of them, the other one."""
+    arguments = f"--config {CONFIGS / 'cells.yaml'} --config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.devices 2 "
+    arguments += "--trainer.accelerator cpu --trainer.precision 32-true --model.unet.init_args.channels [4,8] "
+    arguments += "--data.init_args.source.init_args.num_images 6 --data.init_args.num_val 3 "
+    arguments += "--data.init_args.batch_size 2 --trainer.max_steps 2 --trainer.val_check_interval 2 "
+    arguments += "--samples.every_n_steps 0 --checkpoint.every_n_train_steps 2 --trainer.log_every_n_steps 1 "
+    arguments += "--trainer.default_root_dir run"
+    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    trained = read_segmenter(tmp_path / "run")
+    loaded = SyntheticCells(num_images=6).load(progress=False)
+    truths, predictions = [], []
+    for image, labels in zip(loaded.images[-3:], loaded.labels[-3:], strict=True):
+        with torch.no_grad():
+            probabilities = class_probabilities(trained, scale_to_unit_range(image))
+        truths.append(labels > 0)
+        predictions.append((probabilities[0] < 0.5).numpy())
+    with open(tmp_path / "run" / "logs" / "version_0" / "metrics.csv") as file:
+        (logged,) = [row["val/dice"] for row in csv.DictReader(file) if row.get("val/dice")]
+    assert float(logged) == pytest.approx(dice(np.concatenate(truths), np.concatenate(predictions)), abs=1e-4)

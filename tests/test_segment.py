@@ -1,5 +1,6 @@
 """`unet-diffusion segment`: masks of the same name and size, for files of any kind."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from unet_diffusion.checkpoint import read_segmenter
+from unet_diffusion.checkpoint import TrainedSegmenter, read_segmenter, segmenter_record
 from unet_diffusion.cli import main
 from unet_diffusion.data.base import to_float
 from unet_diffusion.segmentation.predict import class_probabilities, mask_name
+from unet_diffusion.unet import SegmentationUNet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RNG = np.random.default_rng(0)
@@ -78,13 +80,13 @@ def test_masks_have_the_names_and_sizes_of_their_images(run_cli, run, images, tm
 
 
 def test_mask_is_what_the_network_predicts(run_cli, run, images, tmp_path):
-    run_cli("segment", run, images / "grey.png", "--output", tmp_path, "--probabilities")
+    run_cli("segment", run, images / "grey.png", "--output", tmp_path / "m", "--probabilities")
     trained = read_segmenter(run)
     with Image.open(images / "grey.png") as image, torch.no_grad():
         pixels = to_float(torch.from_numpy(np.array(image))[None], stretch=False)
         expected = class_probabilities(trained, pixels)
-    np.testing.assert_allclose(np.load(tmp_path / "probabilities" / "grey.npy"), expected, atol=1e-3)  # float16
-    with Image.open(tmp_path / "grey.png") as mask:
+    np.testing.assert_allclose(np.load(tmp_path / "m" / "probabilities" / "grey.npy"), expected, atol=1e-3)  # float16
+    with Image.open(tmp_path / "m" / "grey.png") as mask:
         assert np.array_equal(np.asarray(mask), np.where(expected[0] < 0.5, 255, 0))
 
 
@@ -156,6 +158,42 @@ def test_no_half_written_file_is_left(run_cli, run, images, tmp_path, monkeypatc
     assert status == 1
     assert "no space left on device" in err
     assert [path.name for path in (tmp_path / "masks").iterdir()] == ["settings.json"]
+
+
+@pytest.fixture
+def classes_checkpoint(tmp_path):
+    """A valid-convolution network for RGB images, of four classes, with stretched grey values."""
+    torch.manual_seed(0)
+    unet = SegmentationUNet(3, 4, channels=(4, 8))
+    trained = TrainedSegmenter(unet, "classes", list("abcd"), timestep=None, stretch=True, window_size=50)
+    weights = {f"ema_unet.{name}": value for name, value in unet.state_dict().items()}
+    torch.save({"segmenter": segmenter_record(trained), "state_dict": weights}, tmp_path / "classes.ckpt")
+    return tmp_path / "classes.ckpt"
+
+
+def test_classes_are_written_as_their_indices(run_cli, classes_checkpoint, images, tmp_path):
+    status, _, err = run_cli("segment", classes_checkpoint, images, "--output", tmp_path / "m", "--overlays")
+    assert status == 0, err
+    trained = read_segmenter(classes_checkpoint)
+    with Image.open(images / "deep.tif") as image, torch.no_grad():
+        pixels = to_float(torch.from_numpy(np.array(image))[None].expand(3, -1, -1), stretch=True)
+        expected = class_probabilities(trained, pixels).argmax(dim=0)
+    with Image.open(tmp_path / "m" / "deep.tif") as mask:
+        assert np.array_equal(np.asarray(mask), expected)
+
+
+def test_zip_archives_and_bfloat16_work(run_cli, classes_checkpoint, images, tmp_path):
+    shutil.make_archive(str(tmp_path / "packed"), "zip", images)
+    options = ["--output", tmp_path / "m", "--precision", "bfloat16", "--speed", "channels_last"]
+    status, _, err = run_cli("segment", classes_checkpoint, tmp_path / "packed.zip", *options)
+    assert status == 0, err
+    assert len(sizes(tmp_path / "m")) == 4
+
+
+def test_instances_of_classes_are_refused(run_cli, classes_checkpoint, images, tmp_path):
+    status, _, err = run_cli("segment", classes_checkpoint, images, "--output", tmp_path / "m", "--instances")
+    assert status == 1
+    assert "--instances needs a model of objects" in err
 
 
 @pytest.mark.parametrize(

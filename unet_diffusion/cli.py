@@ -288,7 +288,8 @@ def _prepare_masks(options: argparse.Namespace) -> None:
         differ = ", ".join(key for key in settings if before.get(key) != settings[key])
         if differ and not options.overwrite:
             raise FileExistsError(
-                f"the masks in {folder} were made with other settings ({differ}); choose another --output, or --overwrite"
+                f"the masks in {folder} were made with other settings ({differ}); choose another --output, "
+                "or --overwrite"
             )
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=1))

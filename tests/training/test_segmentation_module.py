@@ -100,6 +100,7 @@ def fit_and_save(made, data, trainer, path):
     return path
 
 
+@pytest.mark.filterwarnings("ignore:the frozen denoiser has random weights")
 @pytest.mark.parametrize("kind", ["2015", "denoiser", "features"])
 def test_checkpoint_is_read_back_as_the_averaged_network(quiet_trainer, tmp_path, kind):
     torch.manual_seed(0)
@@ -122,6 +123,7 @@ def test_checkpoint_is_read_back_as_the_averaged_network(quiet_trainer, tmp_path
         assert torch.equal(trained.unet(x, t), made.ema_unet.eval()(x, t))
 
 
+@pytest.mark.filterwarnings("ignore:the frozen denoiser has random weights")
 def test_frozen_denoiser_is_in_a_checkpoint_once(quiet_trainer, tmp_path):
     big = {**SMALL, "channels": [32, 64]}
     unet = FeatureClassifier(DenoiserUNet(**big), NoiseSchedule(100, "linear"), levels=[0], hidden_channels=[4, 4],
