@@ -66,17 +66,23 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Further options are those of unet-diffusion fit, such as --trainer.max_steps=100.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--root", type=Path, required=True, help="folder that holds train/image and train/label")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--minutes", type=float, default=30.0, help="of training, from the start of the process")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--speed", default="channels_last", help="of training")
     parser.add_argument("--calibration_steps", nargs=2, type=int, default=[5, 35], help="of the short runs")
-    parser.add_argument("--options", nargs="*", default=[], help="of fit, such as --trainer.accelerator=cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/isbi2012"), help="for runs and logs")
     parser.add_argument("--json", type=Path, default=RESULTS / "isbi2012.json")
-    return parser.parse_args()
+    options, options_of_fit = parser.parse_known_args()
+    options.of_fit = options_of_fit
+    return options
 
 
 def measured(options: argparse.Namespace, name: str, seed: int) -> list[dict]:
@@ -121,7 +127,7 @@ def fit(options: argparse.Namespace, name: str, seed: int, num_steps: int, run: 
         f"--checkpoint.every_n_train_steps={num_steps}",
         f"--trainer.default_root_dir={run}",
         *more,
-        *options.options,
+        *options.of_fit,
     ]
     run.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

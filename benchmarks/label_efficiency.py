@@ -60,17 +60,23 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Further options are those of unet-diffusion fit, such as --trainer.max_steps=100.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--root", type=Path, required=True, help="folder that holds image and label")
     parser.add_argument("--denoiser", type=Path, default=Path("runs/nuclei_denoiser"), help="run folder or checkpoint")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--num_labelled", nargs="+", type=int, default=[5, 20, 80])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num_test", type=int, default=80, help="images to test on, the last by name")
-    parser.add_argument("--options", nargs="*", default=[], help="of fit, such as --trainer.max_steps=100")
     parser.add_argument("--work", type=Path, default=Path("runs/label_efficiency"), help="for runs and logs")
     parser.add_argument("--json", type=Path, default=RESULTS / "label_efficiency.json")
-    return parser.parse_args()
+    options, options_of_fit = parser.parse_known_args()
+    options.of_fit = options_of_fit
+    return options
 
 
 def train_denoiser(options: argparse.Namespace) -> None:
@@ -100,7 +106,7 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
         "--trainer.limit_val_batches=0",
         f"--trainer.default_root_dir={run}",
         *([] if method == "scratch" else [f"--model.init_from={options.denoiser}"]),
-        *options.options,
+        *options.of_fit,
     ]
     start = time.perf_counter()
     with open(run.with_suffix(".log"), "w") as log:

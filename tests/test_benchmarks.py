@@ -116,7 +116,6 @@ def test_isbi2012(tmp_path):
     command += [
         "--json",
         str(tmp_path / "i.json"),
-        "--options",
         *TINY_SEGMENTER,
         "--model.unet.init_args.channels=[4,8]",
     ]
@@ -136,7 +135,7 @@ def test_label_efficiency_resumes(tmp_path):
     command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "l.json")]
     narrow = ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"]
     few = ["--num_labelled", "2", "--methods", "scratch", "finetuned"]
-    options = ["--options", *TINY_SEGMENTER, "--trainer.max_steps=2", *narrow]
+    options = [*TINY_SEGMENTER, "--trainer.max_steps=2", *narrow]
     subprocess.run([*command, *few, *options], check=True)
     first = json.loads((tmp_path / "l.json").read_text())["results"]
     assert [(result["method"], result["labelled"]) for result in first] == [("scratch", 2), ("finetuned", 2)]

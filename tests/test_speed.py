@@ -139,9 +139,9 @@ def test_float32_is_recommended_where_bfloat16_is_slower(tiny_unet, monkeypatch)
 def test_trying_leaves_network_and_random_numbers_alone(tiny_unet):
     unet = tiny_unet(dropout=0.5)
     weights, random_state = copy.deepcopy(unet.state_dict()), torch.get_rng_state()
-    chosen, reason = choose(unet, num_steps=1)
-    assert chosen == "plain"
-    assert reason.startswith("speed plain: a step takes plain ")
+    chosen, reason = choose(unet, num_steps=1)  # too few to compile for
+    assert chosen in ("plain", "channels_last")
+    assert reason.startswith(f"speed {chosen}: a step takes plain ")
     torch.testing.assert_close(unet.state_dict(), weights, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in unet.parameters())
@@ -236,7 +236,7 @@ def test_auto_without_a_data_module_is_refused(tiny_module, tiny_images, quiet_t
 
 def test_fit_times_the_speeds_of_this_machine_and_says_so(run_cli, tiny_digits, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("unet_diffusion.training.module.rank_zero_info", said.append)
+    monkeypatch.setattr("unet_diffusion.training.base.rank_zero_info", said.append)
     status, _, err = run_cli("fit", *tiny_digits, "--model.speed", "auto", "--trainer.default_root_dir", tmp_path)
     assert status == 0, err
     assert [line for line in said if line.startswith("speed plain: a step takes plain ")]

@@ -152,7 +152,7 @@ unet = DenoiserUNet(3, [32, 64, 128, 256], layers_per_block=1, mid_attention=Fal
 network = FeatureClassifier(unet, NoiseSchedule(1000, "linear")).train()
 optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])
 images = torch.randint(256, (50, 3, 256, 256), dtype=torch.uint8)
-for batch in images.split(5):
+for batch in images.split(4):
     x = batch.float() / 127.5 - 1
     loss = weighted_cross_entropy(network(x), (x[:, 0] > 0).long(), torch.ones(x[:, 0].shape))
     loss.backward()

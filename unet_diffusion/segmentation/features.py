@@ -104,12 +104,13 @@ class FeatureClassifier(PixelNetwork):
             ValueError: if the size does not fit.
         """
         projections = iter(self.projections)
-        hidden = [
+        # Added up one by one: all maps of the image's size together would take most of the memory.
+        hidden = sum(
             F.interpolate(next(projections)(features), size=x.shape[-2:], mode="bilinear")
             for timestep in self.timesteps
             for features in self.maps(x, timestep)
-        ]
-        return self.classifier(torch.stack(hidden).sum(dim=0))
+        )
+        return self.classifier(hidden)
 
     @torch.no_grad()
     def maps(self, x: Tensor, timestep: int) -> list[Tensor]:

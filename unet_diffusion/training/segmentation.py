@@ -173,7 +173,7 @@ class SegmentationModule(NetworkModule):
             self._validation_sums += torch.stack(sums, dim=1)
 
     def on_validation_epoch_end(self) -> None:
-        sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum").double()
+        sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum").float()
         error = 1 - sums[:, 0].sum() / sums[:, 1].sum()
         occurs = sums[1:, 1:].sum(dim=1) > 0  # the others, and the background, do not count
         right, truth, predicted = sums[1:][occurs].unbind(dim=1)
