@@ -239,8 +239,10 @@ def test_fit_times_the_speeds_of_this_machine_and_says_so(run_cli, tiny_digits, 
     monkeypatch.setattr("unet_diffusion.training.base.rank_zero_info", said.append)
     status, _, err = run_cli("fit", *tiny_digits, "--model.speed", "auto", "--trainer.default_root_dir", tmp_path)
     assert status == 0, err
-    assert [line for line in said if line.startswith("speed plain: a step takes plain ")]
-    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["speed"] == "plain"
+    (reason,) = [line for line in said if ": a step takes plain " in line]
+    chosen = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["speed"]
+    assert chosen in ("plain", "channels_last")  # four steps are too few to compile for
+    assert reason.startswith(f"speed {chosen}: ")
 
 
 class HostReads(TorchDispatchMode):
