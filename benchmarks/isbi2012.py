@@ -18,14 +18,13 @@ mirrored views of a slice, and without. A result is kept as soon as it is there,
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from measure import RESULTS, environment, table, write_json
+from measure import RESULTS, environment, process_seconds, table, write_json
 
 from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import PairedFiles
@@ -130,11 +129,8 @@ def fit(options: argparse.Namespace, name: str, seed: int, num_steps: int, run: 
         *options.of_fit,
     ]
     run.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with open(run.with_suffix(".log"), "w") as log:
-        command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return time.perf_counter() - start
+    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+    return process_seconds(command, run.with_name(f"{run.name}.log"))
 
 
 def tested(root: Path, run: Path, *, views: bool) -> dict[str, float]:

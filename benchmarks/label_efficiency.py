@@ -4,8 +4,7 @@
 
 DIR holds image/ and label/ of 400 microscopy images; the last 80 by name are tested on, and never trained on or chosen
 by. The denoiser is a run of configs/nuclei_denoiser.yaml on the other 320, without labels, and is trained first if it
-is not there. Then, with labels of N of
-the 320, drawn by the seed:
+is not there. Then, with labels of N of the 320, drawn by the seed:
 
     scratch    configs/nuclei_segment.yaml
     finetuned  configs/nuclei_finetune.yaml: the same network, from the denoiser's weights
@@ -21,12 +20,11 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from measure import RESULTS, environment, table, write_json
+from measure import RESULTS, environment, process_seconds, table, write_json
 
 from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import PairedFiles
@@ -108,11 +106,8 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
         *([] if method == "scratch" else [f"--model.init_from={options.denoiser}"]),
         *options.of_fit,
     ]
-    start = time.perf_counter()
-    with open(run.with_suffix(".log"), "w") as log:
-        command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    seconds = round(time.perf_counter() - start, 1)
+    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+    seconds = round(process_seconds(command, run.with_name(f"{run.name}.log")), 1)
     scores = tested(root, run, options.num_test)
     return {"method": method, "labelled": num_labelled, "seed": seed, "seconds": seconds, **scores}
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,22 @@ def _status_mib(field: str) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- reports
+
+
+def process_seconds(command: Iterable[str], log: Path) -> float:
+    """Wall clock of a command from its start to its end.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    start = time.perf_counter()
+    with log.open("w") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    seconds = time.perf_counter() - start
+    if status:
+        raise RuntimeError(f"a contender must end well, and its status is {status}; {log} ends with\n"
+                           f"{log.read_text()[-2000:]}")  # fmt: skip
+    return seconds
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:

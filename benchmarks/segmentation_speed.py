@@ -22,8 +22,6 @@ from unet_diffusion.segmentation.tiles import predict_tiled
 from unet_diffusion.speed import keep_freed_memory, set_speed
 from unet_diffusion.unet import SegmentationUNet
 
-SIDE = 512
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -25,11 +25,10 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -39,7 +38,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from features import classes, fashion_mnist, features, frechet_distance, label_entropy, small_cnn, trained_classifier
-from measure import RESULTS, environment, table, write_json
+from measure import RESULTS, environment, process_seconds, table, write_json
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -321,22 +320,6 @@ def fit_seconds(name: str, root: Path, folder: Path, max_steps: int, *options: s
     command += [f"--data.init_args.root={root}", f"--trainer.default_root_dir={folder}"]
     command += [f"--trainer.max_steps={max_steps}", *OURS[name], *options]
     return process_seconds(command, log_of(folder))
-
-
-def process_seconds(command: Iterable[str], log: Path) -> float:
-    """Wall clock of a command from its start to its end.
-
-    Raises:
-        RuntimeError: if it fails.
-    """
-    start = time.perf_counter()
-    with log.open("w") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    seconds = time.perf_counter() - start
-    if status:
-        raise RuntimeError(f"a contender must end well, and its status is {status}; {log} ends with\n"
-                           f"{log.read_text()[-2000:]}")  # fmt: skip
-    return seconds
 
 
 def our_denoiser(folder: Path) -> Denoiser:

@@ -321,11 +321,20 @@ class PooledDoubleConv(nn.Module):
         return self.double_conv(F.max_pool2d(x, 2), emb, context)
 
 
-class PooledDownBlock(PooledDoubleConv):
-    """A level of its contracting path: the same, and the map is kept for the way up."""
+class PooledDownBlock(nn.Module):
+    """A level of its contracting path: the same, and the map is kept for the way up.
 
-    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> list[Tensor]:  # type: ignore[override]
-        return [super().forward(x, emb, context)]
+    Args:
+        double_conv: the convolutions.
+    """
+
+    def __init__(self, double_conv: DoubleConv):
+        super().__init__()
+        self.double_conv = double_conv
+
+    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> list[Tensor]:
+        """The one map that the level keeps, in a list."""
+        return [self.double_conv(F.max_pool2d(x, 2), emb, context)]
 
 
 class UpConvBlock(nn.Module):

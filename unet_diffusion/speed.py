@@ -87,9 +87,9 @@ def fastest_speed(
 ) -> tuple[Speed, str]:
     """The setting with the shortest training step here, and a sentence that says how long each one took.
 
-    Forward and backward of a copy are timed, three steps each, on x's device. Further settings than "plain" are tried
-    only if all trials together are expected to take at most 5 % of the run (see TRIALS); one that fails is left out.
-    The network and the random numbers are left as they were.
+    Forward and backward of a copy are timed, three steps each, on x's device. "plain" and "channels_last", which
+    compile nothing, are always tried; the others only if compiling them all is expected to take at most 5 % of the run
+    (see TRIALS). One that fails is left out. The network and the random numbers are left as they were.
 
     Args:
         unet: the network.

@@ -320,15 +320,14 @@ class SegmentationUNet(UNet, PixelNetwork):
         emb_channels = 4 * channels[0] if timestep_embedding else None
         first_conv = partial(DoubleConv, padded=padding == "same", make_norm=_norm_maker(norm))
         double_conv = partial(first_conv, emb_channels=emb_channels)
-        # Down to the level above the bottom; the bottom is the block in the middle.
-        dropouts = [0.0] * (len(channels) - 3) + [dropout]
+        dropouts = [0.0] * (len(channels) - 2) + [dropout] * 2  # of each level
         super().__init__(
-            first_conv(in_channels, channels[0], dropout=dropout if len(channels) == 2 else 0.0),
+            first_conv(in_channels, channels[0], dropout=dropouts[0]),
             [
                 PooledDownBlock(double_conv(above, width, dropout=p))
-                for above, width, p in zip(channels[:-2], channels[1:-1], dropouts, strict=False)
+                for above, width, p in zip(channels[:-2], channels[1:-1], dropouts[1:-1], strict=True)
             ],
-            mid_block=PooledDoubleConv(double_conv(channels[-2], channels[-1], dropout=dropout)),
+            mid_block=PooledDoubleConv(double_conv(channels[-2], channels[-1], dropout=dropouts[-1])),
             up_blocks=[
                 UpConvBlock(below, double_conv(2 * width, width)) for width, below in reversed(list(pairwise(channels)))
             ],

@@ -11,6 +11,7 @@ from skimage.measure import label as connected_components
 from skimage.segmentation import find_boundaries, watershed
 
 from unet_diffusion.segmentation.border_weights import border_weights, class_weights
+from unet_diffusion.segmentation.scores import FOUR_CONNECTED
 
 LabelFormat = Literal["0/1", "0/255", "classes", "instances"]
 Kind = Literal["binary", "classes", "instances"]
@@ -19,7 +20,6 @@ BACKGROUND, CELL, BORDER = 0, 1, 2  # the classes of kind "instances"; those of 
 NO_VALUE = -1  # of pixels that are not to be learnt
 MAX_CLASSES = 256  # predictions are written as 8-bit images
 NUM_SHOWN = 12  # values in an error message
-FOUR_CONNECTED = 1
 
 
 @dataclass(frozen=True)

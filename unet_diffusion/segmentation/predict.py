@@ -169,7 +169,8 @@ def _segment_pages(
     predictions = [predict(image).numpy() for image in images]
     stem = PurePosixPath(mask).with_suffix("")
     stems = [stem] if len(pages) == 1 else [stem / f"{number:04d}" for number in range(len(pages))]
-    objects = None if trained.kind == "classes" else [instances_from(p, trained.kind) for p in predictions]
+    wants_objects = trained.kind != "classes" and (outputs.instances or outputs.overlays)
+    objects = [instances_from(p, trained.kind) for p in predictions] if wants_objects else None
     masks = [mask_from(p, trained.kind) for p in predictions]
     outlines: Sequence[NDArray[Any]] = objects or masks
     for image, prediction, stem, outline in zip(images, predictions, stems, outlines, strict=True):

@@ -43,7 +43,7 @@ class PictureGrid(Callback):
         raise NotImplementedError(f"{type(self).__name__} must define picture()")
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_at:
             self._drawn_at = step  # with accumulation, several batches end at the same step
