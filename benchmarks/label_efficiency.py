@@ -20,6 +20,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,13 @@ from unet_diffusion.data import PairedFiles
 from unet_diffusion.data.base import to_float
 from unet_diffusion.segmentation.labels import instances_from
 from unet_diffusion.segmentation.predict import class_probabilities
-from unet_diffusion.segmentation.scores import average_precision
-from unet_diffusion.speed import keep_freed_memory
+from unet_diffusion.segmentation.scores import average_precisions
+from unet_diffusion.speed import keep_freed_memory, set_speed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 METHODS = {"scratch": "nuclei_segment.yaml", "finetuned": "nuclei_finetune.yaml", "features": "nuclei_features.yaml"}
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of IoU
+TEST_WINDOW = 256  # pixels; twice that of training: half the test images are no larger, and need one window
 
 
 def main() -> None:
@@ -115,7 +117,8 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
 def tested(root: Path, run: Path, num_test: int) -> dict[str, float]:
     """Dice of the foreground, and average precisions, on the test images."""
     keep_freed_memory()
-    trained = read_segmenter(run)
+    trained = replace(read_segmenter(run), window_size=TEST_WINDOW)
+    set_speed(trained.unet, "channels_last")
     loaded = PairedFiles(root / "image", root / "label", channels=3).load(progress=False)
     overlap, total, precisions = 0, 0, []
     for image, truth in zip(loaded.images[-num_test:], loaded.labels[-num_test:], strict=True):
@@ -125,7 +128,7 @@ def tested(root: Path, run: Path, num_test: int) -> dict[str, float]:
         overlap += 2 * int((foreground & (truth > 0)).sum())
         total += int(foreground.sum()) + int((truth > 0).sum())
         objects = instances_from(probabilities, trained.kind)
-        precisions.append([average_precision(truth, objects, threshold) for threshold in THRESHOLDS])
+        precisions.append(average_precisions(truth, objects, THRESHOLDS))
     return {
         "dice": round(overlap / total, 4),
         "ap_50": round(float(np.mean(precisions, axis=0)[0]), 4),

@@ -13,6 +13,7 @@ from unet_diffusion.segmentation.scores import (
     NEIGHBOURS,
     SIMPLE_POINTS,
     average_precision,
+    average_precisions,
     dice,
     iou,
     match_objects,
@@ -441,6 +442,14 @@ def test_average_precision_falls_with_the_threshold(threshold, num_matched):
     truth, prediction = objects(10, 10, 10, 10, 10), objects(5, 6, 7, 8, 9)
     expected = num_matched / (num_matched + 2 * (5 - num_matched))
     assert average_precision(truth, prediction, threshold) == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_several_thresholds_at_once_are_the_thresholds_one_by_one():
+    truth, prediction = (np.random.default_rng(seed).integers(0, 4, (12, 12)) for seed in range(2))
+    thresholds = [0.05, 0.1, 0.2]
+    one_by_one = [average_precision(truth, prediction, threshold) for threshold in thresholds]
+    assert average_precisions(truth, prediction, thresholds) == one_by_one
+    assert len(set(one_by_one)) > 1
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS_OF_STARDIST)

@@ -299,18 +299,7 @@ def match_objects(truth: Labels, prediction: Labels, threshold: float) -> tuple[
     Raises:
         ValueError: if shapes differ, labels are not integers of 0 or more, or the threshold is out of range.
     """
-    _check_labels(truth, prediction)
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}; 0.5 is usual")
-    rows, columns, table = _contingency(truth, prediction)
-    of_truth, of_prediction = table.sum(axis=1)[rows > 0], table.sum(axis=0)[columns > 0]
-    both = table[rows > 0][:, columns > 0].toarray()
-    ious = both / (of_truth[:, None] + of_prediction - both)
-    matches = ious >= threshold
-    # All IoU together weigh less than one match.
-    pairs = linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
-    true_positives = int(matches[pairs].sum())
-    return true_positives, len(of_prediction) - true_positives, len(of_truth) - true_positives
+    return _matched(_object_ious(truth, prediction), threshold)
 
 
 def average_precision(truth: Labels, prediction: Labels, threshold: float) -> float:
@@ -326,9 +315,23 @@ def average_precision(truth: Labels, prediction: Labels, threshold: float) -> fl
     Raises:
         ValueError: as `match_objects`.
     """
-    true_positives, false_positives, false_negatives = match_objects(truth, prediction, threshold)
-    total = true_positives + false_positives + false_negatives
-    return true_positives / total if total else 1.0
+    return average_precisions(truth, prediction, [threshold])[0]
+
+
+def average_precisions(truth: Labels, prediction: Labels, thresholds: Sequence[float]) -> list[float]:
+    """`average_precision` at each of several thresholds; objects are overlaid once.
+
+    Args:
+        truth: instance numbers, 0 for background.
+        prediction: the same.
+        thresholds: least IoU of a match, in (0, 1].
+
+    Raises:
+        ValueError: as `match_objects`.
+    """
+    ious = _object_ious(truth, prediction)
+    counts = [_matched(ious, threshold) for threshold in thresholds]
+    return [one[0] / sum(one) if any(one) else 1.0 for one in counts]
 
 
 def object_f1(truth: Labels, prediction: Labels, threshold: float) -> float:
@@ -345,6 +348,27 @@ def object_f1(truth: Labels, prediction: Labels, threshold: float) -> float:
     true_positives, false_positives, false_negatives = match_objects(truth, prediction, threshold)
     total = 2 * true_positives + false_positives + false_negatives
     return 2 * true_positives / total if total else 1.0
+
+
+def _object_ious(truth: Labels, prediction: Labels) -> NDArray[np.float64]:
+    """The IoU of each object of truth with each of the prediction, (R, C)."""
+    _check_labels(truth, prediction)
+    rows, columns, table = _contingency(truth, prediction)
+    of_truth, of_prediction = table.sum(axis=1)[rows > 0], table.sum(axis=0)[columns > 0]
+    both = table[rows > 0][:, columns > 0].toarray()
+    return both / (of_truth[:, None] + of_prediction - both)
+
+
+def _matched(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]:
+    """True positives, false positives and false negatives at IoU >= threshold."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}; 0.5 is usual")
+    matches = ious >= threshold
+    # All IoU together weigh less than one match.
+    pairs = linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
+    true_positives = int(matches[pairs].sum())
+    num_truth, num_predicted = ious.shape
+    return true_positives, num_predicted - true_positives, num_truth - true_positives
 
 
 def _contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, sparse.csr_array]:
