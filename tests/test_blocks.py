@@ -12,10 +12,10 @@ from unet_diffusion.blocks import (
     PassThrough,
     ResidualBlock,
     SelfAttention,
-    TimestepEmbedding,
     UpBlock,
     Upsample,
     crop_and_concat,
+    sinusoids,
 )
 
 
@@ -31,12 +31,12 @@ def randomised(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sinusoids_are_those_of_diffusers(flip, shift):
     t = torch.tensor([0.0, 0.5, 17, 999])
-    ours = TimestepEmbedding(16, 4, flip_sin_to_cos=flip, freq_shift=shift)._sinusoids(t)
+    ours = sinusoids(t, 16, flip_sin_to_cos=flip, freq_shift=shift)
     assert torch.equal(ours, get_timestep_embedding(t, 16, flip_sin_to_cos=flip, downscale_freq_shift=shift))
 
 
 def test_sinusoids_have_unit_length_per_frequency():
-    sines = TimestepEmbedding(8, 4)._sinusoids(torch.tensor([123.0]))
+    sines = sinusoids(torch.tensor([123.0]), 8)
     cos, sin = sines.chunk(2, dim=1)
     torch.testing.assert_close(cos**2 + sin**2, torch.ones(1, 4))
 
@@ -111,8 +111,14 @@ def test_downsampling_with_padding_sees_zeros_at_the_top_and_left():
     assert down(torch.ones(1, 1, 4, 4))[0, 0].tolist() == [[4, 6], [6, 9]]
 
 
-def test_upsampling_doubles_the_size():
-    assert Upsample(4)(torch.randn(1, 4, 3, 5)).shape == (1, 4, 6, 10)
+def test_upsampling_repeats_each_pixel_up_to_the_size():
+    upsample = Upsample(1)
+    with torch.no_grad():
+        upsample.conv.weight.zero_()[0, 0, 1, 1] = 1
+        upsample.conv.bias.zero_()
+    x = torch.tensor([[[[1.0, 2, 3]]]])
+    assert upsample(x, size=(2, 6)).tolist() == [[[[1, 1, 2, 2, 3, 3]] * 2]]
+    assert upsample(x, size=(1, 5)).tolist() == [[[[1, 1, 2, 2, 3]]]]
 
 
 def test_down_block_keeps_every_map_and_the_downsampled_one():
@@ -127,11 +133,9 @@ def test_mid_block_puts_attention_between_residual_blocks():
 
 def test_up_block_takes_one_skip_for_each_residual_block():
     block = UpBlock([Mean(), Mean()], [PassThrough(), PassThrough()], None)
-    assert block.num_skips == 2
-    x, skips = torch.full((1, 1, 2, 2), 4.0), [torch.full((1, 1, 2, 2), value) for value in (0.0, 6.0)]
+    x, skips = torch.full((1, 1, 2, 2), 4.0), [torch.full((1, 1, 2, 2), value) for value in (7.0, 6.0, 0.0)]
     assert block(x, skips, None, None).mean() == 4  # (4 + 0) / 2 = 2; (2 + 6) / 2 = 4
-    with pytest.raises(ValueError, match="zip"):
-        block(x, skips[:1], None, None)
+    assert [float(skip.mean()) for skip in skips] == [7]  # left to the next block
 
 
 def test_skip_is_cropped_to_its_centre():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_class_conditional_pipeline_makes_our_images_with_any_scheduler(tmp_path
     trained.schedule = NoiseSchedule(100, prediction_type="v_prediction")
     export_pipeline(trained, tmp_path / "pipeline")
     pipeline = load_here(tmp_path / "pipeline")
-    pipeline.scheduler = getattr(interop.diffusers, scheduler).from_config(pipeline.scheduler.config)
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     generator = image_generators(SEED, range(NUM_IMAGES))
     theirs = pipeline(LABELS, guidance_scale=2.0, num_inference_steps=5, generator=generator, output_type="np").images
     options = {"scheduler": scheduler, "labels": torch.tensor(LABELS), "null_label": NULL_LABEL, "guidance_scale": 2.0}

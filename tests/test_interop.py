@@ -5,16 +5,11 @@ import shutil
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet1DModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from unet_diffusion.interop import (
-    config_from_diffusers,
-    from_diffusers,
-    import_pipeline,
-    schedule_from_diffusers,
-    to_diffusers,
-)
+from unet_diffusion.diffusers_config import config_from_diffusers, schedule_from_diffusers
+from unet_diffusion.interop import from_diffusers, import_pipeline, to_diffusers
 from unet_diffusion.unet import DenoiserUNet
 
 CIFAR10_32 = {
@@ -92,7 +87,7 @@ REFUSED = [
     ("down_block_types", {"block_out_channels": (8, 16, 16)}),
     ("downsample_type", {"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")}),
     ("upsample_type", {"upsample_type": "resnet"}),
-    ("_class_name", {"_class_name": "UNet2DConditionModel"}),
+    ("_class_name", {"_class_name": "UNet3DConditionModel"}),
 ]
 
 
@@ -203,8 +198,8 @@ def test_unsupported_configuration_is_refused_by_the_name_of_its_field(field, ch
 
 
 def test_network_of_another_class_is_refused():
-    with torch.device("meta"), pytest.raises(ValueError, match="UNet2DConditionModel"):
-        from_diffusers(UNet2DConditionModel())
+    with torch.device("meta"), pytest.raises(ValueError, match="UNet1DModel"):
+        from_diffusers(UNet1DModel())
     with pytest.raises(ValueError, match="Linear"):
         to_diffusers(torch.nn.Linear(1, 1))
 

@@ -5,8 +5,9 @@ None. A part ignores what it does not need, so the wiring in `unet.py` never ask
 
 The double convolution is that of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597). The residual block is that
 of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), with the scale-shift norm and the resampling residual block of
-Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233); the submodules of the denoiser's blocks carry diffusers'
-names, so that weights fit its UNet2DModel with a strict load and no key map.
+Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233); the spatial transformer is that of Rombach et al. 2022
+(https://arxiv.org/abs/2112.10752). The submodules of the denoiser's blocks carry diffusers' names, so that weights fit
+its UNet2DModel and UNet2DConditionModel with a strict load and no key map.
 """
 
 import math
@@ -22,6 +23,8 @@ from unet_diffusion.kernels import group_norm_silu, winograd_conv2d
 
 MAX_SCORES = 2**24  # of all images, heads and pairs of pixels, for attention as plain products: 32 MiB in bfloat16
 MAX_PERIOD = 10_000  # longest wavelength of the timestep embedding (Vaswani et al. 2017, section 3.5)
+TRANSFORMER_NORM_EPS = 1e-6  # of a spatial transformer's group norm, as in Rombach et al.'s code
+FEED_FORWARD_WIDTH = 4  # times the channels (Vaswani et al. 2017, section 3.3)
 
 
 class DownBlock(nn.Module):
@@ -76,7 +79,7 @@ class UpBlock(nn.Module):
     Args:
         resnets: residual blocks; each takes one skip.
         attentions: one for each residual block; `PassThrough` where there is none.
-        upsampler: doubles height and width; None on the highest level.
+        upsampler: enlarges to the size of the next skip; None on the highest level.
     """
 
     def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], upsampler: nn.Module | None):
@@ -84,13 +87,12 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
-        self.num_skips = len(self.resnets)
 
-    def forward(self, x: Tensor, skips: Sequence[Tensor], emb: Tensor | None, context: Tensor | None) -> Tensor:
-        for resnet, attention, skip in zip(self.resnets, self.attentions, skips, strict=True):
-            x = attention(resnet(crop_and_concat(x, skip), emb, context), emb, context)
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor | None, context: Tensor | None) -> Tensor:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(crop_and_concat(x, skips.pop()), emb, context), emb, context)
         for upsampler in self.upsamplers:
-            x = upsampler(x, emb, context)
+            x = upsampler(x, emb, context, size=skips[-1].shape[-2:])  # twice its own, or one less
         return x
 
 
@@ -131,7 +133,9 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         self.resample = nn.Identity() if resample is None else resample
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None, *, size: Sequence[int] | None = None
+    ) -> Tensor:
         h = self.conv1(self.resample(self.norm1(x)))
         emb = self.time_emb_proj(F.silu(emb))
         h = self.norm2(h, scale_shift=emb) if self.scale_shift else self.norm2(h, offset=emb)
@@ -205,26 +209,119 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list because diffusers' key is to_out.0
 
     def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        height, width = x.shape[-2:]
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
-        q, k, v = (self._split_heads(project(tokens)) for project in (self.to_q, self.to_k, self.to_v))
-        out = self._attend(q, k, v)
-        out = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, heads, H*W, C/heads) -> (B, H*W, C)
-        return x + out.transpose(1, 2).unflatten(2, (height, width))
+        tokens = pixels_as_tokens(self.group_norm(x))
+        out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), self.num_heads)
+        return x + tokens_as_pixels(self.to_out[0](out), x.shape[-2:])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, L, C/heads), as F.scaled_dot_product_attention.
 
-        In training on a CPU, forward and backward as plain products take 0.2 to 0.9 of the time of its flash attention
-        (49 to 256 pixels, bfloat16 and float32); without a backward pass they are the slower of the two.
-        """
-        num_scores = q.shape[0] * q.shape[1] * q.shape[2] ** 2
-        if q.requires_grad and q.device.type == "cpu" and num_scores <= MAX_SCORES:
-            return torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3) @ v
-        return F.scaled_dot_product_attention(q, k, v)
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over all pixels, which attend to each other and to the context, plus the input.
 
-    def _split_heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, heads, L, C/heads)
+    Args:
+        channels: C.
+        num_heads: heads; each is channels / num_heads wide.
+        context_dim: K, length of a token.
+        depth: number of transformer blocks.
+        norm_num_groups: groups of the norm before them.
+        linear_projection: the projections before and after are linear layers, as in Stable Diffusion 2, and not 1x1
+            convolutions; the shape of their weights is all that differs.
+        cross_only: pixels attend to the context twice, and not to each other.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        context_dim: int,
+        depth: int = 1,
+        norm_num_groups: int = 32,
+        linear_projection: bool = False,
+        cross_only: bool = False,
+    ):
+        super().__init__()
+        project = nn.Linear if linear_projection else partial(nn.Conv2d, kernel_size=1)
+        self.norm = nn.GroupNorm(norm_num_groups, channels, eps=TRANSFORMER_NORM_EPS)
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, num_heads, context_dim=context_dim, cross_only=cross_only) for _ in range(depth)
+        )
+        self.proj_out = project(channels, channels)
+
+    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor) -> Tensor:
+        tokens = _projected(self.proj_in, pixels_as_tokens(self.norm(x)))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + tokens_as_pixels(_projected(self.proj_out, tokens), x.shape[-2:])
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context and a feed-forward layer, each after a norm and added to its input.
+
+    Args:
+        channels: C, length of a token.
+        num_heads: heads; each is channels / num_heads wide.
+        context_dim: K, length of a token of the context.
+        cross_only: the first attention is to the context too.
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, context_dim: int, cross_only: bool = False):
+        super().__init__()
+        self.cross_only = cross_only
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = CrossAttention(channels, num_heads, context_dim=context_dim if cross_only else channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, num_heads, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """Tokens, (B, L, C), of tokens (B, L, C) and context (B, M, K)."""
+        normed = self.norm1(tokens)
+        tokens = tokens + self.attn1(normed, context if self.cross_only else normed)
+        tokens = tokens + self.attn2(self.norm2(tokens), context)
+        return tokens + self.ff(self.norm3(tokens))
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to a context.
+
+    Args:
+        channels: C, length of a token.
+        num_heads: heads; each is channels / num_heads wide.
+        context_dim: K, length of a token of the context.
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, context_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list because diffusers' key is to_out.0
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """What the tokens find in the context, (B, L, C)."""
+        return self.to_out[0](attend(self.to_q(tokens), self.to_k(context), self.to_v(context), self.num_heads))
+
+
+class FeedForward(nn.Module):
+    """A hidden layer, half of it gated by the other half (GEGLU, Shazeer 2020, https://arxiv.org/abs/2002.05202).
+
+    Args:
+        channels: C, in and out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = FEED_FORWARD_WIDTH * channels
+        # diffusers' keys are net.0.proj and net.2; what stands between has no weights
+        gated = nn.ModuleDict({"proj": nn.Linear(channels, 2 * hidden)})
+        self.net = nn.ModuleList([gated, nn.Identity(), nn.Linear(hidden, channels)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        value, gate = cast(nn.ModuleDict, self.net[0])["proj"](tokens).chunk(2, dim=-1)
+        return self.net[2](value * F.gelu(gate))
 
 
 class PassThrough(nn.Module):
@@ -263,8 +360,11 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv3x3(channels, channels)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None, *, size: Sequence[int]
+    ) -> Tensor:
+        """(B, C, *size): `size` is twice the height and width, or less by 1 where an odd number was halved."""
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class DoubleConv(nn.Module):
@@ -345,46 +445,99 @@ class UpConvBlock(nn.Module):
         double_conv: takes the skip's channels twice, as the up-convolution makes as many.
     """
 
-    num_skips = 1
-
     def __init__(self, in_channels: int, double_conv: DoubleConv):
         super().__init__()
         self.up_conv = nn.ConvTranspose2d(in_channels, double_conv.conv1.in_channels // 2, 2, stride=2)
         self.double_conv = double_conv
 
-    def forward(self, x: Tensor, skips: Sequence[Tensor], emb: Tensor | None, context: Tensor | None) -> Tensor:
-        return self.double_conv(crop_and_concat(self.up_conv(x), skips[0]), emb, context)
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor | None, context: Tensor | None) -> Tensor:
+        return self.double_conv(crop_and_concat(self.up_conv(x), skips.pop()), emb, context)
 
 
-class TimestepEmbedding(nn.Module):
-    """Sinusoids of t at frequencies from 1 to 1 / MAX_PERIOD, then two linear layers: (B,) -> (B, emb_channels).
+class VectorEmbedding(nn.Module):
+    """Two linear layers: (B, channels) -> (B, emb_channels).
+
+    Args:
+        channels: length of the vector.
+        emb_channels: length of the embedding.
+    """
+
+    def __init__(self, channels: int, emb_channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, emb_channels)
+        self.linear_2 = nn.Linear(emb_channels, emb_channels)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(vector.to(self.linear_1.weight.dtype))))
+
+
+class TimestepEmbedding(VectorEmbedding):
+    """Sinusoids of t, then two linear layers: (B,) -> (B, emb_channels).
 
     Args:
         channels: number of sinusoids, even.
         emb_channels: length of the embedding.
-        flip_sin_to_cos: cosines before sines.
-        freq_shift: subtracted from the number of frequencies in the exponent's divisor; 1 reaches 1 / MAX_PERIOD.
+        flip_sin_to_cos: as of `sinusoids`.
+        freq_shift: as of `sinusoids`.
     """
 
     def __init__(self, channels: int, emb_channels: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0):
-        super().__init__()
+        super().__init__(channels, emb_channels)
         self.channels = channels
         self.flip_sin_to_cos = flip_sin_to_cos
         self.freq_shift = freq_shift
-        self.linear_1 = nn.Linear(channels, emb_channels)
-        self.linear_2 = nn.Linear(emb_channels, emb_channels)
 
     def forward(self, t: Tensor) -> Tensor:
-        sinusoids = self._sinusoids(t).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+        waves = sinusoids(t, self.channels, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
+        return super().forward(waves)
 
-    def _sinusoids(self, t: Tensor) -> Tensor:
-        half = self.channels // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / (half - self.freq_shift))
-        angles = t[:, None].float() * frequencies
-        sin, cos = angles.sin(), angles.cos()
-        return torch.cat([cos, sin] if self.flip_sin_to_cos else [sin, cos], dim=1)
+
+def sinusoids(t: Tensor, channels: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
+    """Sines and cosines of t at frequencies from 1 to 1 / MAX_PERIOD (Vaswani et al. 2017): (B, channels) float32.
+
+    Args:
+        t: (B,).
+        channels: number of sinusoids, even.
+        flip_sin_to_cos: cosines before sines.
+        freq_shift: subtracted from the number of frequencies in the exponent's divisor; 1 reaches 1 / MAX_PERIOD.
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / (half - freq_shift))
+    angles = t[:, None].float() * frequencies
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """softmax(q k' / sqrt(d)) v in each head, d its width (Vaswani et al. 2017, eq. 1): (B, L, C).
+
+    In training on a CPU, forward and backward as plain products take 0.2 to 0.9 of the time of its flash attention
+    (49 to 256 pixels, bfloat16 and float32); without a backward pass they are the slower of the two.
+
+    Args:
+        q: (B, L, C); head i is the i-th of num_heads equal parts of C.
+        k: (B, M, C).
+        v: (B, M, C).
+        num_heads: must divide C.
+    """
+    q, k, v = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L or M, C / heads)
+    num_scores = q.shape[0] * num_heads * q.shape[2] * k.shape[2]
+    if q.requires_grad and q.device.type == "cpu" and num_scores <= MAX_SCORES:
+        out = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def pixels_as_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def tokens_as_pixels(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, H*W, C) -> (B, C, H, W), for a size (H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(size))
 
 
 def crop_and_concat(x: Tensor, skip: Tensor) -> Tensor:
@@ -395,3 +548,8 @@ def crop_and_concat(x: Tensor, skip: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     top, left = (skip.shape[-2] - height) // 2, (skip.shape[-1] - width) // 2
     return torch.cat([x, skip[..., top : top + height, left : left + width]], dim=1)
+
+
+def _projected(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """A linear layer, or a 1x1 convolution, of every token."""
+    return F.linear(tokens, cast(Tensor, layer.weight).flatten(1), cast(Tensor, layer.bias))

@@ -1,12 +1,10 @@
 """Networks and pipelines to and from diffusers' folders.
 
-`DenoiserUNet` names its parts as diffusers' UNet2DModel does, so weights pass both ways with a strict load and no key
-map; what is translated is the configuration, and a field that the network cannot honour is refused by name.
-An exported folder needs diffusers and nothing of this package. It is reloaded and compared before it gets its name.
+Weights pass both ways with a strict load and no key map; the configuration is translated by `diffusers_config.py`. An
+exported folder needs diffusers and nothing of this package. It is reloaded and compared before it gets its name.
 """
 
 import copy
-import inspect
 import json
 import os
 import re
@@ -17,85 +15,57 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from unet_diffusion.checkpoint import TrainedDenoiser, load_plain, read_checkpoint
+from unet_diffusion.diffusers_config import (
+    complete,
+    config_from_diffusers,
+    config_to_diffusers,
+    schedule_from_diffusers,
+)
 from unet_diffusion.pipelines import class_conditional
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
 from unet_diffusion.pipelines.model_card import model_card
 from unet_diffusion.sampling import scheduler_config
-from unet_diffusion.schedule import NoiseSchedule, keyed_generator
+from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import set_speed
 from unet_diffusion.unet import DenoiserUNet, PixelNetwork
 
 StrPath = str | os.PathLike[str]
 
-SHARED_FIELDS = (  # of the same name and meaning in DenoiserUNet and UNet2DModel
-    "in_channels",
-    "out_channels",
-    "layers_per_block",
-    "num_class_embeds",
-    "downsample_padding",
-    "dropout",
-    "norm_num_groups",
-    "norm_eps",
-    "flip_sin_to_cos",
-    "freq_shift",
-)
-SUPPORTED_UNET_FIELDS: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False,),
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1,),
-    "downsample_padding": (0, 1),
-    "act_fn": ("silu", "swish"),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None,),
-}
-SUPPORTED_SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    "use_flow_sigmas": (False,),
-    "snr_shift_scale": (1,),
-}
 SAMPLER_FIELDS = {"variance_type": "fixed_small", "clip_sample": True, "thresholding": False}  # of `scheduler_config`
-RESAMPLE_OF_BLOCK = {  # None: as downsample_type or upsample_type says; the other blocks ignore these fields
-    "DownBlock2D": "conv",
-    "AttnDownBlock2D": None,
-    "ResnetDownsampleBlock2D": "resnet",
-    "UpBlock2D": "conv",
-    "AttnUpBlock2D": None,
-    "ResnetUpsampleBlock2D": "resnet",
-}
-LEGACY_BLOCK_PREFIX = "UNetRes"  # of block names in old files
 LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in old files
 # a variant, such as fp16, stands before or after the number of the shard
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 EXPORT_TOLERANCE = 1e-4  # of outputs of order 1; the same float32 operations in another order differ by 1e-6
 
 
-def from_diffusers(model_or_folder: UNet2DModel | StrPath) -> DenoiserUNet:
+def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath) -> DenoiserUNet:
     """The same network as one of diffusers: float32, on the CPU, in eval mode.
 
     Args:
-        model_or_folder: a UNet2DModel; or a folder with its config.json and weights (safetensors or .bin, whole or in
-            shards; of a variant such as fp16 if there is no other), or with a subfolder unet that has them.
+        model_or_folder: a UNet2DModel or UNet2DConditionModel; or a folder with its config.json and weights
+            (safetensors or .bin, whole or in shards; of a variant such as fp16 if there is no other), or with a
+            subfolder unet that has them.
 
     Raises:
         FileNotFoundError: if the folder or a file in it is missing.
         ValueError: if the configuration is not supported, or the weights do not fit it.
     """
-    if isinstance(model_or_folder, UNet2DModel):
-        config, weights = dict(model_or_folder.config), model_or_folder.state_dict()
+    if isinstance(model_or_folder, UNet2DModel | UNet2DConditionModel):
+        kind = UNet2DModel if isinstance(model_or_folder, UNet2DModel) else UNet2DConditionModel
+        config = {**model_or_folder.config, "_class_name": kind.__name__}
+        weights = model_or_folder.state_dict()
     elif isinstance(model_or_folder, str | os.PathLike):
         folder = _unet_folder(Path(model_or_folder))
         config, weights = _read_json(folder / "config.json"), {}
     else:
-        raise ValueError(f"only a UNet2DModel or a folder can be imported, got a {type(model_or_folder).__name__}")
+        got = type(model_or_folder).__name__
+        raise ValueError(f"only a UNet2DModel, UNet2DConditionModel or a folder can be imported, got a {got}")
     model = DenoiserUNet(**config_from_diffusers(config)).eval()
     weights = weights or _read_weights(folder)
     try:
@@ -105,19 +75,22 @@ def from_diffusers(model_or_folder: UNet2DModel | StrPath) -> DenoiserUNet:
     return model
 
 
-def to_diffusers(model: PixelNetwork, sample_size: int | tuple[int, int] | None = None) -> UNet2DModel:
-    """The same network as diffusers' UNet2DModel: float32, on the CPU, in eval mode.
+def to_diffusers(
+    model: PixelNetwork, sample_size: int | tuple[int, int] | None = None
+) -> UNet2DModel | UNet2DConditionModel:
+    """The same network as diffusers': float32, on the CPU, in eval mode.
 
     Args:
-        model: the network.
+        model: the network; with tokens to attend to it becomes a UNet2DConditionModel, otherwise a UNet2DModel.
         sample_size: side, or height and width, of the images that diffusers' pipelines are to make; they need it.
 
     Raises:
-        ValueError: if the network is of another kind.
+        ValueError: if diffusers has no such network.
     """
     if not isinstance(model, DenoiserUNet):
         raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {type(model).__name__}")
-    unet = UNet2DModel(**config_to_diffusers(model.config), sample_size=sample_size)
+    counterpart = UNet2DModel if model.config["context_dim"] is None else UNet2DConditionModel
+    unet = counterpart(**config_to_diffusers(model.config), sample_size=sample_size)
     unet.load_state_dict(model.state_dict())
     return unet.eval()
 
@@ -171,7 +144,13 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
             f"a pipeline must consist of unet and scheduler to be imported, got also {', '.join(others)}; "
             "from_diffusers reads the network alone"
         )
-    config = _complete(UNet2DModel, _read_json(_unet_folder(folder) / "config.json"))
+    config = _read_json(_unet_folder(folder) / "config.json")
+    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise ValueError(
+            f"only a UNet2DModel makes images from noise alone, got a {config['_class_name']} in {folder}; "
+            "from_diffusers reads the network alone"
+        )
+    config = complete(UNet2DModel, config)
     scheduler_config = _read_json(_scheduler_file(folder))
     _warn_of_lost_fields(scheduler_config)
     return TrainedDenoiser(
@@ -203,70 +182,6 @@ def load_denoiser(path: StrPath) -> TrainedDenoiser:
     )
 
 
-def config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the DenoiserUNet that a UNet2DModel of this configuration is; missing fields are its defaults.
-
-    Raises:
-        ValueError: if a field is not supported; it says which.
-    """
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"_class_name must be UNet2DModel, got {config['_class_name']}, which is another network")
-    config = _complete(UNet2DModel, config)
-    _check_fields("UNet2DModel", config, SUPPORTED_UNET_FIELDS)
-    down = _block_types(config, "down_block_types")
-    up = _block_types(config, "up_block_types")
-    translated = {
-        **{field: config[field] for field in SHARED_FIELDS},
-        "channels": list(config["block_out_channels"]),
-        "attention_levels": _attention_levels(down, up),
-        "head_channels": config["attention_head_dim"],
-        "mid_attention": config["add_attention"],
-        "scale_shift": config["resnet_time_scale_shift"] == "scale_shift",
-        "resample": _resample(config, down, up),
-    }
-    _check_widths(config, translated["attention_levels"])
-    return translated
-
-
-def config_to_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the UNet2DModel that a DenoiserUNet of this configuration is, but for sample_size."""
-    plain_down, plain_up = {
-        "conv": ("DownBlock2D", "UpBlock2D"),
-        "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
-    }[config["resample"]]
-    attended = [level in config["attention_levels"] for level in range(len(config["channels"]))]
-    return {
-        **{field: config[field] for field in SHARED_FIELDS},
-        "down_block_types": tuple("AttnDownBlock2D" if is_attended else plain_down for is_attended in attended),
-        "up_block_types": tuple("AttnUpBlock2D" if is_attended else plain_up for is_attended in reversed(attended)),
-        "block_out_channels": tuple(config["channels"]),
-        "downsample_type": config["resample"],
-        "upsample_type": config["resample"],
-        "attention_head_dim": config["head_channels"],
-        # with scale_shift, the attention at the bottom has a norm only if this is set
-        "attn_norm_num_groups": config["norm_num_groups"] if config["scale_shift"] else None,
-        "resnet_time_scale_shift": "scale_shift" if config["scale_shift"] else "default",
-        "add_attention": config["mid_attention"],
-    }
-
-
-def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The noise schedule of a variance-preserving scheduler's configuration; missing fields are its class's defaults.
-
-    Raises:
-        ValueError: if the scheduler is of another kind, or a field is not supported; it says which.
-    """
-    name = config.get("_class_name", "DDPMScheduler")
-    fields = {**_defaults(getattr(diffusers, name, object)), **config}
-    if "beta_schedule" not in fields:
-        raise ValueError(f"_class_name must be a scheduler with a beta_schedule, such as DDPMScheduler, got {name}")
-    _check_fields(name, fields, SUPPORTED_SCHEDULER_FIELDS)
-    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
-    # schedulers without these fields have them off: they predict noise, and do not rescale
-    optional = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    return NoiseSchedule(**{key: fields.get(key, optional.get(key)) for key in (*names, "rescale_betas_zero_snr")})
-
-
 def _warn_of_lost_fields(config: Mapping[str, Any]) -> None:
     """Says which settings of the sampler, not of the schedule, are replaced by ours."""
     lost = [
@@ -276,86 +191,6 @@ def _warn_of_lost_fields(config: Mapping[str, Any]) -> None:
     ]
     if lost:
         warnings.warn(f"not kept of the scheduler, so samples will differ: {', '.join(lost)}", stacklevel=3)
-
-
-def _defaults(diffusers_class: type) -> dict[str, Any]:
-    """The constructor's default of each configuration field."""
-    parameters = inspect.signature(diffusers_class.__init__).parameters.values()  # type: ignore[misc]
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
-
-
-def _complete(diffusers_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with missing fields filled in; unknown ones are warned about and left out, as in diffusers."""
-    defaults = _defaults(diffusers_class)
-    unknown = [key for key in config if key not in defaults and not key.startswith("_")]
-    if unknown:
-        message = f"{diffusers_class.__name__} has no field {', '.join(unknown)}; ignored"
-        warnings.warn(message, stacklevel=3)
-    return {key: config.get(key, default) for key, default in defaults.items()}
-
-
-def _check_fields(owner: str, config: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
-    for field, values in supported.items():
-        if field in config and config[field] not in values:
-            allowed = " or ".join(str(value) for value in values)
-            raise ValueError(f"{field} of {owner} must be {allowed} to be imported, got {config[field]!r}")
-
-
-def _block_types(config: Mapping[str, Any], field: str) -> list[str]:
-    """The block types in that field, from its first block to its last, without the prefix of old files."""
-    side = "Down" if field == "down_block_types" else "Up"
-    allowed = [name for name in RESAMPLE_OF_BLOCK if side in name]
-    types = [name.removeprefix(LEGACY_BLOCK_PREFIX) for name in config[field]]
-    for name in types:
-        if name not in allowed:
-            raise ValueError(f"{field} must be of {', '.join(allowed)} to be imported, got {name}")
-    if len(types) != len(config["block_out_channels"]):
-        raise ValueError(f"{field} must be as many as block_out_channels {config['block_out_channels']}, got {types}")
-    return types
-
-
-def _attention_levels(down: list[str], up: list[str]) -> list[int]:
-    levels = [level for level, name in enumerate(down) if name.startswith("Attn")]
-    levels_up = [level for level, name in enumerate(reversed(up)) if name.startswith("Attn")]
-    if levels != levels_up:
-        raise ValueError(
-            f"up_block_types must have attention at the levels where down_block_types have it, {levels}, "
-            f"got {levels_up}"
-        )
-    return levels
-
-
-def _resample(config: Mapping[str, Any], down: list[str], up: list[str]) -> str:
-    """How every level resamples; the last block on either way does not."""
-    kinds = {RESAMPLE_OF_BLOCK[name] or config["downsample_type"] for name in down[:-1]}
-    kinds |= {RESAMPLE_OF_BLOCK[name] or config["upsample_type"] for name in up[:-1]}
-    if len(kinds) > 1 or not kinds <= {"conv", "resnet"}:
-        raise ValueError(
-            "all levels must resample alike, conv or resnet; "
-            f"downsample_type {config['downsample_type']!r} with down_block_types {down} "
-            f"and upsample_type {config['upsample_type']!r} with up_block_types {up} give {sorted(map(str, kinds))}"
-        )
-    return kinds.pop() if kinds else "conv"
-
-
-def _check_widths(config: Mapping[str, Any], attention_levels: list[int]) -> None:
-    """Refuse the fields that set a width which this network derives from others."""
-    channels, groups, head_dim = (
-        config[field] for field in ("block_out_channels", "norm_num_groups", "attention_head_dim")
-    )
-    if config["time_embedding_dim"] not in (None, 0, 4 * channels[0]):  # diffusers: 0 is as None
-        raise ValueError(f"time_embedding_dim must be 4 x {channels[0]}, got {config['time_embedding_dim']}")
-    if groups is None:
-        raise ValueError("norm_num_groups must be a number to be imported, got None")
-    mid_groups = config["attn_norm_num_groups"]
-    if mid_groups is None and config["resnet_time_scale_shift"] == "default":
-        mid_groups = groups
-    if config["add_attention"] and mid_groups != groups:
-        raise ValueError(f"attn_norm_num_groups must be as norm_num_groups {groups}, got {mid_groups}")
-    attended = {*attention_levels, len(channels) - 1} if config["add_attention"] else {*attention_levels}
-    for width in (channels[level] for level in attended):
-        if head_dim is not None and width % head_dim:
-            raise ValueError(f"attention_head_dim must divide the width {width} of its level, got {head_dim}")
 
 
 def _image_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -2,8 +2,9 @@
 
 `UNet` knows how maps flow down, across and up, and nothing of what is done to them. `SegmentationUNet` fills it with
 the paper's own convolutions, `DenoiserUNet` with the residual blocks and attention of Ho et al. 2020
-(https://arxiv.org/abs/2006.11239); the latter's weights fit diffusers' UNet2DModel. Each can do the other's work:
-given a timestep the first denoises, and at a fixed timestep the second segments.
+(https://arxiv.org/abs/2006.11239) or, where it is given tokens to attend to, with the spatial transformers of Rombach
+et al. 2022 (https://arxiv.org/abs/2112.10752); its weights fit diffusers' UNet2DModel and UNet2DConditionModel. Each
+can do the other's work: given a timestep the first denoises, and at a fixed timestep the second segments.
 """
 
 import math
@@ -26,10 +27,12 @@ from unet_diffusion.blocks import (
     PooledDownBlock,
     ResidualBlock,
     SelfAttention,
+    SpatialTransformer,
     TimestepEmbedding,
     UpBlock,
     UpConvBlock,
     Upsample,
+    VectorEmbedding,
 )
 
 Padding = Literal["valid", "same"]
@@ -45,7 +48,7 @@ class UNet(nn.Module):
         conv_in: called `conv_in(x)`; its output is the first skip.
         down_blocks: called `block(x, emb, context)`; each returns the list of maps that it keeps.
         mid_block: called `block(x, emb, context)`.
-        up_blocks: called `block(x, skips, emb, context)`; each takes the last `block.num_skips` skips that are left.
+        up_blocks: called `block(x, skips, emb, context)`; each takes its own off the end of the list.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class UNet(nn.Module):
             skips += block(skips[-1], emb, context)
         x = self.mid_block(skips[-1], emb, context)
         for block in self.up_blocks:
-            x = block(x, [skips.pop() for _ in range(cast(int, block.num_skips))], emb, context)
+            x = block(x, skips, emb, context)
         return x
 
 
@@ -87,7 +90,7 @@ class PixelNetwork(nn.Module):
     Attributes:
         config: the constructor's arguments, plain values.
         margin: pixels that the output is smaller than the input on each side; 0 keeps the size.
-        smallest_size: least height and width of an input; others are larger by a multiple of `stride`.
+        smallest_size: least height and width of an input; others are larger by a multiple of `size_step`.
         time_embedding: None if the network takes no timestep.
         class_embedding: None if it takes no class.
     """
@@ -107,6 +110,11 @@ class PixelNetwork(nn.Module):
     def stride(self) -> int:
         """Input pixels a pixel of the lowest level; a shift by it shifts the output alike."""
         return 2 ** (len(self.config["channels"]) - 1)
+
+    @property
+    def size_step(self) -> int:
+        """Pixels from one valid height or width to the next."""
+        return self.stride
 
     def embed(self, t: Tensor | None, labels: Tensor | None = None) -> Tensor | None:
         """The embedding of timesteps (B,), plus that of labels (B,) if there are classes: (B, D), or None for neither.
@@ -129,17 +137,16 @@ class PixelNetwork(nn.Module):
 
     def next_size(self, at_least: int) -> int:
         """The smallest height or width of an input, in pixels, that is valid and not less than that."""
-        return self.smallest_size + -(-max(at_least - self.smallest_size, 0) // self.stride) * self.stride
+        return self.smallest_size + -(-max(at_least - self.smallest_size, 0) // self.size_step) * self.size_step
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError if an input of that size does not fit; the error names the next size that does."""
         fit = [self.next_size(side) for side in (height, width)]
         if [height, width] != fit:
             levels = self.stride.bit_length()
-            rest = self.smallest_size % self.stride
-            rule = (
-                f"multiples of {self.stride}" if not rest else f"{self.smallest_size} plus a multiple of {self.stride}"
-            )
+            step = self.size_step
+            rest = self.smallest_size % step
+            rule = f"multiples of {step}" if not rest else f"{self.smallest_size} plus a multiple of {step}"
             raise ValueError(
                 f"height and width must be {rule} for {levels} levels, got {height} x {width}; "
                 f"the next size that fits is {fit[0]} x {fit[1]}"
@@ -147,28 +154,39 @@ class PixelNetwork(nn.Module):
 
 
 class DenoiserUNet(UNet, PixelNetwork):
-    """Predicts noise, image or v from a noised image and its timestep; the counterpart of diffusers' UNet2DModel.
+    """Predicts noise, image or v from a noised image and its timestep.
+
+    The counterpart of diffusers' UNet2DModel; with `context_dim`, of its UNet2DConditionModel.
 
     Args:
         in_channels: channels of the noised image.
         channels: width of each level, from full resolution down; each level halves height and width.
         out_channels: channels of the prediction; None: as in_channels.
         layers_per_block: residual blocks a level on the way down; one more on the way up.
-        attention_levels: indices into channels of the levels with self-attention; 0 is full resolution.
-        head_channels: width of an attention head; None: one head.
+        attention_levels: indices into channels of the levels with attention; 0 is full resolution.
+        head_channels: width of an attention head; None: as num_heads says, or one head.
+        num_heads: attention heads, of all levels or of each; needs context_dim.
         mid_attention: attention at the bottom.
+        context_dim: length of the tokens to attend to; None: pixels attend to each other only.
+        transformer_depth: blocks of each spatial transformer, of all levels or of each; with context_dim.
+        linear_projection: of spatial transformers, see there.
+        cross_only_levels: levels on which pixels attend to the context only, and not to each other; never at the
+            bottom.
         num_class_embeds: rows of the class embedding, a null label included if there is one; None: no classes.
+        vector_dim: length of a vector that is embedded and added to the timestep's embedding, such as SDXL's pooled
+            text and sizes; None: there is none.
         scale_shift: the embedding scales and shifts a norm, instead of being added.
         resample: "conv" (strided convolution, nearest and convolution) or "resnet" (a residual block that resamples).
         downsample_padding: of the strided convolution; 1, or 0 for DDPM's zeros at the bottom and right only.
         dropout: in the residual blocks; 0 is off.
         norm_num_groups: groups of every group norm; must divide every width.
-        norm_eps: added to the variance in every group norm.
+        norm_eps: added to the variance in every group norm but those of spatial transformers.
         flip_sin_to_cos: cosines before sines in the timestep embedding; False in Ho et al. 2020.
         freq_shift: of the timestep embedding's frequencies; 1 in Ho et al. 2020.
 
     Raises:
-        ValueError: if the widths cannot be divided into groups, heads or sinusoids, or a level does not exist.
+        ValueError: if the widths cannot be divided into groups, heads or sinusoids, a level does not exist, or an
+            argument needs context_dim.
     """
 
     def __init__(
@@ -180,8 +198,14 @@ class DenoiserUNet(UNet, PixelNetwork):
         layers_per_block: int = 2,
         attention_levels: Sequence[int] = (),
         head_channels: int | None = None,
+        num_heads: int | Sequence[int] | None = None,
         mid_attention: bool = True,
+        context_dim: int | None = None,
+        transformer_depth: int | Sequence[int] = 1,
+        linear_projection: bool = False,
+        cross_only_levels: Sequence[int] = (),
         num_class_embeds: int | None = None,
+        vector_dim: int | None = None,
         scale_shift: bool = False,
         resample: Literal["conv", "resnet"] = "conv",
         downsample_padding: int = 1,
@@ -191,17 +215,33 @@ class DenoiserUNet(UNet, PixelNetwork):
         flip_sin_to_cos: bool = True,
         freq_shift: float = 0,
     ):
-        attended = {*attention_levels, len(channels) - 1} if mid_attention else {*attention_levels}
-        _check_widths(channels, attended, head_channels or 1, norm_num_groups)
-        if resample not in ("conv", "resnet"):
-            raise ValueError(f"resample must be 'conv' or 'resnet', got {resample!r}")
-        if downsample_padding not in (0, 1):
-            raise ValueError(f"downsample_padding must be 0 or 1, got {downsample_padding}")
-        if layers_per_block < 1:
-            raise ValueError(f"layers_per_block must be at least 1, got {layers_per_block}")
         out_channels = in_channels if out_channels is None else out_channels
+        config = {
+            "in_channels": in_channels,
+            "channels": list(channels),
+            "out_channels": out_channels,
+            "layers_per_block": layers_per_block,
+            "attention_levels": sorted(attention_levels),
+            "head_channels": head_channels,
+            "num_heads": _plain(num_heads),
+            "mid_attention": mid_attention,
+            "context_dim": context_dim,
+            "transformer_depth": _plain(transformer_depth),
+            "linear_projection": linear_projection,
+            "cross_only_levels": sorted(cross_only_levels),
+            "num_class_embeds": num_class_embeds,
+            "vector_dim": vector_dim,
+            "scale_shift": scale_shift,
+            "resample": resample,
+            "downsample_padding": downsample_padding,
+            "dropout": dropout,
+            "norm_num_groups": norm_num_groups,
+            "norm_eps": norm_eps,
+            "flip_sin_to_cos": flip_sin_to_cos,
+            "freq_shift": freq_shift,
+        }
+        _check_denoiser(config)
         emb_channels = 4 * channels[0]  # Ho et al. 2020, appendix B
-
         residual = partial(
             ResidualBlock,
             emb_channels=emb_channels,
@@ -210,13 +250,10 @@ class DenoiserUNet(UNet, PixelNetwork):
             norm_eps=norm_eps,
             scale_shift=scale_shift,
         )
-
-        def attention(width: int) -> nn.Module:
-            num_heads = width // (head_channels or width)
-            return SelfAttention(width, num_heads, norm_num_groups=norm_num_groups, norm_eps=norm_eps)
+        attention = partial(_attention, config)
 
         def attentions(level: int, count: int) -> list[nn.Module]:
-            make = partial(attention, channels[level]) if level in attention_levels else PassThrough
+            make = partial(attention, level) if level in attention_levels else PassThrough
             return [make() for _ in range(count)]
 
         def downsampler(width: int) -> nn.Module:
@@ -234,7 +271,7 @@ class DenoiserUNet(UNet, PixelNetwork):
             _down_blocks(channels, layers_per_block, residual, attentions, downsampler),
             mid_block=MidBlock(
                 [residual(channels[-1], channels[-1]) for _ in range(2)],
-                [attention(channels[-1]) if mid_attention else PassThrough()],
+                [attention(-1) if mid_attention else PassThrough()],
             ),
             up_blocks=_up_blocks(channels, layers_per_block, residual, attentions, upsampler),
         )
@@ -242,45 +279,49 @@ class DenoiserUNet(UNet, PixelNetwork):
             channels[0], emb_channels, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift
         )
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, emb_channels)
+        self.add_embedding = None if vector_dim is None else VectorEmbedding(vector_dim, emb_channels)
         self.conv_norm_out = GroupNormSiLU(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_out = Conv3x3(channels[0], out_channels)
         _initialise(self)
+        self.config = config
+        self.margin, self.smallest_size = 0, self.size_step
 
-        self.config = {
-            "in_channels": in_channels,
-            "channels": list(channels),
-            "out_channels": out_channels,
-            "layers_per_block": layers_per_block,
-            "attention_levels": sorted(attention_levels),
-            "head_channels": head_channels,
-            "mid_attention": mid_attention,
-            "num_class_embeds": num_class_embeds,
-            "scale_shift": scale_shift,
-            "resample": resample,
-            "downsample_padding": downsample_padding,
-            "dropout": dropout,
-            "norm_num_groups": norm_num_groups,
-            "norm_eps": norm_eps,
-            "flip_sin_to_cos": flip_sin_to_cos,
-            "freq_shift": freq_shift,
-        }
-        self.margin, self.smallest_size = 0, self.stride
+    @property
+    def size_step(self) -> int:
+        """Pixels from one valid height or width to the next.
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        Strided convolutions round odd sizes up, and nearest upsampling makes any size: with tokens to attend to every
+        size is valid, as in diffusers' UNet2DConditionModel. Its UNet2DModel takes multiples only.
+        """
+        takes_any = self.config["resample"] == "conv" and self.config["downsample_padding"] == 1
+        return 1 if takes_any and self.config["context_dim"] is not None else self.stride
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        vector: Tensor | None = None,
+    ) -> Tensor:
         """The prediction, (B, out_channels, H, W).
 
         Args:
-            x: noised images, (B, in_channels, H, W); H and W multiples of 2 ** (levels - 1).
+            x: noised images, (B, in_channels, H, W), H and W as `next_size` gives them.
             t: timesteps, (B,), integer or fractional.
             labels: classes, (B,) int64 in [0, num_class_embeds); None exactly if the network has no classes.
-            context: for blocks that attend to tokens; none of this network's does.
+            context: tokens to attend to, (B, L, context_dim); None exactly if the network attends to none.
+            vector: (B, vector_dim); None exactly if the network takes none.
 
         Raises:
-            ValueError: if the size does not fit, or labels are missing or not wanted.
+            ValueError: if the size does not fit, or labels, context or vector are missing, not wanted or too long.
         """
         self.check_size(*x.shape[-2:])
-        x = self.wire(x, self.embed(t, labels), context)
-        return self.conv_out(self.conv_norm_out(x))
+        _check_condition("context", context, self.config["context_dim"])
+        _check_condition("vector", vector, self.config["vector_dim"])
+        emb = self.embed(t, labels)
+        emb = emb if self.add_embedding is None else emb + self.add_embedding(vector)
+        return self.conv_out(self.conv_norm_out(self.wire(x, emb, context)))
 
 
 class SegmentationUNet(UNet, PixelNetwork):
@@ -404,21 +445,74 @@ def _up_blocks(
     return blocks
 
 
+def _attention(config: dict[str, Any], level: int) -> nn.Module:
+    """One attention of a level, -1 for the bottom, with its input added."""
+    width = config["channels"][level]
+    norm_num_groups, context_dim = config["norm_num_groups"], config["context_dim"]
+    num_heads = _heads(config, level)
+    if context_dim is None:
+        return SelfAttention(width, num_heads, norm_num_groups=norm_num_groups, norm_eps=config["norm_eps"])
+    return SpatialTransformer(
+        width,
+        num_heads,
+        context_dim=context_dim,
+        depth=_of_level(config["transformer_depth"], level),
+        norm_num_groups=norm_num_groups,
+        linear_projection=config["linear_projection"],
+        cross_only=level in config["cross_only_levels"],
+    )
+
+
+def _heads(config: dict[str, Any], level: int) -> int:
+    if config["num_heads"] is not None:
+        return _of_level(config["num_heads"], level)
+    width = config["channels"][level]
+    return width // (config["head_channels"] or width)
+
+
+def _of_level(value: int | list[int], level: int) -> int:
+    return value if isinstance(value, int) else value[level]
+
+
+def _plain(value: int | Sequence[int] | None) -> int | list[int] | None:
+    return value if value is None or isinstance(value, int) else list(value)
+
+
 def _initialise(model: nn.Module) -> None:
     """The initialisation of Ho et al.'s code: fan-average uniform weights, zero biases, residuals that end in zeros.
 
-    Every residual block and attention then starts as the identity, and the network predicts 0.
+    Every residual block, attention and spatial transformer then starts as the identity, and the network predicts 0.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(cast(Tensor, module.bias))
-    for name, module in model.named_modules():
-        if name.endswith((".conv2", ".to_out.0")) or name == "conv_out":
-            nn.init.zeros_(cast(Tensor, module.weight))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    last = [module.to_out[0] for module in model.modules() if isinstance(module, SelfAttention)]
+    last += [module.conv2 for module in model.modules() if isinstance(module, ResidualBlock)]
+    last += [module.proj_out for module in model.modules() if isinstance(module, SpatialTransformer)]
+    for layer in cast(list[nn.Module], [*last, model.conv_out]):
+        nn.init.zeros_(cast(Tensor, layer.weight))
 
 
-def _check_widths(channels: Sequence[int], attended: set[int], head_channels: int, norm_num_groups: int) -> None:
+def _check_denoiser(config: dict[str, Any]) -> None:
+    channels, num_levels = config["channels"], len(config["channels"])
+    _check_widths(channels, config["norm_num_groups"])
+    if config["resample"] not in ("conv", "resnet"):
+        raise ValueError(f"resample must be 'conv' or 'resnet', got {config['resample']!r}")
+    if config["downsample_padding"] not in (0, 1):
+        raise ValueError(f"downsample_padding must be 0 or 1, got {config['downsample_padding']}")
+    if config["layers_per_block"] < 1:
+        raise ValueError(f"layers_per_block must be at least 1, got {config['layers_per_block']}")
+    for name in ("attention_levels", "cross_only_levels"):
+        for level in config[name]:
+            if not 0 <= level < num_levels:
+                raise ValueError(f"{name} must be in [0, {num_levels}), got {level}")
+    _check_transformers(config)
+    _check_heads(config)
+
+
+def _check_widths(channels: Sequence[int], norm_num_groups: int) -> None:
     if not channels:
         raise ValueError("channels must hold the width of at least one level, got none")
     if channels[0] % 2:
@@ -429,13 +523,50 @@ def _check_widths(channels: Sequence[int], attended: set[int], head_channels: in
                 f"every width in channels must be a multiple of norm_num_groups {norm_num_groups}, got {width}; "
                 f"change the width, or use norm_num_groups {math.gcd(norm_num_groups, *channels)}"
             )
-    for level in sorted(attended):
-        if not 0 <= level < len(channels):
-            raise ValueError(f"attention_levels must be in [0, {len(channels)}), got {level}")
-        if channels[level] % head_channels:
+
+
+def _check_transformers(config: dict[str, Any]) -> None:
+    off: dict[str, Any] = {
+        "num_heads": None,
+        "transformer_depth": 1,
+        "linear_projection": False,
+        "cross_only_levels": [],
+    }
+    set_without = [name for name, value in off.items() if config[name] != value]
+    if config["context_dim"] is None and set_without:
+        raise ValueError(
+            f"{set_without[0]} is of spatial transformers, got {config[set_without[0]]} without context_dim; "
+            "set context_dim to the length of a token, or leave it out"
+        )
+    if config["num_heads"] is not None and config["head_channels"] is not None:
+        raise ValueError(
+            f"num_heads and head_channels say the same, got {config['num_heads']} and {config['head_channels']}; "
+            "leave one out"
+        )
+    for name in ("num_heads", "transformer_depth"):
+        value = 1 if config[name] is None else config[name]
+        values = value if isinstance(value, list) else [value] * len(config["channels"])
+        if len(values) != len(config["channels"]) or min(values) < 1:
             raise ValueError(
-                f"every width with attention must be a multiple of head_channels {head_channels}, got {channels[level]}"
+                f"{name} must be a positive number, or {len(config['channels'])}, one a level, got {config[name]}"
             )
+
+
+def _check_heads(config: dict[str, Any]) -> None:
+    bottom = [len(config["channels"]) - 1] if config["mid_attention"] else []
+    name = "head_channels" if config["num_heads"] is None else "num_heads"
+    for level in {*config["attention_levels"], *bottom}:
+        width = config["channels"][level]
+        divisor = _of_level(config[name], level) if config[name] else width
+        if width % divisor:
+            raise ValueError(f"every width with attention must be a multiple of {name} {divisor}, got {width}")
+
+
+def _check_condition(name: str, value: Tensor | None, length: int | None) -> None:
+    if (None if value is None else value.shape[-1]) != length:
+        takes = f"takes none, as {name}_dim is None" if length is None else f"takes {name}_dim {length}"
+        got = "none" if value is None else f"shape {tuple(value.shape)}"
+        raise ValueError(f"the network {takes} for {name}, got {got}")
 
 
 def _valid_geometry(stride: int) -> tuple[int, int]:

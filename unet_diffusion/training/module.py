@@ -258,3 +258,6 @@ def _check_denoises(unet: PixelNetwork) -> None:
             f"a denoiser must keep height and width, and this network takes {unet.margin} pixels off each side; "
             "set padding to same"
         )
+    for name in ("context_dim", "vector_dim"):
+        if unet.config.get(name) is not None:
+            raise ValueError(f"{name} must be None to be trained here, got {unet.config[name]}; the data have none")
