@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 
 from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
+from unet_diffusion.codecs import kl_autoencoder
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.unet import DenoiserUNet
 
@@ -126,10 +128,11 @@ DATA = {
     "folder.yaml": write_folder,
     "nuclei_denoiser.yaml": write_folder,
 }
+AUTOENCODE = [name for name in RECIPES if name.startswith("autoencoder")]
 SEGMENT = [name for name in RECIPES if yaml.safe_load((CONFIGS / name).read_text()).get("task") == "segment"]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SEGMENT])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SEGMENT + AUTOENCODE])
 def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, name):
     arguments = ["--config", CONFIGS / name, *SMALLER, *NARROWER[name]]
     if name in DATA:
@@ -139,6 +142,34 @@ def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, na
     assert status == 0, err
     for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
         assert (tmp_path / "run" / file).is_file(), file
+
+
+@pytest.mark.parametrize("name", AUTOENCODE)
+def test_recipe_trains_and_leaves_an_autoencoder(run_cli, tmp_path, name):
+    write_folder(tmp_path / "data", None)
+    smaller = [option for option in SMALLER if "speed" not in option]
+    smaller += ["--model.autoencoder.init_args.channels=[32,32,32]", "--model.discriminator_start=1"]
+    arguments = ["--config", CONFIGS / name, *smaller, "--data.init_args.root", tmp_path / "data"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+    for file in ("samples.png", "checkpoints/last.ckpt", "config.yaml", "autoencoder/config.json"):
+        assert (tmp_path / "run" / file).is_file(), file
+    kind = {"autoencoder_kl.yaml": AutoencoderKL, "autoencoder_vq.yaml": VQModel}[name]
+    kind.from_pretrained(tmp_path / "run" / "autoencoder")
+    arguments += ["--trainer.max_steps=4", "--ckpt_path", tmp_path / "run" / "checkpoints" / "last.ckpt"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+
+
+def test_pretrained_autoencoder_is_trained_on_by_the_command_line(run_cli, tmp_path):
+    write_folder(tmp_path / "data", None)
+    kl_autoencoder(3, (32, 32), layers_per_block=1).save_pretrained(tmp_path / "vae")
+    arguments = ["--task=autoencode", "--model.autoencoder=unet_diffusion.codecs.pretrained_autoencoder"]
+    arguments += ["--model.autoencoder.folder", tmp_path / "vae", "--data=FolderDataModule"]
+    arguments += ["--data.root", tmp_path / "data", "--data.image_size=16", "--data.batch_size=4"]
+    arguments += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--samples.num_images=2"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
 
 
 @pytest.mark.parametrize("name", SEGMENT)

@@ -1,11 +1,12 @@
-"""A trained denoiser or segmenter as one object, and the Lightning checkpoint that holds it.
+"""A trained denoiser, segmenter or autoencoder as one object, and the Lightning checkpoint that holds it.
 
 A checkpoint is read with `weights_only=True`: it can hold tensors and plain values, never code. What is needed to build
-the network again is the plain dictionary `checkpoint["denoiser"]` or `checkpoint["segmenter"]`, beside the weights that
-Lightning saves.
+the network again is the plain dictionary `checkpoint["denoiser"]` (or "segmenter", or "autoencoder"), beside the
+weights that Lightning saves.
 """
 
 import importlib.util
+import json
 import os
 import pickle
 import zipfile
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.unet import PixelNetwork
 from unet_diffusion.whole_file import whole_file
+
+if TYPE_CHECKING:  # it imports diffusers, which most of this module does not need
+    from unet_diffusion.codecs import Autoencoder
 
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
 SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")
@@ -69,6 +73,59 @@ class TrainedSegmenter:
     stretch: bool
     window_size: int
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainedAutoencoder:
+    """An autoencoder and what is known of its latents.
+
+    Args:
+        autoencoder: diffusers' AutoencoderKL or VQModel; the averaged (EMA) weights.
+        image_shape: (C, H, W) of the images it was trained on.
+        latent_mean: of all latents of the images it was validated on.
+        latent_std: of these; their inverse is diffusers' scaling_factor.
+        settings: of the training, plain values.
+    """
+
+    autoencoder: "Autoencoder"
+    image_shape: tuple[int, int, int]
+    latent_mean: float
+    latent_std: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def autoencoder_record(trained: TrainedAutoencoder) -> dict[str, Any]:
+    """What a checkpoint holds beside the weights, as plain values: the counterpart of `read_autoencoder`."""
+    autoencoder = trained.autoencoder
+    return {
+        "class_name": type(autoencoder).__name__,
+        "config": {name: value for name, value in json.loads(autoencoder.to_json_string()).items() if name[0] != "_"},
+        "image_shape": list(trained.image_shape),
+        "latent_mean": trained.latent_mean,
+        "latent_std": trained.latent_std,
+        "settings": trained.settings,
+    }
+
+
+def read_autoencoder(path: str | os.PathLike[str]) -> TrainedAutoencoder:
+    """The autoencoder in a checkpoint file, or in a run folder's checkpoints/last.ckpt, on the CPU and in eval mode.
+
+    Raises:
+        OSError: if the file is missing or cannot be opened.
+        ValueError: if the file is no checkpoint, is damaged, holds code, or holds no autoencoder of this package.
+    """
+    from unet_diffusion.codecs import CLASSES  # imports diffusers, which only this needs
+
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    record, state_dict = _read(path, "autoencoder")
+    with _explained(path, "autoencoder"):
+        autoencoder = CLASSES[record["class_name"]](**record["config"])
+        autoencoder.load_state_dict(state_dict)
+        channels, height, width = record["image_shape"]
+        fields = {name: record[name] for name in ("latent_mean", "latent_std", "settings")}
+        return TrainedAutoencoder(autoencoder.eval(), (channels, height, width), **fields)
 
 
 def segmenter_record(trained: TrainedSegmenter) -> dict[str, Any]:
@@ -180,7 +237,7 @@ def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[
     checkpoint = load_plain(path)
     record = checkpoint.get(key) if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict):
-        others = {"denoiser", "segmenter"} - {key}
+        others = {"denoiser", "segmenter", "autoencoder"} - {key}
         held = [name for name in others if isinstance(checkpoint, dict) and name in checkpoint]
         reason = f"it holds a {held[0]}" if held else f"it was not written by {PACKAGE}"
         raise ValueError(
@@ -188,7 +245,7 @@ def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[
             "for another program's weights, convert them to a diffusers folder and import that"
         )
     with _explained(path, key):
-        prefix = "ema_unet."
+        prefix = "ema_autoencoder." if key == "autoencoder" else "ema_unet."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     return record, weights
 

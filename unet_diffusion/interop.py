@@ -20,7 +20,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DCond
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unet_diffusion.checkpoint import TrainedDenoiser, load_plain, read_checkpoint
+from unet_diffusion.checkpoint import TrainedAutoencoder, TrainedDenoiser, load_plain, read_checkpoint
+from unet_diffusion.codecs import Autoencoder, downsampling, pretrained_autoencoder, reconstruct
 from unet_diffusion.diffusers_config import (
     complete,
     config_from_diffusers,
@@ -111,7 +112,7 @@ def export_pipeline(trained: TrainedDenoiser, folder: StrPath, *, overwrite: boo
         RuntimeError: if diffusers loads something else than was written.
     """
     folder = Path(folder).resolve()
-    _check_replaceable(folder, overwrite)
+    _check_replaceable(folder, overwrite, "model_index.json")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         pipeline = _build_pipeline(trained)
@@ -120,6 +121,31 @@ def export_pipeline(trained: TrainedDenoiser, folder: StrPath, *, overwrite: boo
         if isinstance(pipeline, ClassConditionalPipeline):
             _ship_pipeline_code(partial)
         (partial / "README.md").write_text(model_card(trained), encoding="utf-8")
+        _move_into_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrite: bool = False) -> None:
+    """Write a folder that diffusers loads, with the latents' scale, after a comparison with the original.
+
+    Args:
+        trained: the autoencoder and the scale of its latents.
+        folder: appears whole or not at all.
+        overwrite: replace the folder if it is one of diffusers' models already.
+
+    Raises:
+        FileExistsError: if the folder exists and is not to be overwritten, or is no model.
+        RuntimeError: if diffusers loads something else than was written.
+    """
+    folder = Path(folder).resolve()
+    _check_replaceable(folder, overwrite, "config.json")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    autoencoder = copy.deepcopy(trained.autoencoder).cpu().float()
+    autoencoder.register_to_config(scaling_factor=1 / trained.latent_std)
+    try:
+        autoencoder.save_pretrained(partial)
+        _check_same_reconstruction(autoencoder, pretrained_autoencoder(partial))
         _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -257,11 +283,11 @@ def _current_key(key: str) -> str:
     return f"{parent}.{LEGACY_ATTENTION_KEYS[name]}.{parameter}" if name in LEGACY_ATTENTION_KEYS else key
 
 
-def _check_replaceable(folder: Path, overwrite: bool) -> None:
+def _check_replaceable(folder: Path, overwrite: bool, index: str) -> None:
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists and is not overwritten; choose another folder, or pass overwrite=True")
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise FileExistsError(f"only a pipeline folder is overwritten, and {folder} has no model_index.json")
+    if folder.exists() and not (folder / index).is_file():
+        raise FileExistsError(f"only a folder of diffusers is overwritten, and {folder} has no {index}")
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:
@@ -301,6 +327,19 @@ def _check_equal(trained: TrainedDenoiser, pipeline: DiffusionPipeline) -> None:
         raise RuntimeError(
             f"diffusers must load what was written, but outputs differ by {difference:.1e} of their largest "
             f"and alphas_cumprod by {schedule_difference:.1e}; nothing was exported"
+        )
+
+
+@torch.no_grad()
+def _check_same_reconstruction(autoencoder: Autoencoder, loaded: Autoencoder) -> None:
+    side = 2 * downsampling(autoencoder)
+    x = torch.randn(1, autoencoder.config["in_channels"], side, side, generator=keyed_generator(0))
+    expected, got = reconstruct(autoencoder, x), reconstruct(loaded, x)
+    difference = (expected - got).abs().max() / expected.abs().max().clamp(min=1)
+    if not difference <= EXPORT_TOLERANCE:  # not: NaN is a failure too
+        raise RuntimeError(
+            f"diffusers must load what was written, but outputs differ by {difference:.1e} of their largest; "
+            "nothing was exported"
         )
 
 

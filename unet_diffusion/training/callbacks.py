@@ -14,10 +14,13 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from unet_diffusion.data import SegmentationDataModule
+from unet_diffusion.data import ImageDataModule, SegmentationDataModule
+from unet_diffusion.data.base import scale_to_unit_range
+from unet_diffusion.data.batches import ImageBatches
 from unet_diffusion.pictures import image_grid, write_png
 from unet_diffusion.sampling import check_sampling, sample
 from unet_diffusion.segmentation.pictures import comparison
+from unet_diffusion.training.autoencoder import AutoencoderModule
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
 
@@ -156,6 +159,27 @@ class SegmentationGrid(PictureGrid):
         shown = [data.whole(index) for index in data.val_indices[: self.num_images].tolist()]
         predictions = [module.probabilities(one["images"]).argmax(dim=0).numpy() for one in shown]
         return comparison([one["images"] for one in shown], [one["classes"].numpy() for one in shown], predictions)
+
+
+class ReconstructionGrid(PictureGrid):
+    """Validation images, and what the averaged autoencoder makes of each, below it.
+
+    Args:
+        every_n_steps: optimiser steps between pictures; 0: only at the end.
+        num_images: how many.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, *, num_images: int = 16):
+        super().__init__(every_n_steps)
+        self.num_images = num_images
+
+    def picture(self, trainer: Trainer, module: AutoencoderModule) -> Image:
+        data = cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set at runtime
+        columns = min(self.num_images, MAX_COLUMNS // 2, len(data.val_indices))
+        shown = ImageBatches(data.image_set)[data.val_indices[: self.num_images].tolist()]
+        images = scale_to_unit_range(shown["images"])
+        pairs = zip(images.split(columns), module.reconstruct(images).cpu().split(columns), strict=True)
+        return image_grid(torch.cat([row for pair in pairs for row in pair]), columns=columns)
 
 
 class RunProgressBar(ProgressBar):

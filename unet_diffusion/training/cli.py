@@ -1,9 +1,10 @@
 """fit and validate: Lightning's command line around the modules and the data modules.
 
-What is trained is the configuration's `task`: "denoise", the default, or "segment".
+What is trained is the configuration's `task`: "denoise", the default, "segment" or "autoencode".
 
 The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png,
-checkpoints/ and the exported pipeline/; a folder that holds a run is never trained into again, except to continue it.
+checkpoints/ and the exported pipeline/ or autoencoder/; a folder that holds a run is never trained into again, except
+to continue it.
 """
 
 import argparse
@@ -22,9 +23,17 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
-from unet_diffusion.interop import export_pipeline
+from unet_diffusion.interop import export_autoencoder, export_pipeline
+from unet_diffusion.training.autoencoder import AutoencoderModule
 from unet_diffusion.training.base import NetworkModule
-from unet_diffusion.training.callbacks import PictureGrid, RunProgressBar, SampleGrid, SegmentationGrid, run_folder
+from unet_diffusion.training.callbacks import (
+    PictureGrid,
+    ReconstructionGrid,
+    RunProgressBar,
+    SampleGrid,
+    SegmentationGrid,
+    run_folder,
+)
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.unet import DenoiserUNet
@@ -36,7 +45,7 @@ CHECKPOINTS = "checkpoints"
 class Task:
     """What a run trains, on what, and what it shows."""
 
-    module: type[NetworkModule]
+    module: type[NetworkModule] | type[AutoencoderModule]
     data: type[LightningDataModule]
     pictures: type[PictureGrid]
 
@@ -44,6 +53,7 @@ class Task:
 TASKS = {
     "denoise": Task(DiffusionModule, ImageDataModule, SampleGrid),
     "segment": Task(SegmentationModule, SegmentationDataModule, SegmentationGrid),
+    "autoencode": Task(AutoencoderModule, ImageDataModule, ReconstructionGrid),
 }
 
 
@@ -146,6 +156,9 @@ class TrainingCLI(LightningCLI):
         """Exports what has a counterpart in diffusers, and says what a user would do next."""
         if isinstance(self.model, SegmentationModule):
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
+        if isinstance(self.model, AutoencoderModule):
+            export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
+            return "autoencoder/, which diffusers loads"
         if not isinstance(self.model.unet, DenoiserUNet):  # diffusers has no such network
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
         export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)

@@ -1,0 +1,401 @@
+"""The autoencoder's training: what it minimises and counts, what it says of itself, and that it resumes."""
+
+import copy
+import functools
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
+from lightning.pytorch.callbacks import ModelCheckpoint
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch.distributions import Normal, kl_divergence
+from torchvision.models import squeezenet1_1
+
+from unet_diffusion.checkpoint import read_autoencoder, read_checkpoint
+from unet_diffusion.codecs import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
+from unet_diffusion.discriminator import PatchDiscriminator, hinge_loss
+from unet_diffusion.interop import export_autoencoder
+from unet_diffusion.training import AutoencoderModule
+from unet_diffusion.training import autoencoder as training
+
+SMALL = {"layers_per_block": 1, "norm_num_groups": 4, "mid_attention": False}
+ADAM = functools.partial(torch.optim.Adam, lr=1.0e-2)
+SHAPE = (1, 16, 16)
+
+
+def kl_net(**options) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return kl_autoencoder(1, (8, 8), **{"latent_channels": 2, **SMALL, **options})
+
+
+def vq_net(**options) -> VQModel:
+    torch.manual_seed(0)
+    return vq_autoencoder(1, (8, 8), **{"num_codes": 16, "latent_channels": 2, **SMALL, **options})
+
+
+def critic() -> PatchDiscriminator:
+    torch.manual_seed(1)
+    return PatchDiscriminator(1, channels=32, num_layers=1)
+
+
+def module(autoencoder=None, **options) -> AutoencoderModule:
+    settings = {"optimizer": ADAM, "discriminator_optimizer": ADAM, **options}
+    return AutoencoderModule(autoencoder or kl_net(), **settings)
+
+
+def noise(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+
+
+def test_kl_divergence_is_that_of_torch_and_of_diffusers():
+    mean, std = noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1).exp()
+    ours = training.kl_divergence(mean, std)
+    torch.testing.assert_close(ours, kl_divergence(Normal(mean, std), Normal(0.0, 1.0)))
+    posterior = kl_net().encode(noise(2, *SHAPE)).latent_dist
+    torch.testing.assert_close(training.kl_divergence(posterior.mean, posterior.std).sum((1, 2, 3)), posterior.kl())
+
+
+@pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
+def test_fidelity_is_the_likelihood_of_an_image_under_the_learned_variance(kind, power):
+    made = module(reconstruction=kind, learn_variance=True)
+    with torch.no_grad():
+        made.log_variance.fill_(0.3)
+    images, others = noise(2, *SHAPE), noise(2, *SHAPE, seed=1)
+    errors = (images - others).abs() ** power
+    expected = (errors * torch.exp(torch.tensor(-0.3)) + 0.3).flatten(1).sum(1).mean()
+    torch.testing.assert_close(made._fidelity(images, others), expected)
+
+
+def test_adversarial_weight_makes_gradients_at_the_last_layer_equal(monkeypatch):
+    made = module(discriminator=critic(), discriminator_weight=0.8)
+    images = noise(2, *SHAPE)
+    reconstructions = made.autoencoder(images).sample
+    fidelity = made._fidelity(images, reconstructions)
+    adversarial = -made.discriminator(reconstructions).mean()
+    last = made.autoencoder.decoder.conv_out.weight
+    wanted, got = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (fidelity, adversarial))
+    weight = made._adaptive_weight(fidelity, adversarial)
+    torch.testing.assert_close(weight, 0.8 * wanted / (got + 1e-4))
+    monkeypatch.setattr(training, "MAX_ADAPTIVE_WEIGHT", 0.5)
+    torch.testing.assert_close(made._adaptive_weight(fidelity, adversarial), torch.tensor(0.8 * 0.5))
+
+
+def test_hinge_loss_of_a_closed_case():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert hinge_loss(real, fake) == 0.5 * ((0 + 0.5) / 2 + (0 + 1) / 2)
+    assert hinge_loss(torch.zeros(3), torch.zeros(3)) == 1
+
+
+def test_discriminator_sees_patches_of_the_stated_size():
+    network, image = PatchDiscriminator(3, channels=32), torch.zeros(1, 3, 128, 128, requires_grad=True)
+    for layer in network.layers:  # norms look at the whole image
+        if isinstance(layer, torch.nn.GroupNorm):
+            layer.forward = lambda x: x
+    network(image)[0, 0, 7, 7].backward()
+    rows = image.grad.abs().sum((0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 == 70
+    assert network(torch.zeros(1, 3, network.smallest_size, network.smallest_size)).shape[2:] == (1, 1)
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(1, 3, network.smallest_size - 1, network.smallest_size - 1))
+
+
+def test_steps_are_those_of_the_autoencoder_and_the_discriminator_starts_at_one(quiet_trainer, tiny_images):
+    made = module(discriminator=critic(), discriminator_start=3)
+    before, changed = copy.deepcopy(made.discriminator.state_dict()), []
+
+    def has_changed():
+        return any(not torch.equal(before[key], value) for key, value in made.discriminator.state_dict().items())
+
+    trainer = quiet_trainer(max_steps=5, limit_val_batches=0)
+    made.on_train_batch_end = lambda *args: changed.append((trainer.global_step, has_changed()))
+    trainer.fit(made, tiny_images(shape=SHAPE))
+    assert changed == [(1, False), (2, False), (3, False), (4, True), (5, True)]
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_learned_variance_is_in_the_optimiser(quiet_trainer, tiny_images, learned):
+    made = module(learn_variance=learned)
+    quiet_trainer(max_steps=2, limit_val_batches=0).fit(made, tiny_images(shape=SHAPE))
+    assert bool(made.log_variance != 0) == learned
+
+
+def test_average_moves_once_a_step_with_warm_up(quiet_trainer, tiny_images):
+    made, raw = module(discriminator=critic(), ema_decay=0.5), []
+    expected = made.autoencoder.decoder.conv_out.bias.detach().clone()
+    made.on_train_batch_end = lambda *args: raw.append(made.autoencoder.decoder.conv_out.bias.detach().clone())
+    quiet_trainer(max_steps=4, limit_val_batches=0).fit(made, tiny_images(shape=SHAPE))
+    for n, value in enumerate(raw, start=1):
+        expected = torch.lerp(expected, value, 1 - min(0.5, (1 + n) / (10 + n)))
+    torch.testing.assert_close(made.ema_autoencoder.decoder.conv_out.bias, expected)
+
+
+@pytest.mark.parametrize("make", [kl_net, vq_net])
+def test_training_brings_reconstructions_nearer(quiet_trainer, make):
+    from unet_diffusion.data import DigitsDataModule
+
+    made, data = module(make(), ema_decay=0.9), DigitsDataModule(batch_size=32, num_val=64)
+    trainer = quiet_trainer(max_steps=250)
+    before = trainer.validate(made, data, verbose=False)[0]["val/psnr"]
+    trainer.fit(made, data)
+    assert trainer.validate(made, data, verbose=False)[0]["val/psnr"] > before + 5
+
+
+def test_scores_of_images_are_those_of_scikit_image():
+    images, others = noise(2, 3, 24, 24), (noise(2, 3, 24, 24) + 0.2 * noise(2, 3, 24, 24, seed=1)).clamp(-1, 1)
+    for i in range(2):
+        pair = images[i].numpy(), others[i].numpy()
+        assert training.psnr(images, others)[i].item() == pytest.approx(
+            peak_signal_noise_ratio(*pair, data_range=2), abs=1e-4
+        )
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0}
+        # theirs leaves out the border, which ours mirrors
+        padded = (np.pad(one, ((0, 0), (5, 5), (5, 5)), mode="reflect") for one in pair)
+        expected = structural_similarity(*padded, data_range=2, **options)
+        assert training.ssim(images, others)[i].item() == pytest.approx(expected, abs=1e-4)
+    assert training.psnr(images, images).tolist() == [100, 100]
+    assert training.ssim(images, images).tolist() == pytest.approx([1, 1])
+
+
+def validated(made, data, quiet_trainer) -> tuple[dict, torch.Tensor]:
+    logged = quiet_trainer().validate(made, data, verbose=False)[0]
+    return logged, data.image_set.images[data.val_indices].float() / 127.5 - 1
+
+
+def test_validation_tells_the_moments_of_the_latents(quiet_trainer, tiny_images):
+    made, data = module(), tiny_images(shape=SHAPE, batch_size=3)
+    logged, images = validated(made, data, quiet_trainer)
+    with torch.no_grad():
+        posterior = made.ema_autoencoder.encode(images).latent_dist
+        psnr = training.psnr(images, reconstruct(made.ema_autoencoder, images)).mean()
+    signal, noise_share = posterior.mean.var(dim=(0, 2, 3), correction=0).mean(), posterior.var.mean()
+    std = (posterior.mean.var(correction=0) + noise_share).sqrt()
+    assert logged["val/latent_mean"] == pytest.approx(posterior.mean.mean().item(), abs=1e-5)
+    assert logged["val/latent_std"] == pytest.approx(std.item(), rel=1e-4)
+    assert logged["val/latent_signal"] == pytest.approx((signal / (signal + noise_share)).item(), rel=1e-3)
+    assert logged["val/psnr"] == pytest.approx(psnr.item(), abs=1e-3)
+    assert (made.latent_mean, made.latent_std) == pytest.approx((logged["val/latent_mean"], logged["val/latent_std"]))
+
+
+def test_validation_tells_how_many_codes_are_used(quiet_trainer, tiny_images):
+    made, data = module(vq_net()), tiny_images(shape=SHAPE, batch_size=3)
+    logged, images = validated(made, data, quiet_trainer)
+    autoencoder = made.ema_autoencoder
+    with torch.no_grad():
+        latents = autoencoder.encode(images).latents.movedim(1, -1).reshape(-1, 2)
+        numbers = torch.cdist(latents, autoencoder.quantize.embedding.weight).argmin(dim=1)
+    shares = torch.bincount(numbers, minlength=16) / len(numbers)
+    assert logged["val/codes_used"] == pytest.approx((shares > 0).float().mean().item())
+    perplexity = torch.distributions.Categorical(shares).entropy().exp().item()
+    assert logged["val/code_perplexity"] == pytest.approx(perplexity, rel=1e-4)
+
+
+@pytest.fixture
+def judged_at_once(monkeypatch):
+    monkeypatch.setattr(training, "MIN_STEPS_TO_JUDGE", 0)
+
+
+def test_collapsed_posterior_is_warned_about(quiet_trainer, tiny_images, judged_at_once):
+    made = module(kl_weight=10.0)
+    torch.nn.init.zeros_(made.ema_autoencoder.quant_conv.weight)  # mean and variance say nothing of the image
+    with pytest.warns(UserWarning, match=r"100\.0% of the latents' variance is noise.*kl_weight from 10"):
+        quiet_trainer().validate(made, tiny_images(shape=SHAPE), verbose=False)
+
+
+def test_unused_codes_are_warned_about(quiet_trainer, tiny_images, judged_at_once):
+    made = module(vq_net(num_codes=64))
+    torch.nn.init.zeros_(made.ema_autoencoder.quant_conv.weight)
+    with pytest.warns(UserWarning, match=r"only 2% of the codes are used"):
+        quiet_trainer().validate(made, tiny_images(shape=SHAPE), verbose=False)
+
+
+def test_discriminator_that_teaches_nothing_is_warned_about(quiet_trainer, tiny_images, judged_at_once, monkeypatch):
+    monkeypatch.setattr(training, "hinge_loss", lambda real, fake: 0 * (real.mean() + fake.mean()))
+    trainer = quiet_trainer(max_steps=2, limit_val_batches=0, log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="tells all reconstructions from images"):
+        trainer.fit(module(discriminator=critic()), tiny_images(shape=SHAPE))
+
+
+def test_no_collapse_is_seen_before_there_was_time_to_learn(quiet_trainer, tiny_images):
+    made = module()
+    torch.nn.init.zeros_(made.ema_autoencoder.quant_conv.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*many workers|.*in eval mode")
+        quiet_trainer().validate(made, tiny_images(shape=SHAPE), verbose=False)
+
+
+@pytest.mark.parametrize("make", [kl_net, vq_net])
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(quiet_trainer, tiny_images, tmp_path, make):
+    def fit(max_steps, **options):
+        made = module(make(), discriminator=critic(), discriminator_start=1, lr_warmup_steps=3, learn_variance=True)
+        saving = ModelCheckpoint(tmp_path / str(max_steps), every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        trainer = quiet_trainer(max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True,
+                                callbacks=[saving])  # fmt: skip
+        trainer.fit(made, tiny_images(shape=SHAPE), **options)
+        return made
+
+    whole = fit(6)
+    fit(3)
+    resumed = fit(6, ckpt_path=tmp_path / "3" / "step=3.ckpt")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+@pytest.fixture
+def trained_file(quiet_trainer, tiny_images, tmp_path):
+    def make(autoencoder):
+        made = module(autoencoder, ema_decay=0.5)
+        trainer = quiet_trainer(max_steps=2)
+        trainer.fit(made, tiny_images(shape=SHAPE))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return made, tmp_path / "last.ckpt"
+
+    return make
+
+
+@pytest.mark.parametrize("make", [kl_net, vq_net])
+def test_checkpoint_is_read_with_its_averaged_weights(trained_file, make):
+    made, path = trained_file(make())
+    trained = read_autoencoder(path)
+    assert type(trained.autoencoder) is type(made.autoencoder)
+    assert not trained.autoencoder.training
+    assert (trained.image_shape, trained.latent_std) == (SHAPE, made.latent_std)
+    x = noise(2, *SHAPE)
+    with torch.no_grad():
+        # the one is channels last in memory, and the other is not
+        torch.testing.assert_close(reconstruct(trained.autoencoder, x), reconstruct(made.ema_autoencoder, x))
+    with pytest.raises(ValueError, match="it holds a autoencoder"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("make", [kl_net, vq_net])
+def test_exported_folder_is_loaded_by_diffusers_with_the_scale_of_the_latents(trained_file, tmp_path, make):
+    made, _ = trained_file(make())
+    export_autoencoder(made.trained, tmp_path / "out")
+    loaded = type(made.autoencoder).from_pretrained(tmp_path / "out")
+    assert loaded.config.scaling_factor == pytest.approx(1 / made.latent_std)
+    x = noise(2, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(reconstruct(loaded, x), reconstruct(made.ema_autoencoder, x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(FileExistsError, match="is not overwritten"):
+        export_autoencoder(made.trained, tmp_path / "out")
+    export_autoencoder(made.trained, tmp_path / "out", overwrite=True)
+
+
+def test_pretrained_folder_works_in_its_place(quiet_trainer, tiny_images, tmp_path):
+    theirs = kl_net()
+    theirs.save_pretrained(tmp_path / "pipeline" / "vae")
+    for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
+        ours = pretrained_autoencoder(folder)
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+    quiet_trainer(max_steps=1).fit(module(ours), tiny_images(shape=SHAPE))
+
+
+def test_folder_without_autoencoder_or_with_another_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        pretrained_autoencoder(tmp_path)
+    blocks = {"num_encoder_blocks": (1,), "num_decoder_blocks": (1,)}
+    tiny = AutoencoderTiny(encoder_block_out_channels=(8,), decoder_block_out_channels=(8,), **blocks)
+    tiny.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds AutoencoderTiny"):
+        pretrained_autoencoder(tmp_path)
+
+
+def test_published_autoencoder_has_its_published_number_of_parameters():
+    with torch.device("meta"):
+        model = kl_autoencoder(3, (128, 256, 512, 512))  # kl-f8 of Rombach et al. 2022
+    assert sum(parameter.numel() for parameter in model.parameters()) == 83_653_863
+
+
+def test_checkpoint_of_another_autoencoder_is_refused(trained_file, quiet_trainer, tiny_images):
+    _, path = trained_file(kl_net())
+    other = module(kl_net(latent_channels=3))
+    with pytest.raises(ValueError, match="latent_channels: 2 in the checkpoint, 3 here"):
+        quiet_trainer(max_steps=4).fit(other, tiny_images(shape=SHAPE), ckpt_path=path)
+
+
+@pytest.fixture
+def squeezenet(tmp_path, monkeypatch):
+    """Random weights where torchvision's would be, as a stand-in."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "cache" / "hub" / "checkpoints" / training.PERCEPTUAL_FILES["squeeze"]
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(squeezenet1_1().state_dict(), path)
+    return path
+
+
+def test_perceptual_error_is_added_to_each_pixel_and_its_network_is_in_no_checkpoint(squeezenet):
+    plain, made = module(), module(perceptual_weight=2.0, perceptual_net="squeeze")
+    assert made.state_dict().keys() == plain.state_dict().keys()
+    images, others = noise(2, 3, 64, 64), noise(2, 3, 64, 64, seed=1)
+    perceptual = made._perceptual[0](images, others)
+    assert (perceptual > 0).all()
+    expected = plain._fidelity(images, others) + 2 * perceptual.mean() * images[0].numel()
+    torch.testing.assert_close(made._fidelity(images, others), expected)
+    assert made._fidelity(images, images) < made._fidelity(images, others)
+
+
+def test_missing_weights_of_the_perceptual_network_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*set perceptual_weight to 0"):
+        module(perceptual_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("reconstruction must be one of l1, l2", {"reconstruction": "l3"}),
+        ("kl_weight must be 0 or more, got -1", {"kl_weight": -1.0}),
+        ("discriminator_start must be 0 or more", {"discriminator_start": -1}),
+        ("ema_decay", {"ema_decay": 1.0}),
+        (
+            "got UNet2DModel",
+            {
+                "autoencoder": UNet2DModel(
+                    block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+                )
+            },
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(message, options):
+    with pytest.raises(ValueError, match=message):
+        module(**options)
+
+
+@pytest.mark.parametrize(
+    ("message", "made", "shape"),
+    [
+        ("the images have 3 channels and the autoencoder takes 1", lambda: module(), (3, 16, 16)),
+        ("multiples of 2, got 15 x 16", lambda: module(), (1, 15, 16)),
+        ("images of 24 pixels", lambda: module(discriminator=PatchDiscriminator(1, channels=32)), SHAPE),
+        ("set trainer.max_steps", lambda: module(lr_decay="cosine"), SHAPE),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(quiet_trainer, tiny_images, message, made, shape):
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(max_epochs=1).fit(made(), tiny_images(shape=shape))
+
+
+@pytest.mark.parametrize(
+    ("message", "make"),
+    [
+        ("multiple of norm_num_groups 32, got 8", lambda: kl_autoencoder(1, (8,))),
+        (r"attention_levels must be in \[0, 2\), got 2", lambda: kl_net(attention_levels=[2])),
+        ("multiple of 32, got 8", lambda: PatchDiscriminator(1, channels=8)),
+        ("num_layers must be at least 1", lambda: PatchDiscriminator(1, num_layers=0)),
+    ],
+)
+def test_impossible_networks_are_refused(message, make):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_record_is_plain_json(trained_file):
+    _, path = trained_file(vq_net())
+    record = torch.load(path, weights_only=True)["autoencoder"]
+    assert json.loads(json.dumps(record)) == record
