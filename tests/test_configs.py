@@ -128,11 +128,12 @@ DATA = {
     "folder.yaml": write_folder,
     "nuclei_denoiser.yaml": write_folder,
 }
+LATENTS = ["latents.yaml"]
 AUTOENCODE = [name for name in RECIPES if name.startswith("autoencoder")]
 SEGMENT = [name for name in RECIPES if yaml.safe_load((CONFIGS / name).read_text()).get("task") == "segment"]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SEGMENT + AUTOENCODE])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SEGMENT + AUTOENCODE + LATENTS])
 def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, name):
     arguments = ["--config", CONFIGS / name, *SMALLER, *NARROWER[name]]
     if name in DATA:
@@ -161,11 +162,30 @@ def test_recipe_trains_and_leaves_an_autoencoder(run_cli, tmp_path, name):
     assert status == 0, err
 
 
+@pytest.mark.parametrize("name", LATENTS)
+def test_recipe_trains_on_latents_as_its_comment_says(run_cli, tmp_path, name):
+    write_folder(tmp_path / "data", None)
+    autoencoder = kl_autoencoder(3, (32, 32, 32), layers_per_block=1)
+    autoencoder.register_to_config(sample_size=64)
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    encode = ["encode", tmp_path / "autoencoder", tmp_path / "data", "--output", tmp_path / "latents", "--device=cpu"]
+    status, _, err = run_cli(*encode, "--horizontal_flip")
+    assert status == 0, err
+    arguments = ["--config", CONFIGS / name, *SMALLER, *DENOISE, "--model.unet.init_args.channels=[8,8,8]"]
+    arguments += ["--model.unet.init_args.head_channels=4", "--data.init_args.root", tmp_path / "latents"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+    for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
+        assert (tmp_path / "run" / file).is_file(), file
+    with Image.open(tmp_path / "run" / "samples.png") as grid:
+        assert grid.height > 64  # images, not latents
+
+
 def test_pretrained_autoencoder_is_trained_on_by_the_command_line(run_cli, tmp_path):
     write_folder(tmp_path / "data", None)
     kl_autoencoder(3, (32, 32), layers_per_block=1).save_pretrained(tmp_path / "vae")
     arguments = ["--task=autoencode", "--model.autoencoder=unet_diffusion.codecs.pretrained_autoencoder"]
-    arguments += ["--model.autoencoder.folder", tmp_path / "vae", "--data=FolderDataModule"]
+    arguments += ["--model.autoencoder.init_args.folder", tmp_path / "vae", "--data=FolderDataModule"]
     arguments += ["--data.root", tmp_path / "data", "--data.image_size=16", "--data.batch_size=4"]
     arguments += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--samples.num_images=2"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from unet_diffusion.latents import LatentSpace
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.unet import PixelNetwork
 from unet_diffusion.whole_file import whole_file
@@ -42,6 +43,7 @@ class TrainedDenoiser:
         null_label: the label that stands for no class, for guidance; None: trained without.
         class_names: the name of each label from 0; None: no classes, or no names.
         settings: of the training, plain values; for the model card.
+        latent_space: of the latents that it denoises, and image_shape is the shape of; None: it denoises images.
     """
 
     unet: PixelNetwork
@@ -50,6 +52,7 @@ class TrainedDenoiser:
     null_label: int | None = None
     class_names: list[str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    latent_space: LatentSpace | None = None
 
 
 @dataclass
@@ -165,6 +168,7 @@ def denoiser_record(trained: TrainedDenoiser) -> dict[str, Any]:
         "null_label": trained.null_label,
         "class_names": trained.class_names,
         "settings": trained.settings,
+        "latent_space": None if trained.latent_space is None else trained.latent_space.plain(),
     }
 
 
@@ -185,6 +189,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
             null_label=record["null_label"],
             class_names=record["class_names"],
             settings=record["settings"],
+            latent_space=LatentSpace.from_plain(record["latent_space"]) if record["latent_space"] else None,
         )
 
 

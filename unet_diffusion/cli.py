@@ -1,4 +1,4 @@
-"""The command line: `unet-diffusion fit | validate | sample | segment | export | import`.
+"""The command line: `unet-diffusion fit | validate | encode | sample | segment | export | import`.
 
 fit and validate are Lightning's own command line, so that every argument of the module, the data and the trainer is an
 option; the others are small programs on a checkpoint. Every error is one message; `--traceback` shows its origin.
@@ -57,8 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Every command has --help, and takes --traceback to show where an error came from.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("fit", help="train a denoiser or segmenter: fit --config configs/digits.yaml")
+    commands.add_parser("fit", help="train a denoiser, segmenter or autoencoder: fit --config configs/digits.yaml")
     commands.add_parser("validate", help="validation loss: validate --config CONFIG --ckpt_path CHECKPOINT")
+    _add_encode(commands.add_parser("encode", help="latents of images, to train a denoiser on", **_STYLE))
     _add_sample(commands.add_parser("sample", help="draw images from a checkpoint", **_STYLE))
     _add_segment(commands.add_parser("segment", help="masks for images, from a checkpoint", **_STYLE))
     _add_export(commands.add_parser("export", help="write a checkpoint as a diffusers pipeline folder", **_STYLE))
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _STYLE: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 _CHECKPOINT_HELP = "a .ckpt file, a run folder, or a diffusers pipeline folder"
+_AUTOENCODER_HELP = "for a denoiser of latents: where their autoencoder is, if not where it was in training"
 
 
 # ------------------------------------------------------------------------------------------------------ fit, validate
@@ -78,6 +80,86 @@ def _train(arguments: list[str]) -> None:
     from unet_diffusion.training.cli import TrainingCLI
 
     TrainingCLI.run(arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------- encode
+
+
+def _add_encode(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write the latents of images to DIR, for fit --config configs/latents.yaml --data.init_args.root DIR. Images "
+        "are scaled and cut to the autoencoder's size. The same command again goes on where it was cut off."
+    )
+    parser.add_argument("autoencoder", metavar="AUTOENCODER", type=Path, help="a run folder, or a diffusers folder")
+    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the latents")
+    parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="default: the autoencoder's")
+    parser.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
+    parser.add_argument("--horizontal_flip", action="store_true", help="encode mirror images too")
+    parser.add_argument("--background", default="white", help="colour behind transparent pixels")
+    parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the autoencoder")
+    parser.set_defaults(run=_encode)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from diffusers import VQModel
+    from tqdm import tqdm
+
+    from unet_diffusion.codecs import downsampling, latent_moments, pretrained_autoencoder
+    from unet_diffusion.data import FolderDataModule, scale_to_unit_range
+    from unet_diffusion.latents import encode_images, fingerprint
+
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
+    autoencoder = pretrained_autoencoder(options.autoencoder).eval()
+    size = options.image_size or autoencoder.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height % downsampling(autoencoder) or width % downsampling(autoencoder):
+        raise ValueError(f"--image_size must be multiples of {downsampling(autoencoder)}, got {height} {width}")
+    data = FolderDataModule(
+        options.images,
+        image_size=(height, width),
+        channels=autoencoder.config["in_channels"],
+        class_labels=options.class_labels,
+        background=options.background,
+    )
+    data.setup()
+    settings = {
+        "autoencoder": str(options.autoencoder.resolve()),
+        "fingerprint": fingerprint(autoencoder, autoencoder.config),
+        "image_shape": data.image_shape,
+        "num_images": len(data.image_set.images),
+        "has_mirrored": options.horizontal_flip,
+        "has_codes": isinstance(autoencoder, VQModel),
+        "class_names": data.class_names,
+        "images": str(options.images.resolve()),
+        "background": options.background,
+        "precision": options.precision,
+    }
+    device_type = torch.device(options.device).type
+    if device_type == "cpu":
+        keep_freed_memory()
+    autoencoder.to(options.device, memory_format=torch.channels_last)
+
+    def images(numbers: range) -> torch.Tensor:
+        return scale_to_unit_range(data.image_set.images.index_select(0, torch.tensor(list(numbers))))
+
+    @torch.inference_mode()
+    def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            return latent_moments(autoencoder, pixels.to(options.device))
+
+    with tqdm(total=settings["num_images"], unit="image", desc="encode") as bar:
+        encode_images(
+            options.output, images, encode, settings=settings, labels=data.image_set.labels,
+            batch_size=options.batch_size, progress=bar.update,
+        )  # fmt: skip
+    print(f"latents of {settings['num_images']} images in {options.output}; to train on them: unet-diffusion fit "
+          f"--config configs/latents.yaml --data.init_args.root {options.output}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- sample
@@ -97,6 +179,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--labels", nargs="+", help="class numbers or names, used in turn; default: all classes in turn"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--autoencoder", metavar="DIR", help=_AUTOENCODER_HELP)
     parser.add_argument("--output", type=Path, default=Path("generated"), metavar="DIR", help="folder for the images")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace images that are in DIR")
@@ -118,6 +201,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from unet_diffusion.codecs import autoencoder_of, decode_latents
     from unet_diffusion.interop import load_denoiser
     from unet_diffusion.pictures import read_images, save_grid, save_images
     from unet_diffusion.sampling import check_sampling, num_network_steps, sample
@@ -134,6 +218,10 @@ def _sample(options: argparse.Namespace) -> None:
         guidance_scale=options.guidance_scale,
     )
     check_sampling(trained.schedule, (options.num_images, *trained.image_shape), labels=labels, **settings)
+    space = trained.latent_space
+    autoencoder = None if space is None else autoencoder_of(space, options.autoencoder).to(options.device)
+    if space is None and options.autoencoder:
+        raise ValueError("--autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
     device_type = torch.device(options.device).type
     if device_type == "cpu":
         keep_freed_memory()
@@ -155,8 +243,11 @@ def _sample(options: argparse.Namespace) -> None:
                     batch_size=options.batch_size,
                     device=options.device,
                     progress=bar.update,
+                    clip_sample=space is None,
                     **settings,
                 )
+                if space is not None and autoencoder is not None:
+                    images = decode_latents(autoencoder, space, images)
             save_images(images, options.output, indices=indices, overwrite=options.overwrite)
     first = [options.output / f"{i:06d}.png" for i in range(min(options.num_images, MAX_GRID_IMAGES))]
     save_grid(read_images(first), options.output / "grid.png")
@@ -191,7 +282,7 @@ def _labels(wanted: list[str] | None, trained: "TrainedDenoiser", num_images: in
 def _prepare_output(options: argparse.Namespace) -> list[int]:
     """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
     folder: Path = options.output
-    unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device", "speed"}
+    unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device", "speed", "autoencoder"}
     settings = {key: value for key, value in vars(options).items() if key not in unasked}
     record = folder / "settings.json"
     present = {path.name for path in folder.glob("*.png")} if folder.exists() else set()
@@ -305,13 +396,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.add_argument("--autoencoder", metavar="DIR", help=_AUTOENCODER_HELP)
     parser.set_defaults(run=_export)
 
 
 def _export(options: argparse.Namespace) -> None:
     from unet_diffusion.interop import export_pipeline, load_denoiser
 
-    export_pipeline(load_denoiser(options.checkpoint), options.folder, overwrite=options.overwrite)
+    trained = load_denoiser(options.checkpoint)
+    export_pipeline(trained, options.folder, overwrite=options.overwrite, autoencoder=options.autoencoder)
     print(f"{options.folder} holds the pipeline; loaded again with diffusers, it gives the same output")
 
 

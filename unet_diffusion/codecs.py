@@ -1,7 +1,7 @@
 """Autoencoders: diffusers' AutoencoderKL and VQModel, the first stage of latent diffusion.
 
 Rombach et al. 2022 (https://arxiv.org/abs/2112.10752): an image becomes a smaller map of latents, regularised by a
-small KL term or by a codebook.
+small KL term or by a codebook. What brings latents to the scale that diffusion takes is in `latents.py`.
 """
 
 import os
@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor
+
+from unet_diffusion.latents import LatentSpace, fingerprint
 
 Autoencoder: TypeAlias = AutoencoderKL | VQModel
 CLASSES: dict[str, type[Autoencoder]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
@@ -118,6 +121,54 @@ def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     if isinstance(autoencoder, VQModel):
         return autoencoder.decode(autoencoder.encode(images).latents).sample
     return autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
+
+
+def latent_moments(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent of images, (B, c, h, w) each; the latter 0 for a codebook."""
+    if isinstance(autoencoder, VQModel):
+        latents = autoencoder.encode(images).latents
+        return latents, torch.zeros_like(latents)
+    posterior = autoencoder.encode(images).latent_dist
+    return posterior.mean, posterior.std
+
+
+def autoencoder_of(space: LatentSpace, folder: str | os.PathLike[str] | None = None) -> Autoencoder:
+    """The autoencoder that latents are of, on the CPU and in eval mode.
+
+    Args:
+        space: of the latents.
+        folder: where it is now; None: where it was.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if another one is there.
+    """
+    path = space.autoencoder if folder is None else folder
+    try:
+        autoencoder = pretrained_autoencoder(path).eval()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; say where the autoencoder is now with --autoencoder DIR") from error
+    if fingerprint(autoencoder, autoencoder.config) != space.fingerprint:
+        raise ValueError(
+            f"the autoencoder in {path} is not the one that the latents are of: it was trained on or replaced; "
+            "bring the old one back, or encode the images and train the denoiser again"
+        )
+    return autoencoder
+
+
+@torch.no_grad()
+def decode_latents(autoencoder: Autoencoder, space: LatentSpace, latents: Tensor, batch_size: int = 16) -> Tensor:
+    """The images of normalised latents, (N, C, H, W) float32 on the CPU, in about [-1, 1].
+
+    Args:
+        autoencoder: on any device.
+        space: of the latents.
+        latents: (N, c, h, w).
+        batch_size: images at once: a decoder takes more memory than a denoiser.
+    """
+    device = next(autoencoder.parameters()).device
+    raw = space.denormalise(latents.float())
+    return torch.cat([autoencoder.decode(part.to(device)).sample.float().cpu() for part in raw.split(batch_size)])
 
 
 def _config(

@@ -16,18 +16,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    LDMPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
 from unet_diffusion.checkpoint import TrainedAutoencoder, TrainedDenoiser, load_plain, read_checkpoint
-from unet_diffusion.codecs import Autoencoder, downsampling, pretrained_autoencoder, reconstruct
+from unet_diffusion.codecs import (
+    Autoencoder,
+    autoencoder_of,
+    downsampling,
+    pretrained_autoencoder,
+    reconstruct,
+)
 from unet_diffusion.diffusers_config import (
     complete,
     config_from_diffusers,
     config_to_diffusers,
     schedule_from_diffusers,
 )
+from unet_diffusion.latents import LatentSpace
 from unet_diffusion.pipelines import class_conditional
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
 from unet_diffusion.pipelines.model_card import model_card
@@ -96,26 +112,32 @@ def to_diffusers(
     return unet.eval()
 
 
-def export_pipeline(trained: TrainedDenoiser, folder: StrPath, *, overwrite: bool = False) -> None:
+def export_pipeline(
+    trained: TrainedDenoiser, folder: StrPath, *, overwrite: bool = False, autoencoder: StrPath | None = None
+) -> None:
     """Write a folder that diffusers loads without this package, after a comparison of what it loads with the original.
 
-    Without classes it is a stock DDPMPipeline; with classes it holds its own `pipeline.py`, and is loaded with
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md says how, for either.
+    Without classes it is a stock DDPMPipeline or, of latents, an LDMPipeline; with classes it holds its own
+    `pipeline.py`, and is loaded with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md
+    says how, for each.
 
     Args:
         trained: the network and its schedule.
         folder: appears whole or not at all.
         overwrite: replace the folder if it is a pipeline already.
+        autoencoder: folder of the one whose latents are denoised; None: where it was in training.
 
     Raises:
         FileExistsError: if the folder exists and is not to be overwritten, or is no pipeline.
+        FileNotFoundError: if the autoencoder is not there.
+        ValueError: if there is no such pipeline, or the autoencoder is another one.
         RuntimeError: if diffusers loads something else than was written.
     """
     folder = Path(folder).resolve()
     _check_replaceable(folder, overwrite, "model_index.json")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        pipeline = _build_pipeline(trained)
+        pipeline = _build_pipeline(trained, autoencoder)
         pipeline.save_pretrained(partial)
         _check_equal(trained, type(pipeline).from_pretrained(partial))
         if isinstance(pipeline, ClassConditionalPipeline):
@@ -142,7 +164,9 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
     _check_replaceable(folder, overwrite, "config.json")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     autoencoder = copy.deepcopy(trained.autoencoder).cpu().float()
-    autoencoder.register_to_config(scaling_factor=1 / trained.latent_std)
+    _, height, width = trained.image_shape
+    sample_size = height if height == width else [height, width]
+    autoencoder.register_to_config(scaling_factor=1 / trained.latent_std, sample_size=sample_size)
     try:
         autoencoder.save_pretrained(partial)
         _check_same_reconstruction(autoencoder, pretrained_autoencoder(partial))
@@ -300,13 +324,49 @@ def _move_into_place(partial: Path, folder: Path) -> None:
         os.replace(partial, folder)
 
 
-def _build_pipeline(trained: TrainedDenoiser) -> DiffusionPipeline:
+def _build_pipeline(trained: TrainedDenoiser, autoencoder: StrPath | None) -> DiffusionPipeline:
     _, height, width = trained.image_shape
     unet = to_diffusers(trained.unet, height if height == width else (height, width))
-    scheduler = DDPMScheduler(**scheduler_config(trained.schedule))
-    if trained.unet.config["num_class_embeds"] is None:
+    space = trained.latent_space
+    scheduler = DDPMScheduler(**scheduler_config(trained.schedule, clip_sample=space is None))
+    has_classes = trained.unet.config["num_class_embeds"] is not None
+    if space is None and has_classes:
+        return ClassConditionalPipeline(unet, scheduler, trained.null_label, trained.class_names)
+    if space is None:
         return DDPMPipeline(unet, scheduler)
-    return ClassConditionalPipeline(unet, scheduler, trained.null_label, trained.class_names)
+    if has_classes or height != width:
+        raise ValueError("diffusers' LDMPipeline draws square images without classes, and this denoiser draws others; "
+                         "draw them with unet-diffusion sample")  # fmt: skip
+    scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
+    return LDMPipeline(normalised_autoencoder(autoencoder_of(space, autoencoder), space), unet, scheduler)
+
+
+@torch.no_grad()
+def normalised_autoencoder(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
+    """The same autoencoder for latents of mean 0 and standard deviation 1 a channel, as diffusers has one scale only.
+
+    Its convolutions of one pixel, the encoder's last and the decoder's first, take the moments in. Those of a codebook
+    are one scale for all channels, and become diffusers' scaling_factor.
+
+    Raises:
+        ValueError: if it lacks these convolutions.
+    """
+    autoencoder = copy.deepcopy(autoencoder)
+    if isinstance(autoencoder, VQModel):
+        autoencoder.register_to_config(scaling_factor=1 / space.std[0])
+        return autoencoder
+    last, first = autoencoder.quant_conv, autoencoder.post_quant_conv
+    if last is None or first is None:
+        raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in the scale of its latents")
+    mean, std = torch.tensor(space.mean), torch.tensor(space.std)
+    first.bias += first.weight.flatten(1) @ mean
+    first.weight *= std[:, None, None]
+    last.bias -= torch.cat([mean, 2 * std.log()])
+    scale = torch.cat([std, torch.ones_like(std)])  # of means; of the logarithms of variances
+    last.bias /= scale
+    last.weight /= scale[:, None, None, None]
+    autoencoder.register_to_config(scaling_factor=1.0)
+    return autoencoder
 
 
 @torch.no_grad()

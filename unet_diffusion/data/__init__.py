@@ -1,4 +1,4 @@
-"""Data modules: images from a folder or zip archive, from torchvision, or scikit-learn's digits; labelled images."""
+"""Data modules: images from a folder, an archive, torchvision or scikit-learn; labelled images; latents."""
 
 from unet_diffusion.data.base import ImageDataModule, scale_to_unit_range, split_indices
 from unet_diffusion.data.batches import ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
@@ -7,6 +7,7 @@ from unet_diffusion.data.decoding import ImageFormat, decode_image
 from unet_diffusion.data.files import find_images
 from unet_diffusion.data.folder import FolderDataModule, TilesDataModule
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, PairedFiles, SyntheticCells
+from unet_diffusion.data.latents import LatentBatches, LatentsDataModule
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.standard import DigitsDataModule, TorchvisionDataModule
 
@@ -19,6 +20,8 @@ __all__ = [
     "ImageSet",
     "LabelledImages",
     "LabelledSource",
+    "LatentBatches",
+    "LatentsDataModule",
     "OrderedBatches",
     "PairedFiles",
     "ResumableLoader",

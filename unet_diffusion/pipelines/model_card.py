@@ -12,8 +12,8 @@ tags: [image-generation, {kind}, unet-diffusion]
 ---
 # A denoising U-Net, {kind}
 
-Makes images of {channels} x {height} x {width} (channels, height, width) by diffusion in pixel space. The network is a
-`UNet2DModel` of {parameters:,} parameters.
+Makes {what} of {channels} x {height} x {width} (channels, height, width) by diffusion. The network is a `UNet2DModel`
+of {parameters:,} parameters.
 
 ## Use
 {usage}
@@ -38,6 +38,15 @@ In fewer steps with `pipeline.scheduler = DDIMScheduler.from_config(pipeline.sch
 divide {steps}. `DPMSolverMultistepScheduler` fits too; Euler and its like do not, as `DDPMPipeline` does not scale its
 input for them.
 """
+LATENT_USAGE = """```python
+from diffusers import LDMPipeline
+
+pipeline = LDMPipeline.from_pretrained("path/to/this/folder")
+images = pipeline(batch_size=4, num_inference_steps=50).images
+```
+Any scheduler for the same noise schedule fits, such as
+`pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
+"""
 CONDITIONAL_USAGE = """```python
 from diffusers import DiffusionPipeline
 
@@ -58,6 +67,7 @@ def model_card(trained: TrainedDenoiser) -> str:
     is_conditional = trained.unet.config["num_class_embeds"] is not None
     return MODEL_CARD.format(
         kind="class-conditional" if is_conditional else "unconditional",
+        what="images" if trained.latent_space is None else "latents, from which an autoencoder makes images,",
         channels=channels,
         height=height,
         width=width,
@@ -73,6 +83,8 @@ def _yaml(settings: dict[str, Any]) -> str:
 
 
 def _unconditional_usage(trained: TrainedDenoiser) -> str:
+    if trained.latent_space is not None:
+        return LATENT_USAGE
     return UNCONDITIONAL_USAGE.format(steps=trained.schedule.num_train_timesteps)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+from unet_diffusion.codecs import autoencoder_of, decode_latents
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
 from unet_diffusion.data.base import scale_to_unit_range
 from unet_diffusion.data.batches import ImageBatches
@@ -120,11 +121,14 @@ class SampleGrid(PictureGrid):
     def picture(self, trainer: Trainer, module: DiffusionModule) -> Image:
         num_classes = module.num_classes
         images = self.sample(trainer, module, num_classes)
+        if module.latent_space is not None:  # the autoencoder takes memory only while it is needed
+            autoencoder = autoencoder_of(module.latent_space).to(module.device)
+            images = decode_latents(autoencoder, module.latent_space, images)
         columns = num_classes if num_classes and num_classes <= MAX_COLUMNS else None
         return image_grid(images, columns=columns)
 
     def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int | None) -> Tensor:
-        """The grid's images, (num_images, C, H, W) float32 in [-1, 1], in the trainer's precision."""
+        """The grid's images in [-1, 1], or latents, (num_images, C, H, W) float32, in the trainer's precision."""
         trained = module.trained
         labels = None if num_classes is None else torch.arange(self.num_images) % num_classes
         with trainer.precision_plugin.forward_context():
@@ -138,6 +142,7 @@ class SampleGrid(PictureGrid):
                 labels=labels,
                 null_label=trained.null_label,
                 guidance_scale=self.guidance_scale,
+                clip_sample=module.latent_space is None,
                 device=module.device,
             )
 

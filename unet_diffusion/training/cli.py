@@ -159,7 +159,11 @@ class TrainingCLI(LightningCLI):
         if isinstance(self.model, AutoencoderModule):
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
-        if not isinstance(self.model.unet, DenoiserUNet):  # diffusers has no such network
+        is_stock = isinstance(self.model.unet, DenoiserUNet)
+        if self.model.latent_space is not None:
+            _, height, width = self.model.image_shape
+            is_stock = is_stock and self.model.unet.config["num_class_embeds"] is None and height == width
+        if not is_stock:  # diffusers has no such network, or no pipeline for it
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
         export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record
 from unet_diffusion.conditioning import drop_labels
+from unet_diffusion.latents import LatentSpace
 from unet_diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
 from unet_diffusion.sampling import image_generators
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
@@ -28,8 +29,9 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenl
 class DiffusionModule(NetworkModule):
     """A denoiser, its noise schedule and how it is trained.
 
-    Batches are dicts: "images" (B, C, H, W) float32 in [-1, 1], "labels" (B,) int64 if the network has classes, and
-    "index" (B,) int64, the number of each image in its data set, which fixes its noise in validation.
+    Batches are dicts: "images" (B, C, H, W) float32 in [-1, 1], or latents of mean 0 and variance 1; "labels" (B,)
+    int64 if the network has classes; and "index" (B,) int64, the number of each image in its data set, which fixes
+    its noise in validation.
 
     Args:
         unet: the network to train; its weights are the raw ones.
@@ -85,6 +87,7 @@ class DiffusionModule(NetworkModule):
 
         self.null_label = num_class_embeds - 1 if label_dropout > 0 else None
         self.class_names: list[str] | None = None
+        self.latent_space: LatentSpace | None = None
 
     @property
     def trained(self) -> TrainedDenoiser:
@@ -102,6 +105,7 @@ class DiffusionModule(NetworkModule):
             null_label=self.null_label,
             class_names=self.class_names,
             settings=self.settings,
+            latent_space=self.latent_space,
         )
 
     @property
@@ -113,17 +117,20 @@ class DiffusionModule(NetworkModule):
     def meet_data(self, datamodule: Any) -> None:
         self.image_shape = tuple(datamodule.image_shape)
         self.class_names = datamodule.class_names
+        self.latent_space = getattr(datamodule, "latent_space", None)
         self._check_data(datamodule.num_classes)
 
     def record(self) -> dict[str, Any]:
         return denoiser_record(self.trained)
 
     def identity(self) -> dict[str, Any]:
-        return {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
+        space = None if self.latent_space is None else self.latent_space.plain()
+        return {**self.unet.config, **self.schedule.config, "null_label": self.null_label, **_space_identity(space)}
 
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
-        return {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
+        kept = {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
+        return {**kept, **_space_identity(record["latent_space"])}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The weighted loss of a batch at random timesteps."""
@@ -247,6 +254,11 @@ def _check_settings(
             "min_snr gives the last timestep of rescale_betas_zero_snr no weight, and sampling starts there; "
             "use loss_weighting uniform"
         )
+
+
+def _space_identity(space: dict[str, Any] | None) -> dict[str, Any]:
+    """Of latents, what may not change; their autoencoder may have been moved."""
+    return {f"latent {name}": (space or {}).get(name) for name in ("fingerprint", "mean", "std")}
 
 
 def _check_denoises(unet: PixelNetwork) -> None:

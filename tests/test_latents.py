@@ -1,0 +1,345 @@
+"""Latents on disk, in training and in sampling, and the pipeline that comes of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, LDMPipeline
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from unet_diffusion import latents as latents_module
+from unet_diffusion.checkpoint import read_checkpoint
+from unet_diffusion.codecs import (
+    autoencoder_of,
+    decode_latents,
+    kl_autoencoder,
+    latent_moments,
+    pretrained_autoencoder,
+    vq_autoencoder,
+)
+from unet_diffusion.data import FolderDataModule, LatentsDataModule, scale_to_unit_range
+from unet_diffusion.interop import export_pipeline, normalised_autoencoder
+from unet_diffusion.latents import fingerprint, read_latents
+from unet_diffusion.sampling import image_generators, sample
+from unet_diffusion.schedule import keyed_generator
+
+NUM_IMAGES = 10
+SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
+
+
+@torch.no_grad()
+def autoencoder(kind="kl"):
+    torch.manual_seed(0)
+    made = kl_autoencoder(3, (8, 8), latent_channels=4, **SMALL)
+    if kind == "vq":
+        made = vq_autoencoder(3, (8, 8), num_codes=64, latent_channels=4, **SMALL)
+    for parameter in made.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    made.register_to_config(sample_size=16)
+    return made.eval()
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(NUM_IMAGES // 2):
+            pixels = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def encoded(run_cli, tmp_path, images, monkeypatch):
+    """Encodes the images with a small autoencoder, in shards of four; gives the folder."""
+    monkeypatch.setattr(latents_module, "SHARD_IMAGES", 4)
+
+    def make(*options, kind="kl"):
+        if not (tmp_path / "autoencoder").exists():
+            autoencoder(kind).save_pretrained(tmp_path / "autoencoder")
+        arguments = [tmp_path / "autoencoder", images, "--output", tmp_path / "latents", "--batch_size=3", *options]
+        status, _, err = run_cli("encode", *arguments, "--device=cpu")
+        assert status == 0, err
+        return tmp_path / "latents"
+
+    return make
+
+
+def pixels_of(images, **options):
+    data = FolderDataModule(images, image_size=16, **options)
+    data.setup()
+    return scale_to_unit_range(data.image_set.images)
+
+
+@torch.no_grad()
+def test_latents_are_those_of_the_images_and_of_their_mirror_images(encoded, images):
+    found = read_latents(encoded("--horizontal_flip"))
+    pixels = pixels_of(images)
+    mean, std = latent_moments(autoencoder(), torch.cat([pixels, pixels.flip(3)]))
+    assert len(found) == NUM_IMAGES
+    torch.testing.assert_close(found.mean.float(), mean, atol=2e-3, rtol=2e-3)  # float16 has 11 bits
+    torch.testing.assert_close(found.std.float(), std, atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
+def test_scale_is_that_of_all_images_a_channel(encoded, images):
+    space = read_latents(encoded()).space
+    posterior = autoencoder().encode(pixels_of(images)).latent_dist
+    drawn = torch.stack([posterior.sample(torch.Generator().manual_seed(seed)) for seed in range(200)])
+    assert space.mean == pytest.approx(drawn.mean(dim=(0, 1, 3, 4)).tolist(), abs=0.01)  # 200 draws
+    assert space.std == pytest.approx(drawn.std(dim=(0, 1, 3, 4)).tolist(), rel=0.01)
+    normalised = space.normalise(drawn.flatten(0, 1))
+    assert normalised.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=0.02)
+    torch.testing.assert_close(space.denormalise(normalised), drawn.flatten(0, 1), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_codes_have_one_scale_and_no_shift(encoded, images):
+    space = read_latents(encoded(kind="vq")).space
+    assert space.mean == (0, 0, 0, 0)
+    expected = autoencoder("vq").encode(pixels_of(images)).latents.std(correction=0)
+    assert space.std == pytest.approx([expected.item()] * 4, rel=1e-3)
+
+
+def test_encoding_goes_on_where_it_was_cut_off(encoded):
+    folder = encoded()
+    whole = read_latents(folder)
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    written = first.stat().st_mtime_ns
+    second.unlink()
+    (folder / "index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="were not finished"):
+        read_latents(folder)
+    again = read_latents(encoded())
+    assert torch.equal(again.mean, whole.mean)
+    assert again.space == whole.space
+    assert first.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("--horizontal_flip", "has_mirrored: False there, True here"), ("--background=black", "background")],
+)
+def test_latents_made_with_other_settings_are_refused_with_the_reason(
+    encoded, tmp_path, images, run_cli, option, reason
+):
+    folder = encoded()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    arguments = [tmp_path / "autoencoder", images, "--output", folder, "--device=cpu", option]
+    status, _, err = run_cli("encode", *arguments)
+    assert (status, reason in err) == (1, True), err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_latents_of_another_autoencoder_are_refused(encoded, tmp_path, images, run_cli):
+    folder = encoded()
+    other = autoencoder()
+    other.decoder.conv_out.bias.data += 1
+    other.save_pretrained(tmp_path / "autoencoder")
+    status, _, err = run_cli("encode", tmp_path / "autoencoder", images, "--output", folder, "--device=cpu")
+    assert (status, "fingerprint" in err) == (1, True), err
+    with pytest.raises(ValueError, match="is not the one that the latents are of"):
+        autoencoder_of(read_latents(folder).space)
+
+
+def test_files_that_are_no_latents_are_left_alone(encoded, tmp_path, images, run_cli):
+    autoencoder().save_pretrained(tmp_path / "autoencoder")
+    status, _, err = run_cli("encode", tmp_path / "autoencoder", images, "--output", images, "--device=cpu")
+    assert (status, "holds files that are no latents" in err) == (1, True), err
+
+
+def test_size_that_the_autoencoder_cannot_halve_is_refused(tmp_path, images, run_cli):
+    autoencoder().save_pretrained(tmp_path / "a")
+    arguments = [tmp_path / "a", images, "--output", tmp_path / "b", "--image_size", "15", "16"]
+    status, _, err = run_cli("encode", *arguments)
+    assert (status, "multiples of 2, got 15 16" in err) == (1, True), err
+    assert not (tmp_path / "b").exists()
+
+
+def test_fingerprint_changes_with_weights_and_configuration_and_not_with_the_scale(tmp_path):
+    made = autoencoder()
+    prints = [fingerprint(made, made.config)]
+    made.register_to_config(scaling_factor=0.5)
+    made.save_pretrained(tmp_path)
+    loaded = pretrained_autoencoder(tmp_path)
+    assert fingerprint(loaded, loaded.config) == prints[0]
+    made.decoder.conv_out.bias.data[0] += 1e-6
+    prints.append(fingerprint(made, made.config))
+    made.register_to_config(norm_num_groups=2)
+    prints.append(fingerprint(made, made.config))
+    assert len(set(prints)) == 3
+
+
+def batches(data, trainer, module) -> list[torch.Tensor]:
+    """What the module was trained on."""
+    seen = []
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: (seen.append(batch["images"].clone()), step(batch, batch_idx))[1]
+    trainer.fit(module, data)
+    return seen
+
+
+def latent_module(tiny_module, tiny_unet, **options):
+    return tiny_module(unet=tiny_unet(in_channels=4, **options))
+
+
+def test_latents_are_drawn_anew_in_training_from_their_distribution(encoded, quiet_trainer, tiny_module, tiny_unet):
+    folder = encoded()
+    found = read_latents(folder)
+    data = LatentsDataModule(folder, num_val=2, batch_size=8)
+    seen = batches(data, quiet_trainer(max_steps=40, limit_val_batches=0), latent_module(tiny_module, tiny_unet))
+    raw = found.space.denormalise(torch.cat(seen))
+    expected = found.mean[data.train_indices].float()
+    torch.testing.assert_close(raw.mean(dim=0), expected.mean(dim=0), atol=0.25, rtol=0)  # 320 draws of std 1 or so
+    assert not torch.equal(seen[0], seen[1])
+    spread = raw.std(dim=0) ** 2 - expected.var(dim=0, correction=0)
+    torch.testing.assert_close(spread.mean(), found.std[data.train_indices].float().square().mean(), rtol=0.1, atol=0)
+
+
+def test_validation_takes_the_mean_of_the_latents(encoded, quiet_trainer, tiny_module, tiny_unet):
+    data = LatentsDataModule(encoded(), num_val=2, batch_size=2)
+    module, seen = latent_module(tiny_module, tiny_unet), []
+    step = module.validation_step
+    module.validation_step = lambda batch, batch_idx: (seen.append(batch["images"].clone()), step(batch, batch_idx))[1]
+    quiet_trainer().validate(module, data, verbose=False)
+    space = data.latent_space
+    expected = space.normalise(data.latents.mean[data.val_indices].float())
+    torch.testing.assert_close(torch.cat(seen), expected)
+
+
+def test_mirrored_images_are_trained_on_and_must_have_been_encoded(encoded, quiet_trainer, tiny_module, tiny_unet):
+    folder = encoded("--horizontal_flip")
+    data = LatentsDataModule(folder, num_val=2, batch_size=8, horizontal_flip=True)
+    data.setup()
+    assert data.image_shape == (4, 8, 8)
+    drawn = [index for batch in data_batches(data) for index in batch]
+    assert any(index >= NUM_IMAGES for index in drawn)
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "has_mirrored": False}))
+    with pytest.raises(ValueError, match="encode again with --horizontal_flip"):
+        LatentsDataModule(folder, horizontal_flip=True).setup()
+
+
+def data_batches(data) -> list[list[int]]:
+    loader = data.train_dataloader()
+    return list(loader.sampler)
+
+
+def test_resumed_run_draws_the_latents_of_the_uninterrupted_one(
+    encoded, quiet_trainer, tiny_module, tiny_unet, tmp_path
+):
+    folder = encoded()
+
+    def fit(max_steps, **options):
+        module = latent_module(tiny_module, tiny_unet)
+        saving = ModelCheckpoint(tmp_path / str(max_steps), every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        trainer = quiet_trainer(max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True, callbacks=[saving])
+        trainer.fit(module, LatentsDataModule(folder, num_val=2, batch_size=2), **options)
+        return module
+
+    whole = fit(6)
+    fit(3)
+    resumed = fit(6, ckpt_path=tmp_path / "3" / "step=3.ckpt")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+@pytest.fixture
+def trained(encoded, quiet_trainer, tiny_module, tiny_unet, tmp_path):
+    def make(*, kind="kl", **options):
+        folder = encoded("--class_labels", kind=kind)
+        module = latent_module(tiny_module, tiny_unet, **options)
+        trainer = quiet_trainer(max_steps=4, limit_val_batches=0)
+        trainer.fit(module, LatentsDataModule(folder, num_val=2, batch_size=4))
+        trainer.save_checkpoint(tmp_path / "latent.ckpt")
+        return tmp_path / "latent.ckpt"
+
+    return make
+
+
+def test_checkpoint_knows_the_space_and_holds_no_autoencoder(trained, tmp_path):
+    path = trained()
+    read = read_checkpoint(path)
+    assert read.latent_space == read_latents(tmp_path / "latents").space
+    assert read.image_shape == (4, 8, 8)
+    keys = torch.load(path, weights_only=True)["state_dict"]
+    assert not [key for key in keys if "encoder" in key or "decoder" in key]
+
+
+def test_latents_of_another_run_do_not_continue_it(trained, tmp_path, quiet_trainer, tiny_module, tiny_unet):
+    path = trained()
+    index = json.loads((tmp_path / "latents" / "index.json").read_text())
+    index["space"]["std"] = [2.0] * 4
+    (tmp_path / "latents" / "index.json").write_text(json.dumps(index))
+    module = latent_module(tiny_module, tiny_unet)
+    data = LatentsDataModule(tmp_path / "latents", num_val=2, batch_size=4)
+    with pytest.raises(ValueError, match="latent std"):
+        quiet_trainer(max_steps=5).fit(module, data, ckpt_path=path)
+
+
+def test_sampled_images_are_decoded_latents(trained, run_cli, tmp_path):
+    path = trained()
+    arguments = [path, "--num_images=3", "--num_inference_steps=2", "--device=cpu", "--output", tmp_path / "out"]
+    status, _, err = run_cli("sample", *arguments)
+    assert status == 0, err
+    read = read_checkpoint(path)
+    options = {"scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 2, "clip_sample": False}
+    latents = sample(read.unet, read.schedule, (3, 4, 8, 8), **options)
+    with torch.no_grad():
+        expected = autoencoder().decode(read.latent_space.denormalise(latents)).sample
+    for number in range(3):
+        drawn = np.asarray(Image.open(tmp_path / "out" / f"{number:06d}.png")).astype(int)
+        wanted = ((expected[number] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+        assert np.abs(drawn - wanted).max() <= 1
+
+
+def test_sampling_says_where_the_autoencoder_should_be(trained, run_cli, tmp_path):
+    path = trained()
+    (tmp_path / "autoencoder").rename(tmp_path / "moved")
+    arguments = [path, "--num_images=1", "--num_inference_steps=2", "--device=cpu", "--output", tmp_path / "out"]
+    status, _, err = run_cli("sample", *arguments)
+    assert (status, "--autoencoder DIR" in err) == (1, True), err
+    assert not (tmp_path / "out").exists()
+    status, _, err = run_cli("sample", *arguments, "--autoencoder", tmp_path / "moved")
+    assert status == 0, err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_normalised_autoencoder_is_the_autoencoder_between_the_scales(encoded, images, kind):
+    space = read_latents(encoded(kind=kind)).space
+    plain = autoencoder(kind)
+    theirs, pixels = normalised_autoencoder(plain, space), pixels_of(images)[:2]
+    factor = theirs.config.scaling_factor
+    latents = torch.randn(2, 4, 8, 8, generator=keyed_generator(0))
+    images_of = plain.decode(space.denormalise(latents)).sample
+    torch.testing.assert_close(theirs.decode(latents / factor).sample, images_of, atol=1e-4, rtol=1e-4)
+    mean, std = latent_moments(plain, pixels)
+    their_mean, their_std = latent_moments(theirs, pixels)
+    torch.testing.assert_close(their_mean * factor, space.normalise(mean), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(their_std * factor, std / torch.tensor(space.std)[:, None, None], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_exported_pipeline_draws_our_images_without_this_package(trained, tmp_path, kind):
+    path = trained(kind=kind)
+    read = read_checkpoint(path)
+    export_pipeline(read, tmp_path / "pipeline")
+    pipeline = LDMPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    theirs = pipeline(2, generator=image_generators(3, range(2)), num_inference_steps=4, output_type="np").images
+    latents = sample(read.unet, read.schedule, (2, 4, 8, 8), num_inference_steps=4, seed=3, clip_sample=False)
+    ours = decode_latents(autoencoder_of(read.latent_space), read.latent_space, latents)
+    np.testing.assert_allclose((ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), theirs, atol=2e-4)
+    assert "LDMPipeline" in (tmp_path / "pipeline" / "README.md").read_text()
+
+
+def test_pipeline_for_classes_of_latents_is_refused_and_nothing_is_written(trained, tmp_path):
+    read = read_checkpoint(trained(num_class_embeds=2))
+    with pytest.raises(ValueError, match="unet-diffusion sample"):
+        export_pipeline(read, tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()

@@ -1,0 +1,109 @@
+"""Batches of latents, drawn anew each time from what `unet-diffusion encode` kept."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.batches import Batch, ImageSet
+from unet_diffusion.latents import LatentSet, LatentSpace, read_latents
+from unet_diffusion.schedule import keyed_generator
+
+LATENT_KEY = 1  # keeps the draws of latents apart from those of noise, which have the same seed
+
+
+class LatentsDataModule(ImageDataModule):
+    """Latents of images, for diffusion in place of the images.
+
+    Batches are those of `ImageDataModule`, with normalised latents as "images". To train on they are drawn from each
+    image's distribution, to validate on they are its mean.
+
+    Args:
+        root: a folder that `unet-diffusion encode` wrote.
+        batch_size: images a batch and process.
+        num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        horizontal_flip: use the mirror image of every second training image, drawn at random; it must have been
+            encoded.
+        seed: of the order of the images, their mirroring, and the draws.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        batch_size: int = 64,
+        num_val: int | None = None,
+        horizontal_flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, num_val=num_val, horizontal_flip=horizontal_flip, num_workers=0, seed=seed
+        )
+        self.root = root
+
+    def load(self) -> ImageSet:
+        """Read all latents.
+
+        Raises:
+            FileNotFoundError: if there are none, or they were not finished.
+            ValueError: if mirror images are wanted and were not encoded.
+        """
+        self.latents = read_latents(self.root)
+        if self.horizontal_flip and not self.latents.has_mirrored:
+            raise ValueError(
+                f"horizontal_flip needs mirror images, and {self.root} has none; "
+                "encode again with --horizontal_flip, or set it to false"
+            )
+        return ImageSet(self.latents.mean[: len(self.latents)], self.latents.labels, self.latents.class_names)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """What the latents are of."""
+        self.image_set  # noqa: B018  # says what to do if they are not loaded yet
+        return self.latents.space
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Draw the latents, once their distribution is on the device, and normalise them."""
+        mean, std = batch["images"].float(), batch["std"].float()
+        if self.trainer is not None and self.trainer.training:
+            step = self.trainer.fit_loop.total_batch_idx + 1  # of the batch that comes next
+            generator = keyed_generator(self.seed, LATENT_KEY, step, self.trainer.global_rank, device=mean.device)
+            mean = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
+        rest = {key: value for key, value in batch.items() if key != "std"}
+        return {**rest, "images": self.latent_space.normalise(mean)}
+
+    def _loader_arguments(self) -> dict[str, Any]:
+        return {**super()._loader_arguments(), "dataset": LatentBatches(self.latents)}
+
+
+class LatentBatches(Dataset[Batch]):
+    """Batches of latents by lists of indices; index + N stands for the mirror image of image `index`.
+
+    Args:
+        latents: of N images.
+    """
+
+    def __init__(self, latents: LatentSet) -> None:
+        self.latents = latents
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        """{"images": means, "std": both (B, C, h, w) float16, "index": (B,) int64[, "labels": (B,) int64]}."""
+        drawn = torch.tensor(indices)
+        index = drawn % len(self)
+        batch: dict[str, Tensor] = {
+            "images": self.latents.mean.index_select(0, drawn),
+            "std": self.latents.std.index_select(0, drawn),
+            "index": index,
+        }
+        if self.latents.labels is not None:
+            batch["labels"] = self.latents.labels[index]
+        return batch

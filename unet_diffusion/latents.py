@@ -1,0 +1,246 @@
+"""Latents of a set of images, made once and kept on disk, and the space they lie in.
+
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 3.1): the autoencoder is done before diffusion in its
+latents begins, so each image, and its mirror image, is encoded once. What is kept is the distribution of its latents,
+from which each step of training draws anew. Unlike in their code the scale comes from all images, not from one batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unet_diffusion.whole_file import whole_file
+
+INDEX, SETTINGS = "index.json", "settings.json"
+SHARD_IMAGES = 1024  # in a file, with their mirror images
+LEAST_STD = 1e-6  # of a channel
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Which autoencoder latents are of, and what brings them to mean 0 and standard deviation 1.
+
+    Args:
+        autoencoder: path of the diffusers folder.
+        fingerprint: of its weights and configuration, see `fingerprint`.
+        image_shape: (C, H, W) of the images.
+        mean: of each channel.
+        std: of each channel; all the same for a codebook, whose distances it may not change.
+    """
+
+    autoencoder: str
+    fingerprint: str
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_plain(cls, record: dict[str, Any]) -> "LatentSpace":
+        """The counterpart of `plain`."""
+        fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in record.items()}
+        return cls(**fields)
+
+    def plain(self) -> dict[str, Any]:
+        """Its fields as plain values, as a checkpoint or JSON holds them."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents, (B, C, h, w), as diffusion takes them: mean 0 and standard deviation 1."""
+        mean, std = self._moments(latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        mean, std = self._moments(latents)
+        return latents * std + mean
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(one, device=like.device)[:, None, None] for one in (self.mean, self.std))
+        return mean, std
+
+
+@dataclass
+class LatentSet:
+    """The latents of N images, before they are normalised.
+
+    Args:
+        space: what they are of.
+        mean: of the distribution of each latent, (N, C, h, w) float16; with mirror images (2N, C, h, w), those last.
+        std: its standard deviation, of the same shape; 0 for a codebook.
+        labels: class of each image, (N,) int64, or None.
+        class_names: name of each class, or None.
+        has_mirrored: whether mirror images are there too.
+    """
+
+    space: LatentSpace
+    mean: Tensor
+    std: Tensor
+    labels: Tensor | None
+    class_names: list[str] | None
+    has_mirrored: bool
+
+    def __len__(self) -> int:
+        return len(self.mean) // 2 if self.has_mirrored else len(self.mean)
+
+
+def fingerprint(autoencoder: nn.Module, config: dict[str, Any]) -> str:
+    """A hash of weights and configuration: the same for two autoencoders exactly if they encode and decode alike.
+
+    Args:
+        autoencoder: float32, on the CPU.
+        config: plain values; names that begin with an underscore, and the scale, which is no part of it, do not count.
+    """
+    kept = {key: value for key, value in config.items() if key[0] != "_" and key not in ("scaling_factor",)}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, value in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encode_images(
+    folder: Path,
+    images: Callable[[range], Tensor],
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    settings: dict[str, Any],
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], object] = lambda num_images: None,
+) -> None:
+    """Write the latents of all images to a folder, going on where an earlier call with the same settings was cut off.
+
+    A file appears whole or not at all, and index.json, which makes the folder a set of latents, comes last.
+
+    Args:
+        folder: made if it is not there.
+        images: gives the images of these numbers, (B, C, H, W) in [-1, 1].
+        encode: gives mean and standard deviation of their latents, (B, c, h, w) each.
+        settings: plain values that decide what the latents are: "autoencoder", "fingerprint", "image_shape",
+            "num_images", "has_mirrored" (each image's mirror image is encoded too), "has_codes" (all channels share a
+            scale), "class_names", and those of the images.
+        labels: class of each image, (N,) int64, or None.
+        batch_size: images at once.
+        progress: called with the number of images that were done.
+
+    Raises:
+        FileExistsError: if the folder holds something else, or latents with other settings.
+    """
+    _check_same(folder, settings)
+    for numbers, path in _shards(folder, settings["num_images"]):
+        if not path.exists():
+            parts = [
+                range(i, min(i + batch_size, numbers.stop)) for i in range(numbers.start, numbers.stop, batch_size)
+            ]
+            done = []
+            for part in parts:
+                done.append(_encoded(images(part), encode, settings["has_mirrored"]))
+                progress(len(part))
+            tensors = {name: torch.cat([one[name] for one in done]) for name in done[0]}
+            if labels is not None:
+                tensors["labels"] = labels[numbers.start : numbers.stop].clone()
+            with whole_file(path) as partial:
+                save_file(tensors, partial)
+        else:
+            progress(len(numbers))
+    _write_index(folder, settings)
+
+
+def read_latents(folder: str | Path) -> LatentSet:
+    """The latents in a folder that `encode_images` wrote, all in memory.
+
+    Raises:
+        FileNotFoundError: if there are none, or they were not finished.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
+        reason = "were not finished" if (folder / SETTINGS).is_file() else "are not there"
+        raise FileNotFoundError(f"the latents in {folder} {reason}; run unet-diffusion encode, which goes on by itself")
+    index = json.loads((folder / INDEX).read_text())
+    shards = [load_file(path) for _, path in _shards(folder, index["num_images"])]
+    copies = ("", "_mirrored") if index["has_mirrored"] else ("",)
+    mean, std = (torch.cat([shard[name + copy] for copy in copies for shard in shards]) for name in ("mean", "std"))
+    return LatentSet(
+        space=LatentSpace.from_plain(index["space"]),
+        mean=mean,
+        std=std,
+        labels=torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None,
+        class_names=index["class_names"],
+        has_mirrored=index["has_mirrored"],
+    )
+
+
+def _encoded(
+    images: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]], has_mirrored: bool
+) -> dict[str, Tensor]:
+    copies = {"": images, "_mirrored": images.flip(3)} if has_mirrored else {"": images}
+    tensors: dict[str, Tensor] = {}
+    for copy, pixels in copies.items():
+        mean, std = encode(pixels)
+        tensors |= {f"mean{copy}": mean.half().cpu().contiguous(), f"std{copy}": std.half().cpu().contiguous()}
+    return tensors
+
+
+def _shards(folder: Path, num_images: int) -> list[tuple[range, Path]]:
+    """The images in each file, and its path."""
+    starts = range(0, num_images, SHARD_IMAGES)
+    return [
+        (range(start, min(start + SHARD_IMAGES, num_images)), folder / f"latents_{number:05d}.safetensors")
+        for number, start in enumerate(starts)
+    ]
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in an empty folder; in another they must be the same."""
+    plain = json.loads(json.dumps(settings))
+    if not folder.exists() or not any(folder.iterdir()):
+        with whole_file(folder / SETTINGS) as partial:
+            partial.write_text(json.dumps(plain, indent=1))
+        return
+    if not (folder / SETTINGS).is_file():
+        raise FileExistsError(f"{folder} holds files that are no latents; choose another folder")
+    before = json.loads((folder / SETTINGS).read_text())
+    differ = [
+        f"{key}: {before.get(key)} there, {value} here" for key, value in plain.items() if before.get(key) != value
+    ]
+    if differ:
+        raise FileExistsError(
+            f"the latents in {folder} were made with other settings ({'; '.join(differ)}); "
+            "choose another folder, or remove that one"
+        )
+
+
+def _write_index(folder: Path, settings: dict[str, Any]) -> None:
+    mean, std = _moments(folder, settings["num_images"], shared=settings["has_codes"])
+    fields = ("autoencoder", "fingerprint", "image_shape")
+    space = LatentSpace.from_plain({**{field: settings[field] for field in fields}, "mean": mean, "std": std})
+    index = {"space": space.plain(), **{key: settings[key] for key in ("num_images", "has_mirrored", "class_names")}}
+    with whole_file(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1))
+
+
+def _moments(folder: Path, num_images: int, *, shared: bool) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all images, as training draws the latents.
+
+    Shared: of all channels together, and no mean is taken off, since the decoder looks for the nearest code.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)[:, None]  # latents, their sum, sum of squares, and variances
+    for _, path in _shards(folder, num_images):
+        shard = load_file(path)
+        for name in shard:
+            if name.startswith("mean"):
+                mean, std = shard[name].double(), shard["std" + name.removeprefix("mean")].double()
+                moments = (torch.ones_like(mean), mean, mean.square(), std.square())
+                sums = sums + torch.stack([moment.sum(dim=(0, 2, 3)) for moment in moments])
+    sums = sums.sum(dim=1, keepdim=True).expand_as(sums) if shared else sums
+    count, total, squares, variances = sums
+    mean = torch.zeros_like(total) if shared else total / count
+    std = ((squares + variances) / count - (total / count).square()).clamp(min=LEAST_STD**2).sqrt()
+    return mean.tolist(), std.tolist()
