@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import SyntheticCells, scale_to_unit_range
@@ -153,3 +154,34 @@ def test_segmenter_is_validated_alike_on_two_processes(tmp_path):
     with open(tmp_path / "run" / "logs" / "version_0" / "metrics.csv") as file:
         (logged,) = [row["val/dice"] for row in csv.DictReader(file) if row.get("val/dice")]
     assert float(logged) == pytest.approx(dice(np.concatenate(truths), np.concatenate(predictions)), abs=1e-4)
+
+
+KEEPER = """
+import torch
+from lightning.pytorch import Callback
+
+
+class Keeper(Callback):
+    def teardown(self, trainer, module, stage):
+        torch.save(module.state_dict(), f"rank{trainer.global_rank}.pt")
+"""
+
+
+def test_autoencoder_and_discriminator_are_equal_on_both_processes(tmp_path):
+    """Each process sees other images: weights stay equal only if both networks' gradients are averaged."""
+    (tmp_path / "keeper.py").write_text(KEEPER)
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} --data.init_args.root images --data.init_args.num_val 4 "
+    arguments += "--data.init_args.image_size 32 --data.init_args.batch_size 2 --model.discriminator_start 1 "
+    arguments += "--model.autoencoder.init_args.channels [32,32,32] --trainer.max_steps 3 --samples.num_images 2 "
+    arguments += "--trainer.strategy ddp_find_unused_parameters_true --trainer.devices 2 --trainer.accelerator cpu "
+    arguments += "--trainer.precision 32-true --trainer.default_root_dir run --trainer.callbacks+=keeper.Keeper"
+    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)

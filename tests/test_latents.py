@@ -24,6 +24,7 @@ from unet_diffusion.interop import export_pipeline, normalised_autoencoder
 from unet_diffusion.latents import fingerprint, read_latents
 from unet_diffusion.sampling import image_generators, sample
 from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.training import SampleGrid
 
 NUM_IMAGES = 10
 SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
@@ -143,6 +144,16 @@ def test_latents_of_another_autoencoder_are_refused(encoded, tmp_path, images, r
     assert (status, "fingerprint" in err) == (1, True), err
     with pytest.raises(ValueError, match="is not the one that the latents are of"):
         autoencoder_of(read_latents(folder).space)
+
+
+def test_stale_latents_are_refused_before_training(encoded, tmp_path, quiet_trainer, tiny_module, tiny_unet):
+    folder = encoded()
+    (tmp_path / "autoencoder" / "config.json").rename(tmp_path / "config.json")
+    trainer = quiet_trainer(max_steps=1, callbacks=[SampleGrid(num_images=1, num_inference_steps=2)])
+    module = latent_module(tiny_module, tiny_unet)
+    with pytest.raises(FileNotFoundError, match=r"autoencoder must be a local diffusers folder"):
+        trainer.fit(module, LatentsDataModule(folder, num_val=2))
+    assert trainer.global_step == 0
 
 
 def test_files_that_are_no_latents_are_left_alone(encoded, tmp_path, images, run_cli):

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,13 @@ class LatentSpace:
 
     def normalise(self, latents: Tensor) -> Tensor:
         """The autoencoder's latents, (B, C, h, w), as diffusion takes them: mean 0 and standard deviation 1."""
-        mean, std = self._moments(latents)
+        mean, std = _moments_on(self, latents.device)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of `normalise`."""
-        mean, std = self._moments(latents)
+        mean, std = _moments_on(self, latents.device)
         return latents * std + mean
-
-    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(one, device=like.device)[:, None, None] for one in (self.mean, self.std))
-        return mean, std
 
 
 @dataclass
@@ -175,6 +172,12 @@ def read_latents(folder: str | Path) -> LatentSet:
         class_names=index["class_names"],
         has_mirrored=index["has_mirrored"],
     )
+
+
+@cache  # copying to a device each step would wait for it
+def _moments_on(space: LatentSpace, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(one, device=device)[:, None, None] for one in (space.mean, space.std))
+    return mean, std
 
 
 def _encoded(

@@ -99,13 +99,17 @@ class SampleGrid(PictureGrid):
         self.seed = seed
 
     def setup(self, trainer: Trainer, pl_module: DiffusionModule, stage: str) -> None:  # type: ignore[override]
-        """Refuses a scheduler, steps or guidance that would only fail at the first grid; before speeds are timed.
+        """Refuses what would only fail at the first grid; before speeds are timed.
 
         Raises:
-            ValueError: if the model cannot be sampled so.
+            ValueError: if the model cannot be sampled so, or its latents are of another autoencoder than the one there.
+            FileNotFoundError: if their autoencoder is not there.
         """
         if stage != "fit":
             return
+        space = getattr(trainer.datamodule, "latent_space", None)  # type: ignore[attr-defined]  # set at runtime
+        if space is not None:
+            autoencoder_of(space)
         if self.guidance_scale != 1 and pl_module.null_label is None:
             raise ValueError(
                 f"samples.guidance_scale {self.guidance_scale} needs a null label; "
