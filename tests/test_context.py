@@ -303,8 +303,9 @@ def test_config_rebuilds_the_network():
 @pytest.mark.parametrize(
     ("message", "conditions"),
     [
-        (r"context_dim 6 for context, got none", {}),
-        (r"context_dim 6 for context.*\(1, 2, 5\)", {"context": torch.zeros(1, 2, 5)}),
+        (r"context_dim 6, \(B, L, 6\), for context, got none", {}),
+        (r"context_dim 6.*got shape \(1, 6\)", {"context": torch.zeros(1, 6)}),
+        (r"context_dim 6.*for context.*\(1, 2, 5\)", {"context": torch.zeros(1, 2, 5)}),
         (r"takes none.*vector.*\(1, 4\)", {"context": torch.zeros(1, 2, 6), "vector": torch.zeros(1, 4)}),
     ],
 )

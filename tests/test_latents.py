@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from unet_diffusion import latents as latents_module
 from unet_diffusion.checkpoint import read_checkpoint
@@ -24,7 +25,7 @@ from unet_diffusion.interop import export_pipeline, normalised_autoencoder
 from unet_diffusion.latents import fingerprint, read_latents
 from unet_diffusion.sampling import image_generators, sample
 from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.training import SampleGrid
+from unet_diffusion.training import AutoencoderModule, SampleGrid
 
 NUM_IMAGES = 10
 SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
@@ -354,3 +355,28 @@ def test_pipeline_for_classes_of_latents_is_refused_and_nothing_is_written(train
     with pytest.raises(ValueError, match="unet-diffusion sample"):
         export_pipeline(read, tmp_path / "pipeline")
     assert not (tmp_path / "pipeline").exists()
+
+
+def test_autoencoder_of_an_unfinished_run_is_exported_from_its_checkpoint(
+    tmp_path, quiet_trainer, tiny_images, run_cli
+):
+    torch.manual_seed(0)
+    module = AutoencoderModule(kl_autoencoder(1, (8, 8), **SMALL))
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(module, tiny_images(shape=(1, 16, 16)))
+    trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    with pytest.raises(FileNotFoundError, match="unet-diffusion export"):
+        pretrained_autoencoder(tmp_path / "run")
+    status, _, err = run_cli("export", tmp_path / "run", tmp_path / "run" / "autoencoder")
+    assert status == 0, err
+    loaded = pretrained_autoencoder(tmp_path / "run")
+    assert fingerprint(loaded, {}) == fingerprint(module.ema_autoencoder.cpu(), {})
+
+
+def test_autoencoder_with_missing_weights_is_refused(tmp_path):
+    autoencoder().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    del weights["quant_conv.bias"]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"missing_keys: quant_conv\.bias"):
+        pretrained_autoencoder(tmp_path)

@@ -200,7 +200,10 @@ def test_instances_of_classes_are_refused(run_cli, classes_checkpoint, images, t
     ("command", "message"),
     [
         ("segment {run}/none {images} --output {tmp}/o", "none"),
-        ("segment {digits} {images} --output {tmp}/o", "must have an entry 'segmenter' here, and it holds a denoiser"),
+        (
+            "segment {digits} {images} --output {tmp}/o",
+            "entry 'segmenter' here, and it holds the entry 'denoiser'",
+        ),
         ("segment {run} {tmp}/nothing --output {tmp}/o", "root must be an existing folder or zip archive"),
         ("segment {run} {images} {images} --output {tmp}/o", "must differ in more than their extension, got deep.tif"),
         ("segment {run} {images} --output {tmp}/o --window_size -5", "--window_size must be at least 1, got -5"),
@@ -224,7 +227,7 @@ def test_mask_keeps_the_name_unless_its_format_would_spoil_it(name, mask):
 def test_task_on_the_command_line_must_exist(run_cli):
     status, _, err = run_cli("fit", "--task", "dream")
     assert status == 1
-    assert "task must be one of denoise, segment, got 'dream'" in err
+    assert "task must be one of denoise, segment, autoencode, got 'dream'" in err
 
 
 def test_help_of_a_task_mentions_its_options(run_cli):

@@ -89,6 +89,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor | None, context: Tensor | None) -> Tensor:
+        """The level's map, (B, C, H, W); it takes its skips off the end of the list."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = attention(resnet(crop_and_concat(x, skips.pop()), emb, context), emb, context)
         for upsampler in self.upsamplers:
@@ -136,6 +137,7 @@ class ResidualBlock(nn.Module):
     def forward(
         self, x: Tensor, emb: Tensor, context: Tensor | None = None, *, size: Sequence[int] | None = None
     ) -> Tensor:
+        """(B, out_channels, H, W), resampled by `resample`; `size`, which an upsampler is given, is not looked at."""
         h = self.conv1(self.resample(self.norm1(x)))
         emb = self.time_emb_proj(F.silu(emb))
         h = self.norm2(h, scale_shift=emb) if self.scale_shift else self.norm2(h, offset=emb)

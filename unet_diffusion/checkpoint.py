@@ -85,15 +85,14 @@ class TrainedAutoencoder:
     Args:
         autoencoder: diffusers' AutoencoderKL or VQModel; the averaged (EMA) weights.
         image_shape: (C, H, W) of the images it was trained on.
-        latent_mean: of all latents of the images it was validated on.
-        latent_std: of these; their inverse is diffusers' scaling_factor.
+        latent_std: of all latents of the images it was validated on; None: not known, as in a checkpoint, which may
+            be older or newer than the last validation.
         settings: of the training, plain values.
     """
 
     autoencoder: "Autoencoder"
     image_shape: tuple[int, int, int]
-    latent_mean: float
-    latent_std: float
+    latent_std: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -104,8 +103,6 @@ def autoencoder_record(trained: TrainedAutoencoder) -> dict[str, Any]:
         "class_name": type(autoencoder).__name__,
         "config": {name: value for name, value in json.loads(autoencoder.to_json_string()).items() if name[0] != "_"},
         "image_shape": list(trained.image_shape),
-        "latent_mean": trained.latent_mean,
-        "latent_std": trained.latent_std,
         "settings": trained.settings,
     }
 
@@ -119,16 +116,12 @@ def read_autoencoder(path: str | os.PathLike[str]) -> TrainedAutoencoder:
     """
     from unet_diffusion.codecs import CLASSES  # imports diffusers, which only this needs
 
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    record, state_dict = _read(path, "autoencoder")
+    record, state_dict = _read(_file_of(path), "autoencoder")
     with _explained(path, "autoencoder"):
         autoencoder = CLASSES[record["class_name"]](**record["config"])
         autoencoder.load_state_dict(state_dict)
         channels, height, width = record["image_shape"]
-        fields = {name: record[name] for name in ("latent_mean", "latent_std", "settings")}
-        return TrainedAutoencoder(autoencoder.eval(), (channels, height, width), **fields)
+        return TrainedAutoencoder(autoencoder.eval(), (channels, height, width), settings=record["settings"])
 
 
 def segmenter_record(trained: TrainedSegmenter) -> dict[str, Any]:
@@ -144,13 +137,17 @@ def read_segmenter(path: str | os.PathLike[str]) -> TrainedSegmenter:
         OSError: if the file is missing or cannot be opened.
         ValueError: if the file is no checkpoint, is damaged, holds code, or holds no segmenter of this package.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
+    path = _file_of(path)
     record, state_dict = _read(path, "segmenter")
     with _explained(path, "segmenter"):
         fields = {name: record[name] for name in SEGMENTER_FIELDS}
         return TrainedSegmenter(unet=_network_with_weights(record["unet"], state_dict), **fields)
+
+
+def holds_autoencoder(path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint file, or that of a run folder, is of an autoencoder."""
+    path = _file_of(path)
+    return path.is_file() and "autoencoder" in load_plain(path)
 
 
 def network_record(network: PixelNetwork) -> dict[str, Any]:
@@ -237,6 +234,11 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} {reason}") from error
 
 
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+
+
 def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record of that key in a checkpoint, and its averaged weights."""
     checkpoint = load_plain(path)
@@ -244,11 +246,13 @@ def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[
     if not isinstance(record, dict):
         others = {"denoiser", "segmenter", "autoencoder"} - {key}
         held = [name for name in others if isinstance(checkpoint, dict) and name in checkpoint]
-        reason = f"it holds a {held[0]}" if held else f"it was not written by {PACKAGE}"
-        raise ValueError(
-            f"{path}: a checkpoint must have an entry {key!r} here, and {reason}; "
+        reason = (
+            f"it holds the entry {held[0]!r}; use the command for that"
+            if held
+            else f"it was not written by {PACKAGE}; "
             "for another program's weights, convert them to a diffusers folder and import that"
         )
+        raise ValueError(f"{path}: a checkpoint must have an entry {key!r} here, and {reason}")
     with _explained(path, key):
         prefix = "ema_autoencoder." if key == "autoencoder" else "ema_unet."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

@@ -391,7 +391,8 @@ def _prepare_masks(options: argparse.Namespace) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write a diffusers pipeline that loads without this package, load it again and compare it before saying done."
+        "Write a diffusers pipeline, or an autoencoder, that loads without this package, load it again and compare it "
+        "before saying done."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
@@ -401,8 +402,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from unet_diffusion.interop import export_pipeline, load_denoiser
+    from unet_diffusion.checkpoint import holds_autoencoder, read_autoencoder
+    from unet_diffusion.interop import export_autoencoder, export_pipeline, load_denoiser
 
+    if holds_autoencoder(options.checkpoint):
+        export_autoencoder(read_autoencoder(options.checkpoint), options.folder, overwrite=options.overwrite)
+        print(f"{options.folder} holds the autoencoder; loaded again with diffusers, it gives the same output")
+        return
     trained = load_denoiser(options.checkpoint)
     export_pipeline(trained, options.folder, overwrite=options.overwrite, autoencoder=options.autoencoder)
     print(f"{options.folder} holds the pipeline; loaded again with diffusers, it gives the same output")

@@ -83,16 +83,20 @@ def pretrained_autoencoder(folder: str | os.PathLike[str]) -> ModelMixin:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is of another class.
+        ValueError: if it is of another class, or weights are missing or left over.
     """
     for candidate in (Path(folder), *(Path(folder) / name for name in ("autoencoder", "vae", "vqvae"))):
         if (candidate / "config.json").is_file():
             kind = AutoencoderKL.load_config(candidate).get("_class_name")
             if kind not in CLASSES:
                 raise ValueError(f"{candidate} must hold an AutoencoderKL or a VQModel, and holds {kind}")
-            return CLASSES[kind].from_pretrained(candidate)
+            autoencoder, report = CLASSES[kind].from_pretrained(candidate, output_loading_info=True)
+            if wrong := [f"{name}: {', '.join(map(str, keys))}" for name, keys in report.items() if keys]:
+                raise ValueError(f"the weights in {candidate} must be those of its config.json; {'; '.join(wrong)}")
+            return autoencoder
     raise FileNotFoundError(
-        f"{folder} must be a local diffusers folder with config.json, or hold vae, vqvae or autoencoder with one"
+        f"{folder} must be a local diffusers folder with config.json, or hold vae, vqvae or autoencoder with one; "
+        "unet-diffusion export makes one of a checkpoint"
     )
 
 
@@ -101,11 +105,17 @@ def downsampling(autoencoder: Autoencoder) -> int:
     return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
 
 
+def num_latent_channels(autoencoder: Autoencoder) -> int:
+    """Channels of what `encode` gives."""
+    return autoencoder.config.get("vq_embed_dim") or autoencoder.config["latent_channels"]
+
+
 def quantize(autoencoder: VQModel, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest codes in place of the latents, (B, C, h, w), their loss, (), and their numbers, (B * h * w,) int64.
 
-    The gradient of the codes is passed on to the latents as it is. The loss pulls latents and codes together
-    (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, eq. 3).
+    The gradient of the codes is passed on to the latents as it is. The loss pulls latents and codes together, as in van
+    den Oord et al. 2017 (https://arxiv.org/abs/1711.00937, eq. 3), but diffusers' VQModel weights the pull on the
+    latents 1 and that on the codes 0.25, which is the other way round.
     """
     codes, loss, (_, _, numbers) = autoencoder.quantize(latents)
     return codes, loss, numbers
@@ -179,6 +189,8 @@ def _config(
     mid_attention: bool,
     norm_num_groups: int,
 ) -> dict[str, Any]:
+    if not channels:
+        raise ValueError("channels must hold the width of at least one level, got none")
     for width in channels:
         if width % norm_num_groups:
             raise ValueError(f"every width in channels must be a multiple of norm_num_groups {norm_num_groups}, "

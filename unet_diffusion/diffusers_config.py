@@ -25,7 +25,7 @@ SHARED_FIELDS = (  # of the same name and meaning in DenoiserUNet, UNet2DModel a
     "flip_sin_to_cos",
     "freq_shift",
 )
-SUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {  # of both
+SUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {  # of UNet2DModel and UNet2DConditionModel
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "mid_block_scale_factor": (1,),

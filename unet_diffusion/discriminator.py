@@ -24,6 +24,9 @@ class PatchDiscriminator(nn.Module):
         channels: width of the first layer; a multiple of 32.
         num_layers: strided convolutions; each further one doubles the patch.
 
+    Attributes:
+        smallest_size: least height and width of an image, in pixels.
+
     Raises:
         ValueError: if the width or the number of layers does not fit.
     """
@@ -44,6 +47,7 @@ class PatchDiscriminator(nn.Module):
                 nn.GroupNorm(NUM_GROUPS, widths[layer]),
             ]
         self.layers = nn.Sequential(*layers, nn.LeakyReLU(NEGATIVE_SLOPE), nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.in_channels = in_channels
         self.smallest_size = 3 * 2**num_layers  # leaves one patch
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -149,7 +149,7 @@ def export_pipeline(
 
 
 def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrite: bool = False) -> None:
-    """Write a folder that diffusers loads, with the latents' scale, after a comparison with the original.
+    """Write a folder that diffusers loads, with the latents' scale if it is known, after a comparison.
 
     Args:
         trained: the autoencoder and the scale of its latents.
@@ -166,7 +166,9 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
     autoencoder = copy.deepcopy(trained.autoencoder).cpu().float()
     _, height, width = trained.image_shape
     sample_size = height if height == width else [height, width]
-    autoencoder.register_to_config(scaling_factor=1 / trained.latent_std, sample_size=sample_size)
+    autoencoder.register_to_config(sample_size=sample_size)
+    if trained.latent_std is not None:
+        autoencoder.register_to_config(scaling_factor=1 / trained.latent_std)
     try:
         autoencoder.save_pretrained(partial)
         _check_same_reconstruction(autoencoder, pretrained_autoencoder(partial))

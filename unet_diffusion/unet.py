@@ -314,10 +314,11 @@ class DenoiserUNet(UNet, PixelNetwork):
             vector: (B, vector_dim); None exactly if the network takes none.
 
         Raises:
-            ValueError: if the size does not fit, or labels, context or vector are missing, not wanted or too long.
+            ValueError: if the size does not fit, or labels, context or vector are missing, not wanted or of another
+                shape.
         """
         self.check_size(*x.shape[-2:])
-        _check_condition("context", context, self.config["context_dim"])
+        _check_condition("context", context, None, self.config["context_dim"])
         _check_condition("vector", vector, self.config["vector_dim"])
         emb = self.embed(t, labels)
         emb = emb if self.add_embedding is None else emb + self.add_embedding(vector)
@@ -562,9 +563,13 @@ def _check_heads(config: dict[str, Any]) -> None:
             raise ValueError(f"every width with attention must be a multiple of {name} {divisor}, got {width}")
 
 
-def _check_condition(name: str, value: Tensor | None, length: int | None) -> None:
-    if (None if value is None else value.shape[-1]) != length:
-        takes = f"takes none, as {name}_dim is None" if length is None else f"takes {name}_dim {length}"
+def _check_condition(name: str, value: Tensor | None, *sizes: int | None) -> None:
+    """Sizes after the batch: None for any; if the last one is None, the network takes no such condition."""
+    length = sizes[-1]
+    fits = value is None if length is None else value is not None and value.ndim == len(sizes) + 1
+    if not fits or (value is not None and value.shape[-1] != length):
+        shape = ", ".join("L" if size is None else str(size) for size in sizes)
+        takes = f"takes none, as {name}_dim is None" if length is None else f"takes {name}_dim {length}, (B, {shape}),"
         got = "none" if value is None else f"shape {tuple(value.shape)}"
         raise ValueError(f"the network {takes} for {name}, got {got}")
 

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unet_diffusion.checkpoint import TrainedAutoencoder, autoencoder_record
-from unet_diffusion.codecs import decode_codes, downsampling, quantize, reconstruct
+from unet_diffusion.codecs import decode_codes, downsampling, num_latent_channels, quantize, reconstruct
 from unet_diffusion.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import keep_freed_memory
@@ -49,7 +49,7 @@ MIN_STEPS_TO_JUDGE = 500  # before, networks have learnt too little to be warned
 
 
 def adam_of_gans(params: Iterable[Tensor]) -> Optimizer:
-    """Adam at 1e-4 with betas (0.5, 0.9), as Esser et al. 2021."""
+    """Adam at 1e-4, with the betas (0.5, 0.9) of Esser et al. 2021."""
     return Adam(params, lr=1.0e-4, betas=(0.5, 0.9))
 
 
@@ -64,13 +64,13 @@ class AutoencoderModule(LightningModule):
         reconstruction: "l1" or "l2", the error of a pixel.
         kl_weight: of the KL divergence from the standard normal, summed over an image's latents as the error is over
             its pixels; for an AutoencoderKL.
-        codebook_weight: of the distance between latents and codes; for a VQModel.
+        codebook_weight: of the distance between latents and codes, see `quantize`; for a VQModel.
         perceptual_weight: of LPIPS (Zhang et al. 2018), added to the error of each pixel; 0 is off.
         perceptual_net: network of LPIPS, whose weights must be in torch's cache.
         discriminator: tells images from reconstructions; None: no adversarial loss.
         discriminator_start: step at which it begins to be trained and to count.
         discriminator_weight: of the adversarial loss, beside the ratio of gradients at the decoder's last layer.
-        learn_variance: learn the variance of a pixel's error, by which errors are divided; 1 otherwise.
+        learn_variance: learn the scale of a pixel's error, by which errors are divided; 1 otherwise.
         optimizer: makes the autoencoder's optimiser from its parameters.
         discriminator_optimizer: makes the discriminator's.
         lr_warmup_steps: steps over which both learning rates rise linearly to their full value; 0 is off.
@@ -129,7 +129,7 @@ class AutoencoderModule(LightningModule):
         self.log_variance = nn.Parameter(torch.zeros(()), requires_grad=learn_variance)
         # In a list: frozen weights that come from a file of their own are not in checkpoints.
         self._perceptual = [_lpips(perceptual_net)] if perceptual_weight else []
-        self.weights = weights
+        self.loss_weights = weights
         self.reconstruction = reconstruction
         self.discriminator_start = discriminator_start
         self.optimizer_factory = optimizer
@@ -139,7 +139,7 @@ class AutoencoderModule(LightningModule):
         self.ema_decay = ema_decay
         self.seed = seed
 
-        self.latent_mean, self.latent_std = 0.0, 1.0  # as last validated
+        self.latent_std: float | None = None  # as last validated
         self.is_continued = False  # set by who calls fit with a checkpoint
         self.settings: dict[str, Any] = {}  # of the whole run, plain
 
@@ -155,7 +155,6 @@ class AutoencoderModule(LightningModule):
         return TrainedAutoencoder(
             autoencoder=self.ema_autoencoder,
             image_shape=self.image_shape,
-            latent_mean=self.latent_mean,
             latent_std=self.latent_std,
             settings=self.settings,
         )
@@ -163,9 +162,8 @@ class AutoencoderModule(LightningModule):
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("precision must be bf16-mixed or 32-true for an autoencoder, got 16-mixed, whose scaled "
-                             "gradients cannot be compared")  # fmt: skip
+        if stage == "fit":
+            self._check_fit()
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self._meet_data(tuple(datamodule.image_shape))
@@ -174,8 +172,20 @@ class AutoencoderModule(LightningModule):
                 network.to(memory_format=torch.channels_last)
         for perceptual in self._perceptual:
             perceptual.to(self.trainer.strategy.root_device)
+
+    def _check_fit(self) -> None:
+        if self.trainer.precision not in ("bf16-mixed", "32-true"):
+            raise ValueError(
+                f"precision must be bf16-mixed or 32-true, got {self.trainer.precision}: gradients are compared, which "
+                "scaling would spoil, and the weights' average moves in small steps"
+            )
         if self.lr_decay == "cosine" and self.trainer.max_steps == -1:
             raise ValueError("lr_decay cosine needs an end: set trainer.max_steps")
+        if self.discriminator is not None and 0 < self.trainer.max_steps <= self.discriminator_start:
+            rank_zero_warn(
+                f"the discriminator never starts: discriminator_start is {self.discriminator_start} of "
+                f"{self.trainer.max_steps} steps"
+            )
 
     def train(self, mode: bool = True) -> "AutoencoderModule":
         """Switches what is trained; the averaged autoencoder is never in training mode."""
@@ -202,7 +212,7 @@ class AutoencoderModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """A step of the autoencoder and, once it has started, one of the discriminator on the same reconstructions."""
         images, step = batch["images"], self.trainer.global_step
-        optimizers, schedulers = as_list(self.optimizers()), as_list(self.lr_schedulers())
+        optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         critic = self.discriminator if step >= self.discriminator_start else None
         generator = keyed_generator(self.seed, step, self.global_rank, device=images.device)
         reconstructions, regularisation = self._reconstruct(images, generator)
@@ -229,7 +239,7 @@ class AutoencoderModule(LightningModule):
         self._code_counts = torch.zeros(codes, dtype=torch.int64, device=self.device)
         self._quality_sums = torch.zeros(3, device=self.device)  # images, their PSNR and SSIM
         # Of each channel of the latents: how many, their sum and sum of squares, and the posterior's variances.
-        self._latent_sums = torch.zeros(4, self.autoencoder.config["latent_channels"], device=self.device)
+        self._latent_sums = torch.zeros(4, num_latent_channels(self.autoencoder), device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds up how near the averaged autoencoder's reconstructions are, and what its latents are like."""
@@ -249,14 +259,15 @@ class AutoencoderModule(LightningModule):
         self._latent_sums += torch.stack([moment.sum(dim=(0, 2, 3)) for moment in moments])
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:  # of a few batches
+            return
         sums = [self.trainer.strategy.reduce(one, reduce_op="sum") for one in (self._quality_sums, self._latent_sums)]
         num_images, psnr_sum, ssim_sum = sums[0].tolist()
-        num_latents, totals, squares, variances = sums[1].double() if self.device.type == "cpu" else sums[1]
+        num_latents, totals, squares, variances = sums[1].cpu().double()
         means, noise = totals / num_latents, (variances / num_latents).mean().item()
         signal = (squares / num_latents - means.square()).clamp(min=0).mean().item()
-        self.latent_mean = means.mean().item()
         self.latent_std = max(math.sqrt(signal + noise + means.var(correction=0).item()), LEAST_STD)
-        scores = {"val/latent_mean": self.latent_mean, "val/latent_std": self.latent_std}
+        scores = {"val/latent_mean": means.mean().item(), "val/latent_std": self.latent_std}
         if self.image_shape is not None and min(self.image_shape[1:]) >= SSIM_SIDE:
             scores["val/ssim"] = ssim_sum / num_images
         has_codes = isinstance(self.autoencoder, VQModel)
@@ -275,7 +286,7 @@ class AutoencoderModule(LightningModule):
     def _share_of_signal(self, signal: float, noise: float) -> dict[str, float]:
         share = signal / max(signal + noise, LEAST_STD**2)
         self._warn_if(share < MIN_SIGNAL, f"{1 - share:.1%} of the latents' variance is noise, not image (posterior "
-                      f"collapse); lower kl_weight from {self.weights['kl']:g}")  # fmt: skip
+                      f"collapse); lower kl_weight from {self.loss_weights['kl']:g}")  # fmt: skip
         return {"val/latent_signal": share}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -297,7 +308,6 @@ class AutoencoderModule(LightningModule):
                   for name, value in here.items() if saved["config"].get(name) != value]  # fmt: skip
         if differ:
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
-        self.latent_mean, self.latent_std = saved["latent_mean"], saved["latent_std"]
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What the averaged autoencoder makes of images, (B, C, H, W) float32 in [-1, 1].
@@ -314,21 +324,21 @@ class AutoencoderModule(LightningModule):
             codes, codebook_loss, _ = quantize(self.autoencoder, self.autoencoder.encode(images).latents)
             self.log("train/codebook", codebook_loss.detach())
             # The error is a sum over an image: so is this, as if each of its pixels had it.
-            weight = self.weights["codebook"] * images[0].numel()
+            weight = self.loss_weights["codebook"] * images[0].numel()
             return decode_codes(self.autoencoder, codes), weight * codebook_loss.float()
         posterior = self.autoencoder.encode(images).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
         kl = kl_divergence(mean, std).sum() / len(images)
         self.log("train/kl", kl.detach())
-        return self.autoencoder.decode(mean + std * noise).sample, self.weights["kl"] * kl
+        return self.autoencoder.decode(mean + std * noise).sample, self.loss_weights["kl"] * kl
 
     def _fidelity(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """The negative log likelihood of an image, but for a constant, ()."""
+        """Errors of an image by their learned scale, plus its logarithm, (): for l1 the likelihood of Laplace's law."""
         difference = images - reconstructions.float()
         errors = difference.abs() if self.reconstruction == "l1" else difference.square()
         for perceptual in self._perceptual:
-            errors = errors + self.weights["perceptual"] * perceptual(images, reconstructions.float())
+            errors = errors + self.loss_weights["perceptual"] * perceptual(images, reconstructions.float())
         return (errors / self.log_variance.exp() + self.log_variance).sum() / len(images)
 
     def _adaptive_weight(self, fidelity: Tensor, adversarial: Tensor) -> Tensor:
@@ -337,7 +347,7 @@ class AutoencoderModule(LightningModule):
         losses = (fidelity, adversarial)
         wanted, got = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in losses)
         ratio = (wanted / (got + GRADIENT_FLOOR)).clamp(0, MAX_ADAPTIVE_WEIGHT).detach()
-        return self.weights["discriminator"] * ratio
+        return self.loss_weights["discriminator"] * ratio
 
     def _critic_step(self, critic: nn.Module, optimizer: Any, images: Tensor, reconstructions: Tensor) -> None:
         # The optimiser itself, not Lightning's wrapper, which would count this as a step of the run.
@@ -349,7 +359,8 @@ class AutoencoderModule(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it at runtime
         if every and self.trainer.global_step % every == 0:  # reading the loss waits for the device
             self._warn_if(loss.item() < TELLS_ALL_APART, "the discriminator tells all reconstructions from images, and "
-                          "teaches nothing; lower its learning rate or raise discriminator_start")  # fmt: skip
+                          "teaches nothing; lower its learning rate or raise discriminator_start",
+                          since=self.discriminator_start)  # fmt: skip
 
     def _move_average(self) -> None:
         n = self.trainer.global_step
@@ -358,8 +369,9 @@ class AutoencoderModule(LightningModule):
         with torch.no_grad():
             torch._foreach_lerp_(averaged, raw, 1 - decay)
 
-    def _warn_if(self, condition: bool, message: str) -> None:
-        if condition and self.trainer.global_step >= max(self.discriminator_start, MIN_STEPS_TO_JUDGE):
+    def _warn_if(self, condition: bool, message: str, *, since: int = 0) -> None:
+        """Warns, unless what it is about was trained for too few steps to be judged."""
+        if condition and self.trainer.global_step >= since + MIN_STEPS_TO_JUDGE:
             rank_zero_warn(message)
 
     def _meet_data(self, image_shape: tuple[int, int, int]) -> None:
@@ -372,6 +384,13 @@ class AutoencoderModule(LightningModule):
             )
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, got {height} x {width}")
+        if self.discriminator is not None and self.discriminator.in_channels != channels:
+            raise ValueError(
+                f"the images have {channels} channels and the discriminator takes {self.discriminator.in_channels}; "
+                "set model.discriminator.init_args.in_channels"
+            )
+        if self._perceptual and channels != 3:
+            raise ValueError(f"LPIPS is of RGB images, got {channels} channels; set perceptual_weight to 0")
         if self.discriminator is not None and min(height, width) < self.discriminator.smallest_size:
             raise ValueError(
                 f"the discriminator needs images of {self.discriminator.smallest_size} pixels, got {height} x {width}; "
@@ -379,7 +398,7 @@ class AutoencoderModule(LightningModule):
             )
 
 
-def as_list(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     """Lightning's optimisers or schedulers, which are no list where there is one."""
     return value if isinstance(value, list) else [value]
 
@@ -400,7 +419,8 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     if min(images.shape[-2:]) < SSIM_SIDE:
         return torch.zeros(len(images), device=images.device)
     pair = reconstructions.float().clamp(-1, 1), images.float()
-    return cast(Tensor, structural_similarity_index_measure(*pair, data_range=RANGE, reduction="none"))
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 would lose the small differences of moments
+        return cast(Tensor, structural_similarity_index_measure(*pair, data_range=RANGE, reduction="none"))
 
 
 def _lpips(net: PerceptualNet) -> nn.Module:

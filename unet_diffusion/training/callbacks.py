@@ -25,6 +25,7 @@ from unet_diffusion.training.autoencoder import AutoencoderModule
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
 
+PAIRS_IN_A_ROW = 8  # of images and reconstructions
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
 
 
@@ -175,17 +176,23 @@ class ReconstructionGrid(PictureGrid):
 
     Args:
         every_n_steps: optimiser steps between pictures; 0: only at the end.
-        num_images: how many.
+        num_images: how many, at least 1; of more than eight, whole rows of eight are shown.
+
+    Raises:
+        ValueError: if there are none.
     """
 
     def __init__(self, every_n_steps: int = 1000, *, num_images: int = 16):
         super().__init__(every_n_steps)
+        if num_images < 1:
+            raise ValueError(f"samples.num_images must be at least 1, got {num_images}")
         self.num_images = num_images
 
     def picture(self, trainer: Trainer, module: AutoencoderModule) -> Image:
         data = cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set at runtime
-        columns = min(self.num_images, MAX_COLUMNS // 2, len(data.val_indices))
-        shown = ImageBatches(data.image_set)[data.val_indices[: self.num_images].tolist()]
+        columns = min(self.num_images, PAIRS_IN_A_ROW, len(data.val_indices))
+        num_shown = min(self.num_images, len(data.val_indices)) // columns * columns  # whole rows
+        shown = ImageBatches(data.image_set)[data.val_indices[:num_shown].tolist()]
         images = scale_to_unit_range(shown["images"])
         pairs = zip(images.split(columns), module.reconstruct(images).cpu().split(columns), strict=True)
         return image_grid(torch.cat([row for pair in pairs for row in pair]), columns=columns)

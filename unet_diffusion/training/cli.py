@@ -39,6 +39,7 @@ from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.unet import DenoiserUNet
 
 CHECKPOINTS = "checkpoints"
+PATHS = {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}  # settings of this machine
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ class TrainingCLI(LightningCLI):
         settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
-        self.model.settings = _without(wanted, {"default_root_dir", "logger", "root", "images", "labels", "init_from"})
+        self.model.settings = _without(
+            wanted, {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}
+        )
 
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
@@ -157,6 +160,7 @@ class TrainingCLI(LightningCLI):
         if isinstance(self.model, SegmentationModule):
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
         if isinstance(self.model, AutoencoderModule):
+            self.trainer.validate(self.model, self.datamodule, verbose=False)  # the scale of the last weights' latents
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
         is_stock = isinstance(self.model.unet, DenoiserUNet)
@@ -194,6 +198,7 @@ def _silence_what_is_meant() -> None:
     for message in (
         "LightningCLI's args parameter is intended",
         r"Found \d+ module\(s\) in eval mode",  # the averaged network
+        "Using ModelCheckpoint with manual optimization",  # of GANs with steps of several optimisers
         "The number of training batches .* is smaller than the logging interval",  # steps are counted, not epochs
         ".*does not have many workers",  # the images are in memory
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
