@@ -278,7 +278,7 @@ def test_existing_folder_is_not_overwritten(tmp_path):
 
 def test_folder_that_is_no_pipeline_is_never_overwritten(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(FileExistsError, match="only a pipeline folder"):
+    with pytest.raises(FileExistsError, match="only a folder of diffusers"):
         export_pipeline(tiny_denoiser(classes=False), tmp_path / "photos", overwrite=True)
 
 

@@ -151,6 +151,8 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
             return
+        if isinstance(self.model, AutoencoderModule):  # on all processes: what is exported is of the last weights
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
             folder = run_folder(self.trainer)
             rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and {self._hand_over(folder)}")
@@ -160,7 +162,6 @@ class TrainingCLI(LightningCLI):
         if isinstance(self.model, SegmentationModule):
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
         if isinstance(self.model, AutoencoderModule):
-            self.trainer.validate(self.model, self.datamodule, verbose=False)  # the scale of the last weights' latents
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
         is_stock = isinstance(self.model.unet, DenoiserUNet)
