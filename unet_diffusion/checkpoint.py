@@ -147,7 +147,8 @@ def read_segmenter(path: str | os.PathLike[str]) -> TrainedSegmenter:
 def holds_autoencoder(path: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint file, or that of a run folder, is of an autoencoder."""
     path = _file_of(path)
-    return path.is_file() and "autoencoder" in load_plain(path)
+    checkpoint = load_plain(path) if path.is_file() else None
+    return isinstance(checkpoint, dict) and "autoencoder" in checkpoint
 
 
 def network_record(network: PixelNetwork) -> dict[str, Any]:

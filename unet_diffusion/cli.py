@@ -72,6 +72,12 @@ _CHECKPOINT_HELP = "a .ckpt file, a run folder, or a diffusers pipeline folder"
 _AUTOENCODER_HELP = "for a denoiser of latents: where their autoencoder is, if not where it was in training"
 
 
+def _add_hardware(parser: argparse.ArgumentParser, of: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help=f"of the {of}")
+
+
 # ------------------------------------------------------------------------------------------------------ fit, validate
 
 
@@ -98,10 +104,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--horizontal_flip", action="store_true", help="encode mirror images too")
     parser.add_argument("--background", default="white", help="colour behind transparent pixels")
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the autoencoder")
+    _add_hardware(parser, of="autoencoder")
     parser.set_defaults(run=_encode)
 
 
@@ -185,10 +188,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     existing.add_argument("--overwrite", action="store_true", help="replace images that are in DIR")
     existing.add_argument("--resume", action="store_true", help="keep images that are in DIR and draw the missing ones")
     parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
+    _add_hardware(parser, of="network")
     parser.add_argument(
         "--speed",
         choices=SPEEDS,
@@ -320,10 +320,7 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", action="store_true", help="average over rotations and flips; 8 times the work")
     parser.add_argument("--overwrite", action="store_true", help="replace the masks that an earlier run left in DIR")
     parser.add_argument("--window_size", type=int, help="pixels given to the network at once; default: as in training")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network")
+    _add_hardware(parser, of="network")
     parser.add_argument(
         "--speed", choices=SPEEDS, default="plain", help="how the network runs; channels_last is often faster"
     )

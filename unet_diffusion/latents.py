@@ -150,6 +150,17 @@ def encode_images(
     _write_index(folder, settings)
 
 
+def moment_sums(mean: Tensor, std: Tensor) -> Tensor:
+    """Of each channel: how many latents, the sums of their means, of the squares of these, and of variances, (4, C).
+
+    Args:
+        mean: of the distribution of each latent, (B, C, h, w).
+        std: its standard deviation, of the same shape.
+    """
+    moments = (torch.ones_like(mean), mean, mean.square(), std.square())
+    return torch.stack([moment.sum(dim=(0, 2, 3)) for moment in moments])
+
+
 def read_latents(folder: str | Path) -> LatentSet:
     """The latents in a folder that `encode_images` wrote, all in memory.
 
@@ -234,14 +245,13 @@ def _moments(folder: Path, num_images: int, *, shared: bool) -> tuple[list[float
 
     Shared: of all channels together, and no mean is taken off, since the decoder looks for the nearest code.
     """
-    sums = torch.zeros(4, dtype=torch.float64)[:, None]  # latents, their sum, sum of squares, and variances
+    sums = torch.zeros(4, 1, dtype=torch.float64)
     for _, path in _shards(folder, num_images):
         shard = load_file(path)
         for name in shard:
             if name.startswith("mean"):
-                mean, std = shard[name].double(), shard["std" + name.removeprefix("mean")].double()
-                moments = (torch.ones_like(mean), mean, mean.square(), std.square())
-                sums = sums + torch.stack([moment.sum(dim=(0, 2, 3)) for moment in moments])
+                std = shard["std" + name.removeprefix("mean")]
+                sums = sums + moment_sums(shard[name].double(), std.double())
     sums = sums.sum(dim=1, keepdim=True).expand_as(sums) if shared else sums
     count, total, squares, variances = sums
     mean = torch.zeros_like(total) if shared else total / count

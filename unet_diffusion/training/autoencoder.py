@@ -23,8 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unet_diffusion.checkpoint import TrainedAutoencoder, autoencoder_record
-from unet_diffusion.codecs import decode_codes, downsampling, num_latent_channels, quantize, reconstruct
+from unet_diffusion.codecs import decode_codes, downsampling, latent_moments, num_latent_channels, quantize, reconstruct
 from unet_diffusion.discriminator import PatchDiscriminator, hinge_loss
+from unet_diffusion.latents import moment_sums
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import keep_freed_memory
 from unet_diffusion.training.base import LRDecay, check_choice, lr_factor
@@ -204,9 +205,9 @@ class AutoencoderModule(LightningModule):
             return lr_factor(step, self.lr_warmup_steps, num_steps)
 
         optimizers = [generator, *critic]
-        starts = (0, self.discriminator_start)
+        starts = (0, self.discriminator_start)[: len(optimizers)]
         return optimizers, [
-            LambdaLR(one, partial(factor, start)) for one, start in zip(optimizers, starts, strict=False)
+            LambdaLR(one, partial(factor, start)) for one, start in zip(optimizers, starts, strict=True)
         ]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -238,25 +239,21 @@ class AutoencoderModule(LightningModule):
         codes = self.autoencoder.config["num_vq_embeddings"] if isinstance(self.autoencoder, VQModel) else 0
         self._code_counts = torch.zeros(codes, dtype=torch.int64, device=self.device)
         self._quality_sums = torch.zeros(3, device=self.device)  # images, their PSNR and SSIM
-        # Of each channel of the latents: how many, their sum and sum of squares, and the posterior's variances.
         self._latent_sums = torch.zeros(4, num_latent_channels(self.autoencoder), device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds up how near the averaged autoencoder's reconstructions are, and what its latents are like."""
         images, autoencoder = batch["images"], self.ema_autoencoder
+        latents, std = latent_moments(autoencoder, images)
         if isinstance(autoencoder, VQModel):
-            latents = autoencoder.encode(images).latents.float()
-            codes, _, numbers = quantize(autoencoder, latents)
+            codes, _, numbers = quantize(autoencoder, latents.float())
             self._code_counts += torch.bincount(numbers, minlength=len(self._code_counts))
-            reconstructions, variances = decode_codes(autoencoder, codes), torch.zeros_like(latents)
+            reconstructions = decode_codes(autoencoder, codes)
         else:
-            posterior = autoencoder.encode(images).latent_dist
-            latents, variances = posterior.mean.float(), posterior.var.float()
-            reconstructions = autoencoder.decode(latents).sample
+            reconstructions = autoencoder.decode(latents.float()).sample
         qualities = (torch.ones_like(images[:, 0, 0, 0]), psnr(images, reconstructions), ssim(images, reconstructions))
         self._quality_sums += torch.stack([quality.sum() for quality in qualities])
-        moments = (torch.ones_like(latents), latents, latents.square(), variances)
-        self._latent_sums += torch.stack([moment.sum(dim=(0, 2, 3)) for moment in moments])
+        self._latent_sums += moment_sums(latents.float(), std.float())
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:  # of a few batches
