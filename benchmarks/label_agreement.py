@@ -19,6 +19,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 
+from unet_diffusion.conditioning import Guidance
 from unet_diffusion.interop import load_denoiser
 from unet_diffusion.sampling import sample
 
@@ -42,7 +43,6 @@ def main() -> None:
         scheduler=options.scheduler,
         num_inference_steps=options.num_inference_steps,
         seed=options.seed,
-        null_label=trained.null_label,
         batch_size=250,
     )
     labels = torch.arange(options.num_images) % 10
@@ -50,12 +50,16 @@ def main() -> None:
     for guidance_scale, asked in ((1.0, few), (options.guidance_scale, labels)):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
-            images = draw((len(asked), *trained.image_shape), labels=asked, guidance_scale=guidance_scale)
+            inputs, nulls = trained.inputs({"labels": asked})
+            images = draw(
+                (len(asked), *trained.image_shape), inputs=inputs, nulls=nulls, guidance=Guidance(guidance_scale)
+            )
         seconds = time.perf_counter() - start
         agreement = (classify(images.clamp(-1, 1)) == asked).float().mean()
         print(f"guidance {guidance_scale}: {agreement:.1%} of {len(asked)} are what was asked for ({seconds:.0f} s)")
     with torch.autocast("cpu", torch.bfloat16):
-        images = draw((len(few), *trained.image_shape), labels=torch.full_like(few, trained.null_label))
+        _, nulls = trained.inputs({"labels": few})
+        images = draw((len(few), *trained.image_shape), inputs=nulls)
     counts = classify(images.clamp(-1, 1)).bincount(minlength=10)
     print(f"unconditional samples found in each class: {counts.tolist()}")
 

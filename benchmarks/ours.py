@@ -69,6 +69,8 @@ def speed_for(
     def autocast() -> torch.autocast:
         return torch.autocast(x0.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    speed, reason = fastest_speed(unet, x0, num_steps=RUN_STEPS, autocast=autocast)
+    speed, reason = fastest_speed(
+        unet, x0, inputs={} if labels is None else {"labels": labels}, num_steps=RUN_STEPS, autocast=autocast
+    )
     print(reason, flush=True)
     return speed

@@ -357,7 +357,7 @@ ERRORS = {
     "bad scheduler": ("sample {run} --scheduler Euler", "scheduler must be one of"),
     "unknown name": ("sample {run} --labels eleven", "--labels must be numbers from 0 to 9"),
     "number out of range": ("sample {run} --labels 10", "got '10'"),
-    "labels without classes": ("sample {unconditional} --labels 1", "trained without classes; leave --labels out"),
+    "labels without classes": ("sample {unconditional} --labels 1", "trained without labels; leave --labels out"),
     "guidance without classes": ("sample {unconditional} --guidance_scale 2", "guidance_scale must be 1"),
     "no images": ("sample {run} --num_images 0", "--num_images must be at least 1, got 0"),
     "no batch": ("sample {run} --batch_size 0", "--batch_size must be at least 1, got 0"),

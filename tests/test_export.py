@@ -13,6 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from unet_diffusion import interop
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, write_initial_checkpoint
+from unet_diffusion.conditioning import Guidance
 from unet_diffusion.interop import export_pipeline, from_diffusers, import_pipeline, load_denoiser
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
 from unet_diffusion.sampling import image_generators, sample
@@ -24,6 +25,7 @@ NUM_IMAGES = 3
 LABELS = [0, 1, 1]
 NAMES = ["cat", "dog"]
 NULL_LABEL = 2
+BOTH = {"inputs": {"labels": torch.tensor(LABELS)}, "nulls": {"labels": torch.full((3,), NULL_LABEL)}}
 
 # Runs where this package cannot be imported: whoever gets the folder has diffusers and nothing else.
 ELSEWHERE = """
@@ -118,7 +120,7 @@ def test_unconditional_folder_makes_our_images_without_this_package(unconditiona
 def test_class_conditional_folder_makes_our_images_without_this_package(
     class_conditional_elsewhere, name, guidance_scale
 ):
-    options = {"labels": torch.tensor(LABELS), "null_label": NULL_LABEL, "guidance_scale": guidance_scale}
+    options = {**BOTH, "guidance": Guidance(guidance_scale)}
     assert_same_images(images_here(tiny_denoiser(classes=True), **options), class_conditional_elsewhere[name])
 
 
@@ -145,7 +147,7 @@ def test_class_conditional_pipeline_makes_our_images_with_any_scheduler(tmp_path
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     generator = image_generators(SEED, range(NUM_IMAGES))
     theirs = pipeline(LABELS, guidance_scale=2.0, num_inference_steps=5, generator=generator, output_type="np").images
-    options = {"scheduler": scheduler, "labels": torch.tensor(LABELS), "null_label": NULL_LABEL, "guidance_scale": 2.0}
+    options = {"scheduler": scheduler, **BOTH, "guidance": Guidance(2.0)}
     assert_same_images(images_here(trained, **options), theirs)
 
 

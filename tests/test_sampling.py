@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from unet_diffusion import sampling
+from unet_diffusion.conditioning import Guidance
 from unet_diffusion.sampling import (
     SCHEDULERS,
     build_scheduler,
@@ -352,9 +353,7 @@ def test_images_equal_those_of_diffusers_pipeline(pipeline_class, name):
     pipeline = pipeline_class(unet, DDPMScheduler(**scheduler_config(LINEAR)))
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(batch_size=2, generator=image_generators(3, [0, 1]), num_inference_steps=5, output_type="np")
-    images = sample(
-        lambda x, t, labels: unet(x, t).sample, LINEAR, (2, 3, 8, 8), scheduler=name, num_inference_steps=5, seed=3
-    )
+    images = sample(lambda x, t: unet(x, t).sample, LINEAR, (2, 3, 8, 8), scheduler=name, num_inference_steps=5, seed=3)
     pixels = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(pixels, torch.from_numpy(expected.images))
 
@@ -401,7 +400,7 @@ def test_sampling_leaves_the_global_generator_alone():
 def test_denoiser_sees_float32_images_and_a_timestep_each(name):
     seen = []
 
-    def spy(x, t, labels):
+    def spy(x, t):
         seen.append((x.dtype, t))
         assert torch.is_grad_enabled() is False
         return curved(x, t)
@@ -424,7 +423,7 @@ def test_scheduler_computes_in_float32_under_autocast(name):
 
 
 def test_prediction_in_bfloat16_leaves_images_in_float32():
-    images = sample(lambda x, t, labels: curved(x, t).bfloat16(), SHORT, (1, 1, 4, 4), scheduler="DDPMScheduler")
+    images = sample(lambda x, t: curved(x, t).bfloat16(), SHORT, (1, 1, 4, 4), scheduler="DDPMScheduler")
     assert images.dtype == torch.float32
 
 
@@ -432,7 +431,7 @@ def test_prediction_in_bfloat16_leaves_images_in_float32():
 def test_progress_counts_images_times_network_steps(name):
     calls, finished = [], []
 
-    def spy(x, t, labels):
+    def spy(x, t):
         calls.append(len(x))
         return curved(x, t)
 
@@ -472,8 +471,15 @@ def test_guidance_pushes_away_from_the_null_label():
         return means[labels].view(-1, 1, 1, 1).expand_as(x)
 
     labels = torch.tensor([0, 1, 1, 0, 2])
+    nulls = {"labels": torch.full_like(labels, 2)}
     images = sample(
-        denoiser, LINEAR_SAMPLE, (5, 1, 4, 4), labels=labels, null_label=2, guidance_scale=2.0, batch_size=2
+        denoiser,
+        LINEAR_SAMPLE,
+        (5, 1, 4, 4),
+        inputs={"labels": labels},
+        nulls=nulls,
+        guidance=Guidance(2.0),
+        batch_size=2,
     )
     torch.testing.assert_close(images.mean(dim=(1, 2, 3)), 0.5 + 2 * (means[labels] - 0.5))
 
@@ -481,15 +487,20 @@ def test_guidance_pushes_away_from_the_null_label():
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
+def labels(values: torch.Tensor) -> dict:
+    return {"inputs": {"labels": values}}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"labels": torch.tensor([0, 1, 2])}, "for each of 2 images"),
-        ({"labels": torch.tensor([0.0, 1.0])}, "int64"),
-        ({"labels": torch.tensor([-1, 1])}, "at least 0, got -1"),
-        ({"labels": torch.tensor([0, 4]), "null_label": 3}, r"in \[0, 3\].* got 4"),
-        ({"guidance_scale": 2.0}, "without labels"),
-        ({"labels": torch.tensor([0, 1]), "guidance_scale": 2.0}, "without a null label"),
+        (labels(torch.tensor([0, 1, 2])), "for each of 2 images"),
+        (labels(torch.tensor([0.0, 1.0])), "int64"),
+        (labels(torch.tensor([-1, 1])), "at least 0, got -1"),
+        ({**labels(torch.tensor([0, 4])), "nulls": {"labels": torch.tensor([3, 3])}}, r"in \[0, 3\].* got 4"),
+        ({**labels(torch.tensor([0, 1])), "nulls": {}}, r"must have the shape \(2,\), got none"),
+        ({"guidance": Guidance(2.0)}, "without labels"),
+        ({**labels(torch.tensor([0, 1])), "guidance": Guidance(2.0)}, "without a null"),
         ({"indices": [1, 2, 3]}, "indices must number each of the 2 images of shape, got 3"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
@@ -511,4 +522,4 @@ def test_denoise_wants_a_generator_for_each_image():
 
 def test_prediction_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="shape of x"):
-        sample(lambda x, t, labels: x[:, :1], LINEAR, (2, 3, 4, 4))
+        sample(lambda x, t: x[:, :1], LINEAR, (2, 3, 4, 4))

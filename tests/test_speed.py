@@ -82,7 +82,7 @@ def time_as_told(monkeypatch, *, float32: float, **seconds: float) -> list[str]:
     """Has each speed take so long; the speeds that were timed, in order."""
     timed = []
 
-    def step_seconds(network, name, x, autocast):
+    def step_seconds(network, name, x, inputs, autocast):
         timed.append("float32" if autocast is nullcontext else name)
         if name not in seconds:
             raise RuntimeError("g++ is not what it seems")
@@ -94,7 +94,7 @@ def time_as_told(monkeypatch, *, float32: float, **seconds: float) -> list[str]:
 
 
 def choose(unet, num_steps=1e6, autocast=bfloat16) -> tuple[str, str]:
-    return fastest_speed(unet, torch.zeros(2, 1, 8, 8), num_steps=num_steps, autocast=autocast)
+    return fastest_speed(unet, torch.zeros(2, 1, 8, 8), inputs={}, num_steps=num_steps, autocast=autocast)
 
 
 def test_the_fastest_is_chosen_and_the_reason_given(tiny_unet, monkeypatch):

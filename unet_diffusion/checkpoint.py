@@ -10,15 +10,16 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from unet_diffusion.conditioning import ClassLabels, Condition, network_inputs, null_inputs
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.unet import PixelNetwork
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # it imports diffusers, which most of this module does not ne
     from unet_diffusion.codecs import Autoencoder
 
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
+Part = TypeVar("Part", bound=nn.Module)
 SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
 
@@ -44,6 +46,7 @@ class TrainedDenoiser:
         class_names: the name of each label from 0; None: no classes, or no names.
         settings: of the training, plain values; for the model card.
         latent_space: of the latents that it denoises, and image_shape is the shape of; None: it denoises images.
+        conditions: what it is conditioned on beside the class labels that it embeds itself; averaged (EMA) weights.
     """
 
     unet: PixelNetwork
@@ -53,6 +56,29 @@ class TrainedDenoiser:
     class_names: list[str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     latent_space: LatentSpace | None = None
+    conditions: nn.ModuleList = field(default_factory=nn.ModuleList)
+
+    @property
+    def all_conditions(self) -> list[Condition]:
+        """The class labels that the network embeds itself, if it does, and the others."""
+        labels = [] if self.unet.class_embedding is None else [ClassLabels(self.null_label)]
+        return [*labels, *cast(list[Condition], list(self.conditions))]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes to choose from, the null label not counted; 0: there are none."""
+        rows = self.unet.config["num_class_embeds"]
+        if rows is not None:
+            return rows - (self.null_label is not None)
+        return next((one.config["num_classes"] for one in self.all_conditions if one.given == "labels"), 0)
+
+    def inputs(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """What the network is called with beside x and t, and the same without conditions, if it was trained without.
+
+        Args:
+            given: "labels", "captions" (token ids), "maps": (B, ...) each, on the device of the conditions.
+        """
+        return network_inputs(self.all_conditions, given), null_inputs(self.all_conditions, given)
 
 
 @dataclass
@@ -116,10 +142,10 @@ def read_autoencoder(path: str | os.PathLike[str]) -> TrainedAutoencoder:
     """
     from unet_diffusion.codecs import CLASSES  # imports diffusers, which only this needs
 
-    record, state_dict = _read(_file_of(path), "autoencoder")
+    record, weights = _read(_file_of(path), "autoencoder")
     with _explained(path, "autoencoder"):
         autoencoder = CLASSES[record["class_name"]](**record["config"])
-        autoencoder.load_state_dict(state_dict)
+        autoencoder.load_state_dict(_below("autoencoder", weights))
         channels, height, width = record["image_shape"]
         return TrainedAutoencoder(autoencoder.eval(), (channels, height, width), settings=record["settings"])
 
@@ -138,10 +164,10 @@ def read_segmenter(path: str | os.PathLike[str]) -> TrainedSegmenter:
         ValueError: if the file is no checkpoint, is damaged, holds code, or holds no segmenter of this package.
     """
     path = _file_of(path)
-    record, state_dict = _read(path, "segmenter")
+    record, weights = _read(path, "segmenter")
     with _explained(path, "segmenter"):
         fields = {name: record[name] for name in SEGMENTER_FIELDS}
-        return TrainedSegmenter(unet=_network_with_weights(record["unet"], state_dict), **fields)
+        return TrainedSegmenter(unet=_network_with_weights(record["unet"], weights), **fields)
 
 
 def holds_autoencoder(path: str | os.PathLike[str]) -> bool:
@@ -151,8 +177,8 @@ def holds_autoencoder(path: str | os.PathLike[str]) -> bool:
     return isinstance(checkpoint, dict) and "autoencoder" in checkpoint
 
 
-def network_record(network: PixelNetwork) -> dict[str, Any]:
-    """The class of a network and the arguments that build it, plain values."""
+def network_record(network: PixelNetwork | Condition) -> dict[str, Any]:
+    """The class of a network or condition and the arguments that build it, plain values."""
     kind = type(network)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config}
 
@@ -167,6 +193,7 @@ def denoiser_record(trained: TrainedDenoiser) -> dict[str, Any]:
         "class_names": trained.class_names,
         "settings": trained.settings,
         "latent_space": None if trained.latent_space is None else trained.latent_space.plain(),
+        "conditions": [network_record(cast(Condition, one)) for one in trained.conditions],
     }
 
 
@@ -177,17 +204,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
         OSError: if the file is missing or cannot be opened.
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
-    record, state_dict = _read(path, "denoiser")
+    record, weights = _read(path, "denoiser")
     with _explained(path, "denoiser"):
         channels, height, width = record["image_shape"]
+        conditions = nn.ModuleList(
+            _class_in_package(one["class_path"], Condition)(**one["init_args"]) for one in record["conditions"]
+        )
+        conditions.load_state_dict(_below("conditions", weights))
         return TrainedDenoiser(
-            unet=_network_with_weights(record["unet"], state_dict),
+            unet=_network_with_weights(record["unet"], weights),
             schedule=NoiseSchedule(**record["schedule"]),
             image_shape=(channels, height, width),
             null_label=record["null_label"],
             class_names=record["class_names"],
             settings=record["settings"],
             latent_space=LatentSpace.from_plain(record["latent_space"]) if record["latent_space"] else None,
+            conditions=conditions.eval(),
         )
 
 
@@ -200,10 +232,15 @@ def write_initial_checkpoint(trained: TrainedDenoiser, path: str | os.PathLike[s
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists and is not overwritten; choose another path, or remove it")
-    weights = trained.unet.state_dict()
+    parts = {"unet": trained.unet, "conditions": trained.conditions}
     checkpoint = {
         "denoiser": denoiser_record(trained),
-        "state_dict": {f"{prefix}.{key}": value for prefix in ("unet", "ema_unet") for key, value in weights.items()},
+        "state_dict": {
+            f"{prefix}{name}.{key}": value
+            for prefix in ("", "ema_")
+            for name, part in parts.items()
+            for key, value in part.state_dict().items()
+        },
         "pytorch-lightning_version": LIGHTNING_VERSION,
         "epoch": 0,
         "global_step": 0,
@@ -241,7 +278,7 @@ def _file_of(path: str | os.PathLike[str]) -> Path:
 
 
 def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record of that key in a checkpoint, and its averaged weights."""
+    """The record of that key in a checkpoint, and its weights."""
     checkpoint = load_plain(path)
     record = checkpoint.get(key) if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict):
@@ -255,9 +292,13 @@ def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[
         )
         raise ValueError(f"{path}: a checkpoint must have an entry {key!r} here, and {reason}")
     with _explained(path, key):
-        prefix = "ema_autoencoder." if key == "autoencoder" else "ema_unet."
-        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return record, weights
+        return record, checkpoint["state_dict"]
+
+
+def _below(part: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The averaged weights of one part of a module."""
+    prefix = f"ema_{part}."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 @contextmanager
@@ -271,7 +312,7 @@ def _explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
 
 def _network_with_weights(record: dict[str, Any], weights: dict[str, Tensor]) -> PixelNetwork:
     network = _build(record)
-    network.load_state_dict(weights)
+    network.load_state_dict(_below("unet", weights))
     return network.eval()
 
 
@@ -283,14 +324,14 @@ def _build(record: dict[str, Any]) -> PixelNetwork:
             arguments[name] = _build(value)
         elif name == "schedule":
             arguments[name] = NoiseSchedule(**value)
-    return _network_class(record["class_path"])(**arguments)
+    return _class_in_package(record["class_path"], PixelNetwork)(**arguments)
 
 
-def _network_class(class_path: str) -> type[PixelNetwork]:
+def _class_in_package(class_path: str, base: type[Part]) -> type[Part]:
     """The class of that path; only this package is looked into, as a checkpoint may come from anyone."""
     module, _, name = class_path.rpartition(".")
     if module.split(".")[0] == PACKAGE and importlib.util.find_spec(module):
-        network_class = getattr(importlib.import_module(module), name, None)
-        if isinstance(network_class, type) and issubclass(network_class, PixelNetwork):
-            return network_class
-    raise ValueError(f"class_path of a network must name a PixelNetwork in {PACKAGE}, got {class_path!r}")
+        found = getattr(importlib.import_module(module), name, None)
+        if isinstance(found, type) and issubclass(found, base):
+            return found
+    raise ValueError(f"class_path of a network must name a {base.__name__} in {PACKAGE}, got {class_path!r}")

@@ -177,9 +177,26 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_images", type=int, default=64, help="images to draw")
     parser.add_argument("--scheduler", default="DPMSolverMultistepScheduler", help="name of a diffusers scheduler")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1: off; larger: closer to the label")
     parser.add_argument(
         "--labels", nargs="+", help="class numbers or names, used in turn; default: all classes in turn"
+    )
+    parser.add_argument("--captions", nargs="+", metavar="TEXT", help="what to draw, used in turn; of a model of text")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1: off; larger: closer to label or caption")
+    parser.add_argument(
+        "--guidance_rescale",
+        type=float,
+        default=0.0,
+        help="0 to 1: how much of the contrast that guidance adds is undone",
+    )
+    parser.add_argument(
+        "--guidance_interval",
+        type=int,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="timesteps that are guided; default: all",
+    )
+    parser.add_argument(
+        "--guidance_weaker", metavar="CHECKPOINT", help="guide away from this earlier checkpoint, not from no condition"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--autoencoder", metavar="DIR", help=_AUTOENCODER_HELP)
@@ -202,6 +219,7 @@ def _sample(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from unet_diffusion.codecs import autoencoder_of, decode_latents
+    from unet_diffusion.conditioning import Guidance
     from unet_diffusion.interop import load_denoiser
     from unet_diffusion.pictures import read_images, save_grid, save_images
     from unet_diffusion.sampling import check_sampling, num_network_steps, sample
@@ -210,14 +228,28 @@ def _sample(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     trained = load_denoiser(options.checkpoint)
-    labels = _labels(options.labels, trained, options.num_images)
-    settings = dict(
+    weaker = _weaker(options, trained)
+    given = _given(options, trained)
+    settings: dict[str, Any] = dict(
         scheduler=options.scheduler,
         num_inference_steps=options.num_inference_steps,
-        null_label=trained.null_label,
-        guidance_scale=options.guidance_scale,
+        guidance=Guidance(
+            options.guidance_scale,
+            rescale=options.guidance_rescale,
+            interval=options.guidance_interval and tuple(options.guidance_interval),
+            weaker=None if weaker is None else weaker.unet,
+        ),
     )
-    check_sampling(trained.schedule, (options.num_images, *trained.image_shape), labels=labels, **settings)
+
+    @torch.no_grad()
+    def inputs(indices: list[int]) -> dict[str, Any]:
+        """Those of the network, and those of the worse prediction of guidance."""
+        part = {name: one[indices].to(options.device) for name, one in given.items()}
+        with_conditions, nulls = trained.inputs(part)
+        return {"inputs": with_conditions, "nulls": weaker.inputs(part)[0] if weaker else nulls}
+
+    trained.conditions.to(options.device)
+    check_sampling(trained.schedule, (1, *trained.image_shape), **inputs([0]), **settings)
     space = trained.latent_space
     autoencoder = None if space is None else autoencoder_of(space, options.autoencoder).to(options.device)
     if space is None and options.autoencoder:
@@ -239,11 +271,11 @@ def _sample(options: argparse.Namespace) -> None:
                     (len(indices), *trained.image_shape),
                     seed=options.seed,
                     indices=indices,
-                    labels=None if labels is None else labels[indices],
                     batch_size=options.batch_size,
                     device=options.device,
                     progress=bar.update,
                     clip_sample=space is None,
+                    **inputs(indices),
                     **settings,
                 )
                 if space is not None and autoencoder is not None:
@@ -258,25 +290,52 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"{options.num_images} images and grid.png in {options.output}")
 
 
-def _labels(wanted: list[str] | None, trained: "TrainedDenoiser", num_images: int) -> torch.Tensor | None:
-    """The label of each image, (num_images,): the wanted ones, numbers or names, by turns."""
-    rows = trained.unet.config["num_class_embeds"]
-    if rows is None:
-        if wanted:
-            raise ValueError(
-                f"--labels {' '.join(wanted)}: the checkpoint was trained without classes; leave --labels out"
-            )
-        return None
-    num_classes = rows - (trained.null_label is not None)
-    names = trained.class_names or []
-    numbers = []
+def _given(options: argparse.Namespace, trained: "TrainedDenoiser") -> dict[str, torch.Tensor]:
+    """What the conditions are called with for all images: the options' labels and captions, by turns."""
+    from unet_diffusion.text import TextTokens
+
+    takes = {condition.given for condition in trained.all_conditions}
+    if "maps" in takes:
+        raise ValueError("this model has maps beside the noise, and sample has none to give; call sampling.sample")
+    for name in ("labels", "captions"):
+        if getattr(options, name) and name not in takes:
+            raise ValueError(f"--{name}: the checkpoint was trained without {name}; leave --{name} out")
+    turns = torch.arange(options.num_images)
+    given = {}
+    if "labels" in takes:
+        labels = torch.tensor(_label_numbers(options.labels, trained))
+        given["labels"] = labels[turns % len(labels)]
+    for text in trained.conditions:
+        if isinstance(text, TextTokens):
+            if not options.captions:
+                raise ValueError('--captions must be given, as the model draws what they say: --captions "a red heart"')
+            given["captions"] = text.token_ids(options.captions)[turns % len(options.captions)]
+    return given
+
+
+def _label_numbers(wanted: list[str] | None, trained: "TrainedDenoiser") -> list[int]:
+    num_classes, names, numbers = trained.num_classes, trained.class_names or [], []
     for label in wanted or map(str, range(num_classes)):
         number = int(label) if label.isdecimal() else names.index(label) if label in names else -1
         if not 0 <= number < num_classes:
             known = f", or a name: {', '.join(names)}" if names else ""
             raise ValueError(f"--labels must be numbers from 0 to {num_classes - 1}{known}; got {label!r}")
         numbers.append(number)
-    return torch.tensor(numbers)[torch.arange(num_images) % len(numbers)]
+    return numbers
+
+
+def _weaker(options: argparse.Namespace, trained: "TrainedDenoiser") -> "TrainedDenoiser | None":
+    """The checkpoint to be led away from."""
+    from unet_diffusion.interop import load_denoiser
+
+    if options.guidance_weaker is None:
+        return None
+    weaker = load_denoiser(options.guidance_weaker)
+    if weaker.image_shape != trained.image_shape or weaker.schedule.config != trained.schedule.config:
+        raise ValueError(f"--guidance_weaker must have the same images and schedule; {options.guidance_weaker} has not")
+    weaker.unet.to(options.device)
+    weaker.conditions.to(options.device)
+    return weaker
 
 
 def _prepare_output(options: argparse.Namespace) -> list[int]:

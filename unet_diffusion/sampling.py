@@ -23,7 +23,7 @@ from diffusers.utils import is_torchsde_available
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from unet_diffusion.conditioning import Denoiser, Predictor, check_guidance, guide
+from unet_diffusion.conditioning import Denoiser, Guidance, Inputs, Predictor, check_guidance, guide
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
 
 SCHEDULERS = tuple(sorted(scheduler.name for scheduler in KarrasDiffusionSchedulers))  # = DDPMScheduler().compatibles
@@ -35,6 +35,7 @@ NO_SAMPLE_PREDICTION = (  # their step raises NotImplementedError or ValueError
     "KDPM2DiscreteScheduler",
     "PNDMScheduler",
 )
+NO_GUIDANCE = Guidance()
 MIN_PNDM_SIGNAL = 1e-5  # a_T below which PNDM misses x0 by more than 1e-5 (measured; the linear schedule has 4e-5)
 MIN_PNDM_STEPS = 4  # its Runge-Kutta start takes the first four steps
 
@@ -53,9 +54,9 @@ def sample(
     num_inference_steps: int = 50,
     seed: int = 0,
     indices: Iterable[int] | None = None,
-    labels: Tensor | None = None,
-    null_label: int | None = None,
-    guidance_scale: float = 1.0,
+    inputs: Inputs | None = None,
+    nulls: Inputs | None = None,
+    guidance: Guidance = NO_GUIDANCE,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     clip_sample: bool = True,
@@ -63,20 +64,20 @@ def sample(
 ) -> Tensor:
     """Images drawn from noise, (N, C, H, W) float32 on the CPU; about [-1, 1], where the denoiser was trained on that.
 
-    Image i is a function of (seed, indices[i]) and its label, up to floating-point rounding: neither the batch size nor
-    how many processes share the indices matters.
+    Image i is a function of (seed, indices[i]) and its conditions, up to floating-point rounding: neither the batch
+    size nor how many processes share the indices matters.
 
     Args:
-        denoiser: called as denoiser(x, t, labels) with float32 x (B, C, H, W), t (B,), labels (B,) or None.
+        denoiser: called as denoiser(x, t, **inputs) with float32 x (B, C, H, W) and t (B,).
         schedule: the noise schedule that the denoiser was trained with.
         shape: (N, C, H, W) of all images.
         scheduler: name of a diffusers scheduler, one of `supported_schedulers(schedule)`.
         num_inference_steps: in [1, num_train_timesteps]; schedulers of second order call the denoiser twice a step.
         seed: of the noise, any integer.
         indices: N numbers of the images among all of this seed; default 0 to N - 1.
-        labels: (N,) int64 classes; None for a network without classes.
-        null_label: the class that stands for none, the highest the network knows; None if it was trained without.
-        guidance_scale: 1 is off; more follows the label more closely (`conditioning.guide`).
+        inputs: what else the denoiser is called with, (N, ...) each (`conditioning.network_inputs`); None: nothing.
+        nulls: the same without conditions (`conditioning.null_inputs`); None if it was not trained without.
+        guidance: off by default (`conditioning.guide`).
         batch_size: images at once; guidance doubles what the denoiser sees.
         device: where the denoiser is.
         clip_sample: clip each estimate of x0 to [-1, 1], as DDPM, DDIM and Heun can: right for pixels, not for latents.
@@ -91,17 +92,18 @@ def sample(
         shape,
         scheduler=scheduler,
         num_inference_steps=num_inference_steps,
-        labels=labels,
-        null_label=null_label,
-        guidance_scale=guidance_scale,
+        inputs=inputs,
+        nulls=nulls,
+        guidance=guidance,
     )
     numbers = _image_numbers(shape[0], indices)
     on_step = None if progress is None else lambda t, x: progress(len(x))
     batches = []
     for part in _batches(shape[0], batch_size):
-        part_labels = None if labels is None else labels[part].to(device)
+        part_inputs = {name: value[part].to(device) for name, value in (inputs or {}).items()}
+        part_nulls = None if nulls is None else {name: value[part].to(device) for name, value in nulls.items()}
         images = denoise(
-            guide(denoiser, part_labels, null_label=null_label, guidance_scale=guidance_scale),
+            guide(denoiser, part_inputs, part_nulls, guidance),
             build_scheduler(schedule, scheduler, clip_sample=clip_sample),
             image_generators(seed, numbers[part]),
             (len(numbers[part]), *shape[1:]),
@@ -249,22 +251,22 @@ def check_sampling(
     *,
     scheduler: str = "DDIMScheduler",
     num_inference_steps: int = 50,
-    labels: Tensor | None = None,
-    null_label: int | None = None,
-    guidance_scale: float = 1.0,
+    inputs: Inputs | None = None,
+    nulls: Inputs | None = None,
+    guidance: Guidance = NO_GUIDANCE,
 ) -> None:
     """Refuses what `sample` cannot do, within half a second and without the denoiser.
 
     Arguments are those of `sample`.
 
     Raises:
-        ValueError: if the scheduler is not valid for the schedule or the number of steps, if labels do not fit, or if
-            guidance is asked for without labels or without a null label.
+        ValueError: if the scheduler is not valid for the schedule or the number of steps, if inputs do not fit, or if
+            guidance is asked for without conditions or without a null.
     """
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape must be (N, C, H, W), each at least 1, got {tuple(shape)}")
-    _check_labels(labels, shape[0], null_label)
-    check_guidance(labels, null_label=null_label, guidance_scale=guidance_scale)
+    _check_inputs(inputs or {}, nulls, shape[0])
+    check_guidance(inputs or {}, nulls, guidance)
     _check_finite(schedule, scheduler, num_inference_steps)
 
 
@@ -301,14 +303,20 @@ def _pndm_refusal(schedule: NoiseSchedule) -> str | None:
     return None
 
 
-def _check_labels(labels: Tensor | None, count: int, null_label: int | None) -> None:
-    if labels is None:
-        return
-    if labels.shape != (count,) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels must hold one int64 class for each of {count} images, "
-            f"got shape {tuple(labels.shape)} of {labels.dtype}"
-        )
+def _check_inputs(inputs: Inputs, nulls: Inputs | None, count: int) -> None:
+    for name, value in inputs.items():
+        if len(value) != count:
+            raise ValueError(f"{name} must have an entry for each of {count} images, got shape {tuple(value.shape)}")
+        if nulls is not None and (name not in nulls or nulls[name].shape != value.shape):
+            got = tuple(nulls[name].shape) if name in nulls else "none"
+            raise ValueError(f"{name} without conditions must have the shape {tuple(value.shape)}, got {got}")
+    if "labels" in inputs:
+        _check_labels(inputs["labels"], None if nulls is None else int(nulls["labels"].max()))
+
+
+def _check_labels(labels: Tensor, null_label: int | None) -> None:
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 classes, (N,), got shape {tuple(labels.shape)} of {labels.dtype}")
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or (null_label is not None and highest > null_label):
         rule = "at least 0" if null_label is None else f"in [0, {null_label}], where {null_label} is the null label"

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
@@ -82,6 +82,7 @@ def fastest_speed(
     unet: PixelNetwork,
     x: Tensor,
     *,
+    inputs: Mapping[str, Tensor],
     num_steps: float,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> tuple[Speed, str]:
@@ -94,23 +95,24 @@ def fastest_speed(
     Args:
         unet: the network.
         x: a batch as in training, (B, C, H, W) float32.
+        inputs: what else it is called with, on x's device.
         num_steps: of the run; infinite if unknown.
         autocast: makes the context that the steps will run in.
     """
     start = time.perf_counter()
     network = copy.deepcopy(unet).to(x.device).train()
-    seconds: dict[Speed, float] = {"plain": _step_seconds(network, "plain", x, autocast)}
+    seconds: dict[Speed, float] = {"plain": _step_seconds(network, "plain", x, inputs, autocast)}
     left = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
     notes = []
     for speed, cost in TRIALS.get(x.device.type, {"channels_last": 0}).items():
         if cost <= left and speed in speeds_for(x.device):
             left -= cost
             try:
-                seconds[speed] = _step_seconds(network, speed, x, autocast)
+                seconds[speed] = _step_seconds(network, speed, x, inputs, autocast)
             except RuntimeError as error:  # of the compilers that torch.compile calls, and out of memory
                 notes.append(f"; {speed} does not run here ({str(error).strip().splitlines()[0]})")
     if x.device.type == "cpu" and _is_bfloat16(autocast) and left >= FLOAT32_TRIAL:
-        float32 = _step_seconds(network, "plain", x, nullcontext)
+        float32 = _step_seconds(network, "plain", x, inputs, nullcontext)
         if float32 * MIN_GAIN < min(seconds.values()):
             notes.append(f"; float32 would take {float32:.3f} s: set trainer.precision to 32-true")
     chosen = _simplest_of_the_fastest(seconds)
@@ -151,18 +153,17 @@ def _step_seconds(
     network: PixelNetwork,
     speed: Speed,
     x: Tensor,
+    inputs: Mapping[str, Tensor],
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> float:
     """Of forward and backward, the fastest of a few; the network gets no gradients."""
     set_speed(network, speed)
-    zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    t = None if network.time_embedding is None else zeros
-    labels = None if network.class_embedding is None else zeros
+    t = None if network.time_embedding is None else torch.zeros(len(x), dtype=torch.int64, device=x.device)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
 
     def step() -> None:
         with autocast():
-            loss = network(x, t, labels).float().square().mean()
+            loss = network(x, t, **inputs).float().square().mean()
         torch.autograd.grad(loss, parameters)
 
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):  # dropout draws

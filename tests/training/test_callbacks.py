@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from unet_diffusion.conditioning import Guidance
 from unet_diffusion.sampling import sample
 from unet_diffusion.training import SampleGrid
 
@@ -83,7 +84,7 @@ def shown(monkeypatch):
 def test_grid_shows_the_averaged_network(fit_with_grid, tiny_module, shown):
     module = tiny_module(**TWO_CLASSES, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
     fit_with_grid(tiny_grid(every_n_steps=0, scheduler="DDIMScheduler", seed=3), module=module)
-    options = {"num_inference_steps": 2, "seed": 3, "labels": torch.arange(6) % 2}
+    options = {"num_inference_steps": 2, "seed": 3, "inputs": {"labels": torch.arange(6) % 2}}
     averaged, raw = (sample(unet, module.schedule, (6, 1, 8, 8), **options) for unet in (module.ema_unet, module.unet))
     torch.testing.assert_close(shown, [averaged], rtol=0, atol=0)
     assert not torch.allclose(averaged, raw, atol=1e-3)
@@ -97,7 +98,8 @@ def test_grids_of_a_network_that_does_not_change_are_the_same(fit_with_grid, tin
 def test_grid_follows_guidance(fit_with_grid, tiny_module, shown):
     module = tiny_module(**TWO_CLASSES)
     fit_with_grid(tiny_grid(every_n_steps=0, scheduler="DDIMScheduler", guidance_scale=3.0), module=module)
-    options = {"num_inference_steps": 2, "labels": torch.arange(6) % 2, "null_label": 2, "guidance_scale": 3.0}
+    inputs, nulls = ({"labels": one} for one in (torch.arange(6) % 2, torch.full((6,), 2)))
+    options = {"num_inference_steps": 2, "inputs": inputs, "nulls": nulls, "guidance": Guidance(3.0)}
     torch.testing.assert_close(
         shown, [sample(module.ema_unet, module.schedule, (6, 1, 8, 8), **options)], rtol=0, atol=0
     )
@@ -164,6 +166,8 @@ def test_what_cannot_be_sampled_is_refused_before_training(fit_with_grid, tiny_m
 
 def test_guidance_without_null_label_is_refused_before_training(fit_with_grid, tiny_module):
     module = tiny_module(num_class_embeds=2)
-    with pytest.raises(ValueError, match=r"guidance_scale 2\.0 needs a null label; set model\.label_dropout"):
+    with pytest.raises(
+        ValueError, match=r"guidance_scale 2\.0 needs a null label or caption; set model\.label_dropout"
+    ):
         fit_with_grid(tiny_grid(guidance_scale=2.0), module=module)
     assert module.trainer.global_step == 0

@@ -7,14 +7,14 @@ https://arxiv.org/abs/2006.11239, appendix B).
 import copy
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,6 +23,7 @@ from unet_diffusion.speed import SPEEDS, Speed, fastest_speed, keep_freed_memory
 from unet_diffusion.unet import PixelNetwork
 
 LRDecay = Literal["constant", "cosine"]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
@@ -72,8 +73,7 @@ class NetworkModule(LightningModule):
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         self.unet = unet
-        frozen = {id(parameter): parameter for parameter in unet.parameters() if not parameter.requires_grad}
-        self.ema_unet = copy.deepcopy(unet, frozen).requires_grad_(False).eval()  # frozen weights are there once
+        self.ema_unet = averaged_copy(unet)
         self.optimizer_factory = optimizer
         self.lr_warmup_steps = lr_warmup_steps
         self.lr_decay = lr_decay
@@ -84,6 +84,14 @@ class NetworkModule(LightningModule):
         self.chosen_speed: Speed = "plain"  # until the run begins
         self.is_continued = False  # set by who calls fit with a checkpoint: speed auto then need not try again
         self.settings: dict[str, Any] = {}  # of the whole run, plain
+
+    def averaged_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each average, and the network that it is of, whose weights are trained."""
+        return [(self.ema_unet, self.unet)]
+
+    def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
+        """What the network is called with beside x and t, to time a step of it."""
+        return {}
 
     def meet_data(self, datamodule: Any) -> None:
         """Take from the data what the module needs to know of them, `image_shape` too.
@@ -129,11 +137,13 @@ class NetworkModule(LightningModule):
     def train(self, mode: bool = True) -> "NetworkModule":
         """Switches dropout of the trained network; the averaged one is never in training mode."""
         super().train(mode)
-        self.ema_unet.eval()
+        for average, _ in self.averaged_pairs():
+            average.eval()
         return self
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer_factory([p for p in self.unet.parameters() if p.requires_grad])
+        networks = [network for _, network in self.averaged_pairs()]
+        optimizer = self.optimizer_factory([p for one in networks for p in one.parameters() if p.requires_grad])
 
         def factor(step: int) -> float:
             # Not asked for before the first step: to answer, Lightning would set up the data, and then not resume them.
@@ -147,12 +157,16 @@ class NetworkModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         n = self.trainer.global_step
         decay = min(self.ema_decay, (1 + n) / (10 + n))
-        pairs = list(zip(self.ema_unet.parameters(), self.unet.parameters(), strict=True))
-        averaged, raw = zip(*[(ema, p) for ema, p in pairs if p.requires_grad], strict=True)
+        pairs = self.averaged_pairs()
+        both = [
+            (ema, p) for average, one in pairs for ema, p in zip(average.parameters(), one.parameters(), strict=True)
+        ]
+        averaged, raw = zip(*[(ema, p) for ema, p in both if p.requires_grad], strict=True)
         with torch.no_grad():
             torch._foreach_lerp_(averaged, raw, 1 - decay)
-            for ema_buffer, buffer in zip(self.ema_unet.buffers(), self.unet.buffers(), strict=True):
-                ema_buffer.copy_(buffer)  # statistics of batch norms, which are averages already
+            for average, one in pairs:
+                for ema_buffer, buffer in zip(average.buffers(), one.buffers(), strict=True):
+                    ema_buffer.copy_(buffer)  # statistics of batch norms, which are averages already
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["speed"] = self.chosen_speed
@@ -217,7 +231,9 @@ class NetworkModule(LightningModule):
         generator = keyed_generator(self.seed, device=device)
         x = torch.randn(datamodule.batch_size, *self.image_shape, generator=generator, device=device)
         autocast = self.trainer.precision_plugin.forward_context
-        speed, reason = fastest_speed(self.unet, x, num_steps=self._num_batches(datamodule), autocast=autocast)
+        inputs = {name: value.to(device) for name, value in self.example_inputs(datamodule.batch_size).items()}
+        num_steps = self._num_batches(datamodule)
+        speed, reason = fastest_speed(self.unet, x, inputs=inputs, num_steps=num_steps, autocast=autocast)
         rank_zero_info(reason)
         return self.trainer.strategy.broadcast(speed)
 
@@ -235,6 +251,12 @@ class NetworkModule(LightningModule):
         has_end = self.trainer.max_steps != -1 or self.trainer.max_epochs != -1
         if self.lr_decay == "cosine" and not has_end:
             raise ValueError("lr_decay cosine needs an end: set trainer.max_steps or trainer.max_epochs")
+
+
+def averaged_copy(network: Network) -> Network:
+    """A network for the moving average of another's weights, equal to them now; frozen weights are there once."""
+    frozen = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(network, frozen).requires_grad_(False).eval()
 
 
 def lr_factor(step: int, num_warmup_steps: int, num_steps: float) -> float:

@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from unet_diffusion.codecs import autoencoder_of, decode_latents
+from unet_diffusion.conditioning import Guidance
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
 from unet_diffusion.data.base import scale_to_unit_range
 from unet_diffusion.data.batches import ImageBatches
@@ -24,6 +25,7 @@ from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.autoencoder import AutoencoderModule
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
+from unet_diffusion.whole_file import whole_file
 
 PAIRS_IN_A_ROW = 8  # of images and reconstructions
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
@@ -73,6 +75,8 @@ class PictureGrid(Callback):
 class SampleGrid(PictureGrid):
     """Samples of the averaged denoiser, of the same seeds every time. With classes, each column is a class.
 
+    With captions they are those of the first validation images, and run folder/captions.txt has them row by row.
+
     Args:
         every_n_steps: optimiser steps between grids; 0: only at the end.
         num_images: images in a grid.
@@ -111,9 +115,9 @@ class SampleGrid(PictureGrid):
         space = getattr(trainer.datamodule, "latent_space", None)  # type: ignore[attr-defined]  # set at runtime
         if space is not None:
             autoencoder_of(space)
-        if self.guidance_scale != 1 and pl_module.null_label is None:
+        if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
             raise ValueError(
-                f"samples.guidance_scale {self.guidance_scale} needs a null label; "
+                f"samples.guidance_scale {self.guidance_scale} needs a null label or caption; "
                 "set model.label_dropout above 0 (0.1 is usual), or samples.guidance_scale to 1"
             )
         check_sampling(
@@ -124,19 +128,27 @@ class SampleGrid(PictureGrid):
         )
 
     def picture(self, trainer: Trainer, module: DiffusionModule) -> Image:
-        num_classes = module.num_classes
+        num_classes = module.trained.num_classes
         images = self.sample(trainer, module, num_classes)
         if module.latent_space is not None:  # the autoencoder takes memory only while it is needed
             autoencoder = autoencoder_of(module.latent_space).to(module.device)
             images = decode_latents(autoencoder, module.latent_space, images)
-        columns = num_classes if num_classes and num_classes <= MAX_COLUMNS else None
+        columns = num_classes if 0 < num_classes <= MAX_COLUMNS else None
+        if module.captions is not None:
+            with whole_file(run_folder(trainer) / "captions.txt") as partial:  # row by row
+                partial.write_text("\n".join(self.captions(trainer, module)) + "\n", encoding="utf-8")
         return image_grid(images, columns=columns)
 
-    def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int | None) -> Tensor:
+    def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int) -> Tensor:
         """The grid's images in [-1, 1], or latents, (num_images, C, H, W) float32, in the trainer's precision."""
         trained = module.trained
-        labels = None if num_classes is None else torch.arange(self.num_images) % num_classes
-        with trainer.precision_plugin.forward_context():
+        given: dict[str, Tensor] = {}
+        if num_classes:
+            given["labels"] = torch.arange(self.num_images, device=module.device) % num_classes
+        if module.captions is not None:
+            given |= module.caption_tokens(self.captions(trainer, module))
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            inputs, nulls = trained.inputs(given)
             return sample(
                 trained.unet,
                 trained.schedule,
@@ -144,12 +156,18 @@ class SampleGrid(PictureGrid):
                 scheduler=self.scheduler,
                 num_inference_steps=self.num_inference_steps,
                 seed=self.seed,
-                labels=labels,
-                null_label=trained.null_label,
-                guidance_scale=self.guidance_scale,
+                inputs=inputs,
+                nulls=nulls,
+                guidance=Guidance(self.guidance_scale),
                 clip_sample=module.latent_space is None,
                 device=module.device,
             )
+
+    def captions(self, trainer: Trainer, module: DiffusionModule) -> list[str]:
+        """Those of the first validation images, by turns."""
+        assert module.captions is not None
+        kept_apart = trainer.datamodule.val_indices.tolist()  # type: ignore[attr-defined]  # set at runtime
+        return [module.captions[kept_apart[i % len(kept_apart)]] for i in range(self.num_images)]
 
 
 class SegmentationGrid(PictureGrid):

@@ -1,25 +1,27 @@
 """Trains a denoising U-Net: noise an image, predict what was added, and keep a moving average of the weights.
 
 The training of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 1), with timesteps spread over each batch
-(Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1), label dropout for guidance (Ho & Salimans 2022,
-https://arxiv.org/abs/2207.12598); the moving average of the weights is what is sampled.
+(Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1), and conditions dropped at times, for guidance (Ho
+& Salimans 2022, https://arxiv.org/abs/2207.12598); the moving average of the weights is what is sampled.
 """
 
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
-from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record
-from unet_diffusion.conditioning import drop_labels
+from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, network_record
+from unet_diffusion.conditioning import ClassLabels, ClassTokens, Condition, Inputs, network_inputs
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
 from unet_diffusion.sampling import image_generators
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
 from unet_diffusion.speed import Speed
-from unet_diffusion.training.base import LRDecay, NetworkModule, check_choice, default_optimizer
+from unet_diffusion.text import TextTokens
+from unet_diffusion.training.base import LRDecay, NetworkModule, averaged_copy, check_choice, default_optimizer
 from unet_diffusion.unet import PixelNetwork
 
 FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
@@ -30,8 +32,8 @@ class DiffusionModule(NetworkModule):
     """A denoiser, its noise schedule and how it is trained.
 
     Batches are dicts: "images" (B, C, H, W) float32 in [-1, 1], or latents of mean 0 and variance 1; "labels" (B,)
-    int64 if the network has classes; and "index" (B,) int64, the number of each image in its data set, which fixes
-    its noise in validation.
+    int64 if the model has classes; "maps" (B, K, H, W) if it has maps; and "index" (B,) int64, the number of each image
+    in its data set, which finds its caption and fixes its noise in validation.
 
     Args:
         unet: the network to train; its weights are the raw ones.
@@ -44,6 +46,7 @@ class DiffusionModule(NetworkModule):
         loss_weighting: "uniform", or "min_snr" with gamma 5.
         label_dropout: probability of training on the null label, which is then the last row of the network's class
             embedding; 0: no null label and no guidance.
+        conditions: what the network is conditioned on beside the class labels that it embeds itself; trained with it.
         speed: how the network runs, see `speed.py`; they differ in rounding. "auto" times them on this machine before
             the run, for about 5 % of it at most, and a run that is continued keeps what was found.
         seed: of noise, timesteps and label dropout.
@@ -65,10 +68,12 @@ class DiffusionModule(NetworkModule):
         ema_decay: float = 0.9999,
         loss_weighting: LossWeighting = "uniform",
         label_dropout: float = 0.0,
+        conditions: list[Condition] | None = None,
         speed: Speed | Literal["auto"] = "plain",
         seed: int = 0,
     ):
         _check_denoises(unet)
+        _check_conditions(unet, conditions or [])
         num_class_embeds = unet.config["num_class_embeds"]
         check_choice("loss_weighting", loss_weighting, get_args(LossWeighting))
         _check_settings(schedule, loss_weighting, label_dropout, num_class_embeds)
@@ -85,7 +90,12 @@ class DiffusionModule(NetworkModule):
         self.loss_weighting = loss_weighting
         self.label_dropout = label_dropout
 
+        self.conditions = nn.ModuleList(conditions or [])
+        self.ema_conditions = averaged_copy(self.conditions)
+
         self.null_label = num_class_embeds - 1 if label_dropout > 0 else None
+        self.captions: list[str] | None = None  # of all images, if there is a condition on them
+        self._token_ids: dict[str, Tensor] = {}  # of the captions
         self.class_names: list[str] | None = None
         self.latent_space: LatentSpace | None = None
 
@@ -106,31 +116,53 @@ class DiffusionModule(NetworkModule):
             class_names=self.class_names,
             settings=self.settings,
             latent_space=self.latent_space,
+            conditions=self.ema_conditions,
         )
 
     @property
-    def num_classes(self) -> int | None:
-        """Classes to choose from, the null label not counted; None: the network has none."""
-        rows = self.unet.config["num_class_embeds"]
-        return rows if rows is None or self.null_label is None else rows - 1
+    def all_conditions(self) -> list[Condition]:
+        """The class labels that the network embeds itself, if it does, and the others, as they are trained."""
+        labels = [] if self.unet.class_embedding is None else [ClassLabels(self.null_label, self.label_dropout)]
+        return [*labels, *cast(list[Condition], list(self.conditions))]
+
+    def averaged_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [*super().averaged_pairs(), (self.ema_conditions, self.conditions)]
 
     def meet_data(self, datamodule: Any) -> None:
         self.image_shape = tuple(datamodule.image_shape)
         self.class_names = datamodule.class_names
         self.latent_space = getattr(datamodule, "latent_space", None)
         self._check_data(datamodule.num_classes)
+        self._meet_captions(datamodule)
+
+    def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
+        assert self.image_shape is not None
+        given = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
+        for condition in self.all_conditions:
+            if condition.given == "captions":
+                given["captions"] = torch.zeros(batch_size, condition.config["max_length"], dtype=torch.int64)
+            elif condition.given == "maps":
+                given["maps"] = torch.zeros(batch_size, condition.config["channels"], *self.image_shape[1:])
+        return {name: value.detach() for name, value in network_inputs(self.all_conditions, given).items()}
 
     def record(self) -> dict[str, Any]:
         return denoiser_record(self.trained)
 
     def identity(self) -> dict[str, Any]:
         space = None if self.latent_space is None else self.latent_space.plain()
-        return {**self.unet.config, **self.schedule.config, "null_label": self.null_label, **_space_identity(space)}
+        kept = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
+        conditions = [network_record(cast(Condition, one)) for one in self.conditions]
+        return {**kept, **_space_identity(space), "conditions": _conditions_identity(conditions)}
 
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
         kept = {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
-        return {**kept, **_space_identity(record["latent_space"])}
+        conditions = _conditions_identity(record["conditions"])
+        return {**kept, **_space_identity(record["latent_space"]), "conditions": conditions}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._token_ids = {}  # the checkpoint has a tokenizer of its own
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The weighted loss of a batch at random timesteps."""
@@ -143,11 +175,9 @@ class DiffusionModule(NetworkModule):
         generator = keyed_generator(self.seed, step, self.global_rank, device=x0.device)
         t = stratified_timesteps(len(x0), self.schedule.num_train_timesteps, generator)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=torch.float32)
-        labels = self._labels(batch)
-        if labels is not None and self.null_label is not None:
-            labels = drop_labels(labels, self.null_label, self.label_dropout, generator)
+        inputs = network_inputs(self.all_conditions, self._given(batch), generator=generator)
 
-        errors = self._errors(self.unet, x0, noise, t, labels)
+        errors = self._errors(self.unet, x0, noise, t, inputs)
         loss = (errors * loss_weights(self.schedule, t, self.loss_weighting)).mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self._log_quarters(errors.detach(), t)
@@ -161,7 +191,8 @@ class DiffusionModule(NetworkModule):
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g, dtype=torch.float32) for g in generators]).to(
             x0.device
         )
-        errors = self._errors(self.ema_unet, x0, noise, t, self._labels(batch))
+        inputs = network_inputs(self.trained.all_conditions, self._given(batch))
+        errors = self._errors(self.ema_unet, x0, noise, t, inputs)
         self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
 
     def on_validation_epoch_start(self) -> None:
@@ -184,13 +215,35 @@ class DiffusionModule(NetworkModule):
         spread = (index.cpu().double() * GOLDEN_RATIO) % 1.0  # on the CPU: not every device has float64
         return (spread * self.schedule.num_train_timesteps).long().to(index.device)
 
-    def _errors(self, unet: PixelNetwork, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def _errors(self, unet: PixelNetwork, x0: Tensor, noise: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         """Squared error of the prediction for each image, (B,)."""
-        prediction = unet(self.schedule.add_noise(x0, noise, t), t, labels)
+        prediction = unet(self.schedule.add_noise(x0, noise, t), t, **inputs)
         return squared_error(prediction, self.schedule.target(x0, noise, t))
 
-    def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
-        return None if self.unet.class_embedding is None else batch["labels"]
+    def _given(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the conditions are called with for a batch."""
+        given: dict[str, Tensor] = {name: batch[name] for name in batch if name in ("labels", "maps")}
+        if self.captions is not None:
+            self._token_ids = self._token_ids or self.caption_tokens(self.captions)
+            given["captions"] = self._token_ids["captions"][batch["index"]]
+        return given
+
+    def caption_tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The entry "captions" of what conditions are given: token ids, (N, L) int64, on the module's device."""
+        text = next(one for one in self.conditions if isinstance(one, TextTokens))
+        return {"captions": text.token_ids(captions).to(self.device)}
+
+    def _meet_captions(self, datamodule: Any) -> None:
+        texts = [one for one in self.conditions if isinstance(one, TextTokens)]
+        self.captions = getattr(datamodule, "captions", None) if texts else None
+        if texts and self.captions is None:
+            raise ValueError(
+                "the model is conditioned on captions, and the data have none; set data.init_args.captions"
+            )
+        for text, average in zip(self.conditions, self.ema_conditions, strict=True):
+            if isinstance(text, TextTokens) and self.captions is not None:
+                text.learn_words([self.captions[i] for i in datamodule.train_indices.tolist()])
+                average.set_extra_state(text.get_extra_state())
 
     def _log_quarters(self, errors: Tensor, t: Tensor) -> None:
         """Logs the error in each quarter of the noise range, for the step at which Lightning writes its log."""
@@ -204,12 +257,20 @@ class DiffusionModule(NetworkModule):
     def _check_data(self, num_classes: int | None) -> None:
         assert self.image_shape is not None
         in_channels, num_class_embeds = self.unet.in_channels, self.unet.config["num_class_embeds"]
-        if self.image_shape[0] != in_channels:
+        in_maps = sum(one.config["channels"] for one in self.all_conditions if one.given == "maps")
+        if self.image_shape[0] + in_maps != in_channels:
+            beside = f" with {in_maps} of maps" if in_maps else ""
             raise ValueError(
-                f"the images have {self.image_shape[0]} channels and the network takes {in_channels}; "
+                f"the images have {self.image_shape[0]} channels{beside} and the network takes {in_channels}; "
                 "set model.unet.init_args.in_channels or data.init_args.channels"
             )
         self.unet.check_size(*self.image_shape[1:])
+        for tokens in self.conditions:
+            if isinstance(tokens, ClassTokens) and tokens.config["num_classes"] != num_classes:
+                raise ValueError(
+                    f"num_classes of ClassTokens must be that of the data, {num_classes}, got "
+                    f"{tokens.config['num_classes']}"
+                )
         if num_class_embeds is None:
             return
         num_null = int(self.null_label is not None)
@@ -270,6 +331,27 @@ def _check_denoises(unet: PixelNetwork) -> None:
             f"a denoiser must keep height and width, and this network takes {unet.margin} pixels off each side; "
             "set padding to same"
         )
-    for name in ("context_dim", "vector_dim"):
-        if unet.config.get(name) is not None:
-            raise ValueError(f"{name} must be None to be trained here, got {unet.config[name]}; the data have none")
+
+
+def _check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> None:
+    """What the conditions give and what the network takes must be the same."""
+    if unet.config.get("vector_dim") is not None:
+        raise ValueError(f"vector_dim must be None to be trained here, got {unet.config['vector_dim']}; "
+                         "no condition gives a vector")  # fmt: skip
+    takes = unet.config.get("context_dim")
+    widths = {one.config["context_dim"] for one in conditions if one.enters == "context"}
+    if widths != ({takes} if takes else set()):
+        raise ValueError(
+            f"context_dim of the network and of its conditions must be the same, got {takes} and "
+            f"{', '.join(map(str, sorted(widths))) or 'no condition with one'}; set model.unet.init_args.context_dim "
+            "and model.conditions"
+        )
+
+
+def _conditions_identity(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what may change: how often a condition is dropped, and whether its weights are trained."""
+    kept = []
+    for record in records:
+        init_args = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
+        kept.append({**record, "init_args": init_args})
+    return kept
