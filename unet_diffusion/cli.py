@@ -1,4 +1,4 @@
-"""The command line: `unet-diffusion fit | validate | encode | sample | segment | export | import`.
+"""The command line: `unet-diffusion fit | validate | encode | two-stages | sample | segment | export | import`.
 
 fit and validate are Lightning's own command line, so that every argument of the module, the data and the trainer is an
 option; the others are small programs on a checkpoint. Every error is one message; `--traceback` shows its origin.
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("fit", help="train a denoiser, segmenter or autoencoder: fit --config configs/digits.yaml")
     commands.add_parser("validate", help="validation loss: validate --config CONFIG --ckpt_path CHECKPOINT")
     _add_encode(commands.add_parser("encode", help="latents of images, to train a denoiser on", **_STYLE))
+    _add_two_stages(commands.add_parser("two-stages", help="latent diffusion: from images to samples", **_STYLE))
     _add_sample(commands.add_parser("sample", help="draw images from a checkpoint", **_STYLE))
     _add_segment(commands.add_parser("segment", help="masks for images, from a checkpoint", **_STYLE))
     _add_export(commands.add_parser("export", help="write a checkpoint as a diffusers pipeline folder", **_STYLE))
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # of a clone of the repository
 _STYLE: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 _CHECKPOINT_HELP = "a .ckpt file, a run folder, or a diffusers pipeline folder"
 _AUTOENCODER_HELP = "for a denoiser of latents: where their autoencoder is, if not where it was in training"
@@ -101,6 +103,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the latents")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="default: the autoencoder's")
     parser.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
+    parser.add_argument("--captions", action="store_true", help="keep captions: metadata.csv, .jsonl or NAME.txt")
     parser.add_argument("--horizontal_flip", action="store_true", help="encode mirror images too")
     parser.add_argument("--background", default="white", help="colour behind transparent pixels")
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once")
@@ -128,6 +131,7 @@ def _encode(options: argparse.Namespace) -> None:
         image_size=(height, width),
         channels=autoencoder.config["in_channels"],
         class_labels=options.class_labels,
+        captions=options.captions,
         background=options.background,
     )
     data.setup()
@@ -139,6 +143,7 @@ def _encode(options: argparse.Namespace) -> None:
         "has_mirrored": options.horizontal_flip,
         "has_codes": isinstance(autoencoder, VQModel),
         "class_names": data.class_names,
+        "captions": data.captions,
         "images": str(options.images.resolve()),
         "background": options.background,
         "precision": options.precision,
@@ -163,6 +168,38 @@ def _encode(options: argparse.Namespace) -> None:
         )  # fmt: skip
     print(f"latents of {settings['num_images']} images in {options.output}; to train on them: unet-diffusion fit "
           f"--config configs/latents.yaml --data.init_args.root {options.output}")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- two-stages
+
+
+def _add_two_stages(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Latent diffusion in one command: train an autoencoder, encode the images, train a denoiser of the latents. "
+        "DIR/denoiser then holds samples.png and the pipeline. The same command again goes on where it was cut off."
+    )
+    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs and latents")
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument("--captions", action="store_true", help="text to image: metadata.csv, .jsonl or NAME.txt")
+    known.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
+    parser.add_argument("--autoencoder", type=Path, metavar="CONFIG", default=_CONFIGS / "autoencoder_kl.yaml",
+                        help="recipe of the first stage")  # fmt: skip
+    parser.add_argument("--denoiser", type=Path, metavar="CONFIG",
+                        help="recipe of the second; default: latents.yaml or latents_text.yaml")  # fmt: skip
+    parser.set_defaults(run=_two_stages)
+
+
+def _two_stages(options: argparse.Namespace) -> None:
+    from unet_diffusion.two_stages import TwoStages
+
+    denoiser = options.denoiser or _CONFIGS / ("latents_text.yaml" if options.captions else "latents.yaml")
+    stages = TwoStages(
+        options.images, options.output, options.autoencoder, denoiser, options.class_labels, options.captions
+    )
+    stages.run(lambda line: print(line, flush=True))
+    print(f"{options.output / 'denoiser'} holds samples.png; to draw more: unet-diffusion sample "
+          f"{options.output / 'denoiser'} --output DIR")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- sample

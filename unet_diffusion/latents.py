@@ -22,6 +22,7 @@ from unet_diffusion.whole_file import whole_file
 INDEX, SETTINGS = "index.json", "settings.json"
 SHARD_IMAGES = 1024  # in a file, with their mirror images
 LEAST_STD = 1e-6  # of a channel
+MOST_SHOWN = 100  # characters of a setting in an error, which may be all captions
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class LatentSet:
         labels: class of each image, (N,) int64, or None.
         class_names: name of each class, or None.
         has_mirrored: whether mirror images are there too.
+        captions: of each image, or None.
     """
 
     space: LatentSpace
@@ -82,6 +84,7 @@ class LatentSet:
     labels: Tensor | None
     class_names: list[str] | None
     has_mirrored: bool
+    captions: list[str] | None
 
     def __len__(self) -> int:
         return len(self.mean) // 2 if self.has_mirrored else len(self.mean)
@@ -122,7 +125,7 @@ def encode_images(
         encode: gives mean and standard deviation of their latents, (B, c, h, w) each.
         settings: plain values that decide what the latents are: "autoencoder", "fingerprint", "image_shape",
             "num_images", "has_mirrored" (each image's mirror image is encoded too), "has_codes" (all channels share a
-            scale), "class_names", and those of the images.
+            scale), "class_names", "captions" (of each image, or None), and those of the images.
         labels: class of each image, (N,) int64, or None.
         batch_size: images at once.
         progress: called with the number of images that were done.
@@ -182,6 +185,7 @@ def read_latents(folder: str | Path) -> LatentSet:
         labels=torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None,
         class_names=index["class_names"],
         has_mirrored=index["has_mirrored"],
+        captions=index["captions"],
     )
 
 
@@ -222,7 +226,9 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         raise FileExistsError(f"{folder} holds files that are no latents; choose another folder")
     before = json.loads((folder / SETTINGS).read_text())
     differ = [
-        f"{key}: {before.get(key)} there, {value} here" for key, value in plain.items() if before.get(key) != value
+        f"{key}: {_short(before.get(key))} there, {_short(value)} here"
+        for key, value in plain.items()
+        if before.get(key) != value
     ]
     if differ:
         raise FileExistsError(
@@ -231,11 +237,17 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
 def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     mean, std = _moments(folder, settings["num_images"], shared=settings["has_codes"])
     fields = ("autoencoder", "fingerprint", "image_shape")
     space = LatentSpace.from_plain({**{field: settings[field] for field in fields}, "mean": mean, "std": std})
-    index = {"space": space.plain(), **{key: settings[key] for key in ("num_images", "has_mirrored", "class_names")}}
+    kept = ("num_images", "has_mirrored", "class_names", "captions")
+    index = {"space": space.plain(), **{key: settings[key] for key in kept}}
     with whole_file(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1))
 

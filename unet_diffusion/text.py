@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SPECIAL = {"<|startoftext|>": 0, "<|endoftext|>": 1}  # of a tokenizer of one's own
+WORD_END = "</w>"
+SMALLEST_VOCAB = len(SPECIAL) + 2 * 256
 FIXED = {  # of a text encoder's config.json: what is as in CLIP, and no argument here
     "attention_dropout": 0.0,
     "layer_norm_eps": 1e-5,
@@ -42,7 +44,8 @@ class TextTokens(Condition):
 
     Raises:
         ImportError: without the package transformers.
-        ValueError: if the width cannot be divided into heads.
+        ValueError: if the width cannot be divided into heads, or there is no room for the 256 bytes, within a word and
+            at its end.
     """
 
     given, enters = "captions", "context"
@@ -60,6 +63,8 @@ class TextTokens(Condition):
         dropout: float = 0.1,
     ):
         super().__init__(dropout)
+        if vocab_size < SMALLEST_VOCAB:
+            raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB}, for single bytes, got {vocab_size}")
         if context_dim % num_heads:
             raise ValueError(f"context_dim must be a multiple of num_heads, got {context_dim} and {num_heads}")
         self.config = {
@@ -78,10 +83,7 @@ class TextTokens(Condition):
     def learn_words(self, captions: Sequence[str]) -> None:
         """Train the tokenizer (byte pair encoding, as CLIP's) on captions, unless there is one."""
         if self.tokenizer is None:
-            tokenizer = _transformers().CLIPTokenizer(
-                vocab=dict(SPECIAL), merges=[], clean_up_tokenization_spaces=False
-            )
-            self._take(tokenizer.train_new_from_iterator(captions, self.config["vocab_size"], show_progress=False))
+            self._take(_tokenizer_of(captions, self.config["vocab_size"]))
 
     def token_ids(self, captions: Sequence[str]) -> Tensor:
         """The tokens of captions, (N, max_length) int64, filled up at the end.
@@ -160,6 +162,20 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
     text.encoder.load_state_dict(model.state_dict())
     text._take(tokenizer)
     return text
+
+
+def _tokenizer_of(captions: Sequence[str], vocab_size: int) -> "CLIPTokenizer":
+    """Trained on captions; as in CLIP every byte is a token, within a word and at its end, whether seen or not."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokenizer_class = _transformers().CLIPTokenizer
+    untrained = tokenizer_class(vocab=dict(SPECIAL), merges=[])
+    trained = untrained.train_new_from_iterator(captions, vocab_size, show_progress=False)
+    merges = json.loads(trained.backend_tokenizer.to_str())["model"]["merges"][: vocab_size - SMALLEST_VOCAB]
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*SPECIAL, *alphabet, *(one + WORD_END for one in alphabet), *("".join(pair) for pair in merges)]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return tokenizer_class(vocab=vocab, merges=[tuple(pair) for pair in merges])
 
 
 def _check_build(config: dict[str, Any], path: Path) -> None:

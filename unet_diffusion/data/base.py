@@ -94,6 +94,11 @@ class ImageDataModule(LightningDataModule):
         return self.image_set.class_names
 
     @property
+    def captions(self) -> list[str] | None:
+        """The caption of each image of the whole set, or None if there are none."""
+        return self.image_set.captions
+
+    @property
     def num_classes(self) -> int | None:
         """How many classes there are, or None if there are none."""
         return None if self.class_names is None else len(self.class_names)

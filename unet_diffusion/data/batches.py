@@ -28,11 +28,13 @@ class ImageSet:
         images: uint8 or uint16 (N, C, H, W), in memory or streamed.
         labels: class of each image, (N,) int64, or None.
         class_names: name of each class, or None.
+        captions: of each image, or None.
     """
 
     images: Tensor | StreamedImages
     labels: Tensor | None = None
     class_names: list[str] | None = None
+    captions: list[str] | None = None
 
 
 class ImageBatches(Dataset[Batch]):

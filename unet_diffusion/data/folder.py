@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unet_diffusion.data.base import ImageDataModule, to_float
 from unet_diffusion.data.batches import ImageSet
+from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.checking import (
     CheckedImages,
     bad_files_message,
@@ -37,6 +38,7 @@ class FolderDataModule(ImageDataModule):
         image_size: height and width in pixels, or one number for both; no image may be smaller.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
         class_labels: whether the folder directly below root that a file lies in is its class.
+        captions: whether each image has a caption, see `captions.py`.
         background: colour behind transparent pixels, a name or "#rrggbb"; not used if channels is 4.
         on_bad_file: what to do about files that cannot be decoded or are too small: "error", or "skip" with a warning.
         in_memory: keep the decoded images in memory; None: if they take up to 2 GiB. Otherwise they are decoded
@@ -59,6 +61,7 @@ class FolderDataModule(ImageDataModule):
         image_size: int | tuple[int, int] = (64, 64),
         channels: int = 3,
         class_labels: bool = False,
+        captions: bool = False,
         background: str = "white",
         on_bad_file: OnBadFile = "error",
         in_memory: bool | None = None,
@@ -77,6 +80,7 @@ class FolderDataModule(ImageDataModule):
         self.root = root
         self.image_format = ImageFormat(height, width, channels, background)
         self.class_labels = class_labels
+        self.has_captions = captions
         self.on_bad_file = on_bad_file
         self.in_memory = in_memory
         self.file_names: list[str] = []
@@ -91,11 +95,14 @@ class FolderDataModule(ImageDataModule):
 
         Raises:
             FileNotFoundError: if root does not exist.
-            ValueError: if root holds no images, files that cannot be used, or, with class_labels, no classes.
+            ValueError: if root holds no images, files that cannot be used, with class_labels no classes, or, with
+                captions, images without one.
         """
         files = find_images(self.root)
         if self.class_labels:
             _class_names(files.names, self.root)  # fails before the files are decoded, not after
+        if self.has_captions:
+            read_captions(files, files.names)
         in_memory = self.in_memory
         if in_memory is None:
             in_memory = len(files.names) * math.prod(self.image_shape) <= IN_MEMORY_BYTES
@@ -103,10 +110,11 @@ class FolderDataModule(ImageDataModule):
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
         self.file_names = checked.names
+        captions = read_captions(files, checked.names) if self.has_captions else None
         if not self.class_labels:
-            return ImageSet(checked.images)
+            return ImageSet(checked.images, captions=captions)
         class_names = _class_names(checked.names, self.root)
-        return ImageSet(checked.images, _labels(checked.names, class_names), class_names)
+        return ImageSet(checked.images, _labels(checked.names, class_names), class_names, captions)
 
     def _report(self, checked: CheckedImages) -> None:
         if not checked.bad_files:

@@ -60,7 +60,8 @@ class LatentsDataModule(ImageDataModule):
                 f"horizontal_flip needs mirror images, and {self.root} has none; "
                 "encode again with --horizontal_flip, or set it to false"
             )
-        return ImageSet(self.latents.mean[: len(self.latents)], self.latents.labels, self.latents.class_names)
+        one_each = self.latents.mean[: len(self.latents)]
+        return ImageSet(one_each, self.latents.labels, self.latents.class_names, self.latents.captions)
 
     @property
     def latent_space(self) -> LatentSpace:

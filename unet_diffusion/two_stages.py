@@ -1,0 +1,136 @@
+"""Latent diffusion from a folder of images to samples: each stage a command of its own, and all of them resumable.
+
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752): an autoencoder, the latents of all images, a denoiser of them.
+Each stage runs in a process of its own, so that nothing of it stays in memory, and leaves what the same command
+would: runs of `fit`, latents of `encode`. Run again, it goes on where it was cut off, within a stage too.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from unet_diffusion.whole_file import whole_file
+
+RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
+INTERRUPTED = 130  # exit status of a stage
+LABEL_DROPOUT = 0.1  # of classes, for guidance
+
+
+@dataclass(frozen=True)
+class TwoStages:
+    """What is to be made, and where.
+
+    Args:
+        images: a folder, archive.zip, or archive.zip/folder.
+        output: folder of the runs and the latents.
+        autoencoder: recipe of the first stage.
+        denoiser: recipe of the second stage.
+        class_labels: whether folders below images are classes.
+        captions: whether images have captions.
+    """
+
+    images: Path
+    output: Path
+    autoencoder: Path
+    denoiser: Path
+    class_labels: bool
+    captions: bool
+
+    def run(self, say: Callable[[str], None]) -> None:
+        """Carry out what is not done yet.
+
+        Args:
+            say: called with a line before each stage.
+
+        Raises:
+            FileExistsError: if the folder holds something else.
+            FileNotFoundError: if a recipe is not there.
+            RuntimeError: if a stage fails; its own error comes before.
+        """
+        record = self._record()
+        for number, (name, command) in enumerate(self._stages().items(), start=1):
+            if name in record["done"]:
+                say(f"stage {number} of 3, {name}: done before, in {record['seconds'][name]:.0f} s")
+                continue
+            say(f"stage {number} of 3, {name}")
+            start = time.monotonic()
+            status = subprocess.run([sys.executable, "-m", "unet_diffusion.cli", *command()]).returncode
+            record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.monotonic() - start, 1)
+            record["done"] += [] if status else [name]
+            self._write(record)
+            if status == INTERRUPTED:
+                raise KeyboardInterrupt
+            if status:
+                raise RuntimeError(f"stage {number}, {name}, failed; the same command again goes on from there")
+
+    def _stages(self) -> dict[str, Callable[[], list[str]]]:
+        return {"autoencoder": self._autoencoder, "latents": self._latents, "denoiser": self._denoiser}
+
+    def _autoencoder(self) -> list[str]:
+        return self._fit("autoencoder", self.autoencoder, self.images)
+
+    def _latents(self) -> list[str]:
+        flags = {"--class_labels": self.class_labels, "--captions": self.captions, "--horizontal_flip": self._flips()}
+        return [
+            *("encode", str(self.output / "autoencoder"), str(self.images), "--output", str(self.output / "latents")),
+            *("--precision", "bfloat16"),
+            *(flag for flag, is_set in flags.items() if is_set),
+        ]
+
+    def _denoiser(self) -> list[str]:
+        arguments = self._fit("denoiser", self.denoiser, self.output / "latents")
+        if self.class_labels:
+            classes = json.loads((self.output / "latents" / "index.json").read_text())["class_names"]
+            arguments.append(f"--model.unet.init_args.num_class_embeds={len(classes) + 1}")  # and the null label
+            arguments.append(f"--model.label_dropout={LABEL_DROPOUT}")
+        return arguments
+
+    def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
+        run = self.output / name
+        last = run / "checkpoints" / "last.ckpt"
+        arguments = ["fit", f"--config={recipe}", f"--data.init_args.root={root}", f"--trainer.default_root_dir={run}"]
+        return [*arguments, f"--ckpt_path={last}"] if last.exists() else arguments
+
+    def _flips(self) -> bool:
+        return bool(yaml.safe_load(self.denoiser.read_text())["data"]["init_args"].get("horizontal_flip"))
+
+    def _record(self) -> dict:
+        settings = {
+            "images": str(self.images.resolve()),
+            "class_labels": self.class_labels,
+            "captions": self.captions,
+            "autoencoder": _hash(self.autoencoder),
+            "denoiser": _hash(self.denoiser),
+        }
+        path = self.output / RECORD
+        if not path.exists():
+            if self.output.exists() and any(self.output.iterdir()):
+                raise FileExistsError(f"{self.output} holds files of something else; choose another --output")
+            record = {"settings": settings, "seconds": {}, "done": []}
+            self._write(record)
+            return record
+        record = json.loads(path.read_text())
+        differ = [name for name, value in settings.items() if record["settings"].get(name) != value]
+        if differ:
+            raise FileExistsError(
+                f"{self.output} was begun with other settings ({', '.join(differ)}); choose another --output, "
+                "or the settings as they were"
+            )
+        return record
+
+    def _write(self, record: dict) -> None:
+        with whole_file(self.output / RECORD) as partial:
+            partial.write_text(json.dumps(record, indent=1))
+
+
+def _hash(recipe: Path) -> str:
+    if not recipe.is_file():
+        raise FileNotFoundError(f"no recipe at {recipe}; give one of configs/, or your own")
+    return hashlib.sha256(recipe.read_bytes()).hexdigest()
