@@ -57,6 +57,8 @@ NARROWER = {
 
 
 def leaves(node, path="") -> dict:
+    if isinstance(node, list) and any(isinstance(one, dict) for one in node):
+        node = dict(enumerate(node))
     if not isinstance(node, dict):
         return {path: node}
     return {key: value for name, child in node.items() for key, value in leaves(child, f"{path}.{name}").items()}
@@ -128,12 +130,12 @@ DATA = {
     "folder.yaml": write_folder,
     "nuclei_denoiser.yaml": write_folder,
 }
-LATENTS = ["latents.yaml"]
+LATENTS = {"latents.yaml": [], "latents_text.yaml": ["--captions"]}
 AUTOENCODE = [name for name in RECIPES if name.startswith("autoencoder")]
 SEGMENT = [name for name in RECIPES if yaml.safe_load((CONFIGS / name).read_text()).get("task") == "segment"]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SEGMENT + AUTOENCODE + LATENTS])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in [*SEGMENT, *AUTOENCODE, *LATENTS]])
 def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, name):
     arguments = ["--config", CONFIGS / name, *SMALLER, *NARROWER[name]]
     if name in DATA:
@@ -165,17 +167,20 @@ def test_recipe_trains_and_leaves_an_autoencoder(run_cli, tmp_path, name):
 @pytest.mark.parametrize("name", LATENTS)
 def test_recipe_trains_on_latents_as_its_comment_says(run_cli, tmp_path, name):
     write_folder(tmp_path / "data", None)
+    captions = [f"{i}.png,picture number {i}" for i in range(12)]
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     autoencoder = kl_autoencoder(3, (32, 32, 32), layers_per_block=1)
     autoencoder.register_to_config(sample_size=64)
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     encode = ["encode", tmp_path / "autoencoder", tmp_path / "data", "--output", tmp_path / "latents", "--device=cpu"]
-    status, _, err = run_cli(*encode, "--horizontal_flip")
+    status, _, err = run_cli(*encode, "--horizontal_flip", *LATENTS[name])
     assert status == 0, err
     arguments = ["--config", CONFIGS / name, *SMALLER, *DENOISE, "--model.unet.init_args.channels=[8,8,8]"]
     arguments += ["--model.unet.init_args.head_channels=4", "--data.init_args.root", tmp_path / "latents"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
-    for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
+    texts = ["captions.txt"] if LATENTS[name] else []
+    for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml", *texts):
         assert (tmp_path / "run" / file).is_file(), file
     with Image.open(tmp_path / "run" / "samples.png") as grid:
         assert grid.height > 64  # images, not latents

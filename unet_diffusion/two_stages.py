@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -101,14 +102,18 @@ class TwoStages:
     def _flips(self) -> bool:
         return bool(yaml.safe_load(self.denoiser.read_text())["data"]["init_args"].get("horizontal_flip"))
 
-    def _record(self) -> dict:
-        settings = {
+    def settings(self) -> dict[str, Any]:
+        """What may not change between calls, plain values."""
+        return {
             "images": str(self.images.resolve()),
             "class_labels": self.class_labels,
             "captions": self.captions,
             "autoencoder": _hash(self.autoencoder),
             "denoiser": _hash(self.denoiser),
         }
+
+    def _record(self) -> dict[str, Any]:
+        settings = self.settings()
         path = self.output / RECORD
         if not path.exists():
             if self.output.exists() and any(self.output.iterdir()):
@@ -125,7 +130,7 @@ class TwoStages:
             )
         return record
 
-    def _write(self, record: dict) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         with whole_file(self.output / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1))
 

@@ -1,0 +1,151 @@
+"""From a folder to a latent diffusion model in one command: what it runs, in which order, and where it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import CONFIGS
+from PIL import Image
+
+from unet_diffusion import two_stages
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = ["file_name,text"]
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(8):
+            pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+            rows.append(f"{label}/{number}.png,{label} number {number}")
+    (tmp_path / "images" / "metadata.csv").write_text("\n".join(rows))
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    """The two recipes, but for sizes and lengths."""
+    made = []
+    for name in ("autoencoder_kl", "latents_text"):
+        recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        recipe["data"]["init_args"] |= {"batch_size": 4, "num_val": 4}
+        recipe["trainer"] |= {
+            "max_steps": 2,
+            "val_check_interval": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+        }
+        recipe["samples"]["num_images"] = 2
+        if name == "latents_text":
+            recipe["model"]["unet"]["init_args"] |= {"channels": [32, 32], "attention_levels": [1], "head_channels": 32}
+            recipe["model"]["speed"] = "plain"
+        else:
+            recipe["model"]["autoencoder"]["init_args"] |= {"channels": [32, 32, 32]}
+            recipe["data"]["init_args"]["image_size"] = 32
+        made.append(tmp_path / f"{name}.yaml")
+        made[-1].write_text(yaml.safe_dump(recipe))
+    return made
+
+
+@pytest.fixture
+def command(images, recipes, tmp_path):
+    autoencoder, denoiser = recipes
+    return ["two-stages", images, "--output", tmp_path / "out", "--autoencoder", autoencoder, "--denoiser", denoiser]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Runs no stage, but keeps its command; a stage fails if told so."""
+    commands, status = [], {}
+
+    def run(command):
+        commands.append(command[3:])
+        return subprocess.CompletedProcess(command, status.get(len(commands), 0))
+
+    monkeypatch.setattr(two_stages.subprocess, "run", run)
+    return commands, status
+
+
+def test_stages_follow_each_other_and_are_done_once(ran, run_cli, command, tmp_path):
+    commands, _ = ran
+    status, out, err = run_cli(*command, "--captions")
+    assert status == 0, err
+    assert [one[0] for one in commands] == ["fit", "encode", "fit"]
+    assert {"--captions", "--horizontal_flip"} <= set(commands[1])
+    status, out, err = run_cli(*command, "--captions")
+    assert len(commands) == 3
+    assert out.count("done before") == 3
+
+
+def test_a_stage_that_fails_is_gone_on_with(ran, run_cli, command, tmp_path):
+    commands, fails = ran
+    fails[3] = 1
+    status, _, err = run_cli(*command)
+    assert (status, "stage 3, denoiser, failed; the same command again goes on" in err) == (1, True), err
+    (tmp_path / "out" / "denoiser" / "checkpoints").mkdir(parents=True)
+    last = tmp_path / "out" / "denoiser" / "checkpoints" / "last.ckpt"
+    last.touch()
+    status, _, err = run_cli(*command)
+    assert status == 0, err
+    assert [one[0] for one in commands[3:]] == ["fit"]
+    assert f"--ckpt_path={last}" in commands[3]
+
+
+def test_an_interrupted_stage_ends_the_command_as_interrupted(ran, run_cli, command):
+    commands, status_of = ran
+    status_of[1] = 130
+    assert run_cli(*command)[0] == 130
+    assert len(commands) == 1
+
+
+def test_classes_set_the_class_embedding(ran, run_cli, command, tmp_path):
+    commands, _ = ran
+    (tmp_path / "out" / "latents").mkdir(parents=True)
+    (tmp_path / "out" / "latents" / "index.json").write_text(json.dumps({"class_names": ["cat", "dog"]}))
+    settings = two_stages.TwoStages(command[1], tmp_path / "out", command[5], command[7], True, False)
+    (tmp_path / "out" / two_stages.RECORD).write_text(
+        json.dumps({"settings": settings.settings(), "seconds": {}, "done": []})
+    )
+    status, _, err = run_cli(*command, "--class_labels")
+    assert status == 0, err
+    assert "--model.unet.init_args.num_class_embeds=3" in commands[2]
+    assert "--model.label_dropout=0.1" in commands[2]
+
+
+def test_other_settings_and_other_folders_are_refused(ran, run_cli, command, tmp_path, recipes):
+    assert run_cli(*command)[0] == 0
+    recipes[1].write_text(recipes[1].read_text() + "\n# changed\n")
+    status, _, err = run_cli(*command, "--captions")
+    assert (status, "begun with other settings (captions, denoiser)" in err) == (1, True), err
+    status, _, err = run_cli("two-stages", tmp_path / "images", "--output", tmp_path / "images")
+    assert (status, "holds files of something else" in err) == (1, True), err
+    status, _, err = run_cli(*command[:2], "--output", tmp_path / "new", "--denoiser", tmp_path / "none.yaml")
+    assert (status, "no recipe at" in err) == (1, True), err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_becomes_a_pipeline_by_way_of_a_kill(command, tmp_path):
+    """In processes of their own, the first of which is killed when its latents are there."""
+    arguments = [sys.executable, "-m", "unet_diffusion.cli", *map(str, command), "--captions"]
+    first = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in first.stdout:
+        if line.startswith("stage 3"):
+            os.killpg(first.pid, signal.SIGKILL)  # with the process of the stage
+            break
+    first.wait()
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "stage 2 of 3, latents: done before" in done.stdout
+    out = tmp_path / "out"
+    for file in ("autoencoder/autoencoder/config.json", "latents/index.json", "denoiser/samples.png"):
+        assert (out / file).is_file(), file
+    assert len((out / "denoiser" / "captions.txt").read_text().splitlines()) == 2
+    assert (out / "denoiser" / "pipeline" / "model_index.json").is_file()
+    assert set(json.loads((out / two_stages.RECORD).read_text())["done"]) == {"autoencoder", "latents", "denoiser"}
