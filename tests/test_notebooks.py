@@ -29,7 +29,8 @@ def shorten_training(notebook: NotebookNode) -> None:
 
 
 def test_the_notebooks_are_found():
-    assert {"01_one_u", "02_noise_and_denoise", "03_segmentation_to_denoiser"} <= {path.stem for path in NOTEBOOKS}
+    names = {"01_one_u", "02_noise_and_denoise", "03_segmentation_to_denoiser", "04_latent_diffusion"}
+    assert names <= {path.stem for path in NOTEBOOKS}
 
 
 @every_notebook
