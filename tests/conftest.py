@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 
 from unet_diffusion.cli import main
@@ -29,6 +30,25 @@ TINY_DIGITS = (  # configs/digits.yaml, in a second
     "--samples.every_n_steps 2 --samples.num_images 10 --samples.num_inference_steps 2 "
     "--checkpoint.every_n_train_steps 2"
 ).split()
+
+
+def small_recipes_of_two_stages(folder: Path) -> tuple[Path, Path]:
+    """The recipes of an autoencoder and of a denoiser with captions, but for sizes and lengths, in a folder."""
+    recipes = {}
+    for name in ("autoencoder_kl", "latents_text"):
+        recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        recipe["data"]["init_args"] |= {"batch_size": 4, "num_val": 4}
+        recipe["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
+        recipe["samples"]["num_images"] = 2
+        recipes[name] = recipe
+    recipes["autoencoder_kl"]["model"]["autoencoder"]["init_args"] |= {"channels": [32, 32, 32]}
+    recipes["autoencoder_kl"]["data"]["init_args"]["image_size"] = 32
+    small = {"channels": [32, 32], "attention_levels": [1], "head_channels": 32}
+    recipes["latents_text"]["model"]["unet"]["init_args"] |= small
+    recipes["latents_text"]["model"]["speed"] = "plain"
+    for name, recipe in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "autoencoder_kl.yaml", folder / "latents_text.yaml"
 
 
 class TinyImages(ImageDataModule):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_recipes_of_two_stages
 from torchvision.io import write_png
 
 from unet_diffusion.cli import main
@@ -30,6 +31,7 @@ SMALL_RECIPE = {
     "cells": [*SMALL_SEGMENTER, "--data.init_args.source.init_args.num_images=13"],
     "isbi2012_modern": SMALL_SEGMENTER,
     "latents": [*SMALL_DENOISER, "--data.init_args.num_val=2"],
+    "latents_text": [*SMALL_DENOISER, "--data.init_args.num_val=2"],
     "nuclei_denoiser": [*SMALL_DENOISER, "--model.unet.init_args.attention_levels=[]"],
     "nuclei_finetune": [*SMALL_SEGMENTER, *SMALL_NUCLEI],
 }
@@ -74,6 +76,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the recipes and a few images in it, to run the commands in."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     write_images(tmp_path / "images", 12, channels=3, values=256)
+    captions = [f"{number}.png,picture number {number}" for number in range(12)]
+    (tmp_path / "images" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     for folder, num, channels in (("isbi2012/train", 8, 1), ("nuclei", 24, 3)):
         write_images(tmp_path / folder / "image", num, channels=channels, values=256)
         write_images(tmp_path / folder / "label", num, channels=1, values=2, scale=255 if channels == 1 else 1)
@@ -87,6 +91,9 @@ def test_every_command_runs_and_the_exported_pipeline_draws(workplace: Path) -> 
     for step, arguments in enumerate(commands()):
         # Each fit goes further than the last, so that the one that continues has something to do.
         more = [*small(arguments), f"--trainer.max_steps={step + 1}"] if arguments[0] == "fit" else []
+        if arguments[0] == "two-stages":
+            autoencoder, denoiser = small_recipes_of_two_stages(workplace)
+            more = ["--autoencoder", str(autoencoder), "--denoiser", str(denoiser)]
         assert run([*arguments, *more]) == 0, " ".join(arguments)
     assert (workplace / "runs" / "digits" / "samples.png").exists()
     assert (workplace / "generated" / "threes_and_sevens" / "grid.png").exists()

@@ -8,8 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-import yaml
-from conftest import CONFIGS
+from conftest import small_recipes_of_two_stages
 from PIL import Image
 
 from unet_diffusion import two_stages
@@ -31,27 +30,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def recipes(tmp_path):
-    """The two recipes, but for sizes and lengths."""
-    made = []
-    for name in ("autoencoder_kl", "latents_text"):
-        recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        recipe["data"]["init_args"] |= {"batch_size": 4, "num_val": 4}
-        recipe["trainer"] |= {
-            "max_steps": 2,
-            "val_check_interval": 2,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-        }
-        recipe["samples"]["num_images"] = 2
-        if name == "latents_text":
-            recipe["model"]["unet"]["init_args"] |= {"channels": [32, 32], "attention_levels": [1], "head_channels": 32}
-            recipe["model"]["speed"] = "plain"
-        else:
-            recipe["model"]["autoencoder"]["init_args"] |= {"channels": [32, 32, 32]}
-            recipe["data"]["init_args"]["image_size"] = 32
-        made.append(tmp_path / f"{name}.yaml")
-        made[-1].write_text(yaml.safe_dump(recipe))
-    return made
+    return small_recipes_of_two_stages(tmp_path)
 
 
 @pytest.fixture
