@@ -68,7 +68,7 @@ def window_starts(side: int, window: int, overlap: float) -> list[int]:
 
 
 def blend_weights(size: Sequence[int], overlap: float) -> Tensor:
-    """Weights of the pixels of a window of that height and width, (h, w): 1 in its middle, falling to almost 0 over the overlap."""
+    """Weights of the pixels of a window of that size, (h, w): 1 in its middle, falling to almost 0 over the overlap."""
     ramps = []
     for side in size:
         distance = torch.minimum(torch.arange(side), torch.arange(side).flip(0)) + 1.0
