@@ -309,7 +309,6 @@ def test_sampled_images_are_decoded_latents(trained, run_cli, tmp_path):
         assert np.abs(drawn - wanted).max() <= 1
 
 
-@torch.no_grad()
 def test_painting_of_latents_keeps_the_picture_where_the_mask_is_black(trained, run_cli, tmp_path):
     path = trained()
     picture = np.random.default_rng(1).integers(256, size=(16, 24, 3), dtype=np.uint8)
@@ -323,12 +322,14 @@ def test_painting_of_latents_keeps_the_picture_where_the_mask_is_black(trained, 
     assert status == 0, err
     read = read_checkpoint(path)
     pixels = scale_to_unit_range(torch.from_numpy(picture).permute(2, 0, 1)[None])
-    latents = read.latent_space.normalise(autoencoder().encode(pixels).latent_dist.mean)
+    with torch.no_grad():
+        latents = read.latent_space.normalise(autoencoder().encode(pixels).latent_dist.mean)
     known = torch.zeros(1, 1, 8, 12, dtype=torch.bool)
     known[..., :6] = True
     options = {"scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 2, "clip_sample": False}
     drawn = sample(read.unet, read.schedule, (2, 4, 8, 12), start=Start(latents, 1.0, known), **options)
-    decoded = autoencoder().decode(read.latent_space.denormalise(drawn)).sample
+    with torch.no_grad():
+        decoded = autoencoder().decode(read.latent_space.denormalise(drawn)).sample
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
     for number in range(2):
         image = np.asarray(Image.open(tmp_path / "out" / f"{number:06d}.png"))
