@@ -15,10 +15,6 @@ from torch.nn.functional import avg_pool2d
 
 from unet_diffusion.checkpoint import TrainedDenoiser
 from unet_diffusion.codecs import Autoencoder, latent_moments
-from unet_diffusion.data.base import scale_to_unit_range
-from unet_diffusion.data.checking import decoded
-from unet_diffusion.data.decoding import ImageFormat, decode_image
-from unet_diffusion.data.files import OneFile
 from unet_diffusion.sampling import STOCHASTIC, supported_schedulers
 from unet_diffusion.start import Start, interpolated_noise
 
@@ -91,7 +87,7 @@ def read_picture(options: argparse.Namespace, trained: TrainedDenoiser, shape: t
     space, factor = trained.latent_space, _factor(trained)
     channels = shape[0] if space is None else space.image_shape[0]
     height, width = shape[1] * factor, shape[2] * factor
-    pixels = scale_to_unit_range(_read("init", options.init, ImageFormat(height, width, channels)))
+    pixels = _read("init", options.init, (channels, height, width))
     if options.mask is None:
         return Picture(pixels, None)
     sizes = [ImageOps.exif_transpose(Image.open(path)).size for path in (options.init, options.mask)]
@@ -100,7 +96,7 @@ def read_picture(options: argparse.Namespace, trained: TrainedDenoiser, shape: t
             f"--mask must be as large as --init, {sizes[0][1]}x{sizes[0][0]}, got {sizes[1][1]}x{sizes[1][0]}; "
             "resize it"
         )
-    known = scale_to_unit_range(_read("mask", options.mask, ImageFormat(height, width, 1))) < 0
+    known = _read("mask", options.mask, (1, height, width)) < 0
     if known.all():
         raise ValueError(f"--mask must be white where the picture is to be painted, and {options.mask} has no white")
     return Picture(pixels, known)
@@ -173,12 +169,18 @@ def _network_sizes(name: str, sides: list[int], trained: TrainedDenoiser) -> lis
     return [side // factor for side in sides]
 
 
-def _read(name: str, path: str, image_format: ImageFormat) -> Tensor:
-    """The image in a file, (1, C, H, W) uint8 or uint16."""
+def _read(name: str, path: str, shape: tuple[int, int, int]) -> Tensor:
+    """The image in a file, scaled and cut to that shape, (1, C, H, W) in [-1, 1]."""
+    from unet_diffusion.data.base import scale_to_unit_range  # the data modules take a second to import
+    from unet_diffusion.data.checking import decoded
+    from unet_diffusion.data.decoding import ImageFormat, decode_image
+    from unet_diffusion.data.files import OneFile
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"--{name} must be an image file, and there is none at {path}")
-    file = OneFile(Path(path))
+    channels, height, width = shape
+    image_format, file = ImageFormat(height, width, channels), OneFile(Path(path))
     image = decoded(lambda data: decode_image(data, image_format), file, file.names[0])
     if isinstance(image, str):
         raise ValueError(f"--{name} {path} cannot be read as an image of the size to draw: {image}")
-    return image[None]
+    return scale_to_unit_range(image[None])
