@@ -285,6 +285,107 @@ def test_sample_in_bfloat16_is_near_the_one_in_float32(strong_run, draw):
     assert 0 < np.abs(rounded - exact).mean() < 10
 
 
+# ----------------------------------------------------------------------------------------- sample: size, start, windows
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """An 8x8 picture of noise, and a mask of it whose right half is to be painted."""
+    noise = np.random.default_rng(0).integers(256, size=(8, 8), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "init.png")
+    Image.fromarray(np.repeat([[0] * 4 + [255] * 4], 8, axis=0).astype(np.uint8)).save(tmp_path / "mask.png")
+    return noise
+
+
+def test_image_size_need_not_be_that_of_training(strong_run, draw):
+    assert pixels(draw("wide", strong_run, "--num_images", 2, "--image_size", 8, 24)).shape == (2, 8, 24)
+
+
+def test_window_that_covers_the_image_changes_nothing_and_a_smaller_one_does(strong_run, draw):
+    size = ("--num_images", 2, "--image_size", 16, 16)
+    whole = pixels(draw("whole", strong_run, *size))
+    np.testing.assert_array_equal(pixels(draw("covered", strong_run, *size, "--window", 16)), whole)
+    assert not np.array_equal(pixels(draw("windows", strong_run, *size, "--window", 8)), whole)
+
+
+def test_images_from_a_picture_are_nearer_to_it_the_less_the_strength(strong_run, draw, picture, tmp_path):
+    arguments = ("--num_images", 2, "--init", tmp_path / "init.png", "--num_inference_steps", 10)
+    distances = [
+        np.abs(pixels(draw(f"{strength}", strong_run, *arguments, "--strength", strength)).astype(int) - picture).mean()
+        for strength in (0.1, 1.0)
+    ]
+    assert 0 < distances[0] < distances[1]
+
+
+def test_black_of_the_mask_stays_as_in_the_picture_and_white_is_painted(strong_run, draw, picture, tmp_path):
+    arguments = ("--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
+    images = pixels(draw("painted", strong_run, "--num_images", 3, *arguments))
+    np.testing.assert_array_equal(images[:, :, :4], np.broadcast_to(picture[:, :4], (3, 8, 4)))
+    assert all(not np.array_equal(image[:, 4:], picture[:, 4:]) for image in images)
+    settings = json.loads((tmp_path / "painted" / "settings.json").read_text())
+    assert (settings["init"], settings["mask"]) == (str(tmp_path / "init.png"), str(tmp_path / "mask.png"))
+
+
+def test_frames_between_two_seeds_begin_and_end_with_their_first_images(strong_run, draw):
+    frames = pixels(draw("frames", strong_run, "--num_images", 3, "--labels", 3, "--interpolate", 4, 9))
+    for frame, seed in ((0, 4), (2, 9)):
+        image = pixels(draw(f"seed{seed}", strong_run, "--num_images", 1, "--labels", 3, "--seed", seed))[0]
+        assert np.abs(frames[frame].astype(int) - image).max() <= 1  # as in another batch size
+    assert not np.array_equal(frames[0], frames[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "name"),
+    [
+        (["--interpolate", 1, 2, "--labels", 3, "--num_images", 3], ["--num_images", 4], "num_images"),
+        (["--num_images", 1], ["--image_size", 16, 16], "image_size"),
+        (["--num_images", 1], ["--window", 8], "window"),
+        (["--num_images", 1, "--init", "{tmp}/init.png"], ["--strength", 0.5], "strength"),
+    ],
+)
+def test_resume_needs_the_same_size_window_and_start(
+    strong_run, draw, run_cli, picture, tmp_path, options, changed, name
+):
+    options = [str(option).format(tmp=tmp_path) for option in options]
+    folder = draw("images", strong_run, *options)
+    draw("images", strong_run, *options, "--resume")
+    status, _, err = run_cli("sample", strong_run, "--output", folder, *SAMPLE, *options, *changed, "--resume")
+    assert (status, f"with other settings ({name})" in err) == (1, True), err
+
+
+START_ERRORS = {
+    "size": ("--image_size 8 13", "plus a multiple of 2 for this model, got 8 13; the next that fits is 8 14"),
+    "window": ("--window 7", "--window must be 2 pixels plus a multiple of 2 for this model, got 7; the next"),
+    "no window": ("--window 0", "--window must be"),
+    "mask alone": ("--mask {tmp}/mask.png", "--mask must come with a picture to start from; add --init FILE"),
+    "strength alone": ("--strength 0.5", "--strength must come with a picture"),
+    "no picture": ("--init {tmp}/none.png", "--init must be an image file, and there is none at"),
+    "text": ("--init {tmp}/text.ckpt", "text.ckpt cannot be read as an image"),
+    "small": ("--init {tmp}/init.png --image_size 16 16", "too small: 8x8, must be at least 16x16"),
+    "strength": ("--init {tmp}/init.png --strength 1.5", "strength must be in (0, 1], got 1.5"),
+    "no step": ("--init {tmp}/init.png --strength 0.01", "0.01 of 25 steps is none"),
+    "scheduler": ("--init {tmp}/init.png --scheduler LMSDiscreteScheduler", "cannot start from an image"),
+    "other mask": ("--init {tmp}/init.png --mask {tmp}/large.png", "as large as --init, 8x8, got 9x8; resize it"),
+    "black mask": ("--init {tmp}/init.png --mask {tmp}/black.png", "black.png has no white"),
+    "one seed": ("--interpolate 3 3", "two different seeds, got 3 twice"),
+    "one frame": ("--interpolate 1 2 --num_images 1", "at least 2 images, the ends, got --num_images 1"),
+    "noisy": ("--interpolate 1 2 --scheduler DDPMScheduler", "adds no noise, got DDPMScheduler; use DDIMScheduler"),
+    "all classes": ("--interpolate 1 2", "draws one class or caption; give one --labels"),
+}
+
+
+@pytest.mark.parametrize("case", START_ERRORS)
+def test_wrong_size_or_start_is_refused_before_anything_is_written(case, digits_run, run_cli, picture, tmp_path):
+    (tmp_path / "text.ckpt").write_text("hello")
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    Image.new("L", (8, 9)).save(tmp_path / "large.png")
+    options, message = START_ERRORS[case]
+    arguments = options.format(tmp=tmp_path).split()
+    status, _, err = run_cli("sample", digits_run, "--output", tmp_path / "images", "--device", "cpu", *arguments)
+    assert (status, message in err) == (1, True), err
+    assert not (tmp_path / "images").exists()
+
+
 # ----------------------------------------------------------------------------------------------------- export, import
 
 
@@ -426,7 +527,8 @@ def test_wrong_usage_has_exit_status_2(run_cli, arguments):
 
 OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
-    "--overwrite --resume --batch_size --device --precision",
+    "--image_size --window --init --strength --mask --interpolate --overwrite --resume --batch_size --device "
+    "--precision",
     "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
     "--device --precision --speed",
     "export": "CHECKPOINT DIR --overwrite",

@@ -4,13 +4,13 @@ import sys
 import pytest
 
 FORBIDDEN = [  # what a module must not pull in, however indirectly
-    ("lightning", ["losses", "sampling", "interop", "checkpoint", "pipelines.class_conditional"]),
+    ("lightning", ["losses", "sampling", "sample_options", "interop", "checkpoint", "pipelines.class_conditional"]),
     (
         "lightning",
         [f"segmentation.{name}" for name in ("augmentation", "border_weights", "labels", "losses", "scores")],
     ),
     ("lightning", [f"segmentation.{name}" for name in ("bridge", "features", "synthetic", "tiles")]),
-    ("diffusers", ["blocks", "unet", "schedule", "conditioning", "losses", "checkpoint", "speed"]),
+    ("diffusers", ["blocks", "unet", "schedule", "conditioning", "losses", "checkpoint", "speed", "start", "windows"]),
 ]
 
 

@@ -25,6 +25,7 @@ from unet_diffusion.interop import export_pipeline, normalised_autoencoder
 from unet_diffusion.latents import fingerprint, read_latents
 from unet_diffusion.sampling import image_generators, sample
 from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.start import Start
 from unet_diffusion.training import AutoencoderModule, SampleGrid
 
 NUM_IMAGES = 10
@@ -306,6 +307,43 @@ def test_sampled_images_are_decoded_latents(trained, run_cli, tmp_path):
         drawn = np.asarray(Image.open(tmp_path / "out" / f"{number:06d}.png")).astype(int)
         wanted = ((expected[number] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
         assert np.abs(drawn - wanted).max() <= 1
+
+
+def test_painting_of_latents_keeps_the_picture_where_the_mask_is_black(trained, run_cli, tmp_path):
+    path = trained()
+    picture = np.random.default_rng(1).integers(256, size=(16, 24, 3), dtype=np.uint8)
+    mask = np.zeros((16, 24), dtype=np.uint8)
+    mask[:, 13:] = 255  # an odd column: the latent there has a known pixel and an unknown one
+    Image.fromarray(picture).save(tmp_path / "init.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = [path, "--num_images=2", "--num_inference_steps=2", "--device=cpu", "--output", tmp_path / "out"]
+    start = ["--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png", "--image_size", 16, 24]
+    status, _, err = run_cli("sample", *arguments, *start)
+    assert status == 0, err
+    read = read_checkpoint(path)
+    pixels = scale_to_unit_range(torch.from_numpy(picture).permute(2, 0, 1)[None])
+    with torch.no_grad():
+        latents = read.latent_space.normalise(autoencoder().encode(pixels).latent_dist.mean)
+    known = torch.zeros(1, 1, 8, 12, dtype=torch.bool)
+    known[..., :6] = True
+    options = {"scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 2, "clip_sample": False}
+    drawn = sample(read.unet, read.schedule, (2, 4, 8, 12), start=Start(latents, 1.0, known), **options)
+    with torch.no_grad():
+        decoded = autoencoder().decode(read.latent_space.denormalise(drawn)).sample
+    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    for number in range(2):
+        image = np.asarray(Image.open(tmp_path / "out" / f"{number:06d}.png"))
+        np.testing.assert_array_equal(image[:, :13], picture[:, :13])
+        assert np.abs(image[:, 13:].astype(int) - expected[number, :, 13:]).max() <= 1  # rounding to bytes
+
+
+def test_size_of_images_of_latents_is_in_pixels(trained, run_cli, tmp_path):
+    arguments = [trained(), "--num_images=1", "--num_inference_steps=2", "--device=cpu", "--output", tmp_path / "out"]
+    status, _, err = run_cli("sample", *arguments, "--image_size", 20, 32, "--window", 16)
+    assert status == 0, err
+    assert Image.open(tmp_path / "out" / "000000.png").size == (32, 20)
+    status, _, err = run_cli("sample", *arguments, "--image_size", 18, 32)
+    assert (status, "a multiple of 4 for this model, got 18 32; the next that fits is 20 32" in err) == (1, True), err
 
 
 def test_sampling_says_where_the_autoencoder_should_be(trained, run_cli, tmp_path):

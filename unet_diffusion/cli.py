@@ -7,7 +7,7 @@ option; the others are small programs on a checkpoint. Every error is one messag
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from unet_diffusion.speed import SPEEDS, keep_freed_memory, set_speed
 
 if TYPE_CHECKING:
     from unet_diffusion.checkpoint import TrainedDenoiser
+    from unet_diffusion.codecs import Autoencoder
+    from unet_diffusion.conditioning import Denoiser, Guidance
+    from unet_diffusion.unet import PixelNetwork
 
 TRAINING_COMMANDS = ("fit", "validate")  # parsed by Lightning's command line
 MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
@@ -208,7 +211,8 @@ def _two_stages(options: argparse.Namespace) -> None:
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw images: DIR/000000.png, ... and DIR/grid.png. "
-        "Image i depends on the seed and i alone, not on the batch size."
+        "Image i depends on the seed and i alone, not on the batch size. From noise; with --init from a picture, with "
+        "--init and --mask into the masked part of one; with --interpolate a sequence from one image to another."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     parser.add_argument("--num_images", type=int, default=64, help="images to draw")
@@ -236,6 +240,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--guidance_weaker", metavar="CHECKPOINT", help="guide away from this earlier checkpoint, not from no condition"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    _add_size_and_start(parser)
     parser.add_argument("--autoencoder", metavar="DIR", help=_AUTOENCODER_HELP)
     parser.add_argument("--output", type=Path, default=Path("generated"), metavar="DIR", help="folder for the images")
     existing = parser.add_mutually_exclusive_group()
@@ -252,30 +257,55 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_sample)
 
 
-def _sample(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
+def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels of the images; default: as in training"
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="for images larger than in training: the network sees windows of NxN pixels that overlap by half, and "
+        "each step blends them; the size of training is a good N; default: all at once",
+    )
+    parser.add_argument(
+        "--init", metavar="FILE", help="start from this picture, scaled and cut to the size to draw, not from noise"
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="with --init: share of the steps that are taken, in (0, 1]; the less, the more of the picture is left; "
+        "default: 0.8, with --mask 1",
+    )
+    parser.add_argument(
+        "--mask", metavar="FILE", help="with --init: as large; white is painted anew, black stays as in the picture"
+    )
+    parser.add_argument(
+        "--interpolate",
+        type=int,
+        nargs=2,
+        metavar=("SEED_A", "SEED_B"),
+        help="in place of --seed: num_images frames from the first image of one seed to the first of the other",
+    )
 
-    from unet_diffusion.codecs import autoencoder_of, decode_latents
-    from unet_diffusion.conditioning import Guidance
+
+def _sample(options: argparse.Namespace) -> None:
+    from unet_diffusion.codecs import decode_latents
     from unet_diffusion.interop import load_denoiser
-    from unet_diffusion.pictures import read_images, save_grid, save_images
+    from unet_diffusion.sample_options import check_options, frames_noise, image_shape, read_picture, start_from
     from unet_diffusion.sampling import check_sampling, num_network_steps, sample
 
-    for name in ("num_images", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     trained = load_denoiser(options.checkpoint)
+    check_options(options, trained)
     weaker = _weaker(options, trained)
     given = _given(options, trained)
+    shape = image_shape(options, trained)
+    denoiser, guidance = _denoiser_and_guidance(options, trained, weaker)
+    picture = read_picture(options, trained, shape)
+    autoencoder = _autoencoder(options, trained)
+    start = start_from(picture, options, trained, autoencoder)
     settings: dict[str, Any] = dict(
-        scheduler=options.scheduler,
-        num_inference_steps=options.num_inference_steps,
-        guidance=Guidance(
-            options.guidance_scale,
-            rescale=options.guidance_rescale,
-            interval=options.guidance_interval and tuple(options.guidance_interval),
-            weaker=None if weaker is None else weaker.unet,
-        ),
+        scheduler=options.scheduler, num_inference_steps=options.num_inference_steps, guidance=guidance
     )
 
     @torch.no_grad()
@@ -286,38 +316,50 @@ def _sample(options: argparse.Namespace) -> None:
         return {"inputs": with_conditions, "nulls": weaker.inputs(part)[0] if weaker else nulls}
 
     trained.conditions.to(options.device)
-    check_sampling(trained.schedule, (1, *trained.image_shape), **inputs([0]), **settings)
-    space = trained.latent_space
-    autoencoder = None if space is None else autoencoder_of(space, options.autoencoder).to(options.device)
-    if space is None and options.autoencoder:
-        raise ValueError("--autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
+    check_sampling(trained.schedule, (1, *shape), start=start, **inputs([0]), **settings)
     device_type = torch.device(options.device).type
     if device_type == "cpu":
         keep_freed_memory()
-    unet = trained.unet.to(options.device)
-    set_speed(unet, options.speed)
-    todo = _prepare_output(options)
+    set_speed(trained.unet.to(options.device), options.speed)
 
-    num_steps = num_network_steps(trained.schedule, options.scheduler, options.num_inference_steps)
+    def draw(indices: list[int], progress: Callable[[int], object]) -> torch.Tensor:
+        with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            images = sample(
+                denoiser,
+                trained.schedule,
+                (len(indices), *shape),
+                seed=options.seed,
+                indices=indices,
+                noise=frames_noise(options, indices, shape),
+                start=start,
+                batch_size=options.batch_size,
+                device=options.device,
+                progress=progress,
+                clip_sample=autoencoder is None,
+                **inputs(indices),
+                **settings,
+            )
+            if trained.latent_space is not None and autoencoder is not None:
+                images = decode_latents(autoencoder, trained.latent_space, images)
+        return images if picture is None else picture.pasted(images)
+
+    _draw_and_save(
+        options, draw, num_network_steps(trained.schedule, options.scheduler, options.num_inference_steps, start)
+    )
+
+
+def _draw_and_save(
+    options: argparse.Namespace, draw: Callable[[list[int], Callable[[int], object]], torch.Tensor], num_steps: int
+) -> None:
+    """Draw what the output folder lacks, batch by batch, and make the grid."""
+    from tqdm import tqdm
+
+    from unet_diffusion.pictures import read_images, save_grid, save_images
+
+    todo = _prepare_output(options)
     with tqdm(total=len(todo) * num_steps, unit="image step") as bar:
         for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:
-            with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-                images = sample(
-                    unet,
-                    trained.schedule,
-                    (len(indices), *trained.image_shape),
-                    seed=options.seed,
-                    indices=indices,
-                    batch_size=options.batch_size,
-                    device=options.device,
-                    progress=bar.update,
-                    clip_sample=space is None,
-                    **inputs(indices),
-                    **settings,
-                )
-                if space is not None and autoencoder is not None:
-                    images = decode_latents(autoencoder, space, images)
-            save_images(images, options.output, indices=indices, overwrite=options.overwrite)
+            save_images(draw(indices, bar.update), options.output, indices=indices, overwrite=options.overwrite)
     first = [options.output / f"{i:06d}.png" for i in range(min(options.num_images, MAX_GRID_IMAGES))]
     save_grid(read_images(first), options.output / "grid.png")
     if options.overwrite:  # what a longer run left would stand beside these under their settings
@@ -325,6 +367,35 @@ def _sample(options: argparse.Namespace) -> None:
             if path.stem.isdecimal() and int(path.stem) >= options.num_images:
                 path.unlink()
     print(f"{options.num_images} images and grid.png in {options.output}")
+
+
+def _denoiser_and_guidance(
+    options: argparse.Namespace, trained: "TrainedDenoiser", weaker: "TrainedDenoiser | None"
+) -> "tuple[Denoiser, Guidance]":
+    """The network, and what it is guided by; both look through windows, where those are asked for."""
+    from unet_diffusion.conditioning import Guidance
+    from unet_diffusion.sample_options import window_size
+    from unet_diffusion.windows import windowed
+
+    side = window_size(options, trained)
+
+    def seen_through(network: "PixelNetwork") -> "Denoiser":
+        return network if side is None else windowed(network, (side, side), batch_size=options.batch_size)
+
+    worse = None if weaker is None else seen_through(weaker.unet)
+    interval = options.guidance_interval and tuple(options.guidance_interval)
+    return seen_through(trained.unet), Guidance(options.guidance_scale, options.guidance_rescale, interval, worse)
+
+
+def _autoencoder(options: argparse.Namespace, trained: "TrainedDenoiser") -> "Autoencoder | None":
+    """Of the latents that the network denoises, on the device; None: it denoises images."""
+    from unet_diffusion.codecs import autoencoder_of
+
+    if trained.latent_space is not None:
+        return autoencoder_of(trained.latent_space, options.autoencoder).to(options.device)
+    if options.autoencoder:
+        raise ValueError("--autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
+    return None
 
 
 def _given(options: argparse.Namespace, trained: "TrainedDenoiser") -> dict[str, torch.Tensor]:
@@ -379,6 +450,8 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
     """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
     folder: Path = options.output
     unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device", "speed", "autoencoder"}
+    if options.interpolate is not None:  # a frame depends on how many there are
+        unasked -= {"num_images"}
     settings = {key: value for key, value in vars(options).items() if key not in unasked}
     record = folder / "settings.json"
     present = {path.name for path in folder.glob("*.png")} if folder.exists() else set()
@@ -389,9 +462,13 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
         )
     if options.resume and present and not record.exists():
         raise ValueError(f"{folder} holds images but no settings.json, so --resume cannot tell how they were drawn")
-    if options.resume and record.exists() and (before := json.loads(record.read_text())) != settings:
+    if options.resume and record.exists():
+        before = json.loads(record.read_text())
         differ = ", ".join(key for key in settings if before.get(key) != settings[key])
-        raise ValueError(f"the images in {folder} were drawn with other settings ({differ}); --resume needs the same")
+        if differ:
+            raise ValueError(
+                f"the images in {folder} were drawn with other settings ({differ}); --resume needs the same"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=1))
     return [i for i in range(options.num_images) if not (options.resume and f"{i:06d}.png" in present)]

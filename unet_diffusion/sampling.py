@@ -25,6 +25,7 @@ from torch import Tensor
 
 from unet_diffusion.conditioning import Denoiser, Guidance, Inputs, Predictor, check_guidance, guide
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
+from unet_diffusion.start import Start, begin, check_start, num_steps_from, put_back_known
 
 SCHEDULERS = tuple(sorted(scheduler.name for scheduler in KarrasDiffusionSchedulers))  # = DDPMScheduler().compatibles
 
@@ -34,6 +35,12 @@ NO_SAMPLE_PREDICTION = (  # their step raises NotImplementedError or ValueError
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "PNDMScheduler",
+)
+STOCHASTIC = (  # they add noise at each step
+    "DDPMScheduler",
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
 )
 NO_GUIDANCE = Guidance()
 MIN_PNDM_SIGNAL = 1e-5  # a_T below which PNDM misses x0 by more than 1e-5 (measured; the linear schedule has 4e-5)
@@ -57,6 +64,8 @@ def sample(
     inputs: Inputs | None = None,
     nulls: Inputs | None = None,
     guidance: Guidance = NO_GUIDANCE,
+    noise: Tensor | None = None,
+    start: Start | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     clip_sample: bool = True,
@@ -70,7 +79,7 @@ def sample(
     Args:
         denoiser: called as denoiser(x, t, **inputs) with float32 x (B, C, H, W) and t (B,).
         schedule: the noise schedule that the denoiser was trained with.
-        shape: (N, C, H, W) of all images.
+        shape: (N, C, H, W) of all images; H and W need not be those of training.
         scheduler: name of a diffusers scheduler, one of `supported_schedulers(schedule)`.
         num_inference_steps: in [1, num_train_timesteps]; schedulers of second order call the denoiser twice a step.
         seed: of the noise, any integer.
@@ -78,6 +87,9 @@ def sample(
         inputs: what else the denoiser is called with, (N, ...) each (`conditioning.network_inputs`); None: nothing.
         nulls: the same without conditions (`conditioning.null_inputs`); None if it was not trained without.
         guidance: off by default (`conditioning.guide`).
+        noise: standard normal, of that shape, to begin with; None: that of the seed. What a scheduler adds is always
+            that of the seed.
+        start: an image to begin with, or of which a part is known (`start.Start`); None: begin with noise alone.
         batch_size: images at once; guidance doubles what the denoiser sees.
         device: where the denoiser is.
         clip_sample: clip each estimate of x0 to [-1, 1], as DDPM, DDIM and Heun can: right for pixels, not for latents.
@@ -95,7 +107,10 @@ def sample(
         inputs=inputs,
         nulls=nulls,
         guidance=guidance,
+        start=start,
     )
+    if noise is not None and noise.shape != tuple(shape):
+        raise ValueError(f"noise must have the shape {tuple(shape)}, got {tuple(noise.shape)}")
     numbers = _image_numbers(shape[0], indices)
     on_step = None if progress is None else lambda t, x: progress(len(x))
     batches = []
@@ -108,6 +123,8 @@ def sample(
             image_generators(seed, numbers[part]),
             (len(numbers[part]), *shape[1:]),
             num_inference_steps=num_inference_steps,
+            noise=None if noise is None else noise[part].to(device),
+            start=None if start is None else start.part(part, device),
             device=device,
             on_step=on_step,
         )
@@ -123,6 +140,8 @@ def denoise(
     shape: Sequence[int],
     *,
     num_inference_steps: int = 50,
+    noise: Tensor | None = None,
+    start: Start | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Tensor:
@@ -135,6 +154,8 @@ def denoise(
         generators: B generators; each gives its image's initial noise and then what a stochastic scheduler adds.
         shape: (B, C, H, W).
         num_inference_steps: in [1, num_train_timesteps].
+        noise: standard normal, of that shape, on the device, to begin with; None: that of the generators.
+        start: an image to begin with, on the device; None: begin with noise alone.
         device: where the predictor is.
         on_step: called as on_step(t, x) after each call of the predictor, with the timestep of the call, 0-d on the
             CPU, and the state it led to; a scheduler in terms of sigma has x = image + sigma * noise.
@@ -146,16 +167,14 @@ def denoise(
         raise ValueError(f"there must be a generator for each of {shape[0]} images, got {len(generators)}")
     _check_num_inference_steps(scheduler, num_inference_steps)
     scheduler.set_timesteps(num_inference_steps, device="cpu")
-    x = randn_tensor(tuple(shape), generator=list(generators), device=torch.device(device), dtype=torch.float32)
-    x = x * scheduler.init_noise_sigma
+    if noise is None:
+        noise = randn_tensor(tuple(shape), generator=list(generators), device=torch.device(device), dtype=torch.float32)
+    first, x = begin(scheduler, noise, start, num_inference_steps)
     options = _step_options(scheduler, generators)
-    for t in scheduler.timesteps:
-        batch_t = torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device)
-        prediction = predictor(scheduler.scale_model_input(x, t), batch_t)
-        if prediction.shape != x.shape:  # some shapes would broadcast
-            raise ValueError(f"a prediction must have the shape of x, {tuple(x.shape)}, got {tuple(prediction.shape)}")
-        with torch.autocast(x.device.type, enabled=False):  # some solvers use einsum, which autocast would round
-            x = scheduler.step(prediction.float(), t, x, **options).prev_sample
+    for number, t in enumerate(scheduler.timesteps[first:], start=first + 1):
+        x = _step(predictor, scheduler, t, x, options)
+        if start is not None:
+            x = put_back_known(x, start, noise, scheduler, number)
         if on_step is not None:
             on_step(t, x)
     return x
@@ -233,8 +252,10 @@ def refusal(schedule: NoiseSchedule, name: str) -> str | None:
     return _pndm_refusal(schedule) if name == "PNDMScheduler" else None
 
 
-def num_network_steps(schedule: NoiseSchedule, name: str, num_inference_steps: int) -> int:
+def num_network_steps(schedule: NoiseSchedule, name: str, num_inference_steps: int, start: Start | None = None) -> int:
     """How often sampling calls the denoiser for a batch: num_inference_steps, or up to twice that with some schedulers.
+
+    From an image of less strength than 1 it is called less often.
 
     Raises:
         ValueError: if the scheduler is not valid or cannot make so many steps.
@@ -242,7 +263,8 @@ def num_network_steps(schedule: NoiseSchedule, name: str, num_inference_steps: i
     scheduler = build_scheduler(schedule, name)
     _check_num_inference_steps(scheduler, num_inference_steps)
     scheduler.set_timesteps(num_inference_steps, device="cpu")
-    return len(scheduler.timesteps)
+    skipped = num_inference_steps - num_steps_from(start, num_inference_steps)
+    return len(scheduler.timesteps) - skipped * scheduler.order
 
 
 def check_sampling(
@@ -254,19 +276,22 @@ def check_sampling(
     inputs: Inputs | None = None,
     nulls: Inputs | None = None,
     guidance: Guidance = NO_GUIDANCE,
+    start: Start | None = None,
 ) -> None:
     """Refuses what `sample` cannot do, within half a second and without the denoiser.
 
     Arguments are those of `sample`.
 
     Raises:
-        ValueError: if the scheduler is not valid for the schedule or the number of steps, if inputs do not fit, or if
-            guidance is asked for without conditions or without a null.
+        ValueError: if the scheduler is not valid for the schedule or the number of steps, if inputs or the
+            image to start from do not fit, or if guidance is asked for without conditions or without a null.
     """
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape must be (N, C, H, W), each at least 1, got {tuple(shape)}")
     _check_inputs(inputs or {}, nulls, shape[0])
     check_guidance(inputs or {}, nulls, guidance)
+    if start is not None:
+        check_start(start, shape, scheduler, num_inference_steps)
     _check_finite(schedule, scheduler, num_inference_steps)
 
 
@@ -281,6 +306,16 @@ def _batches(count: int, batch_size: int) -> list[slice]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+
+
+def _step(predictor: Predictor, scheduler: Any, t: Tensor, x: Tensor, options: dict[str, Any]) -> Tensor:
+    """The state that one call of the predictor leads to, (B, C, H, W) float32."""
+    batch_t = torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device)
+    prediction = predictor(scheduler.scale_model_input(x, t), batch_t)
+    if prediction.shape != x.shape:  # some shapes would broadcast
+        raise ValueError(f"a prediction must have the shape of x, {tuple(x.shape)}, got {tuple(prediction.shape)}")
+    with torch.autocast(x.device.type, enabled=False):  # some solvers use einsum, which autocast would round
+        return scheduler.step(prediction.float(), t, x, **options).prev_sample
 
 
 def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.unet import PixelNetwork
+from unet_diffusion.windows import blend_weights, window_starts
 
 Predictor = Callable[[Tensor], Tensor]  # (1, C, h, w) -> (1, K, h - 2 margin, w - 2 margin)
 
@@ -46,7 +47,7 @@ def predict_tiled(
         if network.margin:  # tiles agree where they overlap
             output[:, *place] = part
         else:
-            blend = _blend(window.shape[1:])[:height, :width]
+            blend = blend_weights(window.shape[1:], OVERLAP)[:height, :width]
             output[:, *place] += blend * part
             weight[place] += blend
     assert output is not None
@@ -109,16 +110,4 @@ def _starts(window: int, side: int, network: PixelNetwork) -> list[int]:
         # Pooling divides the plane into squares of `stride` pixels, which must lie alike in all tiles.
         step = (window - 2 * network.margin) // network.stride * network.stride
         return list(range(0, side, step))
-    if side <= window:
-        return [0]
-    count = 1 + -(-(side - window) // max(int(window * (1 - OVERLAP)), 1))
-    return [round(i * (side - window) / (count - 1)) for i in range(count)]
-
-
-def _blend(size: torch.Size) -> Tensor:
-    """Weights of a window's pixels, (h, w): 1 in its middle, falling to almost 0 at its border."""
-    ramps = []
-    for side in size:
-        distance = torch.minimum(torch.arange(side), torch.arange(side).flip(0)) + 1.0
-        ramps.append((distance / (OVERLAP * side)).clamp(max=1))
-    return ramps[0][:, None] * ramps[1]
+    return window_starts(side, window, OVERLAP)

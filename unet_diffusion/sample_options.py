@@ -1,0 +1,186 @@
+"""What the options of `unet-diffusion sample` mean for a checkpoint: size, windows, a picture to start from, frames.
+
+Options are in pixels; a denoiser of latents sees them divided by what its autoencoder divides by. A given picture is
+scaled and cut to the size to draw, as pictures are for training, and its mask with it.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from unet_diffusion.checkpoint import TrainedDenoiser
+from unet_diffusion.codecs import Autoencoder, latent_moments
+from unet_diffusion.sampling import STOCHASTIC, supported_schedulers
+from unet_diffusion.start import Start, interpolated_noise
+
+STRENGTH = 0.8  # of a picture without a mask, as in diffusers' image-to-image pipeline
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A given picture, (1, C, H, W) in [-1, 1], and where it is to stay, (1, 1, H, W) bool, or None for nowhere."""
+
+    pixels: Tensor
+    known: Tensor | None
+
+    def pasted(self, images: Tensor) -> Tensor:
+        """The images, (N, C, H, W), with what is known as it is in the picture."""
+        return images if self.known is None else torch.where(self.known, self.pixels, images)
+
+
+def check_options(options: argparse.Namespace, trained: TrainedDenoiser) -> None:
+    """Refuses numbers out of range, and options that need others.
+
+    Raises:
+        ValueError: if there are such.
+    """
+    for name in ("num_images", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    for name in ("mask", "strength"):
+        if getattr(options, name) is not None and options.init is None:
+            raise ValueError(f"--{name} must come with a picture to start from; add --init FILE")
+    if options.interpolate is not None:
+        _check_interpolation(options, trained)
+
+
+def image_shape(options: argparse.Namespace, trained: TrainedDenoiser) -> tuple[int, int, int]:
+    """(C, H, W) of what the network draws; of latents, where it draws those.
+
+    Raises:
+        ValueError: if the network does not take that size; it names the next one.
+    """
+    if options.image_size is None:
+        return trained.image_shape
+    height, width = _network_sizes("image_size", options.image_size, trained)
+    return trained.image_shape[0], height, width
+
+
+def window_size(options: argparse.Namespace, trained: TrainedDenoiser) -> int | None:
+    """Side of the network's windows, in what it draws; None: it sees all at once.
+
+    Raises:
+        ValueError: if the network does not take that size; it names the next one.
+    """
+    return None if options.window is None else _network_sizes("window", [options.window], trained)[0]
+
+
+def read_picture(options: argparse.Namespace, trained: TrainedDenoiser, shape: tuple[int, int, int]) -> Picture | None:
+    """The picture to start from, and its mask, where they are given.
+
+    Args:
+        options: of the command.
+        trained: the denoiser.
+        shape: of what it draws, see `image_shape`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file does not fit.
+    """
+    if options.init is None:
+        return None
+    space, factor = trained.latent_space, _factor(trained)
+    channels = shape[0] if space is None else space.image_shape[0]
+    height, width = shape[1] * factor, shape[2] * factor
+    pixels = _read("init", options.init, (channels, height, width))
+    if options.mask is None:
+        return Picture(pixels, None)
+    sizes = [ImageOps.exif_transpose(Image.open(path)).size for path in (options.init, options.mask)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"--mask must be as large as --init, {sizes[0][1]}x{sizes[0][0]}, got {sizes[1][1]}x{sizes[1][0]}; "
+            "resize it"
+        )
+    known = _read("mask", options.mask, (1, height, width)) < 0
+    if known.all():
+        raise ValueError(f"--mask must be white where the picture is to be painted, and {options.mask} has no white")
+    return Picture(pixels, known)
+
+
+@torch.no_grad()
+def start_from(
+    picture: Picture | None, options: argparse.Namespace, trained: TrainedDenoiser, autoencoder: Autoencoder | None
+) -> Start | None:
+    """The picture as what the denoiser draws; of latents, those are known whose pixels all are.
+
+    Args:
+        picture: as `read_picture` gives it.
+        options: of the command.
+        trained: the denoiser.
+        autoencoder: of its latents, if it denoises latents.
+
+    Raises:
+        ValueError: if strength is out of range.
+    """
+    if picture is None:
+        return None
+    default = STRENGTH if picture.known is None else 1.0
+    strength = default if options.strength is None else options.strength
+    if trained.latent_space is None or autoencoder is None:
+        return Start(picture.pixels, strength, picture.known)
+    device = next(autoencoder.parameters()).device
+    latents = trained.latent_space.normalise(latent_moments(autoencoder, picture.pixels.to(device))[0]).cpu()
+    known = None if picture.known is None else avg_pool2d(picture.known.float(), _factor(trained)) == 1
+    return Start(latents, strength, known)
+
+
+def frames_noise(options: argparse.Namespace, indices: list[int], shape: tuple[int, int, int]) -> Tensor | None:
+    """The noise of these frames from one seed to the other, (N, C, H, W); None: there are no frames."""
+    if options.interpolate is None:
+        return None
+    seeds, last = tuple(options.interpolate), options.num_images - 1
+    return interpolated_noise(seeds, [index / last for index in indices], shape)
+
+
+def _check_interpolation(options: argparse.Namespace, trained: TrainedDenoiser) -> None:
+    first, last = options.interpolate
+    if first == last:
+        raise ValueError(f"--interpolate must be two different seeds, got {first} twice")
+    if options.num_images < 2:
+        raise ValueError(f"--interpolate needs at least 2 images, the ends, got --num_images {options.num_images}")
+    if options.scheduler in STOCHASTIC:
+        smooth = ", ".join(name for name in supported_schedulers(trained.schedule) if name not in STOCHASTIC)
+        raise ValueError(f"--interpolate needs a scheduler that adds no noise, got {options.scheduler}; use {smooth}")
+    num_labels = len(options.labels or range(trained.num_classes))
+    if num_labels > 1 or len(options.captions or []) > 1:
+        raise ValueError("--interpolate draws one class or caption; give one --labels, or one of --captions")
+
+
+def _factor(trained: TrainedDenoiser) -> int:
+    """Pixels along a side for one of what the denoiser draws."""
+    return 1 if trained.latent_space is None else trained.latent_space.image_shape[1] // trained.image_shape[1]
+
+
+def _network_sizes(name: str, sides: list[int], trained: TrainedDenoiser) -> list[int]:
+    """Sides in pixels as sides of what the network draws."""
+    factor = _factor(trained)
+    fitting = [trained.unet.next_size(-(-side // factor)) * factor for side in sides]
+    if min(sides) < 1 or fitting != sides:
+        got, next_fit = (" ".join(map(str, one)) for one in (sides, fitting))
+        raise ValueError(
+            f"--{name} must be {trained.unet.smallest_size * factor} pixels plus a multiple of "
+            f"{trained.unet.size_step * factor} for this model, got {got}; the next that fits is {next_fit}"
+        )
+    return [side // factor for side in sides]
+
+
+def _read(name: str, path: str, shape: tuple[int, int, int]) -> Tensor:
+    """The image in a file, scaled and cut to that shape, (1, C, H, W) in [-1, 1]."""
+    from unet_diffusion.data.base import scale_to_unit_range  # the data modules take a second to import
+    from unet_diffusion.data.checking import decoded
+    from unet_diffusion.data.decoding import ImageFormat, decode_image
+    from unet_diffusion.data.files import OneFile
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--{name} must be an image file, and there is none at {path}")
+    channels, height, width = shape
+    image_format, file = ImageFormat(height, width, channels), OneFile(Path(path))
+    image = decoded(lambda data: decode_image(data, image_format), file, file.names[0])
+    if isinstance(image, str):
+        raise ValueError(f"--{name} {path} cannot be read as an image of the size to draw: {image}")
+    return scale_to_unit_range(image[None])
