@@ -411,6 +411,13 @@ def _why_not_decoded(trained: TrainedDenoiser, autoencoder: StrPath | None) -> s
     kind, folder = autoencoder_class(space.autoencoder if autoencoder is None else autoencoder)
     if trained.conditions and kind is not AutoencoderKL:
         return f"diffusers' StableDiffusionPipeline decodes with an AutoencoderKL, and {folder} holds a {kind.__name__}"
+    config = kind.load_config(folder)
+    has_convolutions = config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)
+    if space.scaling_factor is None and not has_convolutions:
+        return (
+            f"an autoencoder takes in a scale for each channel with quant_conv and post_quant_conv, and {folder} holds "
+            "one without; train with one scale, data.init_args.scaling_factor"
+        )
     return None
 
 
@@ -464,7 +471,7 @@ def normalised_autoencoder(autoencoder: Autoencoder, space: LatentSpace) -> Auto
         return autoencoder
     last, first = autoencoder.quant_conv, autoencoder.post_quant_conv
     if last is None or first is None:
-        raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in the scale of its latents")
+        raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in a scale for each channel")
     mean, std = torch.tensor(space.mean), torch.tensor(space.std)
     first.bias += first.weight.flatten(1) @ mean
     first.weight *= std[:, None, None]
@@ -519,11 +526,12 @@ def _decoded_difference(autoencoder: Autoencoder, trained: TrainedDenoiser, load
 
 
 def _text_difference(text: TextTokens, pipeline: StableDiffusionPipeline) -> float:
-    """On a caption, through both tokenizers."""
-    caption = ["A caption of 7 words, and more"]
-    ids = text.token_ids(caption)
-    expected = copy.deepcopy(text.encoder).cpu().float().eval()(input_ids=ids).last_hidden_state
-    return _difference(expected, pipeline.encode_prompt(caption, "cpu", 1, False)[0])
+    """On a caption, each with its own tokenizer, called as the pipeline does."""
+    caption, tokenizer = ["A caption of 7 words, and more"], pipeline.tokenizer
+    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    loaded = pipeline.text_encoder(tokenizer(caption, **options, return_tensors="pt").input_ids)[0]
+    encoder = copy.deepcopy(text.encoder).cpu().float().eval()
+    return _difference(encoder(text.token_ids(caption))[0], loaded)
 
 
 def _difference(expected: Tensor, got: Tensor) -> float:
