@@ -336,7 +336,7 @@ def test_import_says_which_parts_of_the_pipeline_are_not_kept(stable_diffusion, 
     ("changes", "message"),
     [
         ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "got also text_encoder_2"),
-        ({"tokenizer": [None, None]}, "only a UNet2DModel makes images from noise alone"),
+        ({"text_encoder": [None, None], "tokenizer": [None, None]}, "only a UNet2DModel makes images from noise alone"),
     ],
 )
 def test_pipeline_of_another_build_is_refused(stable_diffusion, changes, message):

@@ -215,10 +215,11 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     folder = Path(folder)
     index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     parts = _parts(index)
-    config = _network_config(folder, has_text=parts.issuperset(TEXT))
+    has_text = not parts.isdisjoint(TEXT)
+    config = _network_config(folder, has_text=has_text)
+    scheduler_config = _read_json(_scheduler_file(folder))
     image_shape = _image_shape(config)
     space = next((_latent_space(folder / name, image_shape) for name in AUTOENCODERS if name in parts), None)
-    scheduler_config = _read_json(_scheduler_file(folder))
     _warn_of_lost_fields(scheduler_config, clip_sample=space is None)
     return TrainedDenoiser(
         unet=from_diffusers(folder),
@@ -227,7 +228,7 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
         null_label=index.get("null_label"),
         class_names=index.get("class_names"),
         latent_space=space,
-        conditions=nn.ModuleList([pretrained_text(folder).eval()] if parts.issuperset(TEXT) else []),
+        conditions=nn.ModuleList([pretrained_text(folder).eval()] if has_text else []),
     )
 
 
