@@ -1,3 +1,4 @@
+import functools
 import inspect
 import json
 import os
@@ -13,8 +14,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from unet_diffusion import interop
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, write_initial_checkpoint
+from unet_diffusion.codecs import autoencoder_of, decode_latents, kl_autoencoder, vq_autoencoder
 from unet_diffusion.conditioning import Guidance
 from unet_diffusion.interop import export_pipeline, from_diffusers, import_pipeline, load_denoiser
+from unet_diffusion.latents import LatentSpace, fingerprint
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
 from unet_diffusion.sampling import image_generators, sample
 from unet_diffusion.schedule import NoiseSchedule
@@ -72,6 +75,26 @@ def tiny_denoiser(*, classes: bool, **options) -> TrainedDenoiser:
     )
 
 
+def latent_denoiser(folder, kind: str) -> TrainedDenoiser:
+    """A denoiser of latents by classes, whose autoencoder is in the folder."""
+    torch.manual_seed(0)
+    options = {"latent_channels": 1, "layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
+    make = functools.partial(vq_autoencoder, num_codes=64) if kind == "vq" else kl_autoencoder
+    autoencoder = make(3, (8, 8), **options)
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    autoencoder.save_pretrained(folder / "autoencoder")
+    space = LatentSpace(
+        str(folder / "autoencoder"),
+        fingerprint(autoencoder, autoencoder.config),
+        image_shape=(3, 16, 8),
+        mean=(0.0 if kind == "vq" else 0.3,),
+        std=(0.7,),
+    )
+    return tiny_denoiser(classes=True, latent_space=space)
+
+
 def images_elsewhere(trained: TrainedDenoiser, folder, calls: dict) -> dict:
     """Images that an exported folder makes in a process without this package, by name of the call."""
     export_pipeline(trained, folder / "pipeline")
@@ -106,6 +129,14 @@ def images_here(trained: TrainedDenoiser, **options) -> np.ndarray:
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
+def decoded_here(trained: TrainedDenoiser, **options) -> np.ndarray:
+    """What our sampler and the autoencoder make, as `images_here`."""
+    options = {"num_inference_steps": 5, "seed": SEED, "clip_sample": False, **options}
+    latents = sample(trained.unet, trained.schedule, (NUM_IMAGES, *trained.image_shape), **options)
+    images = decode_latents(autoencoder_of(trained.latent_space), trained.latent_space, latents)
+    return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
 def assert_same_images(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert ours.std() > 0.1  # not clipped to one value
     # float32 rounding over the steps, in batches of another layout
@@ -136,6 +167,33 @@ def test_guidance_of_the_class_conditional_folder_does_something(class_condition
 def test_python_of_the_model_card_runs(unconditional_elsewhere, class_conditional_elsewhere):
     assert len(unconditional_elsewhere["card"]) == 4
     assert len(class_conditional_elsewhere["card"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_class_conditional_folder_of_latents_makes_our_images_without_this_package(tmp_path, kind):
+    trained = latent_denoiser(tmp_path, kind)
+    calls = {"guided": {"class_labels": LABELS, "num_inference_steps": 5, "guidance_scale": 3.0}}
+    images = images_elsewhere(trained, tmp_path, calls)
+    assert_same_images(decoded_here(trained, **BOTH, guidance=Guidance(3.0)), images["guided"])
+    assert images["card"].shape == (2, 16, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_exported_folder_of_latents_is_imported_again(tmp_path, kind):
+    trained = latent_denoiser(tmp_path, kind)
+    export_pipeline(trained, tmp_path / "pipeline")
+    again = import_pipeline(tmp_path / "pipeline")
+    assert (again.null_label, again.class_names) == (NULL_LABEL, NAMES)
+    assert again.latent_space.image_shape == (3, 16, 8)
+    assert_same_images(decoded_here(trained, **BOTH), decoded_here(again, **BOTH))
+
+
+def test_folder_whose_autoencoder_loads_as_another_does_not_get_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(interop, "normalised_autoencoder", lambda autoencoder, space: autoencoder)
+    trained = latent_denoiser(tmp_path, "kl")
+    with pytest.raises(RuntimeError, match="decoded images differ by"):
+        export_pipeline(trained, tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
@@ -207,8 +265,9 @@ def test_pipeline_without_null_label_refuses_guidance():
         tiny_pipeline(null_label=None)(0, guidance_scale=2.0)
 
 
-def test_pipeline_runs_in_bfloat16():
-    pipeline = tiny_pipeline()
+@pytest.mark.parametrize("vae", [None, "kl", "vq"])
+def test_pipeline_runs_in_bfloat16(tmp_path, vae):
+    pipeline = tiny_pipeline(vae=vae and autoencoder_of(latent_denoiser(tmp_path, vae).latent_space))
     pipeline.to(torch.bfloat16)
     images = pipeline(LABELS, num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
     assert images.dtype == torch.float32

@@ -431,10 +431,18 @@ def test_pipeline_without_scheduler_or_size_says_what_is_missing(tmp_path):
         import_pipeline(tmp_path)
 
 
-def test_latent_pipeline_is_not_taken_for_one_in_pixel_space(tmp_path):
+@pytest.mark.parametrize(
+    ("part", "error", "message"),
+    [
+        ("vqvae", FileNotFoundError, "vqvae must be a local diffusers folder"),
+        ("text_encoder", ValueError, "only a UNet2DConditionModel makes images from captions, got a UNet2DModel"),
+        ("bert", ValueError, "got also bert"),
+    ],
+)
+def test_pipeline_of_more_parts_is_not_taken_for_one_in_pixel_space(tmp_path, part, error, message):
     save_pipeline(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    index["vqvae"] = ["diffusers", "VQModel"]
+    index[part] = ["somewhere", "Something"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="vqvae"):
+    with pytest.raises(error, match=message):
         import_pipeline(tmp_path)

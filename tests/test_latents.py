@@ -21,7 +21,7 @@ from unet_diffusion.codecs import (
     vq_autoencoder,
 )
 from unet_diffusion.data import FolderDataModule, LatentsDataModule, scale_to_unit_range
-from unet_diffusion.interop import export_pipeline, normalised_autoencoder
+from unet_diffusion.interop import export_pipeline, import_pipeline, normalised_autoencoder
 from unet_diffusion.latents import fingerprint, read_latents
 from unet_diffusion.sampling import image_generators, sample
 from unet_diffusion.schedule import keyed_generator
@@ -386,13 +386,36 @@ def test_exported_pipeline_draws_our_images_without_this_package(trained, tmp_pa
     ours = decode_latents(autoencoder_of(read.latent_space), read.latent_space, latents)
     np.testing.assert_allclose((ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), theirs, atol=2e-4)
     assert "LDMPipeline" in (tmp_path / "pipeline" / "README.md").read_text()
+    again = import_pipeline(tmp_path / "pipeline")
+    latents = sample(again.unet, again.schedule, (2, 4, 8, 8), num_inference_steps=4, seed=3, clip_sample=False)
+    torch.testing.assert_close(
+        decode_latents(autoencoder_of(again.latent_space), again.latent_space, latents), ours, atol=4e-4, rtol=0
+    )
 
 
-def test_pipeline_for_classes_of_latents_is_refused_and_nothing_is_written(trained, tmp_path):
-    read = read_checkpoint(trained(num_class_embeds=2))
-    with pytest.raises(ValueError, match="unet-diffusion sample"):
+def test_pipeline_for_latents_that_are_not_square_is_refused_and_nothing_is_written(trained, tmp_path):
+    read = read_checkpoint(trained())
+    read.image_shape = (4, 8, 4)
+    with pytest.raises(ValueError, match=r"square latents, and this denoiser draws 8x4; .*unet-diffusion sample"):
         export_pipeline(read, tmp_path / "pipeline")
     assert not (tmp_path / "pipeline").exists()
+
+
+def test_one_scale_takes_the_place_of_the_moments(encoded, quiet_trainer, tiny_module, tiny_unet):
+    data = LatentsDataModule(encoded(), num_val=2, batch_size=2, scaling_factor=0.18215)
+    module, seen = latent_module(tiny_module, tiny_unet), []
+    step = module.validation_step
+    module.validation_step = lambda batch, batch_idx: (seen.append(batch["images"].clone()), step(batch, batch_idx))[1]
+    quiet_trainer().validate(module, data, verbose=False)
+    torch.testing.assert_close(torch.cat(seen), 0.18215 * data.latents.mean[data.val_indices].float())
+    assert data.latent_space.scaling_factor == 0.18215
+    assert module.trained.latent_space == data.latent_space
+
+
+@pytest.mark.parametrize("scaling_factor", [0.0, -1.0, float("nan")])
+def test_scale_that_is_none_is_refused(scaling_factor):
+    with pytest.raises(ValueError, match=r"scaling_factor must be above 0, got"):
+        LatentsDataModule("latents", scaling_factor=scaling_factor)
 
 
 def test_autoencoder_of_an_unfinished_run_is_exported_from_its_checkpoint(

@@ -586,7 +586,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Make a checkpoint of a diffusers pipeline with a UNet2DModel, and beside it a configuration for "
+        "Make a checkpoint of a diffusers pipeline, such as Stable Diffusion 1, and beside it a configuration for "
         "fit --config RECIPE --config CHECKPOINT.yaml --ckpt_path CHECKPOINT."
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="diffusers pipeline folder")
@@ -603,9 +603,14 @@ def _import(options: argparse.Namespace) -> None:
         raise FileExistsError(f"{recipe} exists and is not overwritten; choose another path, or remove it")
     trained = import_pipeline(options.folder)
     write_initial_checkpoint(trained, options.checkpoint)
+    record = denoiser_record(trained)
     schedule = {"class_path": "unet_diffusion.schedule.NoiseSchedule", "init_args": trained.schedule.config}
-    model = {"unet": denoiser_record(trained)["unet"], "schedule": schedule}
-    recipe.write_text(yaml.safe_dump({"model": model}, sort_keys=False))
+    settings: dict[str, Any] = {"model": {"unet": record["unet"], "schedule": schedule}}
+    if trained.conditions:
+        settings["model"]["conditions"] = record["conditions"]
+    if trained.latent_space is not None:
+        settings["data"] = {"init_args": {"scaling_factor": trained.latent_space.scaling_factor}}
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
           f"--ckpt_path {options.checkpoint}")  # fmt: skip
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, VQModel
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from unet_diffusion.latents import LatentSpace, fingerprint
@@ -78,22 +78,33 @@ def vq_autoencoder(
     return VQModel(**config, latent_channels=latent_channels, num_vq_embeddings=num_codes, scaling_factor=1.0)
 
 
-def pretrained_autoencoder(folder: str | os.PathLike[str]) -> ModelMixin:
+def pretrained_autoencoder(folder: str | os.PathLike[str]) -> Autoencoder:
     """The autoencoder in a diffusers folder, or in the folder vae, vqvae or autoencoder inside it.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is of another class, or weights are missing or left over.
     """
+    kind, path = autoencoder_class(folder)
+    autoencoder, report = kind.from_pretrained(path, output_loading_info=True)
+    if wrong := [f"{name}: {', '.join(map(str, keys))}" for name, keys in report.items() if keys]:
+        raise ValueError(f"the weights in {path} must be those of its config.json; {'; '.join(wrong)}")
+    return autoencoder
+
+
+def autoencoder_class(folder: str | os.PathLike[str]) -> tuple[type[Autoencoder], Path]:
+    """The class of the autoencoder that `pretrained_autoencoder` loads, and the folder where it is.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of another class.
+    """
     for candidate in (Path(folder), *(Path(folder) / name for name in ("autoencoder", "vae", "vqvae"))):
         if (candidate / "config.json").is_file():
-            kind = AutoencoderKL.load_config(candidate).get("_class_name")
-            if kind not in CLASSES:
-                raise ValueError(f"{candidate} must hold an AutoencoderKL or a VQModel, and holds {kind}")
-            autoencoder, report = CLASSES[kind].from_pretrained(candidate, output_loading_info=True)
-            if wrong := [f"{name}: {', '.join(map(str, keys))}" for name, keys in report.items() if keys]:
-                raise ValueError(f"the weights in {candidate} must be those of its config.json; {'; '.join(wrong)}")
-            return autoencoder
+            name = AutoencoderKL.load_config(candidate).get("_class_name")
+            if name not in CLASSES:
+                raise ValueError(f"{candidate} must hold an AutoencoderKL or a VQModel, and holds {name}")
+            return CLASSES[name], candidate
     raise FileNotFoundError(
         f"{folder} must be a local diffusers folder with config.json, or hold vae, vqvae or autoencoder with one; "
         "unet-diffusion export makes one of a checkpoint"

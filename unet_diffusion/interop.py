@@ -13,26 +13,29 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
     LDMPipeline,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
-    VQModel,
 )
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unet_diffusion.checkpoint import TrainedAutoencoder, TrainedDenoiser, load_plain, read_checkpoint
 from unet_diffusion.codecs import (
     Autoencoder,
+    autoencoder_class,
     autoencoder_of,
+    decode_latents,
     downsampling,
     pretrained_autoencoder,
     reconstruct,
@@ -43,21 +46,24 @@ from unet_diffusion.diffusers_config import (
     config_to_diffusers,
     schedule_from_diffusers,
 )
-from unet_diffusion.latents import LatentSpace
+from unet_diffusion.latents import LatentSpace, fingerprint
 from unet_diffusion.pipelines import class_conditional
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
 from unet_diffusion.pipelines.model_card import model_card
 from unet_diffusion.sampling import scheduler_config
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import set_speed
+from unet_diffusion.text import TextTokens, pretrained_text
 from unet_diffusion.unet import DenoiserUNet, PixelNetwork
 
 StrPath = str | os.PathLike[str]
 
-SAMPLER_FIELDS = {"variance_type": "fixed_small", "clip_sample": True, "thresholding": False}  # of `scheduler_config`
+SAMPLER_FIELDS = {"variance_type": "fixed_small", "thresholding": False}  # of `scheduler_config`
 LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in old files
 # a variant, such as fp16, stands before or after the number of the shard
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
+AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
+LEFT_OUT = ("safety_checker", "feature_extractor")  # parts that do not draw
 EXPORT_TOLERANCE = 1e-4  # of outputs of order 1; the same float32 operations in another order differ by 1e-6
 
 
@@ -117,9 +123,9 @@ def export_pipeline(
 ) -> None:
     """Write a folder that diffusers loads without this package, after a comparison of what it loads with the original.
 
-    Without classes it is a stock DDPMPipeline or, of latents, an LDMPipeline; with classes it holds its own
-    `pipeline.py`, and is loaded with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md
-    says how, for each.
+    With nothing to say what is drawn it is a stock DDPMPipeline or, of latents, an LDMPipeline; with captions a stock
+    StableDiffusionPipeline; with classes it holds its own `pipeline.py`, and is loaded with
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md says how, for each.
 
     Args:
         trained: the network and its schedule.
@@ -130,7 +136,7 @@ def export_pipeline(
     Raises:
         FileExistsError: if the folder exists and is not to be overwritten, or is no pipeline.
         FileNotFoundError: if the autoencoder is not there.
-        ValueError: if there is no such pipeline, or the autoencoder is another one.
+        ValueError: if there is no such pipeline (`why_not_exported`), or the autoencoder is another one.
         RuntimeError: if diffusers loads something else than was written.
     """
     folder = Path(folder).resolve()
@@ -139,13 +145,33 @@ def export_pipeline(
     try:
         pipeline = _build_pipeline(trained, autoencoder)
         pipeline.save_pretrained(partial)
-        _check_equal(trained, type(pipeline).from_pretrained(partial))
+        _check_equal(trained, type(pipeline).from_pretrained(partial), autoencoder)
         if isinstance(pipeline, ClassConditionalPipeline):
             _ship_pipeline_code(partial)
         (partial / "README.md").write_text(model_card(trained), encoding="utf-8")
         _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def why_not_exported(trained: TrainedDenoiser, autoencoder: StrPath | None = None) -> str | None:
+    """Why diffusers has no pipeline for a denoiser, and what to do then; None if it has one.
+
+    Args:
+        trained: the network and its conditions.
+        autoencoder: folder of the one whose latents are denoised; None: where it was in training.
+
+    Raises:
+        FileNotFoundError: if the autoencoder is not there.
+    """
+    if not isinstance(trained.unet, DenoiserUNet):
+        return f"only a DenoiserUNet has a counterpart in diffusers, got a {type(trained.unet).__name__}"
+    try:
+        config_to_diffusers(trained.unet.config)
+    except ValueError as error:
+        return str(error)
+    reason = _why_not_drawn(trained) or _why_not_decoded(trained, autoencoder)
+    return reason and f"{reason}; draw its images with unet-diffusion sample"
 
 
 def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrite: bool = False) -> None:
@@ -178,39 +204,31 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
 
 
 def import_pipeline(folder: StrPath) -> TrainedDenoiser:
-    """The denoiser in a pixel-space pipeline folder of diffusers, such as `export_pipeline` writes.
+    """The denoiser in a local pipeline folder of diffusers: what `export_pipeline` writes, or Stable Diffusion 1 or 2.
+
+    The text encoder is frozen, and latents keep the one scale that the autoencoder's configuration names.
 
     Raises:
-        FileNotFoundError: if the folder lacks a network or a scheduler.
+        FileNotFoundError: if the folder lacks a network, a scheduler or another part that its index names.
         ValueError: if a part of the pipeline, or a field of a configuration, is not supported.
     """
     folder = Path(folder)
     index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    others = [
-        name
-        for name, value in index.items()
-        if isinstance(value, list) and name not in ("_class_name", "unet", "scheduler", "class_names") and value[0]
-    ]
-    if others:
-        raise ValueError(
-            f"a pipeline must consist of unet and scheduler to be imported, got also {', '.join(others)}; "
-            "from_diffusers reads the network alone"
-        )
-    config = _read_json(_unet_folder(folder) / "config.json")
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(
-            f"only a UNet2DModel makes images from noise alone, got a {config['_class_name']} in {folder}; "
-            "from_diffusers reads the network alone"
-        )
-    config = complete(UNet2DModel, config)
+    parts = _parts(index)
+    has_text = not parts.isdisjoint(TEXT)
+    config = _network_config(folder, has_text=has_text)
     scheduler_config = _read_json(_scheduler_file(folder))
-    _warn_of_lost_fields(scheduler_config)
+    image_shape = _image_shape(config)
+    space = next((_latent_space(folder / name, image_shape) for name in AUTOENCODERS if name in parts), None)
+    _warn_of_lost_fields(scheduler_config, clip_sample=space is None)
     return TrainedDenoiser(
         unet=from_diffusers(folder),
         schedule=schedule_from_diffusers(scheduler_config),
-        image_shape=_image_shape(config),
+        image_shape=image_shape,
         null_label=index.get("null_label"),
         class_names=index.get("class_names"),
+        latent_space=space,
+        conditions=nn.ModuleList([pretrained_text(folder).eval()] if has_text else []),
     )
 
 
@@ -234,11 +252,55 @@ def load_denoiser(path: StrPath) -> TrainedDenoiser:
     )
 
 
-def _warn_of_lost_fields(config: Mapping[str, Any]) -> None:
+def _parts(index: Mapping[str, Any]) -> set[str]:
+    """The parts of a pipeline that draw; warns of the others."""
+    known = {"unet", "scheduler", *AUTOENCODERS, *TEXT}
+    parts = {
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and name not in ("_class_name", "class_names") and value[0]
+    }
+    if others := sorted(parts - known - {*LEFT_OUT}):
+        raise ValueError(
+            f"a pipeline must consist of {', '.join(sorted(known))} to be imported, got also {', '.join(others)}; "
+            "from_diffusers reads the network alone"
+        )
+    if lost := sorted(parts & {*LEFT_OUT}):
+        warnings.warn(f"not kept of the pipeline: {', '.join(lost)}", stacklevel=3)
+    return parts & known
+
+
+def _network_config(folder: Path, *, has_text: bool) -> dict[str, Any]:
+    """The whole configuration of the network, which must be of the kind that takes what the pipeline gives it."""
+    config = _read_json(_unet_folder(folder) / "config.json")
+    wanted, given = (UNet2DConditionModel, "captions") if has_text else (UNet2DModel, "noise alone")
+    got = config.get("_class_name", "UNet2DModel")
+    if got != wanted.__name__:
+        raise ValueError(
+            f"only a {wanted.__name__} makes images from {given}, got a {got} in {folder}; "
+            "from_diffusers reads the network alone"
+        )
+    return complete(wanted, config)
+
+
+def _latent_space(folder: Path, latent_shape: tuple[int, int, int]) -> LatentSpace:
+    """That of the autoencoder in the folder, with its scaling_factor for all channels."""
+    autoencoder = pretrained_autoencoder(folder)
+    _, height, width = (downsampling(autoencoder) * side for side in latent_shape)
+    return LatentSpace(
+        autoencoder=str(folder.resolve()),
+        fingerprint=fingerprint(autoencoder, autoencoder.config),
+        image_shape=(autoencoder.config["out_channels"], height, width),
+        mean=(0.0,) * latent_shape[0],
+        std=(1 / autoencoder.config["scaling_factor"],) * latent_shape[0],
+    )
+
+
+def _warn_of_lost_fields(config: Mapping[str, Any], *, clip_sample: bool) -> None:
     """Says which settings of the sampler, not of the schedule, are replaced by ours."""
     lost = [
         f"{field} {config[field]} (here {ours})"
-        for field, ours in SAMPLER_FIELDS.items()
+        for field, ours in {**SAMPLER_FIELDS, "clip_sample": clip_sample}.items()
         if config.get(field, ours) != ours
     ]
     if lost:
@@ -326,40 +388,91 @@ def _move_into_place(partial: Path, folder: Path) -> None:
         os.replace(partial, folder)
 
 
+def _why_not_drawn(trained: TrainedDenoiser) -> str | None:
+    """What of a denoiser's conditions and images no pipeline of diffusers has."""
+    names = [type(one).__name__ for one in trained.all_conditions]
+    is_latent = trained.latent_space is not None
+    takes_tokens = trained.unet.config["context_dim"] is not None
+    if names not in ([], ["ClassLabels"], ["TextTokens"]) or takes_tokens != (names == ["TextTokens"]):
+        got = " and ".join(names) or "tokens without a condition that gives them"
+        return f"diffusers' pipelines draw from ClassLabels or TextTokens alone, and this denoiser has {got}"
+    if takes_tokens and not is_latent:
+        return "diffusers' StableDiffusionPipeline draws latents from captions, and this denoiser draws images"
+    _, height, width = trained.image_shape
+    if is_latent and not names and height != width:
+        return f"diffusers' LDMPipeline draws square latents, and this denoiser draws {height}x{width}"
+    return None
+
+
+def _why_not_decoded(trained: TrainedDenoiser, autoencoder: StrPath | None) -> str | None:
+    """What of the latents' autoencoder the pipeline for them lacks."""
+    space = trained.latent_space
+    if space is None:
+        return None
+    kind, folder = autoencoder_class(space.autoencoder if autoencoder is None else autoencoder)
+    if trained.conditions and kind is not AutoencoderKL:
+        return f"diffusers' StableDiffusionPipeline decodes with an AutoencoderKL, and {folder} holds a {kind.__name__}"
+    config = kind.load_config(folder)
+    has_convolutions = config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)
+    if space.scaling_factor is None and not has_convolutions:
+        return (
+            f"an autoencoder takes in a scale for each channel with quant_conv and post_quant_conv, and {folder} holds "
+            "one without; train with one scale, data.init_args.scaling_factor"
+        )
+    return None
+
+
 def _build_pipeline(trained: TrainedDenoiser, autoencoder: StrPath | None) -> DiffusionPipeline:
+    if reason := why_not_exported(trained, autoencoder):
+        raise ValueError(reason)
     _, height, width = trained.image_shape
     unet = to_diffusers(trained.unet, height if height == width else (height, width))
     space = trained.latent_space
     scheduler = DDPMScheduler(**scheduler_config(trained.schedule, clip_sample=space is None))
-    has_classes = trained.unet.config["num_class_embeds"] is not None
-    if space is None and has_classes:
-        return ClassConditionalPipeline(unet, scheduler, trained.null_label, trained.class_names)
-    if space is None:
-        return DDPMPipeline(unet, scheduler)
-    if has_classes or height != width:
-        raise ValueError("diffusers' LDMPipeline draws square images without classes, and this denoiser draws others; "
-                         "draw them with unet-diffusion sample")  # fmt: skip
-    scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
-    return LDMPipeline(normalised_autoencoder(autoencoder_of(space, autoencoder), space), unet, scheduler)
+    vae = None
+    if space is not None:
+        vae = normalised_autoencoder(autoencoder_of(space, autoencoder), space)
+        scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
+    if trained.unet.config["num_class_embeds"] is not None:
+        return ClassConditionalPipeline(unet, scheduler, trained.null_label, trained.class_names, vae)
+    if trained.conditions:
+        return _text_pipeline(cast(TextTokens, trained.conditions[0]), unet, scheduler, vae)
+    return DDPMPipeline(unet, scheduler) if vae is None else LDMPipeline(vae, unet, scheduler)
+
+
+def _text_pipeline(
+    text: TextTokens, unet: UNet2DConditionModel, scheduler: DDIMScheduler, vae: Autoencoder | None
+) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=copy.deepcopy(text.encoder).cpu().float().eval(),
+        tokenizer=text.tokenizer,
+        unet=unet,
+        # It would set this itself, with a warning; it has no effect where timesteps are spaced as here.
+        scheduler=DDIMScheduler.from_config({**scheduler.config, "steps_offset": 1}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 @torch.no_grad()
 def normalised_autoencoder(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
     """The same autoencoder for latents of mean 0 and standard deviation 1 a channel, as diffusers has one scale only.
 
-    Its convolutions of one pixel, the encoder's last and the decoder's first, take the moments in. Those of a codebook
-    are one scale for all channels, and become diffusers' scaling_factor.
+    Its convolutions of one pixel, the encoder's last and the decoder's first, take the moments in. One scale for all
+    channels, as with a codebook, becomes diffusers' scaling_factor.
 
     Raises:
         ValueError: if it lacks these convolutions.
     """
     autoencoder = copy.deepcopy(autoencoder)
-    if isinstance(autoencoder, VQModel):
-        autoencoder.register_to_config(scaling_factor=1 / space.std[0])
+    if space.scaling_factor is not None:
+        autoencoder.register_to_config(scaling_factor=space.scaling_factor)
         return autoencoder
     last, first = autoencoder.quant_conv, autoencoder.post_quant_conv
     if last is None or first is None:
-        raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in the scale of its latents")
+        raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in a scale for each channel")
     mean, std = torch.tensor(space.mean), torch.tensor(space.std)
     first.bias += first.weight.flatten(1) @ mean
     first.weight *= std[:, None, None]
@@ -372,37 +485,72 @@ def normalised_autoencoder(autoencoder: Autoencoder, space: LatentSpace) -> Auto
 
 
 @torch.no_grad()
-def _check_equal(trained: TrainedDenoiser, pipeline: DiffusionPipeline) -> None:
-    """Compare a reloaded pipeline with its original, on random input that is two pixels wide at the bottom."""
+def _check_equal(trained: TrainedDenoiser, pipeline: DiffusionPipeline, autoencoder: StrPath | None) -> None:
+    """Compare a reloaded pipeline with its original, on random input."""
+    alphas = trained.schedule.alphas_cumprod
+    differences = {
+        "outputs of the network": _network_difference(trained, pipeline.unet),
+        "alphas_cumprod": _difference(alphas, pipeline.scheduler.alphas_cumprod),
+    }
+    if trained.latent_space is not None:
+        vae = pipeline.vqvae if isinstance(pipeline, LDMPipeline) else pipeline.vae
+        original = autoencoder_of(trained.latent_space, autoencoder)
+        differences["decoded images"] = _decoded_difference(original, trained, vae)
+    if trained.conditions:
+        text = cast(TextTokens, trained.conditions[0])
+        differences["outputs of the text encoder"] = _text_difference(text, pipeline)
+    _check_small(differences)
+
+
+def _network_difference(trained: TrainedDenoiser, loaded: UNet2DModel | UNet2DConditionModel) -> float:
+    """On input that is two pixels wide at the bottom."""
     unet = copy.deepcopy(trained.unet).cpu().float().eval()
     set_speed(unet, "plain")
     side = 2 ** len(unet.config["channels"])
     generator = keyed_generator(0)
     x = torch.randn(2, unet.config["in_channels"], side, side, generator=generator)
     t = torch.randint(trained.schedule.num_train_timesteps, (2,), generator=generator)
+    if unet.config["context_dim"] is not None:
+        context = torch.randn(2, 3, unet.config["context_dim"], generator=generator)
+        return _difference(unet(x, t, context=context), loaded(x, t, encoder_hidden_states=context).sample)
     classes = unet.config["num_class_embeds"]
     labels = None if classes is None else torch.randint(classes, (2,), generator=generator)
-    expected, loaded = unet(x, t, labels), pipeline.unet(x, t, class_labels=labels).sample
-    difference = (expected - loaded).abs().max() / expected.abs().max().clamp(min=1)
-    schedule_difference = (pipeline.scheduler.alphas_cumprod - trained.schedule.alphas_cumprod).abs().max()
-    if not max(difference, schedule_difference) <= EXPORT_TOLERANCE:  # not: NaN is a failure too
-        raise RuntimeError(
-            f"diffusers must load what was written, but outputs differ by {difference:.1e} of their largest "
-            f"and alphas_cumprod by {schedule_difference:.1e}; nothing was exported"
-        )
+    return _difference(unet(x, t, labels), loaded(x, t, class_labels=labels).sample)
+
+
+def _decoded_difference(autoencoder: Autoencoder, trained: TrainedDenoiser, loaded: Autoencoder) -> float:
+    space = trained.latent_space
+    assert space is not None
+    latents = torch.randn(1, trained.image_shape[0], 2, 2, generator=keyed_generator(0))
+    expected = decode_latents(autoencoder, space, latents)
+    return _difference(expected, loaded.decode(latents / loaded.config["scaling_factor"]).sample)
+
+
+def _text_difference(text: TextTokens, pipeline: StableDiffusionPipeline) -> float:
+    """On a caption, each with its own tokenizer, called as the pipeline does."""
+    caption, tokenizer = ["A caption of 7 words, and more"], pipeline.tokenizer
+    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    loaded = pipeline.text_encoder(tokenizer(caption, **options, return_tensors="pt").input_ids)[0]
+    encoder = copy.deepcopy(text.encoder).cpu().float().eval()
+    return _difference(encoder(text.token_ids(caption))[0], loaded)
+
+
+def _difference(expected: Tensor, got: Tensor) -> float:
+    """The largest, as a share of the largest expected; of values below 1, as it is."""
+    return float((expected - got).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def _check_small(differences: Mapping[str, float]) -> None:
+    if not all(one <= EXPORT_TOLERANCE for one in differences.values()):  # not: NaN is a failure too
+        found = ", ".join(f"{name} differ by {one:.1e} of their largest" for name, one in differences.items())
+        raise RuntimeError(f"diffusers must load what was written, but {found}; nothing was exported")
 
 
 @torch.no_grad()
 def _check_same_reconstruction(autoencoder: Autoencoder, loaded: Autoencoder) -> None:
     side = 2 * downsampling(autoencoder)
     x = torch.randn(1, autoencoder.config["in_channels"], side, side, generator=keyed_generator(0))
-    expected, got = reconstruct(autoencoder, x), reconstruct(loaded, x)
-    difference = (expected - got).abs().max() / expected.abs().max().clamp(min=1)
-    if not difference <= EXPORT_TOLERANCE:  # not: NaN is a failure too
-        raise RuntimeError(
-            f"diffusers must load what was written, but outputs differ by {difference:.1e} of their largest; "
-            "nothing was exported"
-        )
+    _check_small({"reconstructed images": _difference(reconstruct(autoencoder, x), reconstruct(loaded, x))})
 
 
 def _ship_pipeline_code(folder: Path) -> None:

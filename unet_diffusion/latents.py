@@ -8,7 +8,7 @@ from which each step of training draws anew. Unlike in their code the scale come
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,17 @@ class LatentSpace:
     def plain(self) -> dict[str, Any]:
         """Its fields as plain values, as a checkpoint or JSON holds them."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @property
+    def scaling_factor(self) -> float | None:
+        """1 / std, as diffusers' models have it; None where means are taken off, or each channel has a scale."""
+        has_one_scale = not any(self.mean) and len(set(self.std)) == 1
+        return 1 / self.std[0] if has_one_scale else None
+
+    def rescaled(self, scaling_factor: float) -> "LatentSpace":
+        """The same latents with one scale for all channels in place of their moments."""
+        count = len(self.std)
+        return replace(self, mean=(0.0,) * count, std=(1 / scaling_factor,) * count)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """The autoencoder's latents, (B, C, h, w), as diffusion takes them: mean 0 and standard deviation 1."""

@@ -7,7 +7,7 @@ torch and diffusers, nothing else.
 import inspect
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel, VQModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
@@ -20,6 +20,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: any diffusers scheduler for the network's noise schedule.
         null_label: the label that stands for no class; None: trained without, so no guidance.
         class_names: the name of each label from 0; None: labels are numbers only.
+        vae: makes images of what is denoised, divided by its scaling_factor; None: images are denoised.
 
     Example:
         >>> import torch
@@ -29,7 +30,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         >>> pipe([0, 1, 2], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]  # noqa: RUF012  # diffusers' own form
 
     def __init__(
         self,
@@ -37,9 +39,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         null_label: int | None = None,
         class_names: list[str] | None = None,
+        vae: AutoencoderKL | VQModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(null_label=null_label, class_names=class_names)
 
     @torch.no_grad()
@@ -76,7 +79,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for t in self.progress_bar(self.scheduler.timesteps):
             prediction = self._predict(self.scheduler.scale_model_input(x, t), t, labels, guidance_scale)
             x = self.scheduler.step(prediction, t, x, **step_options).prev_sample
-        images = self._finish((x / 2 + 0.5).clamp(0, 1), output_type)
+        images = self._finish((self._decode(x) / 2 + 0.5).clamp(0, 1), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -95,6 +98,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         both = self.unet(torch.cat([x, x]), t, class_labels=torch.cat([labels, null_labels])).sample.float()
         cond, uncond = both.chunk(2)
         return uncond + guidance_scale * (cond - uncond)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        """Images in about [-1, 1], float32."""
+        if self.vae is None:
+            return x
+        return self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
 
     def _labels(self, class_labels: int | str | list[int | str]) -> Tensor:
         """Labels as numbers, (N,) int64."""

@@ -12,7 +12,7 @@ tags: [image-generation, {kind}, unet-diffusion]
 ---
 # A denoising U-Net, {kind}
 
-Makes {what} of {channels} x {height} x {width} (channels, height, width) by diffusion. The network is a `UNet2DModel`
+Makes {what} of {channels} x {height} x {width} (channels, height, width) by diffusion. The network is a `{network}`
 of {parameters:,} parameters.
 
 ## Use
@@ -59,23 +59,41 @@ Classes: {classes}.
 In fewer steps with another scheduler for the same noise schedule, such as
 `pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)`.
 """
+TEXT_USAGE = """```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+images = pipeline("what is to be seen", num_inference_steps=50, guidance_scale={guidance}).images
+```
+{about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
+`pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
+"""
 
 
 def model_card(trained: TrainedDenoiser) -> str:
     """The text of README.md; its licence is left to the user."""
     channels, height, width = trained.image_shape
-    is_conditional = trained.unet.config["num_class_embeds"] is not None
+    kind, usage = _kind_and_usage(trained)
     return MODEL_CARD.format(
-        kind="class-conditional" if is_conditional else "unconditional",
+        kind=kind,
         what="images" if trained.latent_space is None else "latents, from which an autoencoder makes images,",
         channels=channels,
         height=height,
         width=width,
+        network="UNet2DModel" if trained.unet.config["context_dim"] is None else "UNet2DConditionModel",
         parameters=sum(parameter.numel() for parameter in trained.unet.parameters()),
-        usage=_conditional_usage(trained) if is_conditional else _unconditional_usage(trained),
+        usage=usage,
         schedule=_yaml(trained.schedule.config),
         settings=_yaml(trained.settings) if trained.settings else "# not known\n",
     )
+
+
+def _kind_and_usage(trained: TrainedDenoiser) -> tuple[str, str]:
+    if trained.conditions:
+        return "text-to-image", _text_usage(trained)
+    if trained.unet.config["num_class_embeds"] is not None:
+        return "class-conditional", _conditional_usage(trained)
+    return "unconditional", _unconditional_usage(trained)
 
 
 def _yaml(settings: dict[str, Any]) -> str:
@@ -93,7 +111,18 @@ def _conditional_usage(trained: TrainedDenoiser) -> str:
     last = trained.unet.config["num_class_embeds"] - 1 - (trained.null_label is not None)  # the null label is no class
     return CONDITIONAL_USAGE.format(
         labels=names[:2] if names else [0, last],
-        steps=trained.schedule.num_train_timesteps,
+        steps=trained.schedule.num_train_timesteps if trained.latent_space is None else 50,
         guidance="" if trained.null_label is None else ", guidance_scale=2.0",
         classes=", ".join(names) if names else f"0 to {last}",
+    )
+
+
+def _text_usage(trained: TrainedDenoiser) -> str:
+    (text,) = trained.all_conditions
+    return TEXT_USAGE.format(
+        guidance=3.0 if text.has_null else 1.0,
+        about_guidance="More guidance keeps closer to the caption."
+        if text.has_null
+        else "It was not trained without captions, so guidance_scale must be 1.",
+        max_length=text.config["max_length"],
     )

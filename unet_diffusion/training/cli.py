@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
-from unet_diffusion.interop import export_autoencoder, export_pipeline
+from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
 from unet_diffusion.training.autoencoder import AutoencoderModule
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.callbacks import (
@@ -36,7 +36,6 @@ from unet_diffusion.training.callbacks import (
 )
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
-from unet_diffusion.unet import DenoiserUNet
 
 CHECKPOINTS = "checkpoints"
 PATHS = {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}  # settings of this machine
@@ -164,11 +163,7 @@ class TrainingCLI(LightningCLI):
         if isinstance(self.model, AutoencoderModule):
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
-        is_stock = isinstance(self.model.unet, DenoiserUNet)
-        if self.model.latent_space is not None:
-            _, height, width = self.model.image_shape
-            is_stock = is_stock and self.model.unet.config["num_class_embeds"] is None and height == width
-        if not is_stock:  # diffusers has no such network, or no pipeline for it
+        if why_not_exported(self.model.trained):  # export says it to whoever asks for a pipeline
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
         export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"

@@ -1,0 +1,417 @@
+"""Models of captions, to StableDiffusionPipeline and from it."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, read_checkpoint
+from unet_diffusion.codecs import autoencoder_of, decode_latents, kl_autoencoder, vq_autoencoder
+from unet_diffusion.conditioning import ClassTokens, Guidance, Maps
+from unet_diffusion.data import LatentsDataModule
+from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser, why_not_exported
+from unet_diffusion.latents import LatentSpace, encode_images, fingerprint
+from unet_diffusion.sampling import build_scheduler, image_generators, sample
+from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.text import TextTokens
+from unet_diffusion.unet import DenoiserUNet
+
+pytest.importorskip("transformers")
+
+SEED = 5
+CAPTIONS = ["a red cat", "two blue dogs on a sofa"]
+WORDS = [*CAPTIONS, "a green cat on a red sofa"]
+WIDTH = 8  # of the text encoder
+SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
+STABLE_DIFFUSION_1_SCHEDULER = {  # scheduler_config.json of stable-diffusion-v1-5
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+
+
+class CaptionedLatents(LatentsDataModule):
+    """Latents of images with captions, by turns."""
+
+    @property
+    def captions(self) -> list[str]:
+        return [WORDS[i % len(WORDS)] for i in range(len(self.image_set.images))]
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, scale: float = 0.1) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.add_(scale * torch.randn_like(parameter))
+    return model.eval()
+
+
+def text_tokens(**options) -> TextTokens:
+    torch.manual_seed(0)
+    text = TextTokens(WIDTH, vocab_size=300, max_length=12, num_layers=2, num_heads=2, **options)
+    text.learn_words(WORDS)
+    return randomise(text)
+
+
+def save_autoencoder(folder, kind="kl"):
+    torch.manual_seed(0)
+    made = kl_autoencoder(3, (8, 8), **SMALL)
+    if kind == "vq":
+        made = vq_autoencoder(3, (8, 8), num_codes=64, latent_channels=4, **SMALL)
+    randomise(made).save_pretrained(folder)
+    return made
+
+
+def latent_space(folder, kind="kl", **changes) -> LatentSpace:
+    made = save_autoencoder(folder, kind)
+    moments = {"mean": (0.1, 0.2, -0.3, 0.0), "std": (0.5, 2.0, 1.0, 0.7)}
+    return LatentSpace(str(folder), fingerprint(made, made.config), (3, 16, 16), **{**moments, **changes})
+
+
+def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options) -> TrainedDenoiser:
+    """A denoiser of latents by captions, whose autoencoder is in the folder."""
+    torch.manual_seed(0)
+    levels = {"attention_levels": (1,), "context_dim": WIDTH, "num_heads": 2}
+    unet = DenoiserUNet(4, (8, 16), norm_num_groups=4, layers_per_block=1, **{**levels, **options})
+    return TrainedDenoiser(
+        unet=randomise(unet),
+        schedule=NoiseSchedule(100, prediction_type="v_prediction"),
+        image_shape=(4, *size),
+        latent_space=latent_space(folder / "autoencoder") if space is None else space,
+        conditions=nn.ModuleList([text_tokens()] if conditions is None else conditions),
+    )
+
+
+@pytest.fixture
+def stable_diffusion(tmp_path):
+    """A folder of the build of Stable Diffusion 1.5, tiny."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=WIDTH,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    text = text_tokens()
+    StableDiffusionPipeline(
+        vae=randomise(vae),
+        text_encoder=text.encoder,
+        tokenizer=text.tokenizer,
+        unet=randomise(unet),
+        scheduler=PNDMScheduler(**STABLE_DIFFUSION_1_SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "stable_diffusion")
+    return tmp_path / "stable_diffusion"
+
+
+@pytest.fixture
+def load_quietly(caplog):
+    """Loads a pipeline; what is warned of on the way is an error."""
+
+    def load(folder) -> StableDiffusionPipeline:
+        caplog.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
+
+
+def their_images(pipeline: StableDiffusionPipeline, guidance_scale=3.0) -> np.ndarray:
+    return pipeline(
+        CAPTIONS,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        generator=image_generators(SEED, range(len(CAPTIONS))),
+        output_type="np",
+    ).images
+
+
+def our_images(trained: TrainedDenoiser, guidance_scale=3.0) -> np.ndarray:
+    text = trained.conditions[0]
+    with torch.no_grad():
+        inputs, nulls = trained.inputs({"captions": text.token_ids(CAPTIONS)})
+    options = {"inputs": inputs, "nulls": nulls, "guidance": Guidance(guidance_scale)}
+    shape = (len(CAPTIONS), *trained.image_shape)
+    latents = sample(
+        trained.unet, trained.schedule, shape, num_inference_steps=4, seed=SEED, clip_sample=False, **options
+    )
+    images = decode_latents(autoencoder_of(trained.latent_space), trained.latent_space, latents)
+    return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def assert_same_images(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.std() > 0.05  # not clipped to one value
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)  # float32 rounding over the steps, guided
+
+
+# ---------------------------------------------------------------------------------------------------------------- out
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 4)])
+@pytest.mark.parametrize("scaling_factor", [None, 0.5])
+def test_exported_pipeline_draws_our_images(tmp_path, load_quietly, size, scaling_factor):
+    trained = text_denoiser(tmp_path, size=size)
+    if scaling_factor is not None:
+        trained.latent_space = trained.latent_space.rescaled(scaling_factor)
+    export_pipeline(trained, tmp_path / "pipeline")
+    pipeline = load_quietly(tmp_path / "pipeline")
+    assert pipeline.vae.config.scaling_factor == (scaling_factor or 1)
+    assert_same_images(our_images(trained), their_images(pipeline))
+
+
+def test_caption_and_guidance_of_the_exported_pipeline_do_something(tmp_path, load_quietly):
+    export_pipeline(text_denoiser(tmp_path), tmp_path / "pipeline")
+    pipeline = load_quietly(tmp_path / "pipeline")
+    guided, plain = (their_images(pipeline, guidance_scale) for guidance_scale in (3.0, 1.0))
+    assert np.abs(guided - plain).max() > 1e-3
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+    one, other = (
+        pipeline(caption, generator=torch.Generator().manual_seed(0), **options).images for caption in CAPTIONS
+    )
+    assert np.abs(one - other).max() > 1e-4
+
+
+def test_scheduler_is_written_as_the_pipeline_has_it(tmp_path, load_quietly):
+    export_pipeline(text_denoiser(tmp_path), tmp_path / "pipeline")
+    written = json.loads((tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
+    loaded = load_quietly(tmp_path / "pipeline").scheduler
+    assert {key: loaded.config[key] for key in written if key[0] != "_"} == {
+        key: value for key, value in written.items() if key[0] != "_"
+    }
+    assert (written["steps_offset"], written["clip_sample"]) == (1, False)
+
+
+@pytest.mark.parametrize(("dropout", "guidance"), [(0.1, "guidance_scale=3.0"), (0.0, "guidance_scale=1.0")])
+def test_python_of_the_model_card_runs(tmp_path, dropout, guidance):
+    export_pipeline(text_denoiser(tmp_path, conditions=[text_tokens(dropout=dropout)]), tmp_path / "pipeline")
+    card = (tmp_path / "pipeline" / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path / "pipeline")), found)
+    assert guidance in code
+    assert found["images"][0].size == (16, 16)
+    assert "UNet2DConditionModel" in card
+
+
+def test_exported_pipeline_is_imported_again_as_it_was(tmp_path):
+    trained = text_denoiser(tmp_path)
+    export_pipeline(trained, tmp_path / "pipeline")
+    again = load_denoiser(tmp_path / "pipeline")
+    assert again.unet.config == trained.unet.config
+    assert again.schedule.config == trained.schedule.config
+    assert_same_images(our_images(trained), our_images(again))
+
+
+def test_text_encoder_that_loads_as_another_is_not_exported(tmp_path, monkeypatch):
+    trained = text_denoiser(tmp_path)
+    monkeypatch.setattr(TextTokens, "token_ids", lambda text, captions: torch.zeros(len(captions), 12).long())
+    with pytest.raises(RuntimeError, match=r"text encoder differ by .*nothing was exported"):
+        export_pipeline(trained, tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+def maps_and_captions(folder):
+    return text_denoiser(folder, conditions=[text_tokens(), Maps(2)])
+
+
+def class_tokens(folder):
+    return text_denoiser(folder, conditions=[ClassTokens(WIDTH, 3)])
+
+
+def captions_of_pixels(folder):
+    trained = text_denoiser(folder)
+    trained.latent_space = None
+    return trained
+
+
+def classes_and_captions(folder):
+    return text_denoiser(folder, num_class_embeds=3)
+
+
+def codes_and_captions(folder):
+    space = latent_space(folder / "vq", "vq", mean=(0.0,) * 4, std=(0.5,) * 4)
+    return text_denoiser(folder, space=space)
+
+
+def tokens_from_nowhere(folder):
+    return text_denoiser(folder, conditions=[])
+
+
+def no_convolution_of_one_pixel(folder):
+    made = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,), use_quant_conv=False)
+    made.save_pretrained(folder / "plain")
+    moments = {"mean": (0.1,) * 4, "std": (0.5,) * 4}
+    space = LatentSpace(str(folder / "plain"), fingerprint(made, made.config), (3, 8, 8), **moments)
+    return text_denoiser(folder, space=space)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (maps_and_captions, r"this denoiser has TextTokens and Maps; draw its images with unet-diffusion sample"),
+        (class_tokens, r"this denoiser has ClassTokens"),
+        (classes_and_captions, r"this denoiser has ClassLabels and TextTokens"),
+        (tokens_from_nowhere, r"this denoiser has tokens without a condition"),
+        (captions_of_pixels, r"StableDiffusionPipeline draws latents from captions, and this denoiser draws images"),
+        (codes_and_captions, r"decodes with an AutoencoderKL, and .*vq holds a VQModel"),
+        (no_convolution_of_one_pixel, r"quant_conv and post_quant_conv, and .*plain holds one without"),
+        (lambda folder: text_denoiser(folder, mid_attention=False), r"mid_attention must be True"),
+    ],
+)
+def test_denoiser_without_a_pipeline_is_refused_with_the_reason(tmp_path, make, reason):
+    trained = make(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        export_pipeline(trained, tmp_path / "pipeline")
+    assert why_not_exported(trained) is not None
+    assert not (tmp_path / "pipeline").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------- in
+
+
+def test_stable_diffusion_draws_its_own_images_here(stable_diffusion, load_quietly):
+    trained = import_pipeline(stable_diffusion)
+    pipeline = load_quietly(stable_diffusion)
+    pipeline.scheduler = build_scheduler(trained.schedule, clip_sample=False)
+    assert_same_images(our_images(trained), their_images(pipeline))
+
+
+def test_stable_diffusion_is_imported_with_all_its_parts(stable_diffusion, load_quietly):
+    trained, theirs = import_pipeline(stable_diffusion), load_quietly(stable_diffusion)
+    torch.testing.assert_close(trained.schedule.alphas_cumprod, theirs.scheduler.alphas_cumprod)
+    assert trained.schedule.prediction_type == "epsilon"
+    assert trained.image_shape == (4, 8, 8)
+    space = trained.latent_space
+    assert (space.image_shape, space.mean, space.std) == ((3, 16, 16), (0.0,) * 4, (1 / 0.18215,) * 4)
+    (text,) = trained.conditions
+    assert not any(parameter.requires_grad for parameter in text.parameters())
+    their_ids = theirs.tokenizer(CAPTIONS, padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(text.token_ids(CAPTIONS), their_ids)
+
+
+def edit_index(folder, **changes) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_import_says_which_parts_of_the_pipeline_are_not_kept(stable_diffusion, recwarn):
+    import_pipeline(stable_diffusion)
+    assert not [one for one in recwarn if "not kept" in str(one.message)]
+    edit_index(stable_diffusion, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    with pytest.warns(UserWarning, match="not kept of the pipeline: safety_checker"):
+        import_pipeline(stable_diffusion)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "got also text_encoder_2"),
+        ({"text_encoder": [None, None], "tokenizer": [None, None]}, "only a UNet2DModel makes images from noise alone"),
+    ],
+)
+def test_pipeline_of_another_build_is_refused(stable_diffusion, changes, message):
+    edit_index(stable_diffusion, **changes)
+    with pytest.raises(ValueError, match=message):
+        import_pipeline(stable_diffusion)
+
+
+def encode(folder, latents) -> None:
+    """Latents of 12 images of noise."""
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    trained = import_pipeline(folder)
+    autoencoder = autoencoder_of(trained.latent_space)
+
+    @torch.no_grad()
+    def moments(pixels):
+        posterior = autoencoder.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
+
+    settings = {
+        "autoencoder": trained.latent_space.autoencoder,
+        "fingerprint": trained.latent_space.fingerprint,
+        "image_shape": (3, 16, 16),
+        "num_images": 12,
+        "has_mirrored": False,
+        "has_codes": False,
+        "class_names": None,
+    }
+    encode_images(latents, lambda numbers: images[list(numbers)], moments, settings=settings)
+
+
+def fine_tuning_recipe(path, latents, run) -> None:
+    """configs/latents.yaml for captions, in a second."""
+    recipe = yaml.safe_load((CONFIGS / "latents.yaml").read_text())
+    recipe["data"]["class_path"] = f"{__name__}.CaptionedLatents"
+    recipe["data"]["init_args"] |= {"root": str(latents), "horizontal_flip": False, "batch_size": 4, "num_val": 2}
+    recipe["model"]["speed"] = "plain"
+    recipe["trainer"] |= {
+        "default_root_dir": str(run),
+        "accelerator": "cpu",
+        "precision": "32-true",
+        "max_steps": 3,
+        "val_check_interval": 2,
+        "enable_progress_bar": False,
+    }
+    recipe["samples"] = {"every_n_steps": 1000, "num_images": 2, "num_inference_steps": 2}
+    path.write_text(yaml.safe_dump(recipe))
+
+
+@pytest.fixture
+def fine_tuned(stable_diffusion, tmp_path, run_cli):
+    """The run folder of a fine-tuned Stable Diffusion."""
+    encode(stable_diffusion, tmp_path / "latents")
+    fine_tuning_recipe(tmp_path / "recipe.yaml", tmp_path / "latents", tmp_path / "run")
+    status, _, err = run_cli("import", stable_diffusion, tmp_path / "imported.ckpt")
+    assert status == 0, err
+    arguments = ["--config", tmp_path / "recipe.yaml", "--config", tmp_path / "imported.yaml"]
+    status, _, err = run_cli("fit", *arguments, "--ckpt_path", tmp_path / "imported.ckpt")
+    assert status == 0, err
+    return tmp_path / "run"
+
+
+def test_fine_tuned_stable_diffusion_goes_out_as_it_came_in(fine_tuned, stable_diffusion, load_quietly):
+    trained, before = read_checkpoint(fine_tuned / "checkpoints" / "last.ckpt"), import_pipeline(stable_diffusion)
+    pipeline = load_quietly(fine_tuned / "pipeline")
+    assert pipeline.vae.config.scaling_factor == pytest.approx(0.18215)
+    assert_same_images(our_images(trained), their_images(pipeline))
+    changed = [not torch.equal(a, b) for a, b in zip(trained.unet.parameters(), before.unet.parameters(), strict=True)]
+    assert all(changed)
+    for key, value in trained.conditions.state_dict().items():  # frozen
+        assert torch.equal(value, before.conditions.state_dict()[key]), key
+
+
+def test_imported_checkpoint_is_what_was_imported(stable_diffusion, tmp_path, run_cli):
+    run_cli("import", stable_diffusion, tmp_path / "imported.ckpt")
+    read, expected = read_checkpoint(tmp_path / "imported.ckpt"), import_pipeline(stable_diffusion)
+    assert denoiser_record(read) == denoiser_record(expected)
+    assert_same_images(our_images(read), our_images(expected))
