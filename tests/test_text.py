@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from unet_diffusion.text import TextTokens, pretrained_text
 from unet_diffusion.training import SampleGrid
 
 CAPTIONS = ["red heart", "blue heart", "red star", "a face with tears of joy", "flag: Åland Islands"] * 4
+MANY = [f"{one}{other}" for one in "abcdefgh" for other in "stuvwxyz"]  # of equal frequency
 SMALL = {"vocab_size": 700, "max_length": 8, "num_layers": 1, "num_heads": 2}
 
 
@@ -51,6 +54,20 @@ def test_long_captions_are_cut_and_keep_their_end(taught):
     ids = taught.token_ids(["red heart " * 20])
     assert ids.shape == (1, 8)
     assert ids[0, -1] == taught.tokenizer.eos_token_id
+
+
+def test_every_process_learns_the_same_words(taught):
+    code = f"""
+from unet_diffusion.text import TextTokens
+text = TextTokens(16, **{SMALL})
+text.learn_words({CAPTIONS + MANY})
+print(bytes(text.get_extra_state().tolist()).hex())
+"""
+    states = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    }
+    assert len(states) == 1
 
 
 def test_words_are_learnt_once(taught):

@@ -167,15 +167,18 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
 def _tokenizer_of(captions: Sequence[str], vocab_size: int) -> "CLIPTokenizer":
     """Trained on captions; as in CLIP every byte is a token, within a word and at its end, whether seen or not."""
     from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
 
-    tokenizer_class = _transformers().CLIPTokenizer
-    untrained = tokenizer_class(vocab=dict(SPECIAL), merges=[])
-    trained = untrained.train_new_from_iterator(captions, vocab_size, show_progress=False)
-    merges = json.loads(trained.backend_tokenizer.to_str())["model"]["merges"][: vocab_size - SMALLEST_VOCAB]
     alphabet = sorted(ByteLevel.alphabet())
-    tokens = [*SPECIAL, *alphabet, *(one + WORD_END for one in alphabet), *("".join(pair) for pair in merges)]
-    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    return tokenizer_class(vocab=vocab, merges=[tuple(pair) for pair in merges])
+    single = [*SPECIAL, *alphabet, *(one + WORD_END for one in alphabet)]
+    tokenizer_class = _transformers().CLIPTokenizer
+    backend = tokenizer_class(vocab=dict(SPECIAL), merges=[]).backend_tokenizer
+    # The trainer settles ties by number, and numbers what it meets in the order of a hash, but "special" tokens first.
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=single, end_of_word_suffix=WORD_END, show_progress=False)
+    backend.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    tokens = [*single, *("".join(pair) for pair in merges)]
+    return tokenizer_class(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
 
 
 def _check_build(config: dict[str, Any], path: Path) -> None:
