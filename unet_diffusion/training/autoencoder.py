@@ -168,9 +168,10 @@ class AutoencoderModule(LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self._meet_data(tuple(datamodule.image_shape))
-        for network in (self.autoencoder, self.ema_autoencoder, self.discriminator):
-            if network is not None:
-                network.to(memory_format=torch.channels_last)
+        if self.trainer.strategy.root_device.type != "cpu":  # there group norms go backward in it at half the speed
+            for network in (self.autoencoder, self.ema_autoencoder, self.discriminator):
+                if network is not None:
+                    network.to(memory_format=torch.channels_last)
         for perceptual in self._perceptual:
             perceptual.to(self.trainer.strategy.root_device)
 
