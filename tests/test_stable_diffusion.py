@@ -9,14 +9,14 @@ import torch
 import yaml
 from conftest import CONFIGS
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import nn
 
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, read_checkpoint
 from unet_diffusion.codecs import autoencoder_of, decode_latents, kl_autoencoder, vq_autoencoder
 from unet_diffusion.conditioning import ClassTokens, Guidance, Maps
-from unet_diffusion.data import LatentsDataModule
 from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser, why_not_exported
-from unet_diffusion.latents import LatentSpace, encode_images, fingerprint
+from unet_diffusion.latents import LatentSpace, fingerprint
 from unet_diffusion.sampling import build_scheduler, image_generators, sample
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.text import TextTokens
@@ -38,14 +38,6 @@ STABLE_DIFFUSION_1_SCHEDULER = {  # scheduler_config.json of stable-diffusion-v1
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-
-
-class CaptionedLatents(LatentsDataModule):
-    """Latents of images with captions, by turns."""
-
-    @property
-    def captions(self) -> list[str]:
-        return [WORDS[i % len(WORDS)] for i in range(len(self.image_set.images))]
 
 
 @torch.no_grad()
@@ -345,33 +337,20 @@ def test_pipeline_of_another_build_is_refused(stable_diffusion, changes, message
         import_pipeline(stable_diffusion)
 
 
-def encode(folder, latents) -> None:
-    """Latents of 12 images of noise."""
-    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    trained = import_pipeline(folder)
-    autoencoder = autoencoder_of(trained.latent_space)
-
-    @torch.no_grad()
-    def moments(pixels):
-        posterior = autoencoder.encode(pixels).latent_dist
-        return posterior.mean, posterior.std
-
-    settings = {
-        "autoencoder": trained.latent_space.autoencoder,
-        "fingerprint": trained.latent_space.fingerprint,
-        "image_shape": (3, 16, 16),
-        "num_images": 12,
-        "has_mirrored": False,
-        "has_codes": False,
-        "class_names": None,
-    }
-    encode_images(latents, lambda numbers: images[list(numbers)], moments, settings=settings)
+def write_images(folder) -> None:
+    """12 images of noise with captions."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = ["file_name,text"]
+    for number in range(12):
+        Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
+        rows.append(f"{number:02d}.png,{WORDS[number % len(WORDS)]}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
 
 
 def fine_tuning_recipe(path, latents, run) -> None:
     """configs/latents.yaml for captions, in a second."""
     recipe = yaml.safe_load((CONFIGS / "latents.yaml").read_text())
-    recipe["data"]["class_path"] = f"{__name__}.CaptionedLatents"
     recipe["data"]["init_args"] |= {"root": str(latents), "horizontal_flip": False, "batch_size": 4, "num_val": 2}
     recipe["model"]["speed"] = "plain"
     recipe["trainer"] |= {
@@ -389,7 +368,10 @@ def fine_tuning_recipe(path, latents, run) -> None:
 @pytest.fixture
 def fine_tuned(stable_diffusion, tmp_path, run_cli):
     """The run folder of a fine-tuned Stable Diffusion."""
-    encode(stable_diffusion, tmp_path / "latents")
+    write_images(tmp_path / "images")
+    encode = ["encode", stable_diffusion / "vae", tmp_path / "images", "--captions", "--device=cpu"]
+    status, _, err = run_cli(*encode, "--output", tmp_path / "latents")
+    assert status == 0, err
     fine_tuning_recipe(tmp_path / "recipe.yaml", tmp_path / "latents", tmp_path / "run")
     status, _, err = run_cli("import", stable_diffusion, tmp_path / "imported.ckpt")
     assert status == 0, err
