@@ -32,25 +32,6 @@ TINY_DIGITS = (  # configs/digits.yaml, in a second
 ).split()
 
 
-def small_recipes_of_two_stages(folder: Path) -> tuple[Path, Path]:
-    """The recipes of an autoencoder and of a denoiser with captions, but for sizes and lengths, in a folder."""
-    recipes = {}
-    for name in ("autoencoder_kl", "latents_text"):
-        recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        recipe["data"]["init_args"] |= {"batch_size": 4, "num_val": 4}
-        recipe["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
-        recipe["samples"]["num_images"] = 2
-        recipes[name] = recipe
-    recipes["autoencoder_kl"]["model"]["autoencoder"]["init_args"] |= {"channels": [32, 32, 32]}
-    recipes["autoencoder_kl"]["data"]["init_args"]["image_size"] = 32
-    small = {"channels": [32, 32], "attention_levels": [1], "head_channels": 32}
-    recipes["latents_text"]["model"]["unet"]["init_args"] |= small
-    recipes["latents_text"]["model"]["speed"] = "plain"
-    for name, recipe in recipes.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    return folder / "autoencoder_kl.yaml", folder / "latents_text.yaml"
-
-
 class TinyImages(ImageDataModule):
     """20 images of noise, 1x8x8, of two classes or none: 16 to train on and 4 to validate on."""
 
@@ -92,6 +73,26 @@ def tiny_module(tiny_unet):
         return DiffusionModule(unet, schedule, **options)
 
     return make
+
+
+@pytest.fixture
+def small_recipes(tmp_path) -> tuple[Path, Path]:
+    """Files with the recipes of an autoencoder and of a denoiser with captions, but for sizes and lengths."""
+    recipes = {}
+    for name in ("autoencoder_kl", "latents_text"):
+        recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        recipe["data"]["init_args"] |= {"batch_size": 4, "num_val": 4}
+        recipe["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
+        recipe["samples"]["num_images"] = 2
+        recipes[name] = recipe
+    recipes["autoencoder_kl"]["model"]["autoencoder"]["init_args"] |= {"channels": [32, 32, 32]}
+    recipes["autoencoder_kl"]["data"]["init_args"]["image_size"] = 32
+    small = {"channels": [32, 32], "attention_levels": [1], "head_channels": 32}
+    recipes["latents_text"]["model"]["unet"]["init_args"] |= small
+    recipes["latents_text"]["model"]["speed"] = "plain"
+    for name, recipe in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path / "autoencoder_kl.yaml", tmp_path / "latents_text.yaml"
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_recipes_of_two_stages
 from torchvision.io import write_png
 
 from unet_diffusion.cli import main
@@ -87,13 +86,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_command_runs_and_the_exported_pipeline_draws(workplace: Path) -> None:
+def test_every_command_runs_and_the_exported_pipeline_draws(workplace: Path, small_recipes: tuple[Path, Path]) -> None:
     assert len(commands()) >= 14
     for step, arguments in enumerate(commands()):
         # Each fit goes further than the last, so that the one that continues has something to do.
         more = [*small(arguments), f"--trainer.max_steps={step + 1}"] if arguments[0] == "fit" else []
         if arguments[0] == "two-stages":
-            autoencoder, denoiser = small_recipes_of_two_stages(workplace)
+            autoencoder, denoiser = small_recipes
             more = ["--autoencoder", str(autoencoder), "--denoiser", str(denoiser)]
         assert run([*arguments, *more]) == 0, " ".join(arguments)
     assert (workplace / "runs" / "digits" / "samples.png").exists()

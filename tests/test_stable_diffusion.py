@@ -2,12 +2,12 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
@@ -21,6 +21,8 @@ from unet_diffusion.sampling import build_scheduler, image_generators, sample
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.text import TextTokens
 from unet_diffusion.unet import DenoiserUNet
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 pytest.importorskip("transformers")
 
@@ -49,7 +51,7 @@ def randomise(model: nn.Module, scale: float = 0.1) -> nn.Module:
 
 def text_tokens(**options) -> TextTokens:
     torch.manual_seed(0)
-    text = TextTokens(WIDTH, vocab_size=300, max_length=12, num_layers=2, num_heads=2, **options)
+    text = TextTokens(WIDTH, vocab_size=600, max_length=12, num_layers=2, num_heads=2, **options)
     text.learn_words(WORDS)
     return randomise(text)
 

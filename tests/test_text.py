@@ -312,4 +312,4 @@ def test_width_must_divide_into_heads():
 
 def test_vocabulary_must_have_room_for_all_bytes():
     with pytest.raises(ValueError, match="vocab_size must be at least 514, for single bytes, got 500"):
-        TextTokens(16, vocab_size=500)
+        text(vocab_size=500).learn_words(CAPTIONS)

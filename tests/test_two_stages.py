@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_recipes_of_two_stages
 from PIL import Image
 
 from unet_diffusion import two_stages
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -29,13 +31,8 @@ def images(tmp_path):
 
 
 @pytest.fixture
-def recipes(tmp_path):
-    return small_recipes_of_two_stages(tmp_path)
-
-
-@pytest.fixture
-def command(images, recipes, tmp_path):
-    autoencoder, denoiser = recipes
+def command(images, small_recipes, tmp_path):
+    autoencoder, denoiser = small_recipes
     return ["two-stages", images, "--output", tmp_path / "out", "--autoencoder", autoencoder, "--denoiser", denoiser]
 
 
@@ -98,9 +95,9 @@ def test_classes_set_the_class_embedding(ran, run_cli, command, tmp_path):
     assert "--model.label_dropout=0.1" in commands[2]
 
 
-def test_other_settings_and_other_folders_are_refused(ran, run_cli, command, tmp_path, recipes):
+def test_other_settings_and_other_folders_are_refused(ran, run_cli, command, tmp_path, small_recipes):
     assert run_cli(*command)[0] == 0
-    recipes[1].write_text(recipes[1].read_text() + "\n# changed\n")
+    small_recipes[1].write_text(small_recipes[1].read_text() + "\n# changed\n")
     status, _, err = run_cli(*command, "--captions")
     assert (status, "begun with other settings (captions, denoiser)" in err) == (1, True), err
     status, _, err = run_cli("two-stages", tmp_path / "images", "--output", tmp_path / "images")
@@ -110,7 +107,7 @@ def test_other_settings_and_other_folders_are_refused(ran, run_cli, command, tmp
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_becomes_a_pipeline_by_way_of_a_kill(command, tmp_path):
+def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, tmp_path):
     """In processes of their own, the first of which is killed when its latents are there."""
     arguments = [sys.executable, "-m", "unet_diffusion.cli", *map(str, command), "--captions"]
     first = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -128,3 +125,8 @@ def test_a_folder_becomes_a_pipeline_by_way_of_a_kill(command, tmp_path):
     assert len((out / "denoiser" / "captions.txt").read_text().splitlines()) == 2
     assert (out / "denoiser" / "pipeline" / "model_index.json").is_file()
     assert set(json.loads((out / two_stages.RECORD).read_text())["done"]) == {"autoencoder", "latents", "denoiser"}
+    benchmark = [sys.executable, str(REPOSITORY / "benchmarks" / "latents.py"), "--run", str(out), "--batch_size=4"]
+    subprocess.run([*benchmark, "--blocks=1", "--steps=1", "--json", str(tmp_path / "latents.json")], check=True)
+    rows = json.loads((tmp_path / "latents.json").read_text())["results"]
+    assert [row["latents"] for row in rows] == ["kept latents", "encoded at every step"]
+    assert all(row["images/s"] > 0 for row in rows)

@@ -44,8 +44,7 @@ class TextTokens(Condition):
 
     Raises:
         ImportError: without the package transformers.
-        ValueError: if the width cannot be divided into heads, or there is no room for the 256 bytes, within a word and
-            at its end.
+        ValueError: if the width cannot be divided into heads.
     """
 
     given, enters = "captions", "context"
@@ -63,8 +62,6 @@ class TextTokens(Condition):
         dropout: float = 0.1,
     ):
         super().__init__(dropout)
-        if vocab_size < SMALLEST_VOCAB:
-            raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB}, for single bytes, got {vocab_size}")
         if context_dim % num_heads:
             raise ValueError(f"context_dim must be a multiple of num_heads, got {context_dim} and {num_heads}")
         self.config = {
@@ -81,7 +78,11 @@ class TextTokens(Condition):
         self.tokenizer: CLIPTokenizer | None = None
 
     def learn_words(self, captions: Sequence[str]) -> None:
-        """Train the tokenizer (byte pair encoding, as CLIP's) on captions, unless there is one."""
+        """Train the tokenizer (byte pair encoding, as CLIP's) on captions, unless there is one.
+
+        Raises:
+            ValueError: if vocab_size has no room for the 256 bytes, within a word and at its end.
+        """
         if self.tokenizer is None:
             self._take(_tokenizer_of(captions, self.config["vocab_size"]))
 
@@ -169,6 +170,8 @@ def _tokenizer_of(captions: Sequence[str], vocab_size: int) -> "CLIPTokenizer":
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
+    if vocab_size < SMALLEST_VOCAB:
+        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB}, for single bytes, got {vocab_size}")
     alphabet = sorted(ByteLevel.alphabet())
     single = [*SPECIAL, *alphabet, *(one + WORD_END for one in alphabet)]
     tokenizer_class = _transformers().CLIPTokenizer
