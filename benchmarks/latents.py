@@ -1,4 +1,4 @@
-"""What do kept latents save? Training steps of a denoiser on latents from disk, and with images encoded at every step.
+"""What do kept latents save? Training steps of a denoiser on them, and with images encoded at every step.
 
     python benchmarks/latents.py --run DIR
 

@@ -212,6 +212,21 @@ def test_a_continued_run_keeps_its_tokenizer(text_module, captioned, quiet_train
     assert torch.equal(second.conditions[0].get_extra_state(), first.conditions[0].get_extra_state())
 
 
+def test_captions_are_those_of_the_data_at_hand(text_module, captioned, quiet_trainer):
+    module, other = text_module(), captioned()
+    quiet_trainer(max_steps=1).fit(module, captioned())
+    other.setup()
+    other.image_set.captions = CAPTIONS[::-1]
+    quiet_trainer().validate(module, other, verbose=False)
+    assert torch.equal(module._token_ids["captions"], module.conditions[0].token_ids(CAPTIONS[::-1]))
+
+
+def test_there_is_one_caption_an_image(tiny_module, tiny_unet):
+    unet = tiny_unet(context_dim=16, attention_levels=[1], num_heads=2)
+    with pytest.raises(ValueError, match="at most one TextTokens"):
+        tiny_module(unet=unet, conditions=[text(), text()])
+
+
 @pytest.fixture
 def trained_run(text_module, captioned, quiet_trainer, tmp_path):
     fast = functools.partial(torch.optim.Adam, lr=0.03)  # else predictions stay near the zeros that they begin with

@@ -14,6 +14,7 @@ from PIL import Image
 from unet_diffusion import two_stages
 
 REPOSITORY = Path(__file__).parents[1]
+CONFIGS = REPOSITORY / "configs"
 
 
 @pytest.fixture
@@ -41,11 +42,11 @@ def ran(monkeypatch):
     """Runs no stage, but keeps its command; a stage fails if told so."""
     commands, status = [], {}
 
-    def run(command):
+    def exit_status(command):
         commands.append(command[3:])
-        return subprocess.CompletedProcess(command, status.get(len(commands), 0))
+        return status.get(len(commands), 0)
 
-    monkeypatch.setattr(two_stages.subprocess, "run", run)
+    monkeypatch.setattr(two_stages, "_exit_status", exit_status)
     return commands, status
 
 
@@ -107,6 +108,20 @@ def test_other_settings_and_other_folders_are_refused(ran, run_cli, command, tmp
     assert not (tmp_path / "new").exists()
 
 
+def test_what_would_fail_late_is_refused_before_anything_is_written(ran, run_cli, command, tmp_path):
+    commands, _ = ran
+    without = ["--denoiser", CONFIGS / "latents.yaml"]
+    status, _, err = run_cli(*command[:6], *without, "--captions")
+    assert (status, "must have conditions to take captions" in err) == (1, True), err
+    (tmp_path / "images" / "metadata.csv").unlink()
+    status, _, err = run_cli(*command, "--captions")
+    assert (status, "16 of 16 images have no caption" in err) == (1, True), err
+    status, _, err = run_cli("two-stages", tmp_path / "none", *command[2:])
+    assert (status, "none" in err) == (1, True), err
+    assert not (tmp_path / "out").exists()
+    assert commands == []
+
+
 def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, tmp_path):
     """In processes of their own, the first of which is killed when its latents are there."""
     arguments = [sys.executable, "-m", "unet_diffusion.cli", *map(str, command), "--captions"]
@@ -124,7 +139,9 @@ def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, tmp_
         assert (out / file).is_file(), file
     assert len((out / "denoiser" / "captions.txt").read_text().splitlines()) == 2
     assert (out / "denoiser" / "pipeline" / "model_index.json").is_file()
-    assert set(json.loads((out / two_stages.RECORD).read_text())["done"]) == {"autoencoder", "latents", "denoiser"}
+    record = json.loads((out / two_stages.RECORD).read_text())
+    assert record["done"] == list(record["seconds"]) == ["autoencoder", "latents", "denoiser"]
+    assert min(record["seconds"].values()) > 0
     benchmark = [sys.executable, str(REPOSITORY / "benchmarks" / "latents.py"), "--run", str(out), "--batch_size=4"]
     subprocess.run([*benchmark, "--blocks=1", "--steps=1", "--json", str(tmp_path / "latents.json")], check=True)
     rows = json.loads((tmp_path / "latents.json").read_text())["results"]

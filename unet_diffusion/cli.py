@@ -169,8 +169,9 @@ def _encode(options: argparse.Namespace) -> None:
             options.output, images, encode, settings=settings, labels=data.image_set.labels,
             batch_size=options.batch_size, progress=bar.update,
         )  # fmt: skip
+    recipe = "latents_text" if options.captions else "latents"
     print(f"latents of {settings['num_images']} images in {options.output}; to train on them: unet-diffusion fit "
-          f"--config configs/latents.yaml --data.init_args.root {options.output}")  # fmt: skip
+          f"--config configs/{recipe}.yaml --data.init_args.root {options.output}")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- two-stages
@@ -201,8 +202,9 @@ def _two_stages(options: argparse.Namespace) -> None:
         options.images, options.output, options.autoencoder, denoiser, options.class_labels, options.captions
     )
     stages.run(lambda line: print(line, flush=True))
+    captions = " --captions TEXT" if options.captions else ""
     print(f"{options.output / 'denoiser'} holds samples.png; to draw more: unet-diffusion sample "
-          f"{options.output / 'denoiser'} --output DIR")  # fmt: skip
+          f"{options.output / 'denoiser'}{captions} --output DIR")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- sample
@@ -237,7 +239,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         help="timesteps that are guided; default: all",
     )
     parser.add_argument(
-        "--guidance_weaker", metavar="CHECKPOINT", help="guide away from this earlier checkpoint, not from no condition"
+        "--guidance_weaker",
+        metavar="CHECKPOINT",
+        help="guide away from this earlier checkpoint (fit keeps them with --checkpoint.save_top_k -1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     _add_size_and_start(parser)
@@ -348,6 +352,15 @@ def _sample(options: argparse.Namespace) -> None:
     )
 
 
+def _what_is_given(trained: "TrainedDenoiser") -> list[Any]:
+    """What decides which labels and token ids mean what."""
+    from unet_diffusion.text import TextTokens
+
+    words = [one.get_extra_state().tolist() for one in trained.conditions if isinstance(one, TextTokens)]
+    lengths = [one.config["max_length"] for one in trained.conditions if isinstance(one, TextTokens)]
+    return [trained.num_classes, trained.class_names, words, lengths]
+
+
 def _draw_and_save(
     options: argparse.Namespace, draw: Callable[[list[int], Callable[[int], object]], torch.Tensor], num_steps: int
 ) -> None:
@@ -441,6 +454,8 @@ def _weaker(options: argparse.Namespace, trained: "TrainedDenoiser") -> "Trained
     weaker = load_denoiser(options.guidance_weaker)
     if weaker.image_shape != trained.image_shape or weaker.schedule.config != trained.schedule.config:
         raise ValueError(f"--guidance_weaker must have the same images and schedule; {options.guidance_weaker} has not")
+    if _what_is_given(weaker) != _what_is_given(trained):
+        raise ValueError(f"--guidance_weaker must have the same classes and words; {options.guidance_weaker} has not")
     weaker.unet.to(options.device)
     weaker.conditions.to(options.device)
     return weaker

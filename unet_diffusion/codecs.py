@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor
 
 from unet_diffusion.latents import LatentSpace, fingerprint
@@ -78,7 +78,7 @@ def vq_autoencoder(
     return VQModel(**config, latent_channels=latent_channels, num_vq_embeddings=num_codes, scaling_factor=1.0)
 
 
-def pretrained_autoencoder(folder: str | os.PathLike[str]) -> Autoencoder:
+def pretrained_autoencoder(folder: str | os.PathLike[str]) -> ModelMixin:  # not a union: configurations name it
     """The autoencoder in a diffusers folder, or in the folder vae, vqvae or autoencoder inside it.
 
     Raises:

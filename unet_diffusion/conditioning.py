@@ -26,6 +26,7 @@ Denoiser = Callable[..., Tensor]
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """predictor(x, t): a denoiser whose conditions are settled, as the sampling loop calls it."""
 
+TINY = 1e-8  # of a standard deviation
 JOINED_ALONG = {"context": 1, "vector": 1, "maps": 1}  # dimension: tokens, or channels
 
 
@@ -252,7 +253,7 @@ def guide(denoiser: Denoiser, inputs: Inputs, nulls: Inputs | None, guidance: Gu
         guided = worse + guidance.scale * (better - worse)
         if guidance.rescale > 0:
             spread, before = (one.std(dim=(1, 2, 3), keepdim=True) for one in (guided, better))
-            guided = guided * (1 - guidance.rescale + guidance.rescale * before / spread)
+            guided = guided * (1 - guidance.rescale + guidance.rescale * before / spread.clamp(min=TINY))
         if guidance.interval is None:
             return guided
         low, high = guidance.interval  # both halves are computed outside of it too: to look at t would stall a GPU

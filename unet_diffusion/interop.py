@@ -63,6 +63,7 @@ LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 # a variant, such as fp16, stands before or after the number of the shard
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
+MULTIPLE = 8  # pixels, of the sides of what a StableDiffusionPipeline draws
 LEFT_OUT = ("safety_checker", "feature_extractor")  # parts that do not draw
 EXPORT_TOLERANCE = 1e-4  # of outputs of order 1; the same float32 operations in another order differ by 1e-6
 
@@ -410,6 +411,11 @@ def _why_not_decoded(trained: TrainedDenoiser, autoencoder: StrPath | None) -> s
     if space is None:
         return None
     kind, folder = autoencoder_class(space.autoencoder if autoencoder is None else autoencoder)
+    _, height, width = space.image_shape
+    if trained.conditions and (height % MULTIPLE or width % MULTIPLE):
+        return (
+            f"diffusers' StableDiffusionPipeline draws multiples of {MULTIPLE} pixels, and these are {height}x{width}"
+        )
     if trained.conditions and kind is not AutoencoderKL:
         return f"diffusers' StableDiffusionPipeline decodes with an AutoencoderKL, and {folder} holds a {kind.__name__}"
     config = kind.load_config(folder)

@@ -196,7 +196,7 @@ def read_latents(folder: str | Path) -> LatentSet:
         labels=torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None,
         class_names=index["class_names"],
         has_mirrored=index["has_mirrored"],
-        captions=index["captions"],
+        captions=index.get("captions"),
     )
 
 

@@ -90,13 +90,13 @@ def read_picture(options: argparse.Namespace, trained: TrainedDenoiser, shape: t
     pixels = _read("init", options.init, (channels, height, width))
     if options.mask is None:
         return Picture(pixels, None)
+    known = _read("mask", options.mask, (1, height, width)) < 0
     sizes = [ImageOps.exif_transpose(Image.open(path)).size for path in (options.init, options.mask)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"--mask must be as large as --init, {sizes[0][1]}x{sizes[0][0]}, got {sizes[1][1]}x{sizes[1][0]}; "
             "resize it"
         )
-    known = _read("mask", options.mask, (1, height, width)) < 0
     if known.all():
         raise ValueError(f"--mask must be white where the picture is to be painted, and {options.mask} has no white")
     return Picture(pixels, known)

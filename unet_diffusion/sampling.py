@@ -288,7 +288,7 @@ def check_sampling(
     """
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape must be (N, C, H, W), each at least 1, got {tuple(shape)}")
-    _check_inputs(inputs or {}, nulls, shape[0])
+    _check_inputs(inputs or {}, nulls if guidance.weaker is None else None, shape[0])
     check_guidance(inputs or {}, nulls, guidance)
     if start is not None:
         check_start(start, shape, scheduler, num_inference_steps)

@@ -115,8 +115,9 @@ class TextTokens(Condition):
         """The counterpart of `get_extra_state`."""
         if len(state):
             kept = json.loads(bytes(state.tolist()))
-            kept["merges"] = [tuple(one) for one in kept["merges"]]
-            self._take(_transformers().CLIPTokenizer(**kept))
+            merges = [tuple(one) for one in kept["merges"]]
+            tokenizer_class = _transformers().CLIPTokenizer
+            self._take(tokenizer_class(vocab=kept["vocab"], merges=merges, pad_token=kept["pad_token"]))
 
     def _take(self, tokenizer: "CLIPTokenizer") -> None:
         num_tokens, most = len(tokenizer), self.config["vocab_size"]

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from unet_diffusion.data.captions import read_captions
+from unet_diffusion.data.files import find_images
 from unet_diffusion.whole_file import whole_file
 
 RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
@@ -52,7 +54,8 @@ class TwoStages:
 
         Raises:
             FileExistsError: if the folder holds something else.
-            FileNotFoundError: if a recipe is not there.
+            FileNotFoundError: if the images or a recipe are not there.
+            ValueError: if images lack captions, or the recipe takes none.
             RuntimeError: if a stage fails; its own error comes before.
         """
         record = self._record()
@@ -62,7 +65,7 @@ class TwoStages:
                 continue
             say(f"stage {number} of 3, {name}")
             start = time.monotonic()
-            status = subprocess.run([sys.executable, "-m", "unet_diffusion.cli", *command()]).returncode
+            status = _exit_status([sys.executable, "-m", "unet_diffusion.cli", *command()])
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.monotonic() - start, 1)
             record["done"] += [] if status else [name]
             self._write(record)
@@ -81,7 +84,7 @@ class TwoStages:
         flags = {"--class_labels": self.class_labels, "--captions": self.captions, "--horizontal_flip": self._flips()}
         return [
             *("encode", str(self.output / "autoencoder"), str(self.images), "--output", str(self.output / "latents")),
-            *("--precision", "bfloat16"),
+            *("--precision", "bfloat16", "--background", self._data_of(self.autoencoder).get("background", "white")),
             *(flag for flag, is_set in flags.items() if is_set),
         ]
 
@@ -90,7 +93,8 @@ class TwoStages:
         if self.class_labels:
             classes = json.loads((self.output / "latents" / "index.json").read_text())["class_names"]
             arguments.append(f"--model.unet.init_args.num_class_embeds={len(classes) + 1}")  # and the null label
-            arguments.append(f"--model.label_dropout={LABEL_DROPOUT}")
+            if not _read(self.denoiser)["model"].get("label_dropout"):
+                arguments.append(f"--model.label_dropout={LABEL_DROPOUT}")
         return arguments
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
@@ -100,7 +104,19 @@ class TwoStages:
         return [*arguments, f"--ckpt_path={last}"] if last.exists() else arguments
 
     def _flips(self) -> bool:
-        return bool(yaml.safe_load(self.denoiser.read_text())["data"]["init_args"].get("horizontal_flip"))
+        return bool(self._data_of(self.denoiser).get("horizontal_flip"))
+
+    def _data_of(self, recipe: Path) -> dict[str, Any]:
+        return _read(recipe).get("data", {}).get("init_args", {})
+
+    def _check(self) -> None:
+        """What would fail after the first stage, or be found to be missing after the last."""
+        files = find_images(self.images)
+        if self.captions:
+            read_captions(files, files.names)
+            if not _read(self.denoiser)["model"].get("conditions"):
+                raise ValueError(f"the recipe {self.denoiser} must have conditions to take captions; use "
+                                 "configs/latents_text.yaml, or leave --captions out")  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """What may not change between calls, plain values."""
@@ -118,6 +134,7 @@ class TwoStages:
         if not path.exists():
             if self.output.exists() and any(self.output.iterdir()):
                 raise FileExistsError(f"{self.output} holds files of something else; choose another --output")
+            self._check()
             record = {"settings": settings, "seconds": {}, "done": []}
             self._write(record)
             return record
@@ -133,6 +150,20 @@ class TwoStages:
     def _write(self, record: dict[str, Any]) -> None:
         with whole_file(self.output / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1))
+
+
+def _exit_status(command: list[str]) -> int:
+    """Of a process; an interruption from the keyboard, which it gets too, is left for it to end by."""
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def _read(recipe: Path) -> dict[str, Any]:
+    return yaml.safe_load(recipe.read_text())
 
 
 def _hash(recipe: Path) -> str:

@@ -75,3 +75,13 @@ def test_data_module_has_the_captions_of_its_images(images):
     without = FolderDataModule(images, image_size=8)
     without.setup()
     assert without.captions is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff\xfe", "must be text in UTF-8"), (b'\n{"file_name": ', "line 2 does not"), (b"3", "has 3")],
+)
+def test_damaged_tables_are_refused_with_their_line(images, content, message):
+    (images / "metadata.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        captions(images)

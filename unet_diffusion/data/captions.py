@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from unet_diffusion.data.checking import NUM_NAMED
 from unet_diffusion.data.files import ImageFiles
@@ -48,15 +49,28 @@ def read_captions(files: ImageFiles, names: Sequence[str]) -> list[str]:
 
 def _content(files: ImageFiles, path: str) -> str | None:
     try:
-        return files.read(path).decode("utf-8-sig")
+        content = files.read(path)
     except (FileNotFoundError, KeyError):  # of a folder; of a zip archive
         return None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, and is not ({error}); save it as such") from error
 
 
 def _rows(content: str, path: str) -> Iterable[tuple[str, str]]:
-    is_csv = path.endswith(".csv")
-    rows = csv.DictReader(io.StringIO(content)) if is_csv else map(json.loads, content.splitlines())
-    for number, row in enumerate(rows, start=2 if is_csv else 1):
-        if not (row.get("file_name") and isinstance(row.get("text"), str)):
-            raise ValueError(f"{path} must have file_name and text in each row, and line {number} has {dict(row)}")
+    rows = enumerate(csv.DictReader(io.StringIO(content)), start=2) if path.endswith(".csv") else _lines(content, path)
+    for number, row in rows:
+        if not (isinstance(row, dict) and row.get("file_name") and isinstance(row.get("text"), str)):
+            raise ValueError(f"{path} must have file_name and text in each row, and line {number} has {row}")
         yield row["file_name"], row["text"].strip()
+
+
+def _lines(content: str, path: str) -> Iterable[tuple[int, Any]]:
+    """The values in a JSON lines file, with the numbers of their lines."""
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} must hold JSON in each line, and line {number} does not: {error}") from error

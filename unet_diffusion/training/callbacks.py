@@ -115,6 +115,9 @@ class SampleGrid(PictureGrid):
         space = getattr(trainer.datamodule, "latent_space", None)  # type: ignore[attr-defined]  # set at runtime
         if space is not None:
             autoencoder_of(space)
+        if any(one.given == "maps" for one in pl_module.all_conditions):
+            raise ValueError("samples of a model with maps cannot be drawn here, as there are no maps to give; "
+                             "train it without this callback, from Python")  # fmt: skip
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
             raise ValueError(
                 f"samples.guidance_scale {self.guidance_scale} needs a null label or caption; "

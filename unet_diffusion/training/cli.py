@@ -143,9 +143,7 @@ class TrainingCLI(LightningCLI):
         settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
-        self.model.settings = _without(
-            wanted, {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}
-        )
+        self.model.settings = _without(wanted, PATHS)
 
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:

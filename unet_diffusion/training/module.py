@@ -22,7 +22,7 @@ from unet_diffusion.schedule import NoiseSchedule, keyed_generator
 from unet_diffusion.speed import Speed
 from unet_diffusion.text import TextTokens
 from unet_diffusion.training.base import LRDecay, NetworkModule, averaged_copy, check_choice, default_optimizer
-from unet_diffusion.unet import PixelNetwork
+from unet_diffusion.unet import DenoiserUNet, PixelNetwork
 
 FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly however many there are
@@ -122,8 +122,11 @@ class DiffusionModule(NetworkModule):
     @property
     def all_conditions(self) -> list[Condition]:
         """The class labels that the network embeds itself, if it does, and the others, as they are trained."""
+        return self._conditions_of(self.conditions)
+
+    def _conditions_of(self, others: nn.ModuleList) -> list[Condition]:
         labels = [] if self.unet.class_embedding is None else [ClassLabels(self.null_label, self.label_dropout)]
-        return [*labels, *cast(list[Condition], list(self.conditions))]
+        return [*labels, *cast(list[Condition], list(others))]
 
     def averaged_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [*super().averaged_pairs(), (self.ema_conditions, self.conditions)]
@@ -191,7 +194,7 @@ class DiffusionModule(NetworkModule):
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g, dtype=torch.float32) for g in generators]).to(
             x0.device
         )
-        inputs = network_inputs(self.trained.all_conditions, self._given(batch))
+        inputs = network_inputs(self._conditions_of(self.ema_conditions), self._given(batch))
         errors = self._errors(self.ema_unet, x0, noise, t, inputs)
         self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
 
@@ -234,11 +237,13 @@ class DiffusionModule(NetworkModule):
         return {"captions": text.token_ids(captions).to(self.device)}
 
     def _meet_captions(self, datamodule: Any) -> None:
+        self._token_ids = {}  # those of other data
         texts = [one for one in self.conditions if isinstance(one, TextTokens)]
         self.captions = getattr(datamodule, "captions", None) if texts else None
         if texts and self.captions is None:
             raise ValueError(
-                "the model is conditioned on captions, and the data have none; set data.init_args.captions"
+                "the model is conditioned on captions, and the data have none; set data.init_args.captions to true, or "
+                "encode the images again with --captions"
             )
         for text, average in zip(self.conditions, self.ema_conditions, strict=True):
             if isinstance(text, TextTokens) and self.captions is not None:
@@ -338,6 +343,12 @@ def _check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> No
     if unet.config.get("vector_dim") is not None:
         raise ValueError(f"vector_dim must be None to be trained here, got {unet.config['vector_dim']}; "
                          "no condition gives a vector")  # fmt: skip
+    if any(isinstance(one, ClassLabels) for one in conditions):
+        raise ValueError("ClassLabels must not be among the conditions; set num_class_embeds and label_dropout instead")
+    if sum(isinstance(one, TextTokens) for one in conditions) > 1:
+        raise ValueError("there must be at most one TextTokens among the conditions, as there is one caption an image")
+    if not isinstance(unet, DenoiserUNet) and any(one.enters == "maps" for one in conditions):
+        raise ValueError(f"maps need a DenoiserUNet, got a {type(unet).__name__}")
     takes = unet.config.get("context_dim")
     widths = {one.config["context_dim"] for one in conditions if one.enters == "context"}
     if widths != ({takes} if takes else set()):
