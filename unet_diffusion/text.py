@@ -76,6 +76,8 @@ class TextTokens(Condition):
         }
         self.encoder = _text_model(self.config).requires_grad_(not frozen)
         self.tokenizer: CLIPTokenizer | None = None
+        self.empty_caption: Tensor  # token ids, (L,), kept on the device: a step would wait for a copy
+        self.register_buffer("empty_caption", torch.zeros(max_length, dtype=torch.int64), persistent=False)
 
     def learn_words(self, captions: Sequence[str]) -> None:
         """Train the tokenizer (byte pair encoding, as CLIP's) on captions, unless there is one.
@@ -98,7 +100,7 @@ class TextTokens(Condition):
         return encoded.input_ids
 
     def null(self, given: Tensor) -> Tensor:
-        return self.token_ids([""]).to(given.device).expand_as(given)
+        return self.empty_caption.expand_as(given)
 
     def forward(self, given: Tensor) -> Tensor:
         return self.encoder(input_ids=given).last_hidden_state
@@ -125,6 +127,7 @@ class TextTokens(Condition):
             raise ValueError(f"the tokenizer has {num_tokens} tokens, and vocab_size is {most}; raise it")
         tokenizer.model_max_length = self.config["max_length"]
         self.tokenizer = tokenizer
+        self.empty_caption.copy_(self.token_ids([""])[0])
         config = self.encoder.config  # goes out with a pipeline
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
