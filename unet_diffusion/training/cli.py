@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
+from unet_diffusion.checkpoint import load_plain
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
 from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
 from unet_diffusion.training.autoencoder import AutoencoderModule
@@ -35,9 +36,11 @@ from unet_diffusion.training.callbacks import (
     run_folder,
 )
 from unet_diffusion.training.module import DiffusionModule
+from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.segmentation import SegmentationModule
 
 CHECKPOINTS = "checkpoints"
+FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
 PATHS = {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}  # settings of this machine
 
 
@@ -92,6 +95,7 @@ class TrainingCLI(LightningCLI):
             FileExistsError: if the run folder holds a run that is not being continued.
         """
         _silence_what_is_meant()
+        refuse_dangerous_modules()
         cls(
             _task_of(arguments[1:]),
             subclass_mode_data=True,
@@ -117,7 +121,19 @@ class TrainingCLI(LightningCLI):
                              "checkpoint.auto_insert_metric_name": False,
                              "checkpoint.enable_version_counter": False})  # fmt: skip
 
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint that could run code. By Lightning's own its settings would replace those given here."""
+        config = self.config[self.config.subcommand]
+        if config.weights_only is False:
+            raise ValueError("weights_only must be true, got false, which lets a file run code; leave it out")
+        if config.ckpt_path not in (None, *FINDS_CHECKPOINTS):
+            if not Path(config.ckpt_path).is_file():
+                words = ", ".join(FINDS_CHECKPOINTS)
+                raise FileNotFoundError(f"ckpt_path must be a file, or one of {words}, got {config.ckpt_path}")
+            load_plain(config.ckpt_path)
+
     def before_instantiate_classes(self) -> None:
+        check_named_classes(self.config)
         config = self.config[self.subcommand]
         root = Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
         config.trainer.default_root_dir = str(root)
