@@ -399,3 +399,63 @@ def test_imported_checkpoint_is_what_was_imported(stable_diffusion, tmp_path, ru
     read, expected = read_checkpoint(tmp_path / "imported.ckpt"), import_pipeline(stable_diffusion)
     assert denoiser_record(read) == denoiser_record(expected)
     assert_same_images(our_images(read), our_images(expected))
+
+
+# ------------------------------------------------------------------------------------------------ folders from anyone
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+WEIGHTS = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}  # stem of the names, by part
+
+
+@pytest.mark.parametrize(
+    ("part", "pickle"), [("vae", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")]
+)
+def test_pickle_in_a_folder_is_refused_and_its_code_not_run(stable_diffusion, tmp_path, part, pickle):
+    (stable_diffusion / part / f"{WEIGHTS[part]}.safetensors").unlink()
+    torch.save({"weight": Code(tmp_path / "ran")}, stable_diffusion / part / pickle)
+    with pytest.raises(FileNotFoundError, match=rf"{part} must hold {WEIGHTS[part]}\.safetensors.*can run code"):
+        import_pipeline(stable_diffusion)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/evil.safetensors", "evil.bin"])
+def test_index_of_weights_names_files_beside_it(stable_diffusion, tmp_path, part, name):
+    folder = stable_diffusion / part
+    (folder / f"{WEIGHTS[part]}.safetensors").unlink()
+    torch.save({"weight": Code(tmp_path / "ran")}, folder / "evil.bin")
+    index = {"metadata": {}, "weight_map": {"weight": name}}
+    (folder / f"{WEIGHTS[part]}.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"must name \.safetensors files beside it, got '{name}'"):
+        import_pipeline(stable_diffusion)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_python_in_a_pipeline_folder_is_not_run(stable_diffusion, tmp_path):
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Evil: pass\n"
+    automatic = {"auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}}
+    for part in ("", "unet", "vae", "scheduler", "text_encoder", "tokenizer"):
+        (stable_diffusion / part / "evil.py").write_text(code)
+        (stable_diffusion / part / f"{part or 'pipeline'}.py").write_text(code)
+        for file in (stable_diffusion / part).glob("*config.json"):
+            content = json.loads(file.read_text())
+            asked = {**automatic, "trust_remote_code": True, "attn_implementation": "evil/kernel"}
+            file.write_text(json.dumps({**content, **(asked if part in ("text_encoder", "tokenizer") else automatic)}))
+    index = json.loads((stable_diffusion / "model_index.json").read_text())
+    index |= {"_class_name": ["pipeline", "Evil"], "unet": ["unet", "Evil"], "tokenizer": ["evil", "Evil"]}
+    (stable_diffusion / "model_index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="auto_map"):
+        trained = import_pipeline(stable_diffusion)
+    assert isinstance(trained.conditions[0], TextTokens)
+    assert trained.conditions[0].encoder.config._attn_implementation == "sdpa"
+    assert not (tmp_path / "ran").exists()

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor
 
+from unet_diffusion.checkpoint import check_safetensors
 from unet_diffusion.latents import LatentSpace, fingerprint
 
 Autoencoder: TypeAlias = AutoencoderKL | VQModel
@@ -82,11 +83,14 @@ def pretrained_autoencoder(folder: str | os.PathLike[str]) -> ModelMixin:  # not
     """The autoencoder in a diffusers folder, or in the folder vae, vqvae or autoencoder inside it.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is none, or none in safetensors.
         ValueError: if it is of another class, or weights are missing or left over.
     """
     kind, path = autoencoder_class(folder)
-    autoencoder, report = kind.from_pretrained(path, output_loading_info=True)
+    check_safetensors(path, "diffusion_pytorch_model")
+    autoencoder, report = kind.from_pretrained(
+        path, output_loading_info=True, use_safetensors=True, local_files_only=True
+    )
     if wrong := [f"{name}: {', '.join(map(str, keys))}" for name, keys in report.items() if keys]:
         raise ValueError(f"the weights in {path} must be those of its config.json; {'; '.join(wrong)}")
     return autoencoder

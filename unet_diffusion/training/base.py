@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from unet_diffusion.checkpoint import check_callbacks
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import SPEEDS, Speed, fastest_speed, keep_freed_memory, set_speed, speeds_for
 from unet_diffusion.unet import PixelNetwork
@@ -179,6 +180,7 @@ class NetworkModule(LightningModule):
         Raises:
             ValueError: naming each setting that differs.
         """
+        check_callbacks(checkpoint)
         saved = checkpoint.get(self.record_key)
         if saved is None:
             raise ValueError(
