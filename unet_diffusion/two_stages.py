@@ -65,7 +65,8 @@ class TwoStages:
                 continue
             say(f"stage {number} of 3, {name}")
             start = time.monotonic()
-            status = _exit_status([sys.executable, "-m", "unet_diffusion.cli", *command()])
+            # -P: modules are not looked for in the current folder, which may be that of somebody's images.
+            status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion.cli", *command()])
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.monotonic() - start, 1)
             record["done"] += [] if status else [name]
             self._write(record)
