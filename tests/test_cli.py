@@ -1,7 +1,9 @@
 import csv
+import io
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from unet_diffusion.checkpoint import read_checkpoint, write_initial_checkpoint
 from unet_diffusion.interop import export_pipeline, import_pipeline
 from unet_diffusion.unet import DenoiserUNet
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 SAMPLE = ("--num_inference_steps", 2, "--device", "cpu")
 
 
@@ -141,7 +144,7 @@ def test_progress_bar_can_be_on_or_off(tmp_path, run_cli, tiny_digits):
     assert bars == [True, False]
 
 
-def test_wandb_overlay_logs_pictures_and_configuration_offline(tmp_path, run_cli, tiny_digits, monkeypatch):
+def test_wandb_overlay_logs_pictures_offline_beside_the_csv_file(tmp_path, run_cli, tiny_digits, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -152,9 +155,22 @@ def test_wandb_overlay_logs_pictures_and_configuration_offline(tmp_path, run_cli
     assert status == 0, err
     (folder,) = run.glob("wandb/offline-run-*")
     assert len(list(folder.glob("files/media/images/samples_*.png"))) == 2
-    (record,) = folder.glob("*.wandb")
-    assert b"unet_diffusion.data.DigitsDataModule" in record.read_bytes()
     assert (run / "logs" / "version_0" / "metrics.csv").is_file()
+
+
+def test_tensorboard_overlay_logs_pictures_losses_and_rates(tmp_path, run_cli, tiny_digits):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, overlay = tmp_path / "run", CONFIGS / "logger" / "tensorboard.yaml"
+    status, _, err = run_cli("fit", *tiny_digits, "--config", overlay, "--trainer.default_root_dir", run)
+    assert status == 0, err
+    events = EventAccumulator(str(run / "tensorboard" / "version_0")).Reload()
+    assert {"train/loss", "val/loss", "lr-AdamW"} <= set(events.Tags()["scalars"])
+    for image in events.Images("samples"):
+        with Image.open(run / "samples" / f"step_{image.step:07d}.png") as picture:
+            logged = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+            np.testing.assert_array_equal(logged, np.asarray(picture))
+    assert [image.step for image in events.Images("samples")] == [2, 4]
 
 
 # ------------------------------------------------------------------------------------------------------------- sample

@@ -122,6 +122,27 @@ def test_training_goes_on_offline_if_nobody_answers(fit, tmp_path, monkeypatch):
     assert len({path.name for path in kept_runs(tmp_path / "run")}) == 1  # they are named after the id
 
 
+def test_training_goes_on_if_the_process_of_wandb_fails(fit, tmp_path, monkeypatch):
+    from wandb.wandb_run import Run
+
+    log, told = Run.log, []
+
+    def fail_at_the_third(run, data, *arguments, **options):
+        told.append(data)
+        if len(told) == 3:
+            raise ConnectionResetError("Connection lost")
+        log(run, data, *arguments, **options)
+
+    monkeypatch.setattr(Run, "log", fail_at_the_third)
+    with pytest.warns(UserWarning, match="W&B has failed .*Connection lost.* training and the other logs go on"):
+        status, err = fit()
+    assert status == 0, err
+    assert len(told) == 3
+    assert (tmp_path / "run" / "samples" / "step_0000004.png").is_file()
+    with open(tmp_path / "run" / "logs" / "version_0" / "metrics.csv", newline="") as file:
+        assert set(by_step(csv.DictReader(file), "step", "train/loss")) == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("offline", ["true", "false"])
 def test_upload_of_checkpoints_without_a_network_is_refused_before_training(fit, tmp_path, offline):
     status, err = fit("--trainer.logger.init_args.log_model", "all", "--trainer.logger.init_args.offline", offline)

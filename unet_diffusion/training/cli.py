@@ -19,7 +19,6 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -39,7 +38,7 @@ from unet_diffusion.training.callbacks import (
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.segmentation import SegmentationModule
-from unet_diffusion.training.wandb_run import continue_wandb_run, start_wandb_run
+from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
 
 CHECKPOINTS = "checkpoints"
 FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
@@ -158,7 +157,7 @@ class TrainingCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, RunWandbLogger):
                 start_wandb_run(logger, run_folder(self.trainer))
 
     def before_fit(self) -> None:
@@ -263,7 +262,8 @@ def _loggers(wanted: Any, root: Path) -> Any:
     for logger in others:
         if "save_dir" in logger.init_args and logger.init_args.save_dir in (None, "."):
             logger.init_args.save_dir = str(root)
-        if logger.class_path.endswith(WandbLogger.__name__):
+        if logger.class_path.startswith("lightning.") and logger.class_path.endswith(".WandbLogger"):
+            logger.class_path = f"{RunWandbLogger.__module__}.{RunWandbLogger.__name__}"
             is_continued = any((root / CHECKPOINTS).glob("*.ckpt"))  # a run is never trained over
             continue_wandb_run(logger.init_args, root, is_continued=is_continued)
     return [csv, *others]

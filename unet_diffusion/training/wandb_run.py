@@ -1,6 +1,7 @@
 """Weights & Biases: one run of it for each run folder, which goes on when training does, with a network or without."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,22 @@ PATIENCE = {  # seconds to wait for the network, unless these variables are set;
     "WANDB_INIT_TIMEOUT": "20",
     "WANDB_FINISH_TIMEOUT": "300",  # for what is not uploaded yet when training is done; it stays on disk
 }
+
+
+class RunWandbLogger(WandbLogger):
+    """Lightning's WandbLogger, without which training goes on if W&B's own process fails."""
+
+    _has_failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if self._has_failed:
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # whatever it is, it is not worth the run
+            self._has_failed = True
+            rank_zero_warn(f"W&B has failed ({error!r}), and is told nothing more; training and the other logs go on")
 
 
 def continue_wandb_run(init_args: Any, root: Path, *, is_continued: bool) -> None:
@@ -38,7 +55,7 @@ def continue_wandb_run(init_args: Any, root: Path, *, is_continued: bool) -> Non
 
 
 @rank_zero_only
-def start_wandb_run(logger: WandbLogger, root: Path) -> None:
+def start_wandb_run(logger: RunWandbLogger, root: Path) -> None:
     """Begin or continue the run, and note its id in the run folder; offline, with a warning, if W&B cannot be reached.
 
     Args:
