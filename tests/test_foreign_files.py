@@ -73,6 +73,19 @@ def test_checkpoint_to_continue_from_is_a_file(run_cli, tiny_digits, tmp_path, p
     assert f"ckpt_path must be a file, or one of last, best, hpc, got {path}" in err
 
 
+def test_checkpoint_that_is_found_is_checked_as_well(
+    run_cli, tiny_digits, tmp_path, checkpoint_with_code, marker, monkeypatch
+):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # torch's default then is to run code
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    shutil.copyfile(checkpoint_with_code, last)
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", tmp_path / "run", "--ckpt_path", "last")
+    assert status == 1
+    assert "last.ckpt was not loaded" in err
+    assert not marker.exists()
+
+
 def test_configuration_cannot_ask_for_code_to_be_loaded(run_cli, tiny_digits, tmp_path, checkpoint_with_code, marker):
     settings = {"ckpt_path": str(checkpoint_with_code), "weights_only": False}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(settings))

@@ -127,16 +127,20 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if config.weights_only is False:
             raise ValueError("weights_only must be true, got false, which lets a file run code; leave it out")
-        if config.ckpt_path not in (None, *FINDS_CHECKPOINTS):
-            if not Path(config.ckpt_path).is_file():
+        if config.ckpt_path in FINDS_CHECKPOINTS:
+            files = sorted((_root(config) / CHECKPOINTS).glob("*.ckpt"))
+        else:
+            files = [Path(config.ckpt_path)] if config.ckpt_path else []
+        for file in files:
+            if not file.is_file():
                 words = ", ".join(FINDS_CHECKPOINTS)
                 raise FileNotFoundError(f"ckpt_path must be a file, or one of {words}, got {config.ckpt_path}")
-            load_plain(config.ckpt_path)
+            load_plain(file)
 
     def before_instantiate_classes(self) -> None:
         check_named_classes(self.config)
         config = self.config[self.subcommand]
-        root = Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
+        root = _root(config)
         config.trainer.default_root_dir = str(root)
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
@@ -220,6 +224,11 @@ def _silence_what_is_meant() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _root(config: Any) -> Path:
+    """The run folder that the settings of a command name."""
+    return Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
 
 
 def _continues(root: Path, ckpt_path: Any) -> bool:
