@@ -62,18 +62,31 @@ def test_exported_pipeline_holds_the_averaged_weights_of_the_last_checkpoint(dig
     torch.testing.assert_close(exported, last, rtol=0, atol=0)
 
 
-def test_second_fit_into_a_run_folder_is_refused_with_what_to_do(digits_run, run_cli, tiny_digits):
-    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", digits_run)
+def test_fit_of_other_settings_into_a_run_folder_is_refused_with_what_to_do(digits_run, run_cli, tiny_digits):
+    arguments = ["--trainer.default_root_dir", digits_run, "--model.ema_decay", 0.5]
+    status, _, err = run_cli("fit", *tiny_digits, *arguments)
     assert status == 1
-    assert f"{digits_run} holds a run already; continue it with --ckpt_path {digits_run}/checkpoints/last.ckpt" in err
+    assert f"{digits_run} holds a run of other settings (model.ema_decay was 0.9" in err
+    assert f"by --ckpt_path {digits_run}/checkpoints/last.ckpt, or start another" in err
     assert not (digits_run / "logs" / "version_1").exists()
+
+
+def test_same_command_again_leaves_a_finished_run_as_it_is(digits_run, tmp_path, run_cli, tiny_digits):
+    run = copy_of(digits_run, tmp_path)
+    before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    (run / "samples.png").unlink()  # the run may have been killed while it was drawn
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", run)
+    assert status == 0, err
+    after = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.testing.assert_close(after["state_dict"], before["state_dict"], rtol=0, atol=0)
+    assert (run / "samples.png").read_bytes() == (digits_run / "samples.png").read_bytes()
 
 
 def test_fit_from_another_run_into_a_run_folder_is_refused(digits_run, tmp_path, run_cli, tiny_digits):
     last = copy_of(digits_run, tmp_path) / "checkpoints" / "last.ckpt"
     status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", digits_run, "--ckpt_path", last)
     assert status == 1
-    assert "holds a run already" in err
+    assert "holds a run of other settings (ckpt_path was None, is" in err
 
 
 def test_run_continues_from_its_checkpoint_and_keeps_its_log(digits_run, tmp_path, run_cli, tiny_digits):

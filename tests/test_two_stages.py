@@ -66,19 +66,16 @@ def test_a_stage_that_fails_is_gone_on_with(ran, run_cli, command, tmp_path):
     fails[3] = 1
     status, _, err = run_cli(*command)
     assert (status, "stage 3, denoiser, failed; the same command again goes on" in err) == (1, True), err
-    (tmp_path / "out" / "denoiser" / "checkpoints").mkdir(parents=True)
-    last = tmp_path / "out" / "denoiser" / "checkpoints" / "last.ckpt"
-    last.touch()
     status, _, err = run_cli(*command)
     assert status == 0, err
-    assert [one[0] for one in commands[3:]] == ["fit"]
-    assert f"--ckpt_path={last}" in commands[3]
+    assert commands[3:] == [commands[2]]
 
 
-def test_an_interrupted_stage_ends_the_command_as_interrupted(ran, run_cli, command):
+@pytest.mark.parametrize("status", [130, 143])
+def test_an_interrupted_stage_ends_the_command_as_interrupted(ran, run_cli, command, status):
     commands, status_of = ran
-    status_of[1] = 130
-    assert run_cli(*command)[0] == 130
+    status_of[1] = status
+    assert run_cli(*command)[0] == status
     assert len(commands) == 1
 
 

@@ -27,7 +27,9 @@ MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """Run a command and return its exit status: 0 done, 1 failed, 2 wrong usage.
+
+    Interrupted, it ends with 130 (SIGINT) or 143 (SIGTERM); fit saves first, and the same command goes on from there.
 
     Args:
         arguments: without the program's name; None: those of this process.

@@ -7,6 +7,7 @@ would: runs of `fit`, latents of `encode`. Run again, it goes on where it was cu
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -19,10 +20,11 @@ import yaml
 
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import find_images
+from unet_diffusion.interruption import Interrupted, handled
 from unet_diffusion.whole_file import whole_file
 
 RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
-INTERRUPTED = 130  # exit status of a stage
+INTERRUPTED = (130, 143)  # exit statuses of a stage that a signal ended
 LABEL_DROPOUT = 0.1  # of classes, for guidance
 
 
@@ -69,8 +71,8 @@ class TwoStages:
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.monotonic() - start, 1)
             record["done"] += [] if status else [name]
             self._write(record)
-            if status == INTERRUPTED:
-                raise KeyboardInterrupt
+            if status in INTERRUPTED:
+                raise Interrupted(status - 128)
             if status:
                 raise RuntimeError(f"stage {number}, {name}, failed; the same command again goes on from there")
 
@@ -99,9 +101,7 @@ class TwoStages:
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
         run = self.output / name
-        last = run / "checkpoints" / "last.ckpt"
-        arguments = ["fit", f"--config={recipe}", f"--data.init_args.root={root}", f"--trainer.default_root_dir={run}"]
-        return [*arguments, f"--ckpt_path={last}"] if last.exists() else arguments
+        return ["fit", f"--config={recipe}", f"--data.init_args.root={root}", f"--trainer.default_root_dir={run}"]
 
     def _flips(self) -> bool:
         return bool(self._data_of(self.denoiser).get("horizontal_flip"))
@@ -153,13 +153,10 @@ class TwoStages:
 
 
 def _exit_status(command: list[str]) -> int:
-    """Of a process; an interruption from the keyboard, which it gets too, is left for it to end by."""
+    """Of a process that ends by itself when interrupted: SIGTERM is passed on, the terminal sends SIGINT to both."""
     process = subprocess.Popen(command)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    with handled((signal.SIGINT,), lambda *_: None), handled((signal.SIGTERM,), lambda *_: process.terminate()):
+        return process.wait()
 
 
 def _read(recipe: Path) -> dict[str, Any]:

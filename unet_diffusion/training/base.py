@@ -134,6 +134,12 @@ class NetworkModule(LightningModule):
                 f"the weights must be float32 for the average to move, got {dtype}; use precision bf16-mixed"
             )
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """What is drawn from torch's own generators, as dropout is, follows from seed, step and process as all else."""
+        torch.manual_seed(
+            keyed_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank).initial_seed()
+        )
+
     def train(self, mode: bool = True) -> "NetworkModule":
         """Switches dropout of the trained network; the averaged one is never in training mode."""
         super().train(mode)

@@ -3,12 +3,12 @@
 What is trained is the configuration's `task`: "denoise", the default, "segment" or "autoencode".
 
 The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png,
-checkpoints/ and the exported pipeline/ or autoencoder/; a folder that holds a run is never trained into again, except
-to continue it.
+checkpoints/ and the exported pipeline/ or autoencoder/. The same command again goes on from the newest checkpoint that
+is whole; a folder that holds a run of other settings is never trained into, except to continue it by name.
 """
 
 import argparse
-import os
+import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,15 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
 from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
+from unet_diffusion.interruption import Interrupted
 from unet_diffusion.training.autoencoder import AutoencoderModule
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.callbacks import (
@@ -34,11 +36,17 @@ from unet_diffusion.training.callbacks import (
     SegmentationGrid,
     run_folder,
 )
+from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
+from unet_diffusion.training.stopping import StopOnSignal
+from unet_diffusion.whole_file import whole_file
 
 CHECKPOINTS = "checkpoints"
 PATHS = {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}  # settings of this machine
+WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
+
+MAX_SHOWN = 5  # settings that differ
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,8 @@ class SaveRunConfig(SaveConfigCallback):
         if stage != "fit":
             return
         text = self.parser.dump(self.config, skip_unset=False)
-        folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(text)
+        with whole_file(run_folder(trainer) / "config.yaml") as partial:
+            partial.write_text(text)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
 
@@ -89,9 +96,21 @@ class TrainingCLI(LightningCLI):
 
         Raises:
             ValueError: if the settings contradict each other, or there is no such task.
-            FileExistsError: if the run folder holds a run that is not being continued.
+            FileExistsError: if the run folder holds a run of other settings.
+            Interrupted: if a signal ended it.
         """
         _silence_what_is_meant()
+        try:
+            cls._run(arguments)
+        except SIGTERMException as error:  # before the first step, when Lightning has the signal
+            raise Interrupted(signal.SIGTERM) from error
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning ends with status 1
+                raise KeyboardInterrupt from None
+            raise
+
+    @classmethod
+    def _run(cls, arguments: Sequence[str]) -> None:
         cls(
             _task_of(arguments[1:]),
             subclass_mode_data=True,
@@ -111,8 +130,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--task", choices=tuple(TASKS), default="denoise", help="what is trained")
         parser.add_lightning_class_args(self.task.pictures, "samples")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        # Without a version counter last.ckpt is always the last one, also in a run folder that was moved and continued.
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
                              "checkpoint.auto_insert_metric_name": False,
                              "checkpoint.enable_version_counter": False})  # fmt: skip
@@ -126,8 +144,8 @@ class TrainingCLI(LightningCLI):
         config.trainer.logger = _loggers(config.trainer.logger, root)
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
-        elif self.subcommand == "fit" and not _continues(root, config.ckpt_path):
-            _refuse_to_overwrite(root)
+        elif self.subcommand == "fit":
+            config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config = self.written
@@ -135,12 +153,37 @@ class TrainingCLI(LightningCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
-        self.trainer_defaults["callbacks"] = [*bar, *rates]
-        return super().instantiate_trainer(**kwargs)
+        self.trainer_defaults["callbacks"] = [*bar, *rates, StopOnSignal()]
+        made = super().instantiate_trainer(**kwargs)
+        made.strategy.checkpoint_io = WholeCheckpoints()
+        return made
+
+    def _settings(self) -> dict[str, Any]:
+        """All settings as plain values, as config.yaml has them."""
+        return yaml.safe_load(self.parser.dump(self.written, skip_unset=False))[self.subcommand]
+
+    def _checkpoint_to_go_on_from(self, root: Path) -> str | None:
+        """The one asked for, or the newest good one of a run of these settings in the folder, or None.
+
+        Raises:
+            FileExistsError: if the folder holds a run of other settings.
+            ValueError: if all its checkpoints are damaged.
+        """
+        asked = self.written[self.subcommand].ckpt_path
+        if asked and (not Path(asked).is_file() or root.resolve() in Path(asked).resolve().parents):
+            return asked  # one of its own, or a word of Lightning's, like last
+        if not any((root / CHECKPOINTS).glob("*.ckpt")):
+            return asked
+        _refuse_other_settings(root, self._settings())
+        found = newest_good(root / CHECKPOINTS)
+        assert found is not None
+        path, step = found
+        rank_zero_info(f"{root} holds this run; it goes on from step {step} ({path.name})")
+        return str(path)
 
     def before_fit(self) -> None:
-        self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config.fit.ckpt_path)
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
+        self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
+        settings = self._settings()
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
         self.model.settings = _without(wanted, PATHS)
@@ -152,6 +195,8 @@ class TrainingCLI(LightningCLI):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
             folder = run_folder(self.trainer)
+            if not (folder / "samples.png").exists():  # of a run that had all its steps, and was killed before that
+                self._get(self.config_init, "samples").on_train_end(self.trainer, self.model)
             rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and {self._hand_over(folder)}")
 
     def _hand_over(self, folder: Path) -> str:
@@ -193,16 +238,12 @@ def _silence_what_is_meant() -> None:
         "LightningCLI's args parameter is intended",
         r"Found \d+ module\(s\) in eval mode",  # the averaged network
         "Using ModelCheckpoint with manual optimization",  # of GANs with steps of several optimisers
+        "Checkpoint directory .* exists and is not empty",  # a run goes on
         "The number of training batches .* is smaller than the logging interval",  # steps are counted, not epochs
         ".*does not have many workers",  # the images are in memory
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _continues(root: Path, ckpt_path: Any) -> bool:
-    """Whether a run goes on from a checkpoint of its own: a file in its folder, or a word of Lightning's, like last."""
-    return bool(ckpt_path) and (not Path(ckpt_path).is_file() or root.resolve() in Path(ckpt_path).resolve().parents)
 
 
 def _has_checkpoint(root: Path, ckpt_path: Any) -> bool:
@@ -217,14 +258,28 @@ def _without(settings: Any, keys: set[str]) -> Any:
     return {key: _without(value, keys) for key, value in settings.items() if key not in keys}
 
 
-def _refuse_to_overwrite(root: Path) -> None:
-    """A run is not trained over. Other ranks than the first start later, when the run may have begun."""
-    checkpoints = sorted((root / CHECKPOINTS).glob("*.ckpt"))
-    if checkpoints and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> None:
+    file = root / "config.yaml"
+    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    wanted = {key: settings[key] for key in WHAT_IS_TRAINED}
+    if settings["ckpt_path"]:
+        wanted["ckpt_path"] = settings["ckpt_path"]
+    differ = _differences({key: before.get(key) for key in wanted}, wanted)
+    if differ:
+        more = f"; and {len(differ) - MAX_SHOWN} more" if differ[MAX_SHOWN:] else ""
         raise FileExistsError(
-            f"{root} holds a run already; continue it with --ckpt_path {root / CHECKPOINTS / 'last.ckpt'}, "
-            "or start another with --trainer.default_root_dir DIR"
+            f"{root} holds a run of other settings ({'; '.join(differ[:MAX_SHOWN])}{more}). "
+            f"Train it on with these by --ckpt_path {root / CHECKPOINTS / LAST}, or start another with "
+            "--trainer.default_root_dir DIR"
         )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """A line for each nested setting that is not the same."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}")]
+    return [] if before == now else [f"{name.lstrip('.')} was {before}, is {now}"]
 
 
 def _loggers(wanted: Any, root: Path) -> Any:
@@ -234,7 +289,8 @@ def _loggers(wanted: Any, root: Path) -> Any:
     csv = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         # A version of its own each time it starts: a continued run would otherwise delete the log it continues.
-        "init_args": {"save_dir": str(root), "name": "logs"},
+        # Each row is written at once: a process that is killed leaves what it logged.
+        "init_args": {"save_dir": str(root), "name": "logs", "flush_logs_every_n_steps": 1},
     }
     others = [] if wanted in (None, True) else wanted if isinstance(wanted, list) else [wanted]
     for logger in others:
