@@ -86,11 +86,11 @@ def server(tmp_path_factory):
 class Run:
     """One run folder, and the processes that work on it."""
 
-    def __init__(self, server, arguments: list[str], name: str, max_steps: int) -> None:
-        self.server, self.folder = server, server.folder / name
+    def __init__(self, parent: Path, arguments: list[str], name: str, max_steps: int, server=None) -> None:
+        self.server, self.folder = server, parent / name
         self.arguments = ["fit", *arguments, "--config", "overlay.yaml", "--trainer.default_root_dir", name]
         self.arguments += ["--trainer.max_steps", str(max_steps)]
-        self.log = server.folder / f"{name}.log"
+        self.log = parent / f"{name}.log"
 
     def start(self) -> int:
         """The process."""
@@ -125,7 +125,7 @@ class Run:
 @pytest.fixture
 def run(server, tiny_digits):
     def make(name: str, max_steps: int, *more: str) -> Run:
-        return Run(server, [*tiny_digits, *more], name, max_steps)
+        return Run(server.folder, [*tiny_digits, *more], name, max_steps, server)
 
     return make
 
@@ -137,7 +137,7 @@ def untouched(server, tiny_digits):
 
     def get(max_steps: int) -> Run:
         if max_steps not in made:
-            made[max_steps] = Run(server, tiny_digits, f"untouched_{max_steps}", max_steps)
+            made[max_steps] = Run(server.folder, tiny_digits, f"untouched_{max_steps}", max_steps, server)
             made[max_steps].start()
             assert made[max_steps].status() == 0, made[max_steps].log.read_text()
         return made[max_steps]
@@ -237,3 +237,33 @@ def test_damaged_checkpoint_is_said_and_the_one_before_is_used(run, untouched, d
     assert f"goes on from step {before['global_step']} (previous.ckpt)" in hurt.log.read_text()
     assert before["global_step"] < step
     assert_same(hurt, untouched(60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_go_on_together(signum, tiny_digits, tmp_path):
+    """SIGTERM reaches the first of them only, SIGKILL both."""
+    (tmp_path / "overlay.yaml").write_text(OVERLAY)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> tuple[subprocess.Popen, Run]:
+        two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.precision", "32-true"]
+        run = Run(tmp_path, [*tiny_digits, *two], name, max_steps=40)
+        command = [sys.executable, "-m", "unet_diffusion.cli", *run.arguments]
+        with open(run.log, "a") as log:
+            return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log, start_new_session=True), run
+
+    process, untouched = start("untouched")
+    assert process.wait(timeout=180) == 0, untouched.log.read_text()
+    process, stopped = start("stopped")
+    stopped.saves(after=0)
+    if signum == signal.SIGKILL:
+        os.killpg(process.pid, signum)
+        assert process.wait(timeout=60) == -signum
+    else:
+        process.send_signal(signum)
+        assert process.wait(timeout=60) == 128 + signum, stopped.log.read_text()
+    assert 0 < stopped.last()["global_step"] < 40
+    process, stopped = start("stopped")
+    assert process.wait(timeout=180) == 0, stopped.log.read_text()
+    assert_same(stopped, untouched)
