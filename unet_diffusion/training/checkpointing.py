@@ -65,6 +65,17 @@ class RunCheckpoint(ModelCheckpoint):
             for partial in Path(self.dirpath).glob(".*.partial"):  # of a process that was killed
                 partial.unlink()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks whether what will be kept has room.
+
+        Raises:
+            OSError: if there is too little.
+        """
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and self.dirpath is not None and not trainer.fast_dev_run:
+            num_kept = 3 + max(self.save_top_k if self.monitor else 0, 0)  # last, previous, one underway; and the best
+            check_room(Path(self.dirpath), num_kept * num_bytes(pl_module))
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         every = self._every_n_train_steps
         if every and trainer.global_step % every == 0 and validation_follows(trainer):
@@ -150,6 +161,24 @@ def check_whole(path: Path) -> None:
         raise ValueError(f"it is damaged ({error})") from error
     if bad is not None:
         raise ValueError(f"it is damaged (the checksum of {bad} is wrong)")
+
+
+def num_bytes(module: LightningModule) -> int:
+    """Size of a checkpoint, about: all weights and averages, and two moments of each weight that is trained."""
+    held = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    return held + 2 * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OSError if a folder's disk, with the checkpoints that are there and will be replaced, has less room."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("*.ckpt")}.values())
+    free = shutil.disk_usage(folder).free
+    if free + held < needed:
+        raise OSError(
+            f"checkpoints in {folder} will take about {needed / 2**20:.0f} MiB, and {(free + held) / 2**20:.0f} MiB "
+            "are free; make room, or choose a --trainer.default_root_dir on another disk"
+        )
 
 
 def _put(path: Path, place: Path) -> None:

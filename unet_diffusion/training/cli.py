@@ -37,6 +37,7 @@ from unet_diffusion.training.callbacks import (
     run_folder,
 )
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
+from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.training.stopping import StopOnSignal
@@ -88,7 +89,14 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, task: str, **options: Any):
         self.task = TASKS[task]
-        super().__init__(self.task.module, self.task.data, **options)
+        try:
+            super().__init__(self.task.module, self.task.data, **options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            batch_size = getattr(getattr(self, "datamodule", None), "batch_size", None)
+            accumulated = self.trainer.accumulate_grad_batches if hasattr(self, "trainer") else 1
+            raise MemoryError(memory_advice(error, batch_size, accumulated)) from error
 
     @classmethod
     def run(cls, arguments: Sequence[str]) -> None:
@@ -97,6 +105,7 @@ class TrainingCLI(LightningCLI):
         Raises:
             ValueError: if the settings contradict each other, or there is no such task.
             FileExistsError: if the run folder holds a run of other settings.
+            MemoryError: if memory does not suffice.
             Interrupted: if a signal ended it.
         """
         _silence_what_is_meant()
@@ -153,7 +162,7 @@ class TrainingCLI(LightningCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
-        self.trainer_defaults["callbacks"] = [*bar, *rates, StopOnSignal()]
+        self.trainer_defaults["callbacks"] = [*bar, *rates, SkipBadSteps(), StopOnSignal()]
         made = super().instantiate_trainer(**kwargs)
         made.strategy.checkpoint_io = WholeCheckpoints()
         return made
