@@ -28,7 +28,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
     """AdamW at 2e-4 (Ho et al. 2020, appendix B), without weight decay."""
-    return AdamW(params, lr=2.0e-4, weight_decay=0.0)
+    return AdamW(params, lr=2.0e-4, weight_decay=0.0, fused=True)
 
 
 class NetworkModule(LightningModule):
@@ -157,6 +157,18 @@ class NetworkModule(LightningModule):
             return lr_factor(step, self.lr_warmup_steps, num_steps)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as Lightning does, which refuses fused optimisers in mixed precision; only float16 scales gradients."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed":
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then moves the average: once an optimiser step, however many batches it accumulates."""
