@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +186,82 @@ def test_autoencoder_and_discriminator_are_equal_on_both_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+SAME_NOISE = """
+import torch
+from lightning.pytorch import Callback
+
+from unet_diffusion.conditioning import network_inputs
+from unet_diffusion.sampling import image_generators
+
+
+class SameNoise(Callback):
+    '''Noise and timesteps that belong to an image, not to a process.'''
+
+    def setup(self, trainer, module, stage):
+        def training_step(batch, batch_idx):
+            x0, index = batch["images"], batch["index"]
+            generators = image_generators(0, index.tolist())
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=one) for one in generators])
+            inputs = network_inputs(module.all_conditions, module._given(batch))
+            return module._errors(module.unet, x0, noise, module.fixed_timesteps(index), inputs).mean()
+
+        module.training_step = training_step
+"""
+STRATEGIES = {
+    "one": ["--trainer.devices", "1", "--data.init_args.batch_size", "64"],
+    "ddp": ["--config", str(CONFIGS / "trainer" / "ddp.yaml"), "--trainer.devices", "2"],
+    "fsdp2": ["--config", str(CONFIGS / "trainer" / "fsdp2.yaml"), "--trainer.devices", "2"],
+}
+MOMENTUM = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.init_args.lr", "0.05"]
+MOMENTUM += [
+    "--model.optimizer.init_args.fused",
+    "null",
+    "--model.optimizer.init_args.momentum",
+    "0.9",
+    "--model.lr_decay",
+    "constant",
+]
+
+
+@pytest.fixture(scope="module")
+def trained_by(tmp_path_factory, tiny_digits):
+    """Trains 64 images a step by a strategy, to that many steps, in a copy of a run if told; the last checkpoint."""
+    folder = tmp_path_factory.mktemp("strategies")
+    (folder / "noise.py").write_text(SAME_NOISE)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+    def train(strategy: str, max_steps: int, begun: str | None = None) -> dict:
+        name = f"{begun}_{strategy}" if begun else strategy
+        arguments = [*tiny_digits, *MOMENTUM, *STRATEGIES[strategy], "--trainer.max_steps", str(max_steps)]
+        arguments += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
+        arguments += ["--trainer.callbacks+=noise.SameNoise", "--trainer.default_root_dir", name]
+        if begun:
+            shutil.copytree(folder / begun, folder / name)
+            arguments += ["--ckpt_path", f"{name}/checkpoints/last.ckpt"]
+        command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert (folder / name / "pipeline" / "model_index.json").is_file()
+        return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
+
+    return train
+
+
+def assert_near(one: dict, other: dict) -> None:
+    """Weights, averages and momentum, but for sums in another order."""
+    torch.testing.assert_close(one["state_dict"], other["state_dict"], rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(
+        one["optimizer_states"][0]["state"], other["optimizer_states"][0]["state"], rtol=1e-3, atol=2e-6
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(trained_by):
+    one = trained_by("one", 4)
+    for strategy in ("ddp", "fsdp2"):
+        assert_near(trained_by(strategy, 4), one)
+    longer = trained_by("one", 6, begun="one")
+    for begun, strategy in (("fsdp2", "one"), ("fsdp2", "ddp"), ("ddp", "fsdp2")):
+        assert_near(trained_by(strategy, 6, begun=begun), longer)

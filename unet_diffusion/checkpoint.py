@@ -179,7 +179,8 @@ def holds_autoencoder(path: str | os.PathLike[str]) -> bool:
 
 def network_record(network: PixelNetwork | Condition) -> dict[str, Any]:
     """The class of a network or condition and the arguments that build it, plain values."""
-    kind = type(network)
+    # Where weights are shared out over processes, a class of torch's comes first.
+    kind = next(one for one in type(network).__mro__ if not one.__module__.startswith("torch."))
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config}
 
 

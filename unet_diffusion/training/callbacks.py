@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -49,27 +48,28 @@ class PictureGrid(Callback):
         """What is to be looked at, of the module as it is now."""
         raise NotImplementedError(f"{type(self).__name__} must define picture()")
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_at:
             self._drawn_at = step  # with accumulation, several batches end at the same step
             self._draw(trainer, pl_module, run_folder(trainer) / "samples" / f"step_{step:07d}.png")
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
-        if trainer.global_step == self._drawn_at and last.exists():
-            shutil.copyfile(last, run_folder(trainer) / "samples.png")
-        else:
+        if trainer.global_step != self._drawn_at or self._drawn_at == 0:
             self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
+        elif trainer.is_global_zero:
+            last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
+            shutil.copyfile(last, run_folder(trainer) / "samples.png")
 
     def _draw(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
+        """By the first process; a network that is shared out runs on all of them at once."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it at runtime
             return
-        picture = self.picture(trainer, module)
-        write_png(picture, path)
-        _log_picture(trainer, picture)
+        if trainer.is_global_zero or getattr(module, "is_sharded", False):
+            picture = self.picture(trainer, module)
+            if trainer.is_global_zero:
+                write_png(picture, path)
+                _log_picture(trainer, picture)
 
 
 class SampleGrid(PictureGrid):
@@ -137,7 +137,7 @@ class SampleGrid(PictureGrid):
             autoencoder = autoencoder_of(module.latent_space).to(module.device)
             images = decode_latents(autoencoder, module.latent_space, images)
         columns = num_classes if 0 < num_classes <= MAX_COLUMNS else None
-        if module.captions is not None:
+        if module.captions is not None and trainer.is_global_zero:
             with whole_file(run_folder(trainer) / "captions.txt") as partial:  # row by row
                 partial.write_text("\n".join(self.captions(trainer, module)) + "\n", encoding="utf-8")
         return image_grid(images, columns=columns)

@@ -19,10 +19,12 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from unet_diffusion.checkpoint import read_checkpoint
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
 from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
 from unet_diffusion.interruption import Interrupted
@@ -165,6 +167,10 @@ class TrainingCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [*bar, *rates, SkipBadSteps(), StopOnSignal()]
         made = super().instantiate_trainer(**kwargs)
         made.strategy.checkpoint_io = WholeCheckpoints()
+        strategy = made.strategy
+        if isinstance(strategy, ModelParallelStrategy) and strategy._data_parallel_size == "auto":
+            # Lightning's own choice is tensor parallelism within a node, which no network here is made for.
+            strategy._data_parallel_size, strategy._tensor_parallel_size = made.world_size, 1
         return made
 
     def _settings(self) -> dict[str, Any]:
@@ -215,9 +221,11 @@ class TrainingCLI(LightningCLI):
         if isinstance(self.model, AutoencoderModule):
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
-        if why_not_exported(self.model.trained):  # export says it to whoever asks for a pipeline
+        # A network that was shared out is whole in its checkpoint only.
+        trained = read_checkpoint(folder / CHECKPOINTS / LAST) if self.model.is_sharded else self.model.trained
+        if why_not_exported(trained):  # export says it to whoever asks for a pipeline
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
-        export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
+        export_pipeline(trained, folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"
 
 
