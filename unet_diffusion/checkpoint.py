@@ -202,6 +202,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
 
     Raises:
         OSError: if the file is missing or cannot be opened.
+        ImportError: if the denoiser takes captions, and the package transformers is not there.
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
     record, weights = _read(path, "denoiser")
@@ -306,7 +307,8 @@ def _explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
     """Says of which file it is, if a record or its weights are not as they must be."""
     try:
         yield
-    except (KeyError, TypeError, RuntimeError, ImportError) as error:
+    # A class of a module that is not there; an ImportError is of a package that is to be installed, and says so.
+    except (KeyError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise ValueError(f"{path} must hold a whole {key} of this version, and does not: {error}") from error
 
 
