@@ -5,6 +5,7 @@ option; the others are small programs on a checkpoint. Every error is one messag
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _train(arguments)
         else:
             options = _parser().parse_args(arguments)
+            options.traceback = show_traceback
             options.run(options)
     except KeyboardInterrupt:
         print("unet-diffusion: stopped", file=sys.stderr)
@@ -109,6 +111,8 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captions", action="store_true", help="keep captions: metadata.csv, .jsonl or NAME.txt")
     parser.add_argument("--horizontal_flip", action="store_true", help="encode mirror images too")
     parser.add_argument("--background", default="white", help="colour behind transparent pixels")
+    parser.add_argument("--on_bad_file", choices=("error", "skip"), default="error",
+                        help="what to do about files that cannot be decoded or are too small")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once")
     _add_hardware(parser, of="autoencoder")
     parser.set_defaults(run=_encode)
@@ -136,6 +140,7 @@ def _encode(options: argparse.Namespace) -> None:
         class_labels=options.class_labels,
         captions=options.captions,
         background=options.background,
+        on_bad_file=options.on_bad_file,
     )
     data.setup()
     settings = {
@@ -201,7 +206,7 @@ def _two_stages(options: argparse.Namespace) -> None:
     stages = TwoStages(
         options.images, options.output, options.autoencoder, denoiser, options.class_labels, options.captions
     )
-    stages.run(lambda line: print(line, flush=True))
+    stages.run(lambda line: print(line, flush=True), ["--traceback"] if options.traceback else [])
     captions = " --captions TEXT" if options.captions else ""
     print(f"{options.output / 'denoiser'} holds samples.png; to draw more: unet-diffusion sample "
           f"{options.output / 'denoiser'}{captions} --output DIR")  # fmt: skip
@@ -465,9 +470,13 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
     """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
     folder: Path = options.output
     unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device", "speed", "autoencoder"}
+    unasked |= {"traceback"}
     if options.interpolate is not None:  # a frame depends on how many there are
         unasked -= {"num_images"}
     settings = {key: value for key, value in vars(options).items() if key not in unasked}
+    for name in ("init", "mask"):  # a path may lead to another picture later
+        if settings[name] is not None:
+            settings[f"contents of {name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
     record = folder / "settings.json"
     present = {path.name for path in folder.glob("*.png")} if folder.exists() else set()
     if present and not (options.overwrite or options.resume):
@@ -554,7 +563,7 @@ def _segment(options: argparse.Namespace) -> None:
 def _prepare_masks(options: argparse.Namespace) -> None:
     """Make the output folder; what lies there must be of the same command, which is then gone on with."""
     folder: Path = options.output
-    unasked = {"run", "images", "output", "overwrite", "device", "speed"}
+    unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
     record = folder / "settings.json"
     if folder.exists() and any(folder.iterdir()):
