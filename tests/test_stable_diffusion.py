@@ -8,15 +8,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from PIL import Image
 from torch import nn
 
-from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, read_checkpoint
+from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, read_checkpoint, write_initial_checkpoint
 from unet_diffusion.codecs import autoencoder_of, decode_latents, kl_autoencoder, vq_autoencoder
 from unet_diffusion.conditioning import ClassTokens, Guidance, Maps
 from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser, why_not_exported
 from unet_diffusion.latents import LatentSpace, fingerprint
+from unet_diffusion.maps import MaskedImage
 from unet_diffusion.sampling import build_scheduler, image_generators, sample
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.text import TextTokens
@@ -30,6 +38,7 @@ SEED = 5
 CAPTIONS = ["a red cat", "two blue dogs on a sofa"]
 WORDS = [*CAPTIONS, "a green cat on a red sofa"]
 WIDTH = 8  # of the text encoder
+TINY_UNET = {"in_channels": 4, "channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
 STABLE_DIFFUSION_1_SCHEDULER = {  # scheduler_config.json of stable-diffusion-v1-5
     "beta_end": 0.012,
@@ -75,7 +84,7 @@ def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options
     """A denoiser of latents by captions, whose autoencoder is in the folder."""
     torch.manual_seed(0)
     levels = {"attention_levels": (1,), "context_dim": WIDTH, "num_heads": 2}
-    unet = DenoiserUNet(4, (8, 16), norm_num_groups=4, layers_per_block=1, **{**levels, **options})
+    unet = DenoiserUNet(**{**TINY_UNET, **levels, **options})
     return TrainedDenoiser(
         unet=randomise(unet),
         schedule=NoiseSchedule(100, prediction_type="v_prediction"),
@@ -85,11 +94,15 @@ def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options
     )
 
 
-@pytest.fixture
-def stable_diffusion(tmp_path):
+def inpainter(folder, **options) -> TrainedDenoiser:
+    return text_denoiser(folder, conditions=[text_tokens(), MaskedImage(5)], in_channels=9, out_channels=4, **options)
+
+
+def save_stable_diffusion(folder, kind=StableDiffusionPipeline, **options):
     """A folder of the build of Stable Diffusion 1.5, tiny."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
+        **options,
         sample_size=8,
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -108,7 +121,7 @@ def stable_diffusion(tmp_path):
         sample_size=16,
     )
     text = text_tokens()
-    StableDiffusionPipeline(
+    kind(
         vae=randomise(vae),
         text_encoder=text.encoder,
         tokenizer=text.tokenizer,
@@ -117,19 +130,30 @@ def stable_diffusion(tmp_path):
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(tmp_path / "stable_diffusion")
-    return tmp_path / "stable_diffusion"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def stable_diffusion(tmp_path):
+    return save_stable_diffusion(tmp_path / "stable_diffusion")
+
+
+@pytest.fixture
+def stable_inpainting(tmp_path):
+    folder = tmp_path / "stable_diffusion"
+    return save_stable_diffusion(folder, StableDiffusionInpaintPipeline, in_channels=9, out_channels=4)
 
 
 @pytest.fixture
 def load_quietly(caplog):
     """Loads a pipeline; what is warned of on the way is an error."""
 
-    def load(folder) -> StableDiffusionPipeline:
+    def load(folder, kind=StableDiffusionPipeline):
         caplog.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            pipeline = StableDiffusionPipeline.from_pretrained(folder)
+            pipeline = kind.from_pretrained(folder)
         assert not [record for record in caplog.records if record.levelname == "WARNING"]
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -280,6 +304,7 @@ def no_convolution_of_one_pixel(folder):
         (codes_and_captions, r"decodes with an AutoencoderKL, and .*vq holds a VQModel"),
         (no_convolution_of_one_pixel, r"quant_conv and post_quant_conv, and .*plain holds one without"),
         (lambda folder: text_denoiser(folder, mid_attention=False), r"mid_attention must be True"),
+        (lambda folder: inpainter(folder, size=(8, 4)), r"draws square latents of 4 channels, .* draws 8x4 of 4"),
     ],
 )
 def test_denoiser_without_a_pipeline_is_refused_with_the_reason(tmp_path, make, reason):
@@ -354,6 +379,12 @@ def fine_tuning_recipe(path, latents, run) -> None:
     """configs/latents.yaml for captions, in a second."""
     recipe = yaml.safe_load((CONFIGS / "latents.yaml").read_text())
     recipe["data"]["init_args"] |= {"root": str(latents), "horizontal_flip": False, "batch_size": 4, "num_val": 2}
+    shorten(recipe, run)
+    path.write_text(yaml.safe_dump(recipe))
+
+
+def shorten(recipe, run) -> None:
+    """So that it runs for a second."""
     recipe["model"]["speed"] = "plain"
     recipe["trainer"] |= {
         "default_root_dir": str(run),
@@ -364,7 +395,6 @@ def fine_tuning_recipe(path, latents, run) -> None:
         "enable_progress_bar": False,
     }
     recipe["samples"] = {"every_n_steps": 1000, "num_images": 2, "num_inference_steps": 2}
-    path.write_text(yaml.safe_dump(recipe))
 
 
 @pytest.fixture
@@ -399,3 +429,95 @@ def test_imported_checkpoint_is_what_was_imported(stable_diffusion, tmp_path, ru
     read, expected = read_checkpoint(tmp_path / "imported.ckpt"), import_pipeline(stable_diffusion)
     assert denoiser_record(read) == denoiser_record(expected)
     assert_same_images(our_images(read), our_images(expected))
+
+
+# ---------------------------------------------------------------------------------------------------------- inpainting
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A picture, and a mask that begins at an odd column: files, and as PIL has them."""
+    pixels = np.random.default_rng(7).integers(256, size=(16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), dtype=np.uint8)
+    mask[3:12, 5:] = 255
+    paths = (tmp_path / "init.png", tmp_path / "mask.png")
+    for path, one in zip(paths, (pixels, mask), strict=True):
+        Image.fromarray(one).save(path)
+    return paths, tuple(Image.open(path) for path in paths)
+
+
+@pytest.fixture
+def assert_painted_alike(picture, run_cli, tmp_path, monkeypatch):
+    """Compares what `sample` makes of a model with what a pipeline of diffusers does, but for what it draws of latents.
+
+    It draws them from their distribution, where we take the mean.
+    """
+    monkeypatch.setattr(
+        pipeline_stable_diffusion_inpaint, "retrieve_latents", lambda output, **_: output.latent_dist.mean
+    )
+
+    def check(path, pipeline, strength=1.0) -> None:
+        (init, mask), (image, mask_image) = picture
+        options = ["--num_inference_steps=4", "--scheduler=DDIMScheduler", "--guidance_scale=3", f"--seed={SEED}"]
+        options += ["--strength", strength, "--num_images=2", "--device=cpu", "--captions", *CAPTIONS]
+        out = tmp_path / f"painted_{strength}"
+        status, _, err = run_cli("sample", path, *options, "--init", init, "--mask", mask, "--output", out)
+        assert status == 0, err
+        ours = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) / 255 for i in range(2)])
+        generators = image_generators(SEED, range(2))
+        common = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": generators, "output_type": "np"}
+        theirs = pipeline(CAPTIONS, image, mask_image, strength=strength, **common).images
+        painted = np.asarray(mask_image)[None, :, :, None] > 0
+        theirs = np.where(painted, theirs, np.asarray(image) / 255)
+        assert ours[:, 3:12, 5:].std() > 0.05
+        np.testing.assert_allclose(ours, theirs, atol=0.6 / 255)  # rounding to bytes
+
+    return check
+
+
+def test_exported_inpainting_pipeline_paints_as_we_do(tmp_path, load_quietly, assert_painted_alike):
+    trained = inpainter(tmp_path)
+    write_initial_checkpoint(trained, tmp_path / "inpainter.ckpt")
+    export_pipeline(trained, tmp_path / "pipeline")
+    pipeline = load_quietly(tmp_path / "pipeline", StableDiffusionInpaintPipeline)
+    for strength in (1.0, 0.5):
+        assert_painted_alike(tmp_path / "inpainter.ckpt", pipeline, strength)
+
+
+def test_stable_diffusion_for_inpainting_paints_here_as_there(stable_inpainting, load_quietly, assert_painted_alike):
+    trained = import_pipeline(stable_inpainting)
+    assert denoiser_record(trained)["conditions"][1]["init_args"] == {"channels": 5}
+    pipeline = load_quietly(stable_inpainting, StableDiffusionInpaintPipeline)
+    pipeline.scheduler = build_scheduler(trained.schedule, clip_sample=False)
+    assert_painted_alike(stable_inpainting, pipeline)
+
+
+def test_stable_diffusion_for_inpainting_is_trained_on(
+    stable_inpainting, tmp_path, run_cli, load_quietly, assert_painted_alike
+):
+    write_images(tmp_path / "images")
+    run_cli("import", stable_inpainting, tmp_path / "imported.ckpt")
+    recipe = yaml.safe_load((CONFIGS / "inpainting.yaml").read_text())
+    images = recipe["data"]["init_args"]["images"]["init_args"]
+    images |= {"root": str(tmp_path / "images"), "image_size": 16, "batch_size": 4, "num_val": 2}
+    recipe["data"]["init_args"]["autoencoder"] = str(stable_inpainting / "vae")
+    shorten(recipe, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["--config", tmp_path / "recipe.yaml", "--config", tmp_path / "imported.yaml"]
+    status, _, err = run_cli("fit", *arguments, "--ckpt_path", tmp_path / "imported.ckpt")
+    assert status == 0, err
+    before, after = import_pipeline(stable_inpainting), read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    changed = [not torch.equal(a, b) for a, b in zip(after.unet.parameters(), before.unet.parameters(), strict=True)]
+    assert all(changed)
+    pipeline = load_quietly(tmp_path / "run" / "pipeline", StableDiffusionInpaintPipeline)
+    assert pipeline.vae.config.scaling_factor == pytest.approx(0.18215)
+    assert_painted_alike(tmp_path / "run", pipeline)
+
+
+def test_a_model_for_inpainting_wants_a_picture_and_a_mask(tmp_path, run_cli, picture):
+    write_initial_checkpoint(inpainter(tmp_path), tmp_path / "inpainter.ckpt")
+    arguments = ["sample", tmp_path / "inpainter.ckpt", "--captions", "x", "--output", tmp_path / "out"]
+    for more in ([], ["--init", picture[0][0]]):
+        status, _, err = run_cli(*arguments, *more)
+        assert (status, "--init and --mask must be given" in err) == (1, True), err
+    assert not (tmp_path / "out").exists()

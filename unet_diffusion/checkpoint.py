@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # it imports diffusers, which most of this module does not ne
 
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
 Part = TypeVar("Part", bound=nn.Module)
+Kind = TypeVar("Kind", bound=Condition)
 SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
 
@@ -63,6 +64,10 @@ class TrainedDenoiser:
         """The class labels that the network embeds itself, if it does, and the others."""
         labels = [] if self.unet.class_embedding is None else [ClassLabels(self.null_label)]
         return [*labels, *cast(list[Condition], list(self.conditions))]
+
+    def condition(self, kind: type[Kind]) -> Kind | None:
+        """The condition of that class; None: there is none."""
+        return next((one for one in self.all_conditions if isinstance(one, kind)), None)
 
     @property
     def num_classes(self) -> int:

@@ -287,7 +287,10 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
         "default: 0.8, with --mask 1",
     )
     parser.add_argument(
-        "--mask", metavar="FILE", help="with --init: as large; white is painted anew, black stays as in the picture"
+        "--mask",
+        metavar="FILE",
+        help="with --init: as large; white is painted anew, black stays as in the picture; of a model for inpainting "
+        "both must be given",
     )
     parser.add_argument(
         "--interpolate",
@@ -301,7 +304,14 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from unet_diffusion.codecs import decode_latents
     from unet_diffusion.interop import load_denoiser
-    from unet_diffusion.sample_options import check_options, frames_noise, image_shape, read_picture, start_from
+    from unet_diffusion.sample_options import (
+        check_options,
+        frames_noise,
+        image_shape,
+        maps_from,
+        read_picture,
+        start_from,
+    )
     from unet_diffusion.sampling import check_sampling, num_network_steps, sample
 
     trained = load_denoiser(options.checkpoint)
@@ -312,6 +322,8 @@ def _sample(options: argparse.Namespace) -> None:
     denoiser, guidance = _denoiser_and_guidance(options, trained, weaker)
     picture = read_picture(options, trained, shape)
     autoencoder = _autoencoder(options, trained)
+    for name, one in maps_from(picture, trained, autoencoder).items():
+        given[name] = one.expand(options.num_images, *one.shape[1:])
     start = start_from(picture, options, trained, autoencoder)
     settings: dict[str, Any] = dict(
         scheduler=options.scheduler, num_inference_steps=options.num_inference_steps, guidance=guidance
@@ -421,8 +433,6 @@ def _given(options: argparse.Namespace, trained: "TrainedDenoiser") -> dict[str,
     from unet_diffusion.text import TextTokens
 
     takes = {condition.given for condition in trained.all_conditions}
-    if "maps" in takes:
-        raise ValueError("this model has maps beside the noise, and sample has none to give; call sampling.sample")
     for name in ("labels", "captions"):
         if getattr(options, name) and name not in takes:
             raise ValueError(f"--{name}: the checkpoint was trained without {name}; leave --{name} out")

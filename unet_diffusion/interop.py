@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import (
@@ -23,6 +23,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     LDMPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -37,16 +38,19 @@ from unet_diffusion.codecs import (
     autoencoder_of,
     decode_latents,
     downsampling,
+    latent_space_of,
     pretrained_autoencoder,
     reconstruct,
 )
+from unet_diffusion.conditioning import Condition
 from unet_diffusion.diffusers_config import (
     complete,
     config_from_diffusers,
     config_to_diffusers,
     schedule_from_diffusers,
 )
-from unet_diffusion.latents import LatentSpace, fingerprint
+from unet_diffusion.latents import LatentSpace
+from unet_diffusion.maps import MaskedImage
 from unet_diffusion.pipelines import class_conditional
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
 from unet_diffusion.pipelines.model_card import model_card
@@ -64,6 +68,8 @@ LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
 MULTIPLE = 8  # pixels, of the sides of what a StableDiffusionPipeline draws
+DRAWN_FROM = ([], ["ClassLabels"], ["TextTokens"], ["MaskedImage", "TextTokens"])  # each by a pipeline of diffusers
+INPAINTED_CHANNELS = 4  # of the latents of a StableDiffusionInpaintPipeline, whose network must take 9
 LEFT_OUT = ("safety_checker", "feature_extractor")  # parts that do not draw
 EXPORT_TOLERANCE = 1e-4  # of outputs of order 1; the same float32 operations in another order differ by 1e-6
 
@@ -125,8 +131,9 @@ def export_pipeline(
     """Write a folder that diffusers loads without this package, after a comparison of what it loads with the original.
 
     With nothing to say what is drawn it is a stock DDPMPipeline or, of latents, an LDMPipeline; with captions a stock
-    StableDiffusionPipeline; with classes it holds its own `pipeline.py`, and is loaded with
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md says how, for each.
+    StableDiffusionPipeline, or with masked images too a StableDiffusionInpaintPipeline; with classes it holds its own
+    `pipeline.py`, and is loaded with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md
+    says how, for each.
 
     Args:
         trained: the network and its schedule.
@@ -207,6 +214,8 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
 def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     """The denoiser in a local pipeline folder of diffusers: what `export_pipeline` writes, or Stable Diffusion 1 or 2.
 
+    Those for inpainting too.
+
     The text encoder is frozen, and latents keep the one scale that the autoencoder's configuration names.
 
     Raises:
@@ -219,7 +228,10 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     has_text = not parts.isdisjoint(TEXT)
     config = _network_config(folder, has_text=has_text)
     scheduler_config = _read_json(_scheduler_file(folder))
-    image_shape = _image_shape(config)
+    image_shape = _image_shape(config, has_text=has_text)
+    conditions: list[Condition] = [pretrained_text(folder).eval()] if has_text else []
+    if extra := config["in_channels"] - image_shape[0]:
+        conditions.append(MaskedImage(extra))
     space = next((_latent_space(folder / name, image_shape) for name in AUTOENCODERS if name in parts), None)
     _warn_of_lost_fields(scheduler_config, clip_sample=space is None)
     return TrainedDenoiser(
@@ -229,7 +241,7 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
         null_label=index.get("null_label"),
         class_names=index.get("class_names"),
         latent_space=space,
-        conditions=nn.ModuleList([pretrained_text(folder).eval()] if has_text else []),
+        conditions=nn.ModuleList(conditions),
     )
 
 
@@ -288,13 +300,7 @@ def _latent_space(folder: Path, latent_shape: tuple[int, int, int]) -> LatentSpa
     """That of the autoencoder in the folder, with its scaling_factor for all channels."""
     autoencoder = pretrained_autoencoder(folder)
     _, height, width = (downsampling(autoencoder) * side for side in latent_shape)
-    return LatentSpace(
-        autoencoder=str(folder.resolve()),
-        fingerprint=fingerprint(autoencoder, autoencoder.config),
-        image_shape=(autoencoder.config["out_channels"], height, width),
-        mean=(0.0,) * latent_shape[0],
-        std=(1 / autoencoder.config["scaling_factor"],) * latent_shape[0],
-    )
+    return latent_space_of(autoencoder, folder, (autoencoder.config["in_channels"], height, width))
 
 
 def _warn_of_lost_fields(config: Mapping[str, Any], *, clip_sample: bool) -> None:
@@ -308,14 +314,18 @@ def _warn_of_lost_fields(config: Mapping[str, Any], *, clip_sample: bool) -> Non
         warnings.warn(f"not kept of the scheduler, so samples will differ: {', '.join(lost)}", stacklevel=3)
 
 
-def _image_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+def _image_shape(config: Mapping[str, Any], *, has_text: bool) -> tuple[int, int, int]:
+    """Of what is drawn; beside it a network with captions may take a mask and a masked image."""
     size = config["sample_size"]
     if size is None:
         raise ValueError("sample_size must be given in the network's config.json, got None; add the side of the images")
-    if config["out_channels"] != config["in_channels"]:
-        raise ValueError(f"out_channels must be as in_channels {config['in_channels']}, got {config['out_channels']}")
+    drawn, taken = config["out_channels"], config["in_channels"]
+    with_maps = 2 * drawn + 1 if has_text else drawn
+    if taken not in (drawn, with_maps):
+        raise ValueError(f"in_channels must be as out_channels {drawn}, or with captions {2 * drawn + 1}, for a mask "
+                         f"and a masked image, got {taken}")  # fmt: skip
     height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
+    return drawn, height, width
 
 
 def _unet_folder(folder: Path) -> Path:
@@ -394,12 +404,18 @@ def _why_not_drawn(trained: TrainedDenoiser) -> str | None:
     names = [type(one).__name__ for one in trained.all_conditions]
     is_latent = trained.latent_space is not None
     takes_tokens = trained.unet.config["context_dim"] is not None
-    if names not in ([], ["ClassLabels"], ["TextTokens"]) or takes_tokens != (names == ["TextTokens"]):
+    if sorted(names) not in DRAWN_FROM or takes_tokens != ("TextTokens" in names):
         got = " and ".join(names) or "tokens without a condition that gives them"
-        return f"diffusers' pipelines draw from ClassLabels or TextTokens alone, and this denoiser has {got}"
+        known = "; ".join(" and ".join(one) for one in DRAWN_FROM if one)
+        return f"diffusers' pipelines draw from nothing or from {known}, and this denoiser has {got}"
     if takes_tokens and not is_latent:
         return "diffusers' StableDiffusionPipeline draws latents from captions, and this denoiser draws images"
-    _, height, width = trained.image_shape
+    channels, height, width = trained.image_shape
+    if "MaskedImage" in names and (channels != INPAINTED_CHANNELS or height != width):
+        return (
+            f"diffusers' StableDiffusionInpaintPipeline draws square latents of {INPAINTED_CHANNELS} channels, and "
+            f"this denoiser draws {height}x{width} of {channels}"
+        )
     if is_latent and not names and height != width:
         return f"diffusers' LDMPipeline draws square latents, and this denoiser draws {height}x{width}"
     return None
@@ -441,15 +457,21 @@ def _build_pipeline(trained: TrainedDenoiser, autoencoder: StrPath | None) -> Di
         scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
     if trained.unet.config["num_class_embeds"] is not None:
         return ClassConditionalPipeline(unet, scheduler, trained.null_label, trained.class_names, vae)
-    if trained.conditions:
-        return _text_pipeline(cast(TextTokens, trained.conditions[0]), unet, scheduler, vae)
+    if text := trained.condition(TextTokens):
+        paints = trained.condition(MaskedImage) is not None
+        kind = StableDiffusionInpaintPipeline if paints else StableDiffusionPipeline
+        return _text_pipeline(kind, text, unet, scheduler, vae)
     return DDPMPipeline(unet, scheduler) if vae is None else LDMPipeline(vae, unet, scheduler)
 
 
 def _text_pipeline(
-    text: TextTokens, unet: UNet2DConditionModel, scheduler: DDIMScheduler, vae: Autoencoder | None
-) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
+    kind: type[DiffusionPipeline],
+    text: TextTokens,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    vae: Autoencoder | None,
+) -> DiffusionPipeline:
+    return kind(
         vae=vae,
         text_encoder=copy.deepcopy(text.encoder).cpu().float().eval(),
         tokenizer=text.tokenizer,
@@ -502,8 +524,7 @@ def _check_equal(trained: TrainedDenoiser, pipeline: DiffusionPipeline, autoenco
         vae = pipeline.vqvae if isinstance(pipeline, LDMPipeline) else pipeline.vae
         original = autoencoder_of(trained.latent_space, autoencoder)
         differences["decoded images"] = _decoded_difference(original, trained, vae)
-    if trained.conditions:
-        text = cast(TextTokens, trained.conditions[0])
+    if text := trained.condition(TextTokens):
         differences["outputs of the text encoder"] = _text_difference(text, pipeline)
     _check_small(differences)
 
@@ -532,7 +553,7 @@ def _decoded_difference(autoencoder: Autoencoder, trained: TrainedDenoiser, load
     return _difference(expected, loaded.decode(latents / loaded.config["scaling_factor"]).sample)
 
 
-def _text_difference(text: TextTokens, pipeline: StableDiffusionPipeline) -> float:
+def _text_difference(text: TextTokens, pipeline: DiffusionPipeline) -> float:
     """On a caption, each with its own tokenizer, called as the pipeline does."""
     caption, tokenizer = ["A caption of 7 words, and more"], pipeline.tokenizer
     options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}

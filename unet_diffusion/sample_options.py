@@ -15,6 +15,7 @@ from torch.nn.functional import avg_pool2d
 
 from unet_diffusion.checkpoint import TrainedDenoiser
 from unet_diffusion.codecs import Autoencoder, latent_moments
+from unet_diffusion.maps import MaskedImage, masked_image_maps
 from unet_diffusion.sampling import STOCHASTIC, supported_schedulers
 from unet_diffusion.start import Start, interpolated_noise
 
@@ -45,6 +46,8 @@ def check_options(options: argparse.Namespace, trained: TrainedDenoiser) -> None
     for name in ("mask", "strength"):
         if getattr(options, name) is not None and options.init is None:
             raise ValueError(f"--{name} must come with a picture to start from; add --init FILE")
+    if _paints(trained) and options.mask is None:
+        raise ValueError("--init and --mask must be given, as the model paints into a picture; add --init and --mask")
     if options.interpolate is not None:
         _check_interpolation(options, trained)
 
@@ -102,11 +105,34 @@ def read_picture(options: argparse.Namespace, trained: TrainedDenoiser, shape: t
     return Picture(pixels, known)
 
 
-@torch.no_grad()
+def maps_from(picture: Picture | None, trained: TrainedDenoiser, autoencoder: Autoencoder | None) -> dict[str, Tensor]:
+    """What the picture is to a denoiser with maps beside the noise: {"maps": (1, K, h, w)}; without maps {}.
+
+    Args:
+        picture: as `read_picture` gives it.
+        trained: the denoiser.
+        autoencoder: of its latents, if it denoises latents.
+
+    Raises:
+        ValueError: if its maps are of a kind that no option gives.
+    """
+    if not any(one.given == "maps" for one in trained.all_conditions):
+        return {}
+    if picture is None or picture.known is None or not _paints(trained):
+        raise ValueError("this model has maps beside the noise that no option gives; call sampling.sample")
+
+    def encode(pixels: Tensor) -> Tensor:
+        return _encoded(pixels, trained, autoencoder)
+
+    return {"maps": masked_image_maps(picture.pixels, (~picture.known).float(), encode)}
+
+
 def start_from(
     picture: Picture | None, options: argparse.Namespace, trained: TrainedDenoiser, autoencoder: Autoencoder | None
 ) -> Start | None:
     """The picture as what the denoiser draws; of latents, those are known whose pixels all are.
+
+    A denoiser that has the mask as a map is left to paint by it, and with full strength begins with noise alone.
 
     Args:
         picture: as `read_picture` gives it.
@@ -121,10 +147,9 @@ def start_from(
         return None
     default = STRENGTH if picture.known is None else 1.0
     strength = default if options.strength is None else options.strength
-    if trained.latent_space is None or autoencoder is None:
-        return Start(picture.pixels, strength, picture.known)
-    device = next(autoencoder.parameters()).device
-    latents = trained.latent_space.normalise(latent_moments(autoencoder, picture.pixels.to(device))[0]).cpu()
+    latents = _encoded(picture.pixels, trained, autoencoder)
+    if _paints(trained):
+        return None if strength == 1 else Start(latents, strength)
     known = None if picture.known is None else avg_pool2d(picture.known.float(), _factor(trained)) == 1
     return Start(latents, strength, known)
 
@@ -149,6 +174,20 @@ def _check_interpolation(options: argparse.Namespace, trained: TrainedDenoiser) 
     num_labels = len(options.labels or range(trained.num_classes))
     if num_labels > 1 or len(options.captions or []) > 1:
         raise ValueError("--interpolate draws one class or caption; give one --labels, or one of --captions")
+
+
+def _paints(trained: TrainedDenoiser) -> bool:
+    """Whether it was trained to paint what a mask covers."""
+    return trained.condition(MaskedImage) is not None
+
+
+@torch.no_grad()
+def _encoded(pixels: Tensor, trained: TrainedDenoiser, autoencoder: Autoencoder | None) -> Tensor:
+    """Pictures as what the denoiser draws, (N, C, h, w) on the CPU; of latents, their means."""
+    if trained.latent_space is None or autoencoder is None:
+        return pixels
+    device = next(autoencoder.parameters()).device
+    return trained.latent_space.normalise(latent_moments(autoencoder, pixels.to(device))[0]).cpu()
 
 
 def _factor(trained: TrainedDenoiser) -> int:
