@@ -135,7 +135,7 @@ AUTOENCODE = [name for name in RECIPES if name.startswith("autoencoder")]
 SEGMENT = [name for name in RECIPES if yaml.safe_load((CONFIGS / name).read_text()).get("task") == "segment"]
 
 
-WITH_MAPS = ["inpainting.yaml"]
+WITH_MAPS = ["inpainting.yaml", "upscaling.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from unet_diffusion.codecs import kl_autoencoder
 from unet_diffusion.conditioning import Maps
-from unet_diffusion.data import ImagesWithMaps, InpaintingDataModule, scale_to_unit_range
-from unet_diffusion.maps import MaskedImage, draw_masks, masked_image_maps
+from unet_diffusion.data import ImagesWithMaps, InpaintingDataModule, UpscalingDataModule, scale_to_unit_range
+from unet_diffusion.maps import LowResolution, MaskedImage, draw_masks, masked_image_maps
 from unet_diffusion.pictures import read_images
 from unet_diffusion.sampling import sample
 from unet_diffusion.training import SampleGrid
@@ -184,6 +186,55 @@ def test_network_learns_to_copy_what_the_mask_leaves(painter, tiny_images, quiet
         sample(module.ema_unet, module.schedule, images.shape, num_inference_steps=10, inputs=inputs) - images
     ).abs()
     assert error[..., 4:].mean() < 0.5 * error[..., :4].mean()
+
+
+# ----------------------------------------------------------------------------------------------------------- upscaling
+
+
+@pytest.fixture
+def enlarger(tiny_module, tiny_unet):
+    """Makes a module that enlarges grey images by two, and its latents have two channels."""
+
+    def make(**options):
+        unet = tiny_unet(in_channels=3, out_channels=2, num_class_embeds=1000)
+        return tiny_module(unet=unet, conditions=[LowResolution(1)], **options)
+
+    return make
+
+
+def test_small_images_are_noised_to_the_level_that_is_their_label(
+    enlarger, tiny_images, quiet_trainer, autoencoder_folder
+):
+    data = UpscalingDataModule(tiny_images(batch_size=16, horizontal_flip=True), autoencoder=autoencoder_folder)
+    seen = fitted(quiet_trainer(max_steps=40, limit_val_batches=0), enlarger(), data).trained
+    levels = torch.cat([batch["labels"] for batch in seen])
+    assert (levels.min() >= 0, levels.max() <= 350, levels.float().mean()) == (True, True, pytest.approx(175, abs=16))
+    theirs = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02)
+    noise = []
+    for batch in seen:
+        pixels = data.image_set.images[batch["index"]]
+        small = F.interpolate(scale_to_unit_range(pixels), (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
+        a = theirs.alphas_cumprod[batch["labels"]].view(-1, 1, 1, 1)
+        candidates = [(batch["maps"] - a.sqrt() * one) / (1 - a).sqrt() for one in (small, small.flip(3))]
+        # of the image and its mirror image, the one that it is leaves noise
+        noise += [min(pair, key=lambda one: one.square().sum()) for pair in zip(*candidates, strict=True)]
+    flat = torch.stack(noise).flatten()
+    assert (flat.mean(), flat.std()) == (pytest.approx(0, abs=0.05), pytest.approx(1, abs=0.05))
+    assert len({one.numpy().tobytes() for one in noise}) == len(noise)
+
+
+def test_grid_of_an_upscaler_is_of_validation_images(
+    enlarger, tiny_images, quiet_trainer, autoencoder_folder, tmp_path
+):
+    grid = SampleGrid(0, num_images=6, num_inference_steps=2)
+    data = UpscalingDataModule(tiny_images(), autoencoder=autoencoder_folder)
+    module = enlarger()
+    quiet_trainer(max_steps=1, callbacks=[grid]).fit(module, data)
+    assert (tmp_path / "samples.png").is_file()
+    given = grid.given(module.trainer, module, 1000)
+    examples = data.examples(6, "cpu")
+    assert torch.equal(given["maps"], examples["maps"])
+    assert torch.equal(given["labels"], examples["labels"])
 
 
 # --------------------------------------------------------------------------------------------------- pictures, refusals

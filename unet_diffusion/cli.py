@@ -293,6 +293,11 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
         "both must be given",
     )
     parser.add_argument(
+        "--noise_level",
+        type=int,
+        help="with --init, of a model that enlarges: 0 to 350, the more, the less of the picture is kept; default: 20",
+    )
+    parser.add_argument(
         "--interpolate",
         type=int,
         nargs=2,
@@ -322,8 +327,7 @@ def _sample(options: argparse.Namespace) -> None:
     denoiser, guidance = _denoiser_and_guidance(options, trained, weaker)
     picture = read_picture(options, trained, shape)
     autoencoder = _autoencoder(options, trained)
-    for name, one in maps_from(picture, trained, autoencoder).items():
-        given[name] = one.expand(options.num_images, *one.shape[1:])
+    given |= maps_from(picture, options, trained, autoencoder)
     start = start_from(picture, options, trained, autoencoder)
     settings: dict[str, Any] = dict(
         scheduler=options.scheduler, num_inference_steps=options.num_inference_steps, guidance=guidance

@@ -6,6 +6,7 @@ exported folder needs diffusers and nothing of this package. It is reloaded and 
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from diffusers import (
     LDMPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -50,7 +52,7 @@ from unet_diffusion.diffusers_config import (
     schedule_from_diffusers,
 )
 from unet_diffusion.latents import LatentSpace
-from unet_diffusion.maps import MaskedImage
+from unet_diffusion.maps import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution, MaskedImage
 from unet_diffusion.pipelines import class_conditional
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
 from unet_diffusion.pipelines.model_card import model_card
@@ -68,9 +70,17 @@ LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
 MULTIPLE = 8  # pixels, of the sides of what a StableDiffusionPipeline draws
-DRAWN_FROM = ([], ["ClassLabels"], ["TextTokens"], ["MaskedImage", "TextTokens"])  # each by a pipeline of diffusers
+DRAWN_FROM = (  # each by a pipeline of diffusers
+    [],
+    ["ClassLabels"],
+    ["TextTokens"],
+    ["MaskedImage", "TextTokens"],
+    ["ClassLabels", "LowResolution", "TextTokens"],
+)
+UPSCALED_SCALE = 0.08333  # scaling_factor that a StableDiffusionUpscalePipeline sets, whatever there was
 INPAINTED_CHANNELS = 4  # of the latents of a StableDiffusionInpaintPipeline, whose network must take 9
-LEFT_OUT = ("safety_checker", "feature_extractor")  # parts that do not draw
+LOW_RES = "low_res_scheduler"  # part of an upscaler: the noise of its small image
+LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")  # parts that do not draw
 EXPORT_TOLERANCE = 1e-4  # of outputs of order 1; the same float32 operations in another order differ by 1e-6
 
 
@@ -131,9 +141,9 @@ def export_pipeline(
     """Write a folder that diffusers loads without this package, after a comparison of what it loads with the original.
 
     With nothing to say what is drawn it is a stock DDPMPipeline or, of latents, an LDMPipeline; with captions a stock
-    StableDiffusionPipeline, or with masked images too a StableDiffusionInpaintPipeline; with classes it holds its own
-    `pipeline.py`, and is loaded with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md
-    says how, for each.
+    StableDiffusionPipeline, with masked images too a StableDiffusionInpaintPipeline, and with small ones a
+    StableDiffusionUpscalePipeline; with classes it holds its own `pipeline.py`, and is loaded with
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md says how, for each.
 
     Args:
         trained: the network and its schedule.
@@ -214,7 +224,7 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
 def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     """The denoiser in a local pipeline folder of diffusers: what `export_pipeline` writes, or Stable Diffusion 1 or 2.
 
-    Those for inpainting too.
+    Those for inpainting and for upscaling too.
 
     The text encoder is frozen, and latents keep the one scale that the autoencoder's configuration names.
 
@@ -228,10 +238,12 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     has_text = not parts.isdisjoint(TEXT)
     config = _network_config(folder, has_text=has_text)
     scheduler_config = _read_json(_scheduler_file(folder))
-    image_shape = _image_shape(config, has_text=has_text)
+    image_shape = _image_shape(config, has_text=has_text, has_small_image=LOW_RES in parts)
     conditions: list[Condition] = [pretrained_text(folder).eval()] if has_text else []
     if extra := config["in_channels"] - image_shape[0]:
-        conditions.append(MaskedImage(extra))
+        conditions.append(LowResolution(extra) if LOW_RES in parts else MaskedImage(extra))
+    if LOW_RES in parts:
+        _check_low_res_schedule(folder / LOW_RES / "scheduler_config.json")
     space = next((_latent_space(folder / name, image_shape) for name in AUTOENCODERS if name in parts), None)
     _warn_of_lost_fields(scheduler_config, clip_sample=space is None)
     return TrainedDenoiser(
@@ -267,7 +279,7 @@ def load_denoiser(path: StrPath) -> TrainedDenoiser:
 
 def _parts(index: Mapping[str, Any]) -> set[str]:
     """The parts of a pipeline that draw; warns of the others."""
-    known = {"unet", "scheduler", *AUTOENCODERS, *TEXT}
+    known = {"unet", "scheduler", LOW_RES, *AUTOENCODERS, *TEXT}
     parts = {
         name
         for name, value in index.items()
@@ -314,18 +326,26 @@ def _warn_of_lost_fields(config: Mapping[str, Any], *, clip_sample: bool) -> Non
         warnings.warn(f"not kept of the scheduler, so samples will differ: {', '.join(lost)}", stacklevel=3)
 
 
-def _image_shape(config: Mapping[str, Any], *, has_text: bool) -> tuple[int, int, int]:
-    """Of what is drawn; beside it a network with captions may take a mask and a masked image."""
+def _image_shape(config: Mapping[str, Any], *, has_text: bool, has_small_image: bool) -> tuple[int, int, int]:
+    """Of what is drawn; beside it a network with captions may take a small image, or a mask and a masked image."""
     size = config["sample_size"]
     if size is None:
         raise ValueError("sample_size must be given in the network's config.json, got None; add the side of the images")
     drawn, taken = config["out_channels"], config["in_channels"]
     with_maps = 2 * drawn + 1 if has_text else drawn
-    if taken not in (drawn, with_maps):
+    if taken not in (drawn, with_maps) and not (has_small_image and taken > drawn):
         raise ValueError(f"in_channels must be as out_channels {drawn}, or with captions {2 * drawn + 1}, for a mask "
                          f"and a masked image, got {taken}")  # fmt: skip
     height, width = (size, size) if isinstance(size, int) else size
     return drawn, height, width
+
+
+def _check_low_res_schedule(path: Path) -> None:
+    """An upscaler's small images must have been noised as they are here."""
+    alphas = schedule_from_diffusers(_read_json(path)).alphas_cumprod
+    if alphas.shape != LOW_RES_SCHEDULE.alphas_cumprod.shape or _difference(LOW_RES_SCHEDULE.alphas_cumprod, alphas):
+        raise ValueError(f"{path} must have the noise schedule of Stable Diffusion's upscaler, "
+                         f"{LOW_RES_SCHEDULE.config}, and has another")  # fmt: skip
 
 
 def _unet_folder(folder: Path) -> Path:
@@ -410,6 +430,8 @@ def _why_not_drawn(trained: TrainedDenoiser) -> str | None:
         return f"diffusers' pipelines draw from nothing or from {known}, and this denoiser has {got}"
     if takes_tokens and not is_latent:
         return "diffusers' StableDiffusionPipeline draws latents from captions, and this denoiser draws images"
+    if "LowResolution" in names and trained.null_label is not None:
+        return "diffusers' StableDiffusionUpscalePipeline always tells the level of noise; train with label_dropout 0"
     channels, height, width = trained.image_shape
     if "MaskedImage" in names and (channels != INPAINTED_CHANNELS or height != width):
         return (
@@ -436,10 +458,11 @@ def _why_not_decoded(trained: TrainedDenoiser, autoencoder: StrPath | None) -> s
         return f"diffusers' StableDiffusionPipeline decodes with an AutoencoderKL, and {folder} holds a {kind.__name__}"
     config = kind.load_config(folder)
     has_convolutions = config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)
-    if space.scaling_factor is None and not has_convolutions:
+    if not has_convolutions and not _has_scale(space, UPSCALED_SCALE if _enlarges(trained) else None):
         return (
-            f"an autoencoder takes in a scale for each channel with quant_conv and post_quant_conv, and {folder} holds "
-            "one without; train with one scale, data.init_args.scaling_factor"
+            "an autoencoder takes in another scale, or one for each channel, with quant_conv and post_quant_conv, and "
+            f"{folder} holds one without; train with one scale, data.init_args.scaling_factor, for an upscaler "
+            f"{UPSCALED_SCALE}"
         )
     return None
 
@@ -453,62 +476,84 @@ def _build_pipeline(trained: TrainedDenoiser, autoencoder: StrPath | None) -> Di
     scheduler = DDPMScheduler(**scheduler_config(trained.schedule, clip_sample=space is None))
     vae = None
     if space is not None:
-        vae = normalised_autoencoder(autoencoder_of(space, autoencoder), space)
+        scaling_factor = UPSCALED_SCALE if _enlarges(trained) else None
+        vae = normalised_autoencoder(autoencoder_of(space, autoencoder), space, scaling_factor)
         scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
+    if text := trained.condition(TextTokens):
+        return _text_pipeline(trained, text, unet=unet, scheduler=scheduler, vae=vae)
     if trained.unet.config["num_class_embeds"] is not None:
         return ClassConditionalPipeline(unet, scheduler, trained.null_label, trained.class_names, vae)
-    if text := trained.condition(TextTokens):
-        paints = trained.condition(MaskedImage) is not None
-        kind = StableDiffusionInpaintPipeline if paints else StableDiffusionPipeline
-        return _text_pipeline(kind, text, unet, scheduler, vae)
     return DDPMPipeline(unet, scheduler) if vae is None else LDMPipeline(vae, unet, scheduler)
 
 
 def _text_pipeline(
-    kind: type[DiffusionPipeline],
+    trained: TrainedDenoiser,
     text: TextTokens,
-    unet: UNet2DConditionModel,
+    *,
+    unet: UNet2DModel | UNet2DConditionModel,
     scheduler: DDIMScheduler,
     vae: Autoencoder | None,
 ) -> DiffusionPipeline:
-    return kind(
-        vae=vae,
-        text_encoder=copy.deepcopy(text.encoder).cpu().float().eval(),
-        tokenizer=text.tokenizer,
-        unet=unet,
-        # It would set this itself, with a warning; it has no effect where timesteps are spaced as here.
-        scheduler=DDIMScheduler.from_config({**scheduler.config, "steps_offset": 1}),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {
+        "vae": vae,
+        "text_encoder": copy.deepcopy(text.encoder).cpu().float().eval(),
+        "tokenizer": text.tokenizer,
+        "unet": unet,
+        # They would set this themselves, with a warning; it has no effect where timesteps are spaced as here.
+        "scheduler": DDIMScheduler.from_config({**scheduler.config, "steps_offset": 1}),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    if _enlarges(trained):
+        noise = DDPMScheduler(**scheduler_config(LOW_RES_SCHEDULE, clip_sample=False))
+        return StableDiffusionUpscalePipeline(**parts, low_res_scheduler=noise, max_noise_level=MAX_NOISE_LEVEL)
+    kind = StableDiffusionInpaintPipeline if trained.condition(MaskedImage) else StableDiffusionPipeline
+    return kind(**parts, requires_safety_checker=False)
+
+
+def _enlarges(trained: TrainedDenoiser) -> bool:
+    return trained.condition(LowResolution) is not None
+
+
+def _has_scale(space: LatentSpace, scaling_factor: float | None) -> bool:
+    """Whether latents have that one scale; None: any one."""
+    found = space.scaling_factor
+    return found is not None and (scaling_factor is None or math.isclose(found, scaling_factor))
 
 
 @torch.no_grad()
-def normalised_autoencoder(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
+def normalised_autoencoder(
+    autoencoder: Autoencoder, space: LatentSpace, scaling_factor: float | None = None
+) -> Autoencoder:
     """The same autoencoder for latents of mean 0 and standard deviation 1 a channel, as diffusers has one scale only.
 
     Its convolutions of one pixel, the encoder's last and the decoder's first, take the moments in. One scale for all
     channels, as with a codebook, becomes diffusers' scaling_factor.
 
+    Args:
+        autoencoder: of any scale.
+        space: of its latents.
+        scaling_factor: that diffusers is to have, whatever the scale of the latents; None: it does not matter.
+
     Raises:
         ValueError: if it lacks these convolutions.
     """
     autoencoder = copy.deepcopy(autoencoder)
-    if space.scaling_factor is not None:
-        autoencoder.register_to_config(scaling_factor=space.scaling_factor)
+    if _has_scale(space, scaling_factor):
+        autoencoder.register_to_config(scaling_factor=scaling_factor or space.scaling_factor)
         return autoencoder
+    scaling_factor = scaling_factor or 1.0
     last, first = autoencoder.quant_conv, autoencoder.post_quant_conv
     if last is None or first is None:
         raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in a scale for each channel")
-    mean, std = torch.tensor(space.mean), torch.tensor(space.std)
+    mean, std = torch.tensor(space.mean), torch.tensor(space.std) * scaling_factor
     first.bias += first.weight.flatten(1) @ mean
     first.weight *= std[:, None, None]
     last.bias -= torch.cat([mean, 2 * std.log()])
     scale = torch.cat([std, torch.ones_like(std)])  # of means; of the logarithms of variances
     last.bias /= scale
     last.weight /= scale[:, None, None, None]
-    autoencoder.register_to_config(scaling_factor=1.0)
+    autoencoder.register_to_config(scaling_factor=scaling_factor)
     return autoencoder
 
 
@@ -537,11 +582,12 @@ def _network_difference(trained: TrainedDenoiser, loaded: UNet2DModel | UNet2DCo
     generator = keyed_generator(0)
     x = torch.randn(2, unet.config["in_channels"], side, side, generator=generator)
     t = torch.randint(trained.schedule.num_train_timesteps, (2,), generator=generator)
-    if unet.config["context_dim"] is not None:
-        context = torch.randn(2, 3, unet.config["context_dim"], generator=generator)
-        return _difference(unet(x, t, context=context), loaded(x, t, encoder_hidden_states=context).sample)
     classes = unet.config["num_class_embeds"]
     labels = None if classes is None else torch.randint(classes, (2,), generator=generator)
+    if unet.config["context_dim"] is not None:
+        context = torch.randn(2, 3, unet.config["context_dim"], generator=generator)
+        theirs = loaded(x, t, encoder_hidden_states=context, class_labels=labels).sample
+        return _difference(unet(x, t, labels, context=context), theirs)
     return _difference(unet(x, t, labels), loaded(x, t, class_labels=labels).sample)
 
 

@@ -1,9 +1,8 @@
-"""Maps beside the noised image: what a mask leaves of the image, to paint the rest; a small image, to be enlarged.
+"""Maps beside the noised image: what a mask leaves of it, to paint the rest; a small image, to be enlarged.
 
-Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, sections 4.4 and 4.5). Layouts are those of Stable Diffusion's
-networks for inpainting and for upscaling by four. An upscaler's small image is noised (Ho et al. 2021,
-https://arxiv.org/abs/2106.15282, section 4.2), to a level that the network is told as its class, so that the errors of
-what is enlarged are not taken for detail.
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, sections 4.4 and 4.5), laid out as in Stable Diffusion's networks
+for inpainting and for upscaling. A small image is noised, and the network told how much (Ho et al. 2021,
+https://arxiv.org/abs/2106.15282, section 4.2), so that its errors are not taken for detail.
 """
 
 from collections.abc import Callable
@@ -21,8 +20,9 @@ Encode = Callable[[Tensor], Tensor]
 MOST_BOXES = 4  # of a mask
 SMALLEST_SIDE, LARGEST_SIDE = 0.2, 0.6  # of a box, as a share of the image's
 COVERS_ALL = 0.25  # share of the masks, as in the training of Stable Diffusion's networks for inpainting
-LOW_RES_SCHEDULE = NoiseSchedule(1000, "scaled_linear", beta_start=1.0e-4, beta_end=0.02)  # of Stable Diffusion's
-MAX_NOISE_LEVEL = 350  # of the small image, as there
+LOW_RES_SCHEDULE = NoiseSchedule(1000, "scaled_linear", beta_start=1.0e-4, beta_end=0.02)  # of a small image, as in
+MAX_NOISE_LEVEL = 350  # Stable Diffusion's upscaler; and the highest timestep of it that is used
+MAPS_KEY = 2  # keeps what is drawn here apart from noise, which has the same seed
 
 
 class MaskedImage(Maps):
@@ -38,10 +38,12 @@ class MaskedImage(Maps):
 
 
 class LowResolution(Maps):
-    """A small image of the latents' size, noised to the level that is the network's class: (B, C, H, W).
+    """A small image of the latents' size, noised to the level that is the network's class: (B, C, h, w).
+
+    The network has a class for each level, `LOW_RES_SCHEDULE.num_train_timesteps`.
 
     Args:
-        channels: of the small image.
+        channels: of the image.
     """
 
     def __init__(self, channels: int):

@@ -13,13 +13,21 @@ from unet_diffusion.conditioning import Maps
 from unet_diffusion.data.base import ImageDataModule, scale_to_unit_range
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet
 from unet_diffusion.latents import LatentSpace
-from unet_diffusion.maps import Encode, MaskedImage, draw_masks, masked_image_maps
+from unet_diffusion.maps import (
+    LOW_RES_SCHEDULE,
+    MAPS_KEY,
+    MAX_NOISE_LEVEL,
+    Encode,
+    LowResolution,
+    MaskedImage,
+    draw_masks,
+    masked_image_maps,
+    shrink,
+)
 from unet_diffusion.schedule import keyed_generator
 
 if TYPE_CHECKING:  # it imports diffusers, which the other data modules do without
     from unet_diffusion.codecs import Autoencoder
-
-MAPS_KEY = 2  # keeps what is drawn here apart from noise, which has the same seed
 
 
 class ImagesWithMaps(ImageDataModule):
@@ -174,3 +182,55 @@ class InpaintingDataModule(ImagesWithMaps):
 
     def entries(self, images: Tensor, drawn: dict[str, Tensor], encode: Encode) -> dict[str, Tensor]:
         return {"maps": masked_image_maps(images, drawn["mask"], encode)}
+
+
+class UpscalingDataModule(ImagesWithMaps):
+    """Images, and small ones of the latents' size, for a network that enlarges; see `maps.LowResolution`.
+
+    How far it enlarges is what the autoencoder divides by, 4 in Stable Diffusion. "labels" are levels of noise, 0 to
+    350; classes of the images are left out.
+
+    Args:
+        images: where images come from, and how many make a batch.
+        autoencoder: a run folder or a diffusers folder.
+        scaling_factor: scale of the latents; None: that of the autoencoder's configuration.
+
+    Raises:
+        ValueError: if the scale is out of range.
+    """
+
+    gives = LowResolution
+
+    def __init__(
+        self,
+        images: ImageDataModule,
+        *,
+        autoencoder: str | os.PathLike[str],
+        scaling_factor: float | None = None,
+    ) -> None:
+        super().__init__(images, autoencoder=autoencoder, scaling_factor=scaling_factor)
+
+    @property
+    def class_names(self) -> None:
+        """Levels of noise have none."""
+
+    @property
+    def num_classes(self) -> int:
+        """Levels of noise that the network's class embedding has, whether they are used or not."""
+        return LOW_RES_SCHEDULE.num_train_timesteps
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> dict[str, Tensor]:
+        options = {"generator": generator, "device": generator.device}
+        size = (*shape[:2], *self.image_shape[1:])
+        return {
+            "level": torch.randint(MAX_NOISE_LEVEL + 1, shape[:1], **options),
+            "noise": torch.randn(size, **options),
+        }
+
+    def entries(self, images: Tensor, drawn: dict[str, Tensor], encode: Encode) -> dict[str, Tensor]:
+        _, height, width = self.image_shape
+        small = shrink(images, (height, width))
+        return {
+            "labels": drawn["level"],
+            "maps": LOW_RES_SCHEDULE.add_noise(small, drawn["noise"], drawn["level"]),
+        }

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from unet_diffusion.checkpoint import TrainedDenoiser
-from unet_diffusion.maps import MaskedImage
+from unet_diffusion.maps import LowResolution, MaskedImage
 from unet_diffusion.text import TextTokens
 
 MODEL_CARD = """---
@@ -81,6 +81,17 @@ images = pipeline("what is to be seen", image, mask, num_inference_steps=50, gui
 {about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
+UPSCALING_USAGE = """```python
+from diffusers import StableDiffusionUpscalePipeline
+from diffusers.utils import load_image
+
+pipeline = StableDiffusionUpscalePipeline.from_pretrained("path/to/this/folder")
+image = load_image("image.png")  # to be enlarged
+images = pipeline("what is to be seen", image, num_inference_steps=50, guidance_scale={guidance}).images
+```
+{about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
+`pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
+"""
 
 
 def model_card(trained: TrainedDenoiser) -> str:
@@ -105,6 +116,8 @@ def _kind_and_usage(trained: TrainedDenoiser) -> tuple[str, str]:
     if text := trained.condition(TextTokens):
         if trained.condition(MaskedImage):
             return "inpainting", _text_usage(text, INPAINTING_USAGE)
+        if trained.condition(LowResolution):
+            return "upscaling", _text_usage(text, UPSCALING_USAGE)
         return "text-to-image", _text_usage(text, TEXT_USAGE)
     if trained.unet.config["num_class_embeds"] is not None:
         return "class-conditional", _conditional_usage(trained)
