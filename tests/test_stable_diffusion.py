@@ -531,6 +531,8 @@ def train_on(folder, recipe_name, tmp_path, run_cli) -> None:
     before, after = import_pipeline(folder), read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     changed = [not torch.equal(a, b) for a, b in zip(after.unet.parameters(), before.unet.parameters(), strict=True)]
     assert all(changed)
+    assert after.settings["data"]["init_args"]["images"]["init_args"]["batch_size"] == 4
+    assert str(tmp_path) not in (tmp_path / "run" / "pipeline" / "README.md").read_text()  # no path of this machine
 
 
 def test_stable_diffusion_for_inpainting_is_trained_on(

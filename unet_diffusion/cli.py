@@ -295,7 +295,10 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
         "each step blends them; the size of training is a good N; default: all at once",
     )
     parser.add_argument(
-        "--init", metavar="FILE", help="start from this picture, scaled and cut to the size to draw, not from noise"
+        "--init",
+        metavar="FILE",
+        help="start from this picture, scaled and cut to the size to draw, not from noise; of a "
+        "model that enlarges, what to enlarge",
     )
     parser.add_argument(
         "--strength",

@@ -70,7 +70,7 @@ LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
 MULTIPLE = 8  # pixels, of the sides of what a StableDiffusionPipeline draws
-DRAWN_FROM = (  # each by a pipeline of diffusers
+DRAWN_FROM: tuple[list[str], ...] = (  # sorted; each by a pipeline of diffusers
     [],
     ["ClassLabels"],
     ["TextTokens"],

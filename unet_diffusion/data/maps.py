@@ -220,11 +220,10 @@ class UpscalingDataModule(ImagesWithMaps):
         return LOW_RES_SCHEDULE.num_train_timesteps
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> dict[str, Tensor]:
-        options = {"generator": generator, "device": generator.device}
-        size = (*shape[:2], *self.image_shape[1:])
+        device, size = generator.device, (*shape[:2], *self.image_shape[1:])
         return {
-            "level": torch.randint(MAX_NOISE_LEVEL + 1, shape[:1], **options),
-            "noise": torch.randn(size, **options),
+            "level": torch.randint(MAX_NOISE_LEVEL + 1, shape[:1], generator=generator, device=device),
+            "noise": torch.randn(size, generator=generator, device=device),
         }
 
     def entries(self, images: Tensor, drawn: dict[str, Tensor], encode: Encode) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
 
 CHECKPOINTS = "checkpoints"
-PATHS = {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}  # settings of this machine
+PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ class TrainingCLI(LightningCLI):
         settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
+        del wanted["trainer"]["logger"]
         self.model.settings = _without(wanted, PATHS)
 
     def after_fit(self) -> None:
@@ -211,10 +212,10 @@ def _has_checkpoint(root: Path, ckpt_path: Any) -> bool:
 
 
 def _without(settings: Any, keys: set[str]) -> Any:
-    """Nested settings without these keys, wherever they are."""
+    """Nested settings without these keys, wherever they are, unless there are settings below them."""
     if not isinstance(settings, dict):
         return settings
-    return {key: _without(value, keys) for key, value in settings.items() if key not in keys}
+    return {key: _without(value, keys) for key, value in settings.items() if key not in keys or isinstance(value, dict)}
 
 
 def _refuse_to_overwrite(root: Path) -> None:
