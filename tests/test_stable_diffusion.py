@@ -615,6 +615,20 @@ def test_stable_diffusion_for_upscaling_is_trained_on(
     assert_enlarged_alike(tmp_path / "run", pipeline, 20)
 
 
+@pytest.mark.parametrize(
+    ("kind", "in_channels", "message"),
+    [
+        (StableDiffusionInpaintPipeline, 8, "must be as out_channels 4, or with captions 9, .* got 8"),
+        (StableDiffusionUpscalePipeline, 4, "must be more than out_channels 4, for a small image, got 4"),
+    ],
+)
+def test_network_that_does_not_take_the_maps_of_its_pipeline_is_refused(tmp_path, kind, in_channels, message):
+    noise = {"low_res_scheduler": DDPMScheduler()} if kind is StableDiffusionUpscalePipeline else {}
+    network = {"in_channels": in_channels, "out_channels": 4}
+    with pytest.raises(ValueError, match=message):
+        import_pipeline(save_stable_diffusion(tmp_path / "folder", kind, network, **noise))
+
+
 def test_upscaler_of_other_noise_is_refused(stable_upscaling):
     path = stable_upscaling / "low_res_scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.012}))

@@ -224,9 +224,8 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
 def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     """The denoiser in a local pipeline folder of diffusers: what `export_pipeline` writes, or Stable Diffusion 1 or 2.
 
-    Those for inpainting and for upscaling too.
-
-    The text encoder is frozen, and latents keep the one scale that the autoencoder's configuration names.
+    Those for inpainting and for upscaling too. The text encoder is frozen, and latents keep the one scale that the
+    autoencoder's configuration names.
 
     Raises:
         FileNotFoundError: if the folder lacks a network, a scheduler or another part that its index names.
@@ -332,8 +331,10 @@ def _image_shape(config: Mapping[str, Any], *, has_text: bool, has_small_image: 
     if size is None:
         raise ValueError("sample_size must be given in the network's config.json, got None; add the side of the images")
     drawn, taken = config["out_channels"], config["in_channels"]
-    with_maps = 2 * drawn + 1 if has_text else drawn
-    if taken not in (drawn, with_maps) and not (has_small_image and taken > drawn):
+    if has_small_image and taken <= drawn:
+        raise ValueError(f"in_channels must be more than out_channels {drawn}, for a small image, got {taken}")
+    with_mask = 2 * drawn + 1 if has_text else drawn
+    if not has_small_image and taken not in (drawn, with_mask):
         raise ValueError(f"in_channels must be as out_channels {drawn}, or with captions {2 * drawn + 1}, for a mask "
                          f"and a masked image, got {taken}")  # fmt: skip
     height, width = (size, size) if isinstance(size, int) else size
@@ -343,7 +344,8 @@ def _image_shape(config: Mapping[str, Any], *, has_text: bool, has_small_image: 
 def _check_low_res_schedule(path: Path) -> None:
     """An upscaler's small images must have been noised as they are here."""
     alphas = schedule_from_diffusers(_read_json(path)).alphas_cumprod
-    if alphas.shape != LOW_RES_SCHEDULE.alphas_cumprod.shape or _difference(LOW_RES_SCHEDULE.alphas_cumprod, alphas):
+    ours = LOW_RES_SCHEDULE.alphas_cumprod
+    if alphas.shape != ours.shape or not torch.allclose(alphas, ours):
         raise ValueError(f"{path} must have the noise schedule of Stable Diffusion's upscaler, "
                          f"{LOW_RES_SCHEDULE.config}, and has another")  # fmt: skip
 
