@@ -339,6 +339,18 @@ def test_black_of_the_mask_stays_as_in_the_picture_and_white_is_painted(strong_r
     assert (settings["init"], settings["mask"]) == (str(tmp_path / "init.png"), str(tmp_path / "mask.png"))
 
 
+@pytest.mark.parametrize("name", ["init", "mask"])
+def test_resume_needs_the_same_picture_behind_the_same_path(strong_run, draw, run_cli, picture, tmp_path, name):
+    options = ("--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
+    folder = draw("images", strong_run, "--num_images", 1, *options)
+    draw("images", strong_run, "--num_images", 2, *options, "--resume")
+    changed = np.array(Image.open(tmp_path / f"{name}.png"))
+    Image.fromarray(np.roll(changed, 1, axis=1)).save(tmp_path / f"{name}.png")
+    arguments = ["--output", folder, *SAMPLE, *options, "--num_images", 3, "--resume"]
+    status, _, err = run_cli("sample", strong_run, *arguments)
+    assert (status, f"drawn with other settings (contents of {name})" in err) == (1, True), err
+
+
 def test_frames_between_two_seeds_begin_and_end_with_their_first_images(strong_run, draw):
     frames = pixels(draw("frames", strong_run, "--num_images", 3, "--labels", 3, "--interpolate", 4, 9))
     for frame, seed in ((0, 4), (2, 9)):
@@ -540,8 +552,8 @@ def test_wrong_usage_has_exit_status_2(run_cli, arguments):
 
 OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
-    "--image_size --window --init --strength --mask --interpolate --overwrite --resume --batch_size --device "
-    "--precision",
+    "--image_size --window --init --strength --mask --noise_level --interpolate --overwrite --resume --batch_size "
+    "--device --precision --speed",
     "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
     "--device --precision --speed",
     "export": "CHECKPOINT DIR --overwrite",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from unet_diffusion.codecs import autoencoder_of, decode_latents
 from unet_diffusion.conditioning import Guidance
-from unet_diffusion.data import ImageDataModule, SegmentationDataModule
+from unet_diffusion.data import ImageDataModule, ImagesWithMaps, SegmentationDataModule
 from unet_diffusion.data.base import scale_to_unit_range
 from unet_diffusion.data.batches import ImageBatches
 from unet_diffusion.pictures import image_grid, write_png
@@ -75,7 +75,8 @@ class PictureGrid(Callback):
 class SampleGrid(PictureGrid):
     """Samples of the averaged denoiser, of the same seeds every time. With classes, each column is a class.
 
-    With captions they are those of the first validation images, and run folder/captions.txt has them row by row.
+    With captions or maps they are those of the first validation images, and run folder/captions.txt has the captions
+    row by row.
 
     Args:
         every_n_steps: optimiser steps between grids; 0: only at the end.
@@ -115,7 +116,8 @@ class SampleGrid(PictureGrid):
         space = getattr(trainer.datamodule, "latent_space", None)  # type: ignore[attr-defined]  # set at runtime
         if space is not None:
             autoencoder_of(space)
-        if any(one.given == "maps" for one in pl_module.all_conditions):
+        has_maps = any(one.given == "maps" for one in pl_module.all_conditions)
+        if has_maps and not isinstance(trainer.datamodule, ImagesWithMaps):  # type: ignore[attr-defined]
             raise ValueError("samples of a model with maps cannot be drawn here, as there are no maps to give; "
                              "train it without this callback, from Python")  # fmt: skip
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
@@ -144,12 +146,7 @@ class SampleGrid(PictureGrid):
 
     def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int) -> Tensor:
         """The grid's images in [-1, 1], or latents, (num_images, C, H, W) float32, in the trainer's precision."""
-        trained = module.trained
-        given: dict[str, Tensor] = {}
-        if num_classes:
-            given["labels"] = torch.arange(self.num_images, device=module.device) % num_classes
-        if module.captions is not None:
-            given |= module.caption_tokens(self.captions(trainer, module))
+        trained, given = module.trained, self.given(trainer, module, num_classes)
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             inputs, nulls = trained.inputs(given)
             return sample(
@@ -165,6 +162,19 @@ class SampleGrid(PictureGrid):
                 clip_sample=module.latent_space is None,
                 device=module.device,
             )
+
+    def given(self, trainer: Trainer, module: DiffusionModule, num_classes: int) -> dict[str, Tensor]:
+        """What the conditions are called with: classes by turns, captions and maps of the first validation images."""
+        given: dict[str, Tensor] = {}
+        if num_classes:
+            given["labels"] = torch.arange(self.num_images, device=module.device) % num_classes
+        if module.captions is not None:
+            given |= module.caption_tokens(self.captions(trainer, module))
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set at runtime
+        if isinstance(data, ImagesWithMaps):
+            examples = data.examples(self.num_images, module.device)
+            given |= {name: examples[name] for name in ("labels", "maps") if name in examples}
+        return given
 
     def captions(self, trainer: Trainer, module: DiffusionModule) -> list[str]:
         """Those of the first validation images, by turns."""

@@ -46,9 +46,8 @@ from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.whole_file import whole_file
 
 CHECKPOINTS = "checkpoints"
-PATHS = {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}  # settings of this machine
+PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
-
 MAX_SHOWN = 5  # settings that differ
 
 
@@ -201,6 +200,7 @@ class TrainingCLI(LightningCLI):
         settings = self._settings()
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
+        del wanted["trainer"]["logger"]
         self.model.settings = _without(wanted, PATHS)
 
     def after_fit(self) -> None:
@@ -269,10 +269,10 @@ def _has_checkpoint(root: Path, ckpt_path: Any) -> bool:
 
 
 def _without(settings: Any, keys: set[str]) -> Any:
-    """Nested settings without these keys, wherever they are."""
+    """Nested settings without these keys, wherever they are, unless there are settings below them."""
     if not isinstance(settings, dict):
         return settings
-    return {key: _without(value, keys) for key, value in settings.items() if key not in keys}
+    return {key: _without(value, keys) for key, value in settings.items() if key not in keys or isinstance(value, dict)}
 
 
 def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> None:
