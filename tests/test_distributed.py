@@ -380,3 +380,22 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(train
     longer = trained_by("one", 6, begun="one")
     for begun, strategy in (("fsdp2", "one"), ("fsdp2", "ddp"), ("ddp", "fsdp2")):
         assert_near(trained_by(strategy, 6, begun=begun), longer)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_images_of_one(two_processes, run_cli, tmp_path):
+    arguments = ["sample", str(two_processes / "run"), "--num_images", "5", "--num_inference_steps", "3"]
+    arguments += ["--batch_size", "2", "--device", "cpu", "--guidance_scale", "2"]
+    status, _, err = run_cli(*arguments, "--output", tmp_path / "one")
+    assert status == 0, err
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "-m", "unet_diffusion.cli", *arguments, "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 images and grid.png in") == 1
+    names = sorted(path.name for path in (tmp_path / "one").glob("*.png"))
+    assert names == sorted(path.name for path in (tmp_path / "two").glob("*.png"))
+    for name in names:
+        one, two = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two"))
+        assert np.abs(one - two).max() <= 1  # float32 rounding in batches of other images

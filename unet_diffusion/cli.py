@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from unet_diffusion.processes import own_device, processes
 from unet_diffusion.speed import SPEEDS, keep_freed_memory, set_speed
 
 if TYPE_CHECKING:
@@ -237,7 +238,8 @@ def _two_stages(options: argparse.Namespace) -> None:
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw images: DIR/000000.png, ... and DIR/grid.png. "
-        "Image i depends on the seed and i alone, not on the batch size. From noise; with --init from a picture, with "
+        "Image i depends on the seed and i alone, not on the batch size, nor on how many processes share the work "
+        "(torchrun --nproc_per_node 8 -m unet_diffusion.cli sample ...). From noise; with --init from a picture, with "
         "--init and --mask into the masked part of one; with --interpolate a sequence from one image to another."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
@@ -331,6 +333,7 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from unet_diffusion.drawing import Drawing
 
+    options.device = own_device(options.device)
     drawing = Drawing.of(options)
     if torch.device(options.device).type == "cpu":
         keep_freed_memory()
@@ -341,15 +344,19 @@ def _sample(options: argparse.Namespace) -> None:
 def _draw_and_save(
     options: argparse.Namespace, draw: Callable[[list[int], Callable[[int], object]], torch.Tensor], num_steps: int
 ) -> None:
-    """Draw what the output folder lacks, batch by batch, and make the grid."""
+    """Draw what the output folder lacks, batch by batch, shared out over the processes, and make the grid."""
     from tqdm import tqdm
 
     from unet_diffusion.pictures import read_images, save_grid, save_images
 
-    todo = _prepare_output(options)
-    with tqdm(total=len(todo) * num_steps, unit="image step") as bar:
-        for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:
-            save_images(draw(indices, bar.update), options.output, indices=indices, overwrite=options.overwrite)
+    with processes() as all_of_them:
+        todo = all_of_them.share(all_of_them.by_the_first(lambda: _prepare_output(options)))
+        with tqdm(total=len(todo) * num_steps, unit="image step", disable=all_of_them.rank > 0) as bar:
+            for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:
+                save_images(draw(indices, bar.update), options.output, indices=indices, overwrite=options.overwrite)
+        all_of_them.wait()
+        if all_of_them.rank > 0:
+            return
     first = [options.output / f"{i:06d}.png" for i in range(min(options.num_images, MAX_GRID_IMAGES))]
     save_grid(read_images(first), options.output / "grid.png")
     if options.overwrite:  # what a longer run left would stand beside these under their settings
