@@ -65,18 +65,31 @@ def test_exported_pipeline_holds_the_averaged_weights_of_the_last_checkpoint(dig
     torch.testing.assert_close(exported, last, rtol=0, atol=0)
 
 
-def test_second_fit_into_a_run_folder_is_refused_with_what_to_do(digits_run, run_cli, tiny_digits):
-    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", digits_run)
+def test_fit_of_other_settings_into_a_run_folder_is_refused_with_what_to_do(digits_run, run_cli, tiny_digits):
+    arguments = ["--trainer.default_root_dir", digits_run, "--model.ema_decay", 0.5]
+    status, _, err = run_cli("fit", *tiny_digits, *arguments)
     assert status == 1
-    assert f"{digits_run} holds a run already; continue it with --ckpt_path {digits_run}/checkpoints/last.ckpt" in err
+    assert f"{digits_run} holds a run of other settings (model.ema_decay was 0.9" in err
+    assert f"by --ckpt_path {digits_run}/checkpoints/last.ckpt, or start another" in err
     assert not (digits_run / "logs" / "version_1").exists()
+
+
+def test_same_command_again_leaves_a_finished_run_as_it_is(digits_run, tmp_path, run_cli, tiny_digits):
+    run = copy_of(digits_run, tmp_path)
+    before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    (run / "samples.png").unlink()  # the run may have been killed while it was drawn
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", run)
+    assert status == 0, err
+    after = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.testing.assert_close(after["state_dict"], before["state_dict"], rtol=0, atol=0)
+    assert (run / "samples.png").read_bytes() == (digits_run / "samples.png").read_bytes()
 
 
 def test_fit_from_another_run_into_a_run_folder_is_refused(digits_run, tmp_path, run_cli, tiny_digits):
     last = copy_of(digits_run, tmp_path) / "checkpoints" / "last.ckpt"
     status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", digits_run, "--ckpt_path", last)
     assert status == 1
-    assert "holds a run already" in err
+    assert "holds a run of other settings (ckpt_path was None, is" in err
 
 
 def test_run_continues_from_its_checkpoint_and_keeps_its_log(digits_run, tmp_path, run_cli, tiny_digits):
@@ -342,6 +355,18 @@ def test_black_of_the_mask_stays_as_in_the_picture_and_white_is_painted(strong_r
     assert (settings["init"], settings["mask"]) == (str(tmp_path / "init.png"), str(tmp_path / "mask.png"))
 
 
+@pytest.mark.parametrize("name", ["init", "mask"])
+def test_resume_needs_the_same_picture_behind_the_same_path(strong_run, draw, run_cli, picture, tmp_path, name):
+    options = ("--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
+    folder = draw("images", strong_run, "--num_images", 1, *options)
+    draw("images", strong_run, "--num_images", 2, *options, "--resume")
+    changed = np.array(Image.open(tmp_path / f"{name}.png"))
+    Image.fromarray(np.roll(changed, 1, axis=1)).save(tmp_path / f"{name}.png")
+    arguments = ["--output", folder, *SAMPLE, *options, "--num_images", 3, "--resume"]
+    status, _, err = run_cli("sample", strong_run, *arguments)
+    assert (status, f"drawn with other settings (contents of {name})" in err) == (1, True), err
+
+
 def test_frames_between_two_seeds_begin_and_end_with_their_first_images(strong_run, draw):
     frames = pixels(draw("frames", strong_run, "--num_images", 3, "--labels", 3, "--interpolate", 4, 9))
     for frame, seed in ((0, 4), (2, 9)):
@@ -543,8 +568,8 @@ def test_wrong_usage_has_exit_status_2(run_cli, arguments):
 
 OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
-    "--image_size --window --init --strength --mask --interpolate --overwrite --resume --batch_size --device "
-    "--precision",
+    "--image_size --window --init --strength --mask --noise_level --interpolate --overwrite --resume --batch_size "
+    "--device --precision --speed",
     "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
     "--device --precision --speed",
     "export": "CHECKPOINT DIR --overwrite",

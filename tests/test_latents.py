@@ -158,6 +158,18 @@ def test_stale_latents_are_refused_before_training(encoded, tmp_path, quiet_trai
     assert trainer.global_step == 0
 
 
+def test_bad_files_end_encoding_or_are_left_out(encoded, tmp_path, images, run_cli):
+    (images / "cat" / "damaged.png").write_bytes(b"no image")
+    autoencoder().save_pretrained(tmp_path / "autoencoder")
+    arguments = [tmp_path / "autoencoder", images, "--output", tmp_path / "latents", "--device=cpu"]
+    status, _, err = run_cli("encode", *arguments)
+    assert (status, "cat/damaged.png" in err) == (1, True), err
+    with pytest.warns(UserWarning, match="cat/damaged.png"):
+        status, _, err = run_cli("encode", *arguments, "--on_bad_file", "skip")
+    assert status == 0, err
+    assert len(read_latents(tmp_path / "latents")) == NUM_IMAGES
+
+
 def test_files_that_are_no_latents_are_left_alone(encoded, tmp_path, images, run_cli):
     autoencoder().save_pretrained(tmp_path / "autoencoder")
     status, _, err = run_cli("encode", tmp_path / "autoencoder", images, "--output", images, "--device=cpu")

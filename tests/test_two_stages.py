@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from unet_diffusion import two_stages
@@ -62,24 +63,33 @@ def test_stages_follow_each_other_and_are_done_once(ran, run_cli, command, tmp_p
     assert out.count("done before") == 3
 
 
+def test_options_for_every_stage_reach_it(ran, run_cli, command, small_recipes):
+    commands, _ = ran
+    recipe = yaml.safe_load(small_recipes[0].read_text())
+    recipe["data"]["init_args"] |= {"on_bad_file": "skip", "background": "black"}
+    small_recipes[0].write_text(yaml.safe_dump(recipe))
+    status, _, err = run_cli(*command, "--traceback")
+    assert status == 0, err
+    assert ["--traceback" in one for one in commands] == [True] * 3
+    encode = commands[1]
+    assert [encode[encode.index(name) + 1] for name in ("--on_bad_file", "--background")] == ["skip", "black"]
+
+
 def test_a_stage_that_fails_is_gone_on_with(ran, run_cli, command, tmp_path):
     commands, fails = ran
     fails[3] = 1
     status, _, err = run_cli(*command)
     assert (status, "stage 3, denoiser, failed; the same command again goes on" in err) == (1, True), err
-    (tmp_path / "out" / "denoiser" / "checkpoints").mkdir(parents=True)
-    last = tmp_path / "out" / "denoiser" / "checkpoints" / "last.ckpt"
-    last.touch()
     status, _, err = run_cli(*command)
     assert status == 0, err
-    assert [one[0] for one in commands[3:]] == ["fit"]
-    assert f"--ckpt_path={last}" in commands[3]
+    assert commands[3:] == [commands[2]]
 
 
-def test_an_interrupted_stage_ends_the_command_as_interrupted(ran, run_cli, command):
+@pytest.mark.parametrize("status", [130, 143])
+def test_an_interrupted_stage_ends_the_command_as_interrupted(ran, run_cli, command, status):
     commands, status_of = ran
-    status_of[1] = 130
-    assert run_cli(*command)[0] == 130
+    status_of[1] = status
+    assert run_cli(*command)[0] == status
     assert len(commands) == 1
 
 

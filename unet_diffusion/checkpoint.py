@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # it imports diffusers, which most of this module does not ne
 
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
 Part = TypeVar("Part", bound=nn.Module)
+Kind = TypeVar("Kind", bound=Condition)
 SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
 
@@ -63,6 +64,10 @@ class TrainedDenoiser:
         """The class labels that the network embeds itself, if it does, and the others."""
         labels = [] if self.unet.class_embedding is None else [ClassLabels(self.null_label)]
         return [*labels, *cast(list[Condition], list(self.conditions))]
+
+    def condition(self, kind: type[Kind]) -> Kind | None:
+        """The condition of that class; None: there is none."""
+        return next((one for one in self.all_conditions if isinstance(one, kind)), None)
 
     @property
     def num_classes(self) -> int:
@@ -179,7 +184,8 @@ def holds_autoencoder(path: str | os.PathLike[str]) -> bool:
 
 def network_record(network: PixelNetwork | Condition) -> dict[str, Any]:
     """The class of a network or condition and the arguments that build it, plain values."""
-    kind = type(network)
+    # Where weights are shared out over processes, a class of torch's comes first.
+    kind = next(one for one in type(network).__mro__ if not one.__module__.startswith("torch."))
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config}
 
 
@@ -202,6 +208,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
 
     Raises:
         OSError: if the file is missing or cannot be opened.
+        ImportError: if the denoiser takes captions, and the package transformers is not there.
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
     record, weights = _read(path, "denoiser")
@@ -357,7 +364,8 @@ def _explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
     """Says of which file it is, if a record or its weights are not as they must be."""
     try:
         yield
-    except (KeyError, TypeError, RuntimeError, ImportError) as error:
+    # A class of a module that is not there; an ImportError is of a package that is to be installed, and says so.
+    except (KeyError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise ValueError(f"{path} must hold a whole {key} of this version, and does not: {error}") from error
 
 

@@ -157,6 +157,38 @@ def latent_moments(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Te
     return posterior.mean, posterior.std
 
 
+def latent_space_of(
+    autoencoder: Autoencoder,
+    folder: str | os.PathLike[str],
+    image_shape: Sequence[int],
+    *,
+    scaling_factor: float | None = None,
+) -> LatentSpace:
+    """That of an autoencoder, with one scale for all channels.
+
+    Args:
+        autoencoder: float32, on the CPU.
+        folder: where it is.
+        image_shape: (C, H, W) of the images.
+        scaling_factor: the scale; None: that of its configuration.
+
+    Raises:
+        ValueError: if it does not take such images.
+    """
+    channels, height, width = image_shape
+    factor, takes = downsampling(autoencoder), autoencoder.config["in_channels"]
+    if channels != takes or height % factor or width % factor:
+        raise ValueError(
+            f"images must have {takes} channels and multiples of {factor} pixels for the autoencoder in {folder}, got "
+            f"{channels} channels of {height}x{width}; set channels and image_size of the images"
+        )
+    std = 1 / (scaling_factor or autoencoder.config["scaling_factor"])
+    count = num_latent_channels(autoencoder)
+    path = str(Path(folder).resolve())
+    prints = fingerprint(autoencoder, autoencoder.config)
+    return LatentSpace(path, prints, (channels, height, width), mean=(0.0,) * count, std=(std,) * count)
+
+
 def autoencoder_of(space: LatentSpace, folder: str | os.PathLike[str] | None = None) -> Autoencoder:
     """The autoencoder that latents are of, on the CPU and in eval mode.
 

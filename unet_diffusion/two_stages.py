@@ -7,10 +7,11 @@ would: runs of `fit`, latents of `encode`. Run again, it goes on where it was cu
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import yaml
 
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import find_images
+from unet_diffusion.interruption import Interrupted, handled
 from unet_diffusion.whole_file import whole_file
 
 RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
-INTERRUPTED = 130  # exit status of a stage
+INTERRUPTED = (130, 143)  # exit statuses of a stage that a signal ended
 LABEL_DROPOUT = 0.1  # of classes, for guidance
 
 
@@ -46,11 +48,12 @@ class TwoStages:
     class_labels: bool
     captions: bool
 
-    def run(self, say: Callable[[str], None]) -> None:
+    def run(self, say: Callable[[str], None], options: Sequence[str] = ()) -> None:
         """Carry out what is not done yet.
 
         Args:
             say: called with a line before each stage.
+            options: of every stage, that do not change what it makes.
 
         Raises:
             FileExistsError: if the folder holds something else.
@@ -66,12 +69,12 @@ class TwoStages:
             say(f"stage {number} of 3, {name}")
             start = time.monotonic()
             # -P: modules are not looked for in the current folder, which may be that of somebody's images.
-            status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion.cli", *command()])
+            status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion.cli", *command(), *options])
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.monotonic() - start, 1)
             record["done"] += [] if status else [name]
             self._write(record)
-            if status == INTERRUPTED:
-                raise KeyboardInterrupt
+            if status in INTERRUPTED:
+                raise Interrupted(status - 128)
             if status:
                 raise RuntimeError(f"stage {number}, {name}, failed; the same command again goes on from there")
 
@@ -83,9 +86,11 @@ class TwoStages:
 
     def _latents(self) -> list[str]:
         flags = {"--class_labels": self.class_labels, "--captions": self.captions, "--horizontal_flip": self._flips()}
+        data = self._data_of(self.autoencoder)
         return [
             *("encode", str(self.output / "autoencoder"), str(self.images), "--output", str(self.output / "latents")),
-            *("--precision", "bfloat16", "--background", self._data_of(self.autoencoder).get("background", "white")),
+            *("--precision", "bfloat16", "--background", data.get("background", "white")),
+            *("--on_bad_file", data.get("on_bad_file", "error")),
             *(flag for flag, is_set in flags.items() if is_set),
         ]
 
@@ -100,9 +105,7 @@ class TwoStages:
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
         run = self.output / name
-        last = run / "checkpoints" / "last.ckpt"
-        arguments = ["fit", f"--config={recipe}", f"--data.init_args.root={root}", f"--trainer.default_root_dir={run}"]
-        return [*arguments, f"--ckpt_path={last}"] if last.exists() else arguments
+        return ["fit", f"--config={recipe}", f"--data.init_args.root={root}", f"--trainer.default_root_dir={run}"]
 
     def _flips(self) -> bool:
         return bool(self._data_of(self.denoiser).get("horizontal_flip"))
@@ -154,13 +157,10 @@ class TwoStages:
 
 
 def _exit_status(command: list[str]) -> int:
-    """Of a process; an interruption from the keyboard, which it gets too, is left for it to end by."""
+    """Of a process that ends by itself when interrupted: SIGTERM is passed on, the terminal sends SIGINT to both."""
     process = subprocess.Popen(command)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    with handled((signal.SIGINT,), lambda *_: None), handled((signal.SIGTERM,), lambda *_: process.terminate()):
+        return process.wait()
 
 
 def _read(recipe: Path) -> dict[str, Any]:

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 from encoded import encode, encode_16_bit_png, random_pixels
-from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
 
 from unet_diffusion.data import ImageFormat, decode_image
-from unet_diffusion.data.decoding import decode_label_pages, decode_pages, to_depth
+from unet_diffusion.data.decoding import decode_label_pages, decode_pages, to_depth, upright_size
 
 EXIF_ORIENTATION = 0x0112
 DECODERS = {
     "image": lambda data: decode_image(data, ImageFormat(2, 2)),
     "pages": lambda data: decode_pages(data, 3),
     "labels": decode_label_pages,
+    "size": upright_size,
 }
 
 
@@ -193,6 +194,15 @@ def test_large_jpeg_differs_little_from_its_full_decoding():
 def test_image_smaller_than_asked_for_is_refused(size):
     with pytest.raises(ValueError, match=f"too small: {size[0]}x{size[1]}, must be at least 8x8"):
         decode_image(encode(random_pixels(*size, 3)), ImageFormat(8, 8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_that_of_the_upright_image(orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    data = encode(random_pixels(8, 16, 3), "JPEG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert upright_size(data) == (expected.height, expected.width)
 
 
 def test_too_small_is_judged_after_the_exif_rotation():

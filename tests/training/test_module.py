@@ -243,10 +243,13 @@ def test_quarters_are_logged_though_an_epoch_is_shorter_than_the_log_interval(ti
     assert [row["step"] for row in rows if row["train/loss_q1"] and row["train/loss_q4"]] == ["2", "5"]
 
 
-def test_clipped_gradients_bound_the_step_in_bfloat16(tiny_module, tiny_images, quiet_trainer):
+@pytest.mark.parametrize("fused", [False, True])
+def test_clipped_gradients_bound_the_step_in_bfloat16(tiny_module, tiny_images, quiet_trainer, fused):
     record = WeightRecord()
     trainer = quiet_trainer(max_steps=1, precision="bf16-mixed", gradient_clip_val=0.01, callbacks=[record])
-    trainer.fit(tiny_module(optimizer=functools.partial(torch.optim.SGD, lr=1.0)), tiny_images(class_names=None))
+    trainer.fit(
+        tiny_module(optimizer=functools.partial(torch.optim.SGD, lr=1.0, fused=fused)), tiny_images(class_names=None)
+    )
     before, after = record.raw
     step = torch.stack([(after[key] - before[key]).norm() for key in before]).norm()
     assert step == pytest.approx(0.01, rel=1e-2)  # the gradient of an untrained network is longer than that

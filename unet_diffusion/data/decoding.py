@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps, ImageSequence
+from PIL import ExifTags, Image, ImageColor, ImageOps, ImageSequence
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png
 
@@ -83,6 +83,18 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
     fitted = _fit(pixels, image_format.height, image_format.width)
     converted = _convert_channels(fitted, image_format, white=np.iinfo(pixels.dtype).max)
     return torch.from_numpy(_round_to(converted, pixels.dtype))
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Height and width of the image in a file, with its EXIF orientation applied; only its header is read.
+
+    Raises:
+        ValueError: if it has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
+        Exception: whatever a decoder raises on a damaged file.
+    """
+    with _opened(data) as image:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
+        return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
 def decode_pages(data: bytes, channels: int) -> list[Tensor]:

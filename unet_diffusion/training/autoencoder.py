@@ -51,7 +51,7 @@ MIN_STEPS_TO_JUDGE = 500  # before, networks have learnt too little to be warned
 
 def adam_of_gans(params: Iterable[Tensor]) -> Optimizer:
     """Adam at 1e-4, with the betas (0.5, 0.9) of Esser et al. 2021."""
-    return Adam(params, lr=1.0e-4, betas=(0.5, 0.9))
+    return Adam(params, lr=1.0e-4, betas=(0.5, 0.9), fused=True)
 
 
 class AutoencoderModule(LightningModule):

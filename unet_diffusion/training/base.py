@@ -12,12 +12,15 @@ from typing import Any, Literal, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from unet_diffusion.blocks import DoubleConv, Downsample, ResidualBlock, SelfAttention, SpatialTransformer, Upsample
 from unet_diffusion.checkpoint import check_callbacks
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import SPEEDS, Speed, fastest_speed, keep_freed_memory, set_speed, speeds_for
@@ -26,10 +29,14 @@ from unet_diffusion.unet import PixelNetwork
 LRDecay = Literal["constant", "cosine"]
 Network = TypeVar("Network", bound=nn.Module)
 
+# What is gathered at once when networks are shared out. Not whole levels: those of the expanding path take their skips
+# off a list, of which FSDP2 hands on a copy.
+SHARDED = (DoubleConv, Downsample, ResidualBlock, SelfAttention, SpatialTransformer, Upsample)
+
 
 def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
     """AdamW at 2e-4 (Ho et al. 2020, appendix B), without weight decay."""
-    return AdamW(params, lr=2.0e-4, weight_decay=0.0)
+    return AdamW(params, lr=2.0e-4, weight_decay=0.0, fused=True)
 
 
 class NetworkModule(LightningModule):
@@ -128,12 +135,42 @@ class NetworkModule(LightningModule):
             elif not self.is_continued:  # else the checkpoint tells
                 self._run_at(self._fastest_speed())
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of each weight only, and all must call a network together."""
+        return isinstance(self.unet, FSDPModule)
+
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy (FSDP2) shares out networks and averages over the processes, block by block.
+
+        Raises:
+            ValueError: if the speed needs a memory format of its own, or a part of the network is frozen.
+        """
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or self.is_sharded:
+            return
+        if self.chosen_speed != "plain":
+            raise ValueError(f"speed must be plain with ModelParallelStrategy, got {self.speed}; set model.speed to it")
+        if not all(p.requires_grad for _, network in self.averaged_pairs() for p in network.parameters()):
+            raise ValueError("a network with frozen parts cannot be shared out; use the strategy ddp")
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for network in (one for pair in self.averaged_pairs() for one in pair if list(one.parameters())):
+            for block in network.modules():
+                if isinstance(block, SHARDED):
+                    fully_shard(block, mesh=mesh)
+            fully_shard(network, mesh=mesh, reshard_after_forward=True)  # the average is called without a backward
+
     def on_fit_start(self) -> None:
         dtype = next(self.unet.parameters()).dtype
         if dtype != torch.float32:
             raise ValueError(
                 f"the weights must be float32 for the average to move, got {dtype}; use precision bf16-mixed"
             )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """What is drawn from torch's own generators, as dropout is, follows from seed, step and process as all else."""
+        torch.manual_seed(
+            keyed_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank).initial_seed()
+        )
 
     def train(self, mode: bool = True) -> "NetworkModule":
         """Switches dropout of the trained network; the averaged one is never in training mode."""
@@ -152,6 +189,18 @@ class NetworkModule(LightningModule):
             return lr_factor(step, self.lr_warmup_steps, num_steps)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as Lightning does, which refuses fused optimisers in mixed precision; only float16 scales gradients."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed":
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then moves the average: once an optimiser step, however many batches it accumulates."""

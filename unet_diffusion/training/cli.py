@@ -3,12 +3,12 @@
 What is trained is the configuration's `task`: "denoise", the default, "segment" or "autoencode".
 
 The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png,
-checkpoints/ and the exported pipeline/ or autoencoder/; a folder that holds a run is never trained into again, except
-to continue it.
+checkpoints/ and the exported pipeline/ or autoencoder/. The same command again goes on from the newest checkpoint that
+is whole; a folder that holds a run of other settings is never trained into, except to continue it by name.
 """
 
 import argparse
-import os
+import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +17,17 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from unet_diffusion.checkpoint import load_plain
+from unet_diffusion.checkpoint import load_plain, read_checkpoint
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
 from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
+from unet_diffusion.interruption import Interrupted
 from unet_diffusion.training.autoencoder import AutoencoderModule
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.callbacks import (
@@ -35,14 +38,20 @@ from unet_diffusion.training.callbacks import (
     SegmentationGrid,
     run_folder,
 )
+from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
+from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.segmentation import SegmentationModule
+from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
+from unet_diffusion.whole_file import whole_file
 
 CHECKPOINTS = "checkpoints"
 FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
-PATHS = {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}  # settings of this machine
+PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
+WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
+MAX_SHOWN = 5  # settings that differ
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,8 @@ class SaveRunConfig(SaveConfigCallback):
         if stage != "fit":
             return
         text = self.parser.dump(self.config, skip_unset=False)
-        folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(text)
+        with whole_file(run_folder(trainer) / "config.yaml") as partial:
+            partial.write_text(text)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
 
@@ -85,7 +93,14 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, task: str, **options: Any):
         self.task = TASKS[task]
-        super().__init__(self.task.module, self.task.data, **options)
+        try:
+            super().__init__(self.task.module, self.task.data, **options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            batch_size = getattr(getattr(self, "datamodule", None), "batch_size", None)
+            accumulated = self.trainer.accumulate_grad_batches if hasattr(self, "trainer") else 1
+            raise MemoryError(memory_advice(error, batch_size, accumulated)) from error
 
     @classmethod
     def run(cls, arguments: Sequence[str]) -> None:
@@ -93,9 +108,22 @@ class TrainingCLI(LightningCLI):
 
         Raises:
             ValueError: if the settings contradict each other, or there is no such task.
-            FileExistsError: if the run folder holds a run that is not being continued.
+            FileExistsError: if the run folder holds a run of other settings.
+            MemoryError: if memory does not suffice.
+            Interrupted: if a signal ended it.
         """
         _silence_what_is_meant()
+        try:
+            cls._run(arguments)
+        except SIGTERMException as error:  # before the first step, when Lightning has the signal
+            raise Interrupted(signal.SIGTERM) from error
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning ends with status 1
+                raise KeyboardInterrupt from None
+            raise
+
+    @classmethod
+    def _run(cls, arguments: Sequence[str]) -> None:
         refuse_dangerous_modules()
         cls(
             _task_of(arguments[1:]),
@@ -116,8 +144,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--task", choices=tuple(TASKS), default="denoise", help="what is trained")
         parser.add_lightning_class_args(self.task.pictures, "samples")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        # Without a version counter last.ckpt is always the last one, also in a run folder that was moved and continued.
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
                              "checkpoint.auto_insert_metric_name": False,
                              "checkpoint.enable_version_counter": False})  # fmt: skip
@@ -147,8 +174,8 @@ class TrainingCLI(LightningCLI):
         config.trainer.logger = _loggers(config.trainer.logger, root)
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
-        elif self.subcommand == "fit" and not _continues(root, config.ckpt_path):
-            _refuse_to_overwrite(root)
+        elif self.subcommand == "fit":
+            config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config = self.written
@@ -156,8 +183,37 @@ class TrainingCLI(LightningCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
-        self.trainer_defaults["callbacks"] = [*bar, *rates]
-        return super().instantiate_trainer(**kwargs)
+        self.trainer_defaults["callbacks"] = [*bar, *rates, SkipBadSteps(), StopOnSignal()]
+        made = super().instantiate_trainer(**kwargs)
+        made.strategy.checkpoint_io = WholeCheckpoints()
+        strategy = made.strategy
+        if isinstance(strategy, ModelParallelStrategy) and strategy._data_parallel_size == "auto":
+            # Lightning's own choice is tensor parallelism within a node, which no network here is made for.
+            strategy._data_parallel_size, strategy._tensor_parallel_size = made.world_size, 1
+        return made
+
+    def _settings(self) -> dict[str, Any]:
+        """All settings as plain values, as config.yaml has them."""
+        return yaml.safe_load(self.parser.dump(self.written, skip_unset=False))[self.subcommand]
+
+    def _checkpoint_to_go_on_from(self, root: Path) -> str | None:
+        """The one asked for, or the newest good one of a run of these settings in the folder, or None.
+
+        Raises:
+            FileExistsError: if the folder holds a run of other settings.
+            ValueError: if all its checkpoints are damaged.
+        """
+        asked = self.written[self.subcommand].ckpt_path
+        if asked and (not Path(asked).is_file() or root.resolve() in Path(asked).resolve().parents):
+            return asked  # one of its own, or a word of Lightning's, like last
+        if not any((root / CHECKPOINTS).glob("*.ckpt")):
+            return asked
+        _refuse_other_settings(root, self._settings())
+        found = newest_good(root / CHECKPOINTS)
+        assert found is not None
+        path, step = found
+        rank_zero_info(f"{root} holds this run; it goes on from step {step} ({path.name})")
+        return str(path)
 
     def after_instantiate_classes(self) -> None:
         for logger in self.trainer.loggers:
@@ -165,10 +221,11 @@ class TrainingCLI(LightningCLI):
                 start_wandb_run(logger, run_folder(self.trainer))
 
     def before_fit(self) -> None:
-        self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config.fit.ckpt_path)
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand]
+        self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
+        settings = self._settings()
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
+        del wanted["trainer"]["logger"]
         self.model.settings = _without(wanted, PATHS)
 
     def after_fit(self) -> None:
@@ -178,6 +235,8 @@ class TrainingCLI(LightningCLI):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
             folder = run_folder(self.trainer)
+            if not (folder / "samples.png").exists():  # of a run that had all its steps, and was killed before that
+                self._get(self.config_init, "samples").on_train_end(self.trainer, self.model)
             rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and {self._hand_over(folder)}")
 
     def _hand_over(self, folder: Path) -> str:
@@ -187,9 +246,11 @@ class TrainingCLI(LightningCLI):
         if isinstance(self.model, AutoencoderModule):
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
-        if why_not_exported(self.model.trained):  # export says it to whoever asks for a pipeline
+        # A network that was shared out is whole in its checkpoint only.
+        trained = read_checkpoint(folder / CHECKPOINTS / LAST) if self.model.is_sharded else self.model.trained
+        if why_not_exported(trained):  # export says it to whoever asks for a pipeline
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
-        export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
+        export_pipeline(trained, folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"
 
 
@@ -219,6 +280,7 @@ def _silence_what_is_meant() -> None:
         "LightningCLI's args parameter is intended",
         r"Found \d+ module\(s\) in eval mode",  # the averaged network
         "Using ModelCheckpoint with manual optimization",  # of GANs with steps of several optimisers
+        "Checkpoint directory .* exists and is not empty",  # a run goes on
         "The number of training batches .* is smaller than the logging interval",  # steps are counted, not epochs
         ".*does not have many workers",  # the images are in memory
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
@@ -231,31 +293,40 @@ def _root(config: Any) -> Path:
     return Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
 
 
-def _continues(root: Path, ckpt_path: Any) -> bool:
-    """Whether a run goes on from a checkpoint of its own: a file in its folder, or a word of Lightning's, like last."""
-    return bool(ckpt_path) and (not Path(ckpt_path).is_file() or root.resolve() in Path(ckpt_path).resolve().parents)
-
-
 def _has_checkpoint(root: Path, ckpt_path: Any) -> bool:
     """Whether there is one to continue from: with a word of Lightning's and no checkpoint, a run starts afresh."""
     return bool(ckpt_path) and (Path(ckpt_path).is_file() or any((root / CHECKPOINTS).glob("*.ckpt")))
 
 
 def _without(settings: Any, keys: set[str]) -> Any:
-    """Nested settings without these keys, wherever they are."""
+    """Nested settings without these keys, wherever they are, unless there are settings below them."""
     if not isinstance(settings, dict):
         return settings
-    return {key: _without(value, keys) for key, value in settings.items() if key not in keys}
+    return {key: _without(value, keys) for key, value in settings.items() if key not in keys or isinstance(value, dict)}
 
 
-def _refuse_to_overwrite(root: Path) -> None:
-    """A run is not trained over. Other ranks than the first start later, when the run may have begun."""
-    checkpoints = sorted((root / CHECKPOINTS).glob("*.ckpt"))
-    if checkpoints and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> None:
+    file = root / "config.yaml"
+    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    wanted = {key: settings[key] for key in WHAT_IS_TRAINED}
+    if settings["ckpt_path"]:
+        wanted["ckpt_path"] = settings["ckpt_path"]
+    differ = _differences({key: before.get(key) for key in wanted}, wanted)
+    if differ:
+        more = f"; and {len(differ) - MAX_SHOWN} more" if differ[MAX_SHOWN:] else ""
         raise FileExistsError(
-            f"{root} holds a run already; continue it with --ckpt_path {root / CHECKPOINTS / 'last.ckpt'}, "
-            "or start another with --trainer.default_root_dir DIR"
+            f"{root} holds a run of other settings ({'; '.join(differ[:MAX_SHOWN])}{more}). "
+            f"Train it on with these by --ckpt_path {root / CHECKPOINTS / LAST}, or start another with "
+            "--trainer.default_root_dir DIR"
         )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """A line for each nested setting that is not the same."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}")]
+    return [] if before == now else [f"{name.lstrip('.')} was {before}, is {now}"]
 
 
 def _loggers(wanted: Any, root: Path) -> Any:
@@ -265,7 +336,8 @@ def _loggers(wanted: Any, root: Path) -> Any:
     csv = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         # A version of its own each time it starts: a continued run would otherwise delete the log it continues.
-        "init_args": {"save_dir": str(root), "name": "logs"},
+        # Each row is written at once: a process that is killed leaves what it logged.
+        "init_args": {"save_dir": str(root), "name": "logs", "flush_logs_every_n_steps": 1},
     }
     others = [] if wanted in (None, True) else wanted if isinstance(wanted, list) else [wanted]
     for logger in others:

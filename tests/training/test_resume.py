@@ -1,0 +1,269 @@
+"""Runs that are killed, and started again by the same command, end as the run that nobody touched: bit for bit.
+
+Each start is a process. A server that has imported everything forks them: an import takes many times as long as they.
+"""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SERVER = """
+import json, os, sys
+
+import unet_diffusion.training.cli
+from unet_diffusion.cli import main
+
+for line in sys.stdin:
+    arguments, log = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(2, 1)
+        sys.exit(main(arguments))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+FAULTS = """
+import os
+import resource
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+
+class FailsInValidation(Callback):
+    '''Once.'''
+
+    def on_validation_batch_end(self, trainer, *args):
+        if trainer.global_step == 10 and not Path("failed").exists():
+            Path("failed").touch()
+            raise RuntimeError("the validation failed")
+
+
+class FullDisk(Callback):
+    '''Files can be no larger than a part of a checkpoint, from a step on; once.'''
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == 8 and not Path("full").exists():
+            Path("full").touch()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+"""
+# An epoch is 9 steps of two batches; validation after each 5 and checkpoints after each 3 fall together now and then.
+OVERLAY = """
+model: {unet: {init_args: {dropout: 0.2}}}
+data: {init_args: {num_val: 1221, batch_size: 32}}
+trainer: {accumulate_grad_batches: 2, val_check_interval: 10, limit_val_batches: 2}
+samples: {every_n_steps: 7, num_images: 4}
+checkpoint: {every_n_train_steps: 3}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Starts processes in a folder of its own; a list of a pid or status a line."""
+    folder = tmp_path_factory.mktemp("resumed")
+    (folder / "faults.py").write_text(FAULTS)
+    (folder / "overlay.yaml").write_text(OVERLAY)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.folder = folder
+        yield process
+        process.stdin.close()
+
+
+class Run:
+    """One run folder, and the processes that work on it."""
+
+    def __init__(self, parent: Path, arguments: list[str], name: str, max_steps: int, server=None) -> None:
+        self.server, self.folder = server, parent / name
+        self.arguments = ["fit", *arguments, "--config", "overlay.yaml", "--trainer.default_root_dir", name]
+        self.arguments += ["--trainer.max_steps", str(max_steps)]
+        self.log = parent / f"{name}.log"
+
+    def start(self) -> int:
+        """The process."""
+        self.server.stdin.write(json.dumps([self.arguments, str(self.log)]) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def status(self) -> int:
+        """Of the process that was started last, when it has ended."""
+        return int(self.server.stdout.readline())
+
+    def last(self) -> dict:
+        return torch.load(self.folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+    def saves(self, after: int) -> None:
+        """Waits for a checkpoint of a step after that one."""
+        deadline = time.monotonic() + 30
+        while not ((self.folder / "checkpoints" / "last.ckpt").exists() and self.last()["global_step"] > after):
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+
+    def trace(self, name: str) -> dict[int, set[str]]:
+        """All values that were ever logged for each step."""
+        values: dict[int, set[str]] = {}
+        for file in self.folder.glob("logs/version_*/metrics.csv"):
+            for row in csv.DictReader(file.open()):
+                if row.get(name):
+                    values.setdefault(int(row["step"]), set()).add(row[name])
+        return values
+
+
+@pytest.fixture
+def run(server, tiny_digits):
+    def make(name: str, max_steps: int, *more: str) -> Run:
+        return Run(server.folder, [*tiny_digits, *more], name, max_steps, server)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def untouched(server, tiny_digits):
+    """Runs that nobody touched, by their number of steps."""
+    made: dict[int, Run] = {}
+
+    def get(max_steps: int) -> Run:
+        if max_steps not in made:
+            made[max_steps] = Run(server.folder, tiny_digits, f"untouched_{max_steps}", max_steps, server)
+            made[max_steps].start()
+            assert made[max_steps].status() == 0, made[max_steps].log.read_text()
+        return made[max_steps]
+
+    return get
+
+
+def assert_same(one: Run, other: Run) -> None:
+    """Weights, averages, optimiser, schedule of rates, and every loss that was logged."""
+    for entry in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        torch.testing.assert_close(one.last()[entry], other.last()[entry], rtol=0, atol=0)
+    for name in ("train/loss", "val/loss"):
+        expected = other.trace(name)
+        assert len(expected) > 1
+        assert all(len(values) == 1 for values in expected.values())
+        assert one.trace(name) == expected
+    assert (one.folder / "samples.png").read_bytes() == (other.folder / "samples.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_run_that_is_killed_at_20_random_moments_is_the_untouched_one(run, untouched):
+    moments, killed = random.Random(0), run("killed", 400)
+    for _ in range(20):
+        before = killed.last()["global_step"] if (killed.folder / "checkpoints" / "last.ckpt").exists() else 0
+        process = killed.start()
+        killed.saves(after=before)
+        time.sleep(moments.uniform(0, 0.3))
+        os.kill(process, signal.SIGKILL)
+        assert killed.status() == -signal.SIGKILL, killed.log.read_text()
+    killed.start()
+    assert killed.status() == 0, killed.log.read_text()
+    assert not list((killed.folder / "checkpoints").glob(".*"))  # nothing is left of half-written files
+    assert_same(killed, untouched(400))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_run_that_is_told_to_stop_saves_and_ends_with_the_status_of_the_signal(run, untouched, signum):
+    moments, stopped = random.Random(signum), run(f"stopped_{signum}", 60)
+    steps = []
+    for _ in range(3):
+        before = stopped.last()["global_step"] if steps else 0
+        process = stopped.start()
+        stopped.saves(after=before)
+        time.sleep(moments.uniform(0, 0.1))
+        os.kill(process, signum)
+        assert stopped.status() == 128 + signum, stopped.log.read_text()
+        steps.append(stopped.last()["global_step"])
+    assert f"stopped at step {steps[-1]}; the same command goes on from there" in stopped.log.read_text()
+    assert any(step % 3 for step in steps)  # it was saved where no checkpoint was due
+    stopped.start()
+    assert stopped.status() == 0, stopped.log.read_text()
+    assert_same(stopped, untouched(60))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said", "step"),
+    [
+        ("FailsInValidation", "the validation failed", 9),
+        ("FullDisk", "make room, and the same command goes on from the checkpoint before", 6),
+    ],
+)
+def test_run_that_fails_goes_on_from_its_checkpoint(run, untouched, fault, said, step):
+    failed = run(fault, 60, f"--trainer.callbacks+=faults.{fault}")
+    failed.start()
+    assert failed.status() == 1
+    assert said in failed.log.read_text()
+    assert failed.last()["global_step"] == step
+    assert not list((failed.folder / "checkpoints").glob(".*"))
+    failed.start()
+    assert failed.status() == 0, failed.log.read_text()
+    assert_same(failed, untouched(60))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+def test_damaged_checkpoint_is_said_and_the_one_before_is_used(run, untouched, damage):
+    hurt = run(damage.__name__, 60)
+    process = hurt.start()
+    hurt.saves(after=6)
+    os.kill(process, signal.SIGKILL)
+    hurt.status()
+    last = hurt.folder / "checkpoints" / "last.ckpt"
+    step, before = hurt.last()["global_step"], torch.load(last.with_name("previous.ckpt"), weights_only=True)
+    damage(last)  # step_*.ckpt is the same file under another name
+    hurt.start()
+    assert hurt.status() == 0, hurt.log.read_text()
+    assert f"{last.relative_to(hurt.folder.parent)} is passed over: it is damaged" in hurt.log.read_text()
+    assert f"goes on from step {before['global_step']} (previous.ckpt)" in hurt.log.read_text()
+    assert before["global_step"] < step
+    assert_same(hurt, untouched(60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_go_on_together(signum, tiny_digits, tmp_path):
+    """SIGTERM reaches the first of them only, SIGKILL both."""
+    (tmp_path / "overlay.yaml").write_text(OVERLAY)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> tuple[subprocess.Popen, Run]:
+        two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.precision", "32-true"]
+        run = Run(tmp_path, [*tiny_digits, *two], name, max_steps=40)
+        command = [sys.executable, "-m", "unet_diffusion.cli", *run.arguments]
+        with open(run.log, "a") as log:
+            return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log, start_new_session=True), run
+
+    process, untouched = start("untouched")
+    assert process.wait(timeout=180) == 0, untouched.log.read_text()
+    process, stopped = start("stopped")
+    stopped.saves(after=0)
+    if signum == signal.SIGKILL:
+        os.killpg(process.pid, signum)
+        assert process.wait(timeout=60) == -signum
+    else:
+        process.send_signal(signum)
+        assert process.wait(timeout=60) == 128 + signum, stopped.log.read_text()
+    assert 0 < stopped.last()["global_step"] < 40
+    process, stopped = start("stopped")
+    assert process.wait(timeout=180) == 0, stopped.log.read_text()
+    assert_same(stopped, untouched)

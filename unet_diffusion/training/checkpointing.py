@@ -1,0 +1,192 @@
+"""Checkpoints that are whole or not there, and the newest good one to go on from.
+
+Lightning's ModelCheckpoint decides when to save, and what to keep. Here every file takes its place in one step and is
+on the disk by then; last.ckpt is always the newest, and previous.ckpt the one before it, should the newest be damaged.
+A checkpoint that is due when a validation is due too is written after it: a resumed run would not make up for it.
+"""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+from unet_diffusion.checkpoint import load_plain
+from unet_diffusion.whole_file import whole_file
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, and reads tensors and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside the place, wait for the disk, and take the place.
+
+        Raises:
+            OSError: if it cannot be written, as when the disk is full; what was there is left as it was.
+        """
+        try:
+            with whole_file(path) as partial, open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
+            free = shutil.disk_usage(Path(path).parent).free
+            raise OSError(
+                f"the checkpoint {path} was not written ({error}; {free / 2**20:.0f} MiB are free there); make room, "
+                "and the same command goes on from the checkpoint before"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Tensors on the CPU, and plain values.
+
+        Raises:
+            ValueError: if the file is damaged, or holds anything that could run code.
+        """
+        return load_plain(path)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint whose last.ckpt and previous.ckpt are the newest two, whatever else it keeps.
+
+    Its arguments are ModelCheckpoint's. last.ckpt takes no room of its own while the same step is kept by name too.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
+            for partial in Path(self.dirpath).glob(".*.partial"):  # of a process that was killed
+                partial.unlink()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks whether what will be kept has room.
+
+        Raises:
+            OSError: if there is too little.
+        """
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and self.dirpath is not None and not trainer.fast_dev_run:
+            num_kept = 3 + max(self.save_top_k if self.monitor else 0, 0)  # last, previous, one underway; and the best
+            check_room(Path(self.dirpath), num_kept * num_bytes(pl_module))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        every = self._every_n_train_steps
+        if every and trainer.global_step % every == 0 and validation_follows(trainer):
+            self._defer_save_until_validation = True
+        else:
+            super().on_train_batch_end(trainer, pl_module, *args)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._defer_save_until_validation and not trainer.sanity_checking:
+            self._defer_save_until_validation = False
+            self.save_now(trainer)
+        else:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save_now(trainer)
+
+    def save_now(self, trainer: Trainer) -> None:
+        """Save, unless there is a checkpoint of this step already; between two steps only."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            if self.monitor is None or self.monitor in candidates:
+                self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if not self.save_last:
+            return
+        assert self.dirpath is not None
+        last = Path(self.dirpath) / LAST
+        if trainer.is_global_zero and last.exists():
+            _put(last, last.with_name(PREVIOUS))
+        self.last_model_path = str(last)
+        saved = Path(self._last_checkpoint_saved)
+        if self._last_global_step_saved != trainer.global_step or saved == last:
+            self._save_checkpoint(trainer, str(last))
+        elif trainer.is_global_zero:
+            _put(saved, last)
+        trainer.strategy.barrier()
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation comes next, at the end of a training batch."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def newest_good(folder: Path) -> tuple[Path, int] | None:
+    """The newest checkpoint of a folder that is whole, and its step; None if there are none. Warns of damaged ones.
+
+    Raises:
+        ValueError: if there are checkpoints, and all are damaged.
+    """
+    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name == LAST))
+    damaged = []
+    for path in reversed(checkpoints):
+        try:
+            check_whole(path)
+            step = int(load_plain(path)["global_step"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            rank_zero_warn(f"{path} is passed over: {error}")
+            damaged.append(path.name)
+        else:
+            return path, step
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {folder} is whole ({', '.join(damaged)}); remove the folder to start afresh, or choose "
+            "another --trainer.default_root_dir"
+        )
+    return None
+
+
+def check_whole(path: Path) -> None:
+    """Compare all the bytes of a file written by torch.save with their checksums.
+
+    Raises:
+        ValueError: if they differ, or a part is missing.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"it is damaged ({error})") from error
+    if bad is not None:
+        raise ValueError(f"it is damaged (the checksum of {bad} is wrong)")
+
+
+def num_bytes(module: LightningModule) -> int:
+    """Size of a checkpoint, about: all weights and averages, and two moments of each weight that is trained."""
+    held = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    return held + 2 * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OSError if a folder's disk, with the checkpoints that are there and will be replaced, has less room."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("*.ckpt")}.values())
+    free = shutil.disk_usage(folder).free
+    if free + held < needed:
+        raise OSError(
+            f"checkpoints in {folder} will take about {needed / 2**20:.0f} MiB, and {(free + held) / 2**20:.0f} MiB "
+            "are free; make room, or choose a --trainer.default_root_dir on another disk"
+        )
+
+
+def _put(path: Path, place: Path) -> None:
+    """The same file under another name too, or a copy where the file system has no such links; in one step."""
+    if place.exists() and place.samefile(path):
+        return
+    with whole_file(place) as partial:
+        try:
+            os.link(path.resolve(), partial)
+        except OSError:
+            shutil.copyfile(path, partial)

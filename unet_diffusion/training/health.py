@@ -1,0 +1,91 @@
+"""Notices a run that goes wrong: gradients that are not finite, and memory that does not suffice."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from unet_diffusion.whole_file import whole_file
+
+MAX_BAD_STEPS = 10  # in a row; one outlier is skipped, a run of them is no outlier
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+class SkipBadSteps(Callback):
+    """Leaves out optimiser steps whose gradients are not finite, and ends a run of them.
+
+    Gradients are looked at after they were summed over processes, so that all of them do the same. A fused optimiser
+    is told on the device, as `torch.amp.GradScaler` does it; another one is left without gradients, for which one
+    number is read. `train/skipped_steps` counts since the start; it is read when losses are logged, so that no step
+    waits. After ten in a row the run ends, and `bad_batch_RANK.pt` in its folder holds the last batch.
+    """
+
+    def __init__(self) -> None:
+        self._skipped = torch.zeros(2)  # all, and those in a row
+        self._reported = 0
+        self._looked_at = 0  # step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:  # float16: its GradScaler does it
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        is_sharded = isinstance(norm, DTensor)
+        bad = (~torch.isfinite(norm.full_tensor() if is_sharded else norm)).float()
+        self._skipped = self._skipped.to(bad.device)
+        self._skipped = torch.stack([self._skipped[0] + bad, (self._skipped[1] + 1) * bad])
+        if all(group.get("fused") for group in optimizer.param_groups) and not is_sharded:
+            optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+        elif bad:
+            optimizer.zero_grad(set_to_none=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = trainer.log_every_n_steps or MAX_BAD_STEPS  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        step = trainer.global_step
+        if step % every or step == self._looked_at:  # with accumulation, several batches end at the same step
+            return
+        self._looked_at = step
+        skipped, in_a_row = (int(number) for number in self._skipped.tolist())
+        self.log("train/skipped_steps", float(skipped))
+        if skipped > self._reported:
+            rank_zero_warn(f"{skipped - self._reported} of the steps to {step} were skipped: gradients not finite")
+            self._reported = skipped
+        if in_a_row >= MAX_BAD_STEPS:
+            path = Path(trainer.default_root_dir) / f"bad_batch_{trainer.global_rank}.pt"
+            keep_batch(path, batch, step)
+            raise RuntimeError(
+                f"the gradients of {in_a_row} steps in a row, to step {step}, were not finite; the steps were skipped, "
+                f"and the weights are as before. The last batch is in {path}. Look for images or labels that are not "
+                "numbers; else lower --model.optimizer.init_args.lr and start afresh"
+            )
+
+
+def keep_batch(path: Path, batch: dict[str, Tensor], step: int) -> None:
+    """Write a batch and its step, to be read by `torch.load(path, weights_only=True)`."""
+    with whole_file(path) as partial:
+        torch.save({"step": step, **{name: value.cpu() for name, value in batch.items()}}, partial)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def memory_advice(error: BaseException, batch_size: int | None, accumulate_grad_batches: int) -> str:
+    """What to change, after `is_out_of_memory`."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if batch_size is None or batch_size == 1:
+        less = "use smaller images or a narrower network (model.unet.init_args.channels)"
+    else:
+        less = (
+            f"lower data.init_args.batch_size from {batch_size} to {batch_size // 2}, and set "
+            f"trainer.accumulate_grad_batches to {2 * accumulate_grad_batches}, which trains on as many images a step"
+        )
+    return f"out of memory ({first}); {less}. trainer.precision bf16-mixed takes less, too"

@@ -1,0 +1,111 @@
+"""Stops a run at a signal: the step is finished, a checkpoint saved, and the same command goes on from there.
+
+Lightning's own handling ends with exit status 0, saves from within the signal's handler under SLURM, in the middle of a
+step, and raises on the processes at different batches if only one of them got the signal.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from unet_diffusion.interruption import Interrupted
+from unet_diffusion.training.checkpointing import RunCheckpoint, validation_follows
+
+
+class StopOnSignal(Callback):
+    """SIGINT and SIGTERM, or the signal before a SLURM job is preempted, which is then requeued: see above.
+
+    A second signal ends the run at once, without a checkpoint. A step and its validation belong together: what was
+    trained is saved after the validation that is due. With several processes, each of which may get the signal, all
+    stop at the same step: they tell each other over the host's network at each step, and read the answer a step later,
+    so that nobody waits.
+    """
+
+    def __init__(self) -> None:
+        self._signum = 0  # of the first signal here
+        self._leaving = 0  # the signal that all leave for, once the checkpoint is written
+        self._group: Any = None  # of all processes, on their CPUs
+        self._asked: tuple[torch.Tensor, Any] | None = None  # signals of all, still underway
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+        for signum in _signals():
+            signal.signal(signum, self._receive)  # Lightning puts back what was there at the end
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        # Between the batches of one step there are gradients, which no checkpoint holds.
+        if not trainer.fit_loop.epoch_loop._should_accumulate() and not validation_follows(trainer):
+            self._save_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save_if_asked(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Leaves; not with the checkpoint, as the losses of its step are logged after it."""
+        if self._leaving:
+            if self._leaving == _requeue_signal() and trainer.is_global_zero:
+                _requeue()
+            rank_zero_info(f"stopped at step {trainer.global_step}; the same command goes on from there")
+            # Lightning kills the first process if another one that it started ends with a status.
+            raise Interrupted(self._leaving) if trainer.local_rank == 0 else SystemExit(0)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._asked is not None:
+            self._asked[1].wait()
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum:
+            raise Interrupted(signum)
+        self._signum = signum
+        print(f"{signal.Signals(signum).name}: stopping after this step; once more stops at once", file=sys.stderr)
+
+    def _save_if_asked(self, trainer: Trainer) -> None:
+        self._leaving = self._leaving or self._agreed()
+        if self._leaving:
+            for one in trainer.checkpoint_callbacks:
+                if isinstance(one, RunCheckpoint):
+                    one.save_now(trainer)
+
+    def _agreed(self) -> int:
+        """The signal that some process had a step ago, or 0; the same on all."""
+        if self._group is None:
+            return self._signum
+        before, now = self._asked, torch.tensor(self._signum)
+        self._asked = (now, dist.all_reduce(now, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+
+def _signals() -> tuple[int, ...]:
+    requeue = _requeue_signal()
+    return (signal.SIGINT, signal.SIGTERM, *([requeue] if requeue else []))
+
+
+def _requeue_signal() -> int:
+    """That SLURM sends before it preempts a job, if told to (#SBATCH --signal=SIGUSR1@90); 0 outside of SLURM."""
+    return signal.SIGUSR1 if SLURMEnvironment.detect() else 0
+
+
+def _requeue() -> None:
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    scontrol = shutil.which("scontrol")
+    status = subprocess.run([scontrol, "requeue", job]).returncode if scontrol else None
+    if status != 0:
+        rank_zero_warn(f"job {job} was not requeued (scontrol: {status if scontrol else 'not found'}); submit it again")
