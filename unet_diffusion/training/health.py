@@ -36,7 +36,7 @@ class SkipBadSteps(Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         is_sharded = isinstance(norm, DTensor)
-        bad = (~torch.isfinite(norm.full_tensor() if is_sharded else norm)).float()
+        bad = (~torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)).float()
         self._skipped = self._skipped.to(bad.device)
         self._skipped = torch.stack([self._skipped[0] + bad, (self._skipped[1] + 1) * bad])
         if all(group.get("fused") for group in optimizer.param_groups) and not is_sharded:
@@ -53,7 +53,7 @@ class SkipBadSteps(Callback):
             return
         self._looked_at = step
         skipped, in_a_row = (int(number) for number in self._skipped.tolist())
-        self.log("train/skipped_steps", float(skipped))
+        pl_module.log("train/skipped_steps", float(skipped))
         if skipped > self._reported:
             rank_zero_warn(f"{skipped - self._reported} of the steps to {step} were skipped: gradients not finite")
             self._reported = skipped
