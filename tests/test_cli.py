@@ -552,7 +552,7 @@ def test_error_without_a_message_is_named(run_cli, monkeypatch, tmp_path):
     def fail(path):
         raise MemoryError
 
-    monkeypatch.setattr("unet_diffusion.interop.load_denoiser", fail)
+    monkeypatch.setattr("unet_diffusion.drawing.load_denoiser", fail)
     _, _, err = run_cli("sample", tmp_path)
     assert "unet-diffusion: error: MemoryError" in err
 

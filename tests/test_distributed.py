@@ -378,7 +378,7 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(train
     for strategy in ("ddp", "fsdp2"):
         assert_near(trained_by(strategy, 4), one)
     longer = trained_by("one", 6, begun="one")
-    for begun, strategy in (("fsdp2", "one"), ("fsdp2", "ddp"), ("ddp", "fsdp2")):
+    for begun, strategy in (("fsdp2", "one"), ("ddp", "fsdp2")):
         assert_near(trained_by(strategy, 6, begun=begun), longer)
 
 
