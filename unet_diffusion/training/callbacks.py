@@ -57,7 +57,7 @@ class PictureGrid(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._drawn_at or self._drawn_at == 0:
             self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
-        elif trainer.is_global_zero:
+        elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set at runtime
             last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
             shutil.copyfile(last, run_folder(trainer) / "samples.png")
 
