@@ -32,6 +32,16 @@ TINY_DIGITS = (  # configs/digits.yaml, in a second
 ).split()
 
 
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
 class TinyImages(ImageDataModule):
     """20 images of noise, 1x8x8, of two classes or none: 16 to train on and 4 to validate on."""
 
@@ -45,6 +55,12 @@ class TinyImages(ImageDataModule):
         if self._names is None:
             return ImageSet(images)
         return ImageSet(images, torch.arange(20) % len(self._names), list(self._names))
+
+
+@pytest.fixture
+def code():
+    """Made with a path, what creates that file when it is unpickled."""
+    return Code
 
 
 @pytest.fixture

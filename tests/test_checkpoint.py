@@ -175,8 +175,8 @@ def test_cut_checkpoint_is_refused(tmp_path, share):
         read_checkpoint(path)
 
 
-def test_checkpoint_with_code_is_refused_and_the_code_not_run(tmp_path):
-    torch.save({"denoiser": Code(tmp_path / "ran")}, tmp_path / "x.ckpt")
+def test_checkpoint_with_code_is_refused_and_the_code_not_run(tmp_path, code):
+    torch.save({"denoiser": code(tmp_path / "ran")}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"x\.ckpt was not loaded.*could run code"):
         read_checkpoint(tmp_path / "x.ckpt")
     assert not (tmp_path / "ran").exists()
@@ -192,16 +192,6 @@ def test_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path):
             bomb.writestr(name, plain.read(name))
     with pytest.raises(ValueError, match=r"bomb\.ckpt was not loaded: it must be uncompressed"):
         read_checkpoint(tmp_path / "bomb.ckpt")
-
-
-class Code:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.zeros(3), {"denoiser": 3}])

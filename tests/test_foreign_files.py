@@ -10,26 +10,16 @@ import yaml
 from PIL import Image
 
 
-class Code:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
-
-
 @pytest.fixture
 def marker(tmp_path):
     return tmp_path / "ran"
 
 
 @pytest.fixture
-def checkpoint_with_code(digits_run, tmp_path, marker):
+def checkpoint_with_code(digits_run, tmp_path, marker, code):
     """The checkpoint of a run, and code beside its weights."""
     checkpoint = torch.load(digits_run / "checkpoints" / "last.ckpt", weights_only=True)
-    torch.save({**checkpoint, "more": Code(marker)}, tmp_path / "evil.ckpt")
+    torch.save({**checkpoint, "more": code(marker)}, tmp_path / "evil.ckpt")
     return tmp_path / "evil.ckpt"
 
 

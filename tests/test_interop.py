@@ -349,22 +349,12 @@ def test_folder_without_network_or_weights_says_what_is_missing(tmp_path):
         from_diffusers(tmp_path)
 
 
-def test_pickle_with_code_is_refused_and_the_code_not_run(tmp_path):
+def test_pickle_with_code_is_refused_and_the_code_not_run(tmp_path, code):
     tiny_unet2d().save_config(tmp_path)
-    torch.save({"conv_in.weight": Code(tmp_path / "ran")}, tmp_path / "diffusion_pytorch_model.bin")
+    torch.save({"conv_in.weight": code(tmp_path / "ran")}, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="could run code"):
         from_diffusers(tmp_path)
     assert not (tmp_path / "ran").exists()
-
-
-class Code:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
 
 
 def save_pipeline(folder, unet=None, **scheduler_fields) -> None:

@@ -465,19 +465,9 @@ def test_index_cannot_name_files_elsewhere(encoded, tmp_path):
     assert torch.equal(read_latents(folder).mean, expected)
 
 
-def test_latents_that_are_a_pickle_are_refused_and_its_code_not_run(encoded, tmp_path):
+def test_latents_that_are_a_pickle_are_refused_and_its_code_not_run(encoded, tmp_path, code):
     shard = encoded() / "latents_00000.safetensors"
-    torch.save({"mean": Code(tmp_path / "ran")}, shard)
+    torch.save({"mean": code(tmp_path / "ran")}, shard)
     with pytest.raises(ValueError, match=r"latents_00000\.safetensors is damaged or no safetensors"):
         read_latents(shard.parent)
     assert not (tmp_path / "ran").exists()
-
-
-class Code:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)

@@ -665,25 +665,15 @@ def test_noise_level_is_for_upscalers(tmp_path, run_cli):
 # ------------------------------------------------------------------------------------------------ folders from anyone
 
 
-class Code:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
-
-
 WEIGHTS = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}  # stem of the names, by part
 
 
 @pytest.mark.parametrize(
     ("part", "pickle"), [("vae", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")]
 )
-def test_pickle_in_a_folder_is_refused_and_its_code_not_run(stable_diffusion, tmp_path, part, pickle):
+def test_pickle_in_a_folder_is_refused_and_its_code_not_run(stable_diffusion, tmp_path, part, pickle, code):
     (stable_diffusion / part / f"{WEIGHTS[part]}.safetensors").unlink()
-    torch.save({"weight": Code(tmp_path / "ran")}, stable_diffusion / part / pickle)
+    torch.save({"weight": code(tmp_path / "ran")}, stable_diffusion / part / pickle)
     with pytest.raises(FileNotFoundError, match=rf"{part} must hold {WEIGHTS[part]}\.safetensors.*can run code"):
         import_pipeline(stable_diffusion)
     assert not (tmp_path / "ran").exists()
@@ -691,10 +681,10 @@ def test_pickle_in_a_folder_is_refused_and_its_code_not_run(stable_diffusion, tm
 
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/evil.safetensors", "evil.bin"])
-def test_index_of_weights_names_files_beside_it(stable_diffusion, tmp_path, part, name):
+def test_index_of_weights_names_files_beside_it(stable_diffusion, tmp_path, part, name, code):
     folder = stable_diffusion / part
     (folder / f"{WEIGHTS[part]}.safetensors").unlink()
-    torch.save({"weight": Code(tmp_path / "ran")}, folder / "evil.bin")
+    torch.save({"weight": code(tmp_path / "ran")}, folder / "evil.bin")
     index = {"metadata": {}, "weight_map": {"weight": name}}
     (folder / f"{WEIGHTS[part]}.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"must name \.safetensors files beside it, got '{name}'"):

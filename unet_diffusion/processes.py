@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -28,9 +28,9 @@ class Processes:
         """What the first process makes, on all of them; plain values only."""
         if self.count == 1:
             return make()
-        made = [make() if self.rank == 0 else None]
+        made: list[Any] = [make() if self.rank == 0 else None]
         dist.broadcast_object_list(made, src=0)
-        return made[0]  # type: ignore[return-value]
+        return made[0]
 
     def share(self, items: list[Item]) -> list[Item]:
         """This one's part of them."""

@@ -152,7 +152,8 @@ class NetworkModule(LightningModule):
             raise ValueError(f"speed must be plain with ModelParallelStrategy, got {self.speed}; set model.speed to it")
         if not all(p.requires_grad for _, network in self.averaged_pairs() for p in network.parameters()):
             raise ValueError("a network with frozen parts cannot be shared out; use the strategy ddp")
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
         for network in (one for pair in self.averaged_pairs() for one in pair if list(one.parameters())):
             for block in network.modules():
                 if isinstance(block, SHARDED):

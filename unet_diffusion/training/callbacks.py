@@ -117,7 +117,7 @@ class SampleGrid(PictureGrid):
         if space is not None:
             autoencoder_of(space)
         has_maps = any(one.given == "maps" for one in pl_module.all_conditions)
-        if has_maps and not isinstance(trainer.datamodule, ImagesWithMaps):  # type: ignore[attr-defined]
+        if has_maps and not isinstance(trainer.datamodule, ImagesWithMaps):  # type: ignore[attr-defined]  # as above
             raise ValueError("samples of a model with maps cannot be drawn here, as there are no maps to give; "
                              "train it without this callback, from Python")  # fmt: skip
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there, and the newest good one to go on from.
 
 Lightning's ModelCheckpoint decides when to save, and what to keep. Here every file takes its place in one step and is
-on the disk by then; last.ckpt is always the newest, and previous.ckpt the one before it, should the newest be damaged.
-A checkpoint that is due when a validation is due too is written after it: a resumed run would not make up for it.
+on the disk by then; last.ckpt is the newest that was saved, and previous.ckpt the one before it, should the newest be
+damaged. A checkpoint that is due every so many steps, when a validation is due too, is written after it: a resumed run
+would not make up for it.
 """
 
 import os

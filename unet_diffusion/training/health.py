@@ -20,9 +20,10 @@ class SkipBadSteps(Callback):
     """Leaves out optimiser steps whose gradients are not finite, and ends a run of them.
 
     Gradients are looked at after they were summed over processes, so that all of them do the same. A fused optimiser
-    is told on the device, as `torch.amp.GradScaler` does it; another one is left without gradients, for which one
-    number is read. `train/skipped_steps` counts since the start; it is read when losses are logged, so that no step
-    waits. After ten in a row the run ends, and `bad_batch_RANK.pt` in its folder holds the last batch.
+    is told on the device, as `torch.amp.GradScaler` does it; another one, or one of sharded weights, is left without
+    gradients, for which one number is read. `train/skipped_steps` counts since this process began, and is read when
+    losses are logged; if the last ten were skipped then, the run ends, and `bad_batch_RANK.pt` in its folder holds the
+    last batch. In float16 steps are skipped by the GradScaler, and not counted.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class SkipBadSteps(Callback):
         self._skipped = self._skipped.to(bad.device)
         self._skipped = torch.stack([self._skipped[0] + bad, (self._skipped[1] + 1) * bad])
         if all(group.get("fused") for group in optimizer.param_groups) and not is_sharded:
+            # Attributes that fused optimisers look for; torch's types do not have them.
             optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
         elif bad:
             optimizer.zero_grad(set_to_none=True)

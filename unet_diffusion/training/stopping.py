@@ -29,7 +29,7 @@ class StopOnSignal(Callback):
     A second signal ends the run at once, without a checkpoint. A step and its validation belong together: what was
     trained is saved after the validation that is due. With several processes, each of which may get the signal, all
     stop at the same step: they tell each other over the host's network at each step, and read the answer a step later,
-    so that nobody waits.
+    so that no device waits for it.
     """
 
     def __init__(self) -> None:
