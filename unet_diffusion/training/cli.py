@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -40,6 +41,7 @@ from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeChec
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
+from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.whole_file import whole_file
 
@@ -162,9 +164,12 @@ class TrainingCLI(LightningCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
-        self.trainer_defaults["callbacks"] = [*bar, *rates, SkipBadSteps(), StopOnSignal()]
+        self.trainer_defaults["callbacks"] = [*bar, *rates, NameStalled(), SkipBadSteps(), StopOnSignal()]
         made = super().instantiate_trainer(**kwargs)
         made.strategy.checkpoint_io = WholeCheckpoints()
+        cluster = made._accelerator_connector.cluster_environment
+        if isinstance(cluster, SLURMEnvironment):
+            cluster.auto_requeue = False  # Lightning would save in the middle of a step; StopOnSignal does it after one
         return made
 
     def _settings(self) -> dict[str, Any]:
