@@ -1,7 +1,6 @@
 """One of two processes that torchrun started is killed: both start again, and end as those that nobody touched."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
