@@ -182,6 +182,18 @@ def test_checkpoint_with_code_is_refused_and_the_code_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path):
+    write_initial_checkpoint(tiny_denoiser(), tmp_path / "x.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match=r"bomb\.ckpt was not loaded: it must be uncompressed"):
+        read_checkpoint(tmp_path / "bomb.ckpt")
+
+
 class Code:
     """Creates a file when it is unpickled."""
 

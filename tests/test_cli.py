@@ -1,7 +1,9 @@
 import csv
+import io
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from unet_diffusion.checkpoint import read_checkpoint, write_initial_checkpoint
 from unet_diffusion.interop import export_pipeline, import_pipeline
 from unet_diffusion.unet import DenoiserUNet
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 SAMPLE = ("--num_inference_steps", 2, "--device", "cpu")
 
 
@@ -154,7 +157,7 @@ def test_progress_bar_can_be_on_or_off(tmp_path, run_cli, tiny_digits):
     assert bars == [True, False]
 
 
-def test_wandb_overlay_logs_pictures_and_configuration_offline(tmp_path, run_cli, tiny_digits, monkeypatch):
+def test_wandb_overlay_logs_pictures_offline_beside_the_csv_file(tmp_path, run_cli, tiny_digits, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -165,9 +168,22 @@ def test_wandb_overlay_logs_pictures_and_configuration_offline(tmp_path, run_cli
     assert status == 0, err
     (folder,) = run.glob("wandb/offline-run-*")
     assert len(list(folder.glob("files/media/images/samples_*.png"))) == 2
-    (record,) = folder.glob("*.wandb")
-    assert b"unet_diffusion.data.DigitsDataModule" in record.read_bytes()
     assert (run / "logs" / "version_0" / "metrics.csv").is_file()
+
+
+def test_tensorboard_overlay_logs_pictures_losses_and_rates(tmp_path, run_cli, tiny_digits):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, overlay = tmp_path / "run", CONFIGS / "logger" / "tensorboard.yaml"
+    status, _, err = run_cli("fit", *tiny_digits, "--config", overlay, "--trainer.default_root_dir", run)
+    assert status == 0, err
+    events = EventAccumulator(str(run / "tensorboard" / "version_0")).Reload()
+    assert {"train/loss", "val/loss", "lr-AdamW"} <= set(events.Tags()["scalars"])
+    for image in events.Images("samples"):
+        with Image.open(run / "samples" / f"step_{image.step:07d}.png") as picture:
+            logged = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+            np.testing.assert_array_equal(logged, np.asarray(picture))
+    assert [image.step for image in events.Images("samples")] == [2, 4]
 
 
 # ------------------------------------------------------------------------------------------------------------- sample
@@ -337,6 +353,18 @@ def test_black_of_the_mask_stays_as_in_the_picture_and_white_is_painted(strong_r
     assert all(not np.array_equal(image[:, 4:], picture[:, 4:]) for image in images)
     settings = json.loads((tmp_path / "painted" / "settings.json").read_text())
     assert (settings["init"], settings["mask"]) == (str(tmp_path / "init.png"), str(tmp_path / "mask.png"))
+
+
+@pytest.mark.parametrize("name", ["init", "mask"])
+def test_resume_needs_the_same_picture_behind_the_same_path(strong_run, draw, run_cli, picture, tmp_path, name):
+    options = ("--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
+    folder = draw("images", strong_run, "--num_images", 1, *options)
+    draw("images", strong_run, "--num_images", 2, *options, "--resume")
+    changed = np.array(Image.open(tmp_path / f"{name}.png"))
+    Image.fromarray(np.roll(changed, 1, axis=1)).save(tmp_path / f"{name}.png")
+    arguments = ["--output", folder, *SAMPLE, *options, "--num_images", 3, "--resume"]
+    status, _, err = run_cli("sample", strong_run, *arguments)
+    assert (status, f"drawn with other settings (contents of {name})" in err) == (1, True), err
 
 
 def test_frames_between_two_seeds_begin_and_end_with_their_first_images(strong_run, draw):
@@ -524,7 +552,7 @@ def test_error_without_a_message_is_named(run_cli, monkeypatch, tmp_path):
     def fail(path):
         raise MemoryError
 
-    monkeypatch.setattr("unet_diffusion.interop.load_denoiser", fail)
+    monkeypatch.setattr("unet_diffusion.drawing.load_denoiser", fail)
     _, _, err = run_cli("sample", tmp_path)
     assert "unet-diffusion: error: MemoryError" in err
 
@@ -540,8 +568,8 @@ def test_wrong_usage_has_exit_status_2(run_cli, arguments):
 
 OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
-    "--image_size --window --init --strength --mask --interpolate --overwrite --resume --batch_size --device "
-    "--precision",
+    "--image_size --window --init --strength --mask --noise_level --interpolate --overwrite --resume --batch_size "
+    "--device --precision --speed",
     "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
     "--device --precision --speed",
     "export": "CHECKPOINT DIR --overwrite",

@@ -102,6 +102,16 @@ def test_only_timesteps_of_the_interval_are_guided():
     assert torch.equal(prediction[1], whole[1])  # timestep 7
 
 
+@pytest.mark.parametrize("weaker", [None, Recorder()])
+def test_nothing_more_than_one_prediction_is_computed_outside_of_the_interval(weaker):
+    x, t, inputs = arguments()
+    denoiser = Recorder()
+    prediction = guide(denoiser, inputs, NULLS, Guidance(2.0, interval=(8, 9), weaker=weaker))(x, t)
+    assert [len(call[0]) for call in denoiser.calls] == [2]
+    assert weaker is None or weaker.calls == []
+    assert torch.equal(prediction, Recorder()(x, t, **inputs))
+
+
 def test_a_weaker_denoiser_is_led_away_from_with_its_own_conditions():
     x, t, inputs = arguments()
     its_own = {"labels": torch.tensor([2, 2])}

@@ -135,7 +135,12 @@ AUTOENCODE = [name for name in RECIPES if name.startswith("autoencoder")]
 SEGMENT = [name for name in RECIPES if yaml.safe_load((CONFIGS / name).read_text()).get("task") == "segment"]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in [*SEGMENT, *AUTOENCODE, *LATENTS]])
+WITH_MAPS = ["inpainting.yaml", "upscaling.yaml"]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name not in [*SEGMENT, *AUTOENCODE, *LATENTS, *WITH_MAPS]]
+)
 def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, name):
     arguments = ["--config", CONFIGS / name, *SMALLER, *NARROWER[name]]
     if name in DATA:
@@ -184,6 +189,24 @@ def test_recipe_trains_on_latents_as_its_comment_says(run_cli, tmp_path, name):
         assert (tmp_path / "run" / file).is_file(), file
     with Image.open(tmp_path / "run" / "samples.png") as grid:
         assert grid.height > 64  # images, not latents
+
+
+@pytest.mark.parametrize("name", WITH_MAPS)
+def test_recipe_with_maps_trains_and_leaves_a_pipeline(run_cli, tmp_path, name):
+    write_folder(tmp_path / "data", None)
+    captions = [f"{i}.png,picture number {i}" for i in range(12)]
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
+    kl_autoencoder(3, (32, 32, 32), layers_per_block=1).save_pretrained(tmp_path / "autoencoder")
+    arguments = [option.replace("--data.init_args.", "--data.init_args.images.init_args.") for option in SMALLER]
+    arguments += ["--data.init_args.images.init_args.root", tmp_path / "data"]
+    arguments += ["--data.init_args.autoencoder", tmp_path / "autoencoder"]
+    arguments += [*DENOISE, "--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.head_channels=4"]
+    status, _, err = run_cli(
+        "fit", "--config", CONFIGS / name, *arguments, "--trainer.default_root_dir", tmp_path / "run"
+    )
+    assert status == 0, err
+    for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml", "captions.txt"):
+        assert (tmp_path / "run" / file).is_file(), file
 
 
 def test_pretrained_autoencoder_is_trained_on_by_the_command_line(run_cli, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,121 @@ def test_segmenter_is_validated_alike_on_two_processes(tmp_path):
     assert float(logged) == pytest.approx(dice(np.concatenate(truths), np.concatenate(predictions)), abs=1e-4)
 
 
+WATCHER = """
+import torch
+from lightning.pytorch import Callback
+
+
+class Watcher(Callback):
+    '''Writes what the conditions were, what each step dropped of them, and what they became.'''
+
+    def setup(self, trainer, module, stage):
+        self.before = {name: value.clone() for name, value in module.conditions.named_parameters()}
+        self.dropped = []
+        for condition in module.conditions:
+            condition.drop = self.recorded(condition.drop)
+
+    def recorded(self, drop):
+        def recorded_drop(given, generator):
+            kept = drop(given, generator)
+            self.dropped.append((kept != given).view(len(given), -1).any(dim=1))
+            return kept
+
+        return recorded_drop
+
+    def teardown(self, trainer, module, stage):
+        record = {"before": self.before, "dropped": torch.stack(self.dropped), "after": module.state_dict()}
+        torch.save(record, f"rank{trainer.global_rank}.pt")
+"""
+
+
+def captioned_folder(folder: Path) -> None:
+    """Twelve images of noise of two classes, with captions."""
+    rows = ["file_name,text"]
+    for number in range(12):
+        name = f"{('cat', 'dog')[number % 2]}/{number}.png"
+        pixels = np.random.default_rng(number).integers(256, size=(8, 8, 3), dtype=np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+        rows.append(f"{name},animal number {number}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+
+
+@pytest.fixture(scope="module")
+def conditioned_ranks(tmp_path_factory):
+    """What each of two processes kept of a run with captions and class tokens."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("conditions")
+    (folder / "watcher.py").write_text(WATCHER)
+    captioned_folder(folder / "images")
+    text = {"context_dim": 8, "vocab_size": 600, "max_length": 8, "num_layers": 1, "num_heads": 2, "dropout": 0.5}
+    tokens = {"context_dim": 8, "num_classes": 2, "dropout": 0.5}
+    unet = {"in_channels": 3, "channels": [8, 8], "layers_per_block": 1, "attention_levels": [1], "num_heads": 2}
+    config = {
+        "model": {
+            "unet": {
+                "class_path": "unet_diffusion.unet.DenoiserUNet",
+                "init_args": {**unet, "context_dim": 8, "norm_num_groups": 4},
+            },
+            "schedule": {"class_path": "unet_diffusion.schedule.NoiseSchedule"},
+            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
+            "conditions": [
+                {"class_path": "unet_diffusion.text.TextTokens", "init_args": text},
+                {"class_path": "unet_diffusion.conditioning.ClassTokens", "init_args": tokens},
+            ],
+        },
+        "data": {
+            "class_path": "unet_diffusion.data.FolderDataModule",
+            "init_args": {
+                "root": "images",
+                "image_size": 8,
+                "class_labels": True,
+                "captions": True,
+                "batch_size": 4,
+                "num_val": 2,
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 2,
+            "strategy": "ddp",
+            "max_steps": NUM_STEPS,
+            "default_root_dir": "run",
+            "callbacks": [{"class_path": "watcher.Watcher"}],
+        },
+        "samples": {"every_n_steps": 0, "num_images": 2, "num_inference_steps": 2},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", "--config", "config.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_conditions_are_trained_and_equal_on_both_processes(conditioned_ranks):
+    first, second = (one["after"] for one in conditioned_ranks)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    for name, before in conditioned_ranks[0]["before"].items():
+        if "k_proj.bias" not in name:  # softmax does not see what is added to every key
+            assert not torch.equal(first[f"conditions.{name}"], before), name
+
+
+def test_words_are_the_same_on_both_processes(conditioned_ranks):
+    first, second = (one["after"]["conditions.0._extra_state"] for one in conditioned_ranks)
+    assert len(first) > 0
+    assert torch.equal(first, second)
+
+
+def test_conditions_are_dropped_by_different_choices_on_each_process(conditioned_ranks):
+    first, second = (one["dropped"] for one in conditioned_ranks)
+    assert first.shape == (2 * NUM_STEPS, 4)  # of captions and classes in turn
+    for one, other in ((first[0::2], second[0::2]), (first[1::2], second[1::2])):
+        assert not torch.equal(one, other)
+        assert 0 < one.float().mean() < 1
+
+
 KEEPER = """
 import torch
 from lightning.pytorch import Callback
@@ -185,3 +301,101 @@ def test_autoencoder_and_discriminator_are_equal_on_both_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+SAME_NOISE = """
+import torch
+from lightning.pytorch import Callback
+
+from unet_diffusion.conditioning import network_inputs
+from unet_diffusion.sampling import image_generators
+
+
+class SameNoise(Callback):
+    '''Noise and timesteps that belong to an image, not to a process.'''
+
+    def setup(self, trainer, module, stage):
+        def training_step(batch, batch_idx):
+            x0, index = batch["images"], batch["index"]
+            generators = image_generators(0, index.tolist())
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=one) for one in generators])
+            inputs = network_inputs(module.all_conditions, module._given(batch))
+            return module._errors(module.unet, x0, noise, module.fixed_timesteps(index), inputs).mean()
+
+        module.training_step = training_step
+"""
+STRATEGIES = {
+    "one": ["--trainer.devices", "1", "--data.init_args.batch_size", "64"],
+    "ddp": ["--config", str(CONFIGS / "trainer" / "ddp.yaml"), "--trainer.devices", "2"],
+    "fsdp2": ["--config", str(CONFIGS / "trainer" / "fsdp2.yaml"), "--trainer.devices", "2"],
+}
+MOMENTUM = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.init_args.lr", "0.05"]
+MOMENTUM += [
+    "--model.optimizer.init_args.fused",
+    "null",
+    "--model.optimizer.init_args.momentum",
+    "0.9",
+    "--model.lr_decay",
+    "constant",
+]
+
+
+@pytest.fixture(scope="module")
+def trained_by(tmp_path_factory, tiny_digits):
+    """Trains 64 images a step by a strategy, to that many steps, in a copy of a run if told; the last checkpoint."""
+    folder = tmp_path_factory.mktemp("strategies")
+    (folder / "noise.py").write_text(SAME_NOISE)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+    def train(strategy: str, max_steps: int, begun: str | None = None) -> dict:
+        name = f"{begun}_{strategy}" if begun else strategy
+        arguments = [*tiny_digits, *MOMENTUM, *STRATEGIES[strategy], "--trainer.max_steps", str(max_steps)]
+        arguments += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
+        arguments += ["--trainer.callbacks+=noise.SameNoise", "--trainer.default_root_dir", name]
+        if begun:
+            shutil.copytree(folder / begun, folder / name)
+            arguments += ["--ckpt_path", f"{name}/checkpoints/last.ckpt"]
+        command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert (folder / name / "pipeline" / "model_index.json").is_file()
+        return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
+
+    return train
+
+
+def assert_near(one: dict, other: dict) -> None:
+    """Weights, averages and momentum, but for sums in another order."""
+    torch.testing.assert_close(one["state_dict"], other["state_dict"], rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(
+        one["optimizer_states"][0]["state"], other["optimizer_states"][0]["state"], rtol=1e-3, atol=2e-6
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(trained_by):
+    one = trained_by("one", 4)
+    for strategy in ("ddp", "fsdp2"):
+        assert_near(trained_by(strategy, 4), one)
+    longer = trained_by("one", 6, begun="one")
+    for begun, strategy in (("fsdp2", "one"), ("ddp", "fsdp2")):
+        assert_near(trained_by(strategy, 6, begun=begun), longer)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_images_of_one(two_processes, run_cli, tmp_path):
+    arguments = ["sample", str(two_processes / "run"), "--num_images", "5", "--num_inference_steps", "3"]
+    arguments += ["--batch_size", "2", "--device", "cpu", "--guidance_scale", "2"]
+    status, _, err = run_cli(*arguments, "--output", tmp_path / "one")
+    assert status == 0, err
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "-m", "unet_diffusion.cli", *arguments, "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 images and grid.png in") == 1
+    names = sorted(path.name for path in (tmp_path / "one").glob("*.png"))
+    assert names == sorted(path.name for path in (tmp_path / "two").glob("*.png"))
+    for name in names:
+        one, two = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two"))
+        assert np.abs(one - two).max() <= 1  # float32 rounding in batches of other images

@@ -4,7 +4,10 @@ import sys
 import pytest
 
 FORBIDDEN = [  # what a module must not pull in, however indirectly
-    ("lightning", ["losses", "sampling", "sample_options", "interop", "checkpoint", "pipelines.class_conditional"]),
+    (
+        "lightning",
+        ["losses", "sampling", "sample_options", "drawing", "interop", "checkpoint", "pipelines.class_conditional"],
+    ),
     (
         "lightning",
         [f"segmentation.{name}" for name in ("augmentation", "border_weights", "labels", "losses", "scores")],

@@ -158,6 +158,18 @@ def test_stale_latents_are_refused_before_training(encoded, tmp_path, quiet_trai
     assert trainer.global_step == 0
 
 
+def test_bad_files_end_encoding_or_are_left_out(encoded, tmp_path, images, run_cli):
+    (images / "cat" / "damaged.png").write_bytes(b"no image")
+    autoencoder().save_pretrained(tmp_path / "autoencoder")
+    arguments = [tmp_path / "autoencoder", images, "--output", tmp_path / "latents", "--device=cpu"]
+    status, _, err = run_cli("encode", *arguments)
+    assert (status, "cat/damaged.png" in err) == (1, True), err
+    with pytest.warns(UserWarning, match="cat/damaged.png"):
+        status, _, err = run_cli("encode", *arguments, "--on_bad_file", "skip")
+    assert status == 0, err
+    assert len(read_latents(tmp_path / "latents")) == NUM_IMAGES
+
+
 def test_files_that_are_no_latents_are_left_alone(encoded, tmp_path, images, run_cli):
     autoencoder().save_pretrained(tmp_path / "autoencoder")
     status, _, err = run_cli("encode", tmp_path / "autoencoder", images, "--output", images, "--device=cpu")
@@ -441,3 +453,31 @@ def test_autoencoder_with_missing_weights_is_refused(tmp_path):
     save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"missing_keys: quant_conv\.bias"):
         pretrained_autoencoder(tmp_path)
+
+
+def test_index_cannot_name_files_elsewhere(encoded, tmp_path):
+    folder = encoded()
+    expected = read_latents(folder).mean
+    torch.save({"mean": torch.zeros(1)}, tmp_path / "evil.safetensors")
+    index = json.loads((folder / "index.json").read_text())
+    index |= {"shards": ["../evil.safetensors"], "weight_map": {"mean": "../evil.safetensors"}}
+    (folder / "index.json").write_text(json.dumps(index))
+    assert torch.equal(read_latents(folder).mean, expected)
+
+
+def test_latents_that_are_a_pickle_are_refused_and_its_code_not_run(encoded, tmp_path):
+    shard = encoded() / "latents_00000.safetensors"
+    torch.save({"mean": Code(tmp_path / "ran")}, shard)
+    with pytest.raises(ValueError, match=r"latents_00000\.safetensors is damaged or no safetensors"):
+        read_latents(shard.parent)
+    assert not (tmp_path / "ran").exists()
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)

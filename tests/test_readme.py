@@ -23,11 +23,17 @@ SMALL_DENOISER = [
     "--model.unet.init_args.head_channels=null",
     "--samples.num_inference_steps=2",
 ]
+SMALL_WITH_MAPS = [
+    *(option.replace("init_args.batch_size", "init_args.images.init_args.batch_size") for option in SMALL_DENOISER),
+    "--data.init_args.images.init_args.num_val=2",
+]
 SMALL_SEGMENTER = [*SMALL, "--model.unet.init_args.channels=[8, 16]", "--data.init_args.window_size=32"]
 SMALL_NUCLEI = ["--model.unet.init_args.norm_num_groups=4", "--data.init_args.num_val=4"]
 SMALL_RECIPE = {
     "autoencoder_kl": [*SMALL, "--model.discriminator_start=0", "--model.autoencoder.init_args.channels=[32, 32, 32]"],
     "cells": [*SMALL_SEGMENTER, "--data.init_args.source.init_args.num_images=13"],
+    "inpainting": SMALL_WITH_MAPS,
+    "upscaling": SMALL_WITH_MAPS,
     "isbi2012_modern": SMALL_SEGMENTER,
     "latents": [*SMALL_DENOISER, "--data.init_args.num_val=2"],
     "latents_text": [*SMALL_DENOISER, "--data.init_args.num_val=2"],
@@ -81,6 +87,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_images(tmp_path / folder / "image", num, channels=channels, values=256)
         write_images(tmp_path / folder / "label", num, channels=1, values=2, scale=255 if channels == 1 else 1)
     write_png((torch.arange(64).view(1, 8, 8) % 8 > 3).to(torch.uint8) * 255, str(tmp_path / "mask.png"))
+    write_png((torch.arange(66).expand(1, 70, 66) > 30).to(torch.uint8) * 255, str(tmp_path / "white_is_painted.png"))
+    write_png(torch.randint(256, (3, 16, 20), dtype=torch.uint8), str(tmp_path / "small.png"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return tmp_path

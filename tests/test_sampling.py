@@ -501,6 +501,14 @@ def labels(values: torch.Tensor) -> dict:
         ({**labels(torch.tensor([0, 1])), "nulls": {}}, r"must have the shape \(2,\), got none"),
         ({"guidance": Guidance(2.0)}, "without labels"),
         ({**labels(torch.tensor([0, 1])), "guidance": Guidance(2.0)}, "without a null"),
+        (
+            {
+                **labels(torch.tensor([0, 1])),
+                "nulls": {"labels": torch.tensor([2, 2])},
+                "guidance": Guidance(2.0, interval=(1000, 2000)),
+            },
+            "must hold timesteps of 0 to 999, got 1000 to 2000",
+        ),
         ({"indices": [1, 2, 3]}, "indices must number each of the 2 images of shape, got 3"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],

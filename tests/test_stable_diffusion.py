@@ -8,17 +8,27 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from PIL import Image
 from torch import nn
 
-from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, read_checkpoint
+from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, read_checkpoint, write_initial_checkpoint
 from unet_diffusion.codecs import autoencoder_of, decode_latents, kl_autoencoder, vq_autoencoder
 from unet_diffusion.conditioning import ClassTokens, Guidance, Maps
 from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser, why_not_exported
 from unet_diffusion.latents import LatentSpace, fingerprint
+from unet_diffusion.maps import MAPS_KEY, LowResolution, MaskedImage
 from unet_diffusion.sampling import build_scheduler, image_generators, sample
-from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.schedule import NoiseSchedule, keyed_generator
 from unet_diffusion.text import TextTokens
 from unet_diffusion.unet import DenoiserUNet
 
@@ -30,6 +40,7 @@ SEED = 5
 CAPTIONS = ["a red cat", "two blue dogs on a sofa"]
 WORDS = [*CAPTIONS, "a green cat on a red sofa"]
 WIDTH = 8  # of the text encoder
+TINY_UNET = {"in_channels": 4, "channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
 STABLE_DIFFUSION_1_SCHEDULER = {  # scheduler_config.json of stable-diffusion-v1-5
     "beta_end": 0.012,
@@ -75,7 +86,7 @@ def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options
     """A denoiser of latents by captions, whose autoencoder is in the folder."""
     torch.manual_seed(0)
     levels = {"attention_levels": (1,), "context_dim": WIDTH, "num_heads": 2}
-    unet = DenoiserUNet(4, (8, 16), norm_num_groups=4, layers_per_block=1, **{**levels, **options})
+    unet = DenoiserUNet(**{**TINY_UNET, **levels, **options})
     return TrainedDenoiser(
         unet=randomise(unet),
         schedule=NoiseSchedule(100, prediction_type="v_prediction"),
@@ -85,11 +96,21 @@ def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options
     )
 
 
-@pytest.fixture
-def stable_diffusion(tmp_path):
-    """A folder of the build of Stable Diffusion 1.5, tiny."""
+def inpainter(folder, **options) -> TrainedDenoiser:
+    return text_denoiser(folder, conditions=[text_tokens(), MaskedImage(5)], in_channels=9, out_channels=4, **options)
+
+
+def upscaler(folder, **options) -> TrainedDenoiser:
+    conditions = [text_tokens(), LowResolution(3)]
+    network = {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000}
+    return text_denoiser(folder, **{"conditions": conditions, **network, **options})
+
+
+def save_stable_diffusion(folder, kind=StableDiffusionPipeline, network=None, **parts):
+    """A folder of the build of Stable Diffusion 1.5, tiny, but for what else is told of its network and parts."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
+        **(network or {}),
         sample_size=8,
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -108,7 +129,7 @@ def stable_diffusion(tmp_path):
         sample_size=16,
     )
     text = text_tokens()
-    StableDiffusionPipeline(
+    kind(
         vae=randomise(vae),
         text_encoder=text.encoder,
         tokenizer=text.tokenizer,
@@ -116,20 +137,39 @@ def stable_diffusion(tmp_path):
         scheduler=PNDMScheduler(**STABLE_DIFFUSION_1_SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(tmp_path / "stable_diffusion")
-    return tmp_path / "stable_diffusion"
+        **(parts or {"requires_safety_checker": False}),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def stable_diffusion(tmp_path):
+    return save_stable_diffusion(tmp_path / "stable_diffusion")
+
+
+@pytest.fixture
+def stable_inpainting(tmp_path):
+    folder = tmp_path / "stable_diffusion"
+    return save_stable_diffusion(folder, StableDiffusionInpaintPipeline, {"in_channels": 9, "out_channels": 4})
+
+
+@pytest.fixture
+def stable_upscaling(tmp_path):
+    network = {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000, "only_cross_attention": [True, False]}
+    noise = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02)
+    folder = tmp_path / "stable_diffusion"
+    return save_stable_diffusion(folder, StableDiffusionUpscalePipeline, network, low_res_scheduler=noise)
 
 
 @pytest.fixture
 def load_quietly(caplog):
     """Loads a pipeline; what is warned of on the way is an error."""
 
-    def load(folder) -> StableDiffusionPipeline:
+    def load(folder, kind=StableDiffusionPipeline):
         caplog.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            pipeline = StableDiffusionPipeline.from_pretrained(folder)
+            pipeline = kind.from_pretrained(folder)
         assert not [record for record in caplog.records if record.levelname == "WARNING"]
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -261,6 +301,12 @@ def tokens_from_nowhere(folder):
     return text_denoiser(folder, conditions=[])
 
 
+def level_of_noise_unknown_at_times(folder):
+    trained = upscaler(folder)
+    trained.null_label = 999
+    return trained
+
+
 def no_convolution_of_one_pixel(folder):
     made = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,), use_quant_conv=False)
     made.save_pretrained(folder / "plain")
@@ -280,6 +326,8 @@ def no_convolution_of_one_pixel(folder):
         (codes_and_captions, r"decodes with an AutoencoderKL, and .*vq holds a VQModel"),
         (no_convolution_of_one_pixel, r"quant_conv and post_quant_conv, and .*plain holds one without"),
         (lambda folder: text_denoiser(folder, mid_attention=False), r"mid_attention must be True"),
+        (level_of_noise_unknown_at_times, "always tells the level of noise; train with label_dropout 0"),
+        (lambda folder: inpainter(folder, size=(8, 4)), r"draws square latents of 4 channels, .* draws 8x4 of 4"),
     ],
 )
 def test_denoiser_without_a_pipeline_is_refused_with_the_reason(tmp_path, make, reason):
@@ -354,6 +402,12 @@ def fine_tuning_recipe(path, latents, run) -> None:
     """configs/latents.yaml for captions, in a second."""
     recipe = yaml.safe_load((CONFIGS / "latents.yaml").read_text())
     recipe["data"]["init_args"] |= {"root": str(latents), "horizontal_flip": False, "batch_size": 4, "num_val": 2}
+    shorten(recipe, run)
+    path.write_text(yaml.safe_dump(recipe))
+
+
+def shorten(recipe, run) -> None:
+    """So that it runs for a second."""
     recipe["model"]["speed"] = "plain"
     recipe["trainer"] |= {
         "default_root_dir": str(run),
@@ -364,7 +418,6 @@ def fine_tuning_recipe(path, latents, run) -> None:
         "enable_progress_bar": False,
     }
     recipe["samples"] = {"every_n_steps": 1000, "num_images": 2, "num_inference_steps": 2}
-    path.write_text(yaml.safe_dump(recipe))
 
 
 @pytest.fixture
@@ -399,3 +452,271 @@ def test_imported_checkpoint_is_what_was_imported(stable_diffusion, tmp_path, ru
     read, expected = read_checkpoint(tmp_path / "imported.ckpt"), import_pipeline(stable_diffusion)
     assert denoiser_record(read) == denoiser_record(expected)
     assert_same_images(our_images(read), our_images(expected))
+
+
+# ---------------------------------------------------------------------------------------------------------- inpainting
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A picture, and a mask that begins at an odd column: files, and as PIL has them."""
+    pixels = np.random.default_rng(7).integers(256, size=(16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), dtype=np.uint8)
+    mask[3:12, 5:] = 255
+    paths = (tmp_path / "init.png", tmp_path / "mask.png")
+    for path, one in zip(paths, (pixels, mask), strict=True):
+        Image.fromarray(one).save(path)
+    return paths, tuple(Image.open(path) for path in paths)
+
+
+@pytest.fixture
+def assert_painted_alike(picture, run_cli, tmp_path, monkeypatch):
+    """Compares what `sample` makes of a model with what a pipeline of diffusers does, but for what it draws of latents.
+
+    It draws them from their distribution, where we take the mean.
+    """
+    monkeypatch.setattr(
+        pipeline_stable_diffusion_inpaint, "retrieve_latents", lambda output, **_: output.latent_dist.mean
+    )
+
+    def check(path, pipeline, strength=1.0) -> None:
+        (init, mask), (image, mask_image) = picture
+        options = ["--num_inference_steps=4", "--scheduler=DDIMScheduler", "--guidance_scale=3", f"--seed={SEED}"]
+        options += ["--strength", strength, "--num_images=2", "--device=cpu", "--captions", *CAPTIONS]
+        out = tmp_path / f"painted_{strength}"
+        status, _, err = run_cli("sample", path, *options, "--init", init, "--mask", mask, "--output", out)
+        assert status == 0, err
+        ours = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) / 255 for i in range(2)])
+        generators = image_generators(SEED, range(2))
+        common = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": generators, "output_type": "np"}
+        theirs = pipeline(CAPTIONS, image, mask_image, strength=strength, **common).images
+        painted = np.asarray(mask_image)[None, :, :, None] > 0
+        theirs = np.where(painted, theirs, np.asarray(image) / 255)
+        assert ours[:, 3:12, 5:].std() > 0.05
+        np.testing.assert_allclose(ours, theirs, atol=0.6 / 255)  # rounding to bytes
+
+    return check
+
+
+def test_exported_inpainting_pipeline_paints_as_we_do(tmp_path, load_quietly, assert_painted_alike):
+    trained = inpainter(tmp_path)
+    write_initial_checkpoint(trained, tmp_path / "inpainter.ckpt")
+    export_pipeline(trained, tmp_path / "pipeline")
+    pipeline = load_quietly(tmp_path / "pipeline", StableDiffusionInpaintPipeline)
+    for strength in (1.0, 0.5):
+        assert_painted_alike(tmp_path / "inpainter.ckpt", pipeline, strength)
+
+
+def test_stable_diffusion_for_inpainting_paints_here_as_there(stable_inpainting, load_quietly, assert_painted_alike):
+    trained = import_pipeline(stable_inpainting)
+    assert denoiser_record(trained)["conditions"][1]["init_args"] == {"channels": 5}
+    pipeline = load_quietly(stable_inpainting, StableDiffusionInpaintPipeline)
+    pipeline.scheduler = build_scheduler(trained.schedule, clip_sample=False)
+    assert_painted_alike(stable_inpainting, pipeline)
+
+
+def train_on(folder, recipe_name, tmp_path, run_cli) -> None:
+    """Trains what is imported from the folder for three steps, by a recipe with maps; all weights change."""
+    write_images(tmp_path / "images")
+    run_cli("import", folder, tmp_path / "imported.ckpt")
+    recipe = yaml.safe_load((CONFIGS / f"{recipe_name}.yaml").read_text())
+    images = recipe["data"]["init_args"]["images"]["init_args"]
+    images |= {"root": str(tmp_path / "images"), "image_size": 16, "batch_size": 4, "num_val": 2}
+    recipe["data"]["init_args"]["autoencoder"] = str(folder / "vae")
+    shorten(recipe, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["--config", tmp_path / "recipe.yaml", "--config", tmp_path / "imported.yaml"]
+    status, _, err = run_cli("fit", *arguments, "--ckpt_path", tmp_path / "imported.ckpt")
+    assert status == 0, err
+    before, after = import_pipeline(folder), read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    changed = [not torch.equal(a, b) for a, b in zip(after.unet.parameters(), before.unet.parameters(), strict=True)]
+    assert all(changed)
+    assert after.settings["data"]["init_args"]["images"]["init_args"]["batch_size"] == 4
+    assert str(tmp_path) not in (tmp_path / "run" / "pipeline" / "README.md").read_text()  # no path of this machine
+
+
+def test_stable_diffusion_for_inpainting_is_trained_on(
+    stable_inpainting, tmp_path, run_cli, load_quietly, assert_painted_alike
+):
+    train_on(stable_inpainting, "inpainting", tmp_path, run_cli)
+    pipeline = load_quietly(tmp_path / "run" / "pipeline", StableDiffusionInpaintPipeline)
+    assert pipeline.vae.config.scaling_factor == pytest.approx(0.18215)
+    assert_painted_alike(tmp_path / "run", pipeline)
+
+
+def test_a_model_for_inpainting_wants_a_picture_and_a_mask(tmp_path, run_cli, picture):
+    write_initial_checkpoint(inpainter(tmp_path), tmp_path / "inpainter.ckpt")
+    arguments = ["sample", tmp_path / "inpainter.ckpt", "--captions", "x", "--output", tmp_path / "out"]
+    for more in ([], ["--init", picture[0][0]]):
+        status, _, err = run_cli(*arguments, *more)
+        assert (status, "--init and --mask must be given" in err) == (1, True), err
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- upscaling
+
+
+@pytest.fixture
+def assert_enlarged_alike(run_cli, tmp_path):
+    """Compares what `sample` makes of a model with what a pipeline of diffusers does, noise of the small image too."""
+    pixels = np.random.default_rng(8).integers(256, size=(8, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+
+    def check(path, pipeline, noise_level) -> None:
+        options = ["--num_inference_steps=4", "--scheduler=DDIMScheduler", "--guidance_scale=3", f"--seed={SEED}"]
+        options += ["--num_images=2", "--device=cpu", "--captions", *CAPTIONS, "--noise_level", noise_level]
+        out = tmp_path / f"enlarged_{noise_level}"
+        status, _, err = run_cli("sample", path, *options, "--init", tmp_path / "small.png", "--output", out)
+        assert status == 0, err
+        ours = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) / 255 for i in range(2)])
+        assert ours.shape == (2, 16, 24, 3)
+        start = torch.stack([torch.randn(4, 8, 12, generator=one) for one in image_generators(SEED, range(2))])
+        theirs = pipeline(
+            CAPTIONS,
+            [Image.open(tmp_path / "small.png")] * 2,
+            noise_level=noise_level,
+            generator=[keyed_generator(SEED, MAPS_KEY, index) for index in range(2)],  # of the small image's noise
+            latents=start,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            output_type="np",
+        ).images
+        assert ours.std() > 0.05
+        np.testing.assert_allclose(ours, theirs, atol=0.6 / 255)  # rounding to bytes
+
+    return check
+
+
+@pytest.mark.parametrize("scaling_factor", [None, 0.5, 0.08333])
+def test_exported_upscaling_pipeline_enlarges_as_we_do(tmp_path, load_quietly, assert_enlarged_alike, scaling_factor):
+    trained = upscaler(tmp_path)
+    if scaling_factor is not None:
+        trained.latent_space = trained.latent_space.rescaled(scaling_factor)
+    write_initial_checkpoint(trained, tmp_path / "upscaler.ckpt")
+    export_pipeline(trained, tmp_path / "pipeline")
+    pipeline = load_quietly(tmp_path / "pipeline", StableDiffusionUpscalePipeline)
+    assert pipeline.vae.config.scaling_factor == 0.08333
+    for noise_level in (20, 350):
+        assert_enlarged_alike(tmp_path / "upscaler.ckpt", pipeline, noise_level)
+
+
+def test_stable_diffusion_for_upscaling_enlarges_here_as_there(stable_upscaling, load_quietly, assert_enlarged_alike):
+    trained = import_pipeline(stable_upscaling)
+    pipeline = load_quietly(stable_upscaling, StableDiffusionUpscalePipeline)
+    pipeline.scheduler = build_scheduler(trained.schedule, clip_sample=False)
+    assert_enlarged_alike(stable_upscaling, pipeline, 20)
+
+
+def test_stable_diffusion_for_upscaling_is_trained_on(
+    stable_upscaling, tmp_path, run_cli, load_quietly, assert_enlarged_alike
+):
+    train_on(stable_upscaling, "upscaling", tmp_path, run_cli)
+    pipeline = load_quietly(tmp_path / "run" / "pipeline", StableDiffusionUpscalePipeline)
+    assert_enlarged_alike(tmp_path / "run", pipeline, 20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_channels", "message"),
+    [
+        (StableDiffusionInpaintPipeline, 8, "must be as out_channels 4, or with captions 9, .* got 8"),
+        (StableDiffusionUpscalePipeline, 4, "must be more than out_channels 4, for a small image, got 4"),
+    ],
+)
+def test_network_that_does_not_take_the_maps_of_its_pipeline_is_refused(tmp_path, kind, in_channels, message):
+    noise = {"low_res_scheduler": DDPMScheduler()} if kind is StableDiffusionUpscalePipeline else {}
+    network = {"in_channels": in_channels, "out_channels": 4}
+    with pytest.raises(ValueError, match=message):
+        import_pipeline(save_stable_diffusion(tmp_path / "folder", kind, network, **noise))
+
+
+def test_upscaler_of_other_noise_is_refused(stable_upscaling):
+    path = stable_upscaling / "low_res_scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.012}))
+    with pytest.raises(ValueError, match="must have the noise schedule of Stable Diffusion's upscaler"):
+        import_pipeline(stable_upscaling)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--init must be given, as the model enlarges a picture"),
+        (["--init", "{tmp}/none.png"], "--init must be an image file, and there is none at"),
+        (["--init", "{tmp}/small.png", "--noise_level", "351"], r"--noise_level must be in [0, 350], got 351"),
+        (["--init", "{tmp}/small.png", "--strength", "0.5"], "--strength is not for a model that enlarges"),
+        (["--init", "{tmp}/small.png", "--labels", "3"], "--labels is not for a model that enlarges"),
+    ],
+)
+def test_what_an_upscaler_does_not_take_is_refused(tmp_path, run_cli, options, message):
+    write_initial_checkpoint(upscaler(tmp_path), tmp_path / "upscaler.ckpt")
+    Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "small.png")
+    options = [option.format(tmp=tmp_path) for option in options]
+    arguments = ["sample", tmp_path / "upscaler.ckpt", "--captions", "x", "--output", tmp_path / "out"]
+    status, _, err = run_cli(*arguments, *options)
+    assert (status, message in err) == (1, True), err
+
+
+def test_noise_level_is_for_upscalers(tmp_path, run_cli):
+    write_initial_checkpoint(text_denoiser(tmp_path), tmp_path / "text.ckpt")
+    arguments = ["sample", tmp_path / "text.ckpt", "--captions", "x", "--output", tmp_path / "out"]
+    status, _, err = run_cli(*arguments, "--noise_level", 20)
+    assert (status, "--noise_level is for a model that enlarges pictures" in err) == (1, True), err
+
+
+# ------------------------------------------------------------------------------------------------ folders from anyone
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+WEIGHTS = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}  # stem of the names, by part
+
+
+@pytest.mark.parametrize(
+    ("part", "pickle"), [("vae", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")]
+)
+def test_pickle_in_a_folder_is_refused_and_its_code_not_run(stable_diffusion, tmp_path, part, pickle):
+    (stable_diffusion / part / f"{WEIGHTS[part]}.safetensors").unlink()
+    torch.save({"weight": Code(tmp_path / "ran")}, stable_diffusion / part / pickle)
+    with pytest.raises(FileNotFoundError, match=rf"{part} must hold {WEIGHTS[part]}\.safetensors.*can run code"):
+        import_pipeline(stable_diffusion)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/evil.safetensors", "evil.bin"])
+def test_index_of_weights_names_files_beside_it(stable_diffusion, tmp_path, part, name):
+    folder = stable_diffusion / part
+    (folder / f"{WEIGHTS[part]}.safetensors").unlink()
+    torch.save({"weight": Code(tmp_path / "ran")}, folder / "evil.bin")
+    index = {"metadata": {}, "weight_map": {"weight": name}}
+    (folder / f"{WEIGHTS[part]}.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"must name \.safetensors files beside it, got '{name}'"):
+        import_pipeline(stable_diffusion)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_python_in_a_pipeline_folder_is_not_run(stable_diffusion, tmp_path):
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Evil: pass\n"
+    automatic = {"auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}}
+    for part in ("", "unet", "vae", "scheduler", "text_encoder", "tokenizer"):
+        (stable_diffusion / part / "evil.py").write_text(code)
+        (stable_diffusion / part / f"{part or 'pipeline'}.py").write_text(code)
+        for file in (stable_diffusion / part).glob("*config.json"):
+            content = json.loads(file.read_text())
+            asked = {**automatic, "trust_remote_code": True, "attn_implementation": "evil/kernel"}
+            file.write_text(json.dumps({**content, **(asked if part in ("text_encoder", "tokenizer") else automatic)}))
+    index = json.loads((stable_diffusion / "model_index.json").read_text())
+    index |= {"_class_name": ["pipeline", "Evil"], "unet": ["unet", "Evil"], "tokenizer": ["evil", "Evil"]}
+    (stable_diffusion / "model_index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="auto_map"):
+        trained = import_pipeline(stable_diffusion)
+    assert isinstance(trained.conditions[0], TextTokens)
+    assert trained.conditions[0].encoder.config._attn_implementation == "sdpa"
+    assert not (tmp_path / "ran").exists()

@@ -274,20 +274,36 @@ def test_command_draws_what_the_captions_say_in_turn(trained_run, run_cli, tmp_p
 
 
 def test_an_earlier_checkpoint_leads_away(trained_run, run_cli, tmp_path, text_module, captioned, quiet_trainer):
-    _, path = trained_run
-    options = ["--num_images=1", "--num_inference_steps=2", "--guidance_scale=2", "--captions", "red star"]
-    pictures = []
-    for number, more in enumerate(([], ["--guidance_weaker", path])):
-        status, _, err = run_cli("sample", path, *options, *more, "--device=cpu", "--output", tmp_path / str(number))
-        assert status == 0, err
-        pictures.append((tmp_path / str(number) / "000000.png").read_bytes())
-    status, _, err = run_cli("sample", path, *options[:2], *options[3:], "--device=cpu", "--output", tmp_path / "off")
+    module, path = trained_run
+    earlier, trainer = text_module(ema_decay=0.0), quiet_trainer(max_steps=1)
+    trainer.fit(earlier, captioned())
+    trainer.save_checkpoint(tmp_path / "earlier.ckpt")
+    options = ["--num_images=2", "--num_inference_steps=2", "--scheduler=DDIMScheduler", "--captions", "red star"]
+    options += ["--guidance_scale=2", "--guidance_weaker", tmp_path / "earlier.ckpt"]
+    status, _, err = run_cli("sample", path, *options, "--device=cpu", "--output", tmp_path / "out")
     assert status == 0, err
-    # led away from itself a network stays where it is
-    assert pictures[1] == (tmp_path / "off" / "000000.png").read_bytes() != pictures[0]
+    inputs, weaker_inputs = (one.trained.inputs(one.caption_tokens(["red star"] * 2))[0] for one in (module, earlier))
+
+    def led_away(x, t):
+        better, worse = module.ema_unet(x, t, **inputs), earlier.ema_unet(x, t, **weaker_inputs)
+        return worse + 2 * (better - worse)
+
+    images, plain = (
+        sample(one, module.schedule, (2, 1, 8, 8), num_inference_steps=2, inputs=given).clamp(-1, 1)
+        for one, given in ((led_away, None), (module.ema_unet, inputs))
+    )
+    assert (images - plain).abs().max() > 0.1
+    drawn = read_images([tmp_path / "out" / f"{i:06d}.png" for i in range(2)])
+    torch.testing.assert_close(drawn, images, atol=1 / 127, rtol=0)  # 8 bits
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_what_to_install_is_said_without_transformers(trained_run, run_cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not there
+    status, _, err = run_cli("sample", trained_run[1], "--captions", "red star", "--output", tmp_path / "out")
+    assert (status, "pip install unet-diffusion[text]" in err, "whole denoiser" in err) == (1, True, False), err
 
 
 def test_captions_must_be_given(trained_run, run_cli, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from unet_diffusion import two_stages
@@ -43,7 +44,8 @@ def ran(monkeypatch):
     commands, status = [], {}
 
     def exit_status(command):
-        commands.append(command[3:])
+        commands.append(command[command.index("unet_diffusion.cli") + 1 :])
+        assert "-P" in command  # in a folder with a torch.py of somebody else, that would be imported
         return status.get(len(commands), 0)
 
     monkeypatch.setattr(two_stages, "_exit_status", exit_status)
@@ -59,6 +61,18 @@ def test_stages_follow_each_other_and_are_done_once(ran, run_cli, command, tmp_p
     status, out, err = run_cli(*command, "--captions")
     assert len(commands) == 3
     assert out.count("done before") == 3
+
+
+def test_options_for_every_stage_reach_it(ran, run_cli, command, small_recipes):
+    commands, _ = ran
+    recipe = yaml.safe_load(small_recipes[0].read_text())
+    recipe["data"]["init_args"] |= {"on_bad_file": "skip", "background": "black"}
+    small_recipes[0].write_text(yaml.safe_dump(recipe))
+    status, _, err = run_cli(*command, "--traceback")
+    assert status == 0, err
+    assert ["--traceback" in one for one in commands] == [True] * 3
+    encode = commands[1]
+    assert [encode[encode.index(name) + 1] for name in ("--on_bad_file", "--background")] == ["skip", "black"]
 
 
 def test_a_stage_that_fails_is_gone_on_with(ran, run_cli, command, tmp_path):

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # it imports diffusers, which most of this module does not ne
 
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
 Part = TypeVar("Part", bound=nn.Module)
+Kind = TypeVar("Kind", bound=Condition)
 SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
 
@@ -63,6 +64,10 @@ class TrainedDenoiser:
         """The class labels that the network embeds itself, if it does, and the others."""
         labels = [] if self.unet.class_embedding is None else [ClassLabels(self.null_label)]
         return [*labels, *cast(list[Condition], list(self.conditions))]
+
+    def condition(self, kind: type[Kind]) -> Kind | None:
+        """The condition of that class; None: there is none."""
+        return next((one for one in self.all_conditions if isinstance(one, kind)), None)
 
     @property
     def num_classes(self) -> int:
@@ -179,7 +184,8 @@ def holds_autoencoder(path: str | os.PathLike[str]) -> bool:
 
 def network_record(network: PixelNetwork | Condition) -> dict[str, Any]:
     """The class of a network or condition and the arguments that build it, plain values."""
-    kind = type(network)
+    # Where weights are shared out over processes, a class of torch's comes first.
+    kind = next(one for one in type(network).__mro__ if not one.__module__.startswith("torch."))
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config}
 
 
@@ -202,6 +208,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
 
     Raises:
         OSError: if the file is missing or cannot be opened.
+        ImportError: if the denoiser takes captions, and the package transformers is not there.
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
     record, weights = _read(path, "denoiser")
@@ -256,10 +263,15 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         OSError: if the file is missing or cannot be opened.
-        ValueError: if the file is something else, is damaged, or holds anything that could run code when loaded.
+        ValueError: if the file is something else, is damaged, holds anything that could run code when loaded, or is
+            compressed, so that it could fill the memory.
     """
     with open(path, "rb") as file:
         is_whole = zipfile.is_zipfile(file)  # the directory of a zip file is at its end: a cut file has none
+        if is_whole and any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(file).infolist()):
+            raise ValueError(
+                f"{path} was not loaded: it must be uncompressed, as torch.save writes it; save it so again"
+            )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_whole)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
@@ -270,6 +282,52 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
         else:
             reason = "is damaged; copy or download it again"
         raise ValueError(f"{path} {reason}") from error
+
+
+def check_callbacks(checkpoint: Mapping[str, Any]) -> None:
+    """Refuses paths in the states of callbacks that lead out of their folder: Lightning removes what they name.
+
+    Raises:
+        ValueError: naming one.
+    """
+    for text in _texts(checkpoint.get("callbacks", {})):
+        if ".." in PurePath(text).parts or "://" in text:
+            raise ValueError(f"a checkpoint must name files in the folder of its run, got {text!r}; do not use it")
+
+
+def _texts(state: Any) -> Iterator[str]:
+    """Every string in nested plain values."""
+    if isinstance(state, str):
+        yield state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from (*_texts(key), *_texts(value))
+    elif isinstance(state, list | tuple):
+        for one in state:
+            yield from _texts(one)
+
+
+def check_safetensors(folder: Path, stem: str) -> None:
+    """Refuses weights that are not safetensors in that folder: the older format is a pickle, which can run code.
+
+    Args:
+        folder: of a model of diffusers or transformers.
+        stem: of the names of its weights.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if the index of several files names anything but safetensors beside it.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(f"{index} must name .safetensors files beside it, got {wrong[0]!r}; download it again")
+    elif not (folder / f"{stem}.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold {stem}.safetensors, and does not; a file in the older format .bin can run code: have "
+            "whoever made it save it as safetensors (save_pretrained of diffusers does)"
+        )
 
 
 def _file_of(path: str | os.PathLike[str]) -> Path:
@@ -306,7 +364,8 @@ def _explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
     """Says of which file it is, if a record or its weights are not as they must be."""
     try:
         yield
-    except (KeyError, TypeError, RuntimeError, ImportError) as error:
+    # A class of a module that is not there; an ImportError is of a package that is to be installed, and says so.
+    except (KeyError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise ValueError(f"{path} must hold a whole {key} of this version, and does not: {error}") from error
 
 

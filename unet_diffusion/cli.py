@@ -5,6 +5,7 @@ option; the others are small programs on a checkpoint. Every error is one messag
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from unet_diffusion.processes import own_device, processes
 from unet_diffusion.speed import SPEEDS, keep_freed_memory, set_speed
 
 if TYPE_CHECKING:
-    from unet_diffusion.checkpoint import TrainedDenoiser
     from unet_diffusion.codecs import Autoencoder
-    from unet_diffusion.conditioning import Denoiser, Guidance
-    from unet_diffusion.unet import PixelNetwork
+    from unet_diffusion.data import FolderDataModule
 
 TRAINING_COMMANDS = ("fit", "validate")  # parsed by Lightning's command line
 MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _train(arguments)
         else:
             options = _parser().parse_args(arguments)
+            options.traceback = show_traceback
             options.run(options)
     except KeyboardInterrupt:
         print("unet-diffusion: stopped", file=sys.stderr)
@@ -111,48 +112,25 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captions", action="store_true", help="keep captions: metadata.csv, .jsonl or NAME.txt")
     parser.add_argument("--horizontal_flip", action="store_true", help="encode mirror images too")
     parser.add_argument("--background", default="white", help="colour behind transparent pixels")
+    parser.add_argument("--on_bad_file", choices=("error", "skip"), default="error",
+                        help="what to do about files that cannot be decoded or are too small")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once")
     _add_hardware(parser, of="autoencoder")
     parser.set_defaults(run=_encode)
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from diffusers import VQModel
     from tqdm import tqdm
 
-    from unet_diffusion.codecs import downsampling, latent_moments, pretrained_autoencoder
-    from unet_diffusion.data import FolderDataModule, scale_to_unit_range
-    from unet_diffusion.latents import encode_images, fingerprint
+    from unet_diffusion.codecs import latent_moments, pretrained_autoencoder
+    from unet_diffusion.data import scale_to_unit_range
+    from unet_diffusion.latents import encode_images
 
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
     autoencoder = pretrained_autoencoder(options.autoencoder).eval()
-    size = options.image_size or autoencoder.config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    if height % downsampling(autoencoder) or width % downsampling(autoencoder):
-        raise ValueError(f"--image_size must be multiples of {downsampling(autoencoder)}, got {height} {width}")
-    data = FolderDataModule(
-        options.images,
-        image_size=(height, width),
-        channels=autoencoder.config["in_channels"],
-        class_labels=options.class_labels,
-        captions=options.captions,
-        background=options.background,
-    )
-    data.setup()
-    settings = {
-        "autoencoder": str(options.autoencoder.resolve()),
-        "fingerprint": fingerprint(autoencoder, autoencoder.config),
-        "image_shape": data.image_shape,
-        "num_images": len(data.image_set.images),
-        "has_mirrored": options.horizontal_flip,
-        "has_codes": isinstance(autoencoder, VQModel),
-        "class_names": data.class_names,
-        "captions": data.captions,
-        "images": str(options.images.resolve()),
-        "background": options.background,
-        "precision": options.precision,
-    }
+    data = _images_to_encode(options, autoencoder)
+    settings = _latents_settings(options, autoencoder, data)
     device_type = torch.device(options.device).type
     if device_type == "cpu":
         keep_freed_memory()
@@ -174,6 +152,51 @@ def _encode(options: argparse.Namespace) -> None:
     recipe = "latents_text" if options.captions else "latents"
     print(f"latents of {settings['num_images']} images in {options.output}; to train on them: unet-diffusion fit "
           f"--config configs/{recipe}.yaml --data.init_args.root {options.output}")  # fmt: skip
+
+
+def _images_to_encode(options: argparse.Namespace, autoencoder: "Autoencoder") -> "FolderDataModule":
+    """The images at the size asked for, or the autoencoder's."""
+    from unet_diffusion.codecs import downsampling
+    from unet_diffusion.data import FolderDataModule
+
+    size = options.image_size or autoencoder.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height % downsampling(autoencoder) or width % downsampling(autoencoder):
+        raise ValueError(f"--image_size must be multiples of {downsampling(autoencoder)}, got {height} {width}")
+    data = FolderDataModule(
+        options.images,
+        image_size=(height, width),
+        channels=autoencoder.config["in_channels"],
+        class_labels=options.class_labels,
+        captions=options.captions,
+        background=options.background,
+        on_bad_file=options.on_bad_file,
+    )
+    data.setup()
+    return data
+
+
+def _latents_settings(
+    options: argparse.Namespace, autoencoder: "Autoencoder", data: "FolderDataModule"
+) -> dict[str, Any]:
+    """What decides what the latents are, see `latents.encode_images`."""
+    from diffusers import VQModel
+
+    from unet_diffusion.latents import fingerprint
+
+    return {
+        "autoencoder": str(options.autoencoder.resolve()),
+        "fingerprint": fingerprint(autoencoder, autoencoder.config),
+        "image_shape": data.image_shape,
+        "num_images": len(data.image_set.images),
+        "has_mirrored": options.horizontal_flip,
+        "has_codes": isinstance(autoencoder, VQModel),
+        "class_names": data.class_names,
+        "captions": data.captions,
+        "images": str(options.images.resolve()),
+        "background": options.background,
+        "precision": options.precision,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- two-stages
@@ -203,7 +226,7 @@ def _two_stages(options: argparse.Namespace) -> None:
     stages = TwoStages(
         options.images, options.output, options.autoencoder, denoiser, options.class_labels, options.captions
     )
-    stages.run(lambda line: print(line, flush=True))
+    stages.run(lambda line: print(line, flush=True), ["--traceback"] if options.traceback else [])
     captions = " --captions TEXT" if options.captions else ""
     print(f"{options.output / 'denoiser'} holds samples.png; to draw more: unet-diffusion sample "
           f"{options.output / 'denoiser'}{captions} --output DIR")  # fmt: skip
@@ -215,7 +238,8 @@ def _two_stages(options: argparse.Namespace) -> None:
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw images: DIR/000000.png, ... and DIR/grid.png. "
-        "Image i depends on the seed and i alone, not on the batch size. From noise; with --init from a picture, with "
+        "Image i depends on the seed and i alone, not on the batch size, nor on how many processes share the work "
+        "(torchrun --nproc_per_node 8 -m unet_diffusion.cli sample ...). From noise; with --init from a picture, with "
         "--init and --mask into the masked part of one; with --interpolate a sequence from one image to another."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
@@ -275,7 +299,10 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
         "each step blends them; the size of training is a good N; default: all at once",
     )
     parser.add_argument(
-        "--init", metavar="FILE", help="start from this picture, scaled and cut to the size to draw, not from noise"
+        "--init",
+        metavar="FILE",
+        help="start from this picture, scaled and cut to the size to draw, not from noise; of a "
+        "model that enlarges, what to enlarge",
     )
     parser.add_argument(
         "--strength",
@@ -284,7 +311,15 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
         "default: 0.8, with --mask 1",
     )
     parser.add_argument(
-        "--mask", metavar="FILE", help="with --init: as large; white is painted anew, black stays as in the picture"
+        "--mask",
+        metavar="FILE",
+        help="with --init: as large; white is painted anew, black stays as in the picture; of a model for inpainting "
+        "both must be given",
+    )
+    parser.add_argument(
+        "--noise_level",
+        type=int,
+        help="with --init, of a model that enlarges: 0 to 350, the more, the less of the picture is kept; default: 20",
     )
     parser.add_argument(
         "--interpolate",
@@ -296,85 +331,32 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from unet_diffusion.codecs import decode_latents
-    from unet_diffusion.interop import load_denoiser
-    from unet_diffusion.sample_options import check_options, frames_noise, image_shape, read_picture, start_from
-    from unet_diffusion.sampling import check_sampling, num_network_steps, sample
+    from unet_diffusion.drawing import Drawing
 
-    trained = load_denoiser(options.checkpoint)
-    check_options(options, trained)
-    weaker = _weaker(options, trained)
-    given = _given(options, trained)
-    shape = image_shape(options, trained)
-    denoiser, guidance = _denoiser_and_guidance(options, trained, weaker)
-    picture = read_picture(options, trained, shape)
-    autoencoder = _autoencoder(options, trained)
-    start = start_from(picture, options, trained, autoencoder)
-    settings: dict[str, Any] = dict(
-        scheduler=options.scheduler, num_inference_steps=options.num_inference_steps, guidance=guidance
-    )
-
-    @torch.no_grad()
-    def inputs(indices: list[int]) -> dict[str, Any]:
-        """Those of the network, and those of the worse prediction of guidance."""
-        part = {name: one[indices].to(options.device) for name, one in given.items()}
-        with_conditions, nulls = trained.inputs(part)
-        return {"inputs": with_conditions, "nulls": weaker.inputs(part)[0] if weaker else nulls}
-
-    trained.conditions.to(options.device)
-    check_sampling(trained.schedule, (1, *shape), start=start, **inputs([0]), **settings)
-    device_type = torch.device(options.device).type
-    if device_type == "cpu":
+    options.device = own_device(options.device)
+    drawing = Drawing.of(options)
+    if torch.device(options.device).type == "cpu":
         keep_freed_memory()
-    set_speed(trained.unet.to(options.device), options.speed)
-
-    def draw(indices: list[int], progress: Callable[[int], object]) -> torch.Tensor:
-        with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-            images = sample(
-                denoiser,
-                trained.schedule,
-                (len(indices), *shape),
-                seed=options.seed,
-                indices=indices,
-                noise=frames_noise(options, indices, shape),
-                start=start,
-                batch_size=options.batch_size,
-                device=options.device,
-                progress=progress,
-                clip_sample=autoencoder is None,
-                **inputs(indices),
-                **settings,
-            )
-            if trained.latent_space is not None and autoencoder is not None:
-                images = decode_latents(autoencoder, trained.latent_space, images)
-        return images if picture is None else picture.pasted(images)
-
-    _draw_and_save(
-        options, draw, num_network_steps(trained.schedule, options.scheduler, options.num_inference_steps, start)
-    )
-
-
-def _what_is_given(trained: "TrainedDenoiser") -> list[Any]:
-    """What decides which labels and token ids mean what."""
-    from unet_diffusion.text import TextTokens
-
-    words = [one.get_extra_state().tolist() for one in trained.conditions if isinstance(one, TextTokens)]
-    lengths = [one.config["max_length"] for one in trained.conditions if isinstance(one, TextTokens)]
-    return [trained.num_classes, trained.class_names, words, lengths]
+    set_speed(drawing.trained.unet, options.speed)
+    _draw_and_save(options, drawing.draw, drawing.num_steps)
 
 
 def _draw_and_save(
     options: argparse.Namespace, draw: Callable[[list[int], Callable[[int], object]], torch.Tensor], num_steps: int
 ) -> None:
-    """Draw what the output folder lacks, batch by batch, and make the grid."""
+    """Draw what the output folder lacks, batch by batch, shared out over the processes, and make the grid."""
     from tqdm import tqdm
 
     from unet_diffusion.pictures import read_images, save_grid, save_images
 
-    todo = _prepare_output(options)
-    with tqdm(total=len(todo) * num_steps, unit="image step") as bar:
-        for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:
-            save_images(draw(indices, bar.update), options.output, indices=indices, overwrite=options.overwrite)
+    with processes() as all_of_them:
+        todo = all_of_them.share(all_of_them.by_the_first(lambda: _prepare_output(options)))
+        with tqdm(total=len(todo) * num_steps, unit="image step", disable=all_of_them.rank > 0) as bar:
+            for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:
+                save_images(draw(indices, bar.update), options.output, indices=indices, overwrite=options.overwrite)
+        all_of_them.wait()
+        if all_of_them.rank > 0:
+            return
     first = [options.output / f"{i:06d}.png" for i in range(min(options.num_images, MAX_GRID_IMAGES))]
     save_grid(read_images(first), options.output / "grid.png")
     if options.overwrite:  # what a longer run left would stand beside these under their settings
@@ -384,92 +366,17 @@ def _draw_and_save(
     print(f"{options.num_images} images and grid.png in {options.output}")
 
 
-def _denoiser_and_guidance(
-    options: argparse.Namespace, trained: "TrainedDenoiser", weaker: "TrainedDenoiser | None"
-) -> "tuple[Denoiser, Guidance]":
-    """The network, and what it is guided by; both look through windows, where those are asked for."""
-    from unet_diffusion.conditioning import Guidance
-    from unet_diffusion.sample_options import window_size
-    from unet_diffusion.windows import windowed
-
-    side = window_size(options, trained)
-
-    def seen_through(network: "PixelNetwork") -> "Denoiser":
-        return network if side is None else windowed(network, (side, side), batch_size=options.batch_size)
-
-    worse = None if weaker is None else seen_through(weaker.unet)
-    interval = options.guidance_interval and tuple(options.guidance_interval)
-    return seen_through(trained.unet), Guidance(options.guidance_scale, options.guidance_rescale, interval, worse)
-
-
-def _autoencoder(options: argparse.Namespace, trained: "TrainedDenoiser") -> "Autoencoder | None":
-    """Of the latents that the network denoises, on the device; None: it denoises images."""
-    from unet_diffusion.codecs import autoencoder_of
-
-    if trained.latent_space is not None:
-        return autoencoder_of(trained.latent_space, options.autoencoder).to(options.device)
-    if options.autoencoder:
-        raise ValueError("--autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
-    return None
-
-
-def _given(options: argparse.Namespace, trained: "TrainedDenoiser") -> dict[str, torch.Tensor]:
-    """What the conditions are called with for all images: the options' labels and captions, by turns."""
-    from unet_diffusion.text import TextTokens
-
-    takes = {condition.given for condition in trained.all_conditions}
-    if "maps" in takes:
-        raise ValueError("this model has maps beside the noise, and sample has none to give; call sampling.sample")
-    for name in ("labels", "captions"):
-        if getattr(options, name) and name not in takes:
-            raise ValueError(f"--{name}: the checkpoint was trained without {name}; leave --{name} out")
-    turns = torch.arange(options.num_images)
-    given = {}
-    if "labels" in takes:
-        labels = torch.tensor(_label_numbers(options.labels, trained))
-        given["labels"] = labels[turns % len(labels)]
-    for text in trained.conditions:
-        if isinstance(text, TextTokens):
-            if not options.captions:
-                raise ValueError('--captions must be given, as the model draws what they say: --captions "a red heart"')
-            given["captions"] = text.token_ids(options.captions)[turns % len(options.captions)]
-    return given
-
-
-def _label_numbers(wanted: list[str] | None, trained: "TrainedDenoiser") -> list[int]:
-    num_classes, names, numbers = trained.num_classes, trained.class_names or [], []
-    for label in wanted or map(str, range(num_classes)):
-        number = int(label) if label.isdecimal() else names.index(label) if label in names else -1
-        if not 0 <= number < num_classes:
-            known = f", or a name: {', '.join(names)}" if names else ""
-            raise ValueError(f"--labels must be numbers from 0 to {num_classes - 1}{known}; got {label!r}")
-        numbers.append(number)
-    return numbers
-
-
-def _weaker(options: argparse.Namespace, trained: "TrainedDenoiser") -> "TrainedDenoiser | None":
-    """The checkpoint to be led away from."""
-    from unet_diffusion.interop import load_denoiser
-
-    if options.guidance_weaker is None:
-        return None
-    weaker = load_denoiser(options.guidance_weaker)
-    if weaker.image_shape != trained.image_shape or weaker.schedule.config != trained.schedule.config:
-        raise ValueError(f"--guidance_weaker must have the same images and schedule; {options.guidance_weaker} has not")
-    if _what_is_given(weaker) != _what_is_given(trained):
-        raise ValueError(f"--guidance_weaker must have the same classes and words; {options.guidance_weaker} has not")
-    weaker.unet.to(options.device)
-    weaker.conditions.to(options.device)
-    return weaker
-
-
 def _prepare_output(options: argparse.Namespace) -> list[int]:
     """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
     folder: Path = options.output
     unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device", "speed", "autoencoder"}
+    unasked |= {"traceback"}
     if options.interpolate is not None:  # a frame depends on how many there are
         unasked -= {"num_images"}
     settings = {key: value for key, value in vars(options).items() if key not in unasked}
+    for name in ("init", "mask"):  # a path may lead to another picture later
+        if settings[name] is not None:
+            settings[f"contents of {name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
     record = folder / "settings.json"
     present = {path.name for path in folder.glob("*.png")} if folder.exists() else set()
     if present and not (options.overwrite or options.resume):
@@ -556,7 +463,7 @@ def _segment(options: argparse.Namespace) -> None:
 def _prepare_masks(options: argparse.Namespace) -> None:
     """Make the output folder; what lies there must be of the same command, which is then gone on with."""
     folder: Path = options.output
-    unasked = {"run", "images", "output", "overwrite", "device", "speed"}
+    unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
     record = folder / "settings.json"
     if folder.exists() and any(folder.iterdir()):

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor
 
+from unet_diffusion.checkpoint import check_safetensors
 from unet_diffusion.latents import LatentSpace, fingerprint
 
 Autoencoder: TypeAlias = AutoencoderKL | VQModel
@@ -82,11 +83,14 @@ def pretrained_autoencoder(folder: str | os.PathLike[str]) -> ModelMixin:  # not
     """The autoencoder in a diffusers folder, or in the folder vae, vqvae or autoencoder inside it.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is none, or none in safetensors.
         ValueError: if it is of another class, or weights are missing or left over.
     """
     kind, path = autoencoder_class(folder)
-    autoencoder, report = kind.from_pretrained(path, output_loading_info=True)
+    check_safetensors(path, "diffusion_pytorch_model")
+    autoencoder, report = kind.from_pretrained(
+        path, output_loading_info=True, use_safetensors=True, local_files_only=True
+    )
     if wrong := [f"{name}: {', '.join(map(str, keys))}" for name, keys in report.items() if keys]:
         raise ValueError(f"the weights in {path} must be those of its config.json; {'; '.join(wrong)}")
     return autoencoder
@@ -151,6 +155,38 @@ def latent_moments(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Te
         return latents, torch.zeros_like(latents)
     posterior = autoencoder.encode(images).latent_dist
     return posterior.mean, posterior.std
+
+
+def latent_space_of(
+    autoencoder: Autoencoder,
+    folder: str | os.PathLike[str],
+    image_shape: Sequence[int],
+    *,
+    scaling_factor: float | None = None,
+) -> LatentSpace:
+    """That of an autoencoder, with one scale for all channels.
+
+    Args:
+        autoencoder: float32, on the CPU.
+        folder: where it is.
+        image_shape: (C, H, W) of the images.
+        scaling_factor: the scale; None: that of its configuration.
+
+    Raises:
+        ValueError: if it does not take such images.
+    """
+    channels, height, width = image_shape
+    factor, takes = downsampling(autoencoder), autoencoder.config["in_channels"]
+    if channels != takes or height % factor or width % factor:
+        raise ValueError(
+            f"images must have {takes} channels and multiples of {factor} pixels for the autoencoder in {folder}, got "
+            f"{channels} channels of {height}x{width}; set channels and image_size of the images"
+        )
+    std = 1 / (scaling_factor or autoencoder.config["scaling_factor"])
+    count = num_latent_channels(autoencoder)
+    path = str(Path(folder).resolve())
+    prints = fingerprint(autoencoder, autoencoder.config)
+    return LatentSpace(path, prints, (channels, height, width), mean=(0.0,) * count, std=(std,) * count)
 
 
 def autoencoder_of(space: LatentSpace, folder: str | os.PathLike[str] | None = None) -> Autoencoder:

@@ -232,7 +232,7 @@ def guide(denoiser: Denoiser, inputs: Inputs, nulls: Inputs | None, guidance: Gu
     """A predictor of worse + scale * (better - worse) for these conditions, float32.
 
     Both predictions come from one doubled batch, the conditioned half first; from two passes where there is a weaker
-    denoiser. Where the scale is 1 there is a single pass.
+    denoiser. Where the scale is 1, or no timestep is in the interval, there is a single pass.
 
     Args:
         denoiser: called as denoiser(x, t, **inputs).
@@ -244,20 +244,34 @@ def guide(denoiser: Denoiser, inputs: Inputs, nulls: Inputs | None, guidance: Gu
         ValueError: if there is nothing to guide between.
     """
     check_guidance(inputs, nulls, guidance)
+
+    def plain(x: Tensor, t: Tensor) -> Tensor:
+        return denoiser(x, t, **inputs)
+
     if guidance.scale == 1:
-        return lambda x, t: denoiser(x, t, **inputs)
+        return plain
     pair = _pair(denoiser, inputs, nulls, guidance.weaker)
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
+    def guided_everywhere(x: Tensor, t: Tensor) -> Tensor:
         better, worse = pair(x, t)
         guided = worse + guidance.scale * (better - worse)
         if guidance.rescale > 0:
             spread, before = (one.std(dim=(1, 2, 3), keepdim=True) for one in (guided, better))
             guided = guided * (1 - guidance.rescale + guidance.rescale * before / spread.clamp(min=TINY))
-        if guidance.interval is None:
-            return guided
-        low, high = guidance.interval  # both halves are computed outside of it too: to look at t would stall a GPU
-        return torch.where(((t >= low) & (t <= high)).view(-1, 1, 1, 1), guided, better)
+        return guided
+
+    return guided_everywhere if guidance.interval is None else _within(guidance.interval, guided_everywhere, plain)
+
+
+def _within(interval: tuple[int, int], inside: Predictor, outside: Predictor) -> Predictor:
+    """The one predictor at the timesteps of an interval and the other elsewhere, each called only where it counts."""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        is_inside = (t >= interval[0]) & (t <= interval[1])
+        at = is_inside.tolist()  # waits for a GPU, which costs less than a doubled batch
+        if all(at) or not any(at):
+            return (inside if all(at) else outside)(x, t).float()
+        return torch.where(is_inside.view(-1, 1, 1, 1), inside(x, t), outside(x, t).float())
 
     return predict
 

@@ -6,6 +6,7 @@ exported folder needs diffusers and nothing of this package. It is reloaded and 
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import (
@@ -23,7 +24,9 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     LDMPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -37,16 +40,19 @@ from unet_diffusion.codecs import (
     autoencoder_of,
     decode_latents,
     downsampling,
+    latent_space_of,
     pretrained_autoencoder,
     reconstruct,
 )
+from unet_diffusion.conditioning import Condition
 from unet_diffusion.diffusers_config import (
     complete,
     config_from_diffusers,
     config_to_diffusers,
     schedule_from_diffusers,
 )
-from unet_diffusion.latents import LatentSpace, fingerprint
+from unet_diffusion.latents import LatentSpace
+from unet_diffusion.maps import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution, MaskedImage
 from unet_diffusion.pipelines import class_conditional
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
 from unet_diffusion.pipelines.model_card import model_card
@@ -64,7 +70,17 @@ LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
 MULTIPLE = 8  # pixels, of the sides of what a StableDiffusionPipeline draws
-LEFT_OUT = ("safety_checker", "feature_extractor")  # parts that do not draw
+DRAWN_FROM: tuple[list[str], ...] = (  # sorted; each by a pipeline of diffusers
+    [],
+    ["ClassLabels"],
+    ["TextTokens"],
+    ["MaskedImage", "TextTokens"],
+    ["ClassLabels", "LowResolution", "TextTokens"],
+)
+UPSCALED_SCALE = 0.08333  # scaling_factor that a StableDiffusionUpscalePipeline sets, whatever there was
+INPAINTED_CHANNELS = 4  # of the latents of a StableDiffusionInpaintPipeline, whose network must take 9
+LOW_RES = "low_res_scheduler"  # part of an upscaler: the noise of its small image
+LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")  # parts that do not draw
 EXPORT_TOLERANCE = 1e-4  # of outputs of order 1; the same float32 operations in another order differ by 1e-6
 
 
@@ -125,7 +141,8 @@ def export_pipeline(
     """Write a folder that diffusers loads without this package, after a comparison of what it loads with the original.
 
     With nothing to say what is drawn it is a stock DDPMPipeline or, of latents, an LDMPipeline; with captions a stock
-    StableDiffusionPipeline; with classes it holds its own `pipeline.py`, and is loaded with
+    StableDiffusionPipeline, with masked images too a StableDiffusionInpaintPipeline, and with small ones a
+    StableDiffusionUpscalePipeline; with classes it holds its own `pipeline.py`, and is loaded with
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md says how, for each.
 
     Args:
@@ -207,7 +224,8 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
 def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     """The denoiser in a local pipeline folder of diffusers: what `export_pipeline` writes, or Stable Diffusion 1 or 2.
 
-    The text encoder is frozen, and latents keep the one scale that the autoencoder's configuration names.
+    Those for inpainting and for upscaling too. The text encoder is frozen, and latents keep the one scale that the
+    autoencoder's configuration names.
 
     Raises:
         FileNotFoundError: if the folder lacks a network, a scheduler or another part that its index names.
@@ -219,7 +237,12 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     has_text = not parts.isdisjoint(TEXT)
     config = _network_config(folder, has_text=has_text)
     scheduler_config = _read_json(_scheduler_file(folder))
-    image_shape = _image_shape(config)
+    image_shape = _image_shape(config, has_text=has_text, has_small_image=LOW_RES in parts)
+    conditions: list[Condition] = [pretrained_text(folder).eval()] if has_text else []
+    if extra := config["in_channels"] - image_shape[0]:
+        conditions.append(LowResolution(extra) if LOW_RES in parts else MaskedImage(extra))
+    if LOW_RES in parts:
+        _check_low_res_schedule(folder / LOW_RES / "scheduler_config.json")
     space = next((_latent_space(folder / name, image_shape) for name in AUTOENCODERS if name in parts), None)
     _warn_of_lost_fields(scheduler_config, clip_sample=space is None)
     return TrainedDenoiser(
@@ -229,7 +252,7 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
         null_label=index.get("null_label"),
         class_names=index.get("class_names"),
         latent_space=space,
-        conditions=nn.ModuleList([pretrained_text(folder).eval()] if has_text else []),
+        conditions=nn.ModuleList(conditions),
     )
 
 
@@ -255,7 +278,7 @@ def load_denoiser(path: StrPath) -> TrainedDenoiser:
 
 def _parts(index: Mapping[str, Any]) -> set[str]:
     """The parts of a pipeline that draw; warns of the others."""
-    known = {"unet", "scheduler", *AUTOENCODERS, *TEXT}
+    known = {"unet", "scheduler", LOW_RES, *AUTOENCODERS, *TEXT}
     parts = {
         name
         for name, value in index.items()
@@ -288,13 +311,7 @@ def _latent_space(folder: Path, latent_shape: tuple[int, int, int]) -> LatentSpa
     """That of the autoencoder in the folder, with its scaling_factor for all channels."""
     autoencoder = pretrained_autoencoder(folder)
     _, height, width = (downsampling(autoencoder) * side for side in latent_shape)
-    return LatentSpace(
-        autoencoder=str(folder.resolve()),
-        fingerprint=fingerprint(autoencoder, autoencoder.config),
-        image_shape=(autoencoder.config["out_channels"], height, width),
-        mean=(0.0,) * latent_shape[0],
-        std=(1 / autoencoder.config["scaling_factor"],) * latent_shape[0],
-    )
+    return latent_space_of(autoencoder, folder, (autoencoder.config["in_channels"], height, width))
 
 
 def _warn_of_lost_fields(config: Mapping[str, Any], *, clip_sample: bool) -> None:
@@ -308,14 +325,29 @@ def _warn_of_lost_fields(config: Mapping[str, Any], *, clip_sample: bool) -> Non
         warnings.warn(f"not kept of the scheduler, so samples will differ: {', '.join(lost)}", stacklevel=3)
 
 
-def _image_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+def _image_shape(config: Mapping[str, Any], *, has_text: bool, has_small_image: bool) -> tuple[int, int, int]:
+    """Of what is drawn; beside it a network with captions may take a small image, or a mask and a masked image."""
     size = config["sample_size"]
     if size is None:
         raise ValueError("sample_size must be given in the network's config.json, got None; add the side of the images")
-    if config["out_channels"] != config["in_channels"]:
-        raise ValueError(f"out_channels must be as in_channels {config['in_channels']}, got {config['out_channels']}")
+    drawn, taken = config["out_channels"], config["in_channels"]
+    if has_small_image and taken <= drawn:
+        raise ValueError(f"in_channels must be more than out_channels {drawn}, for a small image, got {taken}")
+    with_mask = 2 * drawn + 1 if has_text else drawn
+    if not has_small_image and taken not in (drawn, with_mask):
+        raise ValueError(f"in_channels must be as out_channels {drawn}, or with captions {2 * drawn + 1}, for a mask "
+                         f"and a masked image, got {taken}")  # fmt: skip
     height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
+    return drawn, height, width
+
+
+def _check_low_res_schedule(path: Path) -> None:
+    """An upscaler's small images must have been noised as they are here."""
+    alphas = schedule_from_diffusers(_read_json(path)).alphas_cumprod
+    ours = LOW_RES_SCHEDULE.alphas_cumprod
+    if alphas.shape != ours.shape or not torch.allclose(alphas, ours):
+        raise ValueError(f"{path} must have the noise schedule of Stable Diffusion's upscaler, "
+                         f"{LOW_RES_SCHEDULE.config}, and has another")  # fmt: skip
 
 
 def _unet_folder(folder: Path) -> Path:
@@ -394,12 +426,20 @@ def _why_not_drawn(trained: TrainedDenoiser) -> str | None:
     names = [type(one).__name__ for one in trained.all_conditions]
     is_latent = trained.latent_space is not None
     takes_tokens = trained.unet.config["context_dim"] is not None
-    if names not in ([], ["ClassLabels"], ["TextTokens"]) or takes_tokens != (names == ["TextTokens"]):
+    if sorted(names) not in DRAWN_FROM or takes_tokens != ("TextTokens" in names):
         got = " and ".join(names) or "tokens without a condition that gives them"
-        return f"diffusers' pipelines draw from ClassLabels or TextTokens alone, and this denoiser has {got}"
+        known = "; ".join(" and ".join(one) for one in DRAWN_FROM if one)
+        return f"diffusers' pipelines draw from nothing or from {known}, and this denoiser has {got}"
     if takes_tokens and not is_latent:
         return "diffusers' StableDiffusionPipeline draws latents from captions, and this denoiser draws images"
-    _, height, width = trained.image_shape
+    if "LowResolution" in names and trained.null_label is not None:
+        return "diffusers' StableDiffusionUpscalePipeline always tells the level of noise; train with label_dropout 0"
+    channels, height, width = trained.image_shape
+    if "MaskedImage" in names and (channels != INPAINTED_CHANNELS or height != width):
+        return (
+            f"diffusers' StableDiffusionInpaintPipeline draws square latents of {INPAINTED_CHANNELS} channels, and "
+            f"this denoiser draws {height}x{width} of {channels}"
+        )
     if is_latent and not names and height != width:
         return f"diffusers' LDMPipeline draws square latents, and this denoiser draws {height}x{width}"
     return None
@@ -420,10 +460,11 @@ def _why_not_decoded(trained: TrainedDenoiser, autoencoder: StrPath | None) -> s
         return f"diffusers' StableDiffusionPipeline decodes with an AutoencoderKL, and {folder} holds a {kind.__name__}"
     config = kind.load_config(folder)
     has_convolutions = config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)
-    if space.scaling_factor is None and not has_convolutions:
+    if not has_convolutions and not _has_scale(space, UPSCALED_SCALE if _enlarges(trained) else None):
         return (
-            f"an autoencoder takes in a scale for each channel with quant_conv and post_quant_conv, and {folder} holds "
-            "one without; train with one scale, data.init_args.scaling_factor"
+            "an autoencoder takes in another scale, or one for each channel, with quant_conv and post_quant_conv, and "
+            f"{folder} holds one without; train with one scale, data.init_args.scaling_factor, for an upscaler "
+            f"{UPSCALED_SCALE}"
         )
     return None
 
@@ -437,56 +478,84 @@ def _build_pipeline(trained: TrainedDenoiser, autoencoder: StrPath | None) -> Di
     scheduler = DDPMScheduler(**scheduler_config(trained.schedule, clip_sample=space is None))
     vae = None
     if space is not None:
-        vae = normalised_autoencoder(autoencoder_of(space, autoencoder), space)
+        scaling_factor = UPSCALED_SCALE if _enlarges(trained) else None
+        vae = normalised_autoencoder(autoencoder_of(space, autoencoder), space, scaling_factor)
         scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
+    if text := trained.condition(TextTokens):
+        return _text_pipeline(trained, text, unet=unet, scheduler=scheduler, vae=vae)
     if trained.unet.config["num_class_embeds"] is not None:
         return ClassConditionalPipeline(unet, scheduler, trained.null_label, trained.class_names, vae)
-    if trained.conditions:
-        return _text_pipeline(cast(TextTokens, trained.conditions[0]), unet, scheduler, vae)
     return DDPMPipeline(unet, scheduler) if vae is None else LDMPipeline(vae, unet, scheduler)
 
 
 def _text_pipeline(
-    text: TextTokens, unet: UNet2DConditionModel, scheduler: DDIMScheduler, vae: Autoencoder | None
-) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=copy.deepcopy(text.encoder).cpu().float().eval(),
-        tokenizer=text.tokenizer,
-        unet=unet,
-        # It would set this itself, with a warning; it has no effect where timesteps are spaced as here.
-        scheduler=DDIMScheduler.from_config({**scheduler.config, "steps_offset": 1}),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    trained: TrainedDenoiser,
+    text: TextTokens,
+    *,
+    unet: UNet2DModel | UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    vae: Autoencoder | None,
+) -> DiffusionPipeline:
+    parts = {
+        "vae": vae,
+        "text_encoder": copy.deepcopy(text.encoder).cpu().float().eval(),
+        "tokenizer": text.tokenizer,
+        "unet": unet,
+        # They would set this themselves, with a warning; it has no effect where timesteps are spaced as here.
+        "scheduler": DDIMScheduler.from_config({**scheduler.config, "steps_offset": 1}),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    if _enlarges(trained):
+        noise = DDPMScheduler(**scheduler_config(LOW_RES_SCHEDULE, clip_sample=False))
+        return StableDiffusionUpscalePipeline(**parts, low_res_scheduler=noise, max_noise_level=MAX_NOISE_LEVEL)
+    kind = StableDiffusionInpaintPipeline if trained.condition(MaskedImage) else StableDiffusionPipeline
+    return kind(**parts, requires_safety_checker=False)
+
+
+def _enlarges(trained: TrainedDenoiser) -> bool:
+    return trained.condition(LowResolution) is not None
+
+
+def _has_scale(space: LatentSpace, scaling_factor: float | None) -> bool:
+    """Whether latents have that one scale; None: any one."""
+    found = space.scaling_factor
+    return found is not None and (scaling_factor is None or math.isclose(found, scaling_factor))
 
 
 @torch.no_grad()
-def normalised_autoencoder(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
+def normalised_autoencoder(
+    autoencoder: Autoencoder, space: LatentSpace, scaling_factor: float | None = None
+) -> Autoencoder:
     """The same autoencoder for latents of mean 0 and standard deviation 1 a channel, as diffusers has one scale only.
 
     Its convolutions of one pixel, the encoder's last and the decoder's first, take the moments in. One scale for all
     channels, as with a codebook, becomes diffusers' scaling_factor.
 
+    Args:
+        autoencoder: of any scale.
+        space: of its latents.
+        scaling_factor: that diffusers is to have, whatever the scale of the latents; None: it does not matter.
+
     Raises:
         ValueError: if it lacks these convolutions.
     """
     autoencoder = copy.deepcopy(autoencoder)
-    if space.scaling_factor is not None:
-        autoencoder.register_to_config(scaling_factor=space.scaling_factor)
+    if _has_scale(space, scaling_factor):
+        autoencoder.register_to_config(scaling_factor=scaling_factor or space.scaling_factor)
         return autoencoder
+    scaling_factor = scaling_factor or 1.0
     last, first = autoencoder.quant_conv, autoencoder.post_quant_conv
     if last is None or first is None:
         raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in a scale for each channel")
-    mean, std = torch.tensor(space.mean), torch.tensor(space.std)
+    mean, std = torch.tensor(space.mean), torch.tensor(space.std) * scaling_factor
     first.bias += first.weight.flatten(1) @ mean
     first.weight *= std[:, None, None]
     last.bias -= torch.cat([mean, 2 * std.log()])
     scale = torch.cat([std, torch.ones_like(std)])  # of means; of the logarithms of variances
     last.bias /= scale
     last.weight /= scale[:, None, None, None]
-    autoencoder.register_to_config(scaling_factor=1.0)
+    autoencoder.register_to_config(scaling_factor=scaling_factor)
     return autoencoder
 
 
@@ -502,8 +571,7 @@ def _check_equal(trained: TrainedDenoiser, pipeline: DiffusionPipeline, autoenco
         vae = pipeline.vqvae if isinstance(pipeline, LDMPipeline) else pipeline.vae
         original = autoencoder_of(trained.latent_space, autoencoder)
         differences["decoded images"] = _decoded_difference(original, trained, vae)
-    if trained.conditions:
-        text = cast(TextTokens, trained.conditions[0])
+    if text := trained.condition(TextTokens):
         differences["outputs of the text encoder"] = _text_difference(text, pipeline)
     _check_small(differences)
 
@@ -516,11 +584,12 @@ def _network_difference(trained: TrainedDenoiser, loaded: UNet2DModel | UNet2DCo
     generator = keyed_generator(0)
     x = torch.randn(2, unet.config["in_channels"], side, side, generator=generator)
     t = torch.randint(trained.schedule.num_train_timesteps, (2,), generator=generator)
-    if unet.config["context_dim"] is not None:
-        context = torch.randn(2, 3, unet.config["context_dim"], generator=generator)
-        return _difference(unet(x, t, context=context), loaded(x, t, encoder_hidden_states=context).sample)
     classes = unet.config["num_class_embeds"]
     labels = None if classes is None else torch.randint(classes, (2,), generator=generator)
+    if unet.config["context_dim"] is not None:
+        context = torch.randn(2, 3, unet.config["context_dim"], generator=generator)
+        theirs = loaded(x, t, encoder_hidden_states=context, class_labels=labels).sample
+        return _difference(unet(x, t, labels, context=context), theirs)
     return _difference(unet(x, t, labels), loaded(x, t, class_labels=labels).sample)
 
 
@@ -532,7 +601,7 @@ def _decoded_difference(autoencoder: Autoencoder, trained: TrainedDenoiser, load
     return _difference(expected, loaded.decode(latents / loaded.config["scaling_factor"]).sample)
 
 
-def _text_difference(text: TextTokens, pipeline: StableDiffusionPipeline) -> float:
+def _text_difference(text: TextTokens, pipeline: DiffusionPipeline) -> float:
     """On a caption, each with its own tokenizer, called as the pipeline does."""
     caption, tokenizer = ["A caption of 7 words, and more"], pipeline.tokenizer
     options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}

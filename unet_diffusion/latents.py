@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -180,13 +181,14 @@ def read_latents(folder: str | Path) -> LatentSet:
 
     Raises:
         FileNotFoundError: if there are none, or they were not finished.
+        ValueError: if a file is damaged.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         reason = "were not finished" if (folder / SETTINGS).is_file() else "are not there"
         raise FileNotFoundError(f"the latents in {folder} {reason}; run unet-diffusion encode, which goes on by itself")
     index = json.loads((folder / INDEX).read_text())
-    shards = [load_file(path) for _, path in _shards(folder, index["num_images"])]
+    shards = [_read_shard(path) for _, path in _shards(folder, index["num_images"])]
     copies = ("", "_mirrored") if index["has_mirrored"] else ("",)
     mean, std = (torch.cat([shard[name + copy] for copy in copies for shard in shards]) for name in ("mean", "std"))
     return LatentSet(
@@ -224,6 +226,13 @@ def _shards(folder: Path, num_images: int) -> list[tuple[range, Path]]:
         (range(start, min(start + SHARD_IMAGES, num_images)), folder / f"latents_{number:05d}.safetensors")
         for number, start in enumerate(starts)
     ]
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors ({error}); remove it and encode again") from error
 
 
 def _check_same(folder: Path, settings: dict[str, Any]) -> None:
@@ -270,7 +279,7 @@ def _moments(folder: Path, num_images: int, *, shared: bool) -> tuple[list[float
     """
     sums = torch.zeros(4, 1, dtype=torch.float64)
     for _, path in _shards(folder, num_images):
-        shard = load_file(path)
+        shard = _read_shard(path)
         for name in shard:
             if name.startswith("mean"):
                 std = shard["std" + name.removeprefix("mean")]

@@ -67,7 +67,7 @@ def save_images(
 
 
 def read_images(paths: Sequence[str | Path]) -> Tensor:
-    """The images in these files, (N, C, H, W) float32 in [-1, 1]: the inverse of `save_images`.
+    """The images in these PNG files, (N, C, H, W) float32 in [-1, 1]: the inverse of `save_images`.
 
     Raises:
         ValueError: if there are none, or sizes or channels differ.
@@ -76,7 +76,7 @@ def read_images(paths: Sequence[str | Path]) -> Tensor:
         raise ValueError("paths must name at least one image, got none")
     pixels = []
     for path in paths:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             pixels.append(pil_to_tensor(image))
         if pixels[-1].shape != pixels[0].shape:
             shapes = f"{tuple(pixels[0].shape)} in {paths[0]} and {tuple(pixels[-1].shape)} in {path}"

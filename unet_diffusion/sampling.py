@@ -284,12 +284,17 @@ def check_sampling(
 
     Raises:
         ValueError: if the scheduler is not valid for the schedule or the number of steps, if inputs or the
-            image to start from do not fit, or if guidance is asked for without conditions or without a null.
+            image to start from do not fit, or if guidance is asked for without conditions, without a null or beyond
+            the last timestep.
     """
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape must be (N, C, H, W), each at least 1, got {tuple(shape)}")
     _check_inputs(inputs or {}, nulls if guidance.weaker is None else None, shape[0])
     check_guidance(inputs or {}, nulls, guidance)
+    last = schedule.num_train_timesteps - 1
+    if guidance.interval is not None and guidance.interval[0] > last:
+        low, high = guidance.interval
+        raise ValueError(f"the interval of guidance must hold timesteps of 0 to {last}, got {low} to {high}; lower it")
     if start is not None:
         check_start(start, shape, scheduler, num_inference_steps)
     _check_finite(schedule, scheduler, num_inference_steps)

@@ -5,6 +5,7 @@ the denoiser; Stable Diffusion keeps CLIP's (Radford et al. 2021, https://arxiv.
 the same class here, of the package transformers, so that either kind of model is a stock StableDiffusionPipeline.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from unet_diffusion.checkpoint import check_safetensors
 from unet_diffusion.conditioning import Condition
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
         frozen: keep the weights as they are.
 
     Raises:
-        FileNotFoundError: if they are not there.
+        FileNotFoundError: if they are not there, or the weights are not safetensors.
         ValueError: if the encoder is of another build.
     """
     folder = Path(folder)
@@ -152,7 +154,7 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
     transformers = _transformers()
     config = json.loads(config_file.read_text())
     _check_build(config, config_file)
-    model = transformers.CLIPTextModel.from_pretrained(config_file.parent, local_files_only=True, dtype=torch.float32)
+    check_safetensors(config_file.parent, "model")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     text = TextTokens(
         config["hidden_size"],
@@ -163,6 +165,14 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
         hidden_act=config["hidden_act"],
         frozen=frozen,
         dropout=dropout,
+    )
+    # By the configuration made here, not by the file's, which may ask for kernels to be downloaded and run.
+    model = transformers.CLIPTextModel.from_pretrained(
+        config_file.parent,
+        config=copy.deepcopy(text.encoder.config),
+        use_safetensors=True,
+        local_files_only=True,
+        dtype=torch.float32,
     )
     text.encoder.load_state_dict(model.state_dict())
     text._take(tokenizer)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,12 @@ class TwoStages:
     class_labels: bool
     captions: bool
 
-    def run(self, say: Callable[[str], None]) -> None:
+    def run(self, say: Callable[[str], None], options: Sequence[str] = ()) -> None:
         """Carry out what is not done yet.
 
         Args:
             say: called with a line before each stage.
+            options: of every stage, that do not change what it makes.
 
         Raises:
             FileExistsError: if the folder holds something else.
@@ -67,7 +68,8 @@ class TwoStages:
                 continue
             say(f"stage {number} of 3, {name}")
             start = time.monotonic()
-            status = _exit_status([sys.executable, "-m", "unet_diffusion.cli", *command()])
+            # -P: modules are not looked for in the current folder, which may be that of somebody's images.
+            status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion.cli", *command(), *options])
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.monotonic() - start, 1)
             record["done"] += [] if status else [name]
             self._write(record)
@@ -84,9 +86,11 @@ class TwoStages:
 
     def _latents(self) -> list[str]:
         flags = {"--class_labels": self.class_labels, "--captions": self.captions, "--horizontal_flip": self._flips()}
+        data = self._data_of(self.autoencoder)
         return [
             *("encode", str(self.output / "autoencoder"), str(self.images), "--output", str(self.output / "latents")),
-            *("--precision", "bfloat16", "--background", self._data_of(self.autoencoder).get("background", "white")),
+            *("--precision", "bfloat16", "--background", data.get("background", "white")),
+            *("--on_bad_file", data.get("on_bad_file", "error")),
             *(flag for flag, is_set in flags.items() if is_set),
         ]
 

@@ -1,15 +1,24 @@
+import contextlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from encoded import encode, encode_16_bit_png, random_pixels
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
 
 from unet_diffusion.data import ImageFormat, decode_image
-from unet_diffusion.data.decoding import to_depth
+from unet_diffusion.data.decoding import decode_label_pages, decode_pages, to_depth, upright_size
 
 EXIF_ORIENTATION = 0x0112
+DECODERS = {
+    "image": lambda data: decode_image(data, ImageFormat(2, 2)),
+    "pages": lambda data: decode_pages(data, 3),
+    "labels": decode_label_pages,
+    "size": upright_size,
+}
 
 
 def random_mid_tones(height, width):
@@ -187,6 +196,15 @@ def test_image_smaller_than_asked_for_is_refused(size):
         decode_image(encode(random_pixels(*size, 3)), ImageFormat(8, 8))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_that_of_the_upright_image(orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    data = encode(random_pixels(8, 16, 3), "JPEG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert upright_size(data) == (expected.height, expected.width)
+
+
 def test_too_small_is_judged_after_the_exif_rotation():
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
@@ -204,6 +222,48 @@ def test_absurd_dimensions_are_refused(monkeypatch):
         pytest.raises(ValueError, match="10x11 must not be more than 60"),
     ):
         decode_image(data, ImageFormat(2, 2))
+
+
+@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_file_of_a_few_bytes_that_decodes_to_gigabytes_is_refused_by_its_header(decode, file_format):
+    side = 200_000
+    with pytest.raises(ValueError, match=r"exceeds limit of \d+ pixels.*raise PIL\.Image\.MAX_IMAGE_PIXELS"):
+        decode({"PNG": png_of_size, "TIFF": tiff_of_size}[file_format](side))
+
+
+def png_of_size(side) -> bytes:
+    """A PNG file with that width and height in its header, and pixels of another."""
+    data = bytearray(encode(np.zeros((4, 4), np.uint8)))
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def tiff_of_size(side) -> bytes:
+    """The same of a TIFF file: entries 256 and 257 of its directory."""
+    data = encode(np.zeros((4, 4), np.uint8), "TIFF")
+    for tag in (256, 257):
+        entry = struct.pack("<HHI", tag, 4, 1)  # one number of 32 bits
+        assert data.count(entry) == 1
+        data = data.replace(entry + struct.pack("<I", 4), entry + struct.pack("<I", side))
+    return data
+
+
+@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
+def test_postscript_is_not_run(decode, tmp_path, monkeypatch):
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looks for it again
+    postscript = encode(random_pixels(8, 8, 3), "EPS")
+    with pytest.raises(UnidentifiedImageError):
+        decode(postscript)
+    assert not (tmp_path / "ran").exists()
+    with contextlib.suppress(OSError):
+        Image.open(io.BytesIO(postscript)).load()
+    assert (tmp_path / "ran").exists()  # what Pillow does by itself
 
 
 def test_numbers_without_a_range_are_refused():

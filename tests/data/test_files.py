@@ -1,5 +1,6 @@
 import pickle
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from encoded import encode, encode_16_bit_png, random_pixels, write_images
 
 from unet_diffusion.data import ImageFormat, check_images, find_images, load_images
+from unet_diffusion.data import files as files_module
 
 PNG = encode(random_pixels(8, 8, 3))
 
@@ -35,6 +37,25 @@ def test_zip_lists_what_a_folder_would(tmp_path):
     files = find_images(write_zip(tmp_path / "set.zip", NAMES + IGNORED))
     assert files.names == ["0.webp", "a/deep/2.JPG", "b/1.png"]
     assert files.read("a/deep/2.JPG") == PNG
+
+
+@pytest.mark.parametrize("name", ["../1.png", "a/../../1.png", "/tmp/1.png", "..\\\\1.png", "C:\\\\1.png"])
+def test_zip_with_names_that_lead_out_of_it_is_refused(tmp_path, name):
+    archive = write_zip(tmp_path / "set.zip", ["0.png", name])
+    with pytest.raises(ValueError, match=r"set\.zip must be paths within it, got .*1\.png"):
+        find_images(archive)
+
+
+def test_file_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", PNG)
+        archive.writestr("1.png", bytes(10**6))
+    monkeypatch.setattr(files_module, "MAX_FILE_BYTES", 10**6 - 1)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", reading := mock.Mock(return_value=PNG))
+    checked = load_images(find_images(tmp_path / "set.zip"), ImageFormat(8, 8), progress=False)
+    assert checked.names == ["0.png"]
+    assert "1.png: 1.png in an archive must unpack to at most 999999 bytes, got 1000000" in checked.bad_files[0]
+    assert reading.call_count == 1
 
 
 def test_folder_inside_a_zip_is_a_root(tmp_path):

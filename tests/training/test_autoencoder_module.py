@@ -397,6 +397,23 @@ def test_perceptual_error_is_added_to_each_pixel_and_its_network_is_in_no_checkp
     assert made._fidelity(images, images) < made._fidelity(images, others)
 
 
+def test_code_in_the_weights_of_the_perceptual_network_is_refused_and_not_run(squeezenet, tmp_path):
+    torch.save({"weight": Code(tmp_path / "ran")}, squeezenet)
+    with pytest.raises(ValueError, match=r"squeezenet.*could run code"):
+        module(perceptual_weight=2.0, perceptual_net="squeeze")
+    assert not (tmp_path / "ran").exists()
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
 def test_missing_weights_of_the_perceptual_network_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*set perceptual_weight to 0"):

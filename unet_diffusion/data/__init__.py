@@ -8,6 +8,7 @@ from unet_diffusion.data.files import find_images
 from unet_diffusion.data.folder import FolderDataModule, TilesDataModule
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, PairedFiles, SyntheticCells
 from unet_diffusion.data.latents import LatentBatches, LatentsDataModule
+from unet_diffusion.data.maps import ImagesWithMaps, InpaintingDataModule, UpscalingDataModule
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.standard import DigitsDataModule, TorchvisionDataModule
 
@@ -18,6 +19,8 @@ __all__ = [
     "ImageDataModule",
     "ImageFormat",
     "ImageSet",
+    "ImagesWithMaps",
+    "InpaintingDataModule",
     "LabelledImages",
     "LabelledSource",
     "LatentBatches",
@@ -31,6 +34,7 @@ __all__ = [
     "SyntheticCells",
     "TilesDataModule",
     "TorchvisionDataModule",
+    "UpscalingDataModule",
     "check_images",
     "decode_image",
     "find_images",

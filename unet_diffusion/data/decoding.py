@@ -7,13 +7,14 @@ hidden under transparent pixels does not bleed into the visible ones (Porter & D
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps, ImageSequence
+from PIL import ExifTags, Image, ImageColor, ImageOps, ImageSequence
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png
 
@@ -23,6 +24,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 UINT8_TO_UINT16 = 257  # 65535 / 255: white stays white
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # red, green, blue; ITU-R BT.601, as Pillow
 SMALLEST_ALPHA = 1 / 65535  # below one level of 16 bits there is no colour to recover
+# Pillow goes by the content, not by the name, and hands PostScript to Ghostscript, which is a programming language.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_REMEDY = "reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS"
 PNG_BIT_DEPTH = 24  # position of that byte: 8 of signature, 8 of chunk header, 8 of width and height
 
 
@@ -81,6 +85,18 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
     return torch.from_numpy(_round_to(converted, pixels.dtype))
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Height and width of the image in a file, with its EXIF orientation applied; only its header is read.
+
+    Raises:
+        ValueError: if it has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
+        Exception: whatever a decoder raises on a damaged file.
+    """
+    with _opened(data) as image:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
+        return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
 def decode_pages(data: bytes, channels: int) -> list[Tensor]:
     """Every page of an image file at its own size, (channels, H, W) uint8 or uint16 each; only TIFF has several.
 
@@ -111,8 +127,7 @@ def decode_label_pages(data: bytes) -> list[NDArray[np.int32]]:
         ValueError: if pixels are colours, or no whole numbers.
         Exception: whatever a decoder raises on a damaged file.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        _check_dimensions(image)
+    with _opened(data) as image:
         return [_numbers(np.asarray(page)) for page in _pages(image)]
 
 
@@ -126,8 +141,7 @@ def to_depth(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _read_pixels(data: bytes, image_format: ImageFormat) -> Pixels:
     """All pixels of an image, upright, uint8 or uint16."""
-    with Image.open(io.BytesIO(data)) as image:
-        _check_dimensions(image)
+    with _opened(data) as image:
         if image.format == "PNG" and data[PNG_BIT_DEPTH] == 16:
             return _read_16_bit_png(data)
         # Lets JPEG decode to a half, quarter or eighth, but not below twice of what is needed.
@@ -138,8 +152,7 @@ def _read_pixels(data: bytes, image_format: ImageFormat) -> Pixels:
 
 
 def _read_all_pages(data: bytes) -> list[Pixels]:
-    with Image.open(io.BytesIO(data)) as image:
-        _check_dimensions(image)
+    with _opened(data) as image:
         if image.format == "PNG" and data[PNG_BIT_DEPTH] == 16:
             return [_read_16_bit_png(data)]
         pages = []
@@ -169,13 +182,22 @@ def _numbers(page: NDArray[Any]) -> NDArray[np.int32]:
     return page.astype(np.int32)
 
 
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Pillow's image, of which nothing but the header has been read; too large a one is refused."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:  # of twice the pixels; below, Pillow only warns
+        raise ValueError(f"{error} {_REMEDY}") from error
+    with image:
+        _check_dimensions(image)
+        yield image
+
+
 def _check_dimensions(image: Image.Image) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise ValueError(
-            f"{image.height}x{image.width} must not be more than {limit} pixels; reduce it, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS"
-        )
+        raise ValueError(f"{image.height}x{image.width} must not be more than {limit} pixels; {_REMEDY}")
 
 
 def _check_mode(image: Image.Image) -> None:

@@ -7,9 +7,10 @@ archives. Which files are images is told from their extension; whether they can 
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
+MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
 IMAGE_EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -93,7 +94,7 @@ class ZipFiles:
         folder: a folder inside it, or "" for all of it.
 
     Raises:
-        ValueError: if the archive is damaged or holds no such folder.
+        ValueError: if the archive is damaged, holds no such folder, or has files that would lie outside of it.
     """
 
     def __init__(self, archive: Path, folder: str = "") -> None:
@@ -104,15 +105,25 @@ class ZipFiles:
         members = [name for name in self._zip.namelist() if name.startswith(self._prefix)]
         if not members:
             raise ValueError(f"no folder {folder!r} in {archive}; at its top are {_top_level(self._zip)}")
+        if outside := [name for name in members if _leads_outside(name)]:  # outputs are named after inputs
+            raise ValueError(f"names in {archive} must be paths within it, got {outside[0]!r}; pack the images again")
         self.names = _image_names(name.removeprefix(self._prefix) for name in members)
 
     def __reduce__(self) -> tuple[type["ZipFiles"], tuple[Path, str]]:
         return ZipFiles, (self.archive, self.folder)
 
     def read(self, name: str) -> bytes:
-        """The encoded contents of one of the names; may be called from several threads."""
+        """The encoded contents of one of the names; may be called from several threads.
+
+        Raises:
+            ValueError: if they unpack to more than 1 GiB.
+        """
         if self._process != os.getpid():  # a forked process would share, and move, the position in the file
             self._open()
+        size = self._zip.getinfo(self._prefix + name).file_size  # no more is read, whatever is packed
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{name} in an archive must unpack to at most {MAX_FILE_BYTES} bytes, got {size}; "
+                             "unpack it into a folder")  # fmt: skip
         return self._zip.read(self._prefix + name)
 
     def _open(self) -> None:
@@ -137,6 +148,12 @@ def _walk(folder: Path, ancestors: frozenset[Path]) -> Iterator[Path]:
 
 def _image_names(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not _is_hidden(name))
+
+
+def _leads_outside(name: str) -> bool:
+    """Whether a name in an archive, joined to a folder, would leave it; on Windows too."""
+    path = PureWindowsPath(name)  # takes both kinds of slashes
+    return bool(path.anchor) or ".." in path.parts
 
 
 def _is_hidden(name: str) -> bool:

@@ -122,7 +122,7 @@ class FolderDataModule(ImageDataModule):
         message = bad_files_message(checked.bad_files, len(checked.names) + len(checked.bad_files))
         if self.on_bad_file == "error" or not checked.names:
             raise ValueError(f'{message}\nRemove them, lower image_size, or set on_bad_file to "skip".')
-        rank_zero_warn(f"{message}\nTraining goes on without them.")
+        rank_zero_warn(f"{message}\nThe others are used.")
 
 
 class TilesDataModule(ImageDataModule):

@@ -5,6 +5,8 @@ from typing import Any
 import yaml
 
 from unet_diffusion.checkpoint import TrainedDenoiser
+from unet_diffusion.maps import LowResolution, MaskedImage
+from unet_diffusion.text import TextTokens
 
 MODEL_CARD = """---
 library_name: diffusers
@@ -68,6 +70,28 @@ images = pipeline("what is to be seen", num_inference_steps=50, guidance_scale={
 {about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
+INPAINTING_USAGE = """```python
+from diffusers import StableDiffusionInpaintPipeline
+from diffusers.utils import load_image
+
+pipeline = StableDiffusionInpaintPipeline.from_pretrained("path/to/this/folder")
+image, mask = load_image("image.png"), load_image("mask.png")  # white is painted anew, black stays
+images = pipeline("what is to be seen", image, mask, num_inference_steps=50, guidance_scale={guidance}).images
+```
+{about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
+`pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
+"""
+UPSCALING_USAGE = """```python
+from diffusers import StableDiffusionUpscalePipeline
+from diffusers.utils import load_image
+
+pipeline = StableDiffusionUpscalePipeline.from_pretrained("path/to/this/folder")
+image = load_image("image.png")  # to be enlarged
+images = pipeline("what is to be seen", image, num_inference_steps=50, guidance_scale={guidance}).images
+```
+{about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
+`pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
+"""
 
 
 def model_card(trained: TrainedDenoiser) -> str:
@@ -89,8 +113,12 @@ def model_card(trained: TrainedDenoiser) -> str:
 
 
 def _kind_and_usage(trained: TrainedDenoiser) -> tuple[str, str]:
-    if trained.conditions:
-        return "text-to-image", _text_usage(trained)
+    if text := trained.condition(TextTokens):
+        if trained.condition(MaskedImage):
+            return "inpainting", _text_usage(text, INPAINTING_USAGE)
+        if trained.condition(LowResolution):
+            return "upscaling", _text_usage(text, UPSCALING_USAGE)
+        return "text-to-image", _text_usage(text, TEXT_USAGE)
     if trained.unet.config["num_class_embeds"] is not None:
         return "class-conditional", _conditional_usage(trained)
     return "unconditional", _unconditional_usage(trained)
@@ -117,9 +145,8 @@ def _conditional_usage(trained: TrainedDenoiser) -> str:
     )
 
 
-def _text_usage(trained: TrainedDenoiser) -> str:
-    (text,) = trained.all_conditions
-    return TEXT_USAGE.format(
+def _text_usage(text: TextTokens, usage: str) -> str:
+    return usage.format(
         guidance=3.0 if text.has_null else 1.0,
         about_guidance="More guidance keeps closer to the caption."
         if text.has_null

@@ -22,7 +22,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from unet_diffusion.checkpoint import TrainedAutoencoder, autoencoder_record
+from unet_diffusion.checkpoint import TrainedAutoencoder, autoencoder_record, check_callbacks, load_plain
 from unet_diffusion.codecs import decode_codes, downsampling, latent_moments, num_latent_channels, quantize, reconstruct
 from unet_diffusion.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.latents import moment_sums
@@ -297,6 +297,7 @@ class AutoencoderModule(LightningModule):
         Raises:
             ValueError: naming each setting that differs.
         """
+        check_callbacks(checkpoint)
         saved = checkpoint.get("autoencoder")
         if saved is None:
             raise ValueError("a checkpoint to train on must have an entry 'autoencoder', and this one was written by "
@@ -428,6 +429,7 @@ def _lpips(net: PerceptualNet) -> nn.Module:
             f"perceptual_weight needs {path}, the weights of torchvision's network, and nothing is downloaded here; "
             f"put the file there, or set perceptual_weight to 0"
         )
+    load_plain(path)  # refuses code in it, which torchvision would run
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     return LearnedPerceptualImagePatchSimilarity(net_type=net).net.requires_grad_(False).eval()

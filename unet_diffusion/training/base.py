@@ -12,18 +12,26 @@ from typing import Any, Literal, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from unet_diffusion.blocks import DoubleConv, Downsample, ResidualBlock, SelfAttention, SpatialTransformer, Upsample
+from unet_diffusion.checkpoint import check_callbacks
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import SPEEDS, Speed, fastest_speed, keep_freed_memory, set_speed, speeds_for
 from unet_diffusion.unet import PixelNetwork
 
 LRDecay = Literal["constant", "cosine"]
 Network = TypeVar("Network", bound=nn.Module)
+
+# What is gathered at once when networks are shared out. Not whole levels: those of the expanding path take their skips
+# off a list, of which FSDP2 hands on a copy.
+SHARDED = (DoubleConv, Downsample, ResidualBlock, SelfAttention, SpatialTransformer, Upsample)
 
 
 def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
@@ -127,6 +135,30 @@ class NetworkModule(LightningModule):
             elif not self.is_continued:  # else the checkpoint tells
                 self._run_at(self._fastest_speed())
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of each weight only, and all must call a network together."""
+        return isinstance(self.unet, FSDPModule)
+
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy (FSDP2) shares out networks and averages over the processes, block by block.
+
+        Raises:
+            ValueError: if the speed needs a memory format of its own, or a part of the network is frozen.
+        """
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or self.is_sharded:
+            return
+        if self.chosen_speed != "plain":
+            raise ValueError(f"speed must be plain with ModelParallelStrategy, got {self.speed}; set model.speed to it")
+        if not all(p.requires_grad for _, network in self.averaged_pairs() for p in network.parameters()):
+            raise ValueError("a network with frozen parts cannot be shared out; use the strategy ddp")
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for network in (one for pair in self.averaged_pairs() for one in pair if list(one.parameters())):
+            for block in network.modules():
+                if isinstance(block, SHARDED):
+                    fully_shard(block, mesh=mesh)
+            fully_shard(network, mesh=mesh, reshard_after_forward=True)  # the average is called without a backward
+
     def on_fit_start(self) -> None:
         dtype = next(self.unet.parameters()).dtype
         if dtype != torch.float32:
@@ -197,6 +229,7 @@ class NetworkModule(LightningModule):
         Raises:
             ValueError: naming each setting that differs.
         """
+        check_callbacks(checkpoint)
         saved = checkpoint.get(self.record_key)
         if saved is None:
             raise ValueError(

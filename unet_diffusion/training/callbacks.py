@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from unet_diffusion.codecs import autoencoder_of, decode_latents
 from unet_diffusion.conditioning import Guidance
-from unet_diffusion.data import ImageDataModule, SegmentationDataModule
+from unet_diffusion.data import ImageDataModule, ImagesWithMaps, SegmentationDataModule
 from unet_diffusion.data.base import scale_to_unit_range
 from unet_diffusion.data.batches import ImageBatches
 from unet_diffusion.pictures import image_grid, write_png
@@ -49,33 +48,35 @@ class PictureGrid(Callback):
         """What is to be looked at, of the module as it is now."""
         raise NotImplementedError(f"{type(self).__name__} must define picture()")
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_at:
             self._drawn_at = step  # with accumulation, several batches end at the same step
             self._draw(trainer, pl_module, run_folder(trainer) / "samples" / f"step_{step:07d}.png")
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
-        if trainer.global_step == self._drawn_at and last.exists():
-            shutil.copyfile(last, run_folder(trainer) / "samples.png")
-        else:
+        if trainer.global_step != self._drawn_at or self._drawn_at == 0:
             self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
+        elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set at runtime
+            last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
+            shutil.copyfile(last, run_folder(trainer) / "samples.png")
 
     def _draw(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
+        """By the first process; a network that is shared out runs on all of them at once."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it at runtime
             return
-        picture = self.picture(trainer, module)
-        write_png(picture, path)
-        _log_picture(trainer, picture)
+        if trainer.is_global_zero or getattr(module, "is_sharded", False):
+            picture = self.picture(trainer, module)
+            if trainer.is_global_zero:
+                write_png(picture, path)
+                _log_picture(trainer, picture)
 
 
 class SampleGrid(PictureGrid):
     """Samples of the averaged denoiser, of the same seeds every time. With classes, each column is a class.
 
-    With captions they are those of the first validation images, and run folder/captions.txt has them row by row.
+    With captions or maps they are those of the first validation images, and run folder/captions.txt has the captions
+    row by row.
 
     Args:
         every_n_steps: optimiser steps between grids; 0: only at the end.
@@ -115,7 +116,8 @@ class SampleGrid(PictureGrid):
         space = getattr(trainer.datamodule, "latent_space", None)  # type: ignore[attr-defined]  # set at runtime
         if space is not None:
             autoencoder_of(space)
-        if any(one.given == "maps" for one in pl_module.all_conditions):
+        has_maps = any(one.given == "maps" for one in pl_module.all_conditions)
+        if has_maps and not isinstance(trainer.datamodule, ImagesWithMaps):  # type: ignore[attr-defined]
             raise ValueError("samples of a model with maps cannot be drawn here, as there are no maps to give; "
                              "train it without this callback, from Python")  # fmt: skip
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
@@ -137,19 +139,14 @@ class SampleGrid(PictureGrid):
             autoencoder = autoencoder_of(module.latent_space).to(module.device)
             images = decode_latents(autoencoder, module.latent_space, images)
         columns = num_classes if 0 < num_classes <= MAX_COLUMNS else None
-        if module.captions is not None:
+        if module.captions is not None and trainer.is_global_zero:
             with whole_file(run_folder(trainer) / "captions.txt") as partial:  # row by row
                 partial.write_text("\n".join(self.captions(trainer, module)) + "\n", encoding="utf-8")
         return image_grid(images, columns=columns)
 
     def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int) -> Tensor:
         """The grid's images in [-1, 1], or latents, (num_images, C, H, W) float32, in the trainer's precision."""
-        trained = module.trained
-        given: dict[str, Tensor] = {}
-        if num_classes:
-            given["labels"] = torch.arange(self.num_images, device=module.device) % num_classes
-        if module.captions is not None:
-            given |= module.caption_tokens(self.captions(trainer, module))
+        trained, given = module.trained, self.given(trainer, module, num_classes)
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             inputs, nulls = trained.inputs(given)
             return sample(
@@ -165,6 +162,19 @@ class SampleGrid(PictureGrid):
                 clip_sample=module.latent_space is None,
                 device=module.device,
             )
+
+    def given(self, trainer: Trainer, module: DiffusionModule, num_classes: int) -> dict[str, Tensor]:
+        """What the conditions are called with: classes by turns, captions and maps of the first validation images."""
+        given: dict[str, Tensor] = {}
+        if num_classes:
+            given["labels"] = torch.arange(self.num_images, device=module.device) % num_classes
+        if module.captions is not None:
+            given |= module.caption_tokens(self.captions(trainer, module))
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set at runtime
+        if isinstance(data, ImagesWithMaps):
+            examples = data.examples(self.num_images, module.device)
+            given |= {name: examples[name] for name in ("labels", "maps") if name in examples}
+        return given
 
     def captions(self, trainer: Trainer, module: DiffusionModule) -> list[str]:
         """Those of the first validation images, by turns."""

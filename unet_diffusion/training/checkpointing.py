@@ -72,14 +72,18 @@ class RunCheckpoint(ModelCheckpoint):
             OSError: if there is too little.
         """
         super().on_train_start(trainer, pl_module)
-        if trainer.is_global_zero and self.dirpath is not None and not trainer.fast_dev_run:
+        is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        if trainer.is_global_zero and self.dirpath is not None and not is_trial:
             num_kept = 3 + max(self.save_top_k if self.monitor else 0, 0)  # last, previous, one underway; and the best
             check_room(Path(self.dirpath), num_kept * num_bytes(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        every = self._every_n_train_steps
-        if every and trainer.global_step % every == 0 and validation_follows(trainer):
+        step, every = trainer.global_step, self._every_n_train_steps
+        is_last = step == trainer.max_steps  # later the epoch would count as done, and more steps begin another
+        if (is_last or (every and step % every == 0)) and validation_follows(trainer):
             self._defer_save_until_validation = True
+        elif is_last:
+            self.save_now(trainer)
         else:
             super().on_train_batch_end(trainer, pl_module, *args)
 

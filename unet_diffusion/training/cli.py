@@ -20,10 +20,12 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from unet_diffusion.checkpoint import load_plain, read_checkpoint
 from unet_diffusion.data import ImageDataModule, SegmentationDataModule
 from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
 from unet_diffusion.interruption import Interrupted
@@ -40,15 +42,17 @@ from unet_diffusion.training.callbacks import (
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.module import DiffusionModule
+from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
+from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
 from unet_diffusion.whole_file import whole_file
 
 CHECKPOINTS = "checkpoints"
-PATHS = {"default_root_dir", "logger", "root", "images", "labels", "init_from", "folder"}  # settings of this machine
+FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
+PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
-
 MAX_SHOWN = 5  # settings that differ
 
 
@@ -122,6 +126,7 @@ class TrainingCLI(LightningCLI):
 
     @classmethod
     def _run(cls, arguments: Sequence[str]) -> None:
+        refuse_dangerous_modules()
         cls(
             _task_of(arguments[1:]),
             subclass_mode_data=True,
@@ -146,9 +151,25 @@ class TrainingCLI(LightningCLI):
                              "checkpoint.auto_insert_metric_name": False,
                              "checkpoint.enable_version_counter": False})  # fmt: skip
 
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint that could run code. By Lightning's own its settings would replace those given here."""
+        config = self.config[self.config.subcommand]
+        if config.weights_only is False:
+            raise ValueError("weights_only must be true, got false, which lets a file run code; leave it out")
+        if config.ckpt_path in FINDS_CHECKPOINTS:
+            files = sorted((_root(config) / CHECKPOINTS).glob("*.ckpt"))
+        else:
+            files = [Path(config.ckpt_path)] if config.ckpt_path else []
+        for file in files:
+            if not file.is_file():
+                words = ", ".join(FINDS_CHECKPOINTS)
+                raise FileNotFoundError(f"ckpt_path must be a file, or one of {words}, got {config.ckpt_path}")
+            load_plain(file)
+
     def before_instantiate_classes(self) -> None:
+        check_named_classes(self.config)
         config = self.config[self.subcommand]
-        root = Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
+        root = _root(config)
         config.trainer.default_root_dir = str(root)
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
@@ -170,6 +191,10 @@ class TrainingCLI(LightningCLI):
         cluster = made._accelerator_connector.cluster_environment
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # Lightning would save in the middle of a step; StopOnSignal does it after one
+        strategy = made.strategy
+        if isinstance(strategy, ModelParallelStrategy) and strategy._data_parallel_size == "auto":
+            # Lightning's own choice is tensor parallelism within a node, which no network here is made for.
+            strategy._data_parallel_size, strategy._tensor_parallel_size = made.world_size, 1
         return made
 
     def _settings(self) -> dict[str, Any]:
@@ -195,11 +220,17 @@ class TrainingCLI(LightningCLI):
         rank_zero_info(f"{root} holds this run; it goes on from step {step} ({path.name})")
         return str(path)
 
+    def after_instantiate_classes(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunWandbLogger):
+                start_wandb_run(logger, run_folder(self.trainer))
+
     def before_fit(self) -> None:
         self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
         settings = self._settings()
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
+        del wanted["trainer"]["logger"]
         self.model.settings = _without(wanted, PATHS)
 
     def after_fit(self) -> None:
@@ -220,9 +251,11 @@ class TrainingCLI(LightningCLI):
         if isinstance(self.model, AutoencoderModule):
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
-        if why_not_exported(self.model.trained):  # export says it to whoever asks for a pipeline
+        # A network that was shared out is whole in its checkpoint only.
+        trained = read_checkpoint(folder / CHECKPOINTS / LAST) if self.model.is_sharded else self.model.trained
+        if why_not_exported(trained):  # export says it to whoever asks for a pipeline
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
-        export_pipeline(self.model.trained, folder / "pipeline", overwrite=True)
+        export_pipeline(trained, folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"
 
 
@@ -260,16 +293,21 @@ def _silence_what_is_meant() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def _root(config: Any) -> Path:
+    """The run folder that the settings of a command name."""
+    return Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
+
+
 def _has_checkpoint(root: Path, ckpt_path: Any) -> bool:
     """Whether there is one to continue from: with a word of Lightning's and no checkpoint, a run starts afresh."""
     return bool(ckpt_path) and (Path(ckpt_path).is_file() or any((root / CHECKPOINTS).glob("*.ckpt")))
 
 
 def _without(settings: Any, keys: set[str]) -> Any:
-    """Nested settings without these keys, wherever they are."""
+    """Nested settings without these keys, wherever they are, unless there are settings below them."""
     if not isinstance(settings, dict):
         return settings
-    return {key: _without(value, keys) for key, value in settings.items() if key not in keys}
+    return {key: _without(value, keys) for key, value in settings.items() if key not in keys or isinstance(value, dict)}
 
 
 def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> None:
@@ -310,4 +348,8 @@ def _loggers(wanted: Any, root: Path) -> Any:
     for logger in others:
         if "save_dir" in logger.init_args and logger.init_args.save_dir in (None, "."):
             logger.init_args.save_dir = str(root)
+        if logger.class_path.startswith("lightning.") and logger.class_path.endswith(".WandbLogger"):
+            logger.class_path = f"{RunWandbLogger.__module__}.{RunWandbLogger.__name__}"
+            is_continued = any((root / CHECKPOINTS).glob("*.ckpt"))  # a run is never trained over
+            continue_wandb_run(logger.init_args, root, is_continued=is_continued)
     return [csv, *others]

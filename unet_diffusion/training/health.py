@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from unet_diffusion.whole_file import whole_file
@@ -33,12 +34,12 @@ class SkipBadSteps(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is not None:  # float16: its GradScaler does it
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        bad = (~torch.isfinite(nn.utils.get_total_norm(gradients))).float()
-        if hasattr(bad, "full_tensor"):  # of sharded gradients
-            bad = bad.full_tensor()
+        norm = nn.utils.get_total_norm(gradients)
+        is_sharded = isinstance(norm, DTensor)
+        bad = (~torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)).float()
         self._skipped = self._skipped.to(bad.device)
         self._skipped = torch.stack([self._skipped[0] + bad, (self._skipped[1] + 1) * bad])
-        if all(group.get("fused") for group in optimizer.param_groups):
+        if all(group.get("fused") for group in optimizer.param_groups) and not is_sharded:
             optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
         elif bad:
             optimizer.zero_grad(set_to_none=True)
@@ -52,7 +53,7 @@ class SkipBadSteps(Callback):
             return
         self._looked_at = step
         skipped, in_a_row = (int(number) for number in self._skipped.tolist())
-        self.log("train/skipped_steps", float(skipped))
+        pl_module.log("train/skipped_steps", float(skipped))
         if skipped > self._reported:
             rank_zero_warn(f"{skipped - self._reported} of the steps to {step} were skipped: gradients not finite")
             self._reported = skipped

@@ -14,7 +14,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, network_record
-from unet_diffusion.conditioning import ClassLabels, ClassTokens, Condition, Inputs, network_inputs
+from unet_diffusion.conditioning import ClassLabels, ClassTokens, Condition, Inputs, Maps, network_inputs
+from unet_diffusion.data import ImagesWithMaps
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
 from unet_diffusion.sampling import image_generators
@@ -136,6 +137,7 @@ class DiffusionModule(NetworkModule):
         self.class_names = datamodule.class_names
         self.latent_space = getattr(datamodule, "latent_space", None)
         self._check_data(datamodule.num_classes)
+        _check_maps(self.all_conditions, datamodule)
         self._meet_captions(datamodule)
 
     def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
@@ -356,6 +358,18 @@ def _check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> No
             f"context_dim of the network and of its conditions must be the same, got {takes} and "
             f"{', '.join(map(str, sorted(widths))) or 'no condition with one'}; set model.unet.init_args.context_dim "
             "and model.conditions"
+        )
+
+
+def _check_maps(conditions: Sequence[Condition], datamodule: Any) -> None:
+    """Maps of a kind that a data module gives must come from that one; others come as its owner wants them."""
+    takes = {type(one) for one in conditions if isinstance(one, Maps)} - {Maps}
+    gives = {datamodule.gives} if isinstance(datamodule, ImagesWithMaps) else set()
+    if takes != gives:
+        got, wanted = (" and ".join(one.__name__ for one in kinds) or "none" for kinds in (gives, takes))
+        raise ValueError(
+            f"the data must give the maps that the model is conditioned on, {wanted}, and give {got}; set "
+            "data.class_path, such as unet_diffusion.data.InpaintingDataModule, and model.conditions"
         )
 
 

@@ -1,0 +1,61 @@
+"""Several processes that share the work of one command, as torchrun starts them; one process is all of them."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many this one is.
+
+    Args:
+        rank: of this one, from 0.
+        count: of all.
+    """
+
+    rank: int
+    count: int
+
+    def by_the_first(self, make: Callable[[], Result]) -> Result:
+        """What the first process makes, on all of them; plain values only."""
+        if self.count == 1:
+            return make()
+        made = [make() if self.rank == 0 else None]
+        dist.broadcast_object_list(made, src=0)
+        return made[0]  # type: ignore[return-value]
+
+    def share(self, items: list[Item]) -> list[Item]:
+        """This one's part of them."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """The processes that torchrun started, or this one alone."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield Processes(0, 1)
+        return
+    dist.init_process_group("gloo")  # they tell each other little: what is drawn stays where it is
+    try:
+        yield Processes(dist.get_rank(), count)
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: str) -> str:
+    """The device of this process: with several, "cuda" is one for each."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
