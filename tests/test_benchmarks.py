@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,21 @@ def test_step_is_that_of_the_slower_of_network_and_backward_pass():
     assert predict_fsdp2(1.0e9, 1.0, fast).seconds == pytest.approx(1 + 2 * 0.002 / 32)
     with pytest.raises(ValueError, match="multiple of nodes"):
         Cluster(9, 2, 800, 8)
+
+
+def test_table_of_the_page_is_that_of_the_formulas():
+    page = (ROOT / "configs" / "trainer" / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) M \| (.*) \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 3
+    clusters = (Cluster(8, 1, 1, 1), Cluster(64, 8, 1, 1))
+    for millions, cells in rows:
+        parameters = float(millions) * 1e6
+        ddp = [predict_ddp(parameters, 1, one) for one in clusters]
+        bf16 = [predict_ddp(parameters, 1, one, gradient_bytes=2) for one in clusters]
+        fsdp2 = [predict_fsdp2(parameters, 1, one) for one in clusters]
+        held = [one.memory_bytes for one in (ddp[0], *fsdp2)]
+        sent = [one.sent_bytes for one in (*ddp, *bf16, *fsdp2)]
+        assert [float(cell) for cell in cells.split(" | ")] == [round(value / 1e9, 2) for value in (*held, *sent)]
 
 
 def test_predictions_are_printed():
