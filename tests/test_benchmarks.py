@@ -1,6 +1,8 @@
 """Every benchmark runs, with settings that only make it small, and writes what it says that it measures."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from features import frechet_distance, label_entropy
+from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import NUCLEI, write_fashion_mnist, write_pairs
 
 from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
@@ -152,3 +155,80 @@ def test_segmentation_speed(tmp_path):
     rows = json.loads((tmp_path / "s.json").read_text())["results"]
     assert {row["network"] for row in rows} >= {"unet_diffusion, padded, 44 to 704", "unet_diffusion, paper"}
     assert all(row["megapixels/s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 5])
+def test_ring_sums_and_sends_as_many_bytes_as_its_formula(num_processes):
+    """An all-reduce done by hand: chunks go round to be summed, and once more as sums."""
+    n, values = num_processes, torch.randn(num_processes, num_processes, 3)  # (process, chunk, 3)
+    expected, sent = values.sum(dim=0).expand(n, n, 3), 0
+    for turn in range(2 * (n - 1)):
+        chunks = [(rank - turn) % n for rank in range(n)]  # that each process sends on
+        moving = [values[rank, chunk].clone() for rank, chunk in enumerate(chunks)]
+        for rank, (chunk, moved) in enumerate(zip(chunks, moving, strict=True)):
+            there = values[(rank + 1) % n, chunk]
+            there.copy_(there + moved if turn < n - 1 else moved)
+        sent += moving[0].nbytes
+    torch.testing.assert_close(values, expected)
+    assert sent == pytest.approx(2 * ring_bytes(values[0].nbytes, n))
+
+
+def test_bytes_held_are_those_of_a_network_in_training():
+    network, average = torch.nn.Linear(100, 100), torch.nn.Linear(100, 100)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for v in state.values() if v.numel() > 1]  # a step is one number
+    held = [*network.parameters(), *average.parameters(), *(p.grad for p in network.parameters()), *moments]
+    assert sum(value.nbytes for value in held) == sum(BYTES_HELD.values()) * (100 * 100 + 100)
+
+
+def test_one_gpu_sends_nothing():
+    for one in (predict_ddp(1.0e9, 0.5, Cluster(1, 1, 100, 100)), predict_fsdp2(1.0e9, 0.5, Cluster(1, 1, 100, 100))):
+        assert (one.sent_bytes, one.communication_seconds, one.seconds) == (0, 0, 0.5)
+
+
+def test_step_is_that_of_the_slower_of_network_and_backward_pass():
+    slow, fast = Cluster(2, 2, 800, 8), Cluster(2, 2, 8000, 8000)  # the former: 1 GB/s between two nodes
+    # 4 GB of gradients, half of them sent twice: 4 s, of which two thirds of a second are hidden
+    assert predict_ddp(1.0e9, 1.0, slow).seconds == pytest.approx(1 / 3 + 4)
+    assert predict_ddp(1.0e9, 1.0, slow, gradient_bytes=2).seconds == pytest.approx(1 / 3 + 2)
+    assert predict_fsdp2(1.0e9, 1.0, slow).seconds == pytest.approx(3 * 2)  # each longer than what it hides behind
+    assert predict_ddp(1.0e9, 1.0, fast).seconds == pytest.approx(
+        1 + 25 * 2**20 / 1e12
+    )  # 4 ms, hidden but for a bucket
+    assert predict_fsdp2(1.0e9, 1.0, fast).seconds == pytest.approx(1 + 2 * 0.002 / 32)
+    with pytest.raises(ValueError, match="multiple of nodes"):
+        Cluster(9, 2, 800, 8)
+
+
+def test_table_of_the_page_is_that_of_the_formulas():
+    page = (ROOT / "configs" / "trainer" / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) M \| (.*) \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 3
+    clusters = (Cluster(8, 1, 1, 1), Cluster(64, 8, 1, 1))
+    for millions, cells in rows:
+        parameters = float(millions) * 1e6
+        ddp = [predict_ddp(parameters, 1, one) for one in clusters]
+        bf16 = [predict_ddp(parameters, 1, one, gradient_bytes=2) for one in clusters]
+        fsdp2 = [predict_fsdp2(parameters, 1, one) for one in clusters]
+        held = [one.memory_bytes for one in (ddp[0], *fsdp2)]
+        sent = [one.sent_bytes for one in (*ddp, *bf16, *fsdp2)]
+        assert [float(cell) for cell in cells.split(" | ")] == [round(value / 1e9, 2) for value in (*held, *sent)]
+
+
+def test_predictions_are_printed():
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--gpus", "64", "--nodes", "8"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "| FSDP2 | 0.27 |" in done.stdout
+
+
+@pytest.mark.slow
+def test_bandwidth_is_measured_between_two_processes():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, str(ROOT / "benchmarks" / "scaling.py"), "--measure"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    processes, nodes, gbps, option = [cell.strip() for cell in done.stdout.splitlines()[2].strip("|").split("|")]
+    assert (processes, nodes, option) == ("2", "1", "--intra_gbps")
+    assert float(gbps) > 0

@@ -1,4 +1,6 @@
 import pickle
+import re
+import shlex
 import struct
 from pathlib import Path
 
@@ -72,6 +74,15 @@ def test_every_value_of_a_configuration_is_understood(run_cli, name):
     understood = leaves(yaml.safe_load(out))
     for key, value in leaves(yaml.safe_load((CONFIGS / name).read_text())).items():
         assert understood[key] == value, key
+
+
+def test_commands_of_the_page_on_several_gpus_are_understood(run_cli, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    commands = re.findall(r"unet(?:-diffusion|_diffusion\.cli) fit (--.*)", (CONFIGS / "trainer/README.md").read_text())
+    assert len(commands) == 7
+    for command in commands:
+        status, _, err = run_cli("fit", *shlex.split(command), "--print_config")
+        assert status == 0, (command, err)
 
 
 @pytest.mark.parametrize("name", RECIPES)

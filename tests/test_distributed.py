@@ -69,7 +69,7 @@ def two_processes(tmp_path_factory, tiny_digits):
     arguments += ["--checkpoint.every_n_train_steps", "null", "--checkpoint.monitor", "val/loss"]
     arguments += ["--trainer.precision", "32-true"]
     arguments += ["--trainer.default_root_dir", "run", "--trainer.callbacks+=recorder.Recorder"]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "fit", *tiny_digits, *arguments],
         cwd=folder,
@@ -293,10 +293,13 @@ def test_autoencoder_and_discriminator_are_equal_on_both_processes(tmp_path):
     arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} --data.init_args.root images --data.init_args.num_val 4 "
     arguments += "--data.init_args.image_size 32 --data.init_args.batch_size 2 --model.discriminator_start 1 "
     arguments += "--model.autoencoder.init_args.channels [32,32,32] --trainer.max_steps 3 --samples.num_images 2 "
-    arguments += "--trainer.strategy ddp_find_unused_parameters_true --trainer.devices 2 --trainer.accelerator cpu "
+    arguments += (
+        f"--config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.strategy.init_args.find_unused_parameters true "
+    )
+    arguments += "--trainer.devices 2 --trainer.accelerator cpu "
     arguments += "--trainer.precision 32-true --trainer.default_root_dir run --trainer.callbacks+=keeper.Keeper"
     command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -23,9 +23,10 @@ import unet_diffusion.training.cli
 from unet_diffusion.cli import main
 
 for line in sys.stdin:
-    arguments, log = json.loads(line)
+    arguments, log, environment = json.loads(line)
     child = os.fork()
     if child == 0:
+        os.environ.update(environment)
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(2, 1)
         sys.exit(main(arguments))
@@ -35,6 +36,7 @@ for line in sys.stdin:
 FAULTS = """
 import os
 import resource
+import signal
 from pathlib import Path
 
 from lightning.pytorch import Callback
@@ -56,7 +58,26 @@ class FullDisk(Callback):
         if trainer.global_step == 8 and not Path("full").exists():
             Path("full").touch()
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+class PreemptedEarly(Callback):
+    '''Before the first step; once.'''
+
+    def on_fit_start(self, trainer, *args):
+        if not Path("preempted").exists():
+            Path("preempted").touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
 """
+SLURM_JOB = {  # of one task
+    "SLURM_JOB_ID": "4242",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NNODES": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
 # An epoch is 9 steps of two batches; validation after each 5 and checkpoints after each 3 fall together now and then.
 OVERLAY = """
 model: {unet: {init_args: {dropout: 0.2}}}
@@ -73,7 +94,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed")
     (folder / "faults.py").write_text(FAULTS)
     (folder / "overlay.yaml").write_text(OVERLAY)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-c", SERVER]
     with subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -92,9 +113,9 @@ class Run:
         self.arguments += ["--trainer.max_steps", str(max_steps)]
         self.log = parent / f"{name}.log"
 
-    def start(self) -> int:
+    def start(self, **environment: str) -> int:
         """The process."""
-        self.server.stdin.write(json.dumps([self.arguments, str(self.log)]) + "\n")
+        self.server.stdin.write(json.dumps([self.arguments, str(self.log), environment]) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
@@ -209,6 +230,27 @@ def test_run_that_fails_goes_on_from_its_checkpoint(run, untouched, fault, said,
     failed.start()
     assert failed.status() == 0, failed.log.read_text()
     assert_same(failed, untouched(60))
+
+
+@pytest.mark.parametrize("when", ["early", "later"])
+def test_slurm_job_is_requeued_once_and_goes_on(run, untouched, tmp_path, when):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "called"}\n')
+    scontrol.chmod(0o755)
+    job = {**SLURM_JOB, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    early = ["--trainer.callbacks+=faults.PreemptedEarly"] if when == "early" else []
+    preempted = run(f"preempted_{when}", 60, *early)
+    process = preempted.start(**job)
+    if when == "later":
+        preempted.saves(after=0)
+        os.kill(process, signal.SIGUSR1)
+    assert preempted.status() == 128 + signal.SIGUSR1, preempted.log.read_text()
+    assert 0 < preempted.last()["global_step"] < 60
+    assert not list(preempted.folder.rglob("hpc_ckpt*"))  # which Lightning would have saved in the middle of a step
+    preempted.start(**job)
+    assert preempted.status() == 0, preempted.log.read_text()
+    assert (tmp_path / "called").read_text() == "requeue 4242\n"
+    assert_same(preempted, untouched(60))
 
 
 def cut(path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -43,6 +44,7 @@ from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memor
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.segmentation import SegmentationModule
+from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
 from unet_diffusion.whole_file import whole_file
@@ -183,9 +185,12 @@ class TrainingCLI(LightningCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
-        self.trainer_defaults["callbacks"] = [*bar, *rates, SkipBadSteps(), StopOnSignal()]
+        self.trainer_defaults["callbacks"] = [*bar, *rates, NameStalled(), SkipBadSteps(), StopOnSignal()]
         made = super().instantiate_trainer(**kwargs)
         made.strategy.checkpoint_io = WholeCheckpoints()
+        cluster = made._accelerator_connector.cluster_environment
+        if isinstance(cluster, SLURMEnvironment):
+            cluster.auto_requeue = False  # Lightning would save in the middle of a step; StopOnSignal does it after one
         strategy = made.strategy
         if isinstance(strategy, ModelParallelStrategy) and strategy._data_parallel_size == "auto":
             # Lightning's own choice is tensor parallelism within a node, which no network here is made for.

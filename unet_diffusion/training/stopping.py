@@ -1,7 +1,7 @@
 """Stops a run at a signal: the step is finished, a checkpoint saved, and the same command goes on from there.
 
 Lightning's own handling ends with exit status 0, saves from within the signal's handler under SLURM, in the middle of a
-step, and raises on the processes at different batches if only one of them got the signal.
+step (TrainingCLI turns that off), and raises on the processes at different batches if only one of them got the signal.
 """
 
 import os
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from unet_diffusion.interruption import Interrupted
 from unet_diffusion.training.checkpointing import RunCheckpoint, validation_follows
+from unet_diffusion.training.stalled import strategy_timeout
 
 
 class StopOnSignal(Callback):
@@ -38,9 +39,13 @@ class StopOnSignal(Callback):
         self._group: Any = None  # of all processes, on their CPUs
         self._asked: tuple[torch.Tensor, Any] | None = None  # signals of all, still underway
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and (requeue := _requeue_signal()):  # which ends a process that has no handler
+            signal.signal(requeue, self._receive)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=strategy_timeout(trainer))
         for signum in _signals():
             signal.signal(signum, self._receive)  # Lightning puts back what was there at the end
 
