@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -49,7 +50,8 @@ def processes() -> Iterator[Processes]:
     if count == 1:
         yield Processes(0, 1)
         return
-    dist.init_process_group("gloo")  # they tell each other little: what is drawn stays where it is
+    # They tell each other little: what is drawn stays where it is. And one may draw for days while another is done.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield Processes(dist.get_rank(), count)
     finally:
