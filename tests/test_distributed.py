@@ -348,7 +348,7 @@ def trained_by(tmp_path_factory, tiny_digits):
     """Trains 64 images a step by a strategy, to that many steps, in a copy of a run if told; the last checkpoint."""
     folder = tmp_path_factory.mktemp("strategies")
     (folder / "noise.py").write_text(SAME_NOISE)
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
 
     def train(strategy: str, max_steps: int, begun: str | None = None) -> dict:
         name = f"{begun}_{strategy}" if begun else strategy
@@ -364,6 +364,7 @@ def trained_by(tmp_path_factory, tiny_digits):
         assert (folder / name / "pipeline" / "model_index.json").is_file()
         return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
 
+    train.folder = folder
     return train
 
 
@@ -383,6 +384,10 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(train
     longer = trained_by("one", 6, begun="one")
     for begun, strategy in (("fsdp2", "one"), ("ddp", "fsdp2")):
         assert_near(trained_by(strategy, 6, begun=begun), longer)
+    # Of a run that had all its steps and was killed before its picture, all processes draw it.
+    (trained_by.folder / "fsdp2" / "samples.png").unlink()
+    trained_by("fsdp2", 4)
+    assert (trained_by.folder / "fsdp2" / "samples.png").is_file()
 
 
 @pytest.mark.slow

@@ -30,14 +30,13 @@ class RunCSVLogger(CSVLogger):
 class WholeRows(ExperimentWriter):
     """Writes each row once, and a file with more columns takes the place of the one before in one step."""
 
-    _last: dict[str, Any] | None = None
+    _last = ""  # as text, in which a loss that is not a number equals itself
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
         super().log_metrics(metrics_dict, step)
-        if self.metrics[-1] == self._last:
+        before, self._last = self._last, str(self.metrics[-1])
+        if self._last == before:
             self.metrics.pop()
-        else:
-            self._last = self.metrics[-1]
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with open(self.metrics_file_path, newline="") as file:
