@@ -37,10 +37,21 @@ class Processes:
         """This one's part of them."""
         return items[self.rank :: self.count]
 
+    def gather(self, items: list[Item]) -> list[Item]:
+        """Those of all processes, one after the other; plain values only."""
+        if self.count == 1:
+            return items
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, items)
+        return [item for part in gathered for item in part]
+
     def wait(self) -> None:
         """Until all have come here."""
         if self.count > 1:
             dist.barrier()
+
+
+ALONE = Processes(0, 1)
 
 
 @contextmanager
@@ -48,7 +59,7 @@ def processes() -> Iterator[Processes]:
     """The processes that torchrun started, or this one alone."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
-        yield Processes(0, 1)
+        yield ALONE
         return
     # They tell each other little: what is drawn stays where it is. And one may draw for days while another is done.
     dist.init_process_group("gloo", timeout=timedelta(days=7))
