@@ -4,14 +4,17 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from wandb_files import config, history, read_records
+from wandb_files import config, history, read_records, whole_records
+from wandb_server import WandbServer
 
+from unet_diffusion.training import DiffusionModule
 from unet_diffusion.training.wandb_run import ID_FILE
 
 wandb = pytest.importorskip("wandb")
@@ -120,6 +123,29 @@ def test_training_goes_on_offline_if_nobody_answers(fit, tmp_path, monkeypatch):
         status, err = fit("--trainer.logger.init_args.offline", "false", *continued(tmp_path))
     assert status == 0, err
     assert len({path.name for path in kept_runs(tmp_path / "run")}) == 1  # they are named after the id
+
+
+def test_network_that_goes_down_in_the_middle_neither_stops_nor_slows_training(fit, tmp_path, monkeypatch):
+    server, step = WandbServer(), DiffusionModule.training_step
+    monkeypatch.setenv("WANDB_BASE_URL", server.address)
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "0")
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
+    monkeypatch.delenv("WANDB_MODE")
+    began = []
+
+    def cut_in_the_middle(module, batch, batch_idx):
+        began.append(time.monotonic())
+        if module.trainer.global_step == 2:
+            server.cut()
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", cut_in_the_middle)
+    status, err = fit("--trainer.logger.init_args.offline", "false", "--trainer.max_steps", 40)
+    assert status == 0, err
+    (kept,) = (tmp_path / "run").glob("wandb/run-*/run-*.wandb")  # for wandb sync
+    assert set(server.began) == {(tmp_path / "run" / ID_FILE).read_text().strip()}
+    assert len(by_step(history(whole_records(kept)), "trainer/global_step", "train/loss")) == 40
+    assert began[-1] - began[2] < 20  # seconds; W&B itself tries for an hour
 
 
 def test_training_goes_on_if_the_process_of_wandb_fails(fit, tmp_path, monkeypatch):

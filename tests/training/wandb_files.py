@@ -16,13 +16,14 @@ FULL, LAST = 1, 4  # types of a chunk that ends a record
 def read_records(path: Path) -> list[Any]:
     """The records in a .wandb file, in order. W&B writes them in a process of its own, which may end after training."""
     deadline = time.monotonic() + PATIENCE
-    while not any(record.HasField("exit") for record in _whole_records(path)):
+    while not any(record.HasField("exit") for record in whole_records(path)):
         assert time.monotonic() < deadline, f"W&B does not end {path}"
         time.sleep(0.1)
-    return _whole_records(path)
+    return whole_records(path)
 
 
-def _whole_records(path: Path) -> list[Any]:
+def whole_records(path: Path) -> list[Any]:
+    """The records that are there by now."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, records, begun = path.read_bytes(), [], b""
