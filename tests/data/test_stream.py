@@ -170,7 +170,7 @@ def test_scaled_images_are_read_as_from_their_folder(images, run_cli):
     assert sorted(map(bytes, map(np.asarray, read))) == sorted(map(bytes, map(np.asarray, wanted)))
     with pytest.raises(ValueError, match=r"image_size must be at most 6x5, .* got 8x8; .* --image_size 8 8"):
         stream(folder, channels=1)
-    with pytest.raises(ValueError, match="channels must be 1, as the images in .* were packed, got 3"):
+    with pytest.raises(ValueError, match=r"channels must be 1, as the images in .* were packed, got 3"):
         stream(folder, image_size=5)
 
 
@@ -284,7 +284,7 @@ def test_batches_come_from_s3_as_from_the_disk(packed, monkeypatch):
     with s3_server(packed, monkeypatch) as address:
         read = epoch_of(stream(address, num_workers=2))
         torch.testing.assert_close(read, expected, rtol=0, atol=0)
-        with pytest.raises(FileNotFoundError, match="there is no index.json"):
+        with pytest.raises(FileNotFoundError, match=r"there is no index\.json"):
             stream(f"{address}/elsewhere")
 
 
@@ -372,7 +372,7 @@ def test_store_that_is_gone_is_an_error_even_so(packed, monkeypatch):
         path.unlink()
     with (
         pytest.warns(UserWarning, match="take the place"),
-        pytest.raises(ShardError, match="3 shards of .* in a row cannot be read, too many to leave out"),
+        pytest.raises(ShardError, match=r"3 shards of .* in a row cannot be read, too many to leave out"),
     ):
         epoch_of(data)
 
