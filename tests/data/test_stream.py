@@ -263,7 +263,7 @@ def test_arguments_out_of_range_are_refused(packed, options, said):
 )
 def test_damaged_index_is_refused(packed, content):
     (packed / "index.json").write_text(content)
-    with pytest.raises(ShardError, match="is no index of shards"):
+    with pytest.raises(ValueError, match="is no index of shards"):
         stream(packed)
 
 
@@ -292,6 +292,11 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'unet-diffusion\[stream\]'"):
         ShardStore("s3://bucket/shards")
+
+
+def test_unknown_kind_of_address_is_refused():
+    with pytest.raises(ValueError, match="root must be a path, or an address that fsspec knows, got nope://shards"):
+        stream("nope://shards")
 
 
 def test_server_that_is_not_there_is_one_message(packed):

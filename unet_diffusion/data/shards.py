@@ -148,15 +148,20 @@ class ShardStore:
             ValueError: if it is no index.
         """
         place = f"{self.root}/{INDEX}"
-        try:
-            return ShardIndex.from_json(self._tried(lambda: self._read(INDEX), place), place)
-        except ShardError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
+
+        def read() -> bytes | None:
+            try:
+                return self._read(INDEX)
+            except FileNotFoundError:  # not tried again: more likely a path that is wrong
+                return None
+
+        content = self._tried(read, place)
+        if content is None:
             raise FileNotFoundError(
                 f"there is no {INDEX} in {self.root}; give what unet-diffusion pack wrote, and if it was cut off, run "
                 "it again first"
-            ) from error
+            )
+        return ShardIndex.from_json(content, place)
 
     def images_of(self, number: int, shard: Shard) -> list[bytes]:
         """The contents of the image files in a shard; tried again if they are not what was packed.
@@ -194,6 +199,10 @@ class ShardStore:
         except ImportError as error:
             raise ModuleNotFoundError(
                 f"to read {self.root}: {error}; for s3 that is pip install 'unet-diffusion[stream]'"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"root must be a path, or an address that fsspec knows, got {self.root} ({error})"
             ) from error
         self._process = os.getpid()
 
