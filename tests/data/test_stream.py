@@ -1,13 +1,19 @@
 """Shards: what pack writes, in which order they are read, and what is done about those that cannot be."""
 
+import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import sys
 import tarfile
+import time
 from itertools import chain
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +21,7 @@ from encoded import encode, encode_16_bit_png, random_pixels, write_images
 from PIL import Image
 from shard_servers import FaultyServer, s3_server
 
+from unet_diffusion.cli import main
 from unet_diffusion.data import FolderDataModule, ShardError, ShardStore, ShuffledShards, StreamDataModule, shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
@@ -236,6 +243,27 @@ def test_pack_goes_on_and_never_mixes(images, packed, run_cli, tmp_path):
     assert "holds files that are no shards" in err
 
 
+def test_pack_that_is_killed_goes_on(images, run_cli, tmp_path):
+    def pack(name):
+        return ["pack", str(images), str(tmp_path / name), "--shard_images", "1"]
+
+    process = multiprocessing.get_context("fork").Process(target=main, args=(pack("killed"),))
+    process.start()
+    while process.is_alive() and not (tmp_path / "killed" / "records" / "00002.json").exists():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "index.json").exists()
+    for name in ("killed", "untouched"):
+        status, _, err = run_cli(*pack(name))
+        assert status == 0, err
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("killed", "untouched")
+    ]
+    assert files[0] == files[1]
+
+
 def test_what_was_not_packed_is_refused(images, run_cli):
     run_cli("pack", images, images.parent / "plain")
     for name in ("class_labels", "captions"):
@@ -289,7 +317,8 @@ def test_batches_come_from_s3_as_from_the_disk(packed, monkeypatch):
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # of those that have been imported
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'unet-diffusion\[stream\]'"):
         ShardStore("s3://bucket/shards")
 
@@ -404,8 +433,6 @@ def test_retries_wait_longer_each_time(packed, monkeypatch):
 
 
 def test_shard_whose_members_are_no_images_runs_nothing(packed, code, tmp_path):
-    import hashlib
-
     content = pickle.dumps(code(tmp_path / "ran"))
     with tarfile.open(packed / "shard_00002.tar", "w") as archive:
         for number in range(7):
