@@ -49,14 +49,16 @@ def main() -> None:
             pack(files, root / name, root=options.images, shard_images=options.shard_images, image_format=image_format)
         command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", folder]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-            assert server.stdout is not None
-            port = server.stdout.readline().split("port ")[1].split()[0]
-            ways = ours(options, root, f"http://127.0.0.1:{port}") | peers(options, root, size)
-            rows = [
-                {"images from": name} | rates(make, options.epochs) | {"resumed order": resumed(make)}
-                for name, make in ways.items()
-            ]
-            server.terminate()
+            try:
+                assert server.stdout is not None
+                port = server.stdout.readline().split("port ")[1].split()[0]
+                ways = ours(options, root, f"http://127.0.0.1:{port}") | peers(options, root, size)
+                rows = [
+                    {"images from": name} | rates(make, options.epochs) | {"resumed order": resumed(make)}
+                    for name, make in ways.items()
+                ]
+            finally:
+                server.terminate()
     print(table(rows))
     print(f"written: {write_json(options.output, {'environment': environment(), 'results': rows})}")
 
@@ -83,7 +85,10 @@ def resumed(make: Loader) -> str:
             state = loader.state_dict()
     again = make()
     again.load_state_dict(state)
-    rest = [batch["index"].tolist() for batch in again]
+    try:
+        rest = [batch["index"].tolist() for batch in again]
+    except Exception as error:  # of a peer
+        return f"none: {type(error).__name__}"
     if rest == whole[5:]:
         return "the same"
     seen = [index for batch in whole[:5] + rest for index in batch]
@@ -123,7 +128,6 @@ def peers(options: argparse.Namespace, root: Path, size: ImageFormat) -> dict[st
     shards = [store.images_of(number, shard) for number, shard in enumerate(store.index().shards)]
     starts = store.index().starts
     writer = BinaryWriter(str(root / "litdata"), chunk_size=options.shard_images)
-    (root / "litdata").mkdir()
     (root / "datasets").mkdir()
     for number, contents in enumerate(shards):
         columns = {"index": list(range(starts[number], starts[number + 1])), "content": contents}
