@@ -118,7 +118,7 @@ def test_processes_and_workers_read_shards_of_their_own(runs):
     batches = [untouched.trained_on(rank)[step] for rank in (0, 1) for step in range(20)]
     drawn = [int(index) for (batch,) in batches for index in batch.strip("[]").split(", ")]
     assert len(drawn) == 20 * 2 * 40
-    assert len(set(drawn)) > 1600 - 50  # but for those that took the place of a shard
+    assert len(set(drawn)) >= 1600 - 50  # but for those that took the place of a shard
     # 36 shards in each of two epochs, of which the second is not finished; 7 cuts, retries, validation by 4 workers.
     reads = [name for name in asked if name.startswith("shard") and int(name[6:11]) >= 20]
     assert len(reads) <= 2 * (16 + 7)
@@ -132,4 +132,4 @@ def test_bad_shard_is_told_and_counted_over_both_processes(runs):
     with open(untouched.parent / "untouched" / "logs" / "version_0" / "metrics.csv") as file:
         counts = [float(row["train/replaced_images"]) for row in csv.DictReader(file) if row["train/replaced_images"]]
     assert counts == sorted(counts)
-    assert 30 <= counts[-1] <= 100  # a shard of 50 an epoch
+    assert 50 <= counts[-1] <= 100  # a shard of 50 an epoch

@@ -123,7 +123,8 @@ class StreamDataModule(ImageDataModule):
             if wanted and known is None:
                 raise ValueError(f"{self.root} was packed without {name}; pack again with --{name}, or set it to false")
         lanes = -(-self.num_lanes // max(self._num_workers(), 1))  # that a worker serves
-        images = ShardedImages(store, index, self.image_format, num_kept=2 * self.window * lanes)
+        num_kept = 2 * self.window * lanes + 1  # those of each lane, the next ones, and one that takes another's place
+        images = ShardedImages(store, index, self.image_format, num_kept)
         return ImageSet(
             images,
             index.labels if self.class_labels else None,
