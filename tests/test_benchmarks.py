@@ -241,3 +241,19 @@ def test_bandwidth_is_measured_between_two_processes():
     processes, nodes, gbps, option = [cell.strip() for cell in done.stdout.splitlines()[2].strip("|").split("|")]
     assert (processes, nodes, option) == ("2", "1", "--intra_gbps")
     assert float(gbps) > 0
+
+
+def test_checkpoints(tmp_path):
+    report = run("checkpoints.py", "--network", "tiny", "--repeats", 2, output=tmp_path / "checkpoints.json")
+    sizes = report["mib"]
+    assert sizes["moving average"] == sizes["weights"]
+    parts = sizes["weights"] + sizes["moving average"] + sizes["optimiser's moments"]
+    assert parts < sizes["the file"] < 1.5 * parts  # names and settings, of a tiny network
+    assert all(taken > 0 for times in report["seconds"].values() for taken in times)
+
+
+@pytest.mark.slow
+def test_processes(tmp_path):
+    small = [argument for argument in TINY_FIT if argument not in ("--model.speed", "plain")]
+    report = run("processes.py", *small, "--steps", 3, "--repeats", 1, output=tmp_path / "processes.json")
+    assert report["ratio"] == report["images_per_second"]["2"][0] / report["images_per_second"]["1"][0]

@@ -1,6 +1,7 @@
 """One training run in two real processes on the CPU, looked at from several sides."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ import yaml
 from PIL import Image
 
 from unet_diffusion.checkpoint import read_segmenter
+from unet_diffusion.codecs import kl_autoencoder
 from unet_diffusion.data import SyntheticCells, scale_to_unit_range
+from unet_diffusion.latents import read_latents
 from unet_diffusion.segmentation.predict import class_probabilities
 from unet_diffusion.segmentation.scores import dice
 
@@ -132,8 +135,10 @@ def test_validation_loss_is_that_of_a_single_process(two_processes, run_cli, tmp
     assert logged == pytest.approx(alone, rel=1e-5)  # float32 sums in another order
 
 
-def test_segmenter_is_validated_alike_on_two_processes(tmp_path):
-    """Three images to validate on: one process has two of them, the other one."""
+@pytest.fixture(scope="module")
+def segmenter_run(tmp_path_factory):
+    """A run of two processes, with three images to validate on: one process has two of them, the other one."""
+    folder = tmp_path_factory.mktemp("cells")
     arguments = f"--config {CONFIGS / 'cells.yaml'} --config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.devices 2 "
     arguments += "--trainer.accelerator cpu --trainer.precision 32-true --model.unet.init_args.channels [4,8] "
     arguments += "--data.init_args.source.init_args.num_images 6 --data.init_args.num_val 3 "
@@ -142,9 +147,13 @@ def test_segmenter_is_validated_alike_on_two_processes(tmp_path):
     arguments += "--trainer.default_root_dir run"
     command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    trained = read_segmenter(tmp_path / "run")
+    return folder / "run"
+
+
+def test_segmenter_is_validated_alike_on_two_processes(segmenter_run):
+    trained = read_segmenter(segmenter_run)
     loaded = SyntheticCells(num_images=6).load(progress=False)
     truths, predictions = [], []
     for image, labels in zip(loaded.images[-3:], loaded.labels[-3:], strict=True):
@@ -152,7 +161,7 @@ def test_segmenter_is_validated_alike_on_two_processes(tmp_path):
             probabilities = class_probabilities(trained, scale_to_unit_range(image))
         truths.append(labels > 0)
         predictions.append((probabilities[0] < 0.5).numpy())
-    with open(tmp_path / "run" / "logs" / "version_0" / "metrics.csv") as file:
+    with open(segmenter_run / "logs" / "version_0" / "metrics.csv") as file:
         (logged,) = [row["val/dice"] for row in csv.DictReader(file) if row.get("val/dice")]
     assert float(logged) == pytest.approx(dice(np.concatenate(truths), np.concatenate(predictions)), abs=1e-4)
 
@@ -348,7 +357,7 @@ def trained_by(tmp_path_factory, tiny_digits):
     """Trains 64 images a step by a strategy, to that many steps, in a copy of a run if told; the last checkpoint."""
     folder = tmp_path_factory.mktemp("strategies")
     (folder / "noise.py").write_text(SAME_NOISE)
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
 
     def train(strategy: str, max_steps: int, begun: str | None = None) -> dict:
         name = f"{begun}_{strategy}" if begun else strategy
@@ -364,6 +373,7 @@ def trained_by(tmp_path_factory, tiny_digits):
         assert (folder / name / "pipeline" / "model_index.json").is_file()
         return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
 
+    train.folder = folder
     return train
 
 
@@ -383,22 +393,61 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(train
     longer = trained_by("one", 6, begun="one")
     for begun, strategy in (("fsdp2", "one"), ("ddp", "fsdp2")):
         assert_near(trained_by(strategy, 6, begun=begun), longer)
+    # Of a run that had all its steps and was killed before its picture, all processes draw it.
+    (trained_by.folder / "fsdp2" / "samples.png").unlink()
+    trained_by("fsdp2", 4)
+    assert (trained_by.folder / "fsdp2" / "samples.png").is_file()
+
+
+SEVERAL_COMMANDS = """
+import json
+import sys
+
+import torch.distributed as dist
+
+import unet_diffusion.latents
+from unet_diffusion.cli import main
+
+unet_diffusion.latents.SHARD_IMAGES = 5
+dist.init_process_group("gloo")  # once for all commands: torchrun's store knows of one meeting
+dist.init_process_group = lambda *args, **options: None
+dist.destroy_process_group = lambda: None
+sys.exit(max(main(arguments) for arguments in json.loads(sys.argv[1])))
+"""
 
 
 @pytest.mark.slow
-def test_two_processes_draw_the_images_of_one(two_processes, run_cli, tmp_path):
-    arguments = ["sample", str(two_processes / "run"), "--num_images", "5", "--num_inference_steps", "3"]
-    arguments += ["--batch_size", "2", "--device", "cpu", "--guidance_scale", "2"]
-    status, _, err = run_cli(*arguments, "--output", tmp_path / "one")
-    assert status == 0, err
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "-m", "unet_diffusion.cli", *arguments, "--output", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("5 images and grid.png in") == 1
-    names = sorted(path.name for path in (tmp_path / "one").glob("*.png"))
-    assert names == sorted(path.name for path in (tmp_path / "two").glob("*.png"))
+def test_two_processes_draw_encode_and_segment_as_one(two_processes, segmenter_run, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"layers_per_block": 1, "norm_num_groups": 4, "mid_attention": False}
+    kl_autoencoder(3, (8, 8), latent_channels=2, **sizes).save_pretrained(tmp_path / "autoencoder")
+    captioned_folder(tmp_path / "images")
+
+    def run(processes: str, output: Path) -> str:
+        sample = f"sample {two_processes / 'run'} --num_images 5 --num_inference_steps 3 --batch_size 2"
+        encode = f"encode {tmp_path / 'autoencoder'} {tmp_path / 'images'} --image_size 8 8 --horizontal_flip"
+        segment = f"segment {segmenter_run} {tmp_path / 'images'} --probabilities"
+        named = {"drawn": sample, "latents": encode, "masks": segment}
+        commands = [f"{one} --device cpu --output {output / name}".split() for name, one in named.items()]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        (tmp_path / "several.py").write_text(SEVERAL_COMMANDS)
+        command = [*torchrun, str(tmp_path / "several.py"), json.dumps(commands)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    alone, together = tmp_path / "one", tmp_path / "two"
+    run("1", alone)
+    said = run("2", together)
+    for once in ("5 images and grid.png in", "latents of 12 images in", "12 masks in"):
+        assert said.count(once) == 1
+    names = sorted(path.relative_to(alone) for path in alone.rglob("*.*"))
+    assert names == sorted(path.relative_to(together) for path in together.rglob("*.*"))
     for name in names:
-        one, two = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two"))
-        assert np.abs(one - two).max() <= 1  # float32 rounding in batches of other images
+        if name.suffix == ".png":
+            one, two = (np.asarray(Image.open(folder / name)).astype(int) for folder in (alone, together))
+            assert np.abs(one - two).max() <= 1  # float32 rounding in batches of other images
+    one, two = (read_latents(folder / "latents") for folder in (alone, together))
+    torch.testing.assert_close(one.mean, two.mean)
+    assert one.space == two.space

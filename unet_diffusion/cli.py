@@ -21,6 +21,7 @@ from unet_diffusion.speed import SPEEDS, keep_freed_memory, set_speed
 if TYPE_CHECKING:
     from unet_diffusion.codecs import Autoencoder
     from unet_diffusion.data import FolderDataModule
+    from unet_diffusion.segmentation.predict import ImagesToSegment
 
 TRAINING_COMMANDS = ("fit", "validate")  # parsed by Lightning's command line
 MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
@@ -157,7 +158,8 @@ def _pack(options: argparse.Namespace) -> None:
 def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write the latents of images to DIR, for fit --config configs/latents.yaml --data.init_args.root DIR. Images "
-        "are scaled and cut to the autoencoder's size. The same command again goes on where it was cut off."
+        "are scaled and cut to the autoencoder's size. The same command again goes on where it was cut off. "
+        "Processes of torchrun share the work, as of sample."
     )
     parser.add_argument("autoencoder", metavar="AUTOENCODER", type=Path, help="a run folder, or a diffusers folder")
     parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
@@ -183,6 +185,7 @@ def _encode(options: argparse.Namespace) -> None:
 
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
+    options.device = own_device(options.device)
     autoencoder = pretrained_autoencoder(options.autoencoder).eval()
     data = _images_to_encode(options, autoencoder)
     settings = _latents_settings(options, autoencoder, data)
@@ -199,11 +202,15 @@ def _encode(options: argparse.Namespace) -> None:
         with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             return latent_moments(autoencoder, pixels.to(options.device))
 
-    with tqdm(total=settings["num_images"], unit="image", desc="encode") as bar:
-        encode_images(
-            options.output, images, encode, settings=settings, labels=data.image_set.labels,
-            batch_size=options.batch_size, progress=bar.update,
-        )  # fmt: skip
+    with processes() as all_of_them:
+        share = settings["num_images"] // all_of_them.count
+        with tqdm(total=share, unit="image", desc="encode", disable=all_of_them.rank > 0) as bar:
+            encode_images(
+                options.output, images, encode, settings=settings, labels=data.image_set.labels,
+                batch_size=options.batch_size, progress=bar.update, all_of_them=all_of_them,
+            )  # fmt: skip
+        if all_of_them.rank > 0:
+            return
     recipe = "latents_text" if options.captions else "latents"
     print(f"latents of {settings['num_images']} images in {options.output}; to train on them: unet-diffusion fit "
           f"--config configs/{recipe}.yaml --data.init_args.root {options.output}")  # fmt: skip
@@ -459,7 +466,8 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
 def _add_segment(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a mask for each image: DIR/NAME, 255 for foreground, or class indices. Images may have any size; the "
-        "pages of a TIFF file become pages of its mask. The same command again goes on where it was cut off."
+        "pages of a TIFF file become pages of its mask. The same command again goes on where it was cut off. "
+        "Processes of torchrun share the work, as of sample."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file or a run folder, of a segmenter")
     parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="image files, folders or zip archives")
@@ -485,6 +493,7 @@ def _segment(options: argparse.Namespace) -> None:
     from unet_diffusion.checkpoint import read_segmenter
     from unet_diffusion.segmentation.predict import ImagesToSegment, Outputs, class_probabilities, segment_images
 
+    options.device = own_device(options.device)
     trained = read_segmenter(options.checkpoint)
     if options.window_size is not None:
         if options.window_size < 1:
@@ -497,10 +506,6 @@ def _segment(options: argparse.Namespace) -> None:
     if device_type == "cpu":
         keep_freed_memory()
     set_speed(trained.unet.to(options.device), options.speed)
-    _prepare_masks(options)
-    if options.overwrite:
-        for mask in images.sources:
-            (options.output / mask).unlink(missing_ok=True)
     outputs = Outputs(options.output, options.probabilities, options.overlays, options.instances)
 
     @torch.inference_mode()
@@ -508,15 +513,25 @@ def _segment(options: argparse.Namespace) -> None:
         with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             return class_probabilities(trained, image, views=options.views, device=options.device)
 
-    with tqdm(total=len(images), unit="image") as bar:
-        failed = segment_images(trained, images, outputs, predict=predict, progress=bar.update)
+    with processes() as all_of_them:
+        all_of_them.by_the_first(lambda: _prepare_masks(options, images))
+        share = len(all_of_them.share(list(images.sources)))
+        with tqdm(total=share, unit="image", disable=all_of_them.rank > 0) as bar:
+            failed = segment_images(
+                trained, images, outputs, predict=predict, progress=bar.update, all_of_them=all_of_them
+            )
+        if all_of_them.rank > 0:
+            return
     print(f"{len(images) - len(failed)} masks in {options.output}")
     if failed:
         raise ValueError("\n  ".join([f"{len(failed)} of {len(images)} images could not be segmented:", *failed]))
 
 
-def _prepare_masks(options: argparse.Namespace) -> None:
-    """Make the output folder; what lies there must be of the same command, which is then gone on with."""
+def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment") -> None:
+    """Make the output folder; what lies there must be of the same command, which is then gone on with.
+
+    Masks of these images are removed first if they are to be overwritten.
+    """
     folder: Path = options.output
     unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
@@ -533,6 +548,9 @@ def _prepare_masks(options: argparse.Namespace) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=1))
+    if options.overwrite:
+        for mask in images.sources:
+            (folder / mask).unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------- export, import

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unet_diffusion.processes import ALONE, Processes
 from unet_diffusion.whole_file import whole_file
 
 INDEX, SETTINGS = "index.json", "settings.json"
@@ -126,6 +127,7 @@ def encode_images(
     labels: Tensor | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] = lambda num_images: None,
+    all_of_them: Processes = ALONE,
 ) -> None:
     """Write the latents of all images to a folder, going on where an earlier call with the same settings was cut off.
 
@@ -141,12 +143,13 @@ def encode_images(
         labels: class of each image, (N,) int64, or None.
         batch_size: images at once.
         progress: called with the number of images that were done.
+        all_of_them: the processes that share the files out.
 
     Raises:
         FileExistsError: if the folder holds something else, or latents with other settings.
     """
-    _check_same(folder, settings)
-    for numbers, path in _shards(folder, settings["num_images"]):
+    all_of_them.by_the_first(lambda: _check_same(folder, settings))
+    for numbers, path in all_of_them.share(_shards(folder, settings["num_images"])):
         if not path.exists():
             parts = [
                 range(i, min(i + batch_size, numbers.stop)) for i in range(numbers.start, numbers.stop, batch_size)
@@ -162,7 +165,8 @@ def encode_images(
                 save_file(tensors, partial)
         else:
             progress(len(numbers))
-    _write_index(folder, settings)
+    all_of_them.wait()
+    all_of_them.by_the_first(lambda: _write_index(folder, settings))
 
 
 def moment_sums(mean: Tensor, std: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -36,10 +37,21 @@ class Processes:
         """This one's part of them."""
         return items[self.rank :: self.count]
 
+    def gather(self, items: list[Item]) -> list[Item]:
+        """Those of all processes, one after the other; plain values only."""
+        if self.count == 1:
+            return items
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, items)
+        return [item for part in gathered for item in part]
+
     def wait(self) -> None:
         """Until all have come here."""
         if self.count > 1:
             dist.barrier()
+
+
+ALONE = Processes(0, 1)
 
 
 @contextmanager
@@ -47,9 +59,10 @@ def processes() -> Iterator[Processes]:
     """The processes that torchrun started, or this one alone."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
-        yield Processes(0, 1)
+        yield ALONE
         return
-    dist.init_process_group("gloo")  # they tell each other little: what is drawn stays where it is
+    # They tell each other little: what is drawn stays where it is. And one may draw for days while another is done.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield Processes(dist.get_rank(), count)
     finally:

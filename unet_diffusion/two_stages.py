@@ -157,10 +157,14 @@ class TwoStages:
 
 
 def _exit_status(command: list[str]) -> int:
-    """Of a process that ends by itself when interrupted: SIGTERM is passed on, the terminal sends SIGINT to both."""
+    """Of a process that ends by itself when interrupted: SIGTERM is passed on, the terminal sends SIGINT to both.
+
+    Of one that a signal ended, as shells report it: 128 and the number of the signal.
+    """
     process = subprocess.Popen(command)
     with handled((signal.SIGINT,), lambda *_: None), handled((signal.SIGTERM,), lambda *_: process.terminate()):
-        return process.wait()
+        status = process.wait()
+    return status if status >= 0 else 128 - status
 
 
 def _read(recipe: Path) -> dict[str, Any]:

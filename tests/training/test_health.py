@@ -2,13 +2,19 @@ import csv
 import shutil
 from collections import namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from unet_diffusion.training import health
+from unet_diffusion.codecs import kl_autoencoder
+from unet_diffusion.data import SegmentationDataModule, SyntheticCells
+from unet_diffusion.discriminator import PatchDiscriminator
+from unet_diffusion.segmentation.labels import Targets
+from unet_diffusion.training import AutoencoderModule, SegmentationModule, health
 from unet_diffusion.training.checkpointing import num_bytes
 from unet_diffusion.training.health import SkipBadSteps
+from unet_diffusion.unet import SegmentationUNet
 
 
 class Spoilt(torch.nn.Module):
@@ -57,6 +63,61 @@ def test_training_goes_on_after_a_skipped_step(tiny_module, tiny_images, quiet_t
     assert all(weight.isfinite().all() for weight in module.state_dict().values())
 
 
+def test_run_of_bad_steps_between_two_logged_ones_ends_too(tiny_module, tiny_images, quiet_trainer, monkeypatch):
+    monkeypatch.setattr(health, "MAX_BAD_STEPS", 3)
+    module = tiny_module()
+    module.unet.register_forward_pre_hook(Spoilt([1, 2, 3]))
+    trainer = quiet_trainer(max_steps=6, limit_val_batches=0, callbacks=[SkipBadSteps()], log_every_n_steps=5)
+    with pytest.warns(UserWarning, match="3 of the steps to 5"), pytest.raises(RuntimeError, match="3 steps in a row"):
+        trainer.fit(module, tiny_images())
+
+
+def test_skipped_steps_are_counted_over_the_whole_run(tiny_module, tiny_images, quiet_trainer, tmp_path):
+    with pytest.warns(UserWarning, match="1 of the steps to 2 were skipped"):
+        _, trainer = fitted(tiny_module, tiny_images, quiet_trainer, [2], fused=True)
+    trainer.save_checkpoint(tmp_path / "six.ckpt")
+    longer = quiet_trainer(max_steps=8, limit_val_batches=0, callbacks=[SkipBadSteps()], log_every_n_steps=1)
+    longer.fit(tiny_module(), tiny_images(), ckpt_path=tmp_path / "six.ckpt", weights_only=True)
+    assert longer.callback_metrics["train/skipped_steps"] == 1
+
+
+def test_statistics_of_batch_norms_outlive_a_bad_batch(quiet_trainer):
+    def trained(num_steps, bad_steps):
+        torch.manual_seed(0)
+        module = SegmentationModule(SegmentationUNet(1, 2, channels=(4, 8), padding="same", norm="batch"))
+        module.unet.register_forward_pre_hook(Spoilt(bad_steps))
+        targets = Targets(label_format="instances")
+        data = SegmentationDataModule(SyntheticCells(num_images=5), targets, window_size=32, batch_size=2, num_val=2)
+        quiet_trainer(max_steps=num_steps, limit_val_batches=0, callbacks=[SkipBadSteps()]).fit(module, data)
+        return dict(module.named_buffers())
+
+    expected, spoilt = trained(3, []), trained(4, [4])
+    for name, value in spoilt.items():
+        if value.is_floating_point():  # the batch itself is counted
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_bad_step_of_a_discriminator_is_left_out(quiet_trainer, tiny_images):
+    sizes = {"layers_per_block": 1, "norm_num_groups": 4, "mid_attention": False}
+    critic = PatchDiscriminator(1, channels=32, num_layers=1)
+    module = AutoencoderModule(kl_autoencoder(1, (8, 8), latent_channels=2, **sizes), discriminator=critic)
+    critic.register_forward_pre_hook(Spoilt([5]))  # of the three calls in each step: the second's images
+    trainer = quiet_trainer(max_steps=3, limit_val_batches=0, callbacks=[SkipBadSteps()], log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="1 of the steps to 2 were skipped"):
+        trainer.fit(module, tiny_images(shape=(1, 16, 16)))
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+    assert all(weight.isfinite().all() for weight in critic.parameters())
+
+
+def test_fused_optimizer_with_clipping_in_float16_is_refused(tiny_module, monkeypatch):
+    module = tiny_module()
+    optimizer = torch.optim.AdamW(module.unet.parameters(), fused=True)
+    trainer = SimpleNamespace(optimizers=[optimizer], gradient_clip_val=1.0, precision="16-mixed")
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    with pytest.raises(ValueError, match=r"use precision bf16-mixed, or set model\.optimizer\.init_args\.fused"):
+        module.on_fit_start()
+
+
 def test_run_of_bad_steps_ends_and_keeps_the_batch(tiny_digits, run_cli, tmp_path, monkeypatch):
     monkeypatch.setattr(health, "MAX_BAD_STEPS", 3)
     monkeypatch.setattr("unet_diffusion.data.base.scale_to_unit_range", lambda images: images.float() * torch.nan)
@@ -65,7 +126,7 @@ def test_run_of_bad_steps_ends_and_keeps_the_batch(tiny_digits, run_cli, tmp_pat
     with pytest.warns(UserWarning, match="of the steps to 1 were skipped"):
         status, _, err = run_cli("fit", *tiny_digits, *arguments)
     assert status == 1
-    assert "the gradients of 3 steps in a row, to step 3, were not finite" in err
+    assert "the gradients of 3 steps in a row, to step 3 or shortly before, were not finite" in err
     kept = torch.load(run / "bad_batch_0.pt", weights_only=True)
     assert kept["step"] == 3
     assert kept["images"].shape == (32, 1, 8, 8)

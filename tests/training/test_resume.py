@@ -60,6 +60,47 @@ class FullDisk(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
+class Killed(Callback):
+    '''After a checkpoint, before anything else; then after the first of a step's two batches, having gone on.'''
+
+    batches = 0
+
+    def on_fit_start(self, trainer, *args):
+        checkpoints = trainer.checkpoint_callback
+        self.saves, checkpoints.save_now = checkpoints.save_now, self.save_now
+
+    def save_now(self, trainer):
+        self.saves(trainer)
+        if trainer.global_step == 6 and not Path("killed_once").exists():
+            Path("killed_once").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_start(self, trainer, *args):
+        self.batches += 1
+        if self.batches == 2 and Path("killed_once").exists() and not Path("killed_twice").exists():
+            Path("killed_twice").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Told(Callback):
+    '''To stop: in a step, in the validation after one, and in another; one a start.'''
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+    def tell(self, trainer, moment):
+        told = Path(f"told_{self.signum}_{moment}_{trainer.global_step}")
+        if (moment, trainer.global_step) in [("train", 6), ("validate", 10), ("train", 13)] and not told.exists():
+            told.touch()
+            os.kill(os.getpid(), self.signum)
+
+    def on_train_batch_start(self, trainer, *args):
+        self.tell(trainer, "train")
+
+    def on_validation_batch_end(self, trainer, *args):
+        self.tell(trainer, "validate")
+
+
 class PreemptedEarly(Callback):
     '''Before the first step; once.'''
 
@@ -128,7 +169,7 @@ class Run:
 
     def saves(self, after: int) -> None:
         """Waits for a checkpoint of a step after that one."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not ((self.folder / "checkpoints" / "last.ckpt").exists() and self.last()["global_step"] > after):
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.01)
@@ -194,20 +235,26 @@ def test_run_that_is_killed_at_20_random_moments_is_the_untouched_one(run, untou
     assert_same(killed, untouched(400))
 
 
+def test_run_that_is_killed_after_a_checkpoint_and_within_a_step_is_the_untouched_one(run, untouched):
+    killed = run("killed_exactly", 60, "--trainer.callbacks+=faults.Killed")
+    for _ in range(2):
+        killed.start()
+        assert killed.status() == -signal.SIGKILL, killed.log.read_text()
+        assert killed.last()["global_step"] == 6
+    killed.start()
+    assert killed.status() == 0, killed.log.read_text()
+    assert_same(killed, untouched(60))
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_run_that_is_told_to_stop_saves_and_ends_with_the_status_of_the_signal(run, untouched, signum):
-    moments, stopped = random.Random(signum), run(f"stopped_{signum}", 60)
-    steps = []
-    for _ in range(3):
-        before = stopped.last()["global_step"] if steps else 0
-        process = stopped.start()
-        stopped.saves(after=before)
-        time.sleep(moments.uniform(0, 0.1))
-        os.kill(process, signum)
+    told = "--trainer.callbacks+=faults.Told"
+    stopped = run(f"stopped_{signum}", 60, told, f"--trainer.callbacks.init_args.signum={int(signum)}")
+    for step in (7, 10, 14):  # where no checkpoint is due
+        stopped.start()
         assert stopped.status() == 128 + signum, stopped.log.read_text()
-        steps.append(stopped.last()["global_step"])
-    assert f"stopped at step {steps[-1]}; the same command goes on from there" in stopped.log.read_text()
-    assert any(step % 3 for step in steps)  # it was saved where no checkpoint was due
+        assert stopped.last()["global_step"] == step
+        assert f"stopped at step {step}; the same command goes on from there" in stopped.log.read_text()
     stopped.start()
     assert stopped.status() == 0, stopped.log.read_text()
     assert_same(stopped, untouched(60))

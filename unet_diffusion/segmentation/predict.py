@@ -17,6 +17,7 @@ from unet_diffusion.data.checking import decoded
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.pictures import write_png
+from unet_diffusion.processes import ALONE, Processes
 from unet_diffusion.segmentation.labels import instances_from, mask_from
 from unet_diffusion.segmentation.pictures import outlined
 from unet_diffusion.segmentation.tiles import predict_tiled, predict_views
@@ -123,6 +124,7 @@ def segment_images(
     *,
     predict: Callable[[Tensor], Tensor],
     progress: Callable[[], object] = lambda: None,
+    all_of_them: Processes = ALONE,
 ) -> list[str]:
     """Write a mask for each image that has none, and return "name: reason" for those that could not be.
 
@@ -134,9 +136,10 @@ def segment_images(
         outputs: what to write, and where.
         predict: from an image, (C, H, W) in [-1, 1], to class probabilities, (K, H, W).
         progress: called after each image.
+        all_of_them: the processes that share the images out.
     """
     failed = []
-    for mask in images.sources:
+    for mask in all_of_them.share(list(images.sources)):
         if not (outputs.folder / mask).exists():
             pages = images.pages(mask, trained.unet.in_channels)
             if isinstance(pages, list):
@@ -147,7 +150,7 @@ def segment_images(
             if isinstance(pages, str):
                 failed.append(f"{images.sources[mask][1]}: {pages}")
         progress()
-    return failed
+    return all_of_them.gather(failed)
 
 
 def mask_name(name: str) -> str:

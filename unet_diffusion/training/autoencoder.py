@@ -29,6 +29,7 @@ from unet_diffusion.latents import moment_sums
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import keep_freed_memory
 from unet_diffusion.training.base import LRDecay, check_choice, lr_factor
+from unet_diffusion.training.health import SkipBadSteps
 
 Reconstruction = Literal["l1", "l2"]
 PerceptualNet = Literal["vgg", "alex", "squeeze"]
@@ -353,6 +354,9 @@ class AutoencoderModule(LightningModule):
         optimizer.zero_grad()  # of what the autoencoder's loss left there
         loss = hinge_loss(critic(images).float(), critic(reconstructions).float())
         self.manual_backward(loss)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it at runtime
+            if isinstance(callback, SkipBadSteps):
+                callback.on_before_optimizer_step(self.trainer, self, optimizer.optimizer)
         optimizer.optimizer.step()
         self.log("train/discriminator", loss.detach(), prog_bar=True)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it at runtime

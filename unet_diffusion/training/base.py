@@ -26,6 +26,7 @@ from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import SPEEDS, Speed, fastest_speed, keep_freed_memory, set_speed, speeds_for
 from unet_diffusion.unet import PixelNetwork
 
+DROPOUT_KEY = 3  # keeps dropout apart from noise, which has the same seed
 LRDecay = Literal["constant", "cosine"]
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -61,6 +62,7 @@ class NetworkModule(LightningModule):
 
     image_shape: tuple[int, int, int] | None = None  # (C, H, W) of a training input; known with the data
     record_key: str  # of `record` in a checkpoint
+    gradient_norm: Tensor | None = None  # of this step, before clipping, if a callback needed it
 
     def __init__(
         self,
@@ -166,12 +168,18 @@ class NetworkModule(LightningModule):
             raise ValueError(
                 f"the weights must be float32 for the average to move, got {dtype}; use precision bf16-mixed"
             )
+        is_fused = any(group.get("fused") for one in self.trainer.optimizers for group in one.param_groups)
+        if is_fused and self.trainer.gradient_clip_val and self.trainer.precision == "16-mixed":
+            raise ValueError(
+                f"a fused optimizer must not have its gradients clipped in precision 16-mixed, got "
+                f"trainer.gradient_clip_val {self.trainer.gradient_clip_val}; use precision bf16-mixed, or set "
+                "model.optimizer.init_args.fused to false"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """What is drawn from torch's own generators, as dropout is, follows from seed, step and process as all else."""
-        torch.manual_seed(
-            keyed_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank).initial_seed()
-        )
+        key = (self.seed, DROPOUT_KEY, self.trainer.fit_loop.total_batch_idx, self.global_rank)
+        torch.manual_seed(keyed_generator(*key).initial_seed())
 
     def train(self, mode: bool = True) -> "NetworkModule":
         """Switches dropout of the trained network; the averaged one is never in training mode."""
@@ -199,13 +207,18 @@ class NetworkModule(LightningModule):
     ) -> None:
         """Clips as Lightning does, which refuses fused optimisers in mixed precision; only float16 scales gradients."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed":
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            if self.gradient_norm is None:
+                self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
+            self.gradient_norm = None
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then moves the average: once an optimiser step, however many batches it accumulates."""
         super().optimizer_step(*args, **kwargs)
+        self._restore_statistics()
         n = self.trainer.global_step
         decay = min(self.ema_decay, (1 + n) / (10 + n))
         pairs = self.averaged_pairs()
@@ -218,6 +231,13 @@ class NetworkModule(LightningModule):
             for average, one in pairs:
                 for ema_buffer, buffer in zip(average.buffers(), one.buffers(), strict=True):
                     ema_buffer.copy_(buffer)  # statistics of batch norms, which are averages already
+
+    def _restore_statistics(self) -> None:
+        """A forward pass that was not finite spoils what batch norms keep; the average has what they had before."""
+        for average, one in self.averaged_pairs():
+            for ema_buffer, buffer in zip(average.buffers(), one.buffers(), strict=True):
+                if buffer.is_floating_point():
+                    buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, ema_buffer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["speed"] = self.chosen_speed

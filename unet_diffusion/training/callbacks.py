@@ -48,6 +48,10 @@ class PictureGrid(Callback):
         """What is to be looked at, of the module as it is now."""
         raise NotImplementedError(f"{type(self).__name__} must define picture()")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set at runtime
+            (run_folder(trainer) / "samples.png").unlink(missing_ok=True)  # of fewer steps
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_at:
@@ -59,7 +63,8 @@ class PictureGrid(Callback):
             self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
         elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set at runtime
             last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
-            shutil.copyfile(last, run_folder(trainer) / "samples.png")
+            with whole_file(run_folder(trainer) / "samples.png") as partial:
+                shutil.copyfile(last, partial)
 
     def _draw(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
         """By the first process; a network that is shared out runs on all of them at once."""

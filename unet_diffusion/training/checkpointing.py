@@ -8,6 +8,7 @@ would not make up for it.
 
 import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from unet_diffusion.checkpoint import load_plain
@@ -58,7 +60,12 @@ class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint whose last.ckpt and previous.ckpt are the newest two, whatever else it keeps.
 
     Its arguments are ModelCheckpoint's. last.ckpt takes no room of its own while the same step is kept by name too.
+    Checkpoints are of whole steps: what is due within one is saved after it. The best by a validation's metric are
+    those that were just validated.
     """
+
+    _is_due = False
+    _validated_at = -1  # step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -79,32 +86,59 @@ class RunCheckpoint(ModelCheckpoint):
             check_room(Path(self.dirpath), num_kept * num_bytes(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if is_within_step(trainer):
+            return
         step, every = trainer.global_step, self._every_n_train_steps
         is_last = step == trainer.max_steps  # later the epoch would count as done, and more steps begin another
-        if (is_last or (every and step % every == 0)) and validation_follows(trainer):
-            self._defer_save_until_validation = True
-        elif is_last:
-            self.save_now(trainer)
-        else:
-            super().on_train_batch_end(trainer, pl_module, *args)
+        self._is_due = self._is_due or is_last or bool(every and step % every == 0) or self._time_is_over(trainer)
+        if self._is_due and not validation_follows(trainer):
+            self.save_after_batch(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._defer_save_until_validation and not trainer.sanity_checking:
-            self._defer_save_until_validation = False
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validated_at = trainer.global_step
+        if not self._should_save_on_train_epoch_end(trainer) and self._epoch_is_due(trainer):
+            self._is_due = True
+        if self._is_due and not is_within_step(trainer):
             self.save_now(trainer)
-        else:
-            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._should_save_on_train_epoch_end(trainer) and self._epoch_is_due(trainer):
+            self.save_now(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save_now(trainer)
 
+    def save_after_batch(self, trainer: Trainer) -> None:
+        """Log the step, and save it. Lightning logs later: a process killed in between would lose the step's losses."""
+        trainer._logger_connector.on_batch_end()
+        trainer._logger_connector.update_train_step_metrics()
+        self.save_now(trainer)
+
     def save_now(self, trainer: Trainer) -> None:
         """Save, unless there is a checkpoint of this step already; between two steps only."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            if self.monitor is None or self.monitor in candidates:
-                self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+        self._is_due = False
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        is_stale = str(self.monitor).startswith("val/") and self._validated_at != trainer.global_step
+        if self.monitor is None or (self.monitor in candidates and not is_stale):
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def _epoch_is_due(self, trainer: Trainer) -> bool:
+        return self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+
+    def _time_is_over(self, trainer: Trainer) -> bool:
+        """Whether the first process's clock says that a checkpoint is due; all ask at the same step."""
+        if self._train_time_interval is None:
+            return False
+        now = time.monotonic()
+        is_over = now - (self._last_time_checked or now) >= self._train_time_interval.total_seconds()
+        if is_over := trainer.strategy.broadcast(is_over):
+            self._last_time_checked = now
+        return is_over
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         if not self.save_last:
@@ -120,6 +154,11 @@ class RunCheckpoint(ModelCheckpoint):
         elif trainer.is_global_zero:
             _put(saved, last)
         trainer.strategy.barrier()
+
+
+def is_within_step(trainer: Trainer) -> bool:
+    """Whether gradients are being accumulated, which no checkpoint holds; at the end of a training batch or later."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def validation_follows(trainer: Trainer) -> bool:

@@ -8,6 +8,7 @@ is whole; a folder that holds a run of other settings is never trained into, exc
 """
 
 import argparse
+import atexit
 import signal
 import warnings
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from unet_diffusion.checkpoint import load_plain, read_checkpoint
@@ -40,6 +42,7 @@ from unet_diffusion.training.callbacks import (
     run_folder,
 )
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
+from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import CountReplaced, SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
@@ -53,6 +56,7 @@ CHECKPOINTS = "checkpoints"
 FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
+MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
 
 
@@ -97,8 +101,12 @@ class TrainingCLI(LightningCLI):
         self.task = TASKS[task]
         try:
             super().__init__(self.task.module, self.task.data, **options)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except BaseException as error:
+            launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                # The other processes would wait for this one. Last, as Lightning ends this one soon after another.
+                atexit.register(launcher.kill, signal.SIGKILL)
+            if not isinstance(error, RuntimeError | MemoryError) or not is_out_of_memory(error):
                 raise
             batch_size = getattr(getattr(self, "datamodule", None), "batch_size", None)
             accumulated = self.trainer.accumulate_grad_batches if hasattr(self, "trainer") else 1
@@ -193,9 +201,11 @@ class TrainingCLI(LightningCLI):
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # Lightning would save in the middle of a step; StopOnSignal does it after one
         strategy = made.strategy
-        if isinstance(strategy, ModelParallelStrategy) and strategy._data_parallel_size == "auto":
-            # Lightning's own choice is tensor parallelism within a node, which no network here is made for.
-            strategy._data_parallel_size, strategy._tensor_parallel_size = made.world_size, 1
+        if isinstance(strategy, ModelParallelStrategy):
+            strategy._save_distributed_checkpoint = False  # one file, for any number of processes to go on from
+            if strategy._data_parallel_size == "auto":
+                # Lightning's own choice is tensor parallelism within a node, which no network here is made for.
+                strategy._data_parallel_size, strategy._tensor_parallel_size = made.world_size, 1
         return made
 
     def _settings(self) -> dict[str, Any]:
@@ -214,7 +224,10 @@ class TrainingCLI(LightningCLI):
             return asked  # one of its own, or a word of Lightning's, like last
         if not any((root / CHECKPOINTS).glob("*.ckpt")):
             return asked
-        _refuse_other_settings(root, self._settings())
+        before = _refuse_other_settings(root, self._settings())
+        changed = _differences(_of_steps(before.get("trainer")), _of_steps(self._settings()["trainer"]), "trainer")
+        if changed:
+            rank_zero_warn(f"{root} goes on with other settings than it had: {'; '.join(changed)}")
         found = newest_good(root / CHECKPOINTS)
         assert found is not None
         path, step = found
@@ -239,10 +252,11 @@ class TrainingCLI(LightningCLI):
             return
         if isinstance(self.model, AutoencoderModule):  # on all processes: what is exported is of the last weights
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+        folder = run_folder(self.trainer)
+        if not self.trainer.strategy.broadcast((folder / "samples.png").exists()):
+            # A run that had all its steps was killed before that.
+            self._get(self.config_init, "samples").on_train_end(self.trainer, self.model)
         if self.trainer.is_global_zero:
-            folder = run_folder(self.trainer)
-            if not (folder / "samples.png").exists():  # of a run that had all its steps, and was killed before that
-                self._get(self.config_init, "samples").on_train_end(self.trainer, self.model)
             rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and {self._hand_over(folder)}")
 
     def _hand_over(self, folder: Path) -> str:
@@ -311,7 +325,13 @@ def _without(settings: Any, keys: set[str]) -> Any:
     return {key: _without(value, keys) for key, value in settings.items() if key not in keys or isinstance(value, dict)}
 
 
-def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> None:
+def _of_steps(trainer: Any) -> dict[str, Any]:
+    """Of the trainer's settings those that make other steps of the same images."""
+    return {name: trainer.get(name) for name in MAKE_STEPS} if isinstance(trainer, dict) else {}
+
+
+def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the run had, if they train the same."""
     file = root / "config.yaml"
     before = yaml.safe_load(file.read_text()) if file.is_file() else {}
     wanted = {key: settings[key] for key in WHAT_IS_TRAINED}
@@ -325,6 +345,7 @@ def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> None:
             f"Train it on with these by --ckpt_path {root / CHECKPOINTS / LAST}, or start another with "
             "--trainer.default_root_dir DIR"
         )
+    return before
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -340,7 +361,7 @@ def _loggers(wanted: Any, root: Path) -> Any:
     if wanted is False:
         return False
     csv = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "class_path": f"{RunCSVLogger.__module__}.{RunCSVLogger.__name__}",
         # A version of its own each time it starts: a continued run would otherwise delete the log it continues.
         # Each row is written at once: a process that is killed leaves what it logged.
         "init_args": {"save_dir": str(root), "name": "logs", "flush_logs_every_n_steps": 1},

@@ -22,25 +22,29 @@ class SkipBadSteps(Callback):
 
     Gradients are looked at after they were summed over processes, so that all of them do the same. A fused optimiser
     is told on the device, as `torch.amp.GradScaler` does it; another one, or one of sharded weights, is left without
-    gradients, for which one number is read. `train/skipped_steps` counts since this process began, and is read when
-    losses are logged; if the last ten were skipped then, the run ends, and `bad_batch_RANK.pt` in its folder holds the
-    last batch. In float16 steps are skipped by the GradScaler, and not counted.
+    gradients, for which one number is read. `train/skipped_steps` counts those of the run, of all its optimisers, and
+    is read when losses are logged; if ten in a row were skipped by then, the run ends, and `bad_batch_RANK.pt` in its
+    folder holds the last batch. In float16 steps are skipped by the GradScaler, and not counted.
     """
 
     def __init__(self) -> None:
-        self._skipped = torch.zeros(2)  # all, and those in a row
+        self._counts: dict[int, Tensor] = {}  # by optimiser: all, in a row now, most in a row since they were read
         self._reported = 0
         self._looked_at = 0  # step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Of the optimiser itself, not Lightning's wrapper; Lightning calls it, or who steps past Lightning."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:  # float16: its GradScaler does it
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        pl_module.gradient_norm = norm  # clipping needs it too
         is_sharded = isinstance(norm, DTensor)
         bad = (~torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)).float()
-        self._skipped = self._skipped.to(bad.device)
-        self._skipped = torch.stack([self._skipped[0] + bad, (self._skipped[1] + 1) * bad])
+        number = next(number for number, one in enumerate(trainer.optimizers) if one is optimizer)
+        total, in_a_row, most = self._counts.get(number, torch.zeros(3)).to(bad.device)
+        in_a_row = (in_a_row + 1) * bad
+        self._counts[number] = torch.stack([total + bad, in_a_row, torch.maximum(most, in_a_row)])
         if all(group.get("fused") for group in optimizer.param_groups) and not is_sharded:
             # Attributes that fused optimisers look for; torch's types do not have them.
             optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
@@ -55,19 +59,33 @@ class SkipBadSteps(Callback):
         if step % every or step == self._looked_at:  # with accumulation, several batches end at the same step
             return
         self._looked_at = step
-        skipped, in_a_row = (int(number) for number in self._skipped.tolist())
+        skipped, most = self._read()
+        for counts in self._counts.values():
+            counts[2] = 0.0
         pl_module.log("train/skipped_steps", float(skipped))
         if skipped > self._reported:
             rank_zero_warn(f"{skipped - self._reported} of the steps to {step} were skipped: gradients not finite")
             self._reported = skipped
-        if in_a_row >= MAX_BAD_STEPS:
+        if most >= MAX_BAD_STEPS:
             path = Path(trainer.default_root_dir) / f"bad_batch_{trainer.global_rank}.pt"
             keep_batch(path, batch, step)
             raise RuntimeError(
-                f"the gradients of {in_a_row} steps in a row, to step {step}, were not finite; the steps were skipped, "
-                f"and the weights are as before. The last batch is in {path}. Look for images or labels that are not "
-                "numbers; else lower --model.optimizer.init_args.lr and start afresh"
+                f"the gradients of {most} steps in a row, to step {step} or shortly before, were not finite; they were "
+                f"skipped, and the weights are as before them. The last batch is in {path}. Look for images or labels "
+                "that are not numbers; else lower --model.optimizer.init_args.lr and start afresh"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self._read()[0]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._counts = {0: torch.tensor([float(state_dict["skipped"]), 0.0, 0.0])}
+        self._reported = state_dict["skipped"]
+
+    def _read(self) -> tuple[int, int]:
+        """How many were skipped, and the most in a row since the losses were logged last; waits for the device."""
+        counts = [[int(number) for number in one.tolist()] for one in self._counts.values()]
+        return sum(total for total, *_ in counts), max((most for *_, most in counts), default=0)
 
 
 class CountReplaced(Callback):

@@ -5,10 +5,8 @@ its own, and without asking the device. Who falls silent is stopped, dead or cut
 the others, is busy or stuck in what it tells of.
 """
 
-import atexit
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -19,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.constants import default_pg_timeout
 
 MAX_BEAT_SECONDS = 2.0
@@ -100,9 +97,6 @@ class NameStalled(Callback):
         if is_of_all_processes(exception):
             exception.args = (f"{exception}; {describe(*self._two_readings())}",)
             self._beat = self._beat._replace(ended=WAITED)
-            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-                # Last, as Lightning kills this process soon after one that it started.
-                atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         else:
             self._beat = self._beat._replace(ended=f"{type(exception).__name__}: {exception}")
         self._ended.set()

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from unet_diffusion.interruption import Interrupted
-from unet_diffusion.training.checkpointing import RunCheckpoint, validation_follows
+from unet_diffusion.training.checkpointing import RunCheckpoint, is_within_step, validation_follows
 from unet_diffusion.training.stalled import strategy_timeout
 
 
@@ -46,17 +46,18 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=strategy_timeout(trainer))
+            # Lightning's own agreement, whose place this takes, would wait for the device at each step.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         for signum in _signals():
             signal.signal(signum, self._receive)  # Lightning puts back what was there at the end
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        # Between the batches of one step there are gradients, which no checkpoint holds.
-        if not trainer.fit_loop.epoch_loop._should_accumulate() and not validation_follows(trainer):
-            self._save_if_asked(trainer)
+        if not is_within_step(trainer) and not validation_follows(trainer):
+            self._save_if_asked(trainer, RunCheckpoint.save_after_batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save_if_asked(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not is_within_step(trainer):
+            self._save_if_asked(trainer, RunCheckpoint.save_now)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Leaves; not with the checkpoint, as the losses of its step are logged after it."""
@@ -75,14 +76,15 @@ class StopOnSignal(Callback):
         if self._signum:
             raise Interrupted(signum)
         self._signum = signum
-        print(f"{signal.Signals(signum).name}: stopping after this step; once more stops at once", file=sys.stderr)
+        said = f"{signal.Signals(signum).name}: stopping after this step; once more stops at once\n"
+        os.write(2, said.encode())  # not print, which fails if the signal came in the middle of one
 
-    def _save_if_asked(self, trainer: Trainer) -> None:
+    def _save_if_asked(self, trainer: Trainer, save: Callable[[RunCheckpoint, Trainer], None]) -> None:
         self._leaving = self._leaving or self._agreed()
         if self._leaving:
             for one in trainer.checkpoint_callbacks:
                 if isinstance(one, RunCheckpoint):
-                    one.save_now(trainer)
+                    save(one, trainer)
 
     def _agreed(self) -> int:
         """The signal that some process had a step ago, or 0; the same on all."""

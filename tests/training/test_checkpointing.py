@@ -1,0 +1,84 @@
+"""When RunCheckpoint saves, and what it takes for the best; that files are whole is shown in test_resume.py."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from unet_diffusion.training.checkpointing import RunCheckpoint, is_within_step
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    def make(**options) -> RunCheckpoint:
+        return RunCheckpoint(tmp_path, filename="{step}", save_last=True, **options)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+        {"train_time_interval": timedelta(0)},
+        {"every_n_train_steps": 1},
+    ],
+)
+def test_nothing_is_saved_within_a_step(tiny_module, tiny_images, quiet_trainer, checkpoints, monkeypatch, options):
+    """Of two batches, with a validation after each batch."""
+    within, save = [], RunCheckpoint._save_checkpoint
+
+    def recorded(self, trainer, path):
+        within.append((trainer.global_step, is_within_step(trainer)))
+        save(self, trainer, path)
+
+    monkeypatch.setattr(RunCheckpoint, "_save_checkpoint", recorded)
+    trainer = quiet_trainer(
+        max_steps=6,
+        accumulate_grad_batches=2,
+        val_check_interval=1,
+        enable_checkpointing=True,
+        callbacks=[checkpoints(**options)],
+    )
+    trainer.fit(tiny_module(), tiny_images())
+    assert {step for step, _ in within} == set(range(1, 7))
+    assert not any(is_within for _, is_within in within)
+
+
+class SavesAt(Callback):
+    """Saves as a signal would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.checkpoint_callback.save_now(trainer)
+
+
+def test_weights_are_not_taken_for_the_best_by_a_validation_of_others(
+    tiny_module, tiny_images, quiet_trainer, checkpoints, tmp_path
+):
+    best = checkpoints(monitor="val/loss", mode="max", save_top_k=9, every_n_epochs=1)
+    trainer = quiet_trainer(max_steps=4, val_check_interval=2, enable_checkpointing=True, callbacks=[SavesAt(3), best])
+    trainer.fit(tiny_module(), tiny_images())
+    assert {path.rsplit("=", 1)[-1] for path in best.best_k_models} == {"2.ckpt", "4.ckpt"}
+    assert torch.load(tmp_path / "previous.ckpt", weights_only=True)["global_step"] == 3
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_last_is_the_newest_even_if_others_are_better(tiny_module, tiny_images, quiet_trainer, checkpoints, tmp_path):
+    falls = checkpoints(monitor="val/loss", mode="max", every_n_epochs=1)  # the first stays the best
+    module = tiny_module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0e-3))
+    trainer = quiet_trainer(max_steps=8, val_check_interval=2, enable_checkpointing=True, callbacks=[falls])
+    trainer.fit(module, tiny_images())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_run_that_goes_on_with_other_steps_says_so(tiny_digits, run_cli, tmp_path):
+    arguments = [*tiny_digits, "--trainer.default_root_dir", tmp_path / "run", "--samples.every_n_steps", 0]
+    assert run_cli("fit", *arguments)[0] == 0
+    with pytest.warns(UserWarning, match="other settings than it had: trainer.accumulate_grad_batches was 1, is 2"):
+        status, _, err = run_cli("fit", *arguments, "--trainer.max_steps", 6, "--trainer.accumulate_grad_batches", 2)
+    assert status == 0, err

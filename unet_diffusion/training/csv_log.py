@@ -1,0 +1,47 @@
+"""The CSV file of a run's losses: each row on the disk at once, once, and no moment without the rows before it."""
+
+import csv
+import os
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from unet_diffusion.whole_file import whole_file
+
+
+class RunCSVLogger(CSVLogger):
+    """Lightning's CSVLogger, to which RunCheckpoint may tell a step's losses before Lightning does.
+
+    Its arguments are CSVLogger's.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the file."""
+        if self._experiment is None:
+            os.makedirs(self.root_dir, exist_ok=True)
+            self._experiment = WholeRows(log_dir=self.log_dir)
+        return self._experiment
+
+
+class WholeRows(ExperimentWriter):
+    """Writes each row once, and a file with more columns takes the place of the one before in one step."""
+
+    _last = ""  # as text, in which a loss that is not a number equals itself
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics_dict, step)
+        before, self._last = self._last, str(self.metrics[-1])
+        if self._last == before:
+            self.metrics.pop()
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        with whole_file(self.metrics_file_path) as partial, open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
