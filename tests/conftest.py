@@ -3,13 +3,16 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from unet_diffusion.cli import main
-from unet_diffusion.data import ImageDataModule, ImageSet
+from unet_diffusion.data import ImageDataModule, ImageSet, find_images, pack_images
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.training import DiffusionModule
 from unet_diffusion.unet import DenoiserUNet
@@ -149,6 +152,22 @@ def console_script() -> str:
 @pytest.fixture(scope="session")
 def tiny_digits() -> tuple[str, ...]:
     return tuple(TINY_DIGITS)
+
+
+@pytest.fixture(scope="session")
+def streamed_digits(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
+    """The digits in 36 shards, with classes, and the arguments that make a tiny run stream them from there."""
+    folder = tmp_path_factory.mktemp("streamed")
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = folder / "images" / str(label) / f"{number:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).save(path)
+    pack_images(find_images(folder / "images"), folder / "shards", root="images", shard_images=50, class_labels=True)
+    data = ["--data", "StreamDataModule", "--data.init_args.root", str(folder / "shards")]
+    data += ["--data.init_args.image_size", "8", "--data.init_args.channels", "1"]
+    data += ["--data.init_args.class_labels", "true", "--data.init_args.num_workers", "2"]
+    return folder / "shards", tuple([*TINY_DIGITS, *data])
 
 
 @pytest.fixture(scope="session")

@@ -157,6 +157,15 @@ def test_segmentation_speed(tmp_path):
     assert all(row["megapixels/s"] > 0 for row in rows)
 
 
+def test_streaming(tmp_path):
+    write_pairs(tmp_path, 3, False, num=30)
+    sizes = ["--image_size", 16, "--batch_size", 2, "--shard_images", 4, "--epochs", 1]
+    rows = run("streaming.py", "--images", tmp_path / "image", *sizes, output=tmp_path / "streaming.json")["results"]
+    assert [row["images from"] for row in rows[:2]] == ["memory", "the folder"]
+    assert all(row["images/s"] > 0 for row in rows)
+    assert {row["resumed order"] for row in rows[:6]} == {"the same"}
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 5])
 def test_ring_sums_and_sends_as_many_bytes_as_its_formula(num_processes):
     """An all-reduce done by hand: chunks go round to be summed, and once more as sums."""

@@ -12,6 +12,7 @@ from PIL import Image
 
 from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
 from unet_diffusion.codecs import kl_autoencoder
+from unet_diffusion.data import find_images, pack_images
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.unet import DenoiserUNet
 
@@ -55,6 +56,7 @@ NARROWER = {
         "--model.unet.init_args.head_channels",
         "4",
     ],
+    "stream.yaml": [*DENOISE, "--model.unet.init_args.channels=[8,8,8,8]", "--model.unet.init_args.head_channels=4"],
 }
 
 
@@ -123,6 +125,11 @@ def write_folder(root, monkeypatch):
         Image.fromarray(rng.integers(256, size=(64, 72, 3), dtype=np.uint8)).save(root / f"{i}.png")
 
 
+def write_shards(root, monkeypatch):
+    write_folder(root.with_name("images"), monkeypatch)
+    pack_images(find_images(root.with_name("images")), root, root="images", shard_images=5)
+
+
 def write_pairs(root, channels, instances, num=6):
     rng = np.random.default_rng(0)
     for kind in ("image", "label"):
@@ -140,6 +147,7 @@ DATA = {
     "fashion_mnist.yaml": write_fashion_mnist,
     "folder.yaml": write_folder,
     "nuclei_denoiser.yaml": write_folder,
+    "stream.yaml": write_shards,
 }
 LATENTS = {"latents.yaml": [], "latents_text.yaml": ["--captions"]}
 AUTOENCODE = [name for name in RECIPES if name.startswith("autoencoder")]

@@ -1,4 +1,4 @@
-"""The command line: `unet-diffusion fit | validate | encode | two-stages | sample | segment | export | import`.
+"""The command line: `unet-diffusion fit | validate | pack | encode | two-stages | sample | segment | export | import`.
 
 fit and validate are Lightning's own command line, so that every argument of the module, the data and the trainer is an
 option; the others are small programs on a checkpoint. Every error is one message; `--traceback` shows its origin.
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("fit", help="train a denoiser, segmenter or autoencoder: fit --config configs/digits.yaml")
     commands.add_parser("validate", help="validation loss: validate --config CONFIG --ckpt_path CHECKPOINT")
+    _add_pack(commands.add_parser("pack", help="shards of images, to train on more than a disk holds", **_STYLE))
     _add_encode(commands.add_parser("encode", help="latents of images, to train a denoiser on", **_STYLE))
     _add_two_stages(commands.add_parser("two-stages", help="latent diffusion: from images to samples", **_STYLE))
     _add_sample(commands.add_parser("sample", help="draw images from a checkpoint", **_STYLE))
@@ -95,6 +96,60 @@ def _train(arguments: list[str]) -> None:
     from unet_diffusion.training.cli import TrainingCLI
 
     TrainingCLI.run(arguments)
+
+
+# --------------------------------------------------------------------------------------------------------------- pack
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write the images of a folder to DIR as shards, tar archives of many images each, for fit --config "
+        "configs/stream.yaml --data.init_args.root DIR, or the address that DIR is copied to. Files are kept as they "
+        "are, in an order drawn at random, unless they are to be scaled. The same command again goes on where it was "
+        "cut off."
+    )
+    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder for the shards")
+    parser.add_argument("--shard_images", type=int, default=1024,
+                        help="images a shard; training holds some 16 shards in memory, as files")  # fmt: skip
+    parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"),
+                        help="scale and cut images to this size, as fit would, and keep them as PNG, which takes less "
+                        "time in training; default: as they are")  # fmt: skip
+    parser.add_argument("--channels", type=int, choices=(1, 3, 4), default=3, help="with --image_size")
+    parser.add_argument("--background", default="white", help="with --image_size: behind transparent pixels")
+    parser.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
+    parser.add_argument("--captions", action="store_true", help="keep captions: metadata.csv, .jsonl or NAME.txt")
+    parser.add_argument("--on_bad_file", choices=("error", "skip"), default="error",
+                        help="what to do about files that cannot be decoded or are too small; an error lists all of "
+                        "them, once the others are packed")  # fmt: skip
+    parser.set_defaults(run=_pack)
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from unet_diffusion.data import ImageFormat, find_images, pack_images
+    from unet_diffusion.data.checking import bad_files_message
+
+    image_format = None
+    if options.image_size is not None:
+        height, width = options.image_size
+        image_format = ImageFormat(height, width, options.channels, options.background)
+    files = find_images(options.images)
+    with tqdm(total=len(files.names), unit="image", desc="pack") as bar:
+        bad_files = pack_images(
+            files, options.folder, root=options.images, shard_images=options.shard_images, image_format=image_format,
+            class_labels=options.class_labels, captions=options.captions,
+            skip_bad_files=options.on_bad_file == "skip", progress=bar.update,
+        )  # fmt: skip
+    if bad_files:
+        message = bad_files_message(bad_files, len(files.names))
+        if options.on_bad_file == "error":
+            raise ValueError(f"{message}\nThe others are packed. Mend these and run the same command again, or run it "
+                             "with --on_bad_file skip to leave them out.")  # fmt: skip
+        print(f"{message}\nThe others are used.", file=sys.stderr)
+    print(f"{len(files.names) - len(bad_files)} images in {options.folder}; to train on them: unet-diffusion fit "
+          f"--config configs/stream.yaml --data.init_args.root {options.folder}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- encode

@@ -260,6 +260,25 @@ def test_run_that_is_told_to_stop_saves_and_ends_with_the_status_of_the_signal(r
     assert_same(stopped, untouched(60))
 
 
+def test_streamed_run_that_is_stopped_and_killed_is_the_untouched_one(server, streamed_digits):
+    """Its workers read shards, in a window of two; an epoch is 9 steps."""
+    untouched, stopped = (
+        Run(server.folder, [*streamed_digits[1]], f"{name}_stream", 40, server) for name in ("untouched", "stopped")
+    )
+    untouched.start()
+    assert untouched.status() == 0, untouched.log.read_text()
+    for signum, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
+        before = stopped.last()["global_step"] if stopped.folder.exists() else 0
+        process = stopped.start()
+        stopped.saves(after=before)
+        os.kill(process, signum)
+        assert stopped.status() == status, stopped.log.read_text()
+    assert stopped.last()["global_step"] < 40
+    stopped.start()
+    assert stopped.status() == 0, stopped.log.read_text()
+    assert_same(stopped, untouched)
+
+
 @pytest.mark.parametrize(
     ("fault", "said", "step"),
     [

@@ -61,6 +61,10 @@ class ImageDataModule(LightningDataModule):
         """All images and their labels; called once."""
         raise NotImplementedError(f"{type(self).__name__} must define load()")
 
+    def split(self, num_images: int) -> tuple[Tensor, Tensor]:
+        """Indices to train and to validate on, sorted."""
+        return split_indices(num_images, self.num_val)
+
     def setup(self, stage: str | None = None) -> None:
         """Load the images, once, and split them.
 
@@ -72,7 +76,7 @@ class ImageDataModule(LightningDataModule):
         """
         if self._image_set is None:
             image_set = self.load()
-            self.train_indices, self.val_indices = split_indices(len(image_set.images), self.num_val)
+            self.train_indices, self.val_indices = self.split(len(image_set.images))
             self._image_set = image_set
 
     @property

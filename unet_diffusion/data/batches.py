@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from unet_diffusion.data.checking import StreamedImages
+from unet_diffusion.data.shards import ShardedImages
 from unet_diffusion.schedule import keyed_generator
 
 Batch = dict[str, Tensor]
@@ -25,13 +26,13 @@ class ImageSet:
     """All images of a data set, before they are split.
 
     Args:
-        images: uint8 or uint16 (N, C, H, W), in memory or streamed.
+        images: uint8 or uint16 (N, C, H, W), in memory, or decoded when they are asked for.
         labels: class of each image, (N,) int64, or None.
         class_names: name of each class, or None.
         captions: of each image, or None.
     """
 
-    images: Tensor | StreamedImages
+    images: Tensor | StreamedImages | ShardedImages
     labels: Tensor | None = None
     class_names: list[str] | None = None
     captions: list[str] | None = None

@@ -100,7 +100,7 @@ class FolderDataModule(ImageDataModule):
         """
         files = find_images(self.root)
         if self.class_labels:
-            _class_names(files.names, self.root)  # fails before the files are decoded, not after
+            class_names_of(files.names, self.root)  # fails before the files are decoded, not after
         if self.has_captions:
             read_captions(files, files.names)
         in_memory = self.in_memory
@@ -113,8 +113,8 @@ class FolderDataModule(ImageDataModule):
         captions = read_captions(files, checked.names) if self.has_captions else None
         if not self.class_labels:
             return ImageSet(checked.images, captions=captions)
-        class_names = _class_names(checked.names, self.root)
-        return ImageSet(checked.images, _labels(checked.names, class_names), class_names, captions)
+        class_names = class_names_of(checked.names, self.root)
+        return ImageSet(checked.images, labels_of(checked.names, class_names), class_names, captions)
 
     def _report(self, checked: CheckedImages) -> None:
         if not checked.bad_files:
@@ -224,8 +224,12 @@ def cut(image: Tensor, tile_size: int) -> Tensor:
     return torch.stack([image[:, top : top + tile_size, left : left + tile_size] for top in tops for left in lefts])
 
 
-def _class_names(names: list[str], root: str | Path) -> list[str]:
-    """The folders directly below root, sorted."""
+def class_names_of(names: list[str], root: str | Path) -> list[str]:
+    """The folders directly below root, sorted.
+
+    Raises:
+        ValueError: if there are files outside of them, or fewer than two.
+    """
     loose = [name for name in names if "/" not in name]
     if loose:
         raise ValueError(
@@ -241,6 +245,7 @@ def _class_names(names: list[str], root: str | Path) -> list[str]:
     return class_names
 
 
-def _labels(names: list[str], class_names: list[str]) -> Tensor:
+def labels_of(names: list[str], class_names: list[str]) -> Tensor:
+    """The class of each file, (N,) int64."""
     number = {name: i for i, name in enumerate(class_names)}
     return torch.tensor([number[name.split("/")[0]] for name in names])

@@ -12,6 +12,7 @@ from torch import Tensor
 from unet_diffusion.conditioning import Maps
 from unet_diffusion.data.base import ImageDataModule, scale_to_unit_range
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet
+from unet_diffusion.data.stream import StreamDataModule
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.maps import (
     LOW_RES_SCHEDULE,
@@ -46,7 +47,7 @@ class ImagesWithMaps(ImageDataModule):
         gives: the condition that takes its maps.
 
     Raises:
-        ValueError: if the scale is out of range.
+        ValueError: if the scale is out of range, or the images are streamed.
     """
 
     gives: ClassVar[type[Maps]]
@@ -60,6 +61,8 @@ class ImagesWithMaps(ImageDataModule):
     ) -> None:
         if scaling_factor is not None and not scaling_factor > 0:
             raise ValueError(f"scaling_factor must be above 0, got {scaling_factor}; null takes the autoencoder's")
+        if isinstance(images, StreamDataModule):
+            raise ValueError("images must be in a folder or archive, got those of a stream, which have no maps yet")
         super().__init__(
             batch_size=images.batch_size,
             num_val=images.num_val,

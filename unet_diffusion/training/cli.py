@@ -43,7 +43,7 @@ from unet_diffusion.training.callbacks import (
 )
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
 from unet_diffusion.training.csv_log import RunCSVLogger
-from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
+from unet_diffusion.training.health import CountReplaced, SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.segmentation import SegmentationModule
@@ -193,7 +193,8 @@ class TrainingCLI(LightningCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
-        self.trainer_defaults["callbacks"] = [*bar, *rates, NameStalled(), SkipBadSteps(), StopOnSignal()]
+        watching = [NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
+        self.trainer_defaults["callbacks"] = [*bar, *rates, *watching]
         made = super().instantiate_trainer(**kwargs)
         made.strategy.checkpoint_io = WholeCheckpoints()
         cluster = made._accelerator_connector.cluster_environment

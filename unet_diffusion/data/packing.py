@@ -1,0 +1,237 @@
+"""Writing shards: a folder of images becomes tar archives and an index, for `StreamDataModule`.
+
+Images go into shards in an order drawn at random, so that each shard is a sample of the whole set: what is shuffled in
+training, a few shards at a time, is then as mixed as the set. A shard appears whole or not at all, and its record after
+it; the index, which makes the folder a set of shards, comes last.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unet_diffusion.data.captions import read_captions
+from unet_diffusion.data.checking import decoded, in_threads
+from unet_diffusion.data.decoding import ImageFormat, decode_image, upright_size
+from unet_diffusion.data.files import ImageFiles
+from unet_diffusion.data.folder import class_names_of, labels_of
+from unet_diffusion.data.shards import INDEX, SETTINGS, Shard, ShardIndex, shard_name
+from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.whole_file import whole_file
+
+ORDER_KEY = 2  # keeps the order apart from the split of a folder
+COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An image as it goes into a shard.
+
+    Args:
+        content: of the image file.
+        extension: of its name, such as ".png".
+        size: height and width in pixels.
+        bits: 8 or 16 a channel.
+    """
+
+    content: bytes
+    extension: str
+    size: tuple[int, int]
+    bits: int
+
+
+def pack_images(
+    files: ImageFiles,
+    folder: Path,
+    *,
+    root: str | Path,
+    shard_images: int = 1024,
+    image_format: ImageFormat | None = None,
+    class_labels: bool = False,
+    captions: bool = False,
+    skip_bad_files: bool = False,
+    progress: Callable[[int], object] = lambda num_images: None,
+) -> list[str]:
+    """Write shards of all images, going on where an earlier call with the same arguments was cut off.
+
+    Args:
+        files: the images.
+        folder: made if it is not there.
+        root: where the images are, for messages and to tell them from others.
+        shard_images: images a shard; fewer in the last one, and where some were left out.
+        image_format: scale and cut each image to it, and keep it as PNG; None: keep the files as they are.
+        class_labels: the folder directly below the root that a file lies in is its class.
+        captions: each image has a caption, see `captions.py`.
+        skip_bad_files: leave out files that cannot be decoded or are too small; otherwise there is no index then.
+        progress: called with the number of images that were done.
+
+    Returns:
+        "name: reason" for each file that cannot be used.
+
+    Raises:
+        FileExistsError: if the folder holds something else, or shards of other images or settings.
+        ValueError: if a number is out of range, with class_labels there are no classes, with captions images without
+            one, or no image can be used.
+    """
+    if shard_images < 1:
+        raise ValueError(f"shard_images must be at least 1, got {shard_images}")
+    class_names = class_names_of(files.names, root) if class_labels else None
+    labels = labels_of(files.names, class_names).tolist() if class_names else None
+    texts = read_captions(files, files.names) if captions else None
+    settings = {
+        "images": str(Path(root).resolve()),
+        "num_images": len(files.names),
+        "names": hashlib.sha256("\n".join(files.names).encode()).hexdigest(),
+        "shard_images": shard_images,
+        "image_format": str(image_format),
+        "class_names": class_names,
+        "captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
+    }
+    _check_same(folder, settings)
+    for partial in folder.rglob(".*.partial"):  # of a process that was killed
+        partial.unlink()
+    order = torch.randperm(len(files.names), generator=keyed_generator(ORDER_KEY)).tolist()
+    records = []
+    for number, start in enumerate(range(0, len(order), shard_images)):
+        members = order[start : start + shard_images]
+        record = _record(folder, number)
+        if record is None or (record["bad_files"] and not skip_bad_files):
+            record = _write_shard(folder, number, files, members, image_format, labels, texts)
+        progress(len(members))
+        records.append(record)
+    bad_files = [line for record in records for line in record.pop("bad_files")]
+    if not bad_files or skip_bad_files:
+        _write_index(folder, records, class_names, image_format.channels if image_format else None)
+    return bad_files
+
+
+def _record(folder: Path, number: int) -> dict[str, Any] | None:
+    path = _record_path(folder, number)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _record_path(folder: Path, number: int) -> Path:
+    return folder / "records" / f"{number:05d}.json"
+
+
+def _write_shard(
+    folder: Path,
+    number: int,
+    files: ImageFiles,
+    members: list[int],
+    image_format: ImageFormat | None,
+    labels: list[int] | None,
+    texts: list[str] | None,
+) -> dict[str, Any]:
+    """A shard, and what is to be known of it."""
+    names = {files.names[i]: i for i in members}
+    good: dict[int, Packed] = {}
+    bad_files = []
+
+    def pack(name: str) -> Packed | str:
+        return decoded(lambda content: _packed(content, name, image_format), files, name)
+
+    for name, one in in_threads(pack, list(names), "pack", progress=False):
+        if isinstance(one, str):
+            bad_files.append(f"{name}: {one}")
+        else:
+            good[names[name]] = one
+    with whole_file(folder / shard_name(number)) as partial:
+        _write_tar(partial, good.values())
+        with open(partial, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    shard = Shard(
+        len(good),
+        sha256,
+        labels=[labels[i] for i in good] if labels else None,
+        captions=[texts[i] for i in good] if texts else None,
+    )
+    sizes = [one.size for one in good.values()]
+    record = {
+        "shard": asdict(shard),
+        "smallest": [min(sides) for sides in zip(*sizes, strict=True)] if sizes else None,
+        "bits": max((one.bits for one in good.values()), default=8),
+        "bad_files": bad_files,
+    }
+    with whole_file(_record_path(folder, number)) as partial:
+        partial.write_text(json.dumps(record))
+    return record
+
+
+def _packed(content: bytes, name: str, image_format: ImageFormat | None) -> Packed:
+    """Decodes the image, so that a damaged one is found here.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    pixels = decode_image(content, image_format or ImageFormat(1, 1))
+    bits = 16 if pixels.dtype == torch.uint16 else 8
+    if image_format is None:
+        return Packed(content, PurePosixPath(name).suffix.lower(), upright_size(content), bits)
+    if bits == 16:
+        raise ValueError("16 bits a channel are not kept by --image_size; leave it out, or save the image in 8 bits")
+    return Packed(_png(pixels), ".png", (image_format.height, image_format.width), bits)
+
+
+def _png(pixels: Tensor) -> bytes:
+    """A (C, H, W) uint8 image as a file."""
+    picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy(), PILLOW_MODES[len(pixels)])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=COMPRESS_LEVEL)
+    return buffer.getvalue()
+
+
+def _write_tar(path: Path, images: Iterable[Packed]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for number, image in enumerate(images):
+            member = tarfile.TarInfo(f"{number:06d}{image.extension}")  # without a date: the same bytes every time
+            member.size = len(image.content)
+            archive.addfile(member, io.BytesIO(image.content))
+
+
+def _write_index(
+    folder: Path, records: list[dict[str, Any]], class_names: list[str] | None, channels: int | None
+) -> None:
+    sizes = [record["smallest"] for record in records if record["smallest"]]
+    if not sizes:
+        raise ValueError(f"none of the images can be used, so {folder} is left without an index")
+    height, width = (min(sides) for sides in zip(*sizes, strict=True))
+    index = ShardIndex(
+        shards=[Shard(**record["shard"]) for record in records],
+        class_names=class_names,
+        smallest=(height, width),
+        bits=max(record["bits"] for record in records),
+        channels=channels,
+    )
+    with whole_file(folder / INDEX) as partial:
+        partial.write_text(json.dumps(asdict(index)))
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in an empty folder; in another they must be the same.
+
+    Raises:
+        FileExistsError: if they are not.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        with whole_file(folder / SETTINGS) as partial:
+            partial.write_text(json.dumps(settings, indent=1))
+        return
+    if not (folder / SETTINGS).is_file():
+        raise FileExistsError(f"{folder} holds files that are no shards; choose another folder")
+    before = json.loads((folder / SETTINGS).read_text())
+    differ = [key for key in settings if before.get(key) != settings[key]]
+    if differ:
+        raise FileExistsError(
+            f"the shards in {folder} are of other images or settings ({', '.join(differ)}); choose another folder, or "
+            "remove that one"
+        )

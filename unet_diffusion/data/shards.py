@@ -1,0 +1,361 @@
+"""Images in shards: tar archives of about a thousand images each, in a folder or behind an address, and an index.
+
+`unet-diffusion pack` writes them. index.json says how many images each shard holds, of which classes, with which
+captions, and the shard's checksum, so that an epoch is planned before anything is read. A shard is read whole, which is
+what object stores are fast at, by fsspec (https://filesystem-spec.readthedocs.io): local paths, http, s3 and many more.
+Nothing in a shard is run: its members are image files.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import time
+import warnings
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import fsspec
+import torch
+from torch import Tensor
+
+from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
+
+T = TypeVar("T")
+
+INDEX, SETTINGS = "index.json", "settings.json"
+FIRST_WAIT = 0.5  # seconds before a read is tried again, doubled each time: four retries take 7.5 s
+SILENCE = 30  # seconds without a byte over http, after which a read has failed
+MAX_BAD_SHARDS = 8  # one after the other: then it is not the shards, but what they lie on
+
+
+class ShardError(OSError):
+    """A shard, or the index, cannot be read, or its contents are not those that were packed."""
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard."""
+    return f"shard_{number:05d}.tar"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the index says of a shard.
+
+    Args:
+        num_images: in it, possibly none.
+        sha256: of the whole file.
+        labels: class of each image, or None.
+        captions: of each image, or None.
+    """
+
+    num_images: int
+    sha256: str
+    labels: list[int] | None = None
+    captions: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What `unet-diffusion pack` wrote.
+
+    Args:
+        shards: in order.
+        class_names: name of each class, or None.
+        smallest: height and width that no image falls below, in pixels.
+        bits: 8, or 16 if any image has 16 bits a channel.
+        channels: that images were given when they were scaled; None: they are as they were in their files.
+    """
+
+    shards: list[Shard]
+    class_names: list[str] | None
+    smallest: tuple[int, int]
+    bits: int
+    channels: int | None = None
+
+    @classmethod
+    def from_json(cls, text: bytes, place: str) -> "ShardIndex":
+        """The counterpart of what `pack_images` writes.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            fields = json.loads(text)
+            height, width = map(int, fields.pop("smallest"))
+            index = cls(shards=[Shard(**one) for one in fields.pop("shards")], smallest=(height, width), **fields)
+            counts = [[len(known) for known in (s.labels, s.captions) if known is not None] for s in index.shards]
+            if any(n != s.num_images for s, lengths in zip(index.shards, counts, strict=True) for n in lengths):
+                raise ValueError("a shard has not as many labels or captions as images")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{place} is no index of shards ({error}); pack the images again") from error
+        return index
+
+    @property
+    def starts(self) -> list[int]:
+        """Number of the first image of each shard, and of all images."""
+        return list(accumulate((shard.num_images for shard in self.shards), initial=0))
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class of each image, (N,) int64, or None."""
+        if self.class_names is None:
+            return None
+        return torch.tensor([label for shard in self.shards for label in shard.labels or []])
+
+    @property
+    def captions(self) -> list[str] | None:
+        """Caption of each image, or None."""
+        if any(shard.captions is None for shard in self.shards):
+            return None
+        return [caption for shard in self.shards for caption in shard.captions or []]
+
+
+class ShardStore:
+    """A folder of shards, by its path or address. Each process that reads makes its own connections.
+
+    Args:
+        root: a path, or an address that fsspec knows: http://..., s3://...
+        num_retries: how often a read is tried again.
+
+    Raises:
+        ModuleNotFoundError: if a package for such addresses is missing.
+        ValueError: if such addresses are not known.
+    """
+
+    def __init__(self, root: str | Path, *, num_retries: int = 4) -> None:
+        self.root = str(root).rstrip("/")
+        self.num_retries = num_retries
+        self._connect()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _store, (self.root, self.num_retries)
+
+    def index(self) -> ShardIndex:
+        """What the store holds.
+
+        Raises:
+            FileNotFoundError: if there is no index.
+            ShardError: if it cannot be read.
+            ValueError: if it is no index.
+        """
+        place = f"{self.root}/{INDEX}"
+
+        def read() -> bytes | None:
+            try:
+                return self._read(INDEX)
+            except FileNotFoundError:  # not tried again: more likely a path that is wrong
+                return None
+
+        content = self._tried(read, place)
+        if content is None:
+            raise FileNotFoundError(
+                f"there is no {INDEX} in {self.root}; give what unet-diffusion pack wrote, and if it was cut off, run "
+                "it again first"
+            )
+        return ShardIndex.from_json(content, place)
+
+    def images_of(self, number: int, shard: Shard) -> list[bytes]:
+        """The contents of the image files in a shard; tried again if they are not what was packed.
+
+        Raises:
+            ShardError: if that does not help.
+        """
+
+        def read() -> list[bytes]:
+            content = self._read(shard_name(number))
+            if hashlib.sha256(content).hexdigest() != shard.sha256:
+                raise ValueError(f"its {len(content)} bytes do not have the checksum that is in {INDEX}")
+            return _members(content)
+
+        return self._tried(read, f"{self.root}/{shard_name(number)}")
+
+    def _tried(self, read: Callable[[], T], place: str) -> T:
+        for left in range(self.num_retries, -1, -1):
+            try:
+                return read()
+            except Exception as error:  # of any file system, and whatever lies there
+                if not left:
+                    raise ShardError(f"{place} cannot be read: {_said(error)}") from error
+                time.sleep(FIRST_WAIT * 2 ** (self.num_retries - left))
+        raise AssertionError("num_retries is 0 or more")
+
+    def _read(self, name: str) -> bytes:
+        if self._process != os.getpid():  # connections of a process do not work in those it forks
+            self._connect()
+        return self._files.cat_file(f"{self._path}/{name}")
+
+    def _connect(self) -> None:
+        try:
+            self._files, self._path = fsspec.core.url_to_fs(self.root, **_options(self.root))
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                f"to read {self.root}: {error}; for s3 that is pip install 'unet-diffusion[stream]'"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"root must be a path, or an address that fsspec knows, got {self.root} ({error})"
+            ) from error
+        self._process = os.getpid()
+
+
+class ShardedImages:
+    """Images that are decoded when they are asked for, from shards that are read ahead and kept while they are used.
+
+    Args:
+        store: where the shards are.
+        index: what they hold.
+        image_format: what each image is turned into.
+        num_kept: shards in memory at most, as files, for each process that reads.
+    """
+
+    def __init__(self, store: ShardStore, index: ShardIndex, image_format: ImageFormat, num_kept: int) -> None:
+        self.store = store
+        self.index = index
+        self.image_format = image_format
+        self.num_kept = num_kept
+        self.starts = index.starts
+        self.dtype = torch.uint16 if index.bits == 16 else torch.uint8
+        self._forget()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": OrderedDict()}
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W), as of a tensor."""
+        return len(self), self.image_format.channels, self.image_format.height, self.image_format.width
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """The images at index (B,), (B, C, H, W); called as a tensor's, so dim must be 0.
+
+        Raises:
+            ShardError: if a shard cannot be read.
+        """
+        assert dim == 0
+        numbers = index.tolist()
+        self.expect(dict.fromkeys(map(self.shard_of, numbers)))
+        return torch.stack([to_depth(decode_image(self._content(i), self.image_format), self.dtype) for i in numbers])
+
+    def shard_of(self, number: int) -> int:
+        """The shard that an image lies in."""
+        return bisect_right(self.starts, number) - 1
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Begin to read shards that will be asked for, each in a thread."""
+        if self._process != os.getpid():  # threads are not forked
+            self._forget()
+        for shard in shards:
+            if shard in self._kept:
+                self._kept.move_to_end(shard)
+            else:
+                self._kept[shard] = self._begun(shard)
+            while len(self._kept) > self.num_kept:
+                self._kept.popitem(last=False)
+
+    def release(self, shards: Iterable[int]) -> None:
+        """Those are the first to make room."""
+        for shard in shards:
+            if shard in self._kept:
+                self._kept.move_to_end(shard, last=False)
+
+    def read(self, shard: int) -> list[bytes]:
+        """The image files in a shard, waiting for them.
+
+        Raises:
+            ShardError: if it cannot be read.
+        """
+        self.expect([shard])
+        return self._kept[shard].result()
+
+    def readable(self, number: int, first: int) -> int:
+        """The image itself, or, if its shard cannot be read, one of the next shard that can, which is told once.
+
+        Which one it is follows from which shards cannot be read, and from nothing else.
+
+        Args:
+            number: of an image.
+            first: images before this one take no other's place.
+
+        Raises:
+            ShardError: if many shards in a row cannot be read.
+        """
+        wanted, total = self.shard_of(number), len(self.index.shards)
+        num_bad = 0
+        for shard in (i % total for i in range(wanted, wanted + total)):
+            low, high = max(first, self.starts[shard]), self.starts[shard + 1]
+            if num_bad == MAX_BAD_SHARDS:
+                break
+            if low >= high:  # it has none to train on
+                continue
+            try:
+                self.read(shard)
+            except ShardError as error:
+                self._tell_once(shard, error)
+                num_bad += 1
+            else:
+                return number if shard == wanted else low + number % (high - low)
+        raise ShardError(
+            f"{num_bad} shards of {self.store.root} in a row cannot be read, too many to leave out; see whether it can "
+            "be reached, and the same command goes on"
+        )
+
+    def _tell_once(self, shard: int, error: ShardError) -> None:
+        if shard not in self._told:
+            self._told.add(shard)
+            warnings.warn(f"{error}; images of other shards take the place of its own", stacklevel=2)
+
+    def _content(self, number: int) -> bytes:
+        shard = self.shard_of(number)
+        return self.read(shard)[number - self.starts[shard]]
+
+    def _begun(self, shard: int) -> "Future[list[bytes]]":
+        future: Future[list[bytes]] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self.store.images_of(shard, self.index.shards[shard]))
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=run, daemon=True).start()  # not waited for at the end, as those of a pool would be
+        return future
+
+    def _forget(self) -> None:
+        self._kept: OrderedDict[int, Future[list[bytes]]] = OrderedDict()
+        self._told: set[int] = set()
+        self._process = os.getpid()
+
+
+def _store(root: str, num_retries: int) -> ShardStore:
+    return ShardStore(root, num_retries=num_retries)
+
+
+def _options(root: str) -> dict[str, Any]:
+    """Of fsspec's file systems: a connection of one's own, and over http no wait for ever."""
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if root.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}
+    return options
+
+
+def _members(content: bytes) -> list[bytes]:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        return [content[m.offset_data : m.offset_data + m.size] for m in archive if m.isfile()]
+
+
+def _said(error: Exception) -> str:
+    return "it is not there" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__

@@ -1,0 +1,356 @@
+"""Training on images that are streamed: more of them than fit into memory, or on a disk.
+
+An epoch is a plan, made from the seed, the epoch and the index of the shards alone, so that a run that is resumed needs
+no state of its loader but the number of batches that were handed out. What libraries lack of it is in README, "Stream".
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unet_diffusion.data.base import MAX_NUM_VAL, ImageDataModule, refuse_overfit_batches, replica
+from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.decoding import ImageFormat
+from unet_diffusion.data.shards import ShardedImages, ShardError, ShardStore
+from unet_diffusion.schedule import keyed_generator
+
+OnBadShard = Literal["error", "skip"]
+
+SHARDS_KEY, WITHIN_KEY, WINDOW_KEY = 0, 1, 2  # what is drawn: the order of shards, within a shard, of a window
+
+
+class StreamDataModule(ImageDataModule):
+    """Images from shards that `unet-diffusion pack` wrote, on a disk or behind an address, read as they are needed.
+
+    Batches are those of `ImageDataModule`. The first images of the first shards, which pack drew at random, are kept
+    apart for validation. Their order is a function of seed, epoch, window, num_lanes and the number of processes, see
+    `ShuffledShards`; num_workers has no part in it.
+
+    Args:
+        root: a folder, or its address: http://..., s3://... (keys and endpoint from the environment, as AWS has them).
+        image_size: height and width in pixels, or one number for both; no image may be smaller.
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        class_labels: whether images have classes; they must have been packed.
+        captions: whether images have captions; they must have been packed.
+        background: colour behind transparent pixels, a name or "#rrggbb"; not used if channels is 4.
+        window: shards whose images are shuffled together.
+        num_lanes: of a process, each of which reads shards of its own; batches come from them by turns. A process, with
+            its workers, holds up to 2 * window * num_lanes shards in memory.
+        on_bad_shard: what to do about a shard that is damaged or has vanished, once it has been tried again: "error",
+            or "skip", which trains on images of other shards in its place, and counts them as train/replaced_images.
+            Images to validate on are never replaced.
+        num_retries: how often a shard is tried again, after 0.5, 1, 2, ... seconds.
+        batch_size: images a batch and process.
+        num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        horizontal_flip: mirror every second training image, drawn at random.
+        num_workers: processes that read and decode, which num_lanes must be a multiple of, or 0; None: as many as there
+            are processor cores for, at most num_lanes.
+        seed: of the order of the training images and their mirroring.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        image_size: int | tuple[int, int] = (64, 64),
+        channels: int = 3,
+        class_labels: bool = False,
+        captions: bool = False,
+        background: str = "white",
+        window: int = 2,
+        num_lanes: int = 4,
+        on_bad_shard: OnBadShard = "error",
+        num_retries: int = 4,
+        batch_size: int = 64,
+        num_val: int | None = None,
+        horizontal_flip: bool = False,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, num_val=num_val, horizontal_flip=horizontal_flip, num_workers=num_workers, seed=seed
+        )
+        if on_bad_shard not in get_args(OnBadShard):
+            raise ValueError(f'on_bad_shard must be "error" or "skip", got {on_bad_shard!r}')
+        for name, value, least in (("window", window, 1), ("num_lanes", num_lanes, 1), ("num_retries", num_retries, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if num_workers and num_lanes % num_workers:
+            raise ValueError(
+                f"num_lanes must be a multiple of num_workers, got {num_lanes} and {num_workers}, so that each worker "
+                f"serves as many; set num_lanes to {-(-num_lanes // num_workers) * num_workers}"
+            )
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.root = root
+        self.image_format = ImageFormat(height, width, channels, background)
+        self.class_labels = class_labels
+        self.has_captions = captions
+        self.window = window
+        self.num_lanes = num_lanes
+        self.on_bad_shard = on_bad_shard
+        self.num_retries = num_retries
+        self.num_replaced = 0  # images, of this process since it began
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image; known before the index is read."""
+        return self.image_format.channels, self.image_format.height, self.image_format.width
+
+    def load(self) -> ImageSet:
+        """Read the index.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ModuleNotFoundError: if a package for such addresses is missing.
+            ShardError: if it cannot be read.
+            ValueError: if it is no index, or the images are not as asked for.
+        """
+        store = ShardStore(self.root, num_retries=self.num_retries)
+        index = store.index()
+        self._check_size(index.smallest, index.channels)
+        for name, wanted, known in (
+            ("class_labels", self.class_labels, index.class_names),
+            ("captions", self.has_captions, index.captions),
+        ):
+            if wanted and known is None:
+                raise ValueError(f"{self.root} was packed without {name}; pack again with --{name}, or set it to false")
+        lanes = -(-self.num_lanes // max(self._num_workers(), 1))  # that a worker serves
+        num_kept = 2 * self.window * lanes + 1  # those of each lane, the next ones, and one that takes another's place
+        images = ShardedImages(store, index, self.image_format, num_kept)
+        return ImageSet(
+            images,
+            index.labels if self.class_labels else None,
+            index.class_names if self.class_labels else None,
+            index.captions if self.has_captions else None,
+        )
+
+    def split(self, num_images: int) -> tuple[Tensor, Tensor]:
+        """The first images to validate on, which lie in few shards, and the others to train on."""
+        num_val = min(max(num_images // 10, 1), MAX_NUM_VAL) if self.num_val is None else self.num_val
+        if not 1 <= num_val < num_images:
+            raise ValueError(f"num_val must be at least 1 and less than the {num_images} images, got {num_val}")
+        return torch.arange(num_val, num_images), torch.arange(num_val)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The training batches, shuffled anew every epoch; see `ShuffledShards`.
+
+        Raises:
+            ValueError: if the trainer is to overfit batches, for which Lightning would replace the sampler.
+        """
+        refuse_overfit_batches(self.trainer)
+        images, first = self._sharded_images(), len(self.val_indices)
+        sampler = ShuffledShards(
+            images.starts,
+            self.batch_size,
+            first=first,
+            window=self.window,
+            num_lanes=self.num_lanes,
+            horizontal_flip=self.horizontal_flip,
+            seed=self.seed,
+            **replica(self.trainer),
+        )
+        batches = StreamBatches(self.image_set, first if self.on_bad_shard == "skip" else None)
+        return StreamLoader(sampler=sampler, **{**self._loader_arguments(), "dataset": batches})
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Count what took the place of images that could not be read."""
+        self.num_replaced += int(batch.get("replaced", 0))
+        return {name: value for name, value in batch.items() if name != "replaced"}
+
+    def _loader_arguments(self) -> dict[str, Any]:
+        workers = self._num_workers()
+        return {**super()._loader_arguments(), "num_workers": workers, "persistent_workers": workers > 0}
+
+    def _num_workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        most = min(self._suggested_num_workers(), self.num_lanes)
+        return max(number for number in range(1, most + 1) if self.num_lanes % number == 0)
+
+    def _sharded_images(self) -> ShardedImages:
+        images = self.image_set.images
+        assert isinstance(images, ShardedImages)
+        return images
+
+    def _check_size(self, smallest: tuple[int, int], channels: int | None) -> None:
+        height, width = self.image_format.height, self.image_format.width
+        if height > smallest[0] or width > smallest[1]:
+            raise ValueError(
+                f"image_size must be at most {smallest[0]}x{smallest[1]}, as small as images in {self.root} are, got "
+                f"{height}x{width}; lower it, or pack again with --image_size {height} {width} --on_bad_file skip"
+            )
+        if channels not in (None, self.image_format.channels):
+            raise ValueError(
+                f"channels must be {channels}, as the images in {self.root} were packed, got "
+                f"{self.image_format.channels}; change it, or pack again with --channels {self.image_format.channels}"
+            )
+
+
+class LaneBatch(list[int]):
+    """Indices of a batch, the shards that its lane reads next, and those that it is done with after this batch."""
+
+    upcoming: Sequence[int] = ()
+    past: Sequence[int] = ()
+
+
+class ShuffledShards(ShuffledBatches):
+    """Lists of indices to train on, that lie in few shards at a time; no index comes twice in an epoch.
+
+    The shards are put in order at random, and so are the images in each. That sequence is cut into equal parts, one for
+    each lane of each process, whatever the sizes of the shards: all processes make the same number of steps. A shard at
+    a cut is read by both lanes; every other one by one of them. A lane shuffles the images of `window` shards, one
+    window after the other. Batch s of a process comes from its lane s modulo num_lanes, and so from the worker that
+    serves it, if their number divides num_lanes. Images that do not fill a last batch on every process are left out,
+    others in each epoch.
+
+    Args:
+        starts: number of the first image of each shard, and of all images.
+        batch_size: images a batch and process.
+        first: images before this one are not trained on.
+        window: shards that are shuffled together.
+        num_lanes: of a process.
+        horizontal_flip: mirror every second image, drawn at random.
+        seed: of the order and the mirroring.
+        num_replicas: processes that share an epoch.
+        rank: of this process, in [0, num_replicas).
+
+    Raises:
+        ValueError: if there are fewer images than processes.
+    """
+
+    def __init__(
+        self,
+        starts: Sequence[int],
+        batch_size: int,
+        *,
+        first: int = 0,
+        window: int = 1,
+        num_lanes: int = 1,
+        horizontal_flip: bool = False,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(
+            torch.arange(first, starts[-1]),
+            batch_size,
+            num_images=starts[-1],
+            horizontal_flip=horizontal_flip,
+            seed=seed,
+            num_replicas=num_replicas,
+            rank=rank,
+        )
+        ranges = ((max(first, low), high) for low, high in pairwise(starts))
+        self.ranges = {shard: (low, high) for shard, (low, high) in enumerate(ranges) if low < high}
+        self.window = window
+        self.num_lanes = num_lanes
+
+    def __iter__(self) -> Iterator[LaneBatch]:
+        parts = self._parts()
+        lanes = [self._lane(parts, lane) for lane in range(self.num_lanes)]
+        for step in range(self.first_batch, len(self)):
+            yield next(lanes[step % self.num_lanes])
+
+    def _parts(self) -> list[list[tuple[int, int, int]]]:
+        """For each lane of this process the parts of shards that it reads: shard, first and last + 1 in its order."""
+        shards = list(self.ranges)
+        order = torch.randperm(len(shards), generator=keyed_generator(self.seed, self.epoch, SHARDS_KEY)).tolist()
+        sizes = [self.batch_size * len(range(lane, len(self), self.num_lanes)) for lane in range(self.num_lanes)]
+        start = self.rank * self.batch_size * len(self)
+        parts = []
+        for size in sizes:
+            parts.append(_cut([shards[i] for i in order], self.ranges, start, start + size))
+            start += size
+        return parts
+
+    def _lane(self, parts: list[list[tuple[int, int, int]]], lane: int) -> Iterator[LaneBatch]:
+        """The batches of a lane, without those before the first one."""
+        reads = parts[lane]
+        windows = [reads[i : i + self.window] for i in range(0, len(reads), self.window)]
+        num_done = self.batch_size * len(range(lane, self.first_batch, self.num_lanes))  # images
+        rest: list[int] = []
+        for number, window in enumerate(windows):
+            size = sum(stop - start for _, start, stop in window)
+            if num_done < size:
+                rest += self._shuffled(window)[num_done:]
+            num_done = max(num_done - size, 0)
+            before, after = windows[max(number - 1, 0) : number], windows[number + 1 : number + 2]
+            past, upcoming = ([shard for reads in near for shard, _, _ in reads] for near in (before, after))
+            while len(rest) >= self.batch_size:
+                batch, rest = LaneBatch(rest[: self.batch_size]), rest[self.batch_size :]
+                batch.upcoming, batch.past, past = upcoming, past, []
+                yield batch
+
+    def _shuffled(self, window: list[tuple[int, int, int]]) -> list[int]:
+        images = []
+        for shard, start, stop in window:
+            low, high = self.ranges[shard]
+            generator = keyed_generator(self.seed, self.epoch, WITHIN_KEY, shard)
+            images.append(low + torch.randperm(high - low, generator=generator)[start:stop])
+        order = torch.cat(images)
+        generator = keyed_generator(self.seed, self.epoch, WINDOW_KEY, *window[0])
+        order = order[torch.randperm(len(order), generator=generator)]
+        if self.horizontal_flip:
+            order = order + self.num_images * torch.randint(2, order.shape, generator=generator)
+        return order.tolist()
+
+
+class StreamBatches(ImageBatches):
+    """Batches of images in shards; the next shards are read meanwhile.
+
+    Args:
+        image_set: N images.
+        first: images from this one on take the place of those that cannot be read, and "replaced", int64 (), counts
+            them; None: those are an error.
+    """
+
+    def __init__(self, image_set: ImageSet, first: int | None = None) -> None:
+        super().__init__(image_set)
+        self.first = first
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        images = self.image_set.images
+        assert isinstance(images, ShardedImages)
+        images.expect(dict.fromkeys(images.shard_of(i % len(self)) for i in indices))  # all at once
+        if self.first is None:
+            batch = super().__getitem__(indices)
+        else:
+            readable = [i - i % len(self) + images.readable(i % len(self), self.first) for i in indices]
+            batch = super().__getitem__(readable)
+            batch["replaced"] = torch.tensor(sum(a != b for a, b in zip(indices, readable, strict=True)))
+        if isinstance(indices, LaneBatch):
+            images.release(indices.past)
+            images.expect(indices.upcoming)
+        return batch
+
+
+class StreamLoader(ResumableLoader):
+    """A ResumableLoader whose errors about shards are one message, not a worker's traceback."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # as ResumableLoader
+        try:
+            yield from super().__iter__()
+        except ShardError as error:
+            raise ShardError(str(error).rpartition("ShardError: ")[2].strip()) from None
+
+
+def _cut(
+    shards: Sequence[int], ranges: dict[int, tuple[int, int]], start: int, stop: int
+) -> list[tuple[int, int, int]]:
+    """The parts of shards, one after the other, that images start to stop of the sequence lie in."""
+    parts, before = [], 0
+    for shard in shards:
+        low, high = ranges[shard]
+        first, last = max(start - before, 0), min(stop - before, high - low)
+        if first < last:
+            parts.append((shard, first, last))
+        before += high - low
+    return parts
