@@ -58,8 +58,8 @@ def test_the_last_speed_set_counts(tiny_unet):
 @pytest.mark.parametrize(
     ("name", "device", "message"),
     [
-        ("fast", "cpu", "speed must be one of plain, channels_last, fused, compiled, got 'fast'"),
-        ("fused", "cuda", "speed fused is not for cuda; here use one of plain, channels_last, compiled"),
+        ("fast", "cpu", "speed must be one of plain, channels_last, fused, compiled, graphed, got 'fast'"),
+        ("fused", "cuda", "speed fused is not for cuda; here use one of plain, channels_last, compiled, graphed"),
     ],
 )
 def test_a_speed_that_cannot_be_is_refused(tiny_unet, name, device, message):

@@ -1,4 +1,4 @@
-"""Fast CPU forms of a U-Net's two costly parts, equal to the plain ones up to rounding.
+"""Fast forms of a U-Net's two costly parts, equal to the plain ones up to rounding; the first two are for CPUs.
 
 `winograd_conv2d` is a 3x3 convolution with 2.25 times fewer multiplications: F(2x2, 3x3) of Lavin & Gray 2015
 (https://arxiv.org/abs/1509.09308), which makes 2x2 outputs from a tile of 4x4 inputs as 16 products where the plain
@@ -6,7 +6,10 @@ form needs 36. The products are one batched matrix product; what comes before an
 `group_norm_silu` is group norm, SiLU and the embedding added before, in two passes over the image instead of six.
 
 Both want channels last in memory. Their kernels are compiled once for all shapes, in about half a minute, and kept on
-disk by torch.compile; a C++ compiler is needed. torch only.
+disk by torch.compile; a C++ compiler is needed.
+
+`group_norm_by_channel` is group norm written for whole networks that are compiled for a GPU: its reductions are over
+the pixels of each channel, which channels-last memory holds side by side. torch only.
 """
 
 from collections.abc import Callable
@@ -53,6 +56,32 @@ def group_norm_silu(
     offset = gain.new_zeros(batch, channels) if offset is None else offset.float()
     with torch.autocast(x.device.type, enabled=False):
         return _GroupNormSiLU.apply(x, gain, shift, offset, num_groups, eps)
+
+
+def group_norm_by_channel(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None
+) -> Tensor:
+    """group_norm(x + offset) over (B, C, H, W), computed in float32 or wider, for torch.compile to fuse.
+
+    A group's moments follow from those of its channels. Summed at once, a group would be read in pieces of C /
+    num_groups numbers, a few bytes each.
+
+    Arguments are those of `group_norm_silu`.
+    """
+    batch, channels = x.shape[:2]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    gain, shift = (parameter.to(wide.dtype).expand(batch, channels) for parameter in (weight, bias))
+    # Moments about each channel's first pixel: about 0, a mean of many deviations would drown the variance.
+    first = wide[:, :, :1, :1].detach()  # moments about any centre have the same gradient
+    total = (wide - first).mean((2, 3))
+    squares = (wide - first).square().mean((2, 3))
+    channel_mean = first[:, :, 0, 0] + total
+    channel_mean = channel_mean if offset is None else channel_mean + offset.to(wide.dtype)
+    mean = _group_mean(channel_mean, num_groups)
+    channel_variance = squares - total.square() + (channel_mean - mean).square()  # about the group's mean
+    scale = gain * (_group_mean(channel_variance, num_groups).clamp(min=0) + eps).rsqrt()
+    shift = shift - mean * scale if offset is None else shift + (offset.to(wide.dtype) - mean) * scale
+    return wide * scale[:, :, None, None] + shift[:, :, None, None]
 
 
 class _WinogradConv2d(torch.autograd.Function):

@@ -4,6 +4,7 @@
     channels_last  the same on channels-last memory, which matrix units of GPUs and CPUs read without copying
     fused          on a CPU: channels last, Winograd convolutions, and norm and SiLU as one (see kernels.py)
     compiled       channels last, and the whole network through torch.compile
+    graphed        on a GPU: compiled, and its kernels launched at once as CUDA graphs, which small batches gain from
 
 Which one is fastest depends on the processor, the widths and the batch, so `fastest_speed` tries them.
 """
@@ -21,10 +22,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from unet_diffusion.blocks import Conv3x3, GroupNormSiLU
+from unet_diffusion.blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from unet_diffusion.unet import PixelNetwork
 
-Speed = Literal["plain", "channels_last", "fused", "compiled"]
+Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
 # Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 40
@@ -64,18 +65,32 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
     for module in unet.modules():
         if isinstance(module, GroupNormSiLU):
             module.fused = speed == "fused"
+        if isinstance(module, GroupNorm):
+            module.by_channel = device.type == "cuda" and speed in ("compiled", "graphed")
         elif isinstance(module, Conv3x3):
             module.fused = speed == "fused" and min(module.in_channels, module.out_channels) >= MIN_WINOGRAD_CHANNELS
     unet._compiled_call_impl = None  # undoes an earlier compile(), for which torch has no method
     if speed == "compiled":
         unet.compile()  # in place: the state dict's keys stay plain
+    elif speed == "graphed":
+        unet.compile(mode="reduce-overhead")
+        unet._compiled_call_impl = _copying(unet._compiled_call_impl)
+
+
+def _copying(graphed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with an output of its own: the next call overwrites what a graph returns, and solvers look back at it."""
+
+    def call(*args: object, **kwargs: object) -> Tensor:
+        return graphed(*args, **kwargs).clone()
+
+    return call
 
 
 def speeds_for(device: torch.device) -> tuple[Speed, ...]:
     """The settings that a device can run, simplest first."""
     if device.type == "cuda":
-        return "plain", "channels_last", "compiled"
-    return SPEEDS if device.type == "cpu" and _has_compiler() else ("plain", "channels_last")
+        return "plain", "channels_last", "compiled", "graphed"
+    return SPEEDS[:-1] if device.type == "cpu" and _has_compiler() else ("plain", "channels_last")
 
 
 def fastest_speed(

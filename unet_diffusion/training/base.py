@@ -125,11 +125,15 @@ class NetworkModule(LightningModule):
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        elif not torch.are_deterministic_algorithms_enabled():
+            torch.backends.cudnn.benchmark = True  # tries convolutions, whose shapes are the same in each step
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.meet_data(datamodule)
         if stage == "fit":
             self._check_end()
+            if self.speed == "graphed" and self.trainer.accumulate_grad_batches > 1:
+                raise ValueError("speed graphed keeps no gradients for another batch; set model.speed to compiled")
             if self.speed != "auto":
                 self._run_at(self.speed)
             elif not self.is_continued:  # else the checkpoint tells
@@ -271,7 +275,7 @@ class NetworkModule(LightningModule):
         self.chosen_speed = speed
         device = self.trainer.strategy.root_device
         set_speed(self.unet, speed, device)
-        set_speed(self.ema_unet, "channels_last" if speed == "compiled" else speed, device)
+        set_speed(self.ema_unet, "channels_last" if speed in ("compiled", "graphed") else speed, device)
 
     def _fastest_speed(self) -> Speed:
         """Of the first process, for all."""
