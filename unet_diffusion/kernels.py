@@ -68,20 +68,22 @@ def group_norm_by_channel(
 
     Arguments are those of `group_norm_silu`.
     """
-    batch, channels = x.shape[:2]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    gain, shift = (parameter.to(wide.dtype).expand(batch, channels) for parameter in (weight, bias))
-    # Moments about each channel's first pixel: about 0, a mean of many deviations would drown the variance.
-    first = wide[:, :, :1, :1].detach()  # moments about any centre have the same gradient
-    total = (wide - first).mean((2, 3))
-    squares = (wide - first).square().mean((2, 3))
-    channel_mean = first[:, :, 0, 0] + total
-    channel_mean = channel_mean if offset is None else channel_mean + offset.to(wide.dtype)
-    mean = _group_mean(channel_mean, num_groups)
-    channel_variance = squares - total.square() + (channel_mean - mean).square()  # about the group's mean
-    scale = gain * (_group_mean(channel_variance, num_groups).clamp(min=0) + eps).rsqrt()
-    shift = shift - mean * scale if offset is None else shift + (offset.to(wide.dtype) - mean) * scale
-    return wide * scale[:, :, None, None] + shift[:, :, None, None]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
+    sizes = wide.shape[:3]
+    gain, shift = (one.to(wide.dtype).expand(x.shape[:2]).view(sizes) for one in (weight, bias))
+    # Moments about each group's first number: about 0, a mean of many deviations would drown the variance. They have
+    # the same gradient about any number.
+    wide = wide - wide[:, :, :1, :1, :1].detach()
+    total, squares = wide.mean((3, 4)), wide.square().mean((3, 4))  # of each channel
+    if offset is not None:
+        offset = offset.to(wide.dtype).view(sizes)
+        offset = offset - offset[:, :, :1].detach()
+        total, squares = total + offset, squares + offset * (2 * total + offset)
+    mean = total.mean(2, keepdim=True)
+    variance = squares.mean(2, keepdim=True) - mean.square()
+    scale = gain * (variance.clamp(min=0) + eps).rsqrt()
+    shift = shift + ((0 if offset is None else offset) - mean) * scale
+    return (wide * scale[..., None, None] + shift[..., None, None]).flatten(1, 2)
 
 
 class _WinogradConv2d(torch.autograd.Function):

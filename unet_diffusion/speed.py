@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,22 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
         unet._compiled_call_impl = _copying(unet._compiled_call_impl)
 
 
-def _copying(graphed: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same with an output of its own: the next call overwrites what a graph returns, and solvers look back at it."""
+def round_weights(unet: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Round once, in place, what autocast would round at each call: weights of convolutions and of linear layers.
+
+    Predictions under autocast are the same. Not for training.
+
+    Args:
+        unet: a network.
+        dtype: of autocast.
+    """
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            module.to(dtype)
+
+
+def _copying(graphed: Any) -> Callable[..., Tensor]:
+    """The same with an output of its own: the next call overwrites what a graph returns, which solvers look back at."""
 
     def call(*args: object, **kwargs: object) -> Tensor:
         return graphed(*args, **kwargs).clone()
