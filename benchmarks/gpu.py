@@ -186,6 +186,7 @@ def measured(step: Step, case: Case, turn: int, record: Record) -> Record:
     count = STEPS if case.task == "train" else 1
     on_gpu = torch.cuda.is_initialized()
     if on_gpu and turn == 0:
+        torch.cuda.empty_cache()  # of the first calls, which tried convolutions
         torch.cuda.reset_peak_memory_stats()
         record["host_synchronisations"] = host_synchronisations(step)
     elif case.task == "train":
@@ -199,7 +200,7 @@ def measured(step: Step, case: Case, turn: int, record: Record) -> Record:
     if on_gpu:
         torch.cuda.synchronize()
     taken = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
+    peak = torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None  # what graphs hold does not count as allocated
     return {**record, "seconds": taken / count, "host_seconds": host_seconds / count, "peak_mib": peak}
 
 

@@ -282,7 +282,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--speed",
         choices=SPEEDS,
         default="plain",
-        help="how the network runs; fused (CPU) and compiled take a while to compile first, and pay with many images",
+        help="how the network runs; fused (CPU), compiled and graphed (GPU) compile first, and pay with many images",
     )
     parser.set_defaults(run=_sample)
 

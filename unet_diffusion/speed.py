@@ -29,10 +29,11 @@ Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
 # Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 40
-# for fused with an empty cache, and 104 to 136 for whole networks; those of GPUs are guessed.
+# for fused with an empty cache, and 104 to 136 for whole networks; benchmarks/gpu.py 128 on a machine that compiled ten
+# others at the same time. Graphs are not tried, as what is captured would keep its memory: see `NetworkModule`.
 TRIALS: dict[str, dict[Speed, float]] = {
     "cpu": {"channels_last": 0, "fused": 30, "compiled": 180},
-    "cuda": {"channels_last": 0, "compiled": 180},
+    "cuda": {"channels_last": 0, "compiled": 130},
 }
 FLOAT32_TRIAL = 30  # seconds: on a processor without instructions for bfloat16 every run is long
 MAX_TRIAL_SHARE = 0.05  # of a run: what would take longer is not tried
