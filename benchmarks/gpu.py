@@ -206,13 +206,10 @@ def measured(step: Step, case: Case, turn: int, record: Record) -> Record:
 
 def kernels(step: Step, num_steps: int = 2) -> str:
     """Time of each kernel of the step on the GPU, the longest first."""
-    activity = (
-        torch.profiler.ProfilerActivity.CUDA if torch.cuda.is_initialized() else torch.profiler.ProfilerActivity.CPU
-    )
+    on_gpu = torch.cuda.is_initialized()
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
-        for _ in range(num_steps):
-            step()
-        torch.cuda.synchronize()
+        seconds(step, num_steps)
     rows = sorted(profiler.key_averages(), key=lambda one: -one.self_device_time_total)
     total = max(sum(one.self_device_time_total for one in rows), 1)
     lines = [f"{total / num_steps:.0f} us a step in {sum(one.count for one in rows) // num_steps} kernels and copies"]

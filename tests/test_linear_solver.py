@@ -1,5 +1,7 @@
 """The weights of a solver's steps, against the steps of diffusers' schedulers."""
 
+import math
+
 import pytest
 import torch
 
@@ -41,6 +43,15 @@ def test_weighted_sums_are_the_steps_of_every_scheduler_without_noise_of_its_own
         found = trajectory(LinearSolver(steps), scheduler, noise * scheduler.init_noise_sigma)
         # LMS itself divides differences of nearly equal float32 numbers; the others are within 1e-6.
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max(), name
+
+
+def test_the_zero_signal_to_noise_ratio_of_a_last_timestep_is_no_obstacle():
+    schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    for name in set(supported_schedulers(schedule)) - set(STOCHASTIC):
+        scheduler = build_scheduler(schedule, name, clip_sample=False)
+        steps = linear_steps(scheduler, NUM_STEPS)
+        if steps is not None:
+            assert all(math.isfinite(weight) for step in steps for weight in (*step.states, *step.predictions)), name
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])

@@ -74,8 +74,8 @@ def linear_steps(scheduler: Any, num_inference_steps: int) -> tuple[LinearStep, 
         num_inference_steps: of the trajectory.
     """
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    if config.get("clip_sample") or config.get("thresholding"):
-        return None
+    if config.get("clip_sample") or config.get("thresholding") or config.get("trained_betas") is not None:
+        return None  # of betas of one's own it is not known whether they were seen before
     fields = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in config.items())
     return _found_steps(type(scheduler), fields, num_inference_steps)  # type: ignore[arg-type]  # types are hashable
 
@@ -95,6 +95,8 @@ def _found_steps(
         x = states[-1].view(1, 1, 1, -1)
         scales.append(float(scheduler.scale_model_input(x, t).norm() / x.norm()))
         states.append(scheduler.step(prediction.view_as(x), t, x).prev_sample.double().flatten())
+        if not states[-1].isfinite().all():
+            return None
     steps = [_step_to(states, unit, number, scale) for number, scale in enumerate(scales)]
     return None if None in steps else tuple(step for step in steps if step is not None)
 
