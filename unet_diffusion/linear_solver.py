@@ -75,7 +75,7 @@ def linear_steps(scheduler: Any, num_inference_steps: int) -> tuple[LinearStep, 
     """
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     if config.get("clip_sample") or config.get("thresholding") or config.get("trained_betas") is not None:
-        return None  # of betas of one's own it is not known whether they were seen before
+        return None  # it clips, or the table of its own betas would be the key of the cache
     fields = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in config.items())
     return _found_steps(type(scheduler), fields, num_inference_steps)  # type: ignore[arg-type]  # types are hashable
 
