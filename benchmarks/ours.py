@@ -34,7 +34,8 @@ def our_step(
         dtype: of autocast; float32 is off.
     """
     if x0.device.type == "cpu":
-        keep_freed_memory()  # as fit does; it is the whole process's, so that peers in it gain too
+        keep_freed_memory()  # as fit does, and the next; both are the whole process's, so that peers in it gain too
+    torch.backends.cudnn.benchmark = True
     set_speed(unet.train(), speed)
     schedule = NoiseSchedule()
     parameters = list(unet.parameters())

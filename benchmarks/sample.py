@@ -28,7 +28,7 @@ from torch import Tensor
 
 from unet_diffusion.sampling import build_scheduler, image_generators, sample
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import SPEEDS, keep_freed_memory, set_speed
+from unet_diffusion.speed import SPEEDS, keep_freed_memory, round_weights, set_speed
 from unet_diffusion.unet import DenoiserUNet
 
 SCHEDULERS = {"DPMSolverMultistepScheduler": 20, "DDIMScheduler": 50, "UniPCMultistepScheduler": 10}  # steps of each
@@ -68,8 +68,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="cifar10", help="sd1 wants a GPU; tiny only tries the program")
-    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
-    add("--ours", choices=SPEEDS, help="speed of ours; default: compiled on a GPU, fused on a CPU")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT_CONTENDERS, help="default: without graphs")
+    add("--ours", choices=SPEEDS, help="speed of ours; default: graphed on a GPU, fused on a CPU")
     add("--scheduler", nargs="+", choices=SCHEDULERS, help="default: all on a GPU, DPM-Solver++ on a CPU")
     add("--num_inference_steps", type=int, help="default: 20 of DPM-Solver++, 50 of DDIM, 10 of UniPC")
     add("--time_steps", type=int, help=f"of the timed trajectory; default: all on a GPU, {CPU_TIME_STEPS} on a CPU")
@@ -79,7 +79,7 @@ def parse_options() -> argparse.Namespace:
     add("--output", help="JSON file; default: benchmarks/results/sample_NETWORK.json")
     options = parser.parse_args()
     on_gpu = options.device.type == "cuda"
-    options.ours = options.ours or ("compiled" if on_gpu else "fused")
+    options.ours = options.ours or ("graphed" if on_gpu else "fused")
     options.scheduler = options.scheduler or list(SCHEDULERS)[: None if on_gpu else 1]
     options.batch_size = options.batch_size or ([1, 64, 1024] if on_gpu else [64])
     options.time_steps = options.time_steps or (max(SCHEDULERS.values()) if on_gpu else CPU_TIME_STEPS)
@@ -112,23 +112,37 @@ def diffusers_images(unet: UNet2DModel, scheduler: str, steps: int, noise: Tenso
     return x.cpu()
 
 
-def our_sampler(scheduler: str, steps: int, batch_size: int, options: argparse.Namespace) -> Step:
-    if options.device.type == "cpu":
-        keep_freed_memory()  # as the command does; it is the whole process's, so that diffusers gains too
+def our_drawing_network(options: argparse.Namespace) -> DenoiserUNet:
+    """As the command runs it with --precision bfloat16."""
     unet = our_network(options.network).eval().to(options.device)
+    if options.device.type == "cpu":
+        keep_freed_memory()  # it is the whole process's, so that diffusers gains too
+    else:
+        round_weights(unet)
     set_speed(unet, options.ours)
+    return unet
+
+
+def our_drawing(unet: DenoiserUNet, scheduler: str, steps: int, batch_size: int, options: argparse.Namespace) -> Step:
     autocast = torch.autocast(options.device.type, torch.bfloat16)
     return autocast(partial(our_images, unet, scheduler, steps, batch_size, options))
 
 
-def diffusers_sampler(scheduler: str, steps: int, batch_size: int, options: argparse.Namespace) -> Step:
-    unet = diffusers_network(options.network).to(options.device)
+def diffusers_drawing(
+    unet: UNet2DModel, scheduler: str, steps: int, batch_size: int, options: argparse.Namespace
+) -> Step:
     return lambda: diffusers_images(unet, scheduler, steps, random_noise(batch_size, options))
 
 
-def tuned_diffusers_sampler(scheduler: str, steps: int, batch_size: int, options: argparse.Namespace) -> Step:
+def tuned_diffusers_network(options: argparse.Namespace, mode: str = "default") -> UNet2DModel:
     unet = diffusers_network(options.network).to(options.device, memory_format=torch.channels_last)
-    unet.compile()
+    unet.compile(mode=mode)
+    return unet
+
+
+def tuned_diffusers_drawing(
+    unet: UNet2DModel, scheduler: str, steps: int, batch_size: int, options: argparse.Namespace
+) -> Step:
     autocast = torch.autocast(options.device.type, torch.bfloat16)
 
     @torch.inference_mode()
@@ -140,11 +154,15 @@ def tuned_diffusers_sampler(scheduler: str, steps: int, batch_size: int, options
     return images
 
 
-CONTENDERS: dict[str, Callable[..., Step]] = {
-    OURS: our_sampler,
-    "diffusers": diffusers_sampler,
-    "diffusers_tuned": tuned_diffusers_sampler,
+# What makes a network ready, and a step of it that draws a batch.
+CONTENDERS: dict[str, tuple[Callable[..., Any], Callable[..., Step]]] = {
+    OURS: (our_drawing_network, our_drawing),
+    "diffusers": (lambda options: diffusers_network(options.network).to(options.device), diffusers_drawing),
+    "diffusers_tuned": (tuned_diffusers_network, tuned_diffusers_drawing),
+    # as its documentation has it
+    "diffusers_graphed": (partial(tuned_diffusers_network, mode="reduce-overhead"), tuned_diffusers_drawing),
 }
+DEFAULT_CONTENDERS = (OURS, "diffusers", "diffusers_tuned")  # CUDA graphs want a GPU
 
 
 def random_noise(batch_size: int, options: argparse.Namespace) -> Tensor:
@@ -177,7 +195,8 @@ def measure_contenders(scheduler: str, steps: int, batch_size: int, options: arg
     torch.compiler.reset()  # else another batch size would be compiled for all sizes, and slower
     samplers, first = {}, {}
     for name in options.contenders:
-        samplers[name] = CONTENDERS[name](scheduler, timed_steps, batch_size, options)
+        make_network, make_step = CONTENDERS[name]
+        samplers[name] = make_step(make_network(options), scheduler, timed_steps, batch_size, options)
         first[name] = seconds(samplers[name])
         print(f"{scheduler}, batch {batch_size}, {name}: first call after {first[name]:.1f} s", flush=True)
     times = alternate(samplers, options.blocks, steps=1)

@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -56,6 +57,7 @@ OURS = "unet_diffusion"
 PEERS = {
     "diffusers": (diffusers_network, diffusers_step),
     "diffusers_tuned": (diffusers_network, tuned_diffusers_step),
+    "diffusers_graphed": (diffusers_network, partial(tuned_diffusers_step, mode="reduce-overhead")),
     "ddpm_pytorch": (ddpm_pytorch_network, ddpm_pytorch_step),
     "ddpm_pytorch_tuned": (ddpm_pytorch_network, tuned_ddpm_pytorch_step),
 }
@@ -93,7 +95,13 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="cifar10", help="sd1 wants a GPU; tiny only tries the program")
-    add("--contenders", nargs="+", choices=[OURS, *PEERS], default=installed_contenders(), help="default: all")
+    add(
+        "--contenders",
+        nargs="+",
+        choices=[OURS, *PEERS],
+        default=installed_contenders(),
+        help="default: without graphs",
+    )
     add("--ours", choices=SPEEDS, help="speed of ours; default: the one that fit would choose")
     add("--batch_size", type=int, help=f"default: {CUDA_BATCH_SIZE} on a GPU; 16 for cifar10, 64 for small, medium")
     add("--blocks", type=int, default=5, help="timed blocks of each contender")
@@ -110,7 +118,8 @@ def parse_options() -> argparse.Namespace:
 
 def installed_contenders() -> list[str]:
     with_ddpm_pytorch = find_spec("denoising_diffusion_pytorch") is not None
-    return [OURS, *(name for name in PEERS if with_ddpm_pytorch or not name.startswith("ddpm_pytorch"))]
+    ready = ["diffusers", "diffusers_tuned", *(["ddpm_pytorch", "ddpm_pytorch_tuned"] if with_ddpm_pytorch else [])]
+    return [OURS, *ready]
 
 
 def build_step(name: str, options: argparse.Namespace) -> Step:

@@ -59,6 +59,16 @@ def test_sample(tmp_path):
 
 
 @pytest.mark.slow
+def test_gpu_on_a_cpu(tmp_path):
+    cases = [
+        f"{task}:tiny:2:{contender}" for task in ("train", "sample") for contender in ("unet_diffusion", "diffusers")
+    ]
+    report = run("gpu.py", "--cases", *cases, "--minutes", 3, "--device", "cpu", output=tmp_path / "gpu.json")
+    found = {(record["task"], record["contender"]) for record in report["contenders"] if len(record["seconds"]) == 3}
+    assert len(found) == 4
+
+
+@pytest.mark.slow
 def test_fit(tmp_path):
     report = run(
         "fit.py", *TINY_FIT, "--trainer.max_steps", 4, "--blocks", 2, "--steps", 1, output=tmp_path / "fit.json"

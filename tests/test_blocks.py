@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
@@ -17,6 +18,7 @@ from unet_diffusion.blocks import (
     crop_and_concat,
     sinusoids,
 )
+from unet_diffusion.kernels import group_norm_by_channel
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -158,3 +160,45 @@ class Double(nn.Module):
 class Mean(nn.Module):
     def forward(self, x, emb, context):
         return x.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 7, 10), (2, 16, 1, 1), (1, 4, 8, 8)])
+@pytest.mark.parametrize("of_each_image", [False, True])
+def test_norm_by_channel_is_group_norm(shape, of_each_image):
+    generator = torch.Generator().manual_seed(0)
+    batch, channels = shape[:2]
+    parameters = (batch, channels) if of_each_image else (channels,)
+    sizes = (shape, parameters, parameters, (batch, channels))
+    inputs = [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
+
+    def plain(x, weight, bias, offset):
+        h = F.group_norm(x + offset[:, :, None, None], 4)
+        gain, shift = (one.expand(batch, channels)[:, :, None, None] for one in (weight, bias))
+        return h * gain + shift
+
+    def by_channel(x, weight, bias, offset):
+        return group_norm_by_channel(x, 4, weight, bias, 1e-5, offset=offset)
+
+    found, expected = by_channel(*inputs), plain(*inputs)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    grads = (torch.autograd.grad(out, inputs, grad) for out in (found, expected))
+    torch.testing.assert_close(*grads)
+
+
+def test_norm_by_channel_keeps_its_digits_far_from_zero():
+    x = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0)) + 1000
+    expected = F.group_norm(x.double(), 4).float()
+    found = group_norm_by_channel(x, 4, torch.ones(8), torch.zeros(8), 1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)  # x itself has a resolution of 6e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_shift": True}], ids=["added", "scale and shift"])
+def test_a_block_whose_norms_go_by_channel_computes_the_same(options):
+    block = randomised(ResidualBlock(8, 16, emb_channels=4, norm_num_groups=4, **options))
+    attention = randomised(SelfAttention(16, 2, norm_num_groups=4))
+    x, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 4)
+    expected = attention(block(x, emb))
+    for module in (*block.modules(), *attention.modules()):
+        module.by_channel = True
+    torch.testing.assert_close(attention(block(x, emb)), expected, rtol=1e-4, atol=1e-5)

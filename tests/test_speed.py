@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unet_diffusion import speed
 from unet_diffusion.sampling import build_scheduler, denoise, image_generators
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import SPEEDS, fastest_speed, set_speed
+from unet_diffusion.speed import SPEEDS, fastest_speed, round_weights, set_speed
 from unet_diffusion.training import DiffusionModule
+from unet_diffusion.training.base import NetworkModule
 
 CPU = torch.device("cpu")
 NEEDS_COMPILER = pytest.mark.skipif("fused" not in speed.speeds_for(CPU), reason="needs a C++ compiler")
@@ -58,8 +59,8 @@ def test_the_last_speed_set_counts(tiny_unet):
 @pytest.mark.parametrize(
     ("name", "device", "message"),
     [
-        ("fast", "cpu", "speed must be one of plain, channels_last, fused, compiled, got 'fast'"),
-        ("fused", "cuda", "speed fused is not for cuda; here use one of plain, channels_last, compiled"),
+        ("fast", "cpu", "speed must be one of plain, channels_last, fused, compiled, graphed, got 'fast'"),
+        ("fused", "cuda", "speed fused is not for cuda; here use one of plain, channels_last, compiled, graphed"),
     ],
 )
 def test_a_speed_that_cannot_be_is_refused(tiny_unet, name, device, message):
@@ -147,6 +148,20 @@ def test_trying_leaves_network_and_random_numbers_alone(tiny_unet):
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
+@pytest.mark.parametrize("speed", ["plain", "channels_last"])
+def test_rounded_weights_predict_what_autocast_does(tiny_unet, speed):
+    unet = tiny_unet(num_class_embeds=3, attention_levels=[1])
+    for parameter in unet.parameters():  # many start at zero, where errors would not show
+        torch.nn.init.normal_(parameter, std=0.1)
+    set_speed(unet, speed)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 99]), torch.tensor([0, 2])
+    with torch.no_grad(), bfloat16():
+        expected = unet(x, t, labels)
+        round_weights(unet)
+        assert unet.conv_in.weight.dtype == torch.bfloat16
+        torch.testing.assert_close(unet(x, t, labels), expected, rtol=0, atol=0)
+
+
 RESIDENT = """
 import torch
 from unet_diffusion.speed import keep_freed_memory
@@ -224,6 +239,25 @@ def test_a_fused_run_in_bfloat16_goes_on_bit_for_bit(run_cli, tiny_digits, tmp_p
         assert (root / "pipeline" / "model_index.json").is_file()
         weights.append(torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("can_be_graphed", "expected"), [(True, "graphed"), (False, "compiled")])
+def test_auto_takes_graphs_where_compiling_pays_and_they_can_be(
+    tiny_module, tiny_images, quiet_trainer, monkeypatch, can_be_graphed, expected
+):
+    monkeypatch.setattr(
+        "unet_diffusion.training.base.fastest_speed", lambda *args, **options: ("compiled", "for a test")
+    )
+    monkeypatch.setattr(NetworkModule, "_can_be_graphed", can_be_graphed)
+    ran_at = []
+    monkeypatch.setattr(NetworkModule, "_run_at", lambda self, speed: ran_at.append(speed))
+    quiet_trainer(max_steps=1, limit_val_batches=0).fit(tiny_module(speed="auto"), tiny_images(class_names=None))
+    assert ran_at == [expected]
+
+
+def test_graphs_where_they_cannot_be_are_refused(tiny_module, tiny_images, quiet_trainer):
+    with pytest.raises(ValueError, match="speed graphed needs a GPU in one process, with accumulate_grad_batches 1"):
+        quiet_trainer(max_steps=1).fit(tiny_module(speed="graphed"), tiny_images(class_names=None))
 
 
 def test_auto_without_a_data_module_is_refused(tiny_module, tiny_images, quiet_trainer):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_diffusion.kernels import group_norm_silu, winograd_conv2d
+from unet_diffusion.kernels import group_norm_by_channel, group_norm_silu, winograd_conv2d
 
 MAX_SCORES = 2**24  # of all images, heads and pairs of pixels, for attention as plain products: 32 MiB in bfloat16
 MAX_PERIOD = 10_000  # longest wavelength of the timestep embedding (Vaswani et al. 2017, section 3.5)
@@ -162,12 +162,35 @@ class Conv3x3(nn.Conv2d):
         return winograd_conv2d(x, self.weight, cast(Tensor, self.bias)) if self.fused else super().forward(x)
 
 
-class GroupNormSiLU(nn.GroupNorm):
+class GroupNorm(nn.GroupNorm):
+    """Group norm. Its arguments are those of nn.GroupNorm."""
+
+    by_channel = False  # by `kernels.group_norm_by_channel`; see `speed.set_speed`
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._by_channel(x, None, None).to(x.dtype) if self.by_channel else super().forward(x)
+
+    def _by_channel(self, x: Tensor, offset: Tensor | None, scale_shift: Tensor | None) -> Tensor:
+        weight, bias = self._scaled(scale_shift)
+        return group_norm_by_channel(x, self.num_groups, weight, bias, self.eps, offset=offset)
+
+    def _scaled(self, scale_shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gain and shift of each channel, (C,), or of each channel of each image, (B, C)."""
+        weight, bias = cast(Tensor, self.weight), cast(Tensor, self.bias)
+        if scale_shift is None:
+            return weight, bias
+        scale, shift = scale_shift.chunk(2, dim=1)
+        return weight * (1 + scale), bias * (1 + scale) + shift
+
+
+class GroupNormSiLU(GroupNorm):
     """Group norm, then SiLU. Its arguments are those of nn.GroupNorm."""
 
     fused = False  # by `kernels.group_norm_silu`; see `speed.set_speed`
 
-    def forward(self, x: Tensor, *, offset: Tensor | None = None, scale_shift: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, offset: Tensor | None = None, scale_shift: Tensor | None = None
+    ) -> Tensor:
         """silu(norm(x + offset) * (1 + scale) + shift).
 
         Args:
@@ -176,19 +199,15 @@ class GroupNormSiLU(nn.GroupNorm):
             scale_shift: scale and shift, (B, 2C), or None for none.
         """
         if self.fused:
-            return self._fused(x, offset, scale_shift)
+            weight, bias = self._scaled(scale_shift)
+            return group_norm_silu(x, self.num_groups, weight, bias, self.eps, offset=offset)
+        if self.by_channel:
+            return F.silu(self._by_channel(x, offset, scale_shift)).to(x.dtype)
         h = super().forward(x if offset is None else x + offset[:, :, None, None])
         if scale_shift is not None:
             scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
             h = h * (1 + scale) + shift
         return F.silu(h)
-
-    def _fused(self, x: Tensor, offset: Tensor | None, scale_shift: Tensor | None) -> Tensor:
-        weight, bias = cast(Tensor, self.weight), cast(Tensor, self.bias)
-        if scale_shift is not None:
-            scale, shift = scale_shift.chunk(2, dim=1)
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        return group_norm_silu(x, self.num_groups, weight, bias, self.eps, offset=offset)
 
 
 class SelfAttention(nn.Module):
@@ -204,7 +223,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int, *, norm_num_groups: int = 32, norm_eps: float = 1e-5):
         super().__init__()
         self.num_heads = num_heads
-        self.group_norm = nn.GroupNorm(norm_num_groups, channels, eps=norm_eps)
+        self.group_norm = GroupNorm(norm_num_groups, channels, eps=norm_eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -243,7 +262,7 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         project = nn.Linear if linear_projection else partial(nn.Conv2d, kernel_size=1)
-        self.norm = nn.GroupNorm(norm_num_groups, channels, eps=TRANSFORMER_NORM_EPS)
+        self.norm = GroupNorm(norm_num_groups, channels, eps=TRANSFORMER_NORM_EPS)
         self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, context_dim=context_dim, cross_only=cross_only) for _ in range(depth)

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from unet_diffusion.processes import own_device, processes
-from unet_diffusion.speed import SPEEDS, keep_freed_memory, set_speed
+from unet_diffusion.speed import SPEEDS, keep_freed_memory, round_weights, set_speed
 
 if TYPE_CHECKING:
     from unet_diffusion.codecs import Autoencoder
@@ -344,7 +344,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--speed",
         choices=SPEEDS,
         default="plain",
-        help="how the network runs; fused (CPU) and compiled take a while to compile first, and pay with many images",
+        help="how the network runs; fused (CPU), compiled and graphed (GPU) compile first, and pay with many images",
     )
     parser.set_defaults(run=_sample)
 
@@ -399,6 +399,8 @@ def _sample(options: argparse.Namespace) -> None:
     drawing = Drawing.of(options)
     if torch.device(options.device).type == "cpu":
         keep_freed_memory()
+    elif options.precision == "bfloat16":
+        round_weights(drawing.trained.unet)
     set_speed(drawing.trained.unet, options.speed)
     _draw_and_save(options, drawing.draw, drawing.num_steps)
 

@@ -1,4 +1,4 @@
-"""Fast CPU forms of a U-Net's two costly parts, equal to the plain ones up to rounding.
+"""Fast forms of a U-Net's two costly parts, equal to the plain ones up to rounding; the first two are for CPUs.
 
 `winograd_conv2d` is a 3x3 convolution with 2.25 times fewer multiplications: F(2x2, 3x3) of Lavin & Gray 2015
 (https://arxiv.org/abs/1509.09308), which makes 2x2 outputs from a tile of 4x4 inputs as 16 products where the plain
@@ -6,7 +6,10 @@ form needs 36. The products are one batched matrix product; what comes before an
 `group_norm_silu` is group norm, SiLU and the embedding added before, in two passes over the image instead of six.
 
 Both want channels last in memory. Their kernels are compiled once for all shapes, in about half a minute, and kept on
-disk by torch.compile; a C++ compiler is needed. torch only.
+disk by torch.compile; a C++ compiler is needed.
+
+`group_norm_by_channel` is group norm written for whole networks that are compiled for a GPU: its reductions are over
+the pixels of each channel, which channels-last memory holds side by side. torch only.
 """
 
 from collections.abc import Callable
@@ -53,6 +56,34 @@ def group_norm_silu(
     offset = gain.new_zeros(batch, channels) if offset is None else offset.float()
     with torch.autocast(x.device.type, enabled=False):
         return _GroupNormSiLU.apply(x, gain, shift, offset, num_groups, eps)
+
+
+def group_norm_by_channel(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None
+) -> Tensor:
+    """group_norm(x + offset) over (B, C, H, W), computed in float32 or wider, for torch.compile to fuse.
+
+    A group's moments follow from those of its channels. Summed at once, a group would be read in pieces of C /
+    num_groups numbers, a few bytes each.
+
+    Arguments are those of `group_norm_silu`.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
+    sizes = wide.shape[:3]
+    gain, shift = (one.to(wide.dtype).expand(x.shape[:2]).view(sizes) for one in (weight, bias))
+    # Moments about each group's first number: about 0, a mean of many deviations would drown the variance. They have
+    # the same gradient about any number.
+    wide = wide - wide[:, :, :1, :1, :1].detach()
+    total, squares = wide.mean((3, 4)), wide.square().mean((3, 4))  # of each channel
+    if offset is not None:
+        offset = offset.to(wide.dtype).view(sizes)
+        offset = offset - offset[:, :, :1].detach()
+        total, squares = total + offset, squares + offset * (2 * total + offset)
+    mean = total.mean(2, keepdim=True)
+    variance = squares.mean(2, keepdim=True) - mean.square()
+    scale = gain * (variance.clamp(min=0) + eps).rsqrt()
+    shift = shift + ((0 if offset is None else offset) - mean) * scale
+    return (wide * scale[..., None, None] + shift[..., None, None]).flatten(1, 2)
 
 
 class _WinogradConv2d(torch.autograd.Function):

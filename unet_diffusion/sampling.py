@@ -13,6 +13,7 @@ schedule HeunDiscreteScheduler needs about 100 steps: the slope at the end of it
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -24,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from unet_diffusion.conditioning import Denoiser, Guidance, Inputs, Predictor, check_guidance, guide
+from unet_diffusion.linear_solver import LinearSolver, linear_steps
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
 from unet_diffusion.start import Start, begin, check_start, num_steps_from, put_back_known
 
@@ -171,8 +173,9 @@ def denoise(
         noise = randn_tensor(tuple(shape), generator=list(generators), device=torch.device(device), dtype=torch.float32)
     first, x = begin(scheduler, noise, start, num_inference_steps)
     options = _step_options(scheduler, generators)
+    solver = _linear_solver(scheduler, num_inference_steps) if start is None and x.is_cuda else None
     for number, t in enumerate(scheduler.timesteps[first:], start=first + 1):
-        x = _step(predictor, scheduler, t, x, options)
+        x = _step(predictor, scheduler, t, x, options) if solver is None else _linear_step(predictor, solver, t, x)
         if start is not None:
             x = put_back_known(x, start, noise, scheduler, number)
         if on_step is not None:
@@ -315,12 +318,28 @@ def _batches(count: int, batch_size: int) -> list[slice]:
 
 def _step(predictor: Predictor, scheduler: Any, t: Tensor, x: Tensor, options: dict[str, Any]) -> Tensor:
     """The state that one call of the predictor leads to, (B, C, H, W) float32."""
-    batch_t = torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device)
-    prediction = predictor(scheduler.scale_model_input(x, t), batch_t)
+    prediction = _prediction(predictor, scheduler.scale_model_input(x, t), t)
+    with torch.autocast(x.device.type, enabled=False):  # some solvers use einsum, which autocast would round
+        return scheduler.step(prediction, t, x, **options).prev_sample
+
+
+def _linear_step(predictor: Predictor, solver: LinearSolver, t: Tensor, x: Tensor) -> Tensor:
+    """The same, by weights that are known."""
+    return solver.step(_prediction(predictor, solver.scaled(x), t), x)
+
+
+def _prediction(predictor: Predictor, x: Tensor, t: Tensor) -> Tensor:
+    """What the predictor says at a timestep, 0-d on the CPU; float32."""
+    prediction = predictor(x, torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device))
     if prediction.shape != x.shape:  # some shapes would broadcast
         raise ValueError(f"a prediction must have the shape of x, {tuple(x.shape)}, got {tuple(prediction.shape)}")
-    with torch.autocast(x.device.type, enabled=False):  # some solvers use einsum, which autocast would round
-        return scheduler.step(prediction.float(), t, x, **options).prev_sample
+    return prediction.float()
+
+
+def _linear_solver(scheduler: Any, num_inference_steps: int) -> LinearSolver | None:
+    """What takes the scheduler's place on a GPU, which some schedulers wait for; None where nothing can."""
+    steps = None if type(scheduler).__name__ in STOCHASTIC else linear_steps(scheduler, num_inference_steps)
+    return None if steps is None else LinearSolver(steps)
 
 
 def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:
@@ -393,6 +412,7 @@ def _trailing_rule(name: str, num_train: int) -> tuple[str, Callable[[int], bool
     return "not make the trailing timesteps end below 0", lambda n: len(np.arange(num_train, 0, -num_train / n)) == n
 
 
+@lru_cache(maxsize=64)  # a trajectory takes as long as that of one image on a GPU
 def _check_finite(schedule: NoiseSchedule, name: str, num_steps: int) -> None:
     """Refuses a number of steps at which a scheduler's own coefficients are not numbers.
 

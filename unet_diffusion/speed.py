@@ -4,6 +4,7 @@
     channels_last  the same on channels-last memory, which matrix units of GPUs and CPUs read without copying
     fused          on a CPU: channels last, Winograd convolutions, and norm and SiLU as one (see kernels.py)
     compiled       channels last, and the whole network through torch.compile
+    graphed        on a GPU: compiled, and its kernels launched at once as CUDA graphs, which small batches gain from
 
 Which one is fastest depends on the processor, the widths and the batch, so `fastest_speed` tries them.
 """
@@ -16,22 +17,23 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from unet_diffusion.blocks import Conv3x3, GroupNormSiLU
+from unet_diffusion.blocks import Conv3x3, GroupNorm, GroupNormSiLU
 from unet_diffusion.unet import PixelNetwork
 
-Speed = Literal["plain", "channels_last", "fused", "compiled"]
+Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
 # Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 40
-# for fused with an empty cache, and 104 to 136 for whole networks; those of GPUs are guessed.
+# for fused with an empty cache, and 104 to 136 for whole networks; benchmarks/gpu.py 128 on a machine that compiled ten
+# others at the same time. Graphs are not tried, as what is captured would keep its memory: see `NetworkModule`.
 TRIALS: dict[str, dict[Speed, float]] = {
     "cpu": {"channels_last": 0, "fused": 30, "compiled": 180},
-    "cuda": {"channels_last": 0, "compiled": 180},
+    "cuda": {"channels_last": 0, "compiled": 130},
 }
 FLOAT32_TRIAL = 30  # seconds: on a processor without instructions for bfloat16 every run is long
 MAX_TRIAL_SHARE = 0.05  # of a run: what would take longer is not tried
@@ -64,18 +66,46 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
     for module in unet.modules():
         if isinstance(module, GroupNormSiLU):
             module.fused = speed == "fused"
+        if isinstance(module, GroupNorm):
+            module.by_channel = device.type == "cuda" and speed in ("compiled", "graphed")
         elif isinstance(module, Conv3x3):
             module.fused = speed == "fused" and min(module.in_channels, module.out_channels) >= MIN_WINOGRAD_CHANNELS
     unet._compiled_call_impl = None  # undoes an earlier compile(), for which torch has no method
     if speed == "compiled":
         unet.compile()  # in place: the state dict's keys stay plain
+    elif speed == "graphed":
+        unet.compile(mode="reduce-overhead")
+        unet._compiled_call_impl = _copying(unet._compiled_call_impl)
+
+
+def round_weights(unet: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Round once, in place, what autocast would round at each call: weights of convolutions and of linear layers.
+
+    Predictions under autocast are the same. Not for training.
+
+    Args:
+        unet: a network.
+        dtype: of autocast.
+    """
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            module.to(dtype)
+
+
+def _copying(graphed: Any) -> Callable[..., Tensor]:
+    """The same with an output of its own: the next call overwrites what a graph returns, which solvers look back at."""
+
+    def call(*args: object, **kwargs: object) -> Tensor:
+        return graphed(*args, **kwargs).clone()
+
+    return call
 
 
 def speeds_for(device: torch.device) -> tuple[Speed, ...]:
     """The settings that a device can run, simplest first."""
     if device.type == "cuda":
-        return "plain", "channels_last", "compiled"
-    return SPEEDS if device.type == "cpu" and _has_compiler() else ("plain", "channels_last")
+        return "plain", "channels_last", "compiled", "graphed"
+    return SPEEDS[:-1] if device.type == "cpu" and _has_compiler() else ("plain", "channels_last")
 
 
 def fastest_speed(

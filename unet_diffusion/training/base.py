@@ -53,7 +53,8 @@ class NetworkModule(LightningModule):
         ema_decay: share of the average kept at each optimiser step; less at first: (1 + n) / (10 + n) after n steps.
             0 is off: the average is the raw weights.
         speed: how the network runs, see `speed.py`; they differ in rounding. "auto" times them on this machine before
-            the run, for about 5 % of it at most, and a run that is continued keeps what was found.
+            the run, for about 5 % of it at most, and a run that is continued keeps what was found. Where a GPU is best
+            off compiled it takes "graphed", unless there are several processes or batches a step.
         seed: of all that is drawn in training.
 
     Raises:
@@ -127,11 +128,18 @@ class NetworkModule(LightningModule):
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        elif not torch.are_deterministic_algorithms_enabled():
+            torch.backends.cudnn.benchmark = True  # tries convolutions, whose shapes are the same in each step
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.meet_data(datamodule)
         if stage == "fit":
             self._check_end()
+            if self.speed == "graphed" and not self._can_be_graphed:
+                raise ValueError(
+                    "speed graphed needs a GPU in one process, with accumulate_grad_batches 1, as graphs keep no "
+                    "gradients for another batch; set model.speed to compiled"
+                )
             if self.speed != "auto":
                 self._run_at(self.speed)
             elif not self.is_continued:  # else the checkpoint tells
@@ -268,6 +276,7 @@ class NetworkModule(LightningModule):
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
         if self.speed == "auto" and self._trainer is not None and self.trainer.training:
             before = checkpoint.get("speed")
+            before = "compiled" if before == "graphed" and not self._can_be_graphed else before
             if before in speeds_for(self.trainer.strategy.root_device):  # to go on bit for bit
                 rank_zero_info(f"speed {before}, as the run had before")
                 self._run_at(before)
@@ -291,7 +300,7 @@ class NetworkModule(LightningModule):
         self.chosen_speed = speed
         device = self.trainer.strategy.root_device
         set_speed(self.unet, speed, device)
-        set_speed(self.ema_unet, "channels_last" if speed == "compiled" else speed, device)
+        set_speed(self.ema_unet, "channels_last" if speed in ("compiled", "graphed") else speed, device)
 
     def _fastest_speed(self) -> Speed:
         """Of the first process, for all."""
@@ -307,7 +316,15 @@ class NetworkModule(LightningModule):
         num_steps = self._num_batches(datamodule)
         speed, reason = fastest_speed(self.unet, x, inputs=inputs, num_steps=num_steps, autocast=autocast)
         rank_zero_info(reason)
-        return self.trainer.strategy.broadcast(speed)
+        speed = self.trainer.strategy.broadcast(speed)
+        return "graphed" if speed == "compiled" and self._can_be_graphed else speed
+
+    @property
+    def _can_be_graphed(self) -> bool:
+        """Gradients of a graph are there until its next replay, and graphs were not tried with several processes."""
+        trainer = self.trainer
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return on_gpu and trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
 
     def _num_batches(self, datamodule: Any) -> float:
         """Of the whole run; infinite if it has no end. Asking Lightning would set up the data: see `factor` above."""
