@@ -575,8 +575,8 @@ def test_wrong_usage_has_exit_status_2(run_cli, arguments):
 
 OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
-    "--image_size --window --overlap --init --strength --mask --noise_level --interpolate --overwrite --resume --batch_size "
-    "--device --precision --speed",
+    "--image_size --window --overlap --init --strength --mask --noise_level --interpolate --overwrite --resume "
+    "--batch_size --device --precision --speed",
     "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
     "--device --precision --speed",
     "export": "CHECKPOINT DIR --overwrite",
