@@ -279,7 +279,7 @@ def fit_with_critic_loss(losses, quiet_trainer, tiny_images, monkeypatch):
 
 @pytest.mark.parametrize(
     ("loss", "message"),
-    [(0.01, "tells all reconstructions from images"), (1.0, r"cannot tell reconstructions .* is 1\.00; .* raise its")],
+    [(0.01, "tells all reconstructions from images"), (1.0, "cannot tell reconstructions .* raise its")],
 )
 def test_discriminator_that_has_won_or_lost_is_warned_about(
     quiet_trainer, tiny_images, judged_at_once, monkeypatch, loss, message
