@@ -368,9 +368,9 @@ class AutoencoderModule(LightningModule):
         start = self.discriminator_start
         self._warn_if(loss < TELLS_ALL_APART, "the discriminator tells all reconstructions from images, and teaches "
                       "nothing; lower its learning rate or raise discriminator_start", since=start)  # fmt: skip
-        self._warn_if(loss > CANNOT_TELL, "the discriminator cannot tell reconstructions from images (its loss is about "
-                      "1, as if it said nothing), and teaches nothing; raise its learning rate or its channels, or lower "
-                      "discriminator_weight", since=start)  # fmt: skip
+        self._warn_if(loss > CANNOT_TELL, "the discriminator cannot tell reconstructions from images (its loss is "
+                      "about 1, as if it said nothing), and teaches nothing; raise its learning rate or its channels, "
+                      "or lower discriminator_weight", since=start)  # fmt: skip
 
     def _move_average(self) -> None:
         n = self.trainer.global_step
