@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from caption_words import average_precision, frequent_words, has_words
 from features import frechet_distance, label_entropy
+from PIL import Image
 from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import NUCLEI, write_fashion_mnist, write_pairs
 
@@ -110,6 +113,43 @@ def test_frechet_distance_of_gaussians_is_that_of_its_closed_form():
 def test_label_entropy_of_equal_classes_is_log_of_their_number():
     assert label_entropy(torch.arange(50) % 10) == pytest.approx(2.302585)
     assert label_entropy(torch.zeros(5, dtype=torch.int64)) == pytest.approx(0, abs=1e-9)
+
+
+def test_frequent_words_are_those_that_tell_captions_apart():
+    captions = ["A red-hot dog, wet"] * 20 + ["a CAT"] * 19 + ["a bird"] * 25
+    assert frequent_words(captions) == ["bird", "wet"]  # a is everywhere, cat too seldom, dog and red-hot where wet is
+    assert has_words(["a bird", "no word"], ["bird", "wet"]).tolist() == [[True, False], [False, False]]
+
+
+def test_average_precision_of_words_is_that_of_the_ranking():
+    mean = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity(), torch.nn.Linear(1, 2))
+    torch.nn.init.ones_(mean[2].weight)
+    network = torch.nn.Sequential(mean[0], torch.nn.Dropout(), mean[2]).eval()
+    images = torch.arange(10.0, 0, -1).view(10, 1, 1, 1)  # ranked as they lie
+    has = torch.zeros(10, 2, dtype=torch.bool)
+    has[[0, 1, 3, 4, 9], 0] = True
+    has[2, 1] = True  # too seldom to count
+    assert average_precision(network, images, has) == pytest.approx((1 + 1 + 3 / 4 + 4 / 5 + 5 / 10) / 5)
+
+
+@pytest.mark.slow
+def test_latents_against_pixels(tmp_path):
+    (tmp_path / "images").mkdir()
+    rows = ["file_name,text"]
+    for number in range(100):
+        pixels = np.random.default_rng(number).integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+        rows.append(f"{number}.png,{('red', 'green')[number % 2]} noise {number}")
+    (tmp_path / "images" / "metadata.csv").write_text("\n".join(rows))
+    command = [sys.executable, str(ROOT / "benchmarks" / "latents_against_pixels.py"), "--size", "tiny", "--together"]
+    command += ["--images", str(tmp_path / "images"), "--minutes", "0.8", "--num_images", "20"]
+    command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "l.json")]
+    subprocess.run(command, check=True)
+    record = json.loads((tmp_path / "l.json").read_text())
+    assert [result["diffusion of"] for result in record["results"]] == ["latents", "pixels"]
+    assert all(result["steps"] > 0 and result["distance"] > 0 for result in record["results"])
+    assert record["results"][0]["autoencoder"]["psnr"] > 5
+    assert all((tmp_path / f"l_{name}.png").exists() for name in ("latents", "pixels", "autoencoder"))
 
 
 TINY_SEGMENTER = [

@@ -334,7 +334,10 @@ def test_window_that_covers_the_image_changes_nothing_and_a_smaller_one_does(str
     size = ("--num_images", 2, "--image_size", 16, 16)
     whole = pixels(draw("whole", strong_run, *size))
     np.testing.assert_array_equal(pixels(draw("covered", strong_run, *size, "--window", 16)), whole)
-    assert not np.array_equal(pixels(draw("windows", strong_run, *size, "--window", 8)), whole)
+    half = pixels(draw("windows", strong_run, *size, "--window", 8))
+    assert not np.array_equal(half, whole)
+    np.testing.assert_array_equal(pixels(draw("half", strong_run, *size, "--window", 8, "--overlap", 0.5)), half)
+    assert not np.array_equal(pixels(draw("quarter", strong_run, *size, "--window", 8, "--overlap", 0.25)), half)
 
 
 def test_images_from_a_picture_are_nearer_to_it_the_less_the_strength(strong_run, draw, picture, tmp_path):
@@ -381,6 +384,7 @@ def test_frames_between_two_seeds_begin_and_end_with_their_first_images(strong_r
         (["--interpolate", 1, 2, "--labels", 3, "--num_images", 3], ["--num_images", 4], "num_images"),
         (["--num_images", 1], ["--image_size", 16, 16], "image_size"),
         (["--num_images", 1], ["--window", 8], "window"),
+        (["--num_images", 1, "--window", 8], ["--overlap", 0.25], "overlap"),
         (["--num_images", 1, "--init", "{tmp}/init.png"], ["--strength", 0.5], "strength"),
     ],
 )
@@ -398,6 +402,9 @@ START_ERRORS = {
     "size": ("--image_size 8 13", "plus a multiple of 2 for this model, got 8 13; the next that fits is 8 14"),
     "window": ("--window 7", "--window must be 2 pixels plus a multiple of 2 for this model, got 7; the next"),
     "no window": ("--window 0", "--window must be"),
+    "all overlap": ("--window 8 --overlap 1", "--overlap must be in [0, 1), got 1.0; 0.5 is usual"),
+    "negative overlap": ("--window 8 --overlap -0.25", "--overlap must be in [0, 1), got -0.25"),
+    "overlap of nothing": ("--overlap 0.25", "--overlap must come with windows that have one; add --window N"),
     "mask alone": ("--mask {tmp}/mask.png", "--mask must come with a picture to start from; add --init FILE"),
     "strength alone": ("--strength 0.5", "--strength must come with a picture"),
     "no picture": ("--init {tmp}/none.png", "--init must be an image file, and there is none at"),
@@ -568,8 +575,8 @@ def test_wrong_usage_has_exit_status_2(run_cli, arguments):
 
 OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
-    "--image_size --window --init --strength --mask --noise_level --interpolate --overwrite --resume --batch_size "
-    "--device --precision --speed",
+    "--image_size --window --overlap --init --strength --mask --noise_level --interpolate --overwrite --resume "
+    "--batch_size --device --precision --speed",
     "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
     "--device --precision --speed",
     "export": "CHECKPOINT DIR --overwrite",

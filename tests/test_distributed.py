@@ -292,27 +292,74 @@ class Keeper(Callback):
 """
 
 
-def test_autoencoder_and_discriminator_are_equal_on_both_processes(tmp_path):
-    """Each process sees other images: weights stay equal only if both networks' gradients are averaged."""
-    (tmp_path / "keeper.py").write_text(KEEPER)
-    (tmp_path / "images").mkdir()
+AUTOENCODER = "--data.init_args.root images --data.init_args.num_val 3 --data.init_args.image_size 32 "
+AUTOENCODER += "--data.init_args.batch_size 2 --model.autoencoder.init_args.channels [32,32,32] "
+AUTOENCODER += "--trainer.accelerator cpu --trainer.precision 32-true --samples.num_images 2"
+TWO = f"--config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.strategy.init_args.find_unused_parameters true "
+TWO += "--trainer.devices 2"
+
+
+def noise_folder(folder: Path) -> None:
+    """Twelve images of noise, of more contrast from one to the next, three of which are validated on."""
+    folder.mkdir()
     for number in range(12):
-        pixels = np.random.default_rng(number).integers(256, size=(32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
-    arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} --data.init_args.root images --data.init_args.num_val 4 "
-    arguments += "--data.init_args.image_size 32 --data.init_args.batch_size 2 --model.discriminator_start 1 "
-    arguments += "--model.autoencoder.init_args.channels [32,32,32] --trainer.max_steps 3 --samples.num_images 2 "
-    arguments += (
-        f"--config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.strategy.init_args.find_unused_parameters true "
-    )
-    arguments += "--trainer.devices 2 --trainer.accelerator cpu "
-    arguments += "--trainer.precision 32-true --trainer.default_root_dir run --trainer.callbacks+=keeper.Keeper"
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+        pixels = np.random.default_rng(number).integers(256, size=(32, 32, 3))
+        Image.fromarray((128 + (pixels - 128) * number // 12).astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def with_autoencoder(folder: Path, command: str, arguments: str) -> None:
+    """Runs a command of ours on those images, in a process of its own."""
+    whole = [sys.executable, "-m", "unet_diffusion.cli", command, *arguments.split(), *AUTOENCODER.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def validated(folder: Path) -> dict[str, float]:
+    """What a run last logged of its validation."""
+    with open(next(folder.glob("logs/*/metrics.csv")), newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/psnr")]
+    return {name: float(value) for name, value in rows[-1].items() if name.startswith("val/")}
+
+
+@pytest.fixture(scope="module")
+def autoencoder_folder(tmp_path_factory):
+    """A folder with images and what two processes trained on them: run, and rank0.pt and rank1.pt."""
+    folder = tmp_path_factory.mktemp("autoencoder")
+    noise_folder(folder / "images")
+    (folder / "keeper.py").write_text(KEEPER)
+    arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} {TWO} --model.discriminator_start 1 --trainer.max_steps 3 "
+    arguments += "--trainer.default_root_dir run --trainer.callbacks+=keeper.Keeper"
+    with_autoencoder(folder, "fit", arguments)
+    return folder
+
+
+def test_autoencoder_and_discriminator_are_equal_on_both_processes(autoencoder_folder):
+    """Each process sees other images: weights stay equal only if both networks' gradients are averaged."""
+    weights = [torch.load(autoencoder_folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+def test_autoencoder_is_validated_alike_on_one_process_and_on_two(autoencoder_folder):
+    """Three images to validate on: one process has two of them, the other one."""
+    arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} --trainer.devices 1 --trainer.default_root_dir alone "
+    with_autoencoder(autoencoder_folder, "validate", arguments + "--ckpt_path run/checkpoints/last.ckpt")
+    alone = validated(autoencoder_folder / "alone")
+    assert alone.keys() == {"val/psnr", "val/ssim", "val/latent_mean", "val/latent_std", "val/latent_signal"}
+    # float32 sums in another order; one image in a batch, or two
+    assert validated(autoencoder_folder / "run") == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_use_of_the_codes_is_that_of_all_processes(autoencoder_folder):
+    recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'}"
+    with_autoencoder(autoencoder_folder, "validate", f"{recipe} {TWO} --trainer.default_root_dir codes_two")
+    with_autoencoder(
+        autoencoder_folder, "validate", f"{recipe} --trainer.devices 1 --trainer.default_root_dir codes_one"
+    )
+    one = validated(autoencoder_folder / "codes_one")
+    assert {"val/psnr", "val/codes_used", "val/code_perplexity"} <= one.keys()
+    assert validated(autoencoder_folder / "codes_two") == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
 SAME_NOISE = """

@@ -13,7 +13,7 @@ from unet_diffusion.codecs import kl_autoencoder
 from unet_diffusion.conditioning import Maps
 from unet_diffusion.data import ImagesWithMaps, InpaintingDataModule, UpscalingDataModule, scale_to_unit_range
 from unet_diffusion.maps import LowResolution, MaskedImage, draw_masks, masked_image_maps
-from unet_diffusion.pictures import read_images
+from unet_diffusion.pictures import image_grid, read_images
 from unet_diffusion.sampling import sample
 from unet_diffusion.training import SampleGrid
 
@@ -235,6 +235,26 @@ def test_grid_of_an_upscaler_is_of_validation_images(
     examples = data.examples(6, "cpu")
     assert torch.equal(given["maps"], examples["maps"])
     assert torch.equal(given["labels"], examples["labels"])
+    small = examples["maps"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(examples["seen"], small)  # at twice its size
+
+
+def test_grid_of_a_painter_shows_what_the_mask_leaves_above_what_is_painted(
+    painter, tiny_images, quiet_trainer, tmp_path
+):
+    module, grid = painter(), SampleGrid(0, num_images=10, num_inference_steps=2)
+    data = InpaintingDataModule(tiny_images(class_names=None, num_val=10))
+    trainer = quiet_trainer(max_steps=1, callbacks=[grid])
+    trainer.fit(module, data)
+    examples = data.examples(10, "cpu")
+    mask, masked = examples["maps"].split([1, 1], dim=1)
+    assert torch.equal(examples["seen"], masked)
+    assert torch.equal(masked, examples["images"] * (1 - mask))
+    painted = grid.sample(trainer, module, 0)
+    fill = torch.zeros(6, 1, 8, 8)  # the second row has two pairs
+    rows = [masked[:8], painted[:8], masked[8:], fill, painted[8:], fill]
+    expected = np.asarray(image_grid(torch.cat(rows), columns=8))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples.png")), expected)
 
 
 # --------------------------------------------------------------------------------------------------- pictures, refusals

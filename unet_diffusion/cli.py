@@ -357,8 +357,14 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
         "--window",
         type=int,
         metavar="N",
-        help="for images larger than in training: the network sees windows of NxN pixels that overlap by half, and "
-        "each step blends them; the size of training is a good N; default: all at once",
+        help="for images larger than in training: the network sees overlapping windows of NxN pixels, and each step "
+        "blends them; the size of training is a good N; default: all at once",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        help="with --window: share of a window, in [0, 1), that it has in common with the next, at least; more takes "
+        "longer and hides better where windows end; default: 0.5",
     )
     parser.add_argument(
         "--init",

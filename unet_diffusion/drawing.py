@@ -21,6 +21,7 @@ from unet_diffusion.sample_options import (
     maps_from,
     read_picture,
     start_from,
+    window_overlap,
     window_size,
 )
 from unet_diffusion.sampling import check_sampling, num_network_steps, sample
@@ -134,8 +135,11 @@ class Drawing:
         }
 
     def _seen_through_windows(self, network: PixelNetwork) -> Denoiser:
-        side = window_size(self.options, self.trained)
-        return network if side is None else windowed(network, (side, side), batch_size=self.options.batch_size)
+        options = self.options
+        side = window_size(options, self.trained)
+        if side is None:
+            return network
+        return windowed(network, (side, side), overlap=window_overlap(options), batch_size=options.batch_size)
 
 
 def _autoencoder(options: argparse.Namespace, trained: TrainedDenoiser) -> Autoencoder | None:

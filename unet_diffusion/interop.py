@@ -55,7 +55,7 @@ from unet_diffusion.latents import LatentSpace
 from unet_diffusion.maps import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution, MaskedImage
 from unet_diffusion.pipelines import class_conditional
 from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
-from unet_diffusion.pipelines.model_card import model_card
+from unet_diffusion.pipelines.model_card import autoencoder_card, model_card
 from unet_diffusion.sampling import scheduler_config
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import set_speed
@@ -195,6 +195,8 @@ def why_not_exported(trained: TrainedDenoiser, autoencoder: StrPath | None = Non
 def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrite: bool = False) -> None:
     """Write a folder that diffusers loads, with the latents' scale if it is known, after a comparison.
 
+    A README.md in it says how.
+
     Args:
         trained: the autoencoder and the scale of its latents.
         folder: appears whole or not at all.
@@ -216,6 +218,7 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
     try:
         autoencoder.save_pretrained(partial)
         _check_same_reconstruction(autoencoder, pretrained_autoencoder(partial))
+        (partial / "README.md").write_text(autoencoder_card(trained), encoding="utf-8")
         _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -27,6 +27,7 @@ from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.start import Start, interpolated_noise
 
 NOISE_LEVEL = 20  # of a picture to enlarge, as in diffusers' pipeline for that
+OVERLAP = 0.5  # of windows
 STRENGTH = 0.8  # of a picture without a mask, as in diffusers' image-to-image pipeline
 
 
@@ -54,6 +55,7 @@ def check_options(options: argparse.Namespace, trained: TrainedDenoiser) -> None
     for name in ("mask", "strength"):
         if getattr(options, name) is not None and options.init is None:
             raise ValueError(f"--{name} must come with a picture to start from; add --init FILE")
+    _check_overlap(options)
     if _paints(trained) and options.mask is None:
         raise ValueError("--init and --mask must be given, as the model paints into a picture; add --init and --mask")
     if _enlarges(trained):
@@ -88,6 +90,11 @@ def window_size(options: argparse.Namespace, trained: TrainedDenoiser) -> int | 
         ValueError: if the network does not take that size; it names the next one.
     """
     return None if options.window is None else _network_sizes("window", [options.window], trained)[0]
+
+
+def window_overlap(options: argparse.Namespace) -> float:
+    """Share of a window that it has in common with the next, at least."""
+    return OVERLAP if options.overlap is None else options.overlap
 
 
 def read_picture(options: argparse.Namespace, trained: TrainedDenoiser, shape: tuple[int, int, int]) -> Picture | None:
@@ -188,6 +195,13 @@ def frames_noise(options: argparse.Namespace, indices: list[int], shape: tuple[i
         return None
     seeds, last = tuple(options.interpolate), options.num_images - 1
     return interpolated_noise(seeds, [index / last for index in indices], shape)
+
+
+def _check_overlap(options: argparse.Namespace) -> None:
+    if options.overlap is not None and options.window is None:
+        raise ValueError("--overlap must come with windows that have one; add --window N")
+    if options.overlap is not None and not 0 <= options.overlap < 1:
+        raise ValueError(f"--overlap must be in [0, 1), got {options.overlap}; {OVERLAP} is usual")
 
 
 def _check_enlarging(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
 from lightning.pytorch.callbacks import ModelCheckpoint
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -268,11 +269,32 @@ def test_unused_codes_are_warned_about(quiet_trainer, tiny_images, judged_at_onc
         quiet_trainer().validate(made, tiny_images(shape=SHAPE), verbose=False)
 
 
-def test_discriminator_that_teaches_nothing_is_warned_about(quiet_trainer, tiny_images, judged_at_once, monkeypatch):
-    monkeypatch.setattr(training, "hinge_loss", lambda real, fake: 0 * (real.mean() + fake.mean()))
-    trainer = quiet_trainer(max_steps=2, limit_val_batches=0, log_every_n_steps=1)
-    with pytest.warns(UserWarning, match="tells all reconstructions from images"):
-        trainer.fit(module(discriminator=critic()), tiny_images(shape=SHAPE))
+def fit_with_critic_loss(losses, quiet_trainer, tiny_images, monkeypatch):
+    """Trains as if the discriminator had these losses, a step each."""
+    given = iter(losses)
+    monkeypatch.setattr(training, "hinge_loss", lambda real, fake: 0 * (real.mean() + fake.mean()) + next(given))
+    trainer = quiet_trainer(max_steps=len(losses), limit_val_batches=0, log_every_n_steps=1)
+    trainer.fit(module(discriminator=critic()), tiny_images(shape=SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(0.01, "tells all reconstructions from images"), (1.0, "cannot tell reconstructions .* raise its")],
+)
+def test_discriminator_that_has_won_or_lost_is_warned_about(
+    quiet_trainer, tiny_images, judged_at_once, monkeypatch, loss, message
+):
+    with pytest.warns(UserWarning, match=message):
+        fit_with_critic_loss([loss] * 2, quiet_trainer, tiny_images, monkeypatch)
+
+
+@pytest.mark.parametrize("losses", [[0.5, 0.5], [0.5, 0.0, 1.2]])
+def test_discriminator_that_is_right_at_times_is_not_warned_about(
+    quiet_trainer, tiny_images, judged_at_once, monkeypatch, losses
+):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*discriminator")
+        fit_with_critic_loss(losses, quiet_trainer, tiny_images, monkeypatch)
 
 
 def test_no_collapse_is_seen_before_there_was_time_to_learn(quiet_trainer, tiny_images):
@@ -341,6 +363,25 @@ def test_exported_folder_is_loaded_by_diffusers_with_the_scale_of_the_latents(tr
     with pytest.raises(FileExistsError, match="is not overwritten"):
         export_autoencoder(made.trained, tmp_path / "out")
     export_autoencoder(made.trained, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize(("make", "tag", "std"), [(kl_net, "KL", 2.5), (vq_net, "16 codes", None)])
+def test_card_of_an_exported_autoencoder_says_how_to_use_it_and_its_python_runs(trained_file, tmp_path, make, tag, std):
+    made, _ = trained_file(make())
+    made.latent_std, made.settings = std, {"model": {"lr": 0.5}, "note": "größer"}
+    export_autoencoder(made.trained, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    front_matter = yaml.safe_load(card.split("---")[1])
+    assert front_matter == {"library_name": "diffusers", "tags": ["autoencoder", tag, "unet-diffusion"]}
+    assert yaml.safe_load(card.split("Settings:\n```yaml\n")[1].split("```")[0]) == made.settings
+    assert ("standard deviation of 2.5 on images" if std else "was not measured: `scaling_factor` is 1") in card
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out")), names)
+    assert names["latents"].shape == (1, 2, 8, 8)
+    assert "latents of 2 x 8 x 8" in card
+    with torch.no_grad():
+        expected = reconstruct(made.ema_autoencoder, names["images"])
+    torch.testing.assert_close(names["reconstructions"], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_pretrained_folder_works_in_its_place(quiet_trainer, tiny_images, tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from unet_diffusion.conditioning import Maps
 from unet_diffusion.data.base import ImageDataModule, scale_to_unit_range
@@ -36,7 +37,7 @@ class ImagesWithMaps(ImageDataModule):
 
     Batches are those of `ImageDataModule`, with normalised latents as "images", and "maps" (B, K, h, w). To train on,
     maps and latents are drawn in each step; to validate on, each image's maps stay the same and latents are means.
-    A subclass defines `draw` and `entries`.
+    A subclass defines `draw`, `entries` and `seen`.
 
     Args:
         images: where images come from, and how many make a batch.
@@ -84,6 +85,10 @@ class ImagesWithMaps(ImageDataModule):
         """Entries of a batch: "maps", and what else comes of images (B, C, H, W) in [-1, 1] and of what was drawn."""
         raise NotImplementedError(f"{type(self).__name__} must define entries()")
 
+    def seen(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        """What the network is shown of images (B, C, H, W), as images of the same size to look at."""
+        raise NotImplementedError(f"{type(self).__name__} must define seen()")
+
     def prepare_data(self) -> None:
         self.images.prepare_data()
 
@@ -127,19 +132,24 @@ class ImagesWithMaps(ImageDataModule):
         return self._with_maps(batch, self.draw(images.shape, generator), generator)
 
     def examples(self, num: int, device: torch.device) -> Batch:
-        """A batch of the first images that are kept apart, by turns, as they are validated on."""
+        """A batch of the first images that are kept apart, by turns, as they are validated on, and "seen" of them."""
         numbers = self.val_indices[torch.arange(num) % len(self.val_indices)].tolist()
         found = ImageBatches(self.image_set)
         parts = [found[numbers[i : i + self.batch_size]] for i in range(0, num, self.batch_size)]
-        done = [self._as_validated({name: one.to(device) for name, one in part.items()}) for part in parts]
+        parts = [{name: one.to(device) for name, one in part.items()} for part in parts]
+        shown = [self.seen(scale_to_unit_range(part["images"]), self._fixed(part)) for part in parts]
+        done = [{**self._as_validated(part), "seen": one} for part, one in zip(parts, shown, strict=True)]
         return {name: torch.cat([one[name] for one in done]) for name in done[0]}
 
     def _as_validated(self, batch: Batch) -> Batch:
+        return self._with_maps(batch, self._fixed(batch), None)
+
+    def _fixed(self, batch: Batch) -> dict[str, Tensor]:
+        """What is drawn for each image whenever it is validated on."""
         images = batch["images"]
         shape = torch.Size([1, *images.shape[1:]])
         each = [self.draw(shape, keyed_generator(self.seed, MAPS_KEY, index)) for index in batch["index"].tolist()]
-        drawn = {name: torch.cat([one[name] for one in each]).to(images.device) for name in each[0]}
-        return self._with_maps(batch, drawn, None)
+        return {name: torch.cat([one[name] for one in each]).to(images.device) for name in each[0]}
 
     def _with_maps(self, batch: Batch, drawn: dict[str, Tensor], generator: torch.Generator | None) -> Batch:
         images = scale_to_unit_range(batch["images"])
@@ -186,6 +196,9 @@ class InpaintingDataModule(ImagesWithMaps):
     def entries(self, images: Tensor, drawn: dict[str, Tensor], encode: Encode) -> dict[str, Tensor]:
         return {"maps": masked_image_maps(images, drawn["mask"], encode)}
 
+    def seen(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        return images * (1 - drawn["mask"])
+
 
 class UpscalingDataModule(ImagesWithMaps):
     """Images, and small ones of the latents' size, for a network that enlarges; see `maps.LowResolution`.
@@ -230,9 +243,11 @@ class UpscalingDataModule(ImagesWithMaps):
         }
 
     def entries(self, images: Tensor, drawn: dict[str, Tensor], encode: Encode) -> dict[str, Tensor]:
+        return {"labels": drawn["level"], "maps": self._small(images, drawn)}
+
+    def seen(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        return interpolate(self._small(images, drawn), images.shape[2:])
+
+    def _small(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         _, height, width = self.image_shape
-        small = shrink(images, (height, width))
-        return {
-            "labels": drawn["level"],
-            "maps": LOW_RES_SCHEDULE.add_noise(small, drawn["noise"], drawn["level"]),
-        }
+        return LOW_RES_SCHEDULE.add_noise(shrink(images, (height, width)), drawn["noise"], drawn["level"])

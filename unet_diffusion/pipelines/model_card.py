@@ -4,7 +4,8 @@ from typing import Any
 
 import yaml
 
-from unet_diffusion.checkpoint import TrainedDenoiser
+from unet_diffusion.checkpoint import TrainedAutoencoder, TrainedDenoiser
+from unet_diffusion.codecs import downsampling, num_latent_channels
 from unet_diffusion.maps import LowResolution, MaskedImage
 from unet_diffusion.text import TextTokens
 
@@ -92,6 +93,38 @@ images = pipeline("what is to be seen", image, num_inference_steps=50, guidance_
 {about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
+AUTOENCODER_CARD = """---
+library_name: diffusers
+tags: [autoencoder, {kind}, unet-diffusion]
+---
+# An autoencoder, {kind}
+
+Makes latents of {latent_channels} x {latent_height} x {latent_width} (channels, height, width) of images of
+{channels} x {height} x {width}, and images of them: the first stage of latent diffusion. The network is an `{network}`
+of {parameters:,} parameters. It takes images of other sizes too, if height and width are multiples of {factor}.
+
+## Use
+```python
+import torch
+from diffusers import {network}
+
+autoencoder = {network}.from_pretrained("path/to/this/folder")
+images = torch.rand(1, {channels}, {height}, {width}) * 2 - 1  # yours here; -1 is black, 1 white
+scale = autoencoder.config.scaling_factor
+with torch.no_grad():
+    latents = autoencoder.encode(images).{latents} * scale
+    reconstructions = autoencoder.decode(latents / scale).sample
+```
+{about_scale}
+
+## Training
+Settings:
+```yaml
+{settings}```
+
+## Licence
+Not stated: whoever publishes this folder chooses one that fits the images that the network was trained on.
+"""
 
 
 def model_card(trained: TrainedDenoiser) -> str:
@@ -110,6 +143,33 @@ def model_card(trained: TrainedDenoiser) -> str:
         schedule=_yaml(trained.schedule.config),
         settings=_yaml(trained.settings) if trained.settings else "# not known\n",
     )
+
+
+def autoencoder_card(trained: TrainedAutoencoder) -> str:
+    """The text of README.md; its licence is left to the user."""
+    autoencoder, (channels, height, width) = trained.autoencoder, trained.image_shape
+    has_codes, factor = "num_vq_embeddings" in autoencoder.config, downsampling(autoencoder)
+    return AUTOENCODER_CARD.format(
+        kind=f"{autoencoder.config['num_vq_embeddings']} codes" if has_codes else "KL",
+        network=type(autoencoder).__name__,
+        parameters=sum(parameter.numel() for parameter in autoencoder.parameters()),
+        channels=channels,
+        height=height,
+        width=width,
+        factor=factor,
+        latent_channels=num_latent_channels(autoencoder),
+        latent_height=height // factor,
+        latent_width=width // factor,
+        latents="latents" if has_codes else "latent_dist.mean",
+        about_scale=_about_scale(trained.latent_std),
+        settings=_yaml(trained.settings) if trained.settings else "# not known\n",
+    )
+
+
+def _about_scale(latent_std: float | None) -> str:
+    if latent_std is None:
+        return "How far the latents spread was not measured: `scaling_factor` is 1."
+    return f"Latents have a standard deviation of {latent_std:.3g} on images kept apart, and 1 times `scaling_factor`."
 
 
 def _kind_and_usage(trained: TrainedDenoiser) -> tuple[str, str]:

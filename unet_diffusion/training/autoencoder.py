@@ -43,7 +43,8 @@ MAX_ADAPTIVE_WEIGHT = 1e4  # Esser et al.'s code, as the next one
 GRADIENT_FLOOR = 1e-4
 RANGE = 2.0  # of images in [-1, 1]
 SSIM_SIDE = 11  # pixels of its window (Wang et al. 2004)
-TELLS_ALL_APART = 0.02  # of the hinge loss, which is 1 where the discriminator cannot tell
+TELLS_ALL_APART, CANNOT_TELL = 0.02, 0.99  # of the hinge loss, which is 1 for a discriminator that says nothing
+CRITIC_MEMORY = 0.98  # share of the average of that loss kept at each step: it is of about 50 steps
 MIN_SIGNAL = 0.1  # share of the latents' variance that comes from the images
 MIN_CODE_USE = 0.1  # share of the codebook
 LEAST_STD = 1e-6  # of latents
@@ -141,6 +142,7 @@ class AutoencoderModule(LightningModule):
         self.ema_decay = ema_decay
         self.seed = seed
 
+        self._critic_loss: Tensor | None = None  # average over the last steps, on the device
         self.latent_std: float | None = None  # as last validated
         self.is_continued = False  # set by who calls fit with a checkpoint
         self.settings: dict[str, Any] = {}  # of the whole run, plain
@@ -359,11 +361,20 @@ class AutoencoderModule(LightningModule):
                 callback.on_before_optimizer_step(self.trainer, self, optimizer.optimizer)
         optimizer.optimizer.step()
         self.log("train/discriminator", loss.detach(), prog_bar=True)
+        before = self._critic_loss
+        self._critic_loss = loss.detach() if before is None else before.lerp(loss.detach(), 1 - CRITIC_MEMORY)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it at runtime
         if every and self.trainer.global_step % every == 0:  # reading the loss waits for the device
-            self._warn_if(loss.item() < TELLS_ALL_APART, "the discriminator tells all reconstructions from images, and "
-                          "teaches nothing; lower its learning rate or raise discriminator_start",
-                          since=self.discriminator_start)  # fmt: skip
+            self._judge_critic(self._critic_loss.item())
+
+    def _judge_critic(self, loss: float) -> None:
+        """Warns of a discriminator that teaches nothing, as it has won or lost."""
+        start = self.discriminator_start
+        self._warn_if(loss < TELLS_ALL_APART, "the discriminator tells all reconstructions from images, and teaches "
+                      "nothing; lower its learning rate or raise discriminator_start", since=start)  # fmt: skip
+        self._warn_if(loss > CANNOT_TELL, "the discriminator cannot tell reconstructions from images (its loss is "
+                      "about 1, as if it said nothing), and teaches nothing; raise its learning rate or its channels, "
+                      "or lower discriminator_weight", since=start)  # fmt: skip
 
     def _move_average(self) -> None:
         n = self.trainer.global_step

@@ -26,7 +26,7 @@ from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.whole_file import whole_file
 
-PAIRS_IN_A_ROW = 8  # of images and reconstructions
+PAIRS_IN_A_ROW = 8  # of images, or what a network is shown of them, and what comes of each
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
 
 
@@ -81,7 +81,8 @@ class SampleGrid(PictureGrid):
     """Samples of the averaged denoiser, of the same seeds every time. With classes, each column is a class.
 
     With captions or maps they are those of the first validation images, and run folder/captions.txt has the captions
-    row by row.
+    row by row. With maps what the network is shown of an image is above what it makes of it: the part that the mask
+    leaves, or the small image.
 
     Args:
         every_n_steps: optimiser steps between grids; 0: only at the end.
@@ -147,6 +148,9 @@ class SampleGrid(PictureGrid):
         if module.captions is not None and trainer.is_global_zero:
             with whole_file(run_folder(trainer) / "captions.txt") as partial:  # row by row
                 partial.write_text("\n".join(self.captions(trainer, module)) + "\n", encoding="utf-8")
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set at runtime
+        if isinstance(data, ImagesWithMaps):
+            return in_pairs(data.examples(self.num_images, module.device)["seen"].cpu(), images)
         return image_grid(images, columns=columns)
 
     def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int) -> Tensor:
@@ -230,8 +234,20 @@ class ReconstructionGrid(PictureGrid):
         num_shown = min(self.num_images, len(data.val_indices)) // columns * columns  # whole rows
         shown = ImageBatches(data.image_set)[data.val_indices[:num_shown].tolist()]
         images = scale_to_unit_range(shown["images"])
-        pairs = zip(images.split(columns), module.reconstruct(images).cpu().split(columns), strict=True)
-        return image_grid(torch.cat([row for pair in pairs for row in pair]), columns=columns)
+        return in_pairs(images, module.reconstruct(images).cpu())
+
+
+def in_pairs(above: Tensor, below: Tensor) -> Image:
+    """A grid in which each image of the one is above its counterpart in the other, eight pairs in a row.
+
+    Args:
+        above: (N, C, H, W) in [-1, 1].
+        below: of the same shape.
+    """
+    columns = min(len(above), PAIRS_IN_A_ROW)
+    pairs = zip(above.split(columns), below.split(columns), strict=True)
+    rows = [torch.cat([row, row.new_zeros(columns - len(row), *row.shape[1:])]) for pair in pairs for row in pair]
+    return image_grid(torch.cat(rows), columns=columns)
 
 
 class RunProgressBar(ProgressBar):
