@@ -1,5 +1,6 @@
 """What the tests of training, the command line and the recipes share: a tiny network, tiny data, a quiet trainer."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,24 @@ from unet_diffusion.unet import DenoiserUNet
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
+MAX_WORKERS = 4  # each has a GB of PyTorch, Lightning and diffusers
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; tiny networks are no faster with more
+torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of processes that share the files of tests; none for files that are named, which are there sooner without."""
+    has_files = any(Path(argument.split("::")[0]).is_file() for argument in config.args)
+    return 0 if has_files or os.cpu_count() == 1 else min(os.cpu_count() or 1, MAX_WORKERS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests come first where processes share them: so all end at about the same time."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
 
 TINY_UNET = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}

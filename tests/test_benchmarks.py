@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from caption_words import average_precision, frequent_words, has_words
 from features import frechet_distance, label_entropy
+from forked import run_python
 from PIL import Image
 from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import NUCLEI, write_fashion_mnist, write_pairs
@@ -29,11 +29,17 @@ TINY_FIT = [
 ]
 
 
+def printed(command: list, **options) -> str:
+    """What the script says; it must end well."""
+    done = run_python(command, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def run(script: str, *arguments: object, output: Path) -> dict:
     """What the script wrote; it prints a table too."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments), "--output", str(output)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=output.parent)
-    assert "| --- |" in result.stdout
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments, "--output", output]
+    assert "| --- |" in printed(command, cwd=output.parent)
     return json.loads(output.read_text())
 
 
@@ -92,13 +98,13 @@ def test_time_to_quality(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "time_to_quality.py"), "--root", str(tmp_path / "data")]
     command += ["--minutes", "0.6", "--num_images", "10", "--contenders", "diffusers_tuned", "ours"]
     command += ["--calibration_steps", "2", "60", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "t.json")]
-    subprocess.run(command, check=True)
+    printed(command)
     results = json.loads((tmp_path / "t.json").read_text())["results"]
     assert {result["contender"] for result in results} == {"diffusers_tuned", "ours"}
     assert all(result["distance"] > 0 and result["steps"] > 0 for result in results)
     assert (tmp_path / "time_to_quality_ours_0.6.png").exists()
     seconds = [result["seconds"] for result in results]
-    subprocess.run(command, check=True)  # finds them, and measures nothing again
+    printed(command)  # finds them, and measures nothing again
     assert [result["seconds"] for result in json.loads((tmp_path / "t.json").read_text())["results"]] == seconds
 
 
@@ -144,7 +150,8 @@ def test_latents_against_pixels(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "latents_against_pixels.py"), "--size", "tiny", "--together"]
     command += ["--images", str(tmp_path / "images"), "--minutes", "0.8", "--num_images", "20"]
     command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "l.json")]
-    subprocess.run(command, check=True)
+    done = run_python(command)
+    assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "l.json").read_text())
     assert [result["diffusion of"] for result in record["results"]] == ["latents", "pixels"]
     assert all(result["steps"] > 0 and result["distance"] > 0 for result in record["results"])
@@ -172,7 +179,7 @@ def test_isbi2012(tmp_path):
         *TINY_SEGMENTER,
         "--model.unet.init_args.channels=[4,8]",
     ]
-    subprocess.run(command, check=True)
+    printed(command)
     results = json.loads((tmp_path / "i.json").read_text())["results"]
     assert [result["views"] for result in results] == [False, True]
     assert all(0 <= result["v_rand"] <= 1 and 0 <= result["pixel_error"] <= 1 for result in results)
@@ -189,10 +196,10 @@ def test_label_efficiency_resumes(tmp_path):
     narrow = ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"]
     few = ["--num_labelled", "2", "--methods", "scratch", "finetuned"]
     options = [*TINY_SEGMENTER, "--trainer.max_steps=2", *narrow]
-    subprocess.run([*command, *few, *options], check=True)
+    printed([*command, *few, *options])
     first = json.loads((tmp_path / "l.json").read_text())["results"]
     assert [(result["method"], result["labelled"]) for result in first] == [("scratch", 2), ("finetuned", 2)]
-    subprocess.run([*command, "--num_labelled", "2", "3", "--methods", "scratch", *options], check=True)
+    printed([*command, "--num_labelled", "2", "3", "--methods", "scratch", *options])
     then = json.loads((tmp_path / "l.json").read_text())["results"]
     assert then[:2] == first
     assert [(result["method"], result["labelled"]) for result in then[2:]] == [("scratch", 3)]
@@ -201,7 +208,7 @@ def test_label_efficiency_resumes(tmp_path):
 @pytest.mark.slow
 def test_segmentation_speed(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "segmentation_speed.py"), "--blocks", "1", "--slices", "1"]
-    subprocess.run([*command, "--side", "64", "--json", str(tmp_path / "s.json")], check=True)
+    printed([*command, "--side", "64", "--json", str(tmp_path / "s.json")])
     rows = json.loads((tmp_path / "s.json").read_text())["results"]
     assert {row["network"] for row in rows} >= {"unet_diffusion, padded, 44 to 704", "unet_diffusion, paper"}
     assert all(row["megapixels/s"] > 0 for row in rows)
@@ -278,17 +285,15 @@ def test_table_of_the_page_is_that_of_the_formulas():
 
 def test_predictions_are_printed():
     command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--gpus", "64", "--nodes", "8"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "| FSDP2 | 0.27 |" in done.stdout
+    assert "| FSDP2 | 0.27 |" in printed(command)
 
 
 @pytest.mark.slow
 def test_bandwidth_is_measured_between_two_processes():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(ROOT / "benchmarks" / "scaling.py"), "--measure"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    processes, nodes, gbps, option = [cell.strip() for cell in done.stdout.splitlines()[2].strip("|").split("|")]
+    table = printed(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    processes, nodes, gbps, option = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
     assert (processes, nodes, option) == ("2", "1", "--intra_gbps")
     assert float(gbps) > 0
 

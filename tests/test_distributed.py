@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import run_python
 from PIL import Image
 
 from unet_diffusion.checkpoint import read_segmenter
@@ -146,8 +147,7 @@ def segmenter_run(tmp_path_factory):
     arguments += "--samples.every_n_steps 0 --checkpoint.every_n_train_steps 2 --trainer.log_every_n_steps 1 "
     arguments += "--trainer.default_root_dir run"
     command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    done = run_python(command, cwd=folder, timeout=180)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -254,7 +254,7 @@ def conditioned_ranks(tmp_path_factory):
     command = [sys.executable, "-m", "unet_diffusion.cli", "fit", "--config", "config.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    done = run_python(command, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
@@ -311,7 +311,7 @@ def with_autoencoder(folder: Path, command: str, arguments: str) -> None:
     """Runs a command of ours on those images, in a process of its own."""
     whole = [sys.executable, "-m", "unet_diffusion.cli", command, *arguments.split(), *AUTOENCODER.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    done = run_python(whole, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
 
 
@@ -415,7 +415,7 @@ def trained_by(tmp_path_factory, tiny_digits):
             shutil.copytree(folder / begun, folder / name)
             arguments += ["--ckpt_path", f"{name}/checkpoints/last.ckpt"]
         command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+        done = run_python(command, cwd=folder, env=environment, timeout=180)
         assert done.returncode == 0, done.stderr
         assert (folder / name / "pipeline" / "model_index.json").is_file()
         return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
@@ -479,8 +479,7 @@ def test_two_processes_draw_encode_and_segment_as_one(two_processes, segmenter_r
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         (tmp_path / "several.py").write_text(SEVERAL_COMMANDS)
         command = [*torchrun, str(tmp_path / "several.py"), json.dumps(commands)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        done = run_python(command, timeout=180)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,12 +1,12 @@
 """One of two processes that torchrun started is killed: both start again, and end as those that nobody touched."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_python
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUM_STEPS = 12  # of 3 epochs of 4 steps; checkpoints after each 2
@@ -42,8 +42,8 @@ def fit(folder: Path, arguments: list[str], name: str, *more: str) -> tuple[dict
     command += ["--trainer.devices", "2", "--trainer.precision", "32-true", "--trainer.max_steps", str(NUM_STEPS)]
     command += ["--data.init_args.num_val", "1541", "--trainer.default_root_dir", name, *more]
     path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    environment = {**os.environ, "PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = run_python(command, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True), done.stderr
 

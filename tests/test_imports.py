@@ -3,16 +3,20 @@ import sys
 
 import pytest
 
+DRAWING = ["losses", "sampling", "sample_options", "drawing", "interop", "checkpoint", "pipelines.class_conditional"]
+SEGMENTING = [
+    "augmentation",
+    "border_weights",
+    "bridge",
+    "features",
+    "labels",
+    "losses",
+    "scores",
+    "synthetic",
+    "tiles",
+]
 FORBIDDEN = [  # what a module must not pull in, however indirectly
-    (
-        "lightning",
-        ["losses", "sampling", "sample_options", "drawing", "interop", "checkpoint", "pipelines.class_conditional"],
-    ),
-    (
-        "lightning",
-        [f"segmentation.{name}" for name in ("augmentation", "border_weights", "labels", "losses", "scores")],
-    ),
-    ("lightning", [f"segmentation.{name}" for name in ("bridge", "features", "synthetic", "tiles")]),
+    ("lightning", [*DRAWING, *(f"segmentation.{name}" for name in SEGMENTING)]),
     ("diffusers", ["blocks", "unet", "schedule", "conditioning", "losses", "checkpoint", "speed", "start", "windows"]),
 ]
 

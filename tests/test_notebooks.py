@@ -52,6 +52,7 @@ def test_notebook_is_for_the_kernel_that_everyone_has(path: Path):
     assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
 
 
+@pytest.mark.slow
 @every_notebook
 def test_notebook_runs_without_errors(path: Path):
     notebook = nbformat.read(path, as_version=4)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import subprocess
 import sys
 
@@ -63,10 +64,11 @@ text = TextTokens(16, **{SMALL})
 text.learn_words({CAPTIONS + MANY})
 print(bytes(text.get_extra_state().tolist()).hex())
 """
-    states = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        for _ in range(3)
-    }
+    states = set()
+    for seed in ("0", "1"):  # of hashes, and so of the order of sets
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        states.add(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
     assert len(states) == 1
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from forked import run_python
 from PIL import Image
 
 from unet_diffusion import two_stages
@@ -133,6 +134,7 @@ def test_what_would_fail_late_is_refused_before_anything_is_written(ran, run_cli
     assert commands == []
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, tmp_path):
     """In processes of their own, the first of which is killed when its latents are there."""
     arguments = [sys.executable, "-m", "unet_diffusion.cli", *map(str, command), "--captions"]
@@ -142,7 +144,7 @@ def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, tmp_
             os.killpg(first.pid, signal.SIGKILL)  # with the process of the stage
             break
     first.wait()
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    done = run_python(arguments)
     assert done.returncode == 0, done.stderr
     assert "stage 2 of 3, latents: done before" in done.stdout
     out = tmp_path / "out"
@@ -154,7 +156,8 @@ def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, tmp_
     assert record["done"] == list(record["seconds"]) == ["autoencoder", "latents", "denoiser"]
     assert min(record["seconds"].values()) > 0
     benchmark = [sys.executable, str(REPOSITORY / "benchmarks" / "latents.py"), "--run", str(out), "--batch_size=4"]
-    subprocess.run([*benchmark, "--blocks=1", "--steps=1", "--json", str(tmp_path / "latents.json")], check=True)
+    done = run_python([*benchmark, "--blocks=1", "--steps=1", "--json", tmp_path / "latents.json"])
+    assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "latents.json").read_text())["results"]
     assert [row["latents"] for row in rows] == ["kept latents", "encoded at every step"]
     assert all(row["images/s"] > 0 for row in rows)

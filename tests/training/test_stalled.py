@@ -1,11 +1,11 @@
 """A process that stalls, on a CPU: the others end, and name it."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import run_python
 
 from unet_diffusion.training.stalled import WAITED, Beat, describe, who_is_behind
 
@@ -76,9 +76,8 @@ def ended(how: str, tiny_digits, tmp_path) -> str:
     arguments += ["--trainer.callbacks.timeout", str(TIMEOUT)]
     command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *tiny_digits, *arguments]
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     # The pipe stays open as long as any process holds it: none is left behind.
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_python(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, timeout=120)
     assert done.returncode == 1, done.stderr
     return done.stderr
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from forked import run_python
 from PIL import Image
 from wandb_files import config, history, read_records, whole_records
 from wandb_server import WandbServer
@@ -186,7 +187,8 @@ def test_two_processes_log_one_run(tiny_digits, tmp_path):
     run = tmp_path / "run"
     devices = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.default_root_dir", str(run))
     command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *tiny_digits, "--config", str(OVERLAY), *devices]
-    subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    done = run_python(command, env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    assert done.returncode == 0, done.stderr
     (kept,) = kept_runs(run)
     assert kept.stem == f"run-{(run / ID_FILE).read_text().strip()}"
     losses = [row for row in history(read_records(kept)) if "train/loss" in row]
