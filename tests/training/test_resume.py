@@ -17,8 +17,12 @@ import pytest
 import torch
 
 SERVER = """
-import json, os, sys
+import json, os, subprocess, sys
 
+import forked
+subprocess.Popen = forked.Forked  # of second processes, which Lightning starts
+
+import unet_diffusion.cli
 import unet_diffusion.training.cli
 from unet_diffusion.cli import main
 
@@ -26,7 +30,9 @@ for line in sys.stdin:
     arguments, log, environment = json.loads(line)
     child = os.fork()
     if child == 0:
+        os.setsid()
         os.environ.update(environment)
+        sys.argv = [unet_diffusion.cli.__file__, *arguments]
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(2, 1)
         sys.exit(main(arguments))
@@ -135,7 +141,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed")
     (folder / "faults.py").write_text(FAULTS)
     (folder / "overlay.yaml").write_text(OVERLAY)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+    path = f"{folder}:{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", SERVER]
     with subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -347,31 +354,22 @@ def test_damaged_checkpoint_is_said_and_the_one_before_is_used(run, untouched, d
     assert_same(hurt, untouched(60))
 
 
-@pytest.mark.slow
-def test_two_processes_go_on_together(tiny_digits, tmp_path):
+def test_two_processes_go_on_together(run):
     """Told to stop by SIGTERM, which reaches the first of them only; then killed, both."""
-    (tmp_path / "overlay.yaml").write_text(OVERLAY)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(name: str) -> tuple[subprocess.Popen, Run]:
-        two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.precision", "32-true"]
-        run = Run(tmp_path, [*tiny_digits, *two], name, max_steps=120)
-        command = [sys.executable, "-m", "unet_diffusion.cli", *run.arguments]
-        with open(run.log, "a") as log:
-            return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log, start_new_session=True), run
-
-    process, untouched = start("untouched")
-    assert process.wait(timeout=180) == 0, untouched.log.read_text()
-    process, stopped = start("stopped")
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.precision", "32-true"]
+    untouched, stopped = (run(name, 90, *two) for name in ("untouched_two", "stopped_two"))
+    untouched.start()
+    assert untouched.status() == 0, untouched.log.read_text()
+    process = stopped.start()
     stopped.saves(after=0)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM, stopped.log.read_text()
+    os.kill(process, signal.SIGTERM)
+    assert stopped.status() == 128 + signal.SIGTERM, stopped.log.read_text()
     step = stopped.last()["global_step"]
-    process, stopped = start("stopped")
+    process = stopped.start()
     stopped.saves(after=step)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    assert step < stopped.last()["global_step"] < 120
-    process, stopped = start("stopped")
-    assert process.wait(timeout=180) == 0, stopped.log.read_text()
+    os.killpg(process, signal.SIGKILL)
+    assert stopped.status() == -signal.SIGKILL
+    assert step < stopped.last()["global_step"] < 90
+    stopped.start()
+    assert stopped.status() == 0, stopped.log.read_text()
     assert_same(stopped, untouched)
