@@ -64,7 +64,8 @@ def group_norm_by_channel(
     """group_norm(x + offset) over (B, C, H, W), computed in float32 or wider, for torch.compile to fuse.
 
     A group's moments follow from those of its channels. Summed at once, a group would be read in pieces of C /
-    num_groups numbers, a few bytes each.
+    num_groups numbers, a few bytes each. Digits are lost if a group's first number is far from the others: about
+    3e-4 of a standard deviation where it is 30 of them away, 1e-2 where it is 100.
 
     Arguments are those of `group_norm_silu`.
     """

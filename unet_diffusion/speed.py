@@ -60,7 +60,8 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
     if speed not in SPEEDS:
         raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
     if speed not in speeds_for(device):
-        reason = "needs a C++ compiler (install g++)" if device.type == "cpu" else f"is not for {device.type}"
+        needs_compiler = device.type == "cpu" and speed in SPEEDS[:-1]
+        reason = "needs a C++ compiler (install g++)" if needs_compiler else f"is not for {device.type}"
         raise ValueError(f"speed {speed} {reason}; here use one of {', '.join(speeds_for(device))}")
     unet.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
     for module in unet.modules():

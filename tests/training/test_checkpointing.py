@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import Logger
 
 from unet_diffusion.training.checkpointing import RunCheckpoint, is_within_step
 
@@ -44,6 +45,38 @@ def test_nothing_is_saved_within_a_step(tiny_module, tiny_images, quiet_trainer,
     trainer.fit(tiny_module(), tiny_images())
     assert {step for step, _ in within} == set(range(1, 7))
     assert not any(is_within for _, is_within in within)
+
+
+class Steps(Logger):
+    """Keeps the steps whose loss it was told."""
+
+    name, version = "steps", 0
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def log_metrics(self, metrics, step=None):
+        self.told += [step] if "train/loss" in metrics else []
+
+    def log_hyperparams(self, *args, **options):
+        """There are none to keep."""
+
+
+def test_loggers_are_told_of_a_step_once_though_a_checkpoint_tells_them_early(
+    tiny_module, tiny_images, quiet_trainer, checkpoints
+):
+    logger = Steps()
+    trainer = quiet_trainer(
+        max_steps=5,
+        logger=logger,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        enable_checkpointing=True,
+        callbacks=[checkpoints(every_n_train_steps=2)],
+    )
+    trainer.fit(tiny_module(), tiny_images())
+    assert logger.told == [0, 1, 2, 3, 4]
 
 
 class SavesAt(Callback):

@@ -15,16 +15,6 @@ def log(logger, step, **metrics):
     logger.save()
 
 
-def test_row_that_is_told_twice_is_written_once(tmp_path):
-    logger = RunCSVLogger(tmp_path, flush_logs_every_n_steps=1)
-    log(logger, 0, loss=1.5)
-    log(logger, 0, loss=1.5)
-    log(logger, 1, loss=float("nan"))
-    log(logger, 1, loss=float("nan"))
-    log(logger, 2, loss=1.5)
-    assert [(row["step"], row["loss"]) for row in rows(logger)] == [("0", "1.5"), ("1", "nan"), ("2", "1.5")]
-
-
 def test_rows_are_there_when_a_new_column_cannot_be_written(tmp_path, monkeypatch):
     logger = RunCSVLogger(tmp_path, flush_logs_every_n_steps=1)
     log(logger, 0, loss=1.5)

@@ -128,8 +128,6 @@ class NetworkModule(LightningModule):
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        elif not torch.are_deterministic_algorithms_enabled():
-            torch.backends.cudnn.benchmark = True  # tries convolutions, whose shapes are the same in each step
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.meet_data(datamodule)

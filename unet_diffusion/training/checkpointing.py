@@ -83,7 +83,8 @@ class RunCheckpoint(ModelCheckpoint):
         is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it at runtime
         if trainer.is_global_zero and self.dirpath is not None and not is_trial:
             num_kept = 3 + max(self.save_top_k if self.monitor else 0, 0)  # last, previous, one underway; and the best
-            check_room(Path(self.dirpath), num_kept * num_bytes(pl_module))
+            needed = num_kept * num_bytes(pl_module)
+            check_room(Path(self.dirpath), needed, are_replaced=self.save_top_k != -1)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if is_within_step(trainer):
@@ -112,8 +113,13 @@ class RunCheckpoint(ModelCheckpoint):
 
     def save_after_batch(self, trainer: Trainer) -> None:
         """Log the step, and save it. Lightning logs later: a process killed in between would lose the step's losses."""
-        trainer._logger_connector.on_batch_end()
-        trainer._logger_connector.update_train_step_metrics()
+        connector = trainer._logger_connector
+        connector.on_batch_end()
+        connector.update_train_step_metrics()
+        # When Lightning comes to it, the step is logged already: this once nothing is done.
+        connector.update_train_step_metrics = lambda: delattr(  # type: ignore[method-assign]
+            connector, "update_train_step_metrics"
+        )
         self.save_now(trainer)
 
     def save_now(self, trainer: Trainer) -> None:
@@ -213,10 +219,11 @@ def num_bytes(module: LightningModule) -> int:
     return held + 2 * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raises OSError if a folder's disk, with the checkpoints that are there and will be replaced, has less room."""
+def check_room(folder: Path, needed: int, *, are_replaced: bool = True) -> None:
+    """Raises OSError if a folder's disk has less room, with that of the checkpoints there if they will be replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("*.ckpt")}.values())
+    there = folder.glob("*.ckpt") if are_replaced else []
+    held = sum({file.stat().st_ino: file.stat().st_size for file in there}.values())
     free = shutil.disk_usage(folder).free
     if free + held < needed:
         raise OSError(

@@ -195,6 +195,8 @@ class TrainingCLI(LightningCLI):
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
         watching = [NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
         self.trainer_defaults["callbacks"] = [*bar, *rates, *watching]
+        if trainer.benchmark is None and not trainer.deterministic:
+            kwargs["benchmark"] = True  # cuDNN tries convolutions, whose shapes are the same in each step
         made = super().instantiate_trainer(**kwargs)
         made.strategy.checkpoint_io = WholeCheckpoints()
         cluster = made._accelerator_connector.cluster_environment

@@ -1,4 +1,4 @@
-"""The CSV file of a run's losses: each row on the disk at once, once, and no moment without the rows before it."""
+"""The CSV file of a run's losses, which is there at each moment with all the rows before it."""
 
 import csv
 import os
@@ -12,10 +12,7 @@ from unet_diffusion.whole_file import whole_file
 
 
 class RunCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, to which RunCheckpoint may tell a step's losses before Lightning does.
-
-    Its arguments are CSVLogger's.
-    """
+    """Lightning's CSVLogger, with its arguments; a process that is killed loses no row."""
 
     @property
     @rank_zero_experiment
@@ -28,15 +25,7 @@ class RunCSVLogger(CSVLogger):
 
 
 class WholeRows(ExperimentWriter):
-    """Writes each row once, and a file with more columns takes the place of the one before in one step."""
-
-    _last = ""  # as text, in which a loss that is not a number equals itself
-
-    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics_dict, step)
-        before, self._last = self._last, str(self.metrics[-1])
-        if self._last == before:
-            self.metrics.pop()
+    """A file with more columns takes the place of the one before in one step."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with open(self.metrics_file_path, newline="") as file:
