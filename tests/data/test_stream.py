@@ -411,6 +411,35 @@ def test_store_that_is_gone_is_an_error_even_so(packed, monkeypatch):
         epoch_of(data)
 
 
+def test_bad_neighbours_are_tried_once_ahead_and_once_in_use_an_epoch(packed):
+    with FaultyServer(packed) as server:
+        data = stream(server.address, on_bad_shard="skip", window=1, num_lanes=1)
+        server.faults = {f"shard_{number:05d}.tar": ["refuse"] * 1000 for number in (1, 2, 3)}
+        with pytest.warns(UserWarning, match="take the place"):
+            loader = data.train_dataloader()
+            for epoch in (0, 1):
+                server.asked.clear()
+                loader.sampler.set_epoch(epoch)
+                assert sum(int(batch["replaced"]) for batch in loader) > 0
+                asked = [server.asked.count(name) for name in server.faults]
+                assert all(1 <= number <= 2 for number in asked), asked  # 21 images of them in batches of 4
+
+
+def test_shard_that_could_not_be_read_ahead_is_tried_again_when_it_is_needed(packed):
+    with FaultyServer(packed) as server:
+        images = stream(server.address).image_set.images
+        server.faults = {"shard_00003.tar": ["refuse"], "shard_00004.tar": ["refuse"] * 2}
+        images.read_ahead([3, 4])
+        deadline = time.monotonic() + 60
+        while len(server.asked) < 3:  # the index, too
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(images.read(3)) == 7
+        with pytest.raises(ShardError, match="shard_00004"):
+            images.read(4)
+        assert len(images.read(4)) == 7
+
+
 @pytest.mark.parametrize("fault", ["refuse", "truncate", "corrupt", "hang_up"])
 def test_faults_that_pass_leave_no_trace(packed, monkeypatch, fault):
     monkeypatch.setattr(shards, "FIRST_WAIT", 0.01)

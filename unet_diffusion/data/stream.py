@@ -195,8 +195,9 @@ class StreamDataModule(ImageDataModule):
 
 
 class LaneBatch(list[int]):
-    """Indices of a batch, the shards that its lane reads next, and those that it is done with after this batch."""
+    """Indices of a batch, its epoch, the shards its lane reads next, and those it is done with after this batch."""
 
+    epoch: int = 0
     upcoming: Sequence[int] = ()
     past: Sequence[int] = ()
 
@@ -286,7 +287,7 @@ class ShuffledShards(ShuffledBatches):
             past, upcoming = ([shard for reads in near for shard, _, _ in reads] for near in (before, after))
             while len(rest) >= self.batch_size:
                 batch, rest = LaneBatch(rest[: self.batch_size]), rest[self.batch_size :]
-                batch.upcoming, batch.past, past = upcoming, past, []
+                batch.epoch, batch.upcoming, batch.past, past = self.epoch, upcoming, past, []
                 yield batch
 
     def _shuffled(self, window: list[tuple[int, int, int]]) -> list[int]:
@@ -319,6 +320,8 @@ class StreamBatches(ImageBatches):
     def __getitem__(self, indices: list[int]) -> Batch:
         images = self.image_set.images
         assert isinstance(images, ShardedImages)
+        if isinstance(indices, LaneBatch):
+            images.begin_epoch(indices.epoch)
         images.expect(dict.fromkeys(images.shard_of(i % len(self)) for i in indices))  # all at once
         if self.first is None:
             batch = super().__getitem__(indices)
@@ -328,7 +331,7 @@ class StreamBatches(ImageBatches):
             batch["replaced"] = torch.tensor(sum(a != b for a, b in zip(indices, readable, strict=True)))
         if isinstance(indices, LaneBatch):
             images.release(indices.past)
-            images.expect(indices.upcoming)
+            images.read_ahead(indices.upcoming)
         return batch
 
 
