@@ -130,6 +130,7 @@ def _pack(options: argparse.Namespace) -> None:
 
     from unet_diffusion.data import ImageFormat, find_images, pack_images
     from unet_diffusion.data.checking import bad_files_message
+    from unet_diffusion.data.shards import INDEX
 
     image_format = None
     if options.image_size is not None:
@@ -145,8 +146,12 @@ def _pack(options: argparse.Namespace) -> None:
     if bad_files:
         message = bad_files_message(bad_files, len(files.names))
         if options.on_bad_file == "error":
-            raise ValueError(f"{message}\nThe others are packed. Mend these and run the same command again, or run it "
-                             "with --on_bad_file skip to leave them out.")  # fmt: skip
+            index = options.folder / INDEX
+            state = (
+                "the index of an earlier call still holds" if index.exists() else f"there is no {INDEX} until all are"
+            )
+            raise ValueError(f"{message}\nThe others are packed; {state}. Mend these and run the same command again, or "
+                             "run it with --on_bad_file skip to leave them out.")  # fmt: skip
         print(f"{message}\nThe others are used.", file=sys.stderr)
     print(f"{len(files.names) - len(bad_files)} images in {options.folder}; to train on them: unet-diffusion fit "
           f"--config configs/stream.yaml --data.init_args.root {options.folder}")  # fmt: skip

@@ -13,7 +13,7 @@ import tarfile
 import time
 from itertools import chain
 
-import fsspec
+from fsspec.registry import _registry as fsspec_implementations
 import numpy as np
 import pytest
 import torch
@@ -217,6 +217,36 @@ def test_bad_files_are_listed_and_then_mended_or_left_out(images, run_cli):
     assert len(stream(folder).image_set.images) == 40
 
 
+def test_index_never_outlives_the_shards_that_it_tells_of(images, run_cli):
+    folder = images.parent / "shards"
+    good = (images / "dog" / "003.png").read_bytes()
+    for bad in ("dog/003.png", "cat/005.png"):
+        (images / bad).write_text("no image")
+    pack = ["pack", images, folder, "--shard_images", 7]
+    assert run_cli(*pack, "--on_bad_file", "skip")[0] == 0
+    status, _, err = run_cli(*pack)  # in which nothing is new
+    assert status == 1
+    assert "the index of an earlier call still holds" in err
+    epoch_of(stream(folder))
+    (images / "dog" / "003.png").write_bytes(good)
+    status, _, err = run_cli(*pack)
+    assert status == 1
+    assert "there is no index.json until all are" in err
+    assert not (folder / "index.json").exists()
+    assert run_cli(*pack, "--on_bad_file", "skip")[0] == 0
+    data = stream(folder)
+    assert len(data.image_set.images) == 39
+    epoch_of(data)
+
+
+def test_pack_that_was_killed_while_it_wrote_its_settings_goes_on(images, run_cli):
+    (images.parent / "shards").mkdir()
+    (images.parent / "shards" / ".settings.json.12.partial").write_text('{"ima')
+    status, _, err = run_cli("pack", images, images.parent / "shards")
+    assert status == 0, err
+    assert not list((images.parent / "shards").glob(".*.partial"))
+
+
 def test_pack_goes_on_and_never_mixes(images, packed, run_cli, tmp_path):
     pack = ["pack", images, packed, "--shard_images", 7, "--class_labels", "--captions"]
     before = {path.name: path.read_bytes() for path in packed.glob("*.*")}
@@ -318,7 +348,7 @@ def test_batches_come_from_s3_as_from_the_disk(packed, monkeypatch):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # of those that have been imported
+    monkeypatch.delitem(fsspec_implementations, "s3", raising=False)  # of those that have been imported
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'unet-diffusion\[stream\]'"):
         ShardStore("s3://bucket/shards")
 
