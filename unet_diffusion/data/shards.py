@@ -95,9 +95,16 @@ class ShardIndex:
             counts = [[len(known) for known in (s.labels, s.captions) if known is not None] for s in index.shards]
             if any(n != s.num_images for s, lengths in zip(index.shards, counts, strict=True) for n in lengths):
                 raise ValueError("a shard has not as many labels or captions as images")
+            if index.class_names is not None and any(shard.labels is None for shard in index.shards):
+                raise ValueError("there are class_names, but a shard has no labels")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{place} is no index of shards ({error}); pack the images again") from error
         return index
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of all shards: with the same one, the number of an image stands for the same image."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     @property
     def starts(self) -> list[int]:
@@ -109,7 +116,7 @@ class ShardIndex:
         """Class of each image, (N,) int64, or None."""
         if self.class_names is None:
             return None
-        return torch.tensor([label for shard in self.shards for label in shard.labels or []])
+        return torch.tensor([label for shard in self.shards for label in shard.labels or []], dtype=torch.int64)
 
     @property
     def captions(self) -> list[str] | None:
@@ -174,7 +181,10 @@ class ShardStore:
             content = self._read(shard_name(number))
             if hashlib.sha256(content).hexdigest() != shard.sha256:
                 raise ValueError(f"its {len(content)} bytes do not have the checksum that is in {INDEX}")
-            return _members(content)
+            files = _members(content)
+            if len(files) != shard.num_images:
+                raise ValueError(f"it holds {len(files)} images, not {shard.num_images} as {INDEX} has it")
+            return files
 
         return self._tried(read, f"{self.root}/{shard_name(number)}")
 
@@ -232,7 +242,7 @@ class ShardedImages:
         store: where the shards are.
         index: what they hold.
         image_format: what each image is turned into.
-        num_kept: shards in memory at most, as files, for each process that reads.
+        num_kept: shards in memory at most, as files, in each process that reads.
     """
 
     def __init__(self, store: ShardStore, index: ShardIndex, image_format: ImageFormat, num_kept: int) -> None:
@@ -241,6 +251,7 @@ class ShardedImages:
         self.image_format = image_format
         self.num_kept = num_kept
         self.starts = index.starts
+        self._epoch = 0
         self.dtype = torch.uint16 if index.bits == 16 else torch.uint8
         self._forget()
 
@@ -378,7 +389,6 @@ class ShardedImages:
         self._kept: OrderedDict[int, Reading] = OrderedDict()
         self._bad: set[int] = set()  # shards that cannot be read in this epoch
         self._told: set[int] = set()
-        self._epoch = 0
         self._process = os.getpid()
 
 
