@@ -111,7 +111,8 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder for the shards")
     parser.add_argument("--shard_images", type=int, default=1024,
-                        help="images a shard; training holds some 16 shards in memory, as files")  # fmt: skip
+                        help="images a shard; in training, a process holds 16 of them in memory, as files, and one "
+                        "more for each worker (2 * window * num_lanes + num_workers)")  # fmt: skip
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"),
                         help="scale and cut images to this size, as fit would, and keep them as PNG, which takes less "
                         "time in training; default: as they are")  # fmt: skip
@@ -130,6 +131,7 @@ def _pack(options: argparse.Namespace) -> None:
 
     from unet_diffusion.data import ImageFormat, find_images, pack_images
     from unet_diffusion.data.checking import bad_files_message
+    from unet_diffusion.data.shards import INDEX
 
     image_format = None
     if options.image_size is not None:
@@ -145,8 +147,10 @@ def _pack(options: argparse.Namespace) -> None:
     if bad_files:
         message = bad_files_message(bad_files, len(files.names))
         if options.on_bad_file == "error":
-            raise ValueError(f"{message}\nThe others are packed. Mend these and run the same command again, or run it "
-                             "with --on_bad_file skip to leave them out.")  # fmt: skip
+            is_whole = (options.folder / INDEX).exists()
+            state = "the index of an earlier call still holds" if is_whole else f"there is no {INDEX} until all are"
+            raise ValueError(f"{message}\nThe others are packed; {state}. Mend these and run the same command again, "
+                             "or run it with --on_bad_file skip to leave them out.")  # fmt: skip
         print(f"{message}\nThe others are used.", file=sys.stderr)
     print(f"{len(files.names) - len(bad_files)} images in {options.folder}; to train on them: unet-diffusion fit "
           f"--config configs/stream.yaml --data.init_args.root {options.folder}")  # fmt: skip

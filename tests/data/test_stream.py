@@ -11,13 +11,14 @@ import signal
 import sys
 import tarfile
 import time
+import warnings
 from itertools import chain
 
-import fsspec
 import numpy as np
 import pytest
 import torch
 from encoded import encode, encode_16_bit_png, random_pixels, write_images
+from fsspec.registry import _registry as fsspec_implementations
 from PIL import Image
 from shard_servers import FaultyServer, s3_server
 
@@ -105,6 +106,16 @@ def test_resumed_epoch_goes_on_at_every_step():
     whole = lists(2, horizontal_flip=True)
     for step in range(len(whole) + 1):
         assert lists(2, first_batch=step, horizontal_flip=True) == whole[step:]
+
+
+def test_run_does_not_go_on_with_shards_that_were_packed_anew(images, packed, run_cli):
+    state = stream(packed).train_dataloader().state_dict()
+    shutil.copytree(packed, images.parent / "copy")
+    stream(images.parent / "copy").train_dataloader().load_state_dict(state)
+    shutil.rmtree(packed)
+    assert run_cli("pack", images, packed, "--shard_images", 6)[0] == 0
+    with pytest.raises(ValueError, match=r"trained on other shards than those in .*/shards, which were packed anew"):
+        stream(packed).train_dataloader().load_state_dict(state)
 
 
 def test_lanes_read_shards_of_their_own_but_for_those_at_cuts():
@@ -217,6 +228,36 @@ def test_bad_files_are_listed_and_then_mended_or_left_out(images, run_cli):
     assert len(stream(folder).image_set.images) == 40
 
 
+def test_index_never_outlives_the_shards_that_it_tells_of(images, run_cli):
+    folder = images.parent / "shards"
+    good = (images / "dog" / "003.png").read_bytes()
+    for bad in ("dog/003.png", "cat/005.png"):
+        (images / bad).write_text("no image")
+    pack = ["pack", images, folder, "--shard_images", 7]
+    assert run_cli(*pack, "--on_bad_file", "skip")[0] == 0
+    status, _, err = run_cli(*pack)  # in which nothing is new
+    assert status == 1
+    assert "the index of an earlier call still holds" in err
+    epoch_of(stream(folder))
+    (images / "dog" / "003.png").write_bytes(good)
+    status, _, err = run_cli(*pack)
+    assert status == 1
+    assert "there is no index.json until all are" in err
+    assert not (folder / "index.json").exists()
+    assert run_cli(*pack, "--on_bad_file", "skip")[0] == 0
+    data = stream(folder)
+    assert len(data.image_set.images) == 39
+    epoch_of(data)
+
+
+def test_pack_that_was_killed_while_it_wrote_its_settings_goes_on(images, run_cli):
+    (images.parent / "shards").mkdir()
+    (images.parent / "shards" / ".settings.json.12.partial").write_text('{"ima')
+    status, _, err = run_cli("pack", images, images.parent / "shards")
+    assert status == 0, err
+    assert not list((images.parent / "shards").glob(".*.partial"))
+
+
 def test_pack_goes_on_and_never_mixes(images, packed, run_cli, tmp_path):
     pack = ["pack", images, packed, "--shard_images", 7, "--class_labels", "--captions"]
     before = {path.name: path.read_bytes() for path in packed.glob("*.*")}
@@ -287,7 +328,14 @@ def test_arguments_out_of_range_are_refused(packed, options, said):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"shards": 3}', '{"smallest": [1, 2], "shards": [{"file": "/etc/passwd"}]}']
+    "content",
+    [
+        "",
+        "[]",
+        '{"shards": 3}',
+        '{"smallest": [1, 2], "shards": [{"file": "/etc/passwd"}]}',
+        '{"smallest": [1, 2], "shards": [{"num_images": 1, "sha256": ""}], "class_names": ["cat"], "bits": 8}',
+    ],
 )
 def test_damaged_index_is_refused(packed, content):
     (packed / "index.json").write_text(content)
@@ -318,7 +366,7 @@ def test_batches_come_from_s3_as_from_the_disk(packed, monkeypatch):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # of those that have been imported
+    monkeypatch.delitem(fsspec_implementations, "s3", raising=False)  # of those that have been imported
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'unet-diffusion\[stream\]'"):
         ShardStore("s3://bucket/shards")
 
@@ -365,6 +413,22 @@ def test_bad_shard_is_an_error_of_one_line(packed, said, num_workers):
         epoch_of(stream(packed, num_workers=num_workers))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_shard_to_validate_on_is_an_error_of_one_line(packed, num_workers):
+    flip_a_bit(packed / "shard_00000.tar")
+    with pytest.raises(ShardError, match=r"^[^\n]*/shard_00000.tar cannot be read: [^\n]*$"):
+        list(stream(packed, num_workers=num_workers).val_dataloader())
+
+
+def test_shard_with_fewer_images_than_the_index_has_is_an_error(packed):
+    index = json.loads((packed / "index.json").read_text())
+    for name, value in (("num_images", 8), ("labels", [0] * 8), ("captions", [""] * 8)):
+        index["shards"][3][name] = value
+    (packed / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ShardError, match=r"shard_00003.tar cannot be read: it holds 7 images, not 8 as index.json has"):
+        epoch_of(stream(packed))
+
+
 @pytest.mark.parametrize("said", DAMAGES)
 def test_bad_shard_is_replaced_told_and_counted(packed, said):
     whole = epoch_of(stream(packed, class_labels=True))
@@ -409,6 +473,34 @@ def test_store_that_is_gone_is_an_error_even_so(packed, monkeypatch):
         pytest.raises(ShardError, match=r"3 shards of .* in a row cannot be read, too many to leave out"),
     ):
         epoch_of(data)
+
+
+def test_bad_neighbours_are_tried_once_ahead_and_once_in_use_an_epoch(packed):
+    with FaultyServer(packed) as server:
+        data = stream(server.address, on_bad_shard="skip", window=1, num_lanes=1)
+        server.faults = {f"shard_{number:05d}.tar": ["refuse"] * 1000 for number in (1, 2, 3)}
+        for epoch in (0, 1):
+            server.asked.clear()
+            with warnings.catch_warnings(action="ignore"):
+                batches = epoch_of(data, epoch)
+            assert sum(int(batch["replaced"]) for batch in batches) > 0
+            asked = [server.asked.count(name) for name in server.faults]
+            assert all(1 <= number <= 2 for number in asked), asked  # 21 images of them in batches of 4
+
+
+def test_shard_that_could_not_be_read_ahead_is_tried_again_when_it_is_needed(packed):
+    with FaultyServer(packed) as server:
+        images = stream(server.address).image_set.images
+        server.faults = {"shard_00003.tar": ["refuse"], "shard_00004.tar": ["refuse"] * 2}
+        images.read_ahead([3, 4])
+        deadline = time.monotonic() + 60
+        while len(server.asked) < 3:  # the index, too
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(images.read(3)) == 7
+        with pytest.raises(ShardError, match="shard_00004"):
+            images.read(4)
+        assert len(images.read(4)) == 7
 
 
 @pytest.mark.parametrize("fault", ["refuse", "truncate", "corrupt", "hang_up"])

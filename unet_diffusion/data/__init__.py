@@ -14,9 +14,10 @@ from unet_diffusion.data.packing import pack_images
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.shards import ShardedImages, ShardError, ShardIndex, ShardStore
 from unet_diffusion.data.standard import DigitsDataModule, TorchvisionDataModule
-from unet_diffusion.data.stream import ShuffledShards, StreamDataModule
+from unet_diffusion.data.stream import CountReplaced, ShuffledShards, StreamDataModule
 
 __all__ = [
+    "CountReplaced",
     "DigitsDataModule",
     "FolderDataModule",
     "ImageBatches",

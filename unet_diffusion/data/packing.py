@@ -2,7 +2,7 @@
 
 Images go into shards in an order drawn at random, so that each shard is a sample of the whole set: what is shuffled in
 training, a few shards at a time, is then as mixed as the set. A shard appears whole or not at all, and its record after
-it; the index, which makes the folder a set of shards, comes last.
+it; the index, which makes the folder a set of shards, comes last, and goes before a shard is replaced by another.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ def pack_images(
         image_format: scale and cut each image to it, and keep it as PNG; None: keep the files as they are.
         class_labels: the folder directly below the root that a file lies in is its class.
         captions: each image has a caption, see `captions.py`.
-        skip_bad_files: leave out files that cannot be decoded or are too small; otherwise there is no index then.
+        skip_bad_files: leave out files that cannot be decoded or are too small; otherwise no index is written then.
         progress: called with the number of images that were done.
 
     Returns:
@@ -105,7 +105,8 @@ def pack_images(
         members = order[start : start + shard_images]
         record = _record(folder, number)
         if record is None or (record["bad_files"] and not skip_bad_files):
-            record = _write_shard(folder, number, files, members, image_format, labels, texts)
+            before = record["shard"]["sha256"] if record else None
+            record = _write_shard(folder, number, files, members, image_format, labels, texts, before)
         progress(len(members))
         records.append(record)
     bad_files = [line for record in records for line in record.pop("bad_files")]
@@ -131,8 +132,9 @@ def _write_shard(
     image_format: ImageFormat | None,
     labels: list[int] | None,
     texts: list[str] | None,
+    before: str | None,
 ) -> dict[str, Any]:
-    """A shard, and what is to be known of it."""
+    """A shard, and what is to be known of it; `before` is the checksum of the one in its place, if it is known."""
     names = {files.names[i]: i for i in members}
     good: dict[int, Packed] = {}
     bad_files = []
@@ -149,6 +151,9 @@ def _write_shard(
         _write_tar(partial, good.values())
         with open(partial, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != before:  # what is said of the shard is true no longer
+            (folder / INDEX).unlink(missing_ok=True)
+            _record_path(folder, number).unlink(missing_ok=True)
     shard = Shard(
         len(good),
         sha256,
@@ -222,7 +227,7 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         FileExistsError: if they are not.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.match(f".{SETTINGS}.*.partial") for path in folder.iterdir()):
         with whole_file(folder / SETTINGS) as partial:
             partial.write_text(json.dumps(settings, indent=1))
         return

@@ -95,9 +95,16 @@ class ShardIndex:
             counts = [[len(known) for known in (s.labels, s.captions) if known is not None] for s in index.shards]
             if any(n != s.num_images for s, lengths in zip(index.shards, counts, strict=True) for n in lengths):
                 raise ValueError("a shard has not as many labels or captions as images")
+            if index.class_names is not None and any(shard.labels is None for shard in index.shards):
+                raise ValueError("there are class_names, but a shard has no labels")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{place} is no index of shards ({error}); pack the images again") from error
         return index
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of all shards: with the same one, the number of an image stands for the same image."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     @property
     def starts(self) -> list[int]:
@@ -109,7 +116,7 @@ class ShardIndex:
         """Class of each image, (N,) int64, or None."""
         if self.class_names is None:
             return None
-        return torch.tensor([label for shard in self.shards for label in shard.labels or []])
+        return torch.tensor([label for shard in self.shards for label in shard.labels or []], dtype=torch.int64)
 
     @property
     def captions(self) -> list[str] | None:
@@ -174,7 +181,10 @@ class ShardStore:
             content = self._read(shard_name(number))
             if hashlib.sha256(content).hexdigest() != shard.sha256:
                 raise ValueError(f"its {len(content)} bytes do not have the checksum that is in {INDEX}")
-            return _members(content)
+            files = _members(content)
+            if len(files) != shard.num_images:
+                raise ValueError(f"it holds {len(files)} images, not {shard.num_images} as {INDEX} has it")
+            return files
 
         return self._tried(read, f"{self.root}/{shard_name(number)}")
 
@@ -207,6 +217,24 @@ class ShardStore:
         self._process = os.getpid()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A shard that is being read in a thread, or was.
+
+    Args:
+        files: the images in it, as they will be.
+        ahead: it was not needed yet; if it fails, it is tried again when it is.
+    """
+
+    files: "Future[list[bytes]]"
+    ahead: bool
+
+    @property
+    def must_be_tried_again(self) -> bool:
+        """Whether what was read ahead has failed: the store may be back."""
+        return self.ahead and self.files.done() and self.files.exception() is not None
+
+
 class ShardedImages:
     """Images that are decoded when they are asked for, from shards that are read ahead and kept while they are used.
 
@@ -214,7 +242,7 @@ class ShardedImages:
         store: where the shards are.
         index: what they hold.
         image_format: what each image is turned into.
-        num_kept: shards in memory at most, as files, for each process that reads.
+        num_kept: shards in memory at most, as files, in each process that reads.
     """
 
     def __init__(self, store: ShardStore, index: ShardIndex, image_format: ImageFormat, num_kept: int) -> None:
@@ -223,6 +251,7 @@ class ShardedImages:
         self.image_format = image_format
         self.num_kept = num_kept
         self.starts = index.starts
+        self._epoch = 0
         self.dtype = torch.uint16 if index.bits == 16 else torch.uint8
         self._forget()
 
@@ -253,19 +282,15 @@ class ShardedImages:
         return bisect_right(self.starts, number) - 1
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Begin to read shards that will be asked for, each in a thread."""
-        if self._process != os.getpid():  # threads are not forked
-            self._forget()
-        for shard in shards:
-            if shard in self._kept:
-                self._kept.move_to_end(shard)
-            else:
-                self._kept[shard] = self._begun(shard)
-            while len(self._kept) > self.num_kept:
-                self._kept.popitem(last=False)
+        """Begin to read shards that are needed now, each in a thread, but for those known to be bad."""
+        self._begin((shard for shard in shards if shard not in self._bad), ahead=False)
+
+    def read_ahead(self, shards: Iterable[int]) -> None:
+        """Begin to read shards that will be needed, each in a thread, but for those known to be bad."""
+        self._begin((shard for shard in shards if shard not in self._bad), ahead=True)
 
     def release(self, shards: Iterable[int]) -> None:
-        """Those are the first to make room."""
+        """Drop these shards first when room is needed."""
         for shard in shards:
             if shard in self._kept:
                 self._kept.move_to_end(shard, last=False)
@@ -274,10 +299,23 @@ class ShardedImages:
         """The image files in a shard, waiting for them.
 
         Raises:
-            ShardError: if it cannot be read.
+            ShardError: if it cannot be read now, whatever came of reading it ahead.
         """
-        self.expect([shard])
-        return self._kept[shard].result()
+        while True:
+            self._begin([shard], ahead=False)
+            reading = self._kept[shard]
+            try:
+                return reading.files.result()
+            except ShardError:
+                if not reading.ahead:
+                    del self._kept[shard]  # which would take another's room
+                    raise
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Try bad shards again, if this is another epoch than before."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._bad.clear()
 
     def readable(self, number: int, first: int) -> int:
         """The image itself, or, if its shard cannot be read, one of the next shard that can, which is told once.
@@ -299,22 +337,37 @@ class ShardedImages:
                 break
             if low >= high:  # it has none to train on
                 continue
-            try:
-                self.read(shard)
-            except ShardError as error:
-                self._tell_once(shard, error)
-                num_bad += 1
-            else:
+            if self._can_be_read(shard):
                 return number if shard == wanted else low + number % (high - low)
+            num_bad += 1
         raise ShardError(
             f"{num_bad} shards of {self.store.root} in a row cannot be read, too many to leave out; see whether it can "
             "be reached, and the same command goes on"
         )
 
-    def _tell_once(self, shard: int, error: ShardError) -> None:
-        if shard not in self._told:
-            self._told.add(shard)
-            warnings.warn(f"{error}; images of other shards take the place of its own", stacklevel=2)
+    def _can_be_read(self, shard: int) -> bool:
+        """Whether it can; one that cannot is remembered for the epoch, so that each batch need not wait for it."""
+        if shard in self._bad:
+            return False
+        try:
+            self.read(shard)
+        except ShardError as error:
+            self._bad.add(shard)
+            if shard not in self._told:
+                self._told.add(shard)
+                warnings.warn(f"{error}; images of other shards take the place of its own", stacklevel=2)
+            return False
+        return True
+
+    def _begin(self, shards: Iterable[int], *, ahead: bool) -> None:
+        if self._process != os.getpid():  # threads are not forked
+            self._forget()
+        for shard in shards:
+            if shard not in self._kept or (not ahead and self._kept[shard].must_be_tried_again):
+                self._kept[shard] = Reading(self._begun(shard), ahead)
+            self._kept.move_to_end(shard)
+            while len(self._kept) > self.num_kept:
+                self._kept.popitem(last=False)
 
     def _content(self, number: int) -> bytes:
         shard = self.shard_of(number)
@@ -333,7 +386,8 @@ class ShardedImages:
         return future
 
     def _forget(self) -> None:
-        self._kept: OrderedDict[int, Future[list[bytes]]] = OrderedDict()
+        self._kept: OrderedDict[int, Reading] = OrderedDict()
+        self._bad: set[int] = set()  # shards that cannot be read in this epoch
         self._told: set[int] = set()
         self._process = os.getpid()
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unet_diffusion.data.base import MAX_NUM_VAL, ImageDataModule, refuse_overfit_batches, replica
-from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.decoding import ImageFormat
 from unet_diffusion.data.shards import ShardedImages, ShardError, ShardStore
 from unet_diffusion.schedule import keyed_generator
@@ -39,12 +40,13 @@ class StreamDataModule(ImageDataModule):
         captions: whether images have captions; they must have been packed.
         background: colour behind transparent pixels, a name or "#rrggbb"; not used if channels is 4.
         window: shards whose images are shuffled together.
-        num_lanes: of a process, each of which reads shards of its own; batches come from them by turns. A process, with
-            its workers, holds up to 2 * window * num_lanes shards in memory.
+        num_lanes: of a process, each of which reads shards of its own; batches come from them by turns. To train,
+            a process holds up to 2 * window * num_lanes shards in memory, as files, and one more for each worker; to
+            validate, each worker holds those that its images lie in, at most as many again.
         on_bad_shard: what to do about a shard that is damaged or has vanished, once it has been tried again: "error",
-            or "skip", which trains on images of other shards in its place, and counts them as train/replaced_images.
-            Images to validate on are never replaced.
-        num_retries: how often a shard is tried again, after 0.5, 1, 2, ... seconds.
+            or "skip", which trains on images of other shards in its place for the rest of the epoch, and counts them
+            as train/replaced_images. Images to validate on are never replaced.
+        num_retries: how often a shard that is needed is tried again, after 0.5, 1, 2, ... seconds.
         batch_size: images a batch and process.
         num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
         horizontal_flip: mirror every second training image, drawn at random.
@@ -97,7 +99,7 @@ class StreamDataModule(ImageDataModule):
         self.num_lanes = num_lanes
         self.on_bad_shard = on_bad_shard
         self.num_retries = num_retries
-        self.num_replaced = 0  # images, of this process since it began
+        self.num_replaced = 0  # images, of this process since it began; see CountReplaced
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -158,7 +160,14 @@ class StreamDataModule(ImageDataModule):
             **replica(self.trainer),
         )
         batches = StreamBatches(self.image_set, first if self.on_bad_shard == "skip" else None)
-        return StreamLoader(sampler=sampler, **{**self._loader_arguments(), "dataset": batches})
+        loader = StreamLoader(sampler=sampler, **{**self._loader_arguments(), "dataset": batches})
+        loader.store, loader.fingerprint = images.store.root, images.index.fingerprint
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation batches, in order and never mirrored; see `OrderedBatches`."""
+        sampler = OrderedBatches(self.val_indices, self.batch_size, **replica(self.trainer))
+        return PlainSpokenLoader(sampler=sampler, **self._loader_arguments())
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Count what took the place of images that could not be read."""
@@ -194,9 +203,20 @@ class StreamDataModule(ImageDataModule):
             )
 
 
-class LaneBatch(list[int]):
-    """Indices of a batch, the shards that its lane reads next, and those that it is done with after this batch."""
+class CountReplaced(Callback):
+    """Logs how many streamed images others took the place of, on all processes since they began, if that is allowed."""
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, StreamDataModule) and data.on_bad_shard == "skip" and trainer.global_step % every == 0:
+            pl_module.log("train/replaced_images", float(data.num_replaced), sync_dist=True, reduce_fx="sum")
+
+
+class LaneBatch(list[int]):
+    """Indices of a batch, its epoch, the shards its lane reads next, and those it is done with after this batch."""
+
+    epoch: int = 0
     upcoming: Sequence[int] = ()
     past: Sequence[int] = ()
 
@@ -286,7 +306,7 @@ class ShuffledShards(ShuffledBatches):
             past, upcoming = ([shard for reads in near for shard, _, _ in reads] for near in (before, after))
             while len(rest) >= self.batch_size:
                 batch, rest = LaneBatch(rest[: self.batch_size]), rest[self.batch_size :]
-                batch.upcoming, batch.past, past = upcoming, past, []
+                batch.epoch, batch.upcoming, batch.past, past = self.epoch, upcoming, past, []
                 yield batch
 
     def _shuffled(self, window: list[tuple[int, int, int]]) -> list[int]:
@@ -319,6 +339,8 @@ class StreamBatches(ImageBatches):
     def __getitem__(self, indices: list[int]) -> Batch:
         images = self.image_set.images
         assert isinstance(images, ShardedImages)
+        if isinstance(indices, LaneBatch):
+            images.begin_epoch(indices.epoch)
         images.expect(dict.fromkeys(images.shard_of(i % len(self)) for i in indices))  # all at once
         if self.first is None:
             batch = super().__getitem__(indices)
@@ -328,18 +350,49 @@ class StreamBatches(ImageBatches):
             batch["replaced"] = torch.tensor(sum(a != b for a, b in zip(indices, readable, strict=True)))
         if isinstance(indices, LaneBatch):
             images.release(indices.past)
-            images.expect(indices.upcoming)
+            images.read_ahead(indices.upcoming)
         return batch
 
 
-class StreamLoader(ResumableLoader):
-    """A ResumableLoader whose errors about shards are one message, not a worker's traceback."""
+class PlainSpokenLoader(DataLoader[Batch]):
+    """A DataLoader whose errors about shards are one message, not a worker's traceback."""
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # as ResumableLoader
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, to see the errors
         try:
             yield from super().__iter__()
         except ShardError as error:
             raise ShardError(str(error).rpartition("ShardError: ")[2].strip()) from None
+
+
+class StreamLoader(ResumableLoader, PlainSpokenLoader):
+    """A ResumableLoader that goes on with the same shards only.
+
+    Attributes:
+        store: where they are.
+        fingerprint: of their index.
+    """
+
+    store: str
+    fingerprint: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the number of its batches that were handed out, and which shards they are from."""
+        return {**super().state_dict(), "shards": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises:
+            ValueError: if the shards are others.
+        """
+        # Checkpoints of before this was kept do not have it.
+        if state.get("shards", self.fingerprint) != self.fingerprint:
+            raise ValueError(
+                f"the run was trained on other shards than those in {self.store}, which were packed anew or are of "
+                "other images: what it was validated on would be trained on. Give it the shards it began with, or "
+                "begin another run"
+            )
+        super().load_state_dict(state)
 
 
 def _cut(

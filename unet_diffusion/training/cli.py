@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from unet_diffusion.checkpoint import load_plain, read_checkpoint
-from unet_diffusion.data import ImageDataModule, SegmentationDataModule
+from unet_diffusion.data import CountReplaced, ImageDataModule, SegmentationDataModule
 from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
 from unet_diffusion.interruption import Interrupted
 from unet_diffusion.training.autoencoder import AutoencoderModule
@@ -43,7 +43,7 @@ from unet_diffusion.training.callbacks import (
 )
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
 from unet_diffusion.training.csv_log import RunCSVLogger
-from unet_diffusion.training.health import CountReplaced, SkipBadSteps, is_out_of_memory, memory_advice
+from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.segmentation import SegmentationModule

@@ -1,4 +1,4 @@
-"""Notices a run that goes wrong: gradients that are not finite, images that are lost, memory that does not suffice."""
+"""Notices a run that goes wrong: gradients that are not finite, memory that does not suffice."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from unet_diffusion.data import StreamDataModule
 from unet_diffusion.whole_file import whole_file
 
 MAX_BAD_STEPS = 10  # in a row; one outlier is skipped, a run of them is no outlier
@@ -86,16 +85,6 @@ class SkipBadSteps(Callback):
         """How many were skipped, and the most in a row since the losses were logged last; waits for the device."""
         counts = [[int(number) for number in one.tolist()] for one in self._counts.values()]
         return sum(total for total, *_ in counts), max((most for *_, most in counts), default=0)
-
-
-class CountReplaced(Callback):
-    """Logs how many streamed images others took the place of, on all processes since they began, if that is allowed."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]  # Lightning sets it at runtime
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, StreamDataModule) and data.on_bad_shard == "skip" and trainer.global_step % every == 0:
-            pl_module.log("train/replaced_images", float(data.num_replaced), sync_dist=True, reduce_fx="sum")
 
 
 def keep_batch(path: Path, batch: dict[str, Tensor], step: int) -> None:
