@@ -503,6 +503,14 @@ def test_shard_that_could_not_be_read_ahead_is_tried_again_when_it_is_needed(pac
         assert len(images.read(4)) == 7
 
 
+def test_shard_is_tried_again_if_reading_ahead_fails_while_it_is_waited_for(packed):
+    with FaultyServer(packed) as server:
+        images = stream(server.address, num_retries=1).image_set.images
+        server.faults = {"shard_00003.tar": ["refuse"] * 2}  # half a second apart
+        images.read_ahead([3])
+        assert len(images.read(3)) == 7
+
+
 @pytest.mark.parametrize("fault", ["refuse", "truncate", "corrupt", "hang_up"])
 def test_faults_that_pass_leave_no_trace(packed, monkeypatch, fault):
     monkeypatch.setattr(shards, "FIRST_WAIT", 0.01)
