@@ -73,7 +73,7 @@ def _become(arguments: list[str], environment: dict[str, str] | None) -> None:
     """The program `python ARGUMENTS`, to its end."""
     os.closerange(3, 1024)  # as exec would; Popen waits for one of them
     _PARENTS.append((sys.stdin, sys.stdout, sys.stderr))  # kept open, and what they have not written is not for here
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)  # as with -u, nearly
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # temporary folders are the parent's to remove
     if environment is not None:
         os.environ.clear()
