@@ -8,6 +8,7 @@ images with captions, which have no classes; the numbers compare only with each 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ def has_words(captions: Sequence[str], words: Sequence[str]) -> Tensor:
 def small_cnn(num_words: int) -> nn.Sequential:
     """Eight convolutions, the mean over all places and two linear layers: RGB images of any size -> a logit a word."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip((3, *WIDTHS), WIDTHS, strict=False):
+    for inputs, outputs in pairwise((3, *WIDTHS)):
         for first, last, stride in ((inputs, outputs, 2), (outputs, outputs, 1)):
             layers += [nn.Conv2d(first, last, 3, stride, padding=1), nn.BatchNorm2d(last), nn.ReLU()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], NUM_FEATURES), nn.ReLU()]

@@ -306,7 +306,7 @@ def merge(records: list[Record], turn: list[Record]) -> None:
     """Adds the seconds of a turn to what was measured in the first."""
     if not records:
         records += [{**one, "seconds": []} for one in turn]
-    for record, one in zip(records, turn, strict=False):
+    for record, one in zip(records, turn, strict=True):
         record["seconds"].append(one["seconds"])
 
 

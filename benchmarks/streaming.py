@@ -101,10 +101,13 @@ def ours(options: argparse.Namespace, root: Path, address: str) -> dict[str, Loa
         return data.train_dataloader()
 
     common: dict[str, Any] = {"image_size": options.image_size, "batch_size": options.batch_size, "num_val": 1}
-    folder = lambda in_memory, workers: loader(  # noqa: E731
-        FolderDataModule(options.images, in_memory=in_memory, num_workers=workers, **common)
-    )
-    shards = lambda place: loader(StreamDataModule(place, num_workers=NUM_WORKERS, **common))  # noqa: E731
+
+    def folder(in_memory: bool, workers: int) -> DataLoader[Any]:
+        return loader(FolderDataModule(options.images, in_memory=in_memory, num_workers=workers, **common))
+
+    def shards(place: Path | str) -> DataLoader[Any]:
+        return loader(StreamDataModule(place, num_workers=NUM_WORKERS, **common))
+
     return {
         "memory": lambda: folder(True, 0),
         "the folder": lambda: folder(False, NUM_WORKERS),

@@ -59,7 +59,10 @@ class LinearSolver:
         self._number += 1
         self._states = [x, *self._states][:MAX_REACH]
         self._predictions = [prediction, *self._predictions][:MAX_REACH]
-        terms = [*zip(self._states, step.states), *zip(self._predictions, step.predictions)]  # noqa: B905
+        # As many of the last ones as have weights.
+        states = zip(self._states, step.states, strict=False)
+        predictions = zip(self._predictions, step.predictions, strict=False)
+        terms = [*states, *predictions]
         total = terms[0][0] * terms[0][1]
         for tensor, weight in terms[1:]:
             total.add_(tensor, alpha=weight)
