@@ -56,6 +56,12 @@ def test_winograd_convolution_is_the_convolution(shape):
     assert_same_function(winograd_conv2d, lambda *args: F.conv2d(*args, padding=1), inputs, FLOAT32)
 
 
+def test_winograd_convolution_of_one_image_at_a_time(monkeypatch):
+    inputs = leaves((3, 16, 5, 8), (32, 16, 3, 3), (32,))
+    monkeypatch.setattr("unet_diffusion.kernels.MAX_TILE_BYTES", 1)
+    assert_same_function(winograd_conv2d, lambda *args: F.conv2d(*args, padding=1), inputs, FLOAT32)
+
+
 def test_winograd_convolution_in_autocast_is_the_convolution_up_to_bfloat16():
     inputs = leaves((2, 64, 8, 8), (32, 64, 3, 3), (32,))
 
