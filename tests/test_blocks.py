@@ -166,6 +166,11 @@ def test_doubling_by_copies_is_nearest_neighbour_interpolation(size):
     torch.testing.assert_close(*grads)
 
 
+def test_doubling_by_copies_leaves_no_layout_to_a_convolution_to_mend():
+    x = torch.randn(2, 3, 4, 7).to(memory_format=torch.channels_last)
+    assert double_by_copies(x, (8, 14)).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_an_upsampler_that_doubles_by_copies_computes_the_same():
     upsample, x = Upsample(2), torch.randn(1, 2, 3, 4)
     expected = upsample(x, size=(6, 7))

@@ -89,7 +89,7 @@ def group_norm_by_channel(
 
 
 def double_by_copies(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour doubling: (B, C, H, W) -> (B, C, *size).
+    """Nearest-neighbour doubling: (B, C, H, W) -> (B, C, *size), in channels_last.
 
     The gradient of F.interpolate is compiled to an addition in memory for each pixel, of this to a sum of four.
 
@@ -97,8 +97,9 @@ def double_by_copies(x: Tensor, size: Sequence[int]) -> Tensor:
         x: (B, C, H, W).
         size: twice the height and width, or less by 1.
     """
-    copies = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)  # (B, C, H, 2, W, 2)
-    return copies.flatten(4, 5).flatten(2, 3)[..., : size[0], : size[1]]
+    pixels = x.permute(0, 2, 3, 1)
+    copies = pixels[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # (B, H, 2, W, 2, C)
+    return copies.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)[..., : size[0], : size[1]]
 
 
 class _WinogradConv2d(torch.autograd.Function):
