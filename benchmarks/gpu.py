@@ -1,4 +1,4 @@
-"""Training steps and sampling on a GPU, ours beside the peers': compiled side by side, then timed by turns.
+"""Training steps, `fit` and sampling on a GPU, ours beside the peers': compiled side by side, then timed by turns.
 
     python benchmarks/gpu.py --minutes 3
 
@@ -9,7 +9,12 @@ by then are left out, and it is said. First calls therefore count compiling on a
 
 Steps are as in train_step.py, with cuDNN's convolutions chosen by trial for all. Ours is graphed, or as the case says;
 diffusers_graphed is the tuned one with torch.compile's mode "reduce-overhead". Trajectories are asserted to be those of
-diffusers first. TFLOP/s is beside what a matrix product and a convolution reach here in bfloat16.
+diffusers first. TFLOP/s is beside what a matrix product and a convolution reach here in bfloat16. Peak memory is what
+PyTorch took from the GPU at most in a step, with what it does not use at the moment.
+
+fit is the whole program with the network of ours, on random images in memory, stopped after an optimiser step wherever
+the others wait; its rate is beside that of our bare step of the same size. Within a turn it logs once, but draws no
+samples, does not validate and saves nothing.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,6 +51,7 @@ CASES = (  # TASK:NETWORK:BATCH_SIZE:CONTENDER[:SPEED], those first that should 
     "train:cifar10:128:diffusers_tuned",
     "train:cifar10:512:unet_diffusion",
     "train:cifar10:512:diffusers_tuned",
+    "fit:cifar10:128:unet_diffusion",
     "sample:cifar10:64:unet_diffusion",
     "sample:cifar10:64:diffusers_tuned",
     "sample:cifar10:1:unet_diffusion",
@@ -58,10 +65,13 @@ OURS = "unet_diffusion"
 PROFILED = (OURS, "diffusers_tuned")  # in training
 TURNS = 3
 STEPS = 10  # a turn, of training
+FIT_STEPS = 100  # a turn; logs are written as often
 WARM_UP = 3  # calls, after the first; a graph is captured in the second and replayed from the third
 SECONDS_A_TURN = 1.0  # of a contender, about, to know when to stop waiting
 MAX_ANSWER_SECONDS = 30
 COMPILE_THREADS = "4"  # of each process, as there are many
+
+CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_ddpm.yaml"  # of fit; the network and its images are replaced
 
 Record = dict[str, Any]
 
@@ -71,11 +81,11 @@ class Case:
     """What a process measures.
 
     Args:
-        task: "train" or "sample".
+        task: "train", "fit" or "sample".
         network: one of peers.NETWORKS.
         batch_size: images at once.
         contender: name of it.
-        speed: of ours.
+        speed: of ours; fit may be given "auto".
     """
 
     task: str
@@ -104,7 +114,7 @@ def main() -> None:
         add_ratios(record, records, options.ours)
     report = {"environment": machine, "device": options.device.type, "peaks": ceilings, "contenders": records}
     print(f"written: {write_json(options.output or 'gpu', report)}")
-    for task in ("train", "sample"):
+    for task in ("train", "fit", "sample"):
         rows = [row(record, ceilings) for record in records if record["task"] == task and "seconds" in record]
         if rows:
             print(table(rows))
@@ -139,13 +149,16 @@ def parse_case(text: str, speed: str) -> Case:
 def contend(case: Case, folder: Path, options: argparse.Namespace) -> None:
     """Makes a contender ready, says so, and measures when it is told to."""
     try:
+        if case.task == "fit":
+            fit(case, folder, options)
+            return
         steps = {"train": training, "sample": drawing}[case.task](case, options)
         first = {}
         for name, step in steps.items():
             first[name] = seconds(step)
             for _ in range(WARM_UP):
                 step()
-        write_whole(folder / f"{case.name}.ready", "")
+        say_ready(case, folder)
         for turn in range(TURNS):
             wait_for(folder / f"{case.name}.turn{turn}")
             records = [measured(step, case, turn, {"key": name, "first": first[name]}) for name, step in steps.items()]
@@ -168,6 +181,57 @@ def training(case: Case, options: argparse.Namespace) -> dict[str, Step]:
     return {"step": build_step(case.contender, settings)}
 
 
+def fit(case: Case, folder: Path, options: argparse.Namespace) -> None:
+    """Runs the program, whose optimiser steps wait for the turns."""
+    from peers import NETWORKS
+
+    from unet_diffusion.cli import main as unet_diffusion
+    from unet_diffusion.training.module import DiffusionModule
+
+    network = NETWORKS[case.network]
+    unet = {"class_path": "unet_diffusion.unet.DenoiserUNet", "init_args": network.build().config}
+    images = {"batch_size": case.batch_size, "image_shape": network.image_shape, "horizontal_flip": True}
+    data = {"class_path": "ours.RandomImages", "init_args": images}
+    settings = {
+        "model.unet": unet, "model.speed": case.speed, "data": data, "trainer.default_root_dir": folder / case.name,
+        "trainer.accelerator": "cpu" if options.device.type == "cpu" else "gpu", "trainer.log_every_n_steps": FIT_STEPS
+    }  # fmt: skip
+    arguments = [
+        f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in settings.items()
+    ]
+    turns = turns_of_fit(case, folder)
+    optimizer_step = DiffusionModule.optimizer_step
+
+    def waiting(self: DiffusionModule, *args: Any, **kwargs: Any) -> None:
+        optimizer_step(self, *args, **kwargs)
+        turns.send(self.chosen_speed)
+
+    DiffusionModule.optimizer_step = waiting
+    next(turns)
+    status = unet_diffusion(["fit", "--config", str(CONFIG), *arguments])
+    raise RuntimeError(f"fit must go on until it is ended, but ended with status {status}")
+
+
+def turns_of_fit(case: Case, folder: Path) -> Generator[None, str, None]:
+    """Sent the speed that was chosen after each optimiser step; measures when it is told to, and never ends."""
+    start = time.perf_counter()
+    chosen = yield
+    first = time.perf_counter() - start
+    for _ in range(WARM_UP):
+        yield
+    say_ready(case, folder)
+    for turn in range(TURNS):
+        wait_for(folder / f"{case.name}.turn{turn}")
+        reset_peak_memory()
+        yield  # the clocks go up
+        timer = Timer()
+        for _ in range(FIT_STEPS):
+            yield
+        record = {"key": "step", "first": first, "chosen": chosen, **timer.record(FIT_STEPS)}
+        write_whole(folder / f"{case.name}.result{turn}", json.dumps([record]))
+    wait_for(folder / f"{case.name}.end")  # until the process is ended
+
+
 def drawing(case: Case, options: argparse.Namespace) -> dict[str, Step]:
     from sample import CONTENDERS, SCHEDULERS, assert_equal_trajectories
 
@@ -184,24 +248,50 @@ def drawing(case: Case, options: argparse.Namespace) -> dict[str, Step]:
 def measured(step: Step, case: Case, turn: int, record: Record) -> Record:
     """Seconds a call; in the first turn memory and waits too."""
     count = STEPS if case.task == "train" else 1
-    on_gpu = torch.cuda.is_initialized()
-    if on_gpu and turn == 0:
-        torch.cuda.empty_cache()  # of the first calls, which tried convolutions
-        torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_initialized() and turn == 0:
+        reset_peak_memory()
         record["host_synchronisations"] = host_synchronisations(step)
     elif case.task == "train":
         step()  # the clocks go up
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    timer = Timer()
     for _ in range(count):
         step()
-    host_seconds = time.perf_counter() - start  # until the calls returned
-    if on_gpu:
+    return {**record, **timer.record(count)}
+
+
+class Timer:
+    """Of calls that begin when it is made."""
+
+    def __init__(self) -> None:
+        synchronize()
+        self.start = time.perf_counter()
+
+    def record(self, num_calls: int) -> Record:
+        """Seconds a call until the GPU was ready, and until the host was; most memory since the peak was reset."""
+        host_seconds = time.perf_counter() - self.start
+        synchronize()
+        taken = time.perf_counter() - self.start
+        # what graphs hold does not count as allocated
+        peak = torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_initialized() else None
+        return {"seconds": taken / num_calls, "host_seconds": host_seconds / num_calls, "peak_mib": peak}
+
+
+def say_ready(case: Case, folder: Path) -> None:
+    synchronize()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # of the first calls, which tried convolutions; others may need it
+    write_whole(folder / f"{case.name}.ready", "")
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    taken = time.perf_counter() - start
-    peak = torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None  # what graphs hold does not count as allocated
-    return {**record, "seconds": taken / count, "host_seconds": host_seconds / count, "peak_mib": peak}
 
 
 def kernels(step: Step, num_steps: int = 2) -> str:
@@ -248,10 +338,14 @@ def measure(to_measure: list[Case], folder: Path, options: argparse.Namespace) -
         command += ["--case", json.dumps(vars(case)), "--folder", str(folder)]
         log = (folder / f"{case.name}.log").open("w")
         processes[case] = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
+    for case in to_measure:
+        if case.task == "train":
+            forward_flops(architecture(case.contender), case.network)  # while they compile
     ready = ready_cases(processes, folder, end - SECONDS_A_TURN * TURNS * len(to_measure))
     for case, process in processes.items():
         if case not in ready:
             end_process(process)
+    print("timing", flush=True)
     records: dict[Case, list[Record]] = {case: [] for case in to_measure}
     for turn in range(TURNS):
         for case in ready:
@@ -261,6 +355,8 @@ def measure(to_measure: list[Case], folder: Path, options: argparse.Namespace) -
         write_json(options.output or "gpu", {"turns": turn + 1, "raw": raw})  # in case that it is cut off
     profiled = [case for case in ready if case.task == "train" and case.contender in PROFILED]
     for case in profiled if options.profile else ():
+        if time.monotonic() > end:
+            break
         text = answer(folder, f"{case.name}.profile", f"{case.name}.kernels", processes[case])
         Path(options.output or "gpu.json").with_name(f"{case.name}.txt").write_text(text or "none\n")
     for process in processes.values():
@@ -286,11 +382,13 @@ def answer(folder: Path, question: str, wanted: str, process: subprocess.Popen[b
     """What a process writes when it is asked; None if it ends or takes too long."""
     (folder / question).touch()
     until = time.monotonic() + MAX_ANSWER_SECONDS
-    while process.poll() is None and time.monotonic() < until:
+    while True:
+        is_last = process.poll() is not None or time.monotonic() > until
         if (folder / wanted).exists():
             return (folder / wanted).read_text()
+        if is_last:
+            return None
         time.sleep(0.01)
-    return None
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
@@ -329,8 +427,15 @@ def reported(case: Case, records: list[Record], folder: Path) -> list[Record]:
 
 
 def add_ratios(record: Record, records: list[Record], speed: str) -> None:
-    """How many times as fast ours was, and the operations that the network asked for."""
+    """How many times as fast ours was, and the operations that the network asked for; of fit, its share."""
     if "seconds" not in record:
+        return
+    if record["task"] == "fit":
+        bare = {"task": "train", "contender": OURS, "speed": record["chosen"]}
+        bare |= {name: record[name] for name in ("network", "batch_size", "key")}
+        found = [one for one in records if all(one.get(name) == value for name, value in bare.items())]
+        share = times_as_fast(record["seconds"], found[0]["seconds"]) if found else None
+        record["of_the_bare_step"] = share
         return
     same = ("task", "network", "batch_size", "key")
     ours = [
@@ -339,8 +444,13 @@ def add_ratios(record: Record, records: list[Record], speed: str) -> None:
     ]  # fmt: skip
     record["ours_times_as_fast"] = times_as_fast(ours[0]["seconds"], record["seconds"]) if ours else None
     if record["task"] == "train":
-        flops = 3 * forward_flops(record["contender"], record["network"])
+        flops = 3 * forward_flops(architecture(record["contender"]), record["network"])
         record["tflops"] = flops * statistics.median(record["images_per_second"]) / 1e12
+
+
+def architecture(contender: str) -> str:
+    """A contender whose network has as many operations: those of diffusers have our network."""
+    return OURS if contender.startswith("diffusers") else contender
 
 
 @cache
@@ -351,7 +461,7 @@ def forward_flops(contender: str, network: str) -> int:
 
 
 def row(record: Record, ceilings: dict[str, float]) -> dict[str, object]:
-    rates, ratio, peak = record["images_per_second"], record["ours_times_as_fast"], record["peak_mib"]
+    rates, ratio, peak = record["images_per_second"], record.get("ours_times_as_fast"), record["peak_mib"]
     described = {
         "batch": f"{record['network']} {record['batch_size']}",
         "contender": record["contender"] + (f" {record['speed']}" if record["contender"] == OURS else ""),
@@ -364,6 +474,9 @@ def row(record: Record, ceilings: dict[str, float]) -> dict[str, object]:
         "host waits": record.get("host_synchronisations"),
         "first call, s": f"{record['first']:.1f}",
     }
+    if record["task"] == "fit":
+        share = record["of_the_bare_step"]
+        described |= {"speed": record["chosen"], "of the bare step": None if share is None else f"{share:.1%}"}
     if record["task"] == "train" and ceilings:
         for name in ("product", "convolution"):
             described[f"of a {name}"] = f"{record['tflops'] / ceilings[f'{name} bfloat16 training']:.0%}"

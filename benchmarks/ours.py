@@ -1,4 +1,7 @@
-"""Our training step without the trainer: what `unet-diffusion fit` does in each step, and nothing around it."""
+"""Our training step without the trainer: what `unet-diffusion fit` does in each step, and nothing around it.
+
+`RandomImages` is for fit itself, where only its rate is of interest.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -6,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from unet_diffusion.data import ImageDataModule, ImageSet
 from unet_diffusion.losses import squared_error
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
 from unet_diffusion.speed import Speed, fastest_speed, keep_freed_memory, set_speed
@@ -13,6 +17,7 @@ from unet_diffusion.training.module import stratified_timesteps
 from unet_diffusion.unet import DenoiserUNet
 
 EMA_DECAY = 0.9999
+NUM_IMAGES = 50_000  # as CIFAR-10
 RUN_STEPS = 1000  # of the run that a speed is chosen for: on a CPU too short for torch.compile to be tried
 
 
@@ -75,3 +80,20 @@ def speed_for(
     )
     print(reason, flush=True)
     return speed
+
+
+class RandomImages(ImageDataModule):
+    """As many images as CIFAR-10 has, of noise, in memory.
+
+    Args:
+        image_shape: (C, H, W).
+        batch_size: images a batch and process.
+        horizontal_flip: mirror every second training image, drawn at random.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], *, batch_size: int = 64, horizontal_flip: bool = False):
+        super().__init__(batch_size=batch_size, horizontal_flip=horizontal_flip)
+        self.shape = image_shape
+
+    def load(self) -> ImageSet:
+        return ImageSet(torch.randint(256, (NUM_IMAGES, *self.shape), dtype=torch.uint8))

@@ -124,10 +124,10 @@ def installed_contenders() -> list[str]:
 
 def build_step(name: str, options: argparse.Namespace) -> Step:
     x0 = random_images(options.network, options.batch_size, options.device)
-    if name == OURS:
-        return our_step(our_network(options.network).to(options.device), x0, speed=options.ours)
-    make_network, make_step = PEERS[name]
-    return make_step(make_network(options.network).to(options.device), x0)
+    make_network = our_network if name == OURS else PEERS[name][0]
+    with options.device:  # where a large network is initialised soonest
+        network = make_network(options.network)
+    return our_step(network, x0, speed=options.ours) if name == OURS else PEERS[name][1](network, x0)
 
 
 def measure_contenders(options: argparse.Namespace) -> dict[str, Record]:

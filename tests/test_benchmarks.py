@@ -72,9 +72,11 @@ def test_gpu_on_a_cpu(tmp_path):
     cases = [
         f"{task}:tiny:2:{contender}" for task in ("train", "sample") for contender in ("unet_diffusion", "diffusers")
     ]
+    cases.append("fit:tiny:2:unet_diffusion:plain")
     report = run("gpu.py", "--cases", *cases, "--minutes", 3, "--device", "cpu", output=tmp_path / "gpu.json")
     found = {(record["task"], record["contender"]) for record in report["contenders"] if len(record["seconds"]) == 3}
-    assert len(found) == 4
+    assert len(found) == 5
+    assert 0 < next(record["of_the_bare_step"] for record in report["contenders"] if record["task"] == "fit") < 1
 
 
 @pytest.mark.slow

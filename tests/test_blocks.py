@@ -18,7 +18,7 @@ from unet_diffusion.blocks import (
     crop_and_concat,
     sinusoids,
 )
-from unet_diffusion.kernels import group_norm_by_channel
+from unet_diffusion.kernels import double_by_copies, group_norm_by_channel
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -155,6 +155,27 @@ class AddOne(nn.Module):
 class Double(nn.Module):
     def forward(self, x, emb, context):
         return 2 * x
+
+
+@pytest.mark.parametrize("size", [(8, 14), (7, 14), (8, 13), (7, 13)])
+def test_doubling_by_copies_is_nearest_neighbour_interpolation(size):
+    x = torch.randn(2, 3, 4, 7, dtype=torch.float64, requires_grad=True)
+    found, expected = double_by_copies(x, size), F.interpolate(x, size=size, mode="nearest")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    grads = (torch.autograd.grad(out, x, torch.arange(out.numel()).view_as(out).double()) for out in (found, expected))
+    torch.testing.assert_close(*grads)
+
+
+def test_doubling_by_copies_leaves_no_layout_to_a_convolution_to_mend():
+    x = torch.randn(2, 3, 4, 7).to(memory_format=torch.channels_last)
+    assert double_by_copies(x, (8, 14)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_upsampler_that_doubles_by_copies_computes_the_same():
+    upsample, x = Upsample(2), torch.randn(1, 2, 3, 4)
+    expected = upsample(x, size=(6, 7))
+    upsample.by_copies = True
+    torch.testing.assert_close(upsample(x, size=(6, 7)), expected)
 
 
 class Mean(nn.Module):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_diffusion.kernels import group_norm_by_channel, group_norm_silu, winograd_conv2d
+from unet_diffusion.kernels import double_by_copies, group_norm_by_channel, group_norm_silu, winograd_conv2d
 
 MAX_SCORES = 2**24  # of all images, heads and pairs of pixels, for attention as plain products: 32 MiB in bfloat16
 MAX_PERIOD = 10_000  # longest wavelength of the timestep embedding (Vaswani et al. 2017, section 3.5)
@@ -377,6 +377,8 @@ class Upsample(nn.Module):
         channels: C, in and out.
     """
 
+    by_copies = False  # by `kernels.double_by_copies`; see `speed.set_speed`
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv3x3(channels, channels)
@@ -385,7 +387,7 @@ class Upsample(nn.Module):
         self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None, *, size: Sequence[int]
     ) -> Tensor:
         """(B, C, *size): `size` is twice the height and width, or less by 1 where an odd number was halved."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(double_by_copies(x, size) if self.by_copies else F.interpolate(x, size=size, mode="nearest"))
 
 
 class DoubleConv(nn.Module):

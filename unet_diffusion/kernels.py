@@ -8,11 +8,12 @@ form needs 36. The products are one batched matrix product; what comes before an
 Both want channels last in memory. Their kernels are compiled once for all shapes, in about half a minute, and kept on
 disk by torch.compile; a C++ compiler is needed.
 
-`group_norm_by_channel` is group norm written for whole networks that are compiled for a GPU: its reductions are over
-the pixels of each channel, which channels-last memory holds side by side. torch only.
+The other two are written for whole networks that are compiled for a GPU, in torch only. The reductions of
+`group_norm_by_channel` are over the pixels of each channel, which channels-last memory holds side by side, and the
+gradient of `double_by_copies` is a sum that is fused with what follows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -86,6 +87,20 @@ def group_norm_by_channel(
     scale = gain * (variance.clamp(min=0) + eps).rsqrt()
     shift = shift + ((0 if offset is None else offset) - mean) * scale
     return (wide * scale[..., None, None] + shift[..., None, None]).flatten(1, 2)
+
+
+def double_by_copies(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest-neighbour doubling: (B, C, H, W) -> (B, C, *size), in channels_last.
+
+    The gradient of F.interpolate is compiled to an addition in memory for each pixel, of this to a sum of four.
+
+    Args:
+        x: (B, C, H, W).
+        size: twice the height and width, or less by 1.
+    """
+    pixels = x.permute(0, 2, 3, 1)
+    copies = pixels[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # (B, H, 2, W, 2, C)
+    return copies.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)[..., : size[0], : size[1]]
 
 
 class _WinogradConv2d(torch.autograd.Function):

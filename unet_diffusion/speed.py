@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from unet_diffusion.blocks import Conv3x3, GroupNorm, GroupNormSiLU
+from unet_diffusion.blocks import Conv3x3, GroupNorm, GroupNormSiLU, Upsample
 from unet_diffusion.unet import PixelNetwork
 
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
@@ -64,11 +64,14 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
         reason = "needs a C++ compiler (install g++)" if needs_compiler else f"is not for {device.type}"
         raise ValueError(f"speed {speed} {reason}; here use one of {', '.join(speeds_for(device))}")
     unet.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
+    compiled_for_gpu = device.type == "cuda" and speed in ("compiled", "graphed")
     for module in unet.modules():
         if isinstance(module, GroupNormSiLU):
             module.fused = speed == "fused"
         if isinstance(module, GroupNorm):
-            module.by_channel = device.type == "cuda" and speed in ("compiled", "graphed")
+            module.by_channel = compiled_for_gpu
+        elif isinstance(module, Upsample):
+            module.by_copies = compiled_for_gpu
         elif isinstance(module, Conv3x3):
             module.fused = speed == "fused" and min(module.in_channels, module.out_channels) >= MIN_WINOGRAD_CHANNELS
     unet._compiled_call_impl = None  # undoes an earlier compile(), for which torch has no method

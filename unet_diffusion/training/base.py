@@ -95,6 +95,8 @@ class NetworkModule(LightningModule):
         self.chosen_speed: Speed = "plain"  # until the run begins
         self.is_continued = False  # set by who calls fit with a checkpoint: speed auto then need not try again
         self.settings: dict[str, Any] = {}  # of the whole run, plain
+        self._paired_parameters: list[tuple[Tensor, Tensor]] = []  # of averages and what they are of
+        self._paired_buffers: list[tuple[Tensor, Tensor]] = []
 
     def averaged_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Each average, and the network that it is of, whose weights are trained."""
@@ -132,6 +134,7 @@ class NetworkModule(LightningModule):
         if datamodule is not None:
             self.meet_data(datamodule)
         if stage == "fit":
+            self._paired_parameters = []  # of a run before this one, before networks were moved or shared out
             self._check_end()
             if self.speed == "graphed" and not self._can_be_graphed:
                 raise ValueError(
@@ -185,7 +188,11 @@ class NetworkModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """What is drawn from torch's own generators, as dropout is, follows from seed, step and process as all else."""
         key = (self.seed, DROPOUT_KEY, self.trainer.fit_loop.total_batch_idx, self.global_rank)
-        torch.manual_seed(keyed_generator(*key).initial_seed())
+        seed = keyed_generator(*key).initial_seed()
+        # not torch.manual_seed, which keeps the stack for each kind of device that is not in use, a millisecond a step
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def train(self, mode: bool = True) -> "NetworkModule":
         """Switches dropout of the trained network; the averaged one is never in training mode."""
@@ -224,26 +231,30 @@ class NetworkModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then moves the average: once an optimiser step, however many batches it accumulates."""
         super().optimizer_step(*args, **kwargs)
+        if not self._paired_parameters:
+            self._pair_tensors()
         self._restore_statistics()
         n = self.trainer.global_step
         decay = min(self.ema_decay, (1 + n) / (10 + n))
-        pairs = self.averaged_pairs()
-        both = [
-            (ema, p) for average, one in pairs for ema, p in zip(average.parameters(), one.parameters(), strict=True)
-        ]
-        averaged, raw = zip(*[(ema, p) for ema, p in both if p.requires_grad], strict=True)
+        averaged, raw = zip(*[(ema, p) for ema, p in self._paired_parameters if p.requires_grad], strict=True)
         with torch.no_grad():
             torch._foreach_lerp_(averaged, raw, 1 - decay)
-            for average, one in pairs:
-                for ema_buffer, buffer in zip(average.buffers(), one.buffers(), strict=True):
-                    ema_buffer.copy_(buffer)  # statistics of batch norms, which are averages already
+            for ema_buffer, buffer in self._paired_buffers:
+                ema_buffer.copy_(buffer)  # statistics of batch norms, which are averages already
+
+    def _pair_tensors(self) -> None:
+        """Finds once a run what each step averages: to look through all modules takes milliseconds of the host."""
+        pairs = self.averaged_pairs()
+        self._paired_parameters = [
+            both for ema, one in pairs for both in zip(ema.parameters(), one.parameters(), strict=True)
+        ]
+        self._paired_buffers = [both for ema, one in pairs for both in zip(ema.buffers(), one.buffers(), strict=True)]
 
     def _restore_statistics(self) -> None:
         """A forward pass that was not finite spoils what batch norms keep; the average has what they had before."""
-        for average, one in self.averaged_pairs():
-            for ema_buffer, buffer in zip(average.buffers(), one.buffers(), strict=True):
-                if buffer.is_floating_point():
-                    buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, ema_buffer))
+        for ema_buffer, buffer in self._paired_buffers:
+            if buffer.is_floating_point():
+                buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, ema_buffer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["speed"] = self.chosen_speed
