@@ -44,7 +44,7 @@ from unet_diffusion.interop import load_denoiser
 from unet_diffusion.latents import encode_images, fingerprint
 from unet_diffusion.pictures import save_grid
 from unet_diffusion.sampling import sample
-from unet_diffusion.speed import SPEEDS
+from unet_diffusion.speed import Speed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 AUTOENCODER, DENOISER = CONFIGS / "autoencoder_kl.yaml", CONFIGS / "latents_text.yaml"
@@ -62,6 +62,7 @@ class Size:
         image_size: height and width, in pixels.
         autoencoder, latents, pixels: options beside the recipe.
         share: part of the time that the autoencoder has.
+        speed: of the denoisers, see speed.py.
     """
 
     image_size: int
@@ -69,6 +70,7 @@ class Size:
     latents: tuple[str, ...]
     pixels: tuple[str, ...]
     share: float
+    speed: Speed = "plain"
 
 
 def unet(channels: list[int], attention_levels: list[int], **options: Any) -> tuple[str, ...]:
@@ -82,6 +84,9 @@ def rate_and_batch(lr: float, batch_size: int) -> tuple[str, ...]:
 
 
 WIDE_TEXT = ("--model.unet.init_args.context_dim=256", "--model.conditions.init_args.context_dim=256")
+CUDA_AUTOENCODER = ("--model.autoencoder.init_args.channels=[64,128,128]", *rate_and_batch(1.5e-3, 32))
+CUDA_LATENTS = (*unet([128, 256, 384], [1, 2]), *WIDE_TEXT)
+CUDA_PIXELS = (*unet([64, 64, 128, 256, 384], [3, 4]), *WIDE_TEXT)
 SIZES = {
     "tiny": Size(  # to try the script
         image_size=32,
@@ -99,10 +104,19 @@ SIZES = {
     ),
     "cuda": Size(
         image_size=128,
-        autoencoder=("--model.autoencoder.init_args.channels=[64,128,128]", *rate_and_batch(1.5e-3, 32)),
-        latents=(*unet([128, 256, 384], [1, 2]), *WIDE_TEXT, *rate_and_batch(6e-4, 256), "--model.ema_decay=0.999"),
-        pixels=(*unet([64, 64, 128, 256, 384], [3, 4]), *WIDE_TEXT, *rate_and_batch(6e-4, 64)),
+        autoencoder=CUDA_AUTOENCODER,
+        latents=(*CUDA_LATENTS, *rate_and_batch(6e-4, 128)),
+        pixels=(*CUDA_PIXELS, *rate_and_batch(6e-4, 64)),
+        share=0.4,
+        speed="channels_last",
+    ),
+    "cuda_graphed": Size(  # from about six minutes on, as compiling takes two of them
+        image_size=128,
+        autoencoder=CUDA_AUTOENCODER,
+        latents=(*CUDA_LATENTS, *rate_and_batch(6e-4, 256), "--model.ema_decay=0.999"),
+        pixels=(*CUDA_PIXELS, *rate_and_batch(6e-4, 64), "--model.ema_decay=0.999"),
         share=0.25,
+        speed="graphed",
     ),
 }
 
@@ -115,7 +129,7 @@ def main() -> None:
     train_all(options, list(contenders.values()))
     done = [name for name in contenders if (options.work / name / STEPS).exists()]
     judge = Judge.of(options, images)
-    settings = {name: getattr(options, name) for name in ("minutes", "together", "speed", "seed")}
+    settings = {name: getattr(options, name) for name in ("minutes", "together", "seed")}
     size = vars(SIZES[options.size])
     record = {"environment": environment(), **settings, "size": size, **judge.on_real_images()}
     results: list[dict[str, Any]] = []
@@ -157,7 +171,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--together", action="store_true", help="train both at the same time")
     parser.add_argument("--size", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--speed", choices=SPEEDS, help="of the denoisers; default: graphed on a GPU, otherwise plain")
     parser.add_argument("--num_images", type=int, help="to judge; default: twice as many as are kept apart")
     parser.add_argument("--captions", nargs="+", help="of the two grids; default: the first that are kept apart")
     parser.add_argument("--seed", type=int, default=0)
@@ -166,7 +179,6 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.images, options.work = options.images.resolve(), options.work.resolve()
     options.device = "cuda" if torch.cuda.is_available() and options.size != "tiny" else "cpu"
-    options.speed = options.speed or ("graphed" if options.device == "cuda" else "plain")
     return options
 
 
@@ -177,7 +189,7 @@ def train_latents(options: argparse.Namespace) -> None:
     size, begin = SIZES[options.size], time.time()
     seconds = 60 * options.minutes
     compiling = threading.Thread(target=compile_ahead, args=(options,))
-    if options.speed in ("compiled", "graphed"):
+    if size.speed == "graphed":
         compiling.start()
     recipe = [f"--config={AUTOENCODER}", *images_of(options), *size.autoencoder]
     fit(options, "autoencoder", recipe, begin + size.share * seconds)
@@ -242,7 +254,7 @@ def fit(options: argparse.Namespace, name: str, recipe: Iterable[str], end: floa
     settings += ["--trainer.callbacks+=until_time.UntilTime", f"--trainer.callbacks.end={end}"]
     settings += [f"--{field}={options.seed}" for field in ("seed_everything", "model.seed", "data.init_args.seed")]
     if name != "autoencoder":
-        settings += [f"--model.speed={options.speed}"]
+        settings += [f"--model.speed={SIZES[options.size].speed}"]
     if accelerator == "gpu":
         settings += ["--trainer.benchmark=true"]
     shutil.rmtree(options.work / name, ignore_errors=True)

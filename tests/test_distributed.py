@@ -353,7 +353,7 @@ def test_autoencoder_is_validated_alike_on_one_process_and_on_two(autoencoder_fo
 @pytest.mark.slow
 def test_codebook_with_restarted_codes_is_equal_on_both_processes(autoencoder_folder):
     recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'} {TWO} --model.restart_codes_after 2 --trainer.max_steps 5 "
-    recipe += "--model.discriminator null --trainer.default_root_dir restarted --trainer.callbacks+=keeper.Keeper"
+    recipe += "--trainer.default_root_dir restarted --trainer.callbacks+=keeper.Keeper"
     with_autoencoder(autoencoder_folder, "fit", recipe)
     weights = [torch.load(autoencoder_folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
