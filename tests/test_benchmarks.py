@@ -170,7 +170,7 @@ def test_denoiser_of_latents_is_tried_before_there_are_latents(tmp_path, monkeyp
 
 
 def test_run_whose_time_is_over_before_it_begins_fails():
-    with pytest.raises(RuntimeError, match="the time was over .* s before the first step"):
+    with pytest.raises(RuntimeError, match=r"the time was over .* s before the first step"):
         UntilTime(end=1.0).on_train_start(None, None)
 
 
