@@ -329,6 +329,7 @@ def autoencoder_folder(tmp_path_factory):
     noise_folder(folder / "images")
     (folder / "keeper.py").write_text(KEEPER)
     arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} {TWO} --model.discriminator_start 1 --trainer.max_steps 3 "
+    arguments += "--model.discriminator PatchDiscriminator --model.discriminator.init_args.channels 32 "
     arguments += "--trainer.default_root_dir run --trainer.callbacks+=keeper.Keeper"
     with_autoencoder(folder, "fit", arguments)
     return folder
@@ -337,6 +338,7 @@ def autoencoder_folder(tmp_path_factory):
 def test_autoencoder_and_discriminator_are_equal_on_both_processes(autoencoder_folder):
     """Each process sees other images: weights stay equal only if both networks' gradients are averaged."""
     weights = [torch.load(autoencoder_folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert any(name.startswith("discriminator.") for name in weights[0])
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
 
 

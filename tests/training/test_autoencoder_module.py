@@ -191,17 +191,24 @@ def test_code_unused_for_so_many_steps_becomes_a_latent_and_the_others_stay(quie
     assert torch.equal(made.ema_autoencoder.quantize.embedding.weight, seen[2])
 
 
-def test_restarted_codes_are_used(quiet_trainer):
+def test_latents_that_are_not_finite_restart_no_code(quiet_trainer):
+    made = module(vq_net(), restart_codes_after=1)
+    made.idle_steps += 1
+    made.trainer = quiet_trainer(max_steps=1)
+    before = made.autoencoder.quantize.embedding.weight.clone()
+    made._restart_idle_codes(torch.full((1, 2, 4, 4), torch.nan))
+    assert torch.equal(made.autoencoder.quantize.embedding.weight, before)
+
+
+def test_codes_out_of_reach_come_into_use(quiet_trainer):
     from unet_diffusion.data import DigitsDataModule
 
-    def used(**options):
-        made, data = module(vq_net(num_codes=64), ema_decay=0.9, **options), DigitsDataModule(batch_size=32, num_val=64)
-        trainer = quiet_trainer(max_steps=60, limit_val_batches=0)
-        trainer.fit(made, data)
-        trainer.limit_val_batches = 1.0
-        return trainer.validate(made, data, verbose=False)[0]["val/codes_used"]
-
-    assert used(restart_codes_after=10) > 2 * used()
+    made, data = module(vq_net(num_codes=64), ema_decay=0.9, restart_codes_after=10), DigitsDataModule(batch_size=32)
+    for autoencoder in (made.autoencoder, made.ema_autoencoder):
+        autoencoder.quantize.embedding.weight.data[32:] += 1000
+    trainer = quiet_trainer(max_steps=60)
+    trainer.fit(made, data)
+    assert trainer.validate(made, data, verbose=False)[0]["val/codes_used"] > 0.75
 
 
 @pytest.mark.parametrize("learned", [True, False])

@@ -339,7 +339,7 @@ class AutoencoderModule(LightningModule):
             codes, codebook_loss, numbers = quantize(self.autoencoder, latents)
             if self.restart_codes_after:
                 self.idle_steps += 1
-                self.idle_steps[self.all_gather(numbers).flatten()] = 0
+                self.idle_steps.index_fill_(0, self.trainer.strategy.all_gather(numbers).flatten(), 0)
             self.log("train/codebook", codebook_loss.detach())
             # The error is a sum over an image: so is this, as if each of its pixels had it.
             weight = self.loss_weights["codebook"] * images[0].numel()
@@ -353,15 +353,17 @@ class AutoencoderModule(LightningModule):
 
     def _restart_idle_codes(self, latents: Tensor) -> None:
         """Puts latents, drawn from those of all processes, in place of codes that were not used for long."""
-        vectors = self.all_gather(latents.movedim(1, -1).contiguous()).flatten(0, -2)
+        vectors = self.trainer.strategy.all_gather(latents.movedim(1, -1).contiguous()).flatten(0, -2)
         # Without the rank in its key: processes keep the same codebook.
         generator = keyed_generator(self.seed, RESTART_KEY, self.trainer.global_step, device=latents.device)
         drawn = torch.randint(len(vectors), (len(self.idle_steps),), generator=generator, device=latents.device)
-        is_idle = self.idle_steps >= self.restart_codes_after
+        fresh = vectors[drawn]
+        # A batch that is not finite is skipped, and may leave nothing here either.
+        is_idle = (self.idle_steps >= self.restart_codes_after) & fresh.isfinite().all(dim=1)
         with torch.no_grad():
             for autoencoder in (self.autoencoder, self.ema_autoencoder):
                 codebook = autoencoder.quantize.embedding.weight
-                codebook.copy_(torch.where(is_idle[:, None], vectors[drawn], codebook))
+                codebook.copy_(torch.where(is_idle[:, None], fresh, codebook))
         self.idle_steps.masked_fill_(is_idle, 0)
 
     def _fidelity(self, images: Tensor, reconstructions: Tensor) -> Tensor:
