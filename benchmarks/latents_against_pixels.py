@@ -6,9 +6,11 @@
     pixels   a denoiser of the images themselves, for the whole time
 
 Both denoisers read the captions, and both are recipes of configs/, of a size that fits the hardware (SIZES). The clock
-runs from before the first process starts to the last training step: imports, data, the autoencoder's validation and
-export, and the latents are in it. Rates fall to 0 towards the end of the time (see until_time.py). With --together both
-train at the same time and share the hardware; otherwise one after the other has it to itself.
+runs from before the first process starts to the last training step: imports, data, compiling, the autoencoder's
+validation and export, and the latents are in it. Rates fall to 0 towards the end of the time (see until_time.py). With
+--together both train at the same time and share the hardware; otherwise one after the other has it to itself. Where the
+denoiser of latents is compiled, this is done while the autoencoder trains, on latents that say nothing: its own
+process then finds all kernels in the cache.
 
 Then, outside of the time and the same for both: images for the captions of those images that were kept apart, by 25
 steps of DPM-Solver++ with guidance 3. Judged by a classifier of the captions' words (see caption_words.py): their
@@ -28,23 +30,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from caption_words import average_precision, features, frequent_words, has_words, trained_classifier
 from features import frechet_distance
 from measure import RESULTS, environment, process_seconds, table, write_json
 from torch import Tensor
 from until_time import STEPS
 
-from unet_diffusion.codecs import autoencoder_of, decode_latents
+from unet_diffusion.codecs import autoencoder_of, decode_latents, downsampling, kl_autoencoder
 from unet_diffusion.conditioning import Guidance
 from unet_diffusion.data import FolderDataModule, scale_to_unit_range
 from unet_diffusion.interop import load_denoiser
+from unet_diffusion.latents import encode_images, fingerprint
 from unet_diffusion.pictures import save_grid
 from unet_diffusion.sampling import sample
+from unet_diffusion.speed import Speed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+AUTOENCODER, DENOISER = CONFIGS / "autoencoder_kl.yaml", CONFIGS / "latents_text.yaml"
 GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SAMPLE_BATCH_SIZE = 3.0, 25, 64
 GRID_COLUMNS = 4
-NEVER = 10**9  # steps
+STAND_INS = 1024  # latents that say nothing: a few batches
+NEVER = 10**9  # steps, seconds
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Size:
         image_size: height and width, in pixels.
         autoencoder, latents, pixels: options beside the recipe.
         share: part of the time that the autoencoder has.
+        speed: of the denoisers, see speed.py.
     """
 
     image_size: int
@@ -62,6 +70,7 @@ class Size:
     latents: tuple[str, ...]
     pixels: tuple[str, ...]
     share: float
+    speed: Speed = "plain"
 
 
 def unet(channels: list[int], attention_levels: list[int], **options: Any) -> tuple[str, ...]:
@@ -75,6 +84,9 @@ def rate_and_batch(lr: float, batch_size: int) -> tuple[str, ...]:
 
 
 WIDE_TEXT = ("--model.unet.init_args.context_dim=256", "--model.conditions.init_args.context_dim=256")
+CUDA_AUTOENCODER = ("--model.autoencoder.init_args.channels=[64,128,128]", *rate_and_batch(1.5e-3, 32))
+CUDA_LATENTS = (*unet([128, 256, 384], [1, 2]), *WIDE_TEXT)
+CUDA_PIXELS = (*unet([64, 64, 128, 256, 384], [3, 4]), *WIDE_TEXT)
 SIZES = {
     "tiny": Size(  # to try the script
         image_size=32,
@@ -92,10 +104,19 @@ SIZES = {
     ),
     "cuda": Size(
         image_size=128,
-        autoencoder=("--model.autoencoder.init_args.channels=[64,128,128]", *rate_and_batch(1.5e-3, 32)),
-        latents=(*unet([128, 256, 384], [1, 2]), *WIDE_TEXT, *rate_and_batch(6e-4, 128)),
-        pixels=(*unet([64, 64, 128, 256, 384], [3, 4]), *WIDE_TEXT, *rate_and_batch(6e-4, 64)),
+        autoencoder=CUDA_AUTOENCODER,
+        latents=(*CUDA_LATENTS, *rate_and_batch(6e-4, 128)),
+        pixels=(*CUDA_PIXELS, *rate_and_batch(6e-4, 64)),
         share=0.4,
+        speed="channels_last",
+    ),
+    "cuda_graphed": Size(  # from about six minutes on, as compiling takes two of them
+        image_size=128,
+        autoencoder=CUDA_AUTOENCODER,
+        latents=(*CUDA_LATENTS, *rate_and_batch(6e-4, 256), "--model.ema_decay=0.999"),
+        pixels=(*CUDA_PIXELS, *rate_and_batch(6e-4, 64), "--model.ema_decay=0.999"),
+        share=0.25,
+        speed="graphed",
     ),
 }
 
@@ -104,12 +125,13 @@ def main() -> None:
     options = parse_options()
     options.work.mkdir(parents=True, exist_ok=True)
     images = Images.of(options)
-    contenders = {"latents": train_latents, "pixels": train_pixels}
+    contenders = {name: CONTENDERS[name] for name in options.contenders}
     train_all(options, list(contenders.values()))
     done = [name for name in contenders if (options.work / name / STEPS).exists()]
     judge = Judge.of(options, images)
-    record = {"environment": environment(), "minutes": options.minutes, "together": options.together,
-              "seed": options.seed, "size": vars(SIZES[options.size]), **judge.on_real_images()}  # fmt: skip
+    settings = {name: getattr(options, name) for name in ("minutes", "together", "seed")}
+    size = vars(SIZES[options.size])
+    record = {"environment": environment(), **settings, "size": size, **judge.on_real_images()}
     results: list[dict[str, Any]] = []
     for name in done:
         results.append({"diffusion of": name, **trained_result(options, name), **judged(options, name, judge)})
@@ -146,6 +168,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder or zip archive, with captions")
     parser.add_argument("--minutes", type=float, default=15.0, help="for each")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--together", action="store_true", help="train both at the same time")
     parser.add_argument("--size", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num_images", type=int, help="to judge; default: twice as many as are kept apart")
@@ -165,29 +188,63 @@ def parse_options() -> argparse.Namespace:
 def train_latents(options: argparse.Namespace) -> None:
     size, begin = SIZES[options.size], time.time()
     seconds = 60 * options.minutes
-    recipe = [f"--config={CONFIGS / 'autoencoder_kl.yaml'}", *images_of(options), *size.autoencoder]
+    compiling = threading.Thread(target=compile_ahead, args=(options,))
+    if size.speed == "graphed":
+        compiling.start()
+    recipe = [f"--config={AUTOENCODER}", *images_of(options), *size.autoencoder]
     fit(options, "autoencoder", recipe, begin + size.share * seconds)
     command = ["encode", options.work / "autoencoder", options.images, "--output", options.work / "encoded"]
     flags = ["--captions", "--horizontal_flip", "--precision", "bfloat16", "--device", options.device]
     shutil.rmtree(options.work / "encoded", ignore_errors=True)
     run(options, "encoded", [*command, *flags])
-    recipe = [f"--config={CONFIGS / 'latents_text.yaml'}", f"--data.init_args.root={options.work / 'encoded'}"]
-    fit(options, "latents", [*recipe, *size.latents], begin + seconds)
+    if compiling.ident is not None:
+        compiling.join()
+    fit(options, "latents", recipe_of_latents(options, options.work / "encoded"), begin + seconds)
+
+
+def recipe_of_latents(options: argparse.Namespace, root: Path) -> list[str]:
+    return [f"--config={DENOISER}", f"--data.init_args.root={root}", *SIZES[options.size].latents]
+
+
+def compile_ahead(options: argparse.Namespace) -> None:
+    """Three steps of the denoiser, on latents of the same shape, which leave its kernels in the compiler's cache."""
+    folder = options.work / "stand_in"
+    shutil.rmtree(folder, ignore_errors=True)
+    autoencoder = kl_autoencoder(**yaml.safe_load(AUTOENCODER.read_text())["model"]["autoencoder"]["init_args"])
+    autoencoder.save_pretrained(folder / "autoencoder")
+    image_size = SIZES[options.size].image_size
+    side = image_size // downsampling(autoencoder)
+    shape = (autoencoder.config["latent_channels"], side, side)
+    settings = {"autoencoder": str(folder / "autoencoder"), "image_shape": (3, image_size, image_size),
+                "fingerprint": fingerprint(autoencoder, autoencoder.config), "num_images": STAND_INS,
+                "has_mirrored": False, "has_codes": False, "class_names": None,
+                "captions": ["nothing"] * STAND_INS}  # fmt: skip
+    encode_images(
+        folder / "latents",
+        lambda numbers: torch.empty(len(numbers), 0),
+        lambda images: (torch.randn(len(images), *shape), torch.zeros(len(images), *shape)),
+        settings=settings,
+    )
+    few = ["--data.init_args.horizontal_flip=false", "--trainer.max_steps=3"]
+    fit(options, "compiled", recipe_of_latents(options, folder / "latents"), NEVER + time.time(), few)
 
 
 def train_pixels(options: argparse.Namespace) -> None:
     begin = time.time()
-    recipe = [f"--config={CONFIGS / 'latents_text.yaml'}", "--data=unet_diffusion.data.FolderDataModule"]
+    recipe = [f"--config={DENOISER}", "--data=unet_diffusion.data.FolderDataModule"]
     recipe += [*images_of(options), "--data.init_args.captions=true", "--data.init_args.horizontal_flip=true"]
     recipe += ["--model.unet.init_args.in_channels=3", *SIZES[options.size].pixels]
     fit(options, "pixels", recipe, begin + 60 * options.minutes)
+
+
+CONTENDERS = {"latents": train_latents, "pixels": train_pixels}
 
 
 def images_of(options: argparse.Namespace) -> list[str]:
     return [f"--data.init_args.root={options.images}", f"--data.init_args.image_size={SIZES[options.size].image_size}"]
 
 
-def fit(options: argparse.Namespace, name: str, recipe: Iterable[str], end: float) -> None:
+def fit(options: argparse.Namespace, name: str, recipe: Iterable[str], end: float, more: Iterable[str] = ()) -> None:
     """A run of the recipe until that time, with neither validation nor pictures on the way."""
     accelerator = "gpu" if options.device == "cuda" else "cpu"
     settings = ["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--model.lr_decay=constant"]
@@ -197,17 +254,18 @@ def fit(options: argparse.Namespace, name: str, recipe: Iterable[str], end: floa
     settings += ["--trainer.callbacks+=until_time.UntilTime", f"--trainer.callbacks.end={end}"]
     settings += [f"--{field}={options.seed}" for field in ("seed_everything", "model.seed", "data.init_args.seed")]
     if name != "autoencoder":
-        settings += [f"--model.speed={'plain' if accelerator == 'cpu' else 'channels_last'}"]
+        settings += [f"--model.speed={SIZES[options.size].speed}"]
     if accelerator == "gpu":
         settings += ["--trainer.benchmark=true"]
     shutil.rmtree(options.work / name, ignore_errors=True)
-    run(options, name, ["fit", *recipe, f"--trainer.default_root_dir={options.work / name}", *settings])
+    run(options, name, ["fit", *recipe, f"--trainer.default_root_dir={options.work / name}", *settings, *more])
 
 
 def run(options: argparse.Namespace, name: str, arguments: Iterable[object]) -> None:
     """A command of ours in a process of its own, whose output goes to a file."""
     command = [sys.executable, "-m", "unet_diffusion.cli", *map(str, arguments)]
     seconds = process_seconds(command, options.work / f"{name}.log")
+    (options.work / f"{name}.seconds").write_text(f"{seconds:.1f}")
     print(f"{name}: {seconds:.1f} s", flush=True)
 
 
@@ -219,6 +277,7 @@ def trained_result(options: argparse.Namespace, name: str) -> dict[str, Any]:
     result = {"steps": steps, "batch_size": settings["batch_size"], "images_seen": steps * settings["batch_size"],
               "parameters": sum(p.numel() for p in trained.unet.parameters())}  # fmt: skip
     if trained.latent_space is not None:
+        result["seconds"] = {file.stem: float(file.read_text()) for file in sorted(options.work.glob("*.seconds"))}
         result["autoencoder"] = autoencoder_result(options.work / "autoencoder")
         picture = options.json.with_name(f"{options.json.stem}_autoencoder.png")
         shutil.copyfile(options.work / "autoencoder" / "samples.png", picture)

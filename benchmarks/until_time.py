@@ -21,6 +21,9 @@ class UntilTime(Callback):
 
     Args:
         end: seconds since 1970; the last step ends at about this time.
+
+    Raises:
+        RuntimeError: if it is over before the first step.
     """
 
     def __init__(self, end: float):
@@ -29,6 +32,8 @@ class UntilTime(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begin = time.time()
+        if self.begin > self.end:
+            raise RuntimeError(f"the time was over {self.begin - self.end:.0f} s before the first step; give it more")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.step_begin = time.time()

@@ -1,5 +1,6 @@
 """Every benchmark runs, with settings that only make it small, and writes what it says that it measures."""
 
+import argparse
 import json
 import os
 import re
@@ -12,9 +13,11 @@ import torch
 from caption_words import average_precision, frequent_words, has_words
 from features import frechet_distance, label_entropy
 from forked import run_python
+from latents_against_pixels import compile_ahead
 from PIL import Image
 from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import NUCLEI, write_fashion_mnist, write_pairs
+from until_time import STEPS, UntilTime
 
 from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
 from unet_diffusion.schedule import NoiseSchedule
@@ -159,6 +162,18 @@ def test_latents_against_pixels(tmp_path):
     assert all(result["steps"] > 0 and result["distance"] > 0 for result in record["results"])
     assert record["results"][0]["autoencoder"]["psnr"] > 5
     assert all((tmp_path / f"l_{name}.png").exists() for name in ("latents", "pixels", "autoencoder"))
+
+
+@pytest.mark.slow
+def test_denoiser_of_latents_is_tried_before_there_are_latents(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]))
+    compile_ahead(argparse.Namespace(size="tiny", device="cpu", work=tmp_path, seed=0))
+    assert (tmp_path / "compiled" / STEPS).read_text() == "3"
+
+
+def test_run_whose_time_is_over_before_it_begins_fails():
+    with pytest.raises(RuntimeError, match=r"the time was over .* s before the first step"):
+        UntilTime(end=1.0).on_train_start(None, None)
 
 
 TINY_SEGMENTER = [

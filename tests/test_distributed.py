@@ -295,6 +295,7 @@ class Keeper(Callback):
 AUTOENCODER = "--data.init_args.root images --data.init_args.num_val 3 --data.init_args.image_size 32 "
 AUTOENCODER += "--data.init_args.batch_size 2 --model.autoencoder.init_args.channels [32,32,32] "
 AUTOENCODER += "--trainer.accelerator cpu --trainer.precision 32-true --samples.num_images 2"
+CRITIC = "--model.discriminator PatchDiscriminator --model.discriminator.init_args.channels 32"
 TWO = f"--config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.strategy.init_args.find_unused_parameters true "
 TWO += "--trainer.devices 2"
 
@@ -329,7 +330,7 @@ def autoencoder_folder(tmp_path_factory):
     noise_folder(folder / "images")
     (folder / "keeper.py").write_text(KEEPER)
     arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} {TWO} --model.discriminator_start 1 --trainer.max_steps 3 "
-    arguments += "--trainer.default_root_dir run --trainer.callbacks+=keeper.Keeper"
+    arguments += f"{CRITIC} --trainer.default_root_dir run --trainer.callbacks+=keeper.Keeper"
     with_autoencoder(folder, "fit", arguments)
     return folder
 
@@ -337,17 +338,28 @@ def autoencoder_folder(tmp_path_factory):
 def test_autoencoder_and_discriminator_are_equal_on_both_processes(autoencoder_folder):
     """Each process sees other images: weights stay equal only if both networks' gradients are averaged."""
     weights = [torch.load(autoencoder_folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert any(name.startswith("discriminator.") for name in weights[0])
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
 
 
 def test_autoencoder_is_validated_alike_on_one_process_and_on_two(autoencoder_folder):
     """Three images to validate on: one process has two of them, the other one."""
     arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} --trainer.devices 1 --trainer.default_root_dir alone "
-    with_autoencoder(autoencoder_folder, "validate", arguments + "--ckpt_path run/checkpoints/last.ckpt")
+    with_autoencoder(autoencoder_folder, "validate", arguments + f"{CRITIC} --ckpt_path run/checkpoints/last.ckpt")
     alone = validated(autoencoder_folder / "alone")
     assert alone.keys() == {"val/psnr", "val/ssim", "val/latent_mean", "val/latent_std", "val/latent_signal"}
     # float32 sums in another order; one image in a batch, or two
     assert validated(autoencoder_folder / "run") == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_codebook_with_restarted_codes_is_equal_on_both_processes(autoencoder_folder):
+    recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'} {TWO} --model.restart_codes_after 2 --trainer.max_steps 5 "
+    recipe += "--trainer.default_root_dir restarted --trainer.callbacks+=keeper.Keeper"
+    with_autoencoder(autoencoder_folder, "fit", recipe)
+    weights = [torch.load(autoencoder_folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    assert weights[0]["autoencoder.quantize.embedding.weight"].abs().max() > 0.1  # 0.001 as made
 
 
 @pytest.mark.slow

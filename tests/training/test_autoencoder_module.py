@@ -171,6 +171,46 @@ def nearest(autoencoder, latents) -> torch.Tensor:
     return distances.argmin(dim=1).view(tokens.shape[:-1])
 
 
+def test_code_unused_for_so_many_steps_becomes_a_latent_and_the_others_stay(quiet_trainer, tiny_images):
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    made = module(vq_net(), restart_codes_after=2, optimizer=still)
+    before = made.autoencoder.quantize.embedding.weight.clone()
+    data, seen = tiny_images(shape=SHAPE, batch_size=16), []  # all images are in the one batch
+    made.on_train_batch_end = lambda *args: seen.append(made.autoencoder.quantize.embedding.weight.clone())
+    quiet_trainer(max_steps=3, limit_val_batches=0).fit(made, data)
+    with torch.no_grad():
+        latents = made.autoencoder.encode(data.image_set.images[data.train_indices].float() / 127.5 - 1).latents
+    vectors = latents.movedim(1, -1).reshape(-1, 2)
+    is_used = torch.zeros(16, dtype=torch.bool).scatter(0, torch.cdist(vectors, before).argmin(dim=1), True)
+    assert 0 < is_used.sum() < 16
+    assert torch.equal(seen[1], before)  # until then each code waits
+    assert torch.equal(seen[2][is_used], before[is_used])
+    restarted = seen[2][~is_used]
+    assert torch.cdist(restarted, vectors).amin(dim=1).max() < 1e-5  # batches come in any order, which rounds
+    assert len(restarted.unique(dim=0)) > 1
+    assert torch.equal(made.ema_autoencoder.quantize.embedding.weight, seen[2])
+
+
+def test_latents_that_are_not_finite_restart_no_code(quiet_trainer):
+    made = module(vq_net(), restart_codes_after=1)
+    made.idle_steps += 1
+    made.trainer = quiet_trainer(max_steps=1)
+    before = made.autoencoder.quantize.embedding.weight.clone()
+    made._restart_idle_codes(torch.full((1, 2, 4, 4), torch.nan))
+    assert torch.equal(made.autoencoder.quantize.embedding.weight, before)
+
+
+def test_codes_out_of_reach_come_into_use(quiet_trainer):
+    from unet_diffusion.data import DigitsDataModule
+
+    made, data = module(vq_net(num_codes=64), ema_decay=0.9, restart_codes_after=10), DigitsDataModule(batch_size=32)
+    for autoencoder in (made.autoencoder, made.ema_autoencoder):
+        autoencoder.quantize.embedding.weight.data[32:] += 1000
+    trainer = quiet_trainer(max_steps=60)
+    trainer.fit(made, data)
+    assert trainer.validate(made, data, verbose=False)[0]["val/codes_used"] > 0.75
+
+
 @pytest.mark.parametrize("learned", [True, False])
 def test_learned_variance_is_in_the_optimiser(quiet_trainer, tiny_images, learned):
     made = module(learn_variance=learned)
@@ -309,7 +349,14 @@ def test_no_collapse_is_seen_before_there_was_time_to_learn(quiet_trainer, tiny_
 @pytest.mark.parametrize("make", [kl_net, vq_net])
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(quiet_trainer, tiny_images, tmp_path, make):
     def fit(max_steps, **options):
-        made = module(make(), discriminator=critic(), discriminator_start=1, lr_warmup_steps=3, learn_variance=True)
+        made = module(
+            make(),
+            discriminator=critic(),
+            discriminator_start=1,
+            restart_codes_after=2,
+            lr_warmup_steps=3,
+            learn_variance=True,
+        )
         saving = ModelCheckpoint(tmp_path / str(max_steps), every_n_train_steps=1, save_top_k=-1, filename="{step}")
         trainer = quiet_trainer(max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True,
                                 callbacks=[saving])  # fmt: skip

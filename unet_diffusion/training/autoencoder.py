@@ -45,6 +45,7 @@ RANGE = 2.0  # of images in [-1, 1]
 SSIM_SIDE = 11  # pixels of its window (Wang et al. 2004)
 TELLS_ALL_APART, CANNOT_TELL = 0.02, 0.99  # of the hinge loss, which is 1 for a discriminator that says nothing
 CRITIC_MEMORY = 0.98  # share of the average of that loss kept at each step: it is of about 50 steps
+RESTART_KEY = 4  # keeps the draws of codes apart from others with the same seed
 MIN_SIGNAL = 0.1  # share of the latents' variance that comes from the images
 MIN_CODE_USE = 0.1  # share of the codebook
 LEAST_STD = 1e-6  # of latents
@@ -68,6 +69,8 @@ class AutoencoderModule(LightningModule):
         kl_weight: of the KL divergence from the standard normal, summed over an image's latents as the error is over
             its pixels; for an AutoencoderKL.
         codebook_weight: of the distance between latents and codes, see `quantize`; for a VQModel.
+        restart_codes_after: steps without use after which a code becomes one of the latents of that step (Dhariwal et
+            al. 2020, https://arxiv.org/abs/2005.00341, section 3.2); 0 is off. For a VQModel.
         perceptual_weight: of LPIPS (Zhang et al. 2018), added to the error of each pixel; 0 is off.
         perceptual_net: network of LPIPS, whose weights must be in torch's cache.
         discriminator: tells images from reconstructions; None: no adversarial loss.
@@ -95,6 +98,7 @@ class AutoencoderModule(LightningModule):
         reconstruction: Reconstruction = "l1",
         kl_weight: float = 1.0e-6,
         codebook_weight: float = 1.0,
+        restart_codes_after: int = 0,
         perceptual_weight: float = 0.0,
         perceptual_net: PerceptualNet = "vgg",
         discriminator: PatchDiscriminator | None = None,
@@ -121,7 +125,9 @@ class AutoencoderModule(LightningModule):
         for name, weight in weights.items():
             if weight < 0:
                 raise ValueError(f"{name}_weight must be 0 or more, got {weight}")
-        for name, steps in {"discriminator_start": discriminator_start, "lr_warmup_steps": lr_warmup_steps}.items():
+        counts = {"discriminator_start": discriminator_start, "lr_warmup_steps": lr_warmup_steps,
+                  "restart_codes_after": restart_codes_after}  # fmt: skip
+        for name, steps in counts.items():
             if steps < 0:
                 raise ValueError(f"{name} must be 0 or more, got {steps}")
         # Two optimisers take turns in a step, which Lightning leaves to the module.
@@ -133,6 +139,10 @@ class AutoencoderModule(LightningModule):
         # In a list: frozen weights that come from a file of their own are not in checkpoints.
         self._perceptual = [_lpips(perceptual_net)] if perceptual_weight else []
         self.loss_weights = weights
+        self.restart_codes_after = restart_codes_after
+        if restart_codes_after and isinstance(autoencoder, VQModel):
+            self.idle_steps: Tensor  # since each code was last used
+            self.register_buffer("idle_steps", torch.zeros(autoencoder.quantize.n_e, dtype=torch.int64))
         self.reconstruction = reconstruction
         self.discriminator_start = discriminator_start
         self.optimizer_factory = optimizer
@@ -323,7 +333,13 @@ class AutoencoderModule(LightningModule):
     def _reconstruct(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Reconstructions, (B, C, H, W), and the weighted term that regularises the latents, ()."""
         if isinstance(self.autoencoder, VQModel):
-            codes, codebook_loss, _ = quantize(self.autoencoder, self.autoencoder.encode(images).latents)
+            latents = self.autoencoder.encode(images).latents
+            if self.restart_codes_after:
+                self._restart_idle_codes(latents.detach().float())
+            codes, codebook_loss, numbers = quantize(self.autoencoder, latents)
+            if self.restart_codes_after:
+                self.idle_steps += 1
+                self.idle_steps.index_fill_(0, self.trainer.strategy.all_gather(numbers).flatten(), 0)
             self.log("train/codebook", codebook_loss.detach())
             # The error is a sum over an image: so is this, as if each of its pixels had it.
             weight = self.loss_weights["codebook"] * images[0].numel()
@@ -334,6 +350,21 @@ class AutoencoderModule(LightningModule):
         kl = kl_divergence(mean, std).sum() / len(images)
         self.log("train/kl", kl.detach())
         return self.autoencoder.decode(mean + std * noise).sample, self.loss_weights["kl"] * kl
+
+    def _restart_idle_codes(self, latents: Tensor) -> None:
+        """Puts latents, drawn from those of all processes, in place of codes that were not used for long."""
+        vectors = self.trainer.strategy.all_gather(latents.movedim(1, -1).contiguous()).flatten(0, -2)
+        # Without the rank in its key: processes keep the same codebook.
+        generator = keyed_generator(self.seed, RESTART_KEY, self.trainer.global_step, device=latents.device)
+        drawn = torch.randint(len(vectors), (len(self.idle_steps),), generator=generator, device=latents.device)
+        fresh = vectors[drawn]
+        # A batch that is not finite is skipped, and may leave nothing here either.
+        is_idle = (self.idle_steps >= self.restart_codes_after) & fresh.isfinite().all(dim=1)
+        with torch.no_grad():
+            for autoencoder in (self.autoencoder, self.ema_autoencoder):
+                codebook = autoencoder.quantize.embedding.weight
+                codebook.copy_(torch.where(is_idle[:, None], fresh, codebook))
+        self.idle_steps.masked_fill_(is_idle, 0)
 
     def _fidelity(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """Errors of an image by their learned scale, plus its logarithm, (): for l1 the likelihood of Laplace's law."""
