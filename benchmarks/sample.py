@@ -117,9 +117,8 @@ def our_drawing_network(options: argparse.Namespace) -> DenoiserUNet:
     unet = our_network(options.network).eval().to(options.device)
     if options.device.type == "cpu":
         keep_freed_memory()  # it is the whole process's, so that diffusers gains too
-    else:
-        round_weights(unet)
     set_speed(unet, options.ours)
+    round_weights(unet)
     return unet
 
 

@@ -154,12 +154,15 @@ class Conv3x3(nn.Conv2d):
     """
 
     fused = False  # by `kernels.winograd_conv2d`; see `speed.set_speed`
+    filters: Tensor | None = None  # for it, of a network that is not trained; see `speed.round_weights`
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return winograd_conv2d(x, self.weight, cast(Tensor, self.bias)) if self.fused else super().forward(x)
+        if not self.fused:
+            return super().forward(x)
+        return winograd_conv2d(x, self.weight, cast(Tensor, self.bias), filters=self.filters)
 
 
 class GroupNorm(nn.GroupNorm):

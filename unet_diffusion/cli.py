@@ -409,9 +409,9 @@ def _sample(options: argparse.Namespace) -> None:
     drawing = Drawing.of(options)
     if torch.device(options.device).type == "cpu":
         keep_freed_memory()
-    elif options.precision == "bfloat16":
-        round_weights(drawing.trained.unet)
     set_speed(drawing.trained.unet, options.speed)
+    if options.precision == "bfloat16":
+        round_weights(drawing.trained.unet)
     _draw_and_save(options, drawing.draw, drawing.num_steps)
 
 

@@ -22,22 +22,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MAX_TILE_BYTES = 2**24  # of the tiles and products that are in memory at once
 MAX_KINDS = 64  # of types and sizes of 1 that a kernel is compiled for; torch stops at 8
 TURNED = (15, 13, 14, 12, 7, 5, 6, 4, 11, 9, 10, 8, 3, 1, 2, 0)  # first and last row, and column, change places
 
 
-def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, filters: Tensor | None = None) -> Tensor:
     """A 3x3 convolution with stride 1 and padding 1, (B, C, H, W) -> (B, K, H, W), in channels_last.
 
     Args:
         x: (B, C, H, W), any size; computed in autocast's type where that is on, else in its own.
         weight: (K, C, 3, 3).
         bias: (K,).
+        filters: of the weight and of that type, from `winograd_filters`; None: made in each call. No gradient flows.
     """
     dtype = _autocast_dtype(x)
     with torch.autocast(x.device.type, enabled=False):  # the kernels would be compiled again for each of its states
+        if filters is not None:
+            return _convolve(_channels_last(x.to(dtype)), filters, bias).permute(0, 3, 1, 2)
         return _WinogradConv2d.apply(x.to(dtype), weight, bias)
+
+
+def winograd_filters(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `winograd_conv2d` makes of a weight, in that type: (K, C, 3, 3) -> (16, C, K)."""
+    return _kernel(_filter_tiles, dtype)(_channels_last(weight)).transpose(1, 2)
 
 
 def group_norm_silu(
@@ -110,8 +117,7 @@ class _WinogradConv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = _channels_last(x)
         ctx.save_for_backward(x, weight)
-        filters = _kernel(_filter_tiles, x.dtype)(_channels_last(weight)).transpose(1, 2)
-        return _convolve(x, filters, bias).permute(0, 3, 1, 2)
+        return _convolve(x, winograd_filters(weight, x.dtype), bias).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
@@ -133,35 +139,21 @@ class _WinogradConv2d(torch.autograd.Function):
 def _convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """(B, H, W, C), (16, C, K) and (K,) -> (B, H, W, K)."""
     batch, height, width, _ = x.shape
-    h, w = (height + 1) // 2, (width + 1) // 2
-    out = x.new_empty(batch, 2 * h, 2 * w, len(bias))
-    size = _images_at_once(x, len(bias))
-    for some, made in zip(x.split(size), out.split(size), strict=True):
-        tiles = _kernel(_input_tiles)(_padded(some)).flatten(1, 3)  # (16, B*h*w, C)
-        products = torch.bmm(tiles, filters).view(4, 4, -1, w, len(bias))  # of K channels
-        _kernel(_write_outputs)(products, bias, made.view(-1, 2, w, 2, len(bias)))
-    return out[:, :height, :width].contiguous()
+    tiles = _kernel(_input_tiles)(_padded(x))  # (16, B, h, w, C)
+    products = torch.bmm(tiles.flatten(1, 3), filters)  # (16, B*h*w, K)
+    h, w = tiles.shape[2:4]
+    out = _kernel(_outputs)(products.view(4, 4, batch * h, w, len(bias)), bias)  # (B*h, 2, w, 2, K)
+    return out.view(batch, 2 * h, 2 * w, len(bias))[:, :height, :width].contiguous()
 
 
 def _tile_products(x: Tensor, grad: Tensor) -> Tensor:
-    """(B, H, W, C) and (B, H, W, K) -> the gradient of the filter tiles, (4, 4, K, C) float32."""
-    _, height, width, num_out = grad.shape
-    products = x.new_zeros(16, num_out, x.shape[3], dtype=torch.float32)
-    size = _images_at_once(x, num_out)
-    for some, some_grad in zip(x.split(size), grad.split(size), strict=True):
-        tiles = _kernel(_input_tiles)(_padded(some)).flatten(1, 3)  # (16, B*h*w, C)
-        even = F.pad(some_grad, (0, 0, 0, width % 2, 0, height % 2))
-        even = even.view(-1, 2, (width + 1) // 2, 2, num_out)
-        grad_tiles = _kernel(_gradient_tiles)(even).flatten(1, 2)  # (16, B*h*w, K)
-        products += torch.bmm(grad_tiles.transpose(1, 2), tiles)
-    return products.unflatten(0, (4, 4))
-
-
-def _images_at_once(x: Tensor, num_out: int) -> int:
-    """How many images of (B, H, W, C), at least one, have tiles and products of MAX_TILE_BYTES."""
-    _, height, width, channels = x.shape
-    image = 16 * ((height + 1) // 2) * ((width + 1) // 2) * (channels + num_out) * x.element_size()
-    return max(1, MAX_TILE_BYTES // image)
+    """(B, H, W, C) and (B, H, W, K) -> the gradient of the filter tiles, (4, 4, K, C)."""
+    batch, height, width, num_out = grad.shape
+    tiles = _kernel(_input_tiles)(_padded(x)).flatten(1, 3)  # (16, B*h*w, C)
+    even = F.pad(grad, (0, 0, 0, width % 2, 0, height % 2))
+    even = even.view(batch * ((height + 1) // 2), 2, (width + 1) // 2, 2, num_out)
+    grad_tiles = _kernel(_gradient_tiles)(even).flatten(1, 2)  # (16, B*h*w, K)
+    return torch.bmm(grad_tiles.transpose(1, 2), tiles).unflatten(0, (4, 4))
 
 
 def _filter_tiles(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,8 +167,8 @@ def _filter_tiles(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _filter_gradient(products: Tensor) -> Tensor:
-    """G^T p G, the transpose of `_filter_tiles`: (4, 4, K, C) -> (K, 3, 3, C), both float32."""
-    p = products
+    """G^T p G, the transpose of `_filter_tiles`: (4, 4, K, C) -> (K, 3, 3, C) float32."""
+    p = products.float()
     rows = []
     for row in (p[0] + (p[1] + p[2]) / 2, (p[1] - p[2]) / 2, (p[1] + p[2]) / 2 + p[3]):
         half = (row[1] + row[2]) / 2
@@ -207,18 +199,18 @@ def _input_tiles(padded: Tensor) -> Tensor:
     return torch.stack([tile.to(padded.dtype) for tile in tiles])
 
 
-def _write_outputs(products: Tensor, bias: Tensor, out: Tensor) -> None:
-    """A^T m A + bias for each tile m: (4, 4, B*h, w, K) -> into out, (B*h, 2, w, 2, K)."""
+def _outputs(products: Tensor, bias: Tensor) -> Tensor:
+    """A^T m A + bias for each tile m: (4, 4, B*h, w, K) -> (B*h, 2, w, 2, K)."""
     m = products.float()
     rows = []
     for row in (m[0] + m[1] + m[2], m[1] - m[2] - m[3]):
         pair = (row[0] + row[1] + row[2] + bias, row[1] - row[2] - row[3] + bias)
         rows.append(torch.stack([pixel.to(products.dtype) for pixel in pair], dim=2))
-    out.copy_(torch.stack(rows, dim=1))
+    return torch.stack(rows, dim=1)
 
 
 def _gradient_tiles(grad: Tensor) -> Tensor:
-    """A g A^T, the transpose of `_write_outputs`: (B*h, 2, w, 2, K) -> (16, B*h, w, K)."""
+    """A g A^T, the transpose of `_outputs`: (B*h, 2, w, 2, K) -> (16, B*h, w, K)."""
     g = grad.float()
     top, bottom = g[:, 0], g[:, 1]
     tiles = []

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.blocks import Conv3x3, GroupNorm, GroupNormSiLU, Upsample
+from unet_diffusion.kernels import winograd_filters
 from unet_diffusion.unet import PixelNetwork
 
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
@@ -85,13 +86,15 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
 def round_weights(unet: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """Round once, in place, what autocast would round at each call: weights of convolutions and of linear layers.
 
-    Predictions under autocast are the same. Not for training.
+    Predictions under autocast are the same. Not for training: fused convolutions keep the filters of these weights.
 
     Args:
-        unet: a network.
+        unet: a network, after `set_speed`.
         dtype: of autocast.
     """
     for module in unet.modules():
+        if isinstance(module, Conv3x3) and module.fused:
+            module.filters = winograd_filters(module.weight.detach(), dtype).contiguous()
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.to(dtype)
 
