@@ -22,13 +22,13 @@ from diffusers import AutoencoderKL
 from elsewhere import draw_elsewhere
 from PIL import Image
 
+from unet_diffusion import interop
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, read_checkpoint, write_initial_checkpoint
 from unet_diffusion.codecs import autoencoder_of, decode_latents, latent_moments
 from unet_diffusion.conditioning import ClassTokens, Guidance, Maps
 from unet_diffusion.interop import export_pipeline, import_pipeline
 from unet_diffusion.latents import LatentSpace, fingerprint
 from unet_diffusion.maps import LOW_RES_SCHEDULE, MAPS_KEY, LowResolution, MaskedImage, masked_image_maps
-from unet_diffusion.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.sampling import image_generators, sample
 from unet_diffusion.schedule import keyed_generator
 
@@ -313,7 +313,7 @@ def test_what_a_pipeline_does_not_take_is_refused(exported, name, options, messa
     pictures = {"image": Image.new("RGB", (8, 8)), "odd": Image.new("RGB", (6, 5))}
     options = {key: pictures.get(value, value) if key == "image" else value for key, value in options.items()}
     with pytest.raises(ValueError, match=message):
-        ConditionalPipeline.from_pretrained(exported[0] / name / "pipeline")(**options)
+        interop._build_pipeline(exported[1][name], None)(**options)
 
 
 def test_run_with_captions_of_pixels_ends_with_its_pipeline(tmp_path, run_cli):

@@ -119,10 +119,9 @@ def to_diffusers(
     Raises:
         ValueError: if diffusers has no such network.
     """
-    if not isinstance(model, DenoiserUNet):
-        raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {type(model).__name__}")
+    config = _config_of(model)
     counterpart = UNet2DModel if model.config["context_dim"] is None else UNet2DConditionModel
-    unet = counterpart(**config_to_diffusers(model.config), sample_size=sample_size)
+    unet = counterpart(**config, sample_size=sample_size)
     unet.load_state_dict(model.state_dict())
     return unet.eval()
 
@@ -167,11 +166,8 @@ def export_pipeline(
 
 def why_not_exported(trained: TrainedDenoiser) -> str | None:
     """Why a denoiser cannot be a pipeline of diffusers, and what to do then; None if it can."""
-    if not isinstance(trained.unet, DenoiserUNet):
-        reason = f"only a DenoiserUNet has a counterpart in diffusers, got a {type(trained.unet).__name__}"
-        return f"{reason}; draw its images with unet-diffusion sample"
     try:
-        config_to_diffusers(trained.unet.config)
+        _config_of(trained.unet)
     except ValueError as error:
         return f"{error}; draw its images with unet-diffusion sample"
     reason = _why_not_given(trained)
@@ -261,6 +257,13 @@ def load_denoiser(path: StrPath) -> TrainedDenoiser:
         f"no denoiser at {path}: it must be a checkpoint file, a run folder with checkpoints/last.ckpt, "
         "or a diffusers folder with model_index.json"
     )
+
+
+def _config_of(model: PixelNetwork) -> dict[str, Any]:
+    """The configuration of the same network in diffusers; a ValueError says why there is none."""
+    if not isinstance(model, DenoiserUNet):
+        raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {type(model).__name__}")
+    return config_to_diffusers(model.config)
 
 
 def _parts(index: Mapping[str, Any]) -> set[str]:

@@ -131,9 +131,9 @@ class ConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: if something is missing, unknown or of another size, or guidance is asked for without nulls.
         """
-        given = {"class_labels": class_labels, "prompt": prompt, "image": image, "mask_image": mask_image, "maps": maps}
-        self._check(given, guidance_scale, noise_level, output_type)
-        given, shape = self._tensors(given, noise_level, batch_size, self._size(height, width))
+        told = {"class_labels": class_labels, "prompt": prompt, "image": image, "mask_image": mask_image, "maps": maps}
+        self._check(told, guidance_scale, noise_level, output_type)
+        given, shape = self._tensors(told, noise_level, batch_size, self._size(height, width))
         x = self._noise(shape, latents, generator)
         given |= self._maps(given, x, generator)
         inputs = self._inputs(given, {})
@@ -167,8 +167,8 @@ class ConditionalPipeline(DiffusionPipeline):
         }
         return [name for name, taken in is_taken.items() if taken]
 
-    def _check(self, given: dict, guidance_scale: float, noise_level: int, output_type: str) -> None:
-        for name, value in given.items():
+    def _check(self, told: dict, guidance_scale: float, noise_level: int, output_type: str) -> None:
+        for name, value in told.items():
             if (value is not None) != (name in self.arguments):
                 rule = "be given to" if value is None else "be left out for"
                 raise ValueError(f"{name} must {rule} this model, which takes {', '.join(self.arguments) or 'nothing'}")
@@ -190,19 +190,20 @@ class ConditionalPipeline(DiffusionPipeline):
         return height or default[0] * self.factor, width or default[1] * self.factor
 
     def _tensors(
-        self, given: dict, noise_level: int, batch_size: int, size: tuple[int, int]
+        self, told: dict, noise_level: int, batch_size: int, size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-        """What is given, (N, ...) each on the device, and the shape (N, C, h, w) of what is denoised for it."""
-        tensors = {"class_labels": self._labels(given["class_labels"]), "prompt": self._token_ids(given["prompt"])}
+        """What is told, (N, ...) each on the device, and the shape (N, C, h, w) of what is denoised for it."""
+        made = {"class_labels": self._labels, "prompt": self._token_ids, "maps": torch.as_tensor}
+        tensors = {name: make(told[name]) for name, make in made.items() if told[name] is not None}
         if self.low_res_scheduler is not None:
-            tensors["image"] = self.small_image_processor.preprocess(given["image"])
-            size = tuple(side * self.factor for side in tensors["image"].shape[2:])
+            tensors["image"] = self.small_image_processor.preprocess(told["image"])
+            height, width = tensors["image"].shape[2:]
+            size = height * self.factor, width * self.factor
             tensors["class_labels"] = torch.tensor([noise_level])
-        elif given["image"] is not None:
-            tensors["image"] = self.image_processor.preprocess(given["image"], *size)
-            tensors["mask_image"] = self.mask_processor.preprocess(given["mask_image"], *size)
-        tensors["maps"] = given["maps"]
-        tensors = {name: one.to(self._execution_device) for name, one in tensors.items() if one is not None}
+        elif self.config.takes_mask:
+            tensors["image"] = self.image_processor.preprocess(told["image"], *size)
+            tensors["mask_image"] = self.mask_processor.preprocess(told["mask_image"], *size)
+        tensors = {name: one.to(self._execution_device) for name, one in tensors.items()}
         count = max([batch_size, *(len(one) for one in tensors.values())])
         if wrong := [f"{len(one)} of {name}" for name, one in tensors.items() if len(one) not in (1, count)]:
             raise ValueError(f"there must be 1 or {count} of all that is given, got {', '.join(wrong)}")
@@ -242,7 +243,7 @@ class ConditionalPipeline(DiffusionPipeline):
     def _inputs(self, given: dict[str, Tensor], nulls: dict) -> dict[str, Tensor]:
         """What the network is called with beside noise and timestep, (N, ...) each; where there is a null, that."""
 
-        def told(name: str, value: Tensor) -> Tensor:
+        def or_null(name: str, value: Tensor) -> Tensor:
             if name not in nulls:
                 return value
             null = self._token_ids(nulls[name]) if name == "prompt" else torch.tensor(nulls[name])
@@ -250,15 +251,15 @@ class ConditionalPipeline(DiffusionPipeline):
 
         inputs, tokens = {}, []  # of tokens the order does not matter
         if self.unet.config.num_class_embeds is not None:
-            inputs["class_labels"] = told("class_labels", given["class_labels"])
+            inputs["class_labels"] = or_null("class_labels", given["class_labels"])
         if self.class_tokens is not None:
-            tokens.append(self.class_tokens(told("class_tokens", given["class_labels"])))
+            tokens.append(self.class_tokens(or_null("class_tokens", given["class_labels"])))
         if self.text_encoder is not None:
-            tokens.append(self.text_encoder(told("prompt", given["prompt"]))[0])
+            tokens.append(self.text_encoder(or_null("prompt", given["prompt"]))[0])
         if tokens:
             inputs["encoder_hidden_states"] = torch.cat(tokens, dim=1).to(self.unet.dtype)
         if "maps" in given:
-            inputs["maps"] = told("maps", given["maps"])
+            inputs["maps"] = or_null("maps", given["maps"])
         return inputs
 
     def _noise(
@@ -311,10 +312,8 @@ class ConditionalPipeline(DiffusionPipeline):
         """The images, and what a mask leaves of a picture as it is there."""
         return torch.where(given["mask_image"] == 1, images, given["image"]) if self.config.takes_mask else images
 
-    def _labels(self, class_labels: int | str | list[int | str] | None) -> Tensor | None:
+    def _labels(self, class_labels: int | str | list[int | str]) -> Tensor:
         """Labels as numbers, (N,) int64."""
-        if class_labels is None:
-            return None
         names, count = self.config.class_names or [], self._num_classes()
         labels = []
         for label in [class_labels] if isinstance(class_labels, int | str) else class_labels:
@@ -330,9 +329,7 @@ class ConditionalPipeline(DiffusionPipeline):
             return self.class_tokens.config.num_classes
         return self.unet.config.num_class_embeds - ("class_labels" in self.config.nulls)
 
-    def _token_ids(self, prompt: str | list[str] | None) -> Tensor | None:
+    def _token_ids(self, prompt: str | list[str]) -> Tensor:
         """Tokens of captions, (N, L) int64."""
-        if prompt is None:
-            return None
         options = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
         return self.tokenizer([prompt] if isinstance(prompt, str) else prompt, **options, return_tensors="pt").input_ids
