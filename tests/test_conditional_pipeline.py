@@ -343,9 +343,8 @@ def test_run_with_captions_of_pixels_ends_with_its_pipeline(tmp_path, run_cli):
     }
     recipe["samples"] = {"every_n_steps": 1000, "num_images": 2, "num_inference_steps": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    status, out, err = run_cli("fit", "--config", tmp_path / "recipe.yaml")
+    status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml")
     assert status == 0, err
-    assert "pipeline/, which diffusers loads" in out + err
     imported = import_pipeline(tmp_path / "run" / "pipeline")
     trained = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     torch.testing.assert_close(imported.unet.state_dict(), trained.unet.state_dict(), rtol=0, atol=0)

@@ -287,7 +287,7 @@ def _parts(index: Mapping[str, Any]) -> set[str]:
 def _network_config(folder: Path, *, has_tokens: bool) -> dict[str, Any]:
     """The whole configuration of the network, which must be of the kind that takes what the pipeline gives it."""
     config = _read_json(_unet_folder(folder) / "config.json")
-    wanted, given = (UNet2DConditionModel, "tokens") if has_tokens else (UNet2DModel, "noise alone")
+    wanted, given = (UNet2DConditionModel, "captions or class tokens") if has_tokens else (UNet2DModel, "noise alone")
     got = config.get("_class_name", "UNet2DModel")
     if got != wanted.__name__:
         raise ValueError(
@@ -338,7 +338,7 @@ def _maps(index: Mapping[str, Any], parts: set[str], *, drawn: int, taken: int, 
         return [MaskedImage(taken - drawn)]
     if taken == drawn and not takes_mask:
         return []
-    if takes_mask or "takes_mask" not in index:
+    if takes_mask or taken < drawn or "takes_mask" not in index:
         raise ValueError(f"in_channels must be as out_channels {drawn}, or with captions {2 * drawn + 1}, for a mask "
                          f"and a masked image, got {taken}")  # fmt: skip
     return [Maps(taken - drawn, dropout=dropout)]

@@ -216,7 +216,7 @@ class ConditionalPipeline(DiffusionPipeline):
         takes_any = isinstance(self.unet, UNet2DConditionModel) and network.downsample_padding == 1
         step = self.factor * (1 if takes_any else 2 ** (len(network.block_out_channels) - 1))
         if any(side % step for side in size):
-            enlarged = f", {self.factor} times those of image" if self.low_res_scheduler is not None else ""
+            enlarged = f", {self.factor} times those of image," if self.low_res_scheduler is not None else ""
             raise ValueError(f"height and width{enlarged} must be multiples of {step}, got {size[0]} and {size[1]}")
         return size[0] // self.factor, size[1] // self.factor
 
