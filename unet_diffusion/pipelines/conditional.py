@@ -78,13 +78,14 @@ class ConditionalPipeline(DiffusionPipeline):
         self.register_to_config(
             class_names=class_names, nulls=nulls or {}, takes_mask=takes_mask, max_noise_level=max_noise_level
         )
-        self.factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)  # pixels a side of a latent
+        # pixels along a side for one of what is denoised
+        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         channels = unet.config.out_channels if vae is None else vae.config.in_channels
         kind = {"do_convert_rgb": channels == 3, "do_convert_grayscale": channels == 1, "vae_latent_channels": 0}
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.factor, **kind)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, **kind)
         self.small_image_processor = VaeImageProcessor(do_resize=False, **kind)
         self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=self.factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
 
     @torch.no_grad()
@@ -187,7 +188,7 @@ class ConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"height and width must be left out, as the size of image decides, got {height}, {width}")
         size = self.unet.config.sample_size
         default = (size, size) if isinstance(size, int) else size
-        return height or default[0] * self.factor, width or default[1] * self.factor
+        return height or default[0] * self.vae_scale_factor, width or default[1] * self.vae_scale_factor
 
     def _tensors(
         self, told: dict, noise_level: int, batch_size: int, size: tuple[int, int]
@@ -198,7 +199,7 @@ class ConditionalPipeline(DiffusionPipeline):
         if self.low_res_scheduler is not None:
             tensors["image"] = self.small_image_processor.preprocess(told["image"])
             height, width = tensors["image"].shape[2:]
-            size = height * self.factor, width * self.factor
+            size = height * self.vae_scale_factor, width * self.vae_scale_factor
             tensors["class_labels"] = torch.tensor([noise_level])
         elif self.config.takes_mask:
             tensors["image"] = self.image_processor.preprocess(told["image"], *size)
@@ -214,11 +215,11 @@ class ConditionalPipeline(DiffusionPipeline):
         """Height and width of what is denoised for images of that size."""
         network = self.unet.config
         takes_any = isinstance(self.unet, UNet2DConditionModel) and network.downsample_padding == 1
-        step = self.factor * (1 if takes_any else 2 ** (len(network.block_out_channels) - 1))
+        step = self.vae_scale_factor * (1 if takes_any else 2 ** (len(network.block_out_channels) - 1))
         if any(side % step for side in size):
-            enlarged = f", {self.factor} times those of image," if self.low_res_scheduler is not None else ""
+            enlarged = f", {self.vae_scale_factor} times those of image," if self.low_res_scheduler is not None else ""
             raise ValueError(f"height and width{enlarged} must be multiples of {step}, got {size[0]} and {size[1]}")
-        return size[0] // self.factor, size[1] // self.factor
+        return size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor
 
     def _maps(
         self, given: dict[str, Tensor], x: Tensor, generator: Generator | list[Generator] | None
