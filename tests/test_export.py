@@ -2,8 +2,6 @@ import functools
 import inspect
 import json
 import os
-import subprocess
-import sys
 
 import diffusers
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from elsewhere import draw_elsewhere
 
 from unet_diffusion import interop
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, write_initial_checkpoint
@@ -18,7 +17,7 @@ from unet_diffusion.codecs import autoencoder_of, decode_latents, kl_autoencoder
 from unet_diffusion.conditioning import Guidance
 from unet_diffusion.interop import export_pipeline, from_diffusers, import_pipeline, load_denoiser
 from unet_diffusion.latents import LatentSpace, fingerprint
-from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
+from unet_diffusion.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.sampling import image_generators, sample
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.unet import DenoiserUNet
@@ -29,30 +28,6 @@ LABELS = [0, 1, 1]
 NAMES = ["cat", "dog"]
 NULL_LABEL = 2
 BOTH = {"inputs": {"labels": torch.tensor(LABELS)}, "nulls": {"labels": torch.full((3,), NULL_LABEL)}}
-
-# Runs where this package cannot be imported: whoever gets the folder has diffusers and nothing else.
-ELSEWHERE = """
-import json, sys
-sys.modules["unet_diffusion"] = None
-try:
-    import unet_diffusion
-except ImportError:
-    pass
-else:
-    raise AssertionError("the package must not be importable here")
-import diffusers, numpy, torch
-folder, output, seeds, calls = json.loads(sys.argv[1])
-pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipeline.set_progress_bar_config(disable=True)
-arrays = {}
-for name, options in calls.items():
-    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-    arrays[name] = pipeline(generator=generator, output_type="np", **options).images
-card = open(folder + "/README.md", encoding="utf-8").read().split("```python\\n")[1].split("```")[0]
-exec(card.replace("path/to/this/folder", folder))
-arrays["card"] = numpy.stack([numpy.asarray(image) for image in images])
-numpy.savez(output, **arrays)
-"""
 
 
 def tiny_denoiser(*, classes: bool, **options) -> TrainedDenoiser:
@@ -97,13 +72,9 @@ def latent_denoiser(folder, kind: str) -> TrainedDenoiser:
 
 def images_elsewhere(trained: TrainedDenoiser, folder, calls: dict) -> dict:
     """Images that an exported folder makes in a process without this package, by name of the call."""
-    export_pipeline(trained, folder / "pipeline")
+    export_pipeline(trained, folder / "one" / "pipeline")
     seeds = [generator.initial_seed() for generator in image_generators(SEED, range(NUM_IMAGES))]
-    arguments = json.dumps([str(folder / "pipeline"), str(folder / "images.npz"), seeds, calls])
-    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, arguments], check=True, cwd=folder, env=environment)
-    with np.load(folder / "images.npz") as arrays:
-        return dict(arrays)
+    return draw_elsewhere(folder, {"one": calls}, seeds)["one"]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +160,7 @@ def test_exported_folder_of_latents_is_imported_again(tmp_path, kind):
 
 
 def test_folder_whose_autoencoder_loads_as_another_does_not_get_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(interop, "normalised_autoencoder", lambda autoencoder, space, scaling_factor: autoencoder)
+    monkeypatch.setattr(interop, "_with_moments", lambda autoencoder, space: autoencoder)
     trained = latent_denoiser(tmp_path, "kl")
     with pytest.raises(RuntimeError, match="decoded images differ by"):
         export_pipeline(trained, tmp_path / "pipeline")
@@ -204,29 +175,30 @@ def test_class_conditional_pipeline_makes_our_images_with_any_scheduler(tmp_path
     pipeline = load_here(tmp_path / "pipeline")
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     generator = image_generators(SEED, range(NUM_IMAGES))
-    theirs = pipeline(LABELS, guidance_scale=2.0, num_inference_steps=5, generator=generator, output_type="np").images
+    options = {"num_inference_steps": 5, "generator": generator, "output_type": "np"}
+    theirs = pipeline(class_labels=LABELS, guidance_scale=2.0, **options).images
     options = {"scheduler": scheduler, **BOTH, "guidance": Guidance(2.0)}
     assert_same_images(images_here(trained, **options), theirs)
 
 
-def load_here(folder) -> ClassConditionalPipeline:
+def load_here(folder) -> ConditionalPipeline:
     """The pipeline from its components: in this process its class is importable, and no custom code is run."""
     index = json.loads((folder / "model_index.json").read_text())
-    pipeline = ClassConditionalPipeline(
+    pipeline = ConditionalPipeline(
         UNet2DModel.from_pretrained(folder / "unet"),
         DDPMScheduler.from_pretrained(folder / "scheduler"),
-        index["null_label"],
-        index["class_names"],
+        class_names=index["class_names"],
+        nulls=index["nulls"],
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def tiny_pipeline(**changes) -> ClassConditionalPipeline:
+def tiny_pipeline(**changes) -> ConditionalPipeline:
     trained = tiny_denoiser(classes=True)
-    options = {"null_label": NULL_LABEL, "class_names": NAMES, **changes}
+    options = {"nulls": {"class_labels": NULL_LABEL}, "class_names": NAMES, **changes}
     unet = interop.to_diffusers(trained.unet, sample_size=(8, 4))
-    pipeline = ClassConditionalPipeline(unet, DDPMScheduler(**interop.scheduler_config(trained.schedule)), **options)
+    pipeline = ConditionalPipeline(unet, DDPMScheduler(**interop.scheduler_config(trained.schedule)), **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -235,7 +207,7 @@ def test_pipeline_returns_what_is_asked_for():
     pipeline = tiny_pipeline()
     made = {
         kind: pipeline(
-            "dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type=kind
+            class_labels="dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type=kind
         ).images
         for kind in ("pil", "np", "pt")
     }
@@ -243,7 +215,7 @@ def test_pipeline_returns_what_is_asked_for():
     assert np.array_equal(made["np"][0, ..., 0], made["pt"][0, 0].numpy())
     assert made["pil"][0].size == (4, 8)
     assert np.array_equal(np.asarray(made["pil"][0]), (255 * made["np"][0, ..., 0]).round().astype(np.uint8))
-    assert isinstance(pipeline(1, num_inference_steps=2, return_dict=False), tuple)
+    assert isinstance(pipeline(class_labels=1, num_inference_steps=2, return_dict=False), tuple)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +225,12 @@ def test_pipeline_returns_what_is_asked_for():
         (r"\[0, 2\).*got 7", {"class_labels": 7}),
         (r"\[0, 2\).*got -1", {"class_labels": [0, -1]}),
         ("output_type.*'jpg'", {"class_labels": 0, "output_type": "jpg"}),
+        ("class_labels must be given to this model, which takes class_labels", {}),
+        ("prompt must be left out for this model, which takes class_labels", {"class_labels": 0, "prompt": "a cat"}),
+        ("must be 1 or 3 of all.*2 of class_labels", {"class_labels": [0, 1], "batch_size": 3}),
+        ("generator must be one, or 2 for", {"class_labels": [0, 1], "generator": [torch.Generator()]}),
+        ("multiples of 2, got 8 and 5", {"class_labels": 0, "width": 5}),
+        (r"latents must have the shape \(1, 1, 8, 4\)", {"class_labels": 0, "latents": torch.zeros(1, 1, 4, 8)}),
     ],
 )
 def test_pipeline_refuses_what_it_does_not_know(message, options):
@@ -260,16 +238,21 @@ def test_pipeline_refuses_what_it_does_not_know(message, options):
         tiny_pipeline()(**options)
 
 
-def test_pipeline_without_null_label_refuses_guidance():
-    with pytest.raises(ValueError, match=r"guidance_scale.*null label.*2\.0"):
-        tiny_pipeline(null_label=None)(0, guidance_scale=2.0)
+def test_pipeline_without_nulls_refuses_guidance():
+    with pytest.raises(ValueError, match=r"guidance_scale must be 1, got 2\.0"):
+        tiny_pipeline(nulls=None)(class_labels=0, guidance_scale=2.0)
+
+
+def test_pipeline_draws_other_sizes_and_many_of_one_class():
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    assert tiny_pipeline()(class_labels=0, batch_size=3, height=6, width=12, **options).images.shape == (3, 1, 6, 12)
 
 
 @pytest.mark.parametrize("vae", [None, "kl", "vq"])
 def test_pipeline_runs_in_bfloat16(tmp_path, vae):
     pipeline = tiny_pipeline(vae=vae and autoencoder_of(latent_denoiser(tmp_path, vae).latent_space))
     pipeline.to(torch.bfloat16)
-    images = pipeline(LABELS, num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
+    images = pipeline(class_labels=LABELS, num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
     assert images.dtype == torch.float32
     assert images.isfinite().all()
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-DRAWING = ["losses", "sampling", "sample_options", "drawing", "interop", "checkpoint", "pipelines.class_conditional"]
+DRAWING = ["losses", "sampling", "sample_options", "drawing", "interop", "checkpoint", "pipelines.conditional"]
 SEGMENTING = [
     "augmentation",
     "border_weights",

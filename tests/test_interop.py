@@ -425,7 +425,11 @@ def test_pipeline_without_scheduler_or_size_says_what_is_missing(tmp_path):
     ("part", "error", "message"),
     [
         ("vqvae", FileNotFoundError, "vqvae must be a local diffusers folder"),
-        ("text_encoder", ValueError, "only a UNet2DConditionModel makes images from captions, got a UNet2DModel"),
+        (
+            "text_encoder",
+            ValueError,
+            "only a UNet2DConditionModel makes images from captions or class tokens, got a UNet2DModel",
+        ),
         ("bert", ValueError, "got also bert"),
     ],
 )

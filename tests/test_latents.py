@@ -405,14 +405,6 @@ def test_exported_pipeline_draws_our_images_without_this_package(trained, tmp_pa
     )
 
 
-def test_pipeline_for_latents_that_are_not_square_is_refused_and_nothing_is_written(trained, tmp_path):
-    read = read_checkpoint(trained())
-    read.image_shape = (4, 8, 4)
-    with pytest.raises(ValueError, match=r"square latents, and this denoiser draws 8x4; .*unet-diffusion sample"):
-        export_pipeline(read, tmp_path / "pipeline")
-    assert not (tmp_path / "pipeline").exists()
-
-
 def test_one_scale_takes_the_place_of_the_moments(encoded, quiet_trainer, tiny_module, tiny_unet):
     data = LatentsDataModule(encoded(), num_val=2, batch_size=2, scaling_factor=0.18215)
     module, seen = latent_module(tiny_module, tiny_unet), []

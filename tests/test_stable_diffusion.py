@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from denoisers import CAPTIONS, WIDTH, WORDS, inpainter, randomise, text_denoiser, text_tokens, upscaler
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -19,29 +20,21 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from PIL import Image
-from torch import nn
 
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, read_checkpoint, write_initial_checkpoint
-from unet_diffusion.codecs import autoencoder_of, decode_latents, kl_autoencoder, vq_autoencoder
-from unet_diffusion.conditioning import ClassTokens, Guidance, Maps
+from unet_diffusion.codecs import autoencoder_of, decode_latents
+from unet_diffusion.conditioning import Guidance, Maps
 from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser, why_not_exported
-from unet_diffusion.latents import LatentSpace, fingerprint
-from unet_diffusion.maps import MAPS_KEY, LowResolution, MaskedImage
+from unet_diffusion.maps import MAPS_KEY, MaskedImage
 from unet_diffusion.sampling import build_scheduler, image_generators, sample
-from unet_diffusion.schedule import NoiseSchedule, keyed_generator
+from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.text import TextTokens
-from unet_diffusion.unet import DenoiserUNet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 pytest.importorskip("transformers")
 
 SEED = 5
-CAPTIONS = ["a red cat", "two blue dogs on a sofa"]
-WORDS = [*CAPTIONS, "a green cat on a red sofa"]
-WIDTH = 8  # of the text encoder
-TINY_UNET = {"in_channels": 4, "channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
 STABLE_DIFFUSION_1_SCHEDULER = {  # scheduler_config.json of stable-diffusion-v1-5
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -51,59 +44,6 @@ STABLE_DIFFUSION_1_SCHEDULER = {  # scheduler_config.json of stable-diffusion-v1
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-
-
-@torch.no_grad()
-def randomise(model: nn.Module, scale: float = 0.1) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.add_(scale * torch.randn_like(parameter))
-    return model.eval()
-
-
-def text_tokens(**options) -> TextTokens:
-    torch.manual_seed(0)
-    text = TextTokens(WIDTH, vocab_size=600, max_length=12, num_layers=2, num_heads=2, **options)
-    text.learn_words(WORDS)
-    return randomise(text)
-
-
-def save_autoencoder(folder, kind="kl"):
-    torch.manual_seed(0)
-    made = kl_autoencoder(3, (8, 8), **SMALL)
-    if kind == "vq":
-        made = vq_autoencoder(3, (8, 8), num_codes=64, latent_channels=4, **SMALL)
-    randomise(made).save_pretrained(folder)
-    return made
-
-
-def latent_space(folder, kind="kl", **changes) -> LatentSpace:
-    made = save_autoencoder(folder, kind)
-    moments = {"mean": (0.1, 0.2, -0.3, 0.0), "std": (0.5, 2.0, 1.0, 0.7)}
-    return LatentSpace(str(folder), fingerprint(made, made.config), (3, 16, 16), **{**moments, **changes})
-
-
-def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options) -> TrainedDenoiser:
-    """A denoiser of latents by captions, whose autoencoder is in the folder."""
-    torch.manual_seed(0)
-    levels = {"attention_levels": (1,), "context_dim": WIDTH, "num_heads": 2}
-    unet = DenoiserUNet(**{**TINY_UNET, **levels, **options})
-    return TrainedDenoiser(
-        unet=randomise(unet),
-        schedule=NoiseSchedule(100, prediction_type="v_prediction"),
-        image_shape=(4, *size),
-        latent_space=latent_space(folder / "autoencoder") if space is None else space,
-        conditions=nn.ModuleList([text_tokens()] if conditions is None else conditions),
-    )
-
-
-def inpainter(folder, **options) -> TrainedDenoiser:
-    return text_denoiser(folder, conditions=[text_tokens(), MaskedImage(5)], in_channels=9, out_channels=4, **options)
-
-
-def upscaler(folder, **options) -> TrainedDenoiser:
-    conditions = [text_tokens(), LowResolution(3)]
-    network = {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000}
-    return text_denoiser(folder, **{"conditions": conditions, **network, **options})
 
 
 def save_stable_diffusion(folder, kind=StableDiffusionPipeline, network=None, **parts):
@@ -274,60 +214,36 @@ def test_text_encoder_that_loads_as_another_is_not_exported(tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------------------------------- refused
 
 
-def maps_and_captions(folder):
-    return text_denoiser(folder, conditions=[text_tokens(), Maps(2)])
-
-
-def class_tokens(folder):
-    return text_denoiser(folder, conditions=[ClassTokens(WIDTH, 3)])
-
-
-def captions_of_pixels(folder):
-    trained = text_denoiser(folder)
-    trained.latent_space = None
-    return trained
-
-
-def classes_and_captions(folder):
-    return text_denoiser(folder, num_class_embeds=3)
-
-
-def codes_and_captions(folder):
-    space = latent_space(folder / "vq", "vq", mean=(0.0,) * 4, std=(0.5,) * 4)
-    return text_denoiser(folder, space=space)
+class Words(TextTokens):
+    """A condition of one's own."""
 
 
 def tokens_from_nowhere(folder):
     return text_denoiser(folder, conditions=[])
 
 
-def level_of_noise_unknown_at_times(folder):
-    trained = upscaler(folder)
-    trained.null_label = 999
-    return trained
+def a_condition_of_ones_own(folder):
+    return text_denoiser(folder, conditions=[Words(WIDTH, num_heads=2)])
 
 
-def no_convolution_of_one_pixel(folder):
-    made = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,), use_quant_conv=False)
-    made.save_pretrained(folder / "plain")
-    moments = {"mean": (0.1,) * 4, "std": (0.5,) * 4}
-    space = LatentSpace(str(folder / "plain"), fingerprint(made, made.config), (3, 8, 8), **moments)
-    return text_denoiser(folder, space=space)
+def maps_twice(folder):
+    return text_denoiser(folder, conditions=[text_tokens(), Maps(2), MaskedImage(5)])
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (maps_and_captions, r"this denoiser has TextTokens and Maps; draw its images with unet-diffusion sample"),
-        (class_tokens, r"this denoiser has ClassTokens"),
-        (classes_and_captions, r"this denoiser has ClassLabels and TextTokens"),
-        (tokens_from_nowhere, r"this denoiser has tokens without a condition"),
-        (captions_of_pixels, r"StableDiffusionPipeline draws latents from captions, and this denoiser draws images"),
-        (codes_and_captions, r"decodes with an AutoencoderKL, and .*vq holds a VQModel"),
-        (no_convolution_of_one_pixel, r"quant_conv and post_quant_conv, and .*plain holds one without"),
-        (lambda folder: text_denoiser(folder, mid_attention=False), r"mid_attention must be True"),
-        (level_of_noise_unknown_at_times, "always tells the level of noise; train with label_dropout 0"),
-        (lambda folder: inpainter(folder, size=(8, 4)), r"draws square latents of 4 channels, .* draws 8x4 of 4"),
+        (
+            tokens_from_nowhere,
+            r"this denoiser has no condition with them; .*unet_diffusion.sampling",
+        ),
+        (a_condition_of_ones_own, r"can have ClassLabels, .*, and this denoiser has Words"),
+        (maps_twice, r"one condition of a kind, and this denoiser has Maps 2 times"),
+        (lambda folder: text_denoiser(folder, vector_dim=8), r"the network has vector_dim 8"),
+        (
+            lambda folder: text_denoiser(folder, mid_attention=False),
+            r"mid_attention must be True.*-diffusion sample",
+        ),
     ],
 )
 def test_denoiser_without_a_pipeline_is_refused_with_the_reason(tmp_path, make, reason):

@@ -571,7 +571,7 @@ def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment") -> No
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a diffusers pipeline, or an autoencoder, that loads without this package, load it again and compare it "
-        "before saying done."
+        "before saying done. Where no pipeline of diffusers draws the same, the folder holds one of its own."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
@@ -595,7 +595,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Make a checkpoint of a diffusers pipeline, such as Stable Diffusion 1, and beside it a configuration for "
+        "Make a checkpoint of a diffusers pipeline, exported or such as Stable Diffusion 1, and a configuration for "
         "fit --config RECIPE --config CHECKPOINT.yaml --ckpt_path CHECKPOINT."
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="diffusers pipeline folder")

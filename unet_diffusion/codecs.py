@@ -6,6 +6,7 @@ small KL term or by a codebook. What brings latents to the scale that diffusion 
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor
 
 from unet_diffusion.checkpoint import check_safetensors
-from unet_diffusion.latents import LatentSpace, fingerprint
+from unet_diffusion.latents import MOMENTS, LatentSpace, fingerprint
 
 Autoencoder: TypeAlias = AutoencoderKL | VQModel
 CLASSES: dict[str, type[Autoencoder]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
@@ -164,13 +165,13 @@ def latent_space_of(
     *,
     scaling_factor: float | None = None,
 ) -> LatentSpace:
-    """That of an autoencoder, with one scale for all channels.
+    """That of an autoencoder, with the scale that its configuration names, or one scale for all channels.
 
     Args:
         autoencoder: float32, on the CPU.
         folder: where it is.
         image_shape: (C, H, W) of the images.
-        scaling_factor: the scale; None: that of its configuration.
+        scaling_factor: the scale; None: that of its configuration, and its mean and deviation of each channel.
 
     Raises:
         ValueError: if it does not take such images.
@@ -182,11 +183,16 @@ def latent_space_of(
             f"images must have {takes} channels and multiples of {factor} pixels for the autoencoder in {folder}, got "
             f"{channels} channels of {height}x{width}; set channels and image_size of the images"
         )
-    std = 1 / (scaling_factor or autoencoder.config["scaling_factor"])
     count = num_latent_channels(autoencoder)
     path = str(Path(folder).resolve())
     prints = fingerprint(autoencoder, autoencoder.config)
-    return LatentSpace(path, prints, (channels, height, width), mean=(0.0,) * count, std=(std,) * count)
+    space = LatentSpace(path, prints, (channels, height, width), mean=(0.0,) * count, std=(1.0,) * count)
+    if scaling_factor is not None:
+        return space.rescaled(scaling_factor)
+    # As diffusers' pipelines for Stable Diffusion XL do: latents * latents_std / scaling_factor + latents_mean.
+    mean, std = (autoencoder.config.get(name) for name in MOMENTS)
+    scale = autoencoder.config["scaling_factor"]
+    return replace(space, mean=tuple(mean or space.mean), std=tuple(one / scale for one in std or space.std))
 
 
 def autoencoder_of(space: LatentSpace, folder: str | os.PathLike[str] | None = None) -> Autoencoder:

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from unet_diffusion.checkpoint import TrainedAutoencoder, TrainedDenoiser, load_plain, read_checkpoint
 from unet_diffusion.codecs import (
     Autoencoder,
-    autoencoder_class,
     autoencoder_of,
     decode_latents,
     downsampling,
@@ -44,17 +43,18 @@ from unet_diffusion.codecs import (
     pretrained_autoencoder,
     reconstruct,
 )
-from unet_diffusion.conditioning import Condition
+from unet_diffusion.conditioning import ClassLabels, ClassTokens, Condition, Maps
 from unet_diffusion.diffusers_config import (
     complete,
     config_from_diffusers,
     config_to_diffusers,
     schedule_from_diffusers,
 )
-from unet_diffusion.latents import LatentSpace
+from unet_diffusion.latents import MOMENTS, LatentSpace
 from unet_diffusion.maps import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution, MaskedImage
-from unet_diffusion.pipelines import class_conditional
-from unet_diffusion.pipelines.class_conditional import ClassConditionalPipeline
+from unet_diffusion.pipelines import class_tokens, conditional
+from unet_diffusion.pipelines.class_tokens import ClassTokenEmbedding
+from unet_diffusion.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.pipelines.model_card import autoencoder_card, model_card
 from unet_diffusion.sampling import scheduler_config
 from unet_diffusion.schedule import keyed_generator
@@ -69,14 +69,10 @@ LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 # a variant, such as fp16, stands before or after the number of the shard
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
+CLASS_TOKENS = "class_tokens"  # part of a pipeline with code of its own
+KINDS = (ClassLabels, ClassTokens, TextTokens, Maps, MaskedImage, LowResolution)  # of conditions, that it knows
+DROPOUT = 0.1  # of an imported condition that has a null; usual
 MULTIPLE = 8  # pixels, of the sides of what a StableDiffusionPipeline draws
-DRAWN_FROM: tuple[list[str], ...] = (  # sorted; each by a pipeline of diffusers
-    [],
-    ["ClassLabels"],
-    ["TextTokens"],
-    ["MaskedImage", "TextTokens"],
-    ["ClassLabels", "LowResolution", "TextTokens"],
-)
 UPSCALED_SCALE = 0.08333  # scaling_factor that a StableDiffusionUpscalePipeline sets, whatever there was
 INPAINTED_CHANNELS = 4  # of the latents of a StableDiffusionInpaintPipeline, whose network must take 9
 LOW_RES = "low_res_scheduler"  # part of an upscaler: the noise of its small image
@@ -107,11 +103,7 @@ def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath
         got = type(model_or_folder).__name__
         raise ValueError(f"only a UNet2DModel, UNet2DConditionModel or a folder can be imported, got a {got}")
     model = DenoiserUNet(**config_from_diffusers(config)).eval()
-    weights = weights or _read_weights(folder)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"the weights must be those of the configuration, and are not: {error}") from error
+    _load_weights(model, weights or _read_weights(folder))
     return model
 
 
@@ -127,10 +119,9 @@ def to_diffusers(
     Raises:
         ValueError: if diffusers has no such network.
     """
-    if not isinstance(model, DenoiserUNet):
-        raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {type(model).__name__}")
+    config = _config_of(model)
     counterpart = UNet2DModel if model.config["context_dim"] is None else UNet2DConditionModel
-    unet = counterpart(**config_to_diffusers(model.config), sample_size=sample_size)
+    unet = counterpart(**config, sample_size=sample_size)
     unet.load_state_dict(model.state_dict())
     return unet.eval()
 
@@ -140,10 +131,11 @@ def export_pipeline(
 ) -> None:
     """Write a folder that diffusers loads without this package, after a comparison of what it loads with the original.
 
-    With nothing to say what is drawn it is a stock DDPMPipeline or, of latents, an LDMPipeline; with captions a stock
-    StableDiffusionPipeline, with masked images too a StableDiffusionInpaintPipeline, and with small ones a
-    StableDiffusionUpscalePipeline; with classes it holds its own `pipeline.py`, and is loaded with
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md says how, for each.
+    It is one of diffusers' pipelines where there is one that draws the same: of images from nothing a DDPMPipeline, of
+    latents an LDMPipeline; of latents from captions a StableDiffusionPipeline, from masked images too a
+    StableDiffusionInpaintPipeline, and from small ones a StableDiffusionUpscalePipeline. Else it holds its own
+    `pipeline.py`, and is loaded with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md
+    says how, for each.
 
     Args:
         trained: the network and its schedule.
@@ -164,32 +156,22 @@ def export_pipeline(
         pipeline = _build_pipeline(trained, autoencoder)
         pipeline.save_pretrained(partial)
         _check_equal(trained, type(pipeline).from_pretrained(partial), autoencoder)
-        if isinstance(pipeline, ClassConditionalPipeline):
+        if isinstance(pipeline, ConditionalPipeline):
             _ship_pipeline_code(partial)
-        (partial / "README.md").write_text(model_card(trained), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(trained, pipeline), encoding="utf-8")
         _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def why_not_exported(trained: TrainedDenoiser, autoencoder: StrPath | None = None) -> str | None:
-    """Why diffusers has no pipeline for a denoiser, and what to do then; None if it has one.
-
-    Args:
-        trained: the network and its conditions.
-        autoencoder: folder of the one whose latents are denoised; None: where it was in training.
-
-    Raises:
-        FileNotFoundError: if the autoencoder is not there.
-    """
-    if not isinstance(trained.unet, DenoiserUNet):
-        return f"only a DenoiserUNet has a counterpart in diffusers, got a {type(trained.unet).__name__}"
+def why_not_exported(trained: TrainedDenoiser) -> str | None:
+    """Why a denoiser cannot be a pipeline of diffusers, and what to do then; None if it can."""
     try:
-        config_to_diffusers(trained.unet.config)
+        _config_of(trained.unet)
     except ValueError as error:
-        return str(error)
-    reason = _why_not_drawn(trained) or _why_not_decoded(trained, autoencoder)
-    return reason and f"{reason}; draw its images with unet-diffusion sample"
+        return f"{error}; draw its images with unet-diffusion sample"
+    reason = _why_not_given(trained)
+    return reason and f"{reason}; draw its images with unet_diffusion.sampling.sample"
 
 
 def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrite: bool = False) -> None:
@@ -214,7 +196,7 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
     sample_size = height if height == width else [height, width]
     autoencoder.register_to_config(sample_size=sample_size)
     if trained.latent_std is not None:
-        autoencoder.register_to_config(scaling_factor=1 / trained.latent_std)
+        autoencoder = _with_scale(autoencoder, scaling_factor=1 / trained.latent_std)
     try:
         autoencoder.save_pretrained(partial)
         _check_same_reconstruction(autoencoder, pretrained_autoencoder(partial))
@@ -227,8 +209,8 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
 def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     """The denoiser in a local pipeline folder of diffusers: what `export_pipeline` writes, or Stable Diffusion 1 or 2.
 
-    Those for inpainting and for upscaling too. The text encoder is frozen, and latents keep the one scale that the
-    autoencoder's configuration names.
+    Those for inpainting and for upscaling too. The text encoder is frozen, and latents keep the scale that the
+    autoencoder's configuration names. Code in the folder is not run.
 
     Raises:
         FileNotFoundError: if the folder lacks a network, a scheduler or another part that its index names.
@@ -237,13 +219,11 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     folder = Path(folder)
     index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     parts = _parts(index)
-    has_text = not parts.isdisjoint(TEXT)
-    config = _network_config(folder, has_text=has_text)
+    config = _network_config(folder, has_tokens=not parts.isdisjoint({*TEXT, CLASS_TOKENS}))
     scheduler_config = _read_json(_scheduler_file(folder))
-    image_shape = _image_shape(config, has_text=has_text, has_small_image=LOW_RES in parts)
-    conditions: list[Condition] = [pretrained_text(folder).eval()] if has_text else []
-    if extra := config["in_channels"] - image_shape[0]:
-        conditions.append(LowResolution(extra) if LOW_RES in parts else MaskedImage(extra))
+    image_shape = _image_shape(config)
+    nulls = index.get("nulls", {"prompt": ""})  # Stable Diffusion names none
+    maps = _maps(index, parts, drawn=image_shape[0], taken=config["in_channels"], dropout=DROPOUT * ("maps" in nulls))
     if LOW_RES in parts:
         _check_low_res_schedule(folder / LOW_RES / "scheduler_config.json")
     space = next((_latent_space(folder / name, image_shape) for name in AUTOENCODERS if name in parts), None)
@@ -252,10 +232,10 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
         unet=from_diffusers(folder),
         schedule=schedule_from_diffusers(scheduler_config),
         image_shape=image_shape,
-        null_label=index.get("null_label"),
+        null_label=nulls.get("class_labels"),
         class_names=index.get("class_names"),
         latent_space=space,
-        conditions=nn.ModuleList(conditions),
+        conditions=nn.ModuleList([*_tokens(folder, parts, nulls), *maps]).eval(),
     )
 
 
@@ -279,9 +259,16 @@ def load_denoiser(path: StrPath) -> TrainedDenoiser:
     )
 
 
+def _config_of(model: PixelNetwork) -> dict[str, Any]:
+    """The configuration of the same network in diffusers; a ValueError says why there is none."""
+    if not isinstance(model, DenoiserUNet):
+        raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {type(model).__name__}")
+    return config_to_diffusers(model.config)
+
+
 def _parts(index: Mapping[str, Any]) -> set[str]:
     """The parts of a pipeline that draw; warns of the others."""
-    known = {"unet", "scheduler", LOW_RES, *AUTOENCODERS, *TEXT}
+    known = {"unet", "scheduler", LOW_RES, CLASS_TOKENS, *AUTOENCODERS, *TEXT}
     parts = {
         name
         for name, value in index.items()
@@ -297,10 +284,10 @@ def _parts(index: Mapping[str, Any]) -> set[str]:
     return parts & known
 
 
-def _network_config(folder: Path, *, has_text: bool) -> dict[str, Any]:
+def _network_config(folder: Path, *, has_tokens: bool) -> dict[str, Any]:
     """The whole configuration of the network, which must be of the kind that takes what the pipeline gives it."""
     config = _read_json(_unet_folder(folder) / "config.json")
-    wanted, given = (UNet2DConditionModel, "captions") if has_text else (UNet2DModel, "noise alone")
+    wanted, given = (UNet2DConditionModel, "captions or class tokens") if has_tokens else (UNet2DModel, "noise alone")
     got = config.get("_class_name", "UNet2DModel")
     if got != wanted.__name__:
         raise ValueError(
@@ -311,7 +298,7 @@ def _network_config(folder: Path, *, has_text: bool) -> dict[str, Any]:
 
 
 def _latent_space(folder: Path, latent_shape: tuple[int, int, int]) -> LatentSpace:
-    """That of the autoencoder in the folder, with its scaling_factor for all channels."""
+    """That of the autoencoder in the folder, with the scale that its configuration names."""
     autoencoder = pretrained_autoencoder(folder)
     _, height, width = (downsampling(autoencoder) * side for side in latent_shape)
     return latent_space_of(autoencoder, folder, (autoencoder.config["in_channels"], height, width))
@@ -328,20 +315,46 @@ def _warn_of_lost_fields(config: Mapping[str, Any], *, clip_sample: bool) -> Non
         warnings.warn(f"not kept of the scheduler, so samples will differ: {', '.join(lost)}", stacklevel=3)
 
 
-def _image_shape(config: Mapping[str, Any], *, has_text: bool, has_small_image: bool) -> tuple[int, int, int]:
-    """Of what is drawn; beside it a network with captions may take a small image, or a mask and a masked image."""
+def _image_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Of what is drawn."""
     size = config["sample_size"]
     if size is None:
         raise ValueError("sample_size must be given in the network's config.json, got None; add the side of the images")
-    drawn, taken = config["out_channels"], config["in_channels"]
-    if has_small_image and taken <= drawn:
-        raise ValueError(f"in_channels must be more than out_channels {drawn}, for a small image, got {taken}")
-    with_mask = 2 * drawn + 1 if has_text else drawn
-    if not has_small_image and taken not in (drawn, with_mask):
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["out_channels"], height, width
+
+
+def _maps(index: Mapping[str, Any], parts: set[str], *, drawn: int, taken: int, dropout: float) -> list[Condition]:
+    """What the network takes beside the channels that it draws: nothing, a mask and a masked image, or a small image.
+
+    A pipeline with code of its own says whether it is the second, and may have other maps.
+    """
+    if LOW_RES in parts:
+        if taken <= drawn:
+            raise ValueError(f"in_channels must be more than out_channels {drawn}, for a small image, got {taken}")
+        return [LowResolution(taken - drawn)]
+    takes_mask = index.get("takes_mask", taken != drawn and "text_encoder" in parts)
+    if takes_mask and taken == 2 * drawn + 1:
+        return [MaskedImage(taken - drawn)]
+    if taken == drawn and not takes_mask:
+        return []
+    if takes_mask or taken < drawn or "takes_mask" not in index:
         raise ValueError(f"in_channels must be as out_channels {drawn}, or with captions {2 * drawn + 1}, for a mask "
                          f"and a masked image, got {taken}")  # fmt: skip
-    height, width = (size, size) if isinstance(size, int) else size
-    return drawn, height, width
+    return [Maps(taken - drawn, dropout=dropout)]
+
+
+def _tokens(folder: Path, parts: set[str], nulls: Mapping[str, Any]) -> list[Condition]:
+    """What the network attends to."""
+    conditions: list[Condition] = []
+    if CLASS_TOKENS in parts:
+        config = _read_json(folder / CLASS_TOKENS / "config.json")
+        dropout = DROPOUT * (CLASS_TOKENS in nulls)
+        conditions.append(ClassTokens(config["context_dim"], config["num_classes"], dropout=dropout))
+        _load_weights(conditions[0], _read_weights(folder / CLASS_TOKENS))
+    if not parts.isdisjoint(TEXT):
+        conditions.append(pretrained_text(folder, dropout=DROPOUT * ("prompt" in nulls)))
+    return conditions
 
 
 def _check_low_res_schedule(path: Path) -> None:
@@ -386,6 +399,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights must be those of the configuration, and are not: {error}") from error
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The files of one set of weights: full precision before variants, safetensors before pickles."""
     sets = defaultdict(list)
@@ -424,84 +444,111 @@ def _move_into_place(partial: Path, folder: Path) -> None:
         os.replace(partial, folder)
 
 
-def _why_not_drawn(trained: TrainedDenoiser) -> str | None:
-    """What of a denoiser's conditions and images no pipeline of diffusers has."""
-    names = [type(one).__name__ for one in trained.all_conditions]
-    is_latent = trained.latent_space is not None
-    takes_tokens = trained.unet.config["context_dim"] is not None
-    if sorted(names) not in DRAWN_FROM or takes_tokens != ("TextTokens" in names):
-        got = " and ".join(names) or "tokens without a condition that gives them"
-        known = "; ".join(" and ".join(one) for one in DRAWN_FROM if one)
-        return f"diffusers' pipelines draw from nothing or from {known}, and this denoiser has {got}"
-    if takes_tokens and not is_latent:
-        return "diffusers' StableDiffusionPipeline draws latents from captions, and this denoiser draws images"
-    if "LowResolution" in names and trained.null_label is not None:
-        return "diffusers' StableDiffusionUpscalePipeline always tells the level of noise; train with label_dropout 0"
-    channels, height, width = trained.image_shape
-    if "MaskedImage" in names and (channels != INPAINTED_CHANNELS or height != width):
-        return (
-            f"diffusers' StableDiffusionInpaintPipeline draws square latents of {INPAINTED_CHANNELS} channels, and "
-            f"this denoiser draws {height}x{width} of {channels}"
-        )
-    if is_latent and not names and height != width:
-        return f"diffusers' LDMPipeline draws square latents, and this denoiser draws {height}x{width}"
-    return None
-
-
-def _why_not_decoded(trained: TrainedDenoiser, autoencoder: StrPath | None) -> str | None:
-    """What of the latents' autoencoder the pipeline for them lacks."""
-    space = trained.latent_space
-    if space is None:
-        return None
-    kind, folder = autoencoder_class(space.autoencoder if autoencoder is None else autoencoder)
-    _, height, width = space.image_shape
-    if trained.conditions and (height % MULTIPLE or width % MULTIPLE):
-        return (
-            f"diffusers' StableDiffusionPipeline draws multiples of {MULTIPLE} pixels, and these are {height}x{width}"
-        )
-    if trained.conditions and kind is not AutoencoderKL:
-        return f"diffusers' StableDiffusionPipeline decodes with an AutoencoderKL, and {folder} holds a {kind.__name__}"
-    config = kind.load_config(folder)
-    has_convolutions = config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)
-    if not has_convolutions and not _has_scale(space, UPSCALED_SCALE if _enlarges(trained) else None):
-        return (
-            "an autoencoder takes in another scale, or one for each channel, with quant_conv and post_quant_conv, and "
-            f"{folder} holds one without; train with one scale, data.init_args.scaling_factor, for an upscaler "
-            f"{UPSCALED_SCALE}"
-        )
+def _why_not_given(trained: TrainedDenoiser) -> str | None:
+    """What of a denoiser's conditions no pipeline gives it."""
+    kinds = [type(one) for one in trained.all_conditions]
+    if unknown := [kind.__name__ for kind in kinds if kind not in KINDS]:
+        return f"a pipeline can have {', '.join(kind.__name__ for kind in KINDS)}, and this denoiser has {unknown[0]}"
+    names = ["Maps" if issubclass(kind, Maps) else kind.__name__ for kind in kinds]
+    if twice := [name for name in names if names.count(name) > 1]:
+        return f"a pipeline is given one condition of a kind, and this denoiser has {twice[0]} {len(twice)} times"
+    if trained.unet.config["context_dim"] is not None and not {"ClassTokens", "TextTokens"} & {*names}:
+        return "a pipeline must give tokens to a network with context_dim, and this denoiser has no condition with them"
+    if trained.unet.config["vector_dim"] is not None:
+        return f"no pipeline here gives a vector, and the network has vector_dim {trained.unet.config['vector_dim']}"
     return None
 
 
 def _build_pipeline(trained: TrainedDenoiser, autoencoder: StrPath | None) -> DiffusionPipeline:
-    if reason := why_not_exported(trained, autoencoder):
+    if reason := why_not_exported(trained):
         raise ValueError(reason)
     _, height, width = trained.image_shape
     unet = to_diffusers(trained.unet, height if height == width else (height, width))
     space = trained.latent_space
     scheduler = DDPMScheduler(**scheduler_config(trained.schedule, clip_sample=space is None))
-    vae = None
-    if space is not None:
-        scaling_factor = UPSCALED_SCALE if _enlarges(trained) else None
-        vae = normalised_autoencoder(autoencoder_of(space, autoencoder), space, scaling_factor)
-        scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
-    if text := trained.condition(TextTokens):
-        return _text_pipeline(trained, text, unet=unet, scheduler=scheduler, vae=vae)
-    if trained.unet.config["num_class_embeds"] is not None:
-        return ClassConditionalPipeline(unet, scheduler, trained.null_label, trained.class_names, vae)
-    return DDPMPipeline(unet, scheduler) if vae is None else LDMPipeline(vae, unet, scheduler)
+    if space is None and not trained.all_conditions:
+        return DDPMPipeline(unet, scheduler)
+    if space is None:
+        return _own_pipeline(trained, unet, scheduler, None)
+    scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
+    vae = autoencoder_of(space, autoencoder)
+    kind = _stock_pipeline(trained, space, vae)
+    if kind is None:
+        return _own_pipeline(trained, unet, scheduler, _with_moments(vae, space))
+    vae = normalised_autoencoder(vae, space, UPSCALED_SCALE if kind is StableDiffusionUpscalePipeline else None)
+    if kind is LDMPipeline:
+        return LDMPipeline(vae, unet, scheduler)
+    return _text_pipeline(kind, trained, unet=unet, scheduler=scheduler, vae=vae)
+
+
+def _stock_pipeline(trained: TrainedDenoiser, space: LatentSpace, vae: Autoencoder) -> type[DiffusionPipeline] | None:
+    """The pipeline of diffusers that draws the same latents from the same; None if there is none."""
+    names = sorted(type(one).__name__ for one in trained.all_conditions)
+    channels, height, width = trained.image_shape
+    takes_scale = _takes_scale(vae, space, None)
+    if not names:
+        return LDMPipeline if takes_scale and height == width else None
+    if not isinstance(vae, AutoencoderKL) or any(side % MULTIPLE for side in space.image_shape[1:]):
+        return None
+    if names == ["TextTokens"] and takes_scale:
+        return StableDiffusionPipeline
+    if names == ["MaskedImage", "TextTokens"] and takes_scale and height == width and channels == INPAINTED_CHANNELS:
+        return StableDiffusionInpaintPipeline
+    if names == ["ClassLabels", "LowResolution", "TextTokens"] and trained.null_label is None:
+        return StableDiffusionUpscalePipeline if _takes_scale(vae, space, UPSCALED_SCALE) else None
+    return None
+
+
+def _own_pipeline(
+    trained: TrainedDenoiser,
+    unet: UNet2DModel | UNet2DConditionModel,
+    scheduler: DDPMScheduler | DDIMScheduler,
+    vae: Autoencoder | None,
+) -> ConditionalPipeline:
+    text, tokens = trained.condition(TextTokens), trained.condition(ClassTokens)
+    if tokens is not None:
+        embedding = ClassTokenEmbedding(tokens.config["context_dim"], tokens.config["num_classes"])
+        embedding.load_state_dict(tokens.state_dict())
+    return ConditionalPipeline(
+        unet,
+        scheduler,
+        vae,
+        text_encoder=text and _text_encoder(text),
+        tokenizer=text and text.tokenizer,
+        class_tokens=None if tokens is None else embedding.eval(),
+        low_res_scheduler=_low_res_scheduler() if trained.condition(LowResolution) else None,
+        class_names=trained.class_names,
+        nulls=_nulls(trained),
+        takes_mask=trained.condition(MaskedImage) is not None,
+        max_noise_level=MAX_NOISE_LEVEL,
+    )
+
+
+def _nulls(trained: TrainedDenoiser) -> dict[str, Any]:
+    """What stands for not known, as a ConditionalPipeline names it, of the conditions that have a null."""
+    tokens = trained.condition(ClassTokens)
+    nulls: dict[str, tuple[Condition | None, Any]] = {
+        "class_labels": (trained.condition(ClassLabels), trained.null_label),
+        CLASS_TOKENS: (tokens, tokens and tokens.config["num_classes"]),
+        "prompt": (trained.condition(TextTokens), ""),
+        "maps": (trained.condition(Maps), 0.0),
+    }
+    return {name: null for name, (condition, null) in nulls.items() if condition is not None and condition.has_null}
 
 
 def _text_pipeline(
+    kind: type[DiffusionPipeline],
     trained: TrainedDenoiser,
-    text: TextTokens,
     *,
-    unet: UNet2DModel | UNet2DConditionModel,
+    unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
-    vae: Autoencoder | None,
+    vae: AutoencoderKL,
 ) -> DiffusionPipeline:
+    text = trained.condition(TextTokens)
+    assert text is not None
     parts = {
         "vae": vae,
-        "text_encoder": copy.deepcopy(text.encoder).cpu().float().eval(),
+        "text_encoder": _text_encoder(text),
         "tokenizer": text.tokenizer,
         "unet": unet,
         # They would set this themselves, with a warning; it has no effect where timesteps are spaced as here.
@@ -509,15 +556,17 @@ def _text_pipeline(
         "safety_checker": None,
         "feature_extractor": None,
     }
-    if _enlarges(trained):
-        noise = DDPMScheduler(**scheduler_config(LOW_RES_SCHEDULE, clip_sample=False))
-        return StableDiffusionUpscalePipeline(**parts, low_res_scheduler=noise, max_noise_level=MAX_NOISE_LEVEL)
-    kind = StableDiffusionInpaintPipeline if trained.condition(MaskedImage) else StableDiffusionPipeline
+    if kind is StableDiffusionUpscalePipeline:
+        return kind(**parts, low_res_scheduler=_low_res_scheduler(), max_noise_level=MAX_NOISE_LEVEL)
     return kind(**parts, requires_safety_checker=False)
 
 
-def _enlarges(trained: TrainedDenoiser) -> bool:
-    return trained.condition(LowResolution) is not None
+def _text_encoder(text: TextTokens) -> nn.Module:
+    return copy.deepcopy(text.encoder).cpu().float().eval()
+
+
+def _low_res_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(**scheduler_config(LOW_RES_SCHEDULE, clip_sample=False))
 
 
 def _has_scale(space: LatentSpace, scaling_factor: float | None) -> bool:
@@ -526,11 +575,33 @@ def _has_scale(space: LatentSpace, scaling_factor: float | None) -> bool:
     return found is not None and (scaling_factor is None or math.isclose(found, scaling_factor))
 
 
+def _takes_scale(autoencoder: Autoencoder, space: LatentSpace, scaling_factor: float | None) -> bool:
+    """Whether `normalised_autoencoder` can do it."""
+    has_convolutions = autoencoder.quant_conv is not None and autoencoder.post_quant_conv is not None
+    return has_convolutions or _has_scale(space, scaling_factor)
+
+
+def _with_scale(autoencoder: Autoencoder, **fields: Any) -> Autoencoder:
+    """A copy whose configuration has these fields of the latents' scale, and no others of it."""
+    autoencoder = copy.deepcopy(autoencoder)
+    moments = dict.fromkeys(MOMENTS) if isinstance(autoencoder, AutoencoderKL) else {}  # VQModel has no such fields
+    autoencoder.register_to_config(**{**moments, **fields})
+    return autoencoder
+
+
+def _with_moments(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
+    """A copy whose configuration has the latents' scale, or mean and deviation of each channel."""
+    if space.scaling_factor is not None:
+        return _with_scale(autoencoder, scaling_factor=space.scaling_factor)
+    mean, std = MOMENTS
+    return _with_scale(autoencoder, scaling_factor=1.0, **{mean: list(space.mean), std: list(space.std)})
+
+
 @torch.no_grad()
 def normalised_autoencoder(
     autoencoder: Autoencoder, space: LatentSpace, scaling_factor: float | None = None
 ) -> Autoencoder:
-    """The same autoencoder for latents of mean 0 and standard deviation 1 a channel, as diffusers has one scale only.
+    """The same autoencoder for latents of mean 0 and standard deviation 1 a channel, for pipelines with one scale only.
 
     Its convolutions of one pixel, the encoder's last and the decoder's first, take the moments in. One scale for all
     channels, as with a codebook, becomes diffusers' scaling_factor.
@@ -543,14 +614,13 @@ def normalised_autoencoder(
     Raises:
         ValueError: if it lacks these convolutions.
     """
-    autoencoder = copy.deepcopy(autoencoder)
-    if _has_scale(space, scaling_factor):
-        autoencoder.register_to_config(scaling_factor=scaling_factor or space.scaling_factor)
-        return autoencoder
-    scaling_factor = scaling_factor or 1.0
-    last, first = autoencoder.quant_conv, autoencoder.post_quant_conv
-    if last is None or first is None:
+    if not _takes_scale(autoencoder, space, scaling_factor):
         raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in a scale for each channel")
+    if _has_scale(space, scaling_factor):
+        return _with_scale(autoencoder, scaling_factor=scaling_factor or space.scaling_factor)
+    scaling_factor = scaling_factor or 1.0
+    autoencoder = _with_scale(autoencoder, scaling_factor=scaling_factor)
+    last, first = autoencoder.quant_conv, autoencoder.post_quant_conv
     mean, std = torch.tensor(space.mean), torch.tensor(space.std) * scaling_factor
     first.bias += first.weight.flatten(1) @ mean
     first.weight *= std[:, None, None]
@@ -558,7 +628,6 @@ def normalised_autoencoder(
     scale = torch.cat([std, torch.ones_like(std)])  # of means; of the logarithms of variances
     last.bias /= scale
     last.weight /= scale[:, None, None, None]
-    autoencoder.register_to_config(scaling_factor=scaling_factor)
     return autoencoder
 
 
@@ -574,6 +643,10 @@ def _check_equal(trained: TrainedDenoiser, pipeline: DiffusionPipeline, autoenco
         vae = pipeline.vqvae if isinstance(pipeline, LDMPipeline) else pipeline.vae
         original = autoencoder_of(trained.latent_space, autoencoder)
         differences["decoded images"] = _decoded_difference(original, trained, vae)
+    if tokens := trained.condition(ClassTokens):
+        labels = torch.arange(tokens.config["num_classes"] + 1)
+        tokens = copy.deepcopy(tokens).cpu().float()
+        differences["tokens of classes"] = _difference(tokens(labels), pipeline.class_tokens(labels))
     if text := trained.condition(TextTokens):
         differences["outputs of the text encoder"] = _text_difference(text, pipeline)
     _check_small(differences)
@@ -600,8 +673,8 @@ def _decoded_difference(autoencoder: Autoencoder, trained: TrainedDenoiser, load
     space = trained.latent_space
     assert space is not None
     latents = torch.randn(1, trained.image_shape[0], 2, 2, generator=keyed_generator(0))
-    expected = decode_latents(autoencoder, space, latents)
-    return _difference(expected, loaded.decode(latents / loaded.config["scaling_factor"]).sample)
+    found = latent_space_of(loaded, "", space.image_shape)
+    return _difference(decode_latents(autoencoder, space, latents), decode_latents(loaded, found, latents))
 
 
 def _text_difference(text: TextTokens, pipeline: DiffusionPipeline) -> float:
@@ -632,8 +705,11 @@ def _check_same_reconstruction(autoencoder: Autoencoder, loaded: Autoencoder) ->
 
 
 def _ship_pipeline_code(folder: Path) -> None:
-    """Put the pipeline's source into the folder, and its name into model_index.json in the form for custom code."""
-    shutil.copyfile(class_conditional.__file__, folder / "pipeline.py")
+    """Put the pipeline's source into the folder, and its names into model_index.json in the form for custom code."""
     index = _read_json(folder / "model_index.json")
-    index["_class_name"] = ["pipeline", ClassConditionalPipeline.__name__]
+    shutil.copyfile(conditional.__file__, folder / "pipeline.py")
+    index["_class_name"] = ["pipeline", ConditionalPipeline.__name__]
+    if (folder / CLASS_TOKENS).is_dir():
+        shutil.copyfile(class_tokens.__file__, folder / CLASS_TOKENS / "class_tokens.py")
+        index[CLASS_TOKENS] = ["class_tokens", ClassTokenEmbedding.__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from unet_diffusion.processes import ALONE, Processes
 from unet_diffusion.whole_file import whole_file
 
 INDEX, SETTINGS = "index.json", "settings.json"
+MOMENTS = ("latents_mean", "latents_std")  # of each channel, in a configuration
 SHARD_IMAGES = 1024  # in a file, with their mirror images
 LEAST_STD = 1e-6  # of a channel
 MOST_SHOWN = 100  # characters of a setting in an error, which may be all captions
@@ -111,6 +112,7 @@ def fingerprint(autoencoder: nn.Module, config: dict[str, Any]) -> str:
         config: plain values; names that begin with an underscore, and the scale, which is no part of it, do not count.
     """
     kept = {key: value for key, value in config.items() if key[0] != "_" and key not in ("scaling_factor",)}
+    kept |= dict.fromkeys(kept.keys() & {*MOMENTS})  # None, as they are in nearly all configurations
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, value in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())

@@ -3,10 +3,13 @@
 from typing import Any
 
 import yaml
+from diffusers import DiffusionPipeline
 
 from unet_diffusion.checkpoint import TrainedAutoencoder, TrainedDenoiser
 from unet_diffusion.codecs import downsampling, num_latent_channels
+from unet_diffusion.conditioning import ClassLabels, ClassTokens, Maps
 from unet_diffusion.maps import LowResolution, MaskedImage
+from unet_diffusion.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.text import TextTokens
 
 MODEL_CARD = """---
@@ -50,18 +53,23 @@ images = pipeline(batch_size=4, num_inference_steps=50).images
 Any scheduler for the same noise schedule fits, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
-CONDITIONAL_USAGE = """```python
+OWN_USAGE = """```python
 from diffusers import DiffusionPipeline
-
+{preparation}
 # trust_remote_code: runs pipeline.py of this folder, the sampling loop with classifier-free guidance
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
-images = pipeline({labels}, num_inference_steps={steps}{guidance}).images
+images = pipeline({arguments}, num_inference_steps={steps}{guidance}).images
 ```
-Classes: {classes}.
-
-In fewer steps with another scheduler for the same noise schedule, such as
+{about}In fewer steps with another scheduler for the same noise schedule, such as
 `pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)`.
 """
+LOAD_IMAGE = "from diffusers.utils import load_image\n\n"
+PREPARATIONS = {  # of what an argument names, in a pipeline with code of its own
+    "mask_image": f'{LOAD_IMAGE}image, mask_image = load_image("image.png"), load_image("mask.png")  '
+    "# white is painted anew, black stays\n",
+    "image": f'{LOAD_IMAGE}image = load_image("image.png")  # to be enlarged\n',
+    "maps": "import torch\n\nmaps = torch.zeros(1, {num_maps}, {height}, {width})  # yours here\n",
+}
 TEXT_USAGE = """```python
 from diffusers import StableDiffusionPipeline
 
@@ -127,19 +135,18 @@ Not stated: whoever publishes this folder chooses one that fits the images that 
 """
 
 
-def model_card(trained: TrainedDenoiser) -> str:
-    """The text of README.md; its licence is left to the user."""
+def model_card(trained: TrainedDenoiser, pipeline: DiffusionPipeline) -> str:
+    """The text of README.md for a denoiser that is exported as that pipeline; its licence is left to the user."""
     channels, height, width = trained.image_shape
-    kind, usage = _kind_and_usage(trained)
     return MODEL_CARD.format(
-        kind=kind,
+        kind=_kind(trained),
         what="images" if trained.latent_space is None else "latents, from which an autoencoder makes images,",
         channels=channels,
         height=height,
         width=width,
-        network="UNet2DModel" if trained.unet.config["context_dim"] is None else "UNet2DConditionModel",
+        network=type(pipeline.unet).__name__,
         parameters=sum(parameter.numel() for parameter in trained.unet.parameters()),
-        usage=usage,
+        usage=_usage(trained, pipeline),
         schedule=_yaml(trained.schedule.config),
         settings=_yaml(trained.settings) if trained.settings else "# not known\n",
     )
@@ -172,36 +179,48 @@ def _about_scale(latent_std: float | None) -> str:
     return f"Latents have a standard deviation of {latent_std:.3g} on images kept apart, and 1 times `scaling_factor`."
 
 
-def _kind_and_usage(trained: TrainedDenoiser) -> tuple[str, str]:
+def _kind(trained: TrainedDenoiser) -> str:
+    """What a folder is for, in the words of its tags."""
+    kinds = {
+        MaskedImage: "inpainting",
+        LowResolution: "upscaling",
+        Maps: "image-conditional",
+        TextTokens: "text-to-image",
+        ClassLabels: "class-conditional",
+        ClassTokens: "class-conditional",
+    }
+    return next((name for kind, name in kinds.items() if trained.condition(kind)), "unconditional")
+
+
+def _usage(trained: TrainedDenoiser, pipeline: DiffusionPipeline) -> str:
+    if isinstance(pipeline, ConditionalPipeline):
+        return _own_usage(trained, pipeline)
     if text := trained.condition(TextTokens):
-        if trained.condition(MaskedImage):
-            return "inpainting", _text_usage(text, INPAINTING_USAGE)
-        if trained.condition(LowResolution):
-            return "upscaling", _text_usage(text, UPSCALING_USAGE)
-        return "text-to-image", _text_usage(text, TEXT_USAGE)
-    if trained.unet.config["num_class_embeds"] is not None:
-        return "class-conditional", _conditional_usage(trained)
-    return "unconditional", _unconditional_usage(trained)
+        stock = {"StableDiffusionInpaintPipeline": INPAINTING_USAGE, "StableDiffusionUpscalePipeline": UPSCALING_USAGE}
+        return _text_usage(text, stock.get(type(pipeline).__name__, TEXT_USAGE))
+    if trained.latent_space is not None:
+        return LATENT_USAGE
+    return UNCONDITIONAL_USAGE.format(steps=trained.schedule.num_train_timesteps)
 
 
 def _yaml(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def _unconditional_usage(trained: TrainedDenoiser) -> str:
-    if trained.latent_space is not None:
-        return LATENT_USAGE
-    return UNCONDITIONAL_USAGE.format(steps=trained.schedule.num_train_timesteps)
-
-
-def _conditional_usage(trained: TrainedDenoiser) -> str:
-    names = trained.class_names
-    last = trained.unet.config["num_class_embeds"] - 1 - (trained.null_label is not None)  # the null label is no class
-    return CONDITIONAL_USAGE.format(
-        labels=names[:2] if names else [0, last],
+def _own_usage(trained: TrainedDenoiser, pipeline: ConditionalPipeline) -> str:
+    names, last = trained.class_names, trained.num_classes - 1
+    values = {"class_labels": names[:2] if names else [0, last], "prompt": '"what is to be seen"'}
+    taken = pipeline.arguments
+    preparation = next((text for name, text in PREPARATIONS.items() if name in taken), "")
+    _, height, width = trained.image_shape
+    num_maps = pipeline.unet.config.in_channels - pipeline.unet.config.out_channels
+    guidance = 3.0 if "prompt" in pipeline.config.nulls else 2.0
+    return OWN_USAGE.format(
+        preparation=preparation.format(num_maps=num_maps, height=height, width=width),
+        arguments=", ".join(f"{name}={values.get(name, name)}" for name in taken) or "batch_size=4",
         steps=trained.schedule.num_train_timesteps if trained.latent_space is None else 50,
-        guidance="" if trained.null_label is None else ", guidance_scale=2.0",
-        classes=", ".join(names) if names else f"0 to {last}",
+        guidance=f", guidance_scale={guidance}" if pipeline.config.nulls else "",
+        about=f"Classes: {', '.join(names) if names else f'0 to {last}'}.\n\n" if "class_labels" in taken else "",
     )
 
 

@@ -1,0 +1,71 @@
+"""Tiny denoisers of latents, by captions and by other conditions, and what they are made of."""
+
+import torch
+from torch import nn
+
+from unet_diffusion.checkpoint import TrainedDenoiser
+from unet_diffusion.codecs import kl_autoencoder, vq_autoencoder
+from unet_diffusion.latents import LatentSpace, fingerprint
+from unet_diffusion.maps import LowResolution, MaskedImage
+from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.text import TextTokens
+from unet_diffusion.unet import DenoiserUNet
+
+CAPTIONS = ["a red cat", "two blue dogs on a sofa"]
+WORDS = [*CAPTIONS, "a green cat on a red sofa"]
+WIDTH = 8  # of the text encoder
+TINY_UNET = {"in_channels": 4, "channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, scale: float = 0.1) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.add_(scale * torch.randn_like(parameter))
+    return model.eval()
+
+
+def text_tokens(**options) -> TextTokens:
+    torch.manual_seed(0)
+    text = TextTokens(WIDTH, vocab_size=600, max_length=12, num_layers=2, num_heads=2, **options)
+    text.learn_words(WORDS)
+    return randomise(text)
+
+
+def save_autoencoder(folder, kind="kl"):
+    torch.manual_seed(0)
+    made = kl_autoencoder(3, (8, 8), **SMALL)
+    if kind == "vq":
+        made = vq_autoencoder(3, (8, 8), num_codes=64, latent_channels=4, **SMALL)
+    randomise(made).save_pretrained(folder)
+    return made
+
+
+def latent_space(folder, kind="kl", **changes) -> LatentSpace:
+    made = save_autoencoder(folder, kind)
+    moments = {"mean": (0.1, 0.2, -0.3, 0.0), "std": (0.5, 2.0, 1.0, 0.7)}
+    return LatentSpace(str(folder), fingerprint(made, made.config), (3, 16, 16), **{**moments, **changes})
+
+
+def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options) -> TrainedDenoiser:
+    """A denoiser of latents by captions, whose autoencoder is in the folder."""
+    torch.manual_seed(0)
+    levels = {"attention_levels": (1,), "context_dim": WIDTH, "num_heads": 2}
+    unet = DenoiserUNet(**{**TINY_UNET, **levels, **options})
+    return TrainedDenoiser(
+        unet=randomise(unet),
+        schedule=NoiseSchedule(100, prediction_type="v_prediction"),
+        image_shape=(4, *size),
+        latent_space=latent_space(folder / "autoencoder") if space is None else space,
+        conditions=nn.ModuleList([text_tokens()] if conditions is None else conditions),
+    )
+
+
+def inpainter(folder, **options) -> TrainedDenoiser:
+    return text_denoiser(folder, conditions=[text_tokens(), MaskedImage(5)], in_channels=9, out_channels=4, **options)
+
+
+def upscaler(folder, **options) -> TrainedDenoiser:
+    conditions = [text_tokens(), LowResolution(3)]
+    network = {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000}
+    return text_denoiser(folder, **{"conditions": conditions, **network, **options})
