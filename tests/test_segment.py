@@ -134,7 +134,7 @@ def test_images_are_never_replaced_by_their_masks(run_cli, run, images, overwrit
     before = {path: path.read_bytes() for path in images.rglob("*.*")}
     status, _, err = run_cli("segment", run, images, "--output", images, *overwrite)
     assert status == 1
-    assert "holds files that are no masks of this command; choose another --output" in err
+    assert "holds files that are no masks of this command; choose another folder" in err
     assert {path: path.read_bytes() for path in images.rglob("*.*")} == before
 
 
@@ -142,7 +142,7 @@ def test_masks_of_other_settings_are_not_added_to(run_cli, run, images, tmp_path
     run_cli("segment", run, images, "--output", tmp_path / "masks")
     status, _, err = run_cli("segment", run, images, "--output", tmp_path / "masks", "--overlays")
     assert status == 1
-    assert "were made with other settings (overlays)" in err
+    assert "were made with other settings (overlays: False there, True here)" in err
     status, _, err = run_cli("segment", run, images, "--output", tmp_path / "masks", "--overlays", "--overwrite")
     assert status == 0, err
     assert (tmp_path / "masks" / "overlays" / "grey.png").is_file()

@@ -17,6 +17,7 @@ import yaml
 
 from unet_diffusion.processes import own_device, processes
 from unet_diffusion.speed import SPEEDS, keep_freed_memory, round_weights, set_speed
+from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
 
 if TYPE_CHECKING:
     from unet_diffusion.codecs import Autoencoder
@@ -451,7 +452,7 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
     for name in ("init", "mask"):  # a path may lead to another picture later
         if settings[name] is not None:
             settings[f"contents of {name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
-    record = folder / "settings.json"
+    record = folder / SETTINGS
     present = {path.name for path in folder.glob("*.png")} if folder.exists() else set()
     if present and not (options.overwrite or options.resume):
         raise FileExistsError(
@@ -542,27 +543,17 @@ def _segment(options: argparse.Namespace) -> None:
 def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment") -> None:
     """Make the output folder; what lies there must be of the same command, which is then gone on with.
 
-    Masks of these images are removed first if they are to be overwritten.
+    To overwrite them, the masks of these images are removed first.
     """
     folder: Path = options.output
     unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
-    record = folder / "settings.json"
-    if folder.exists() and any(folder.iterdir()):
-        if not record.exists():
-            raise FileExistsError(f"{folder} holds files that are no masks of this command; choose another --output")
-        before = json.loads(record.read_text())
-        differ = ", ".join(key for key in settings if before.get(key) != settings[key])
-        if differ and not options.overwrite:
-            raise FileExistsError(
-                f"the masks in {folder} were made with other settings ({differ}); choose another --output, "
-                "or --overwrite"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=1))
-    if options.overwrite:
+    if options.overwrite and (folder / SETTINGS).is_file():
+        with whole_file(folder / SETTINGS) as partial:
+            partial.write_text(json.dumps(settings, indent=1))
         for mask in images.sources:
             (folder / mask).unlink(missing_ok=True)
+    claim_folder(folder, settings, "masks of this command", "choose another --output, or --overwrite")
 
 
 # ----------------------------------------------------------------------------------------------------- export, import

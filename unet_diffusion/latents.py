@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unet_diffusion.processes import ALONE, Processes
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
 
-INDEX, SETTINGS = "index.json", "settings.json"
+INDEX = "index.json"
 MOMENTS = ("latents_mean", "latents_std")  # of each channel, in a configuration
 SHARD_IMAGES = 1024  # in a file, with their mirror images
 LEAST_STD = 1e-6  # of a channel
-MOST_SHOWN = 100  # characters of a setting in an error, which may be all captions
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def encode_images(
     Raises:
         FileExistsError: if the folder holds something else, or latents with other settings.
     """
-    all_of_them.by_the_first(lambda: _check_same(folder, settings))
+    all_of_them.by_the_first(lambda: claim_folder(folder, settings, "latents"))
     for numbers, path in all_of_them.share(_shards(folder, settings["num_images"])):
         if not path.exists():
             parts = [
@@ -239,33 +238,6 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors ({error}); remove it and encode again") from error
-
-
-def _check_same(folder: Path, settings: dict[str, Any]) -> None:
-    """Notes the settings in an empty folder; in another they must be the same."""
-    plain = json.loads(json.dumps(settings))
-    if not folder.exists() or not any(folder.iterdir()):
-        with whole_file(folder / SETTINGS) as partial:
-            partial.write_text(json.dumps(plain, indent=1))
-        return
-    if not (folder / SETTINGS).is_file():
-        raise FileExistsError(f"{folder} holds files that are no latents; choose another folder")
-    before = json.loads((folder / SETTINGS).read_text())
-    differ = [
-        f"{key}: {_short(before.get(key))} there, {_short(value)} here"
-        for key, value in plain.items()
-        if before.get(key) != value
-    ]
-    if differ:
-        raise FileExistsError(
-            f"the latents in {folder} were made with other settings ({'; '.join(differ)}); "
-            "choose another folder, or remove that one"
-        )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _write_index(folder: Path, settings: dict[str, Any]) -> None:

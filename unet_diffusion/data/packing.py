@@ -23,9 +23,9 @@ from unet_diffusion.data.checking import decoded, in_threads
 from unet_diffusion.data.decoding import ImageFormat, decode_image, upright_size
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.folder import class_names_of, labels_of
-from unet_diffusion.data.shards import INDEX, SETTINGS, Shard, ShardIndex, shard_name
+from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.whole_file import claim_folder, whole_file
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
@@ -96,7 +96,7 @@ def pack_images(
         "class_names": class_names,
         "captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
     }
-    _check_same(folder, settings)
+    claim_folder(folder, settings, "shards")
     for partial in folder.rglob(".*.partial"):  # of a process that was killed
         partial.unlink()
     order = torch.randperm(len(files.names), generator=keyed_generator(ORDER_KEY)).tolist()
@@ -219,24 +219,3 @@ def _write_index(
     )
     with whole_file(folder / INDEX) as partial:
         partial.write_text(json.dumps(asdict(index)))
-
-
-def _check_same(folder: Path, settings: dict[str, Any]) -> None:
-    """Notes the settings in an empty folder; in another they must be the same.
-
-    Raises:
-        FileExistsError: if they are not.
-    """
-    if not folder.exists() or all(path.match(f".{SETTINGS}.*.partial") for path in folder.iterdir()):
-        with whole_file(folder / SETTINGS) as partial:
-            partial.write_text(json.dumps(settings, indent=1))
-        return
-    if not (folder / SETTINGS).is_file():
-        raise FileExistsError(f"{folder} holds files that are no shards; choose another folder")
-    before = json.loads((folder / SETTINGS).read_text())
-    differ = [key for key in settings if before.get(key) != settings[key]]
-    if differ:
-        raise FileExistsError(
-            f"the shards in {folder} are of other images or settings ({', '.join(differ)}); choose another folder, or "
-            "remove that one"
-        )

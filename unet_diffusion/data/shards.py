@@ -31,7 +31,7 @@ from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
 
 T = TypeVar("T")
 
-INDEX, SETTINGS = "index.json", "settings.json"
+INDEX = "index.json"
 FIRST_WAIT = 0.5  # seconds before a read is tried again, doubled each time: four retries take 7.5 s
 SILENCE = 30  # seconds without a byte over http, after which a read has failed
 MAX_BAD_SHARDS = 8  # one after the other: then it is not the shards, but what they lie on
