@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unet_diffusion.blocks import Conv3x3
 from unet_diffusion.interop import to_diffusers
-from unet_diffusion.kernels import group_norm_silu, winograd_conv2d, winograd_filters
+from unet_diffusion.kernels import fused_group_norm, winograd_conv2d, winograd_filters
 from unet_diffusion.speed import MIN_WINOGRAD_CHANNELS, round_weights, set_speed, speeds_for
 from unet_diffusion.unet import DenoiserUNet
 
@@ -84,39 +84,42 @@ def test_winograd_convolution_takes_any_memory_format_and_returns_channels_last(
     assert_near(out, F.conv2d(x.double(), weight.double(), bias.double(), padding=1), FLOAT32)
 
 
+@pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_group_norm_silu_is_the_three_operations(shape):
+def test_fused_group_norm_is_the_three_operations(shape, silu):
     batch, channels, _, height, width = shape
     inputs = leaves((batch, channels, height, width), (channels,), (channels,), (batch, channels))
 
     def fused(x, weight, bias, offset):
-        return group_norm_silu(x, 4, weight, bias, 1e-5, offset=offset)
+        return fused_group_norm(x, 4, weight, bias, 1e-5, offset=offset, silu=silu)
 
     def plain(x, weight, bias, offset):
-        return F.silu(F.group_norm(x + offset[:, :, None, None], 4, weight, bias, 1e-5))
+        out = F.group_norm(x + offset[:, :, None, None], 4, weight, bias, 1e-5)
+        return F.silu(out) if silu else out
 
     assert_same_function(fused, plain, inputs, FLOAT32)
 
 
-def test_group_norm_silu_takes_gains_of_each_image():
+def test_fused_group_norm_takes_gains_of_each_image():
     inputs = leaves((2, 8, 4, 4), (2, 8), (2, 8))
 
     def plain(x, weight, bias):
         return F.silu(F.group_norm(x, 4, eps=1e-5) * weight[:, :, None, None] + bias[:, :, None, None])
 
-    assert_same_function(lambda x, *gains: group_norm_silu(x, 4, *gains, 1e-5), plain, inputs, FLOAT32)
+    assert_same_function(lambda x, *gains: fused_group_norm(x, 4, *gains, 1e-5, silu=True), plain, inputs, FLOAT32)
 
 
-def test_group_norm_silu_of_a_small_variance_about_a_large_mean():
+def test_fused_group_norm_of_a_small_variance_about_a_large_mean():
     (noise,) = leaves((2, 32, 64, 64))
     x, ones, zeros = noise.detach() + 1000, torch.ones(32), torch.zeros(32)
     expected = F.silu(F.group_norm(x.double(), 8, ones.double(), zeros.double(), 1e-5))
-    assert_near(group_norm_silu(x, 8, ones, zeros, 1e-5), expected, 1e-4)  # x itself is rounded by 6e-5 deviations
+    out = fused_group_norm(x, 8, ones, zeros, 1e-5, silu=True)
+    assert_near(out, expected, 1e-4)  # x itself is rounded by 6e-5 deviations
 
 
-def test_group_norm_silu_survives_a_map_without_variance():
+def test_fused_group_norm_survives_a_map_without_variance():
     x = torch.full((1, 8, 4, 4), 1000.0)
-    out = group_norm_silu(x, 4, torch.ones(8), torch.zeros(8), 1e-5)
+    out = fused_group_norm(x, 4, torch.ones(8), torch.zeros(8), 1e-5, silu=True)
     assert out.abs().max() < 1e-2  # the variance of equal numbers is 0 up to rounding, and eps is all there is
 
 

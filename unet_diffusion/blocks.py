@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_diffusion.kernels import double_by_copies, group_norm_by_channel, group_norm_silu, winograd_conv2d
+from unet_diffusion.kernels import double_by_copies, fused_group_norm, group_norm_by_channel, winograd_conv2d
 
 MAX_SCORES = 2**24  # of all images, heads and pairs of pixels, for attention as plain products: 32 MiB in bfloat16
 MAX_PERIOD = 10_000  # longest wavelength of the timestep embedding (Vaswani et al. 2017, section 3.5)
@@ -168,9 +168,12 @@ class Conv3x3(nn.Conv2d):
 class GroupNorm(nn.GroupNorm):
     """Group norm. Its arguments are those of nn.GroupNorm."""
 
-    by_channel = False  # by `kernels.group_norm_by_channel`; see `speed.set_speed`
+    fused = False  # by `kernels.fused_group_norm`; see `speed.set_speed`
+    by_channel = False  # by `kernels.group_norm_by_channel`; see there too
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return fused_group_norm(x, self.num_groups, *self._scaled(None), self.eps, silu=False)
         return self._by_channel(x, None, None).to(x.dtype) if self.by_channel else super().forward(x)
 
     def _by_channel(self, x: Tensor, offset: Tensor | None, scale_shift: Tensor | None) -> Tensor:
@@ -189,8 +192,6 @@ class GroupNorm(nn.GroupNorm):
 class GroupNormSiLU(GroupNorm):
     """Group norm, then SiLU. Its arguments are those of nn.GroupNorm."""
 
-    fused = False  # by `kernels.group_norm_silu`; see `speed.set_speed`
-
     def forward(  # type: ignore[override]
         self, x: Tensor, *, offset: Tensor | None = None, scale_shift: Tensor | None = None
     ) -> Tensor:
@@ -203,7 +204,7 @@ class GroupNormSiLU(GroupNorm):
         """
         if self.fused:
             weight, bias = self._scaled(scale_shift)
-            return group_norm_silu(x, self.num_groups, weight, bias, self.eps, offset=offset)
+            return fused_group_norm(x, self.num_groups, weight, bias, self.eps, offset=offset, silu=True)
         if self.by_channel:
             return F.silu(self._by_channel(x, offset, scale_shift)).to(x.dtype)
         h = super().forward(x if offset is None else x + offset[:, :, None, None])

@@ -3,7 +3,7 @@
 `winograd_conv2d` is a 3x3 convolution with 2.25 times fewer multiplications: F(2x2, 3x3) of Lavin & Gray 2015
 (https://arxiv.org/abs/1509.09308), which makes 2x2 outputs from a tile of 4x4 inputs as 16 products where the plain
 form needs 36. The products are one batched matrix product; what comes before and after it is fused by torch.compile.
-`group_norm_silu` is group norm, SiLU and the embedding added before, in two passes over the image instead of six.
+`fused_group_norm` is group norm, the embedding added before and SiLU, in two passes over the image instead of six.
 
 Both want channels last in memory. Their kernels are compiled once for all shapes, in about half a minute, and kept on
 disk by torch.compile; a C++ compiler is needed.
@@ -47,8 +47,8 @@ def winograd_filters(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _kernel(_filter_tiles, dtype)(_channels_last(weight)).transpose(1, 2)
 
 
-def group_norm_silu(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None
+def fused_group_norm(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None, silu: bool
 ) -> Tensor:
     """silu(group_norm(x + offset)) over (B, C, H, W), in channels_last and in x's type, computed in float32.
 
@@ -59,12 +59,13 @@ def group_norm_silu(
         bias: added after the gain, same shape.
         eps: added to the variance.
         offset: added to each channel of each image, (B, C); None: nothing.
+        silu: False: without SiLU.
     """
     batch, channels = x.shape[:2]
     gain, shift = (parameter.float().expand(batch, channels) for parameter in (weight, bias))
     offset = gain.new_zeros(batch, channels) if offset is None else offset.float()
     with torch.autocast(x.device.type, enabled=False):
-        return _GroupNormSiLU.apply(x, gain, shift, offset, num_groups, eps)
+        return _GroupNorm.apply(x, gain, shift, offset, num_groups, eps, silu)
 
 
 def group_norm_by_channel(
@@ -76,7 +77,7 @@ def group_norm_by_channel(
     num_groups numbers, a few bytes each. Digits are lost if a group's first number is far from the others: about
     3e-4 of a standard deviation where it is 30 of them away, 1e-2 where it is 100.
 
-    Arguments are those of `group_norm_silu`.
+    Arguments are those of `fused_group_norm`, without silu.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
     sizes = wide.shape[:3]
@@ -220,12 +221,12 @@ def _gradient_tiles(grad: Tensor) -> Tensor:
     return torch.stack([tile.to(grad.dtype) for tile in tiles])
 
 
-class _GroupNormSiLU(torch.autograd.Function):
+class _GroupNorm(torch.autograd.Function):
     """All that is as large as the image is in four compiled kernels; the rest is a few numbers a channel."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, offset: Tensor, num_groups: int, eps: float
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, offset: Tensor, num_groups: int, eps: float, silu: bool
     ) -> Tensor:
         x = _channels_last(x)
         height, width = x.shape[1:3]
@@ -240,8 +241,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         scale = gain / std
         shift = shift + (offset - mean) * scale
         ctx.save_for_backward(pixels, gain, offset, mean, std, scale, shift, channel_mean)
-        ctx.num_groups = num_groups
-        out = _kernel(_scaled_silu)(pixels, scale[:, None], shift[:, None])
+        ctx.num_groups, ctx.silu = num_groups, silu
+        out = _kernel(_scaled, silu)(pixels, scale[:, None], shift[:, None])
         return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -253,18 +254,18 @@ class _GroupNormSiLU(torch.autograd.Function):
         num_pixels = height * width
         grad = grad.flatten(1, 2)
         # z is what SiLU is applied to; xhat the normalised image, before gain and shift.
-        sum_dz, sum_dz_x = _kernel(_silu_gradient_sums)(grad, pixels, scale[:, None], shift[:, None])
+        sum_dz, sum_dz_x = _kernel(_gradient_sums, ctx.silu)(grad, pixels, scale[:, None], shift[:, None])
         sum_dz_xhat = (sum_dz_x + (offset - mean) * sum_dz) / std
         mean_dxhat = _group_mean(sum_dz * gain, ctx.num_groups) / num_pixels
         mean_dxhat_xhat = _group_mean(sum_dz_xhat * gain, ctx.num_groups) / num_pixels
         # dx = (dxhat - mean_dxhat - xhat mean_dxhat_xhat) / std, as dz scale + x slope + intercept
         slope = -mean_dxhat_xhat / std**2
         intercept = -mean_dxhat / std + (offset - mean) * slope
-        grad_x = _kernel(_norm_gradient)(
+        grad_x = _kernel(_norm_gradient, ctx.silu)(
             grad, pixels, scale[:, None], shift[:, None], slope[:, None], intercept[:, None]
         ).unflatten(1, (height, width)).permute(0, 3, 1, 2)  # fmt: skip
         grad_offset = scale * sum_dz + num_pixels * (slope * channel_mean + intercept)  # the sum of dx over the pixels
-        return grad_x, sum_dz_xhat, sum_dz, grad_offset, None, None
+        return grad_x, sum_dz_xhat, sum_dz, grad_offset, None, None, None
 
 
 def _group_mean(values: Tensor, num_groups: int) -> Tensor:
@@ -279,28 +280,31 @@ def _moments(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return x.sum(1), (x * x).sum(1)
 
 
-def _scaled_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
     z = x.float() * scale + shift
-    return (z * torch.sigmoid(z)).to(x.dtype)
+    return (z * torch.sigmoid(z) if silu else z).to(x.dtype)
 
 
-def _silu_gradient(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _scaled_gradient(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
+    """That of z in `_scaled`."""
+    if not silu:
+        return grad.float()
     z = x * scale + shift
     sigmoid = torch.sigmoid(z)
     return grad.float() * (sigmoid * (1 + z * (1 - sigmoid)))
 
 
-def _silu_gradient_sums(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient_sums(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     x = x.float()
-    dz = _silu_gradient(grad, x, scale, shift)
+    dz = _scaled_gradient(grad, x, scale, shift, silu)
     return dz.sum(1), (dz * x).sum(1)
 
 
 def _norm_gradient(
-    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, intercept: Tensor
-) -> Tensor:  # fmt: skip
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, intercept: Tensor, silu: bool
+) -> Tensor:
     wide = x.float()
-    return (_silu_gradient(grad, wide, scale, shift) * scale + wide * slope + intercept).to(x.dtype)
+    return (_scaled_gradient(grad, wide, scale, shift, silu) * scale + wide * slope + intercept).to(x.dtype)
 
 
 @cache

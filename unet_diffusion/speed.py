@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from unet_diffusion.blocks import Conv3x3, GroupNorm, GroupNormSiLU, Upsample
+from unet_diffusion.blocks import Conv3x3, GroupNorm, Upsample
 from unet_diffusion.kernels import winograd_filters
 from unet_diffusion.unet import PixelNetwork
 
@@ -67,10 +67,8 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
     unet.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
     compiled_for_gpu = device.type == "cuda" and speed in ("compiled", "graphed")
     for module in unet.modules():
-        if isinstance(module, GroupNormSiLU):
-            module.fused = speed == "fused"
         if isinstance(module, GroupNorm):
-            module.by_channel = compiled_for_gpu
+            module.fused, module.by_channel = speed == "fused", compiled_for_gpu
         elif isinstance(module, Upsample):
             module.by_copies = compiled_for_gpu
         elif isinstance(module, Conv3x3):
