@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SAMPLE_BATCH_SIZE = 3.0, 25, 64
 GRID_COLUMNS = 4
 STAND_INS = 1024  # latents that say nothing: a few batches
 NEVER = 10**9  # steps, seconds
+STAGES = ("autoencoder", "encoded", "latents")  # each with a folder of its name
 
 
 @dataclass(frozen=True)
@@ -188,17 +190,15 @@ def parse_options() -> argparse.Namespace:
 def train_latents(options: argparse.Namespace) -> None:
     size, begin = SIZES[options.size], time.time()
     seconds = 60 * options.minutes
-    compiling = threading.Thread(target=compile_ahead, args=(options,))
-    if size.speed == "graphed":
-        compiling.start()
+    compiling = ThreadPoolExecutor().submit(compile_ahead, options) if size.speed == "graphed" else None
     recipe = [f"--config={AUTOENCODER}", *images_of(options), *size.autoencoder]
     fit(options, "autoencoder", recipe, begin + size.share * seconds)
     command = ["encode", options.work / "autoencoder", options.images, "--output", options.work / "encoded"]
     flags = ["--captions", "--horizontal_flip", "--precision", "bfloat16", "--device", options.device]
     shutil.rmtree(options.work / "encoded", ignore_errors=True)
     run(options, "encoded", [*command, *flags])
-    if compiling.ident is not None:
-        compiling.join()
+    if compiling is not None:
+        compiling.result()
     fit(options, "latents", recipe_of_latents(options, options.work / "encoded"), begin + seconds)
 
 
@@ -277,7 +277,7 @@ def trained_result(options: argparse.Namespace, name: str) -> dict[str, Any]:
     result = {"steps": steps, "batch_size": settings["batch_size"], "images_seen": steps * settings["batch_size"],
               "parameters": sum(p.numel() for p in trained.unet.parameters())}  # fmt: skip
     if trained.latent_space is not None:
-        result["seconds"] = {file.stem: float(file.read_text()) for file in sorted(options.work.glob("*.seconds"))}
+        result["seconds"] = {stage: float((options.work / f"{stage}.seconds").read_text()) for stage in STAGES}
         result["autoencoder"] = autoencoder_result(options.work / "autoencoder")
         picture = options.json.with_name(f"{options.json.stem}_autoencoder.png")
         shutil.copyfile(options.work / "autoencoder" / "samples.png", picture)

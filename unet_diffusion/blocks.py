@@ -162,7 +162,8 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
             return super().forward(x)
-        return winograd_conv2d(x, self.weight, cast(Tensor, self.bias), filters=self.filters)
+        filters = None if torch.is_grad_enabled() else self.filters
+        return winograd_conv2d(x, self.weight, cast(Tensor, self.bias), filters=filters)
 
 
 class GroupNorm(nn.GroupNorm):

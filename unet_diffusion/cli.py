@@ -548,11 +548,12 @@ def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment") -> No
     folder: Path = options.output
     unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
-    if options.overwrite and (folder / SETTINGS).is_file():
-        with whole_file(folder / SETTINGS) as partial:
-            partial.write_text(json.dumps(settings, indent=1))
+    record = folder / SETTINGS
+    if options.overwrite and record.is_file() and json.loads(record.read_text()).keys() == settings.keys():
         for mask in images.sources:
             (folder / mask).unlink(missing_ok=True)
+        with whole_file(record) as partial:
+            partial.write_text(json.dumps(settings, indent=1))
     claim_folder(folder, settings, "masks of this command", "choose another --output, or --overwrite")
 
 
@@ -596,7 +597,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     from unet_diffusion.checkpoint import denoiser_record, write_initial_checkpoint
-    from unet_diffusion.interop import import_pipeline
+    from unet_diffusion.interop import DROPOUT, import_pipeline
 
     recipe = options.checkpoint.with_suffix(".yaml")
     if recipe.exists():
@@ -608,7 +609,9 @@ def _import(options: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"model": {"unet": record["unet"], "schedule": schedule}}
     if trained.conditions:
         settings["model"]["conditions"] = record["conditions"]
-    if trained.latent_space is not None:
+    if trained.null_label is not None:
+        settings["model"]["label_dropout"] = DROPOUT
+    if trained.latent_space is not None and trained.latent_space.scaling_factor is not None:
         settings["data"] = {"init_args": {"scaling_factor": trained.latent_space.scaling_factor}}
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "

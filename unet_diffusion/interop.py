@@ -191,12 +191,11 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
     folder = Path(folder).resolve()
     _check_replaceable(folder, overwrite, "config.json")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    autoencoder = copy.deepcopy(trained.autoencoder).cpu().float()
     _, height, width = trained.image_shape
-    sample_size = height if height == width else [height, width]
-    autoencoder.register_to_config(sample_size=sample_size)
+    fields: dict[str, Any] = {"sample_size": height if height == width else [height, width]}
     if trained.latent_std is not None:
-        autoencoder = _with_scale(autoencoder, scaling_factor=1 / trained.latent_std)
+        fields["scaling_factor"] = 1 / trained.latent_std
+    autoencoder = _with_scale(trained.autoencoder, **fields).cpu().float()
     try:
         autoencoder.save_pretrained(partial)
         _check_same_reconstruction(autoencoder, pretrained_autoencoder(partial))
@@ -267,12 +266,12 @@ def _config_of(model: PixelNetwork) -> dict[str, Any]:
 
 
 def _parts(index: Mapping[str, Any]) -> set[str]:
-    """The parts of a pipeline that draw; warns of the others."""
+    """The parts of a pipeline that draw; refuses unknown ones, and warns of those that are LEFT_OUT."""
     known = {"unet", "scheduler", LOW_RES, CLASS_TOKENS, *AUTOENCODERS, *TEXT}
     parts = {
         name
         for name, value in index.items()
-        if isinstance(value, list) and name not in ("_class_name", "class_names") and value[0]
+        if isinstance(value, list) and name not in ("_class_name", "class_names") and value and value[0]
     }
     if others := sorted(parts - known - {*LEFT_OUT}):
         raise ValueError(
@@ -474,7 +473,8 @@ def _build_pipeline(trained: TrainedDenoiser, autoencoder: StrPath | None) -> Di
     vae = autoencoder_of(space, autoencoder)
     kind = _stock_pipeline(trained, space, vae)
     if kind is None:
-        return _own_pipeline(trained, unet, scheduler, _with_moments(vae, space))
+        normalise = normalised_autoencoder if _takes_scale(vae, space, None) else _with_moments
+        return _own_pipeline(trained, unet, scheduler, normalise(vae, space))
     vae = normalised_autoencoder(vae, space, UPSCALED_SCALE if kind is StableDiffusionUpscalePipeline else None)
     if kind is LDMPipeline:
         return LDMPipeline(vae, unet, scheduler)
@@ -582,7 +582,7 @@ def _takes_scale(autoencoder: Autoencoder, space: LatentSpace, scaling_factor: f
 
 
 def _with_scale(autoencoder: Autoencoder, **fields: Any) -> Autoencoder:
-    """A copy whose configuration has these fields of the latents' scale, and no others of it."""
+    """A copy whose configuration has these fields, and no moments of the latents but those."""
     autoencoder = copy.deepcopy(autoencoder)
     moments = dict.fromkeys(MOMENTS) if isinstance(autoencoder, AutoencoderKL) else {}  # VQModel has no such fields
     autoencoder.register_to_config(**{**moments, **fields})

@@ -50,7 +50,7 @@ def winograd_filters(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def fused_group_norm(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None, silu: bool
 ) -> Tensor:
-    """silu(group_norm(x + offset)) over (B, C, H, W), in channels_last and in x's type, computed in float32.
+    """group_norm(x + offset) over (B, C, H, W), then SiLU if asked: channels_last, x's type, computed in float32.
 
     Args:
         x: (B, C, H, W).
@@ -59,7 +59,7 @@ def fused_group_norm(
         bias: added after the gain, same shape.
         eps: added to the variance.
         offset: added to each channel of each image, (B, C); None: nothing.
-        silu: False: without SiLU.
+        silu: whether SiLU follows.
     """
     batch, channels = x.shape[:2]
     gain, shift = (parameter.float().expand(batch, channels) for parameter in (weight, bias))

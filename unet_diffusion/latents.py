@@ -110,8 +110,9 @@ def fingerprint(autoencoder: nn.Module, config: dict[str, Any]) -> str:
         autoencoder: float32, on the CPU.
         config: plain values; names that begin with an underscore, and the scale, which is no part of it, do not count.
     """
-    kept = {key: value for key, value in config.items() if key[0] != "_" and key not in ("scaling_factor",)}
-    kept |= dict.fromkeys(kept.keys() & {*MOMENTS})  # None, as they are in nearly all configurations
+    # Moments count as None, which they are in nearly all configurations.
+    kept = {key: None if key in MOMENTS else value for key, value in config.items()
+            if key[0] != "_" and key != "scaling_factor"}  # fmt: skip
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, value in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())

@@ -72,6 +72,7 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
         elif isinstance(module, Upsample):
             module.by_copies = compiled_for_gpu
         elif isinstance(module, Conv3x3):
+            module.filters = None
             module.fused = speed == "fused" and min(module.in_channels, module.out_channels) >= MIN_WINOGRAD_CHANNELS
     unet._compiled_call_impl = None  # undoes an earlier compile(), for which torch has no method
     if speed == "compiled":
@@ -84,7 +85,8 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
 def round_weights(unet: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """Round once, in place, what autocast would round at each call: weights of convolutions and of linear layers.
 
-    Predictions under autocast are the same. Not for training: fused convolutions keep the filters of these weights.
+    Predictions under autocast are the same. Not for training, nor to load other weights into: fused convolutions keep
+    their weights, and the filters made of them.
 
     Args:
         unet: a network, after `set_speed`.
@@ -93,7 +95,7 @@ def round_weights(unet: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     for module in unet.modules():
         if isinstance(module, Conv3x3) and module.fused:
             module.filters = winograd_filters(module.weight.detach(), dtype).contiguous()
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.to(dtype)
 
 

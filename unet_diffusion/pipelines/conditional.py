@@ -81,6 +81,7 @@ class ConditionalPipeline(DiffusionPipeline):
         # pixels along a side for one of what is denoised
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         channels = unet.config.out_channels if vae is None else vae.config.in_channels
+        self.num_channels = channels  # of images
         kind = {"do_convert_rgb": channels == 3, "do_convert_grayscale": channels == 1, "vae_latent_channels": 0}
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, **kind)
         self.small_image_processor = VaeImageProcessor(do_resize=False, **kind)
@@ -184,11 +185,12 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the images."""
-        if self.low_res_scheduler is not None and (height or width):
+        if self.low_res_scheduler is not None and (height, width) != (None, None):
             raise ValueError(f"height and width must be left out, as the size of image decides, got {height}, {width}")
         size = self.unet.config.sample_size
         default = (size, size) if isinstance(size, int) else size
-        return height or default[0] * self.vae_scale_factor, width or default[1] * self.vae_scale_factor
+        height = default[0] * self.vae_scale_factor if height is None else height
+        return height, default[1] * self.vae_scale_factor if width is None else width
 
     def _tensors(
         self, told: dict, noise_level: int, batch_size: int, size: tuple[int, int]
@@ -204,6 +206,8 @@ class ConditionalPipeline(DiffusionPipeline):
         elif self.config.takes_mask:
             tensors["image"] = self.image_processor.preprocess(told["image"], *size)
             tensors["mask_image"] = self.mask_processor.preprocess(told["mask_image"], *size)
+        if "image" in tensors and tensors["image"].shape[1] != self.num_channels:
+            raise ValueError(f"image must have {self.num_channels} channels, got {tensors['image'].shape[1]}")
         tensors = {name: one.to(self._execution_device) for name, one in tensors.items()}
         count = max([batch_size, *(len(one) for one in tensors.values())])
         if wrong := [f"{len(one)} of {name}" for name, one in tensors.items() if len(one) not in (1, count)]:

@@ -70,7 +70,7 @@ class AutoencoderModule(LightningModule):
             its pixels; for an AutoencoderKL.
         codebook_weight: of the distance between latents and codes, see `quantize`; for a VQModel.
         restart_codes_after: steps without use after which a code becomes one of the latents of that step (Dhariwal et
-            al. 2020, https://arxiv.org/abs/2005.00341, section 3.2); 0 is off. For a VQModel.
+            al. 2020, https://arxiv.org/abs/2005.00341, section 3.1); 0 is off. For a VQModel.
         perceptual_weight: of LPIPS (Zhang et al. 2018), added to the error of each pixel; 0 is off.
         perceptual_net: network of LPIPS, whose weights must be in torch's cache.
         discriminator: tells images from reconstructions; None: no adversarial loss.
@@ -140,7 +140,7 @@ class AutoencoderModule(LightningModule):
         self._perceptual = [_lpips(perceptual_net)] if perceptual_weight else []
         self.loss_weights = weights
         self.restart_codes_after = restart_codes_after
-        if restart_codes_after and isinstance(autoencoder, VQModel):
+        if isinstance(autoencoder, VQModel):
             self.idle_steps: Tensor  # since each code was last used
             self.register_buffer("idle_steps", torch.zeros(autoencoder.quantize.n_e, dtype=torch.int64))
         self.reconstruction = reconstruction
