@@ -278,6 +278,7 @@ def test_imported_folder_is_trained_on_with_other_images(exported, tmp_path, run
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     recipes = ["--config", tmp_path / "recipe.yaml", "--config", tmp_path / "imported.yaml"]
     encode = ["encode", folder / "vae", tmp_path / "images", "--output", latents, "--device=cpu"]
+    encode += ["--image_size", 16, 16]
     for command in (
         [*encode, "--captions", "--class_labels"],
         ["import", folder, imported],

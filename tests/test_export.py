@@ -160,7 +160,7 @@ def test_exported_folder_of_latents_is_imported_again(tmp_path, kind):
 
 
 def test_folder_whose_autoencoder_loads_as_another_does_not_get_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(interop, "_with_moments", lambda autoencoder, space: autoencoder)
+    monkeypatch.setattr(interop, "normalised_autoencoder", lambda autoencoder, *_: autoencoder)
     trained = latent_denoiser(tmp_path, "kl")
     with pytest.raises(RuntimeError, match="decoded images differ by"):
         export_pipeline(trained, tmp_path / "pipeline")
