@@ -1,4 +1,4 @@
-"""Tiny denoisers of latents, by captions and by other conditions, and what they are made of."""
+"""Tiny denoisers of latents, by captions and by other conditions, what they are made of, and short runs of them."""
 
 import torch
 from torch import nn
@@ -69,3 +69,17 @@ def upscaler(folder, **options) -> TrainedDenoiser:
     conditions = [text_tokens(), LowResolution(3)]
     network = {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000}
     return text_denoiser(folder, **{"conditions": conditions, **network, **options})
+
+
+def shorten(recipe: dict, run, steps: int) -> None:
+    """So that it runs for a second, in the folder `run`."""
+    recipe["model"]["speed"] = "plain"
+    recipe["trainer"] |= {
+        "default_root_dir": str(run),
+        "accelerator": "cpu",
+        "precision": "32-true",
+        "max_steps": steps,
+        "val_check_interval": min(2, steps),
+        "enable_progress_bar": False,
+    }
+    recipe["samples"] = {"every_n_steps": 1000, "num_images": 2, "num_inference_steps": 2}

@@ -14,6 +14,7 @@ from denoisers import (
     inpainter,
     latent_space,
     randomise,
+    shorten,
     text_denoiser,
     text_tokens,
     upscaler,
@@ -369,19 +370,6 @@ def recipe_for_masks() -> dict:
     recipe["data"]["init_args"]["autoencoder"] = None
     recipe["data"]["init_args"]["images"]["init_args"]["captions"] = False
     return recipe
-
-
-def shorten(recipe, run, steps) -> None:
-    recipe["model"]["speed"] = "plain"
-    recipe["trainer"] |= {
-        "default_root_dir": str(run),
-        "accelerator": "cpu",
-        "precision": "32-true",
-        "max_steps": steps,
-        "val_check_interval": 1,
-        "enable_progress_bar": False,
-    }
-    recipe["samples"] = {"every_n_steps": 1000, "num_images": 2, "num_inference_steps": 2}
 
 
 def write_images(folder) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from denoisers import CAPTIONS, WIDTH, WORDS, inpainter, randomise, text_denoiser, text_tokens, upscaler
+from denoisers import CAPTIONS, WIDTH, WORDS, inpainter, randomise, shorten, text_denoiser, text_tokens, upscaler
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -318,22 +318,8 @@ def fine_tuning_recipe(path, latents, run) -> None:
     """configs/latents.yaml for captions, in a second."""
     recipe = yaml.safe_load((CONFIGS / "latents.yaml").read_text())
     recipe["data"]["init_args"] |= {"root": str(latents), "horizontal_flip": False, "batch_size": 4, "num_val": 2}
-    shorten(recipe, run)
+    shorten(recipe, run, steps=3)
     path.write_text(yaml.safe_dump(recipe))
-
-
-def shorten(recipe, run) -> None:
-    """So that it runs for a second."""
-    recipe["model"]["speed"] = "plain"
-    recipe["trainer"] |= {
-        "default_root_dir": str(run),
-        "accelerator": "cpu",
-        "precision": "32-true",
-        "max_steps": 3,
-        "val_check_interval": 2,
-        "enable_progress_bar": False,
-    }
-    recipe["samples"] = {"every_n_steps": 1000, "num_images": 2, "num_inference_steps": 2}
 
 
 @pytest.fixture
@@ -439,7 +425,7 @@ def train_on(folder, recipe_name, tmp_path, run_cli) -> None:
     images = recipe["data"]["init_args"]["images"]["init_args"]
     images |= {"root": str(tmp_path / "images"), "image_size": 16, "batch_size": 4, "num_val": 2}
     recipe["data"]["init_args"]["autoencoder"] = str(folder / "vae")
-    shorten(recipe, tmp_path / "run")
+    shorten(recipe, tmp_path / "run", steps=3)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ["--config", tmp_path / "recipe.yaml", "--config", tmp_path / "imported.yaml"]
     status, _, err = run_cli("fit", *arguments, "--ckpt_path", tmp_path / "imported.ckpt")

@@ -590,9 +590,7 @@ def _with_scale(autoencoder: Autoencoder, **fields: Any) -> Autoencoder:
 
 
 def _with_moments(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
-    """A copy whose configuration has the latents' scale, or mean and deviation of each channel."""
-    if space.scaling_factor is not None:
-        return _with_scale(autoencoder, scaling_factor=space.scaling_factor)
+    """A copy whose configuration has the latents' mean and deviation of each channel."""
     mean, std = MOMENTS
     return _with_scale(autoencoder, scaling_factor=1.0, **{mean: list(space.mean), std: list(space.std)})
 

@@ -207,7 +207,9 @@ class ConditionalPipeline(DiffusionPipeline):
             tensors["image"] = self.image_processor.preprocess(told["image"], *size)
             tensors["mask_image"] = self.mask_processor.preprocess(told["mask_image"], *size)
         if "image" in tensors and tensors["image"].shape[1] != self.num_channels:
-            raise ValueError(f"image must have {self.num_channels} channels, got {tensors['image'].shape[1]}")
+            raise ValueError(
+                f"image must have {self.num_channels} channels, got {tensors['image'].shape[1]}; convert it"
+            )
         tensors = {name: one.to(self._execution_device) for name, one in tensors.items()}
         count = max([batch_size, *(len(one) for one in tensors.values())])
         if wrong := [f"{len(one)} of {name}" for name, one in tensors.items() if len(one) not in (1, count)]:
