@@ -14,7 +14,6 @@ A start is from the start of the process to the end of the first step, with an e
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from measure import Step, alternate, describe, environment, table, write_json
+from measure import Step, alternate, describe, empty_caches, environment, table, write_json
 from ours import our_step, speed_for
 
 from unet_diffusion.checkpoint import read_checkpoint
@@ -48,8 +47,7 @@ def main() -> None:
         sys.exit(recorded_fit(arguments, options.stamps_to))
     machine = environment()
     print(describe(machine), flush=True)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "cache")  # of the runs too; empty at first
+    with empty_caches(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         measure = measure_starts if options.start_only else measure_run
         record = measure(arguments, folder, options)
     print(table([{"measured": name, "value": text} for name, text in summary(record).items()]))

@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def describe(record: Mapping[str, Any]) -> str:
     flags = " ".join(record["cpu_flags"]) or "no vector extensions named"
     gpu = f", {record['gpu']}" if record["gpu"] else ""
     return f"{record['date']}: {record['cpu']}, {record['cores']} cores ({flags}){gpu}, {versions}"
+
+
+@contextmanager
+def empty_caches() -> Iterator[Path]:
+    """Where compiled kernels are kept, of this process and of those that it starts: empty at first, gone afterwards."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"] = folder
+        yield Path(folder)
 
 
 def peaks(device: torch.device) -> dict[str, float]:

@@ -12,9 +12,8 @@ from the time a network step: batch size / (seconds a network step x steps of th
 """
 
 import argparse
-import os
 import statistics
-import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
-from measure import Step, alternate, describe, environment, seconds, table, times_as_fast, write_json
+from measure import Step, alternate, describe, empty_caches, environment, seconds, table, times_as_fast, write_json
 from peers import NETWORKS, diffusers_network, our_network
 from torch import Tensor
 
@@ -48,8 +47,7 @@ def main() -> None:
     machine = environment()
     print(describe(machine))
     records = []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty, so that the first call includes compilation
+    with empty_caches():  # so that the first call includes compilation
         for scheduler in options.scheduler:
             steps = options.num_inference_steps or SCHEDULERS[scheduler]
             difference = assert_equal_trajectories(scheduler, steps, options)
@@ -194,9 +192,11 @@ def measure_contenders(scheduler: str, steps: int, batch_size: int, options: arg
     torch.compiler.reset()  # else another batch size would be compiled for all sizes, and slower
     samplers, first = {}, {}
     for name in options.contenders:
+        start = time.perf_counter()
         make_network, make_step = CONTENDERS[name]
         samplers[name] = make_step(make_network(options), scheduler, timed_steps, batch_size, options)
-        first[name] = seconds(samplers[name])
+        seconds(samplers[name])
+        first[name] = time.perf_counter() - start
         print(f"{scheduler}, batch {batch_size}, {name}: first call after {first[name]:.1f} s", flush=True)
     times = alternate(samplers, options.blocks, steps=1)
     return [

@@ -7,14 +7,14 @@ is asserted first; denoising-diffusion-pytorch's has about as many parameters an
 and "tuned" mean stands in peers.py. Contenders take turns in blocks, and ratios are medians of pairs in a round.
 
 TFLOP/s counts what the network asks for, whatever the kernels do, beside what one matrix product and one convolution
-reach here in bfloat16, forward and backward. The first step includes compilation, from an empty cache (ours is tried at
-several speeds before, which compiles its kernels). Memory is measured for each contender in a process of its own.
+reach here in bfloat16, forward and backward. The first step includes making the network, and compilation from an empty
+cache (ours is tried at several speeds before, which compiles its kernels, unless --ours names one). Memory is measured
+for each contender in a process of its own.
 """
 
 import argparse
-import os
 import statistics
-import tempfile
+import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from measure import (
     Step,
     alternate,
     describe,
+    empty_caches,
     environment,
     forward_flops,
     host_synchronisations,
@@ -75,8 +76,7 @@ def main() -> None:
     print(describe(machine))
     difference = assert_equal_networks(options.network)
     print(f"{options.network}: our output and diffusers' differ by {difference:.1e} of the largest, in float32")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty; processes that measure memory compile from it
+    with empty_caches():
         images = random_images(options.network, options.batch_size, options.device)
         options.ours = options.ours or speed_for(our_network(options.network), images)
         ceilings = peaks(options.device)
@@ -135,8 +135,10 @@ def measure_contenders(options: argparse.Namespace) -> dict[str, Record]:
     records: dict[str, Record] = {name: size(name, options.network) for name in options.contenders}
     steps = {}
     for name in options.contenders:
+        start = time.perf_counter()
         steps[name] = build_step(name, options)
-        records[name]["first_step_seconds"] = seconds(steps[name])
+        seconds(steps[name])
+        records[name]["first_step_seconds"] = time.perf_counter() - start
         print(f"{name}: first step after {records[name]['first_step_seconds']:.1f} s", flush=True)
     times = alternate(steps, options.blocks, options.steps, warm_up=2)
     for name, record in records.items():

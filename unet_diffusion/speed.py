@@ -2,7 +2,7 @@
 
     plain          PyTorch's own operations one by one, channels first
     channels_last  the same on channels-last memory, which matrix units of GPUs and CPUs read without copying
-    fused          on a CPU: channels last, Winograd convolutions, and norm and SiLU as one (see kernels.py)
+    fused          on a CPU with AVX-512: channels last, Winograd convolutions, norm and SiLU as one (see kernels.py)
     compiled       channels last, and the whole network through torch.compile
     graphed        on a GPU: compiled, and its kernels launched at once as CUDA graphs, which small batches gain from
 
@@ -14,6 +14,7 @@ import ctypes
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,17 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.blocks import Conv3x3, GroupNorm, Upsample
-from unet_diffusion.kernels import winograd_filters
+from unet_diffusion.kernels import operators, winograd_filters
 from unet_diffusion.unet import PixelNetwork
 
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
-# Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 40
+# Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 15
 # for fused with an empty cache, and 104 to 136 for whole networks; benchmarks/gpu.py 128 on a machine that compiled ten
 # others at the same time. Graphs are not tried, as what is captured would keep its memory: see `NetworkModule`.
 TRIALS: dict[str, dict[Speed, float]] = {
-    "cpu": {"channels_last": 0, "fused": 30, "compiled": 180},
+    "cpu": {"channels_last": 0, "fused": 15, "compiled": 180},
     "cuda": {"channels_last": 0, "compiled": 130},
 }
 FLOAT32_TRIAL = 30  # seconds: on a processor without instructions for bfloat16 every run is long
@@ -56,14 +57,21 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
 
     Raises:
         ValueError: if there is no such setting, or not on this device, or it needs a C++ compiler and there is none.
+        RuntimeError: if the fused kernels cannot be compiled.
     """
     device = next(unet.parameters()).device if device is None else device
     if speed not in SPEEDS:
         raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
     if speed not in speeds_for(device):
-        needs_compiler = device.type == "cpu" and speed in SPEEDS[:-1]
-        reason = "needs a C++ compiler (install g++)" if needs_compiler else f"is not for {device.type}"
+        if device.type != "cpu" or speed == "graphed":
+            reason = f"is not for {device.type}"
+        elif _has_compiler():
+            reason = "needs a processor with AVX-512, and Linux"
+        else:
+            reason = "needs a C++ compiler (install g++)"
         raise ValueError(f"speed {speed} {reason}; here use one of {', '.join(speeds_for(device))}")
+    if speed == "fused":
+        operators()  # compiles them
     unet.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
     compiled_for_gpu = device.type == "cuda" and speed in ("compiled", "graphed")
     for module in unet.modules():
@@ -73,7 +81,7 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
             module.by_copies = compiled_for_gpu
         elif isinstance(module, Conv3x3):
             module.filters = None
-            module.fused = speed == "fused" and min(module.in_channels, module.out_channels) >= MIN_WINOGRAD_CHANNELS
+            module.fused = speed == "fused" and _is_wide(module.in_channels) and _is_wide(module.out_channels)
     unet._compiled_call_impl = None  # undoes an earlier compile(), for which torch has no method
     if speed == "compiled":
         unet.compile()  # in place: the state dict's keys stay plain
@@ -99,6 +107,10 @@ def round_weights(unet: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
             module.to(dtype)
 
 
+def _is_wide(channels: int) -> bool:
+    return channels >= MIN_WINOGRAD_CHANNELS and channels % 16 == 0  # numbers of float32 in a vector
+
+
 def _copying(graphed: Any) -> Callable[..., Tensor]:
     """The same with an output of its own: the next call overwrites what a graph returns, which solvers look back at."""
 
@@ -112,7 +124,11 @@ def speeds_for(device: torch.device) -> tuple[Speed, ...]:
     """The settings that a device can run, simplest first."""
     if device.type == "cuda":
         return "plain", "channels_last", "compiled", "graphed"
-    return SPEEDS[:-1] if device.type == "cpu" and _has_compiler() else ("plain", "channels_last")
+    if device.type != "cpu" or not _has_compiler():
+        return "plain", "channels_last"
+    if sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return "plain", "channels_last", "fused", "compiled"
+    return "plain", "channels_last", "compiled"
 
 
 def fastest_speed(
