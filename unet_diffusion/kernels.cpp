@@ -9,7 +9,8 @@
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zero.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -25,11 +26,11 @@ using at::Tensor;
 using Lanes = __m512;  // 16 numbers
 
 constexpr int64_t LANES = 16;
-constexpr int64_t COMPONENTS = 16;          // of a 4x4 tile
-constexpr int64_t CACHED = 128 * 1024;      // numbers of tiles a thread works on; in bfloat16 a quarter of its cache
-constexpr int64_t GRADIENT_TILES = 512;     // summed over by one matrix product
-constexpr int64_t MIN_NORM_CHANNELS = 32;   // worked on together: a cache line of bfloat16
-constexpr int64_t SUMMED = 256;             // numbers added one by one; their sums are added after that
+constexpr int64_t COMPONENTS = 16;         // of a 4x4 tile
+constexpr int64_t CACHED = 128 * 1024;     // numbers of tiles a thread works on; in bfloat16 a quarter of its cache
+constexpr int64_t GRADIENT_TILES = 512;    // summed over by one matrix product
+constexpr int64_t MIN_NORM_CHANNELS = 32;  // worked on together: a cache line of bfloat16
+constexpr int64_t SUMMED = 256;            // numbers added one by one; their sums are added after that
 
 // ---------------------------------------------------------------------------------------------------- numbers
 
@@ -59,14 +60,20 @@ inline void store(BFloat16* p, Lanes x, __mmask16 mask = 0xffff) { _mm256_mask_s
 inline __m512i paired(const float*, const Lanes* x) { return _mm512_castps_si512(x[0]); }
 
 inline __m512i paired(const BFloat16*, const Lanes* x) {
-  return _mm512_or_si512(
-      _mm512_cvtepu16_epi32(rounded(x[0])), _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded(x[1])), 16));
+#ifdef __AVX512BF16__
+  const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i by_turns =
+      _mm512_add_epi16(_mm512_or_si512(count, _mm512_slli_epi32(count, 16)), _mm512_set1_epi32(16 << 16));
+  return _mm512_permutexvar_epi16(by_turns, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
+#else
+  const __m512i low = _mm512_cvtepu16_epi32(rounded(x[0])), high = _mm512_cvtepu16_epi32(rounded(x[1]));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#endif
 }
 
-inline Lanes sigmoid(Lanes x) {
-  const Lanes one = _mm512_set1_ps(1);
-  return one / (one + Lanes(at::vec::Vectorized<float>(-x).exp_u20()));
-}
+inline Lanes lanes(float x) { return _mm512_set1_ps(x); }
+
+inline Lanes sigmoid(Lanes x) { return lanes(1) / (lanes(1) + Lanes(at::vec::Vectorized<float>(-x).exp_u20())); }
 
 inline __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (1 << count) - 1; }
 
@@ -87,7 +94,7 @@ inline void transform_input(const Lanes (&d)[4], Lanes (&out)[4]) {  // B^T
 }
 
 inline void transform_filter(const Lanes (&w)[3], Lanes (&out)[4]) {  // G
-  const Lanes half = _mm512_set1_ps(0.5f), outer = (w[0] + w[2]) * half, middle = w[1] * half;
+  const Lanes half = lanes(0.5f), outer = (w[0] + w[2]) * half, middle = w[1] * half;
   out[0] = w[0], out[1] = outer + middle, out[2] = outer - middle, out[3] = w[2];
 }
 
@@ -100,13 +107,14 @@ inline void transform_output_gradient(const Lanes (&g)[2], Lanes (&out)[4]) {  /
 }
 
 inline void transform_filter_gradient(const Lanes (&p)[4], Lanes (&out)[3]) {  // G^T
-  const Lanes half = _mm512_set1_ps(0.5f), sum = (p[1] + p[2]) * half;
+  const Lanes half = lanes(0.5f), sum = (p[1] + p[2]) * half;
   out[0] = p[0] + sum, out[1] = (p[1] - p[2]) * half, out[2] = sum + p[3];
 }
 
 // transform x transform^T, for a tile whose numbers lie in rows.
 template <int N, int M>
-inline void both_ways(void (&transform)(const Lanes (&)[N], Lanes (&)[M]), const Lanes (&in)[N * N], Lanes (&out)[M * M]) {
+inline void both_ways(void (&transform)(const Lanes (&)[N], Lanes (&)[M]), const Lanes (&in)[N * N],
+                      Lanes (&out)[M * M]) {
   Lanes rows[M][N];
 #pragma GCC unroll 4
   for (int column = 0; column < N; ++column) {
@@ -131,10 +139,14 @@ struct Tiling {
   int64_t height, width, rows, columns, count;
 
   explicit Tiling(const Tensor& x)
-      : height(x.size(1)), width(x.size(2)), rows(blocks(height, 2)), columns(blocks(width, 2)),
+      : height(x.size(1)),
+        width(x.size(2)),
+        rows(blocks(height, 2)),
+        columns(blocks(width, 2)),
         count(x.size(0) * rows * columns) {}
 
-  // Addresses of the SIZE x SIZE pixels from 1 - MARGIN of tile number `tile` on; `outside` for those that are not in it.
+  // Addresses of the SIZE x SIZE pixels from 1 - MARGIN of tile number `tile` on; `outside` for those that are not in
+  // it.
   template <int SIZE, int MARGIN, class T>
   void pixels(int64_t tile, T* image, int64_t channels, T* outside, T* (&found)[SIZE * SIZE]) const {
     const int64_t top = tile / columns % rows * 2 - MARGIN, left = tile % columns * 2 - MARGIN;
@@ -153,7 +165,8 @@ inline void load_tile(T* const (&pixels)[SIZE * SIZE], int64_t channel, Lanes (&
   for (int i = 0; i < SIZE * SIZE; ++i) tile[i] = load(pixels[i] + channel);
 }
 
-// Distance between components of as many numbers: a cache line more, since caches confuse addresses of high powers of 2.
+// Distance between components of as many numbers: a cache line more, since caches confuse addresses of high powers
+// of 2.
 template <class T>
 int64_t padded(int64_t numbers) {
   return numbers + 64 / sizeof(T);
@@ -178,7 +191,7 @@ Tensor filter_tiles(const Tensor& weight, bool turned) {
           for (int64_t j = 0; j < COMPONENTS; ++j) store(found[j][i], tile[j]);
         }
         for (int64_t j = 0; j < COMPONENTS; ++j) {
-          const float(*rows)[LANES] = found[j];
+          const float (*rows)[LANES] = found[j];
           if (!turned) {
             at::vec::transpose_mxn<float, LANES, LANES>(found[j][0], LANES, across[0], LANES);
             rows = across;
@@ -257,9 +270,9 @@ Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias) {
   return result;
 }
 
-// (B, H, W, C) and (B, H, W, K) -> (K, 3, 3, C) float32
+// (B, H, W, C) and the gradient of the result, (B, H, W, K) -> those of weight, (K, 3, 3, C), and bias, (K,), float32
 template <class T>
-Tensor filter_gradient(const Tensor& x, const Tensor& grad) {
+std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad) {
   constexpr int64_t GROUP = LANES * PAIR<T>;  // tiles of which a channel of one component fills a vector
   const int64_t num_in = x.size(3), num_out = grad.size(3), size = num_in * num_out;
   const Tiling tiling(x);
@@ -273,11 +286,14 @@ Tensor filter_gradient(const Tensor& x, const Tensor& grad) {
   const int64_t left_step = num_out * left_length, right_step = padded<T>(together * num_in);
   const Tensor left_scratch = at::empty({COMPONENTS * left_step}, x.options());
   const Tensor right_scratch = at::empty({COMPONENTS * right_step}, x.options());
-  const Tensor sums = at::zeros({COMPONENTS, num_out, num_in}, floats);
+  const Tensor sums = at::empty({COMPONENTS, num_out, num_in}, floats);
+  const Tensor parts = at::empty({blocks(tiling.count, GROUP), num_out}, floats);  // of the bias's
   T* const left = left_scratch.mutable_data_ptr<T>();
   T* const right = right_scratch.mutable_data_ptr<T>();
   float* const products = sums.mutable_data_ptr<float>();
+  float* const bias_parts = parts.mutable_data_ptr<float>();
   const std::vector<T> zeros(std::max(num_in, num_out));
+  if (tiling.count == 0) sums.zero_();
   for (int64_t start = 0; start < tiling.count; start += together) {
     at::parallel_for(0, together / GROUP, 1, [&](int64_t begin, int64_t end) {
       alignas(64) int32_t found[COMPONENTS][LANES][LANES];  // pairs of tiles by channels
@@ -286,18 +302,21 @@ Tensor filter_gradient(const Tensor& x, const Tensor& grad) {
         for (int64_t t = 0; t < GROUP; ++t)
           tiling.pixels<2, 0>(start + group + t, slope, num_out, zeros.data(), pixels[t]);
         for (int64_t k = 0; k < num_out; k += LANES) {
+          Lanes total = lanes(0);
           for (int64_t t = 0; t < GROUP; t += PAIR<T>) {
             Lanes tiles[PAIR<T>][16];
             for (int64_t one = 0; one < PAIR<T>; ++one) {
               Lanes g[4];
               load_tile<2>(pixels[t + one], k, g);
               both_ways(transform_output_gradient, g, tiles[one]);
+              total += tiles[one][5];  // the sum of the four
             }
             for (int64_t i = 0; i < COMPONENTS; ++i) {
               const Lanes pair[2] = {tiles[0][i], tiles[PAIR<T> - 1][i]};
               _mm512_store_si512(found[i][t / PAIR<T>], paired(slope, pair));
             }
           }
+          if (start + group < tiling.count) store(bias_parts + (start + group) / GROUP * num_out + k, total);
           for (int64_t i = 0; i < COMPONENTS; ++i)  // numbers are only moved, so that it matters not what they mean
             at::vec::transpose_mxn<float, LANES, LANES>(
                 reinterpret_cast<float*>(found[i][0]), LANES,
@@ -324,7 +343,7 @@ Tensor filter_gradient(const Tensor& x, const Tensor& grad) {
     });
     at::parallel_for(0, COMPONENTS, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        at::native::cpublas::brgemm(num_out, num_in, together, left_length, num_in, num_in, true,
+        at::native::cpublas::brgemm(num_out, num_in, together, left_length, num_in, num_in, start > 0,
                                     left + i * left_step, right + i * right_step, products + i * size, PAIR<T> == 2);
       release_products<T>();
     });
@@ -341,7 +360,7 @@ Tensor filter_gradient(const Tensor& x, const Tensor& grad) {
         for (int64_t i = 0; i < 9; ++i) store(out + (k * 9 + i) * num_in + c, filter[i]);
       }
   });
-  return result;
+  return {result, parts.sum(0)};
 }
 
 // ---------------------------------------------------------------------------------------------------- group norm
@@ -359,10 +378,8 @@ void for_channels(int64_t num_images, int64_t num_channels, int64_t num_groups, 
   });
 }
 
-inline Lanes lanes(float x) { return _mm512_set1_ps(x); }
-
-// (B, H, W, C) and gain, shift and offset of each channel, (B, C) float32 -> normalised x + offset, and the mean and the
-// inverse deviation of each group, (B, G) float32.
+// (B, H, W, C) and gain, shift and offset of each channel, (B, C) float32 -> normalised x + offset, and the mean and
+// the inverse deviation of each group, (B, G) float32.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& x, const Tensor& gain, const Tensor& shift,
                                               const Tensor& offset, int64_t num_groups, double eps, bool silu) {
@@ -547,12 +564,11 @@ TORCH_LIBRARY(unet_diffusion, library) {
       return group_norm<decltype(number)>(x, gain, shift, offset, num_groups, eps, silu);
     });
   });
-  library.def("group_norm_gradient",
-              [](const Tensor& grad, const Tensor& x, const Tensor& gain, const Tensor& shift, const Tensor& offset,
-                 const Tensor& means, const Tensor& inverses, bool silu) {
-                check(grad, x.scalar_type(), x.sizes());
-                return with_type(x.scalar_type(), [&](auto number) {
-                  return group_norm_gradient<decltype(number)>(grad, x, gain, shift, offset, means, inverses, silu);
-                });
-              });
+  library.def("group_norm_gradient", [](const Tensor& grad, const Tensor& x, const Tensor& gain, const Tensor& shift,
+                                        const Tensor& offset, const Tensor& means, const Tensor& inverses, bool silu) {
+    check(grad, x.scalar_type(), x.sizes());
+    return with_type(x.scalar_type(), [&](auto number) {
+      return group_norm_gradient<decltype(number)>(grad, x, gain, shift, offset, means, inverses, silu);
+    });
+  });
 }

@@ -186,10 +186,9 @@ class _WinogradConv2d(torch.autograd.Function):
         if need_x:  # the convolution with the filters turned by 180 degrees
             filters = winograd_filters(weight, x.dtype, turned=True)
             grad_x = _convolve(grad, filters, weight.new_zeros(x.shape[3]))
-        if need_weight:
-            grad_weight = operators().winograd_filter_gradient(x, grad).permute(0, 3, 1, 2)
-        if need_bias:
-            grad_bias = grad.sum((0, 1, 2), dtype=torch.float32)
+        if need_weight or need_bias:
+            grad_weight, grad_bias = operators().winograd_filter_gradient(x, grad)
+            grad_weight = grad_weight.permute(0, 3, 1, 2)
         return grad_x, grad_weight, grad_bias
 
 
