@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unet_diffusion.blocks import Conv3x3
 from unet_diffusion.interop import to_diffusers
-from unet_diffusion.kernels import fused_group_norm, winograd_conv2d, winograd_filters
+from unet_diffusion.kernels import compiled_kernels, fused_group_norm, winograd_conv2d, winograd_filters
 from unet_diffusion.speed import MIN_WINOGRAD_CHANNELS, round_weights, set_speed, speeds_for
 from unet_diffusion.unet import DenoiserUNet
 
@@ -77,6 +77,27 @@ def test_winograd_convolution_in_autocast_is_the_convolution_up_to_bfloat16():
     assert_same_function(fused, lambda *args: F.conv2d(*args, padding=1), inputs, BFLOAT16)
 
 
+def test_winograd_convolution_of_nothing_has_gradients_of_zero():
+    inputs = leaves((0, 16, 4, 4), (32, 16, 3, 3), (32,))
+    out = winograd_conv2d(*inputs)
+    assert out.shape == (0, 32, 4, 4)
+    for grad, one in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
+        assert torch.equal(grad, torch.zeros_like(one))
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "message"),
+    [
+        (24, torch.float32, "channels must be a multiple of 16, got 24"),
+        (16, torch.float64, "fused kernels are for float32 and bfloat16, not Double"),
+    ],
+)
+def test_winograd_convolution_refuses_what_it_cannot_do(channels, dtype, message):
+    x, weight, bias = (one.detach().to(dtype) for one in leaves((1, channels, 4, 4), (16, channels, 3, 3), (16,)))
+    with pytest.raises(RuntimeError, match=message):
+        winograd_conv2d(x, weight, bias)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_winograd_convolution_takes_any_memory_format_and_returns_channels_last(memory_format):
     x, weight, bias = (tensor.detach() for tensor in leaves((2, 32, 8, 8), (64, 32, 3, 3), (64,)))
@@ -122,6 +143,32 @@ def test_fused_group_norm_survives_a_map_without_variance():
     x = torch.full((1, 8, 4, 4), 1000.0)
     out = fused_group_norm(x, 4, torch.ones(8), torch.zeros(8), 1e-5, silu=True)
     assert out.abs().max() < 1e-2  # the variance of equal numbers is 0 up to rounding, and eps is all there is
+
+
+def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new"))
+    monkeypatch.setenv("CXX", "false")  # a program that fails
+    with pytest.raises(RuntimeError, match="false cannot compile the fused kernels"):
+        compiled_kernels()
+    assert list((tmp_path / "new").iterdir()) == []
+
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nfor last; do :; done\ntouch "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    library = compiled_kernels()
+    assert compiled_kernels() == library
+    assert list((tmp_path / "new").iterdir()) == [library]
+    compiling, linking = (tmp_path / "called").read_text().splitlines()  # and no second time
+    assert "-fopenmp" in compiling
+    assert "-fopenmp" not in linking
+
+
+def test_a_folder_that_cannot_hold_the_kernels_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
+    with pytest.raises(RuntimeError, match=r"cannot be kept: .*; set TORCH_EXTENSIONS_DIR to a folder"):
+        compiled_kernels()
 
 
 @pytest.mark.parametrize("options", [{}, {"scale_shift": True, "resample": "resnet"}], ids=["added", "scale and shift"])

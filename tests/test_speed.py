@@ -91,6 +91,7 @@ def time_as_told(monkeypatch, *, float32: float, **seconds: float) -> list[str]:
 
     monkeypatch.setattr(speed, "_step_seconds", step_seconds)
     monkeypatch.setattr(speed, "speeds_for", lambda device: SPEEDS)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")  # nothing is compiled
     return timed
 
 
@@ -123,6 +124,13 @@ def test_what_takes_longer_to_try_than_it_can_save_is_not_tried(tiny_unet, monke
     assert timed[5:] == ["plain", "channels_last", "fused", "float32"]
 
 
+def test_what_is_compiled_is_tried_in_any_run(tiny_unet, monkeypatch, tmp_path):
+    timed = time_as_told(monkeypatch, plain=1.0, channels_last=1.0, fused=0.5, compiled=0.1, float32=1.0)
+    monkeypatch.setattr(speed, "library_path", lambda: tmp_path)  # there
+    assert choose(tiny_unet(), num_steps=1)[0] == "fused"
+    assert timed == ["plain", "channels_last", "fused"]
+
+
 def test_a_setting_that_does_not_run_is_left_out(tiny_unet, monkeypatch):
     time_as_told(monkeypatch, plain=1.0, channels_last=1.0, compiled=0.5, float32=1.0)
     chosen, reason = choose(tiny_unet())
@@ -137,7 +145,8 @@ def test_float32_is_recommended_where_bfloat16_is_slower(tiny_unet, monkeypatch)
     assert timed[5:] == ["float32"] * 4
 
 
-def test_trying_leaves_network_and_random_numbers_alone(tiny_unet):
+def test_trying_leaves_network_and_random_numbers_alone(tiny_unet, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")
     unet = tiny_unet(dropout=0.5)
     weights, random_state = copy.deepcopy(unet.state_dict()), torch.get_rng_state()
     chosen, reason = choose(unet, num_steps=1)  # too few to compile for
@@ -270,6 +279,7 @@ def test_auto_without_a_data_module_is_refused(tiny_module, tiny_images, quiet_t
 
 def test_fit_times_the_speeds_of_this_machine_and_says_so(run_cli, tiny_digits, tmp_path, monkeypatch):
     said = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")
     monkeypatch.setattr("unet_diffusion.training.base.rank_zero_info", said.append)
     status, _, err = run_cli("fit", *tiny_digits, "--model.speed", "auto", "--trainer.default_root_dir", tmp_path)
     assert status == 0, err

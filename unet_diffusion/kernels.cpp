@@ -10,7 +10,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zero.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -56,7 +56,7 @@ inline void store(float* p, Lanes x, __mmask16 mask = 0xffff) { _mm512_mask_stor
 
 inline void store(BFloat16* p, Lanes x, __mmask16 mask = 0xffff) { _mm256_mask_storeu_epi16(p, mask, rounded(x)); }
 
-// As many vectors as PAIR, number by number side by side.
+// As many vectors as PAIR of that type, their numbers by turns.
 inline __m512i paired(const float*, const Lanes* x) { return _mm512_castps_si512(x[0]); }
 
 inline __m512i paired(const BFloat16*, const Lanes* x) {
@@ -145,8 +145,8 @@ struct Tiling {
         columns(blocks(width, 2)),
         count(x.size(0) * rows * columns) {}
 
-  // Addresses of the SIZE x SIZE pixels from 1 - MARGIN of tile number `tile` on; `outside` for those that are not in
-  // it.
+  // Addresses of SIZE x SIZE pixels, the first of them MARGIN above and to the left of those of which tile number `tile`
+  // makes the output; `outside` for pixels that are not in the image.
   template <int SIZE, int MARGIN, class T>
   void pixels(int64_t tile, T* image, int64_t channels, T* outside, T* (&found)[SIZE * SIZE]) const {
     const int64_t top = tile / columns % rows * 2 - MARGIN, left = tile % columns * 2 - MARGIN;
@@ -165,8 +165,8 @@ inline void load_tile(T* const (&pixels)[SIZE * SIZE], int64_t channel, Lanes (&
   for (int i = 0; i < SIZE * SIZE; ++i) tile[i] = load(pixels[i] + channel);
 }
 
-// Distance between components of as many numbers: a cache line more, since caches confuse addresses of high powers
-// of 2.
+// Distance between components of as many numbers: a cache line more, as caches put multiples of a high power of 2 in
+// the same few places.
 template <class T>
 int64_t padded(int64_t numbers) {
   return numbers + 64 / sizeof(T);
@@ -254,7 +254,7 @@ Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias) {
                                       products + i * products_step, PAIR<T> == 2);
         for (int64_t t = 0; t < together && start + t < tiling.count; ++t) {
           T* pixels[4];
-          tiling.pixels<2, 0>(start + t, out, num_out, dump.data() - k0, pixels);
+          tiling.pixels<2, 0>(start + t, out, num_out, dump.data(), pixels);
           for (int64_t k = 0; k < num_columns; k += LANES) {
             Lanes m[16], tile[4];
 #pragma GCC unroll 16
@@ -281,7 +281,9 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad) 
   const auto floats = x.options().dtype(at::kFloat);
 
   // For each component, gradients (K, tiles) times inputs (tiles, C).
-  const int64_t together = std::min(GRADIENT_TILES, blocks(tiling.count, GROUP) * GROUP);
+  if (tiling.count == 0) return {at::zeros({num_out, 3, 3, num_in}, floats), at::zeros({num_out}, floats)};
+  const int64_t turns = blocks(tiling.count, GRADIENT_TILES);
+  const int64_t together = blocks(blocks(tiling.count, turns), GROUP) * GROUP;
   const int64_t left_length = padded<T>(together);
   const int64_t left_step = num_out * left_length, right_step = padded<T>(together * num_in);
   const Tensor left_scratch = at::empty({COMPONENTS * left_step}, x.options());
@@ -293,7 +295,6 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad) 
   float* const products = sums.mutable_data_ptr<float>();
   float* const bias_parts = parts.mutable_data_ptr<float>();
   const std::vector<T> zeros(std::max(num_in, num_out));
-  if (tiling.count == 0) sums.zero_();
   for (int64_t start = 0; start < tiling.count; start += together) {
     at::parallel_for(0, together / GROUP, 1, [&](int64_t begin, int64_t end) {
       alignas(64) int32_t found[COMPONENTS][LANES][LANES];  // pairs of tiles by channels

@@ -25,9 +25,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-COMPILER_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
-AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
-LIBRARIES = ("-ltorch_cpu", "-lc10")
+SOURCE = Path(__file__).with_suffix(".cpp")
+TORCH = Path(torch.__file__).parent
+COMPILER_FLAGS = (
+    *("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+)
 
 
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, filters: Tensor | None = None) -> Tensor:
@@ -123,41 +126,48 @@ def double_by_copies(x: Tensor, size: Sequence[int]) -> Tensor:
 
 @cache
 def operators() -> Any:
-    """The operators of kernels.cpp, compiled in about 15 s when they are first asked for, and kept on disk.
-
-    Raises:
-        RuntimeError: if they cannot be compiled, with the compiler's words.
-    """
-    torch.ops.load_library(str(_library()))
+    """The operators of kernels.cpp. Raises RuntimeError if they cannot be compiled or kept, with the reason."""
+    torch.ops.load_library(str(compiled_kernels()))
     return torch.ops.unet_diffusion
 
 
-def _library() -> Path:
-    """kernels.cpp, compiled. The file's name tells of what and how, and it appears when it is whole."""
-    source = Path(__file__).with_suffix(".cpp")
-    cpu_flags = [*AVX512_FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
-    compiler = os.environ.get("CXX", "g++")
-    torch_folder = Path(torch.__file__).parent
-    includes = [f"-I{torch_folder / folder}" for folder in ("include", "include/torch/csrc/api/include")]
-    compile_command = [compiler, "-c", *COMPILER_FLAGS, *cpu_flags, *includes, str(source)]
-    recipe = "\n".join([torch.__version__, *compile_command, source.read_text()])
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    library = folder / f"unet_diffusion_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+def compiled_kernels() -> Path:
+    """kernels.cpp as a library, compiled in about 15 s if it is not there yet; it appears when it is whole.
+
+    Raises:
+        RuntimeError: if it cannot be compiled or kept, with the reason.
+    """
+    library = library_path()
     if library.exists():
         return library
+    compile_command = _compile_command()
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as temporary:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=library.parent) as temporary:
             compiled, linked = Path(temporary, "kernels.o"), Path(temporary, "kernels.so")
             _run([*compile_command, "-o", str(compiled)])
             # Without an OpenMP of its own: torch's, which has the threads, is the one that it finds.
-            _run([compiler, "-shared", str(compiled), "-o", str(linked), f"-L{torch_folder / 'lib'}", *LIBRARIES])
+            _run([compile_command[0], "-shared", str(compiled), *libraries, "-o", str(linked)])
             linked.replace(library)
     except OSError as error:
         raise RuntimeError(
             f"the fused kernels cannot be kept: {error}; set TORCH_EXTENSIONS_DIR to a folder that can be written"
         ) from error
     return library
+
+
+def library_path() -> Path:
+    """Where it is kept, in the folder TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions: named by its contents."""
+    recipe = "\n".join([torch.__version__, *_compile_command(), SOURCE.read_text()])
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return folder / f"unet_diffusion_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+
+
+def _compile_command() -> list[str]:
+    flags = [*COMPILER_FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
+    includes = [f"-I{TORCH / folder}" for folder in ("include", "include/torch/csrc/api/include")]
+    return [os.environ.get("CXX", "g++"), "-c", *flags, *includes, str(SOURCE)]
 
 
 def _run(command: list[str]) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.blocks import Conv3x3, GroupNorm, Upsample
-from unet_diffusion.kernels import operators, winograd_filters
+from unet_diffusion.kernels import library_path, operators, winograd_filters
 from unet_diffusion.unet import PixelNetwork
 
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
@@ -143,7 +143,8 @@ def fastest_speed(
 
     Forward and backward of a copy are timed, three steps each, on x's device. "plain" and "channels_last", which
     compile nothing, are always tried; the others only if compiling them all is expected to take at most 5 % of the run
-    (see TRIALS). One that fails is left out. The network and the random numbers are left as they were.
+    (see TRIALS; what is compiled already costs nothing). One that fails is left out. The network and the random numbers
+    are left as they were.
 
     Args:
         unet: the network.
@@ -158,6 +159,7 @@ def fastest_speed(
     left = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
     notes = []
     for speed, cost in TRIALS.get(x.device.type, {"channels_last": 0}).items():
+        cost = 0 if speed == "fused" and library_path().exists() else cost
         if cost <= left and speed in speeds_for(x.device):
             left -= cost
             try:
