@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +61,13 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def empty_caches() -> Iterator[Path]:
+def empty_caches() -> Iterator[None]:
     """Where compiled kernels are kept, of this process and of those that it starts: empty at first, gone afterwards."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"] = folder
-        yield Path(folder)
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder, TORCH_EXTENSIONS_DIR=folder),
+    ):
+        yield
 
 
 def peaks(device: torch.device) -> dict[str, float]:

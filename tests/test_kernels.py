@@ -1,5 +1,8 @@
 """The fused kernels against PyTorch's own operations in float64, forward and backward."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from unet_diffusion.blocks import Conv3x3
 from unet_diffusion.interop import to_diffusers
 from unet_diffusion.kernels import compiled_kernels, fused_group_norm, winograd_conv2d, winograd_filters
 from unet_diffusion.speed import MIN_WINOGRAD_CHANNELS, round_weights, set_speed, speeds_for
-from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.unet import DenoiserUNet, SegmentationUNet
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif("fused" not in speeds_for(CPU), reason="needs AVX-512 and a C++ compiler")
@@ -52,10 +55,16 @@ def assert_same_function(fused, plain, inputs: list[Tensor], tolerance: float) -
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_winograd_convolution_is_the_convolution(shape):
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_winograd_convolution_is_the_convolution(shape, padding):
     batch, channels_in, channels_out, height, width = shape
     inputs = leaves((batch, channels_in, height, width), (channels_out, channels_in, 3, 3), (channels_out,))
-    assert_same_function(winograd_conv2d, lambda *args: F.conv2d(*args, padding=1), inputs, FLOAT32)
+    fused = partial(winograd_conv2d, padding=padding)
+    if min(height, width) + 2 * padding < 3:
+        with pytest.raises(RuntimeError, match=r"too small for 3x3 filters: \[1, 1, 1, 64\]"):
+            fused(*inputs)
+    else:
+        assert_same_function(fused, lambda *args: F.conv2d(*args, padding=padding), inputs, FLOAT32)
 
 
 def test_winograd_convolution_with_filters_made_before_is_the_same():
@@ -65,8 +74,10 @@ def test_winograd_convolution_with_filters_made_before_is_the_same():
     assert torch.equal(winograd_conv2d(x, torch.zeros_like(weight), bias, filters=filters), expected)
 
 
-def test_winograd_convolution_in_autocast_is_the_convolution_up_to_bfloat16():
-    inputs = leaves((2, 64, 8, 8), (32, 64, 3, 3), (32,))
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_winograd_convolution_in_autocast_is_the_convolution_up_to_bfloat16(shape):
+    batch, channels_in, channels_out, height, width = shape
+    inputs = leaves((batch, channels_in, height, width), (channels_out, channels_in, 3, 3), (channels_out,))
 
     def fused(*args: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -120,6 +131,21 @@ def test_fused_group_norm_is_the_three_operations(shape, silu):
         return F.silu(out) if silu else out
 
     assert_same_function(fused, plain, inputs, FLOAT32)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_fused_group_norm_of_bfloat16_is_the_three_operations_up_to_rounding(silu):
+    x, *others = leaves((3, 40, 7, 10), (40,), (40,), (3, 40))
+    inputs = [x.detach().bfloat16().requires_grad_(), *others]
+
+    def fused(x, weight, bias, offset):
+        return fused_group_norm(x, 4, weight, bias, 1e-5, offset=offset, silu=silu)
+
+    def plain(x, weight, bias, offset):
+        out = F.group_norm(x + offset[:, :, None, None], 4, weight, bias, 1e-5)
+        return F.silu(out) if silu else out
+
+    assert_same_function(fused, plain, inputs, BFLOAT16)
 
 
 def test_fused_group_norm_takes_gains_of_each_image():
@@ -190,6 +216,23 @@ def test_fused_network_is_diffusers_network(options):
     grads = dict(theirs.named_parameters())
     for name, parameter in unet.named_parameters():  # the bias of the keys has a gradient of 0, up to rounding
         torch.testing.assert_close(parameter.grad, grads[name].grad, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_fused_segmentation_network_is_the_plain_one(padding):
+    torch.manual_seed(0)
+    width = MIN_WINOGRAD_CHANNELS
+    unet = SegmentationUNet(1, 2, channels=(width, width), padding=padding)
+    plain = copy.deepcopy(unet).double()
+    set_speed(unet, "fused")
+    assert sum(isinstance(module, Conv3x3) and module.fused for module in unet.modules()) == 5  # all but the first
+    x = torch.rand(1, 1, 28, 36)
+    ours, expected = unet(x), plain(x.double())
+    assert_near(ours, expected, 1e-5)
+    ours.square().mean().backward()
+    expected.square().mean().backward()
+    for parameter, one in zip(unet.parameters(), plain.parameters(), strict=True):
+        assert_near(parameter.grad, one.grad, 1e-4)
 
 
 def test_fused_network_with_rounded_weights_is_as_near_the_exact_one():

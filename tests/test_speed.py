@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unet_diffusion import speed
 from unet_diffusion.sampling import build_scheduler, denoise, image_generators
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import SPEEDS, fastest_speed, round_weights, set_speed
+from unet_diffusion.speed import SPEEDS, fastest_speed, round_weights, set_speed, speed_for_use
 from unet_diffusion.training import DiffusionModule
 from unet_diffusion.training.base import NetworkModule
 
@@ -287,6 +287,35 @@ def test_fit_times_the_speeds_of_this_machine_and_says_so(run_cli, tiny_digits, 
     chosen = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["speed"]
     assert chosen in ("plain", "channels_last")  # four steps are too few to compile for
     assert reason.startswith(f"speed {chosen}: ")
+
+
+@pytest.mark.parametrize(
+    ("trained_at", "device", "used_at"),
+    [
+        ("plain", "cpu", "plain"),
+        ("channels_last", "cpu", "channels_last"),
+        pytest.param("fused", "cpu", "fused", marks=NEEDS_COMPILER),
+        ("fused", "cuda", "channels_last"),
+        ("compiled", "cpu", "channels_last"),
+        ("graphed", "cuda", "channels_last"),
+        ("plain", "cuda", "plain"),
+    ],
+)
+def test_a_network_is_used_at_the_speed_it_was_trained_at_if_that_compiles_no_whole_one(trained_at, device, used_at):
+    assert speed_for_use(trained_at, torch.device(device)) == used_at
+
+
+def test_sample_runs_at_the_speed_of_the_training(run_cli, tiny_digits, tmp_path, monkeypatch):
+    options = ("--model.speed", "channels_last", "--trainer.default_root_dir", tmp_path / "run")
+    status, _, err = run_cli("fit", *tiny_digits, *options)
+    assert status == 0, err
+    set_to = []
+    monkeypatch.setattr("unet_diffusion.cli.set_speed", lambda unet, speed: set_to.append(speed))
+    for asked in ([], ["--speed", "plain"]):
+        command = ("sample", tmp_path / "run", "--num_images", 1, "--num_inference_steps", 2, "--overwrite", *asked)
+        status, _, err = run_cli(*command, "--output", tmp_path / "drawn")
+        assert status == 0, err
+    assert set_to == ["channels_last", "plain"]
 
 
 class HostReads(TorchDispatchMode):

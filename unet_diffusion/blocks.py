@@ -146,24 +146,26 @@ class ResidualBlock(nn.Module):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps height and width.
+    """A 3x3 convolution.
 
     Args:
         in_channels: C.
         out_channels: K.
+        padded: zeros around the input keep height and width; otherwise both lose 2 pixels.
     """
 
     fused = False  # by `kernels.winograd_conv2d`; see `speed.set_speed`
     filters: Tensor | None = None  # for it, of a network that is not trained; see `speed.round_weights`
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
+    def __init__(self, in_channels: int, out_channels: int, *, padded: bool = True):
+        super().__init__(in_channels, out_channels, 3, padding=int(padded))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
             return super().forward(x)
         filters = None if torch.is_grad_enabled() else self.filters
-        return winograd_conv2d(x, self.weight, cast(Tensor, self.bias), filters=filters)
+        padding, _ = cast(tuple[int, int], self.padding)
+        return winograd_conv2d(x, self.weight, cast(Tensor, self.bias), padding=padding, filters=filters)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -418,11 +420,10 @@ class DoubleConv(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        conv = Conv3x3 if padded else partial(nn.Conv2d, kernel_size=3)
-        self.conv1 = conv(in_channels, out_channels)
+        self.conv1 = Conv3x3(in_channels, out_channels, padded=padded)
         self.norm1 = make_norm(out_channels)
         self.time_emb_proj = None if emb_channels is None else nn.Linear(emb_channels, out_channels)
-        self.conv2 = conv(out_channels, out_channels)
+        self.conv2 = Conv3x3(out_channels, out_channels, padded=padded)
         self.norm2 = make_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from unet_diffusion.conditioning import ClassLabels, Condition, network_inputs, null_inputs
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.speed import Speed
 from unet_diffusion.unet import PixelNetwork
 from unet_diffusion.whole_file import whole_file
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # it imports diffusers, which most of this module does not ne
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
 Part = TypeVar("Part", bound=nn.Module)
 Kind = TypeVar("Kind", bound=Condition)
-SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")
+SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings", "speed")
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
 
 
@@ -48,6 +49,7 @@ class TrainedDenoiser:
         settings: of the training, plain values; for the model card.
         latent_space: of the latents that it denoises, and image_shape is the shape of; None: it denoises images.
         conditions: what it is conditioned on beside the class labels that it embeds itself; averaged (EMA) weights.
+        speed: it was trained at.
     """
 
     unet: PixelNetwork
@@ -58,6 +60,7 @@ class TrainedDenoiser:
     settings: dict[str, Any] = field(default_factory=dict)
     latent_space: LatentSpace | None = None
     conditions: nn.ModuleList = field(default_factory=nn.ModuleList)
+    speed: Speed = "plain"
 
     @property
     def all_conditions(self) -> list[Condition]:
@@ -98,6 +101,7 @@ class TrainedSegmenter:
         stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
         window_size: height and width of the windows it was trained on, in pixels.
         settings: of the training, plain values.
+        speed: it was trained at.
     """
 
     unet: PixelNetwork
@@ -107,6 +111,7 @@ class TrainedSegmenter:
     stretch: bool
     window_size: int
     settings: dict[str, Any] = field(default_factory=dict)
+    speed: Speed = "plain"
 
 
 @dataclass
@@ -200,6 +205,7 @@ def denoiser_record(trained: TrainedDenoiser) -> dict[str, Any]:
         "settings": trained.settings,
         "latent_space": None if trained.latent_space is None else trained.latent_space.plain(),
         "conditions": [network_record(cast(Condition, one)) for one in trained.conditions],
+        "speed": trained.speed,
     }
 
 
@@ -227,6 +233,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
             settings=record["settings"],
             latent_space=LatentSpace.from_plain(record["latent_space"]) if record["latent_space"] else None,
             conditions=conditions.eval(),
+            speed=record["speed"],
         )
 
 

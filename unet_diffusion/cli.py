@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from unet_diffusion.processes import own_device, processes
-from unet_diffusion.speed import SPEEDS, keep_freed_memory, round_weights, set_speed
+from unet_diffusion.speed import SPEEDS, keep_freed_memory, round_weights, set_speed, speed_for_use
 from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
 
 if TYPE_CHECKING:
@@ -348,8 +348,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speed",
         choices=SPEEDS,
-        default="plain",
-        help="how the network runs; fused (CPU), compiled and graphed (GPU) compile first, and pay with many images",
+        help="how the network runs; default: as in training, but channels_last for one that was compiled as a whole, "
+        "which takes minutes and pays with many images",
     )
     parser.set_defaults(run=_sample)
 
@@ -410,7 +410,7 @@ def _sample(options: argparse.Namespace) -> None:
     drawing = Drawing.of(options)
     if torch.device(options.device).type == "cpu":
         keep_freed_memory()
-    set_speed(drawing.trained.unet, options.speed)
+    set_speed(drawing.trained.unet, options.speed or speed_for_use(drawing.trained.speed, torch.device(options.device)))
     if options.precision == "bfloat16":
         round_weights(drawing.trained.unet)
     _draw_and_save(options, drawing.draw, drawing.num_steps)
@@ -495,7 +495,9 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window_size", type=int, help="pixels given to the network at once; default: as in training")
     _add_hardware(parser, of="network")
     parser.add_argument(
-        "--speed", choices=SPEEDS, default="plain", help="how the network runs; channels_last is often faster"
+        "--speed",
+        choices=SPEEDS,
+        help="how the network runs; default: as in training, but nothing is compiled as a whole",
     )
     parser.set_defaults(run=_segment)
 
@@ -518,7 +520,8 @@ def _segment(options: argparse.Namespace) -> None:
     device_type = torch.device(options.device).type
     if device_type == "cpu":
         keep_freed_memory()
-    set_speed(trained.unet.to(options.device), options.speed)
+    speed = options.speed or speed_for_use(trained.speed, torch.device(options.device))
+    set_speed(trained.unet.to(options.device), speed)
     outputs = Outputs(options.output, options.probabilities, options.overlays, options.instances)
 
     @torch.inference_mode()

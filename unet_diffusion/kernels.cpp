@@ -134,27 +134,32 @@ inline void both_ways(void (&transform)(const Lanes (&)[N], Lanes (&)[M]), const
   }
 }
 
-// How an image is cut into tiles, two pixels apart.
+// Images of one size.
+struct Images {
+  int64_t count, height, width;
+};
+
+// How the output of a convolution is cut into tiles of 2x2 pixels. Each is made of the 4x4 input pixels from `padding`
+// above and to the left of its place.
 struct Tiling {
-  int64_t height, width, rows, columns, count;
+  int64_t rows, columns, count;
 
-  explicit Tiling(const Tensor& x)
-      : height(x.size(1)),
-        width(x.size(2)),
-        rows(blocks(height, 2)),
-        columns(blocks(width, 2)),
-        count(x.size(0) * rows * columns) {}
+  explicit Tiling(const Images& output)
+      : rows(blocks(output.height, 2)), columns(blocks(output.width, 2)), count(output.count * rows * columns) {}
 
-  // Addresses of SIZE x SIZE pixels, the first of them MARGIN above and to the left of those of which tile number `tile`
-  // makes the output; `outside` for pixels that are not in the image.
-  template <int SIZE, int MARGIN, class T>
-  void pixels(int64_t tile, T* image, int64_t channels, T* outside, T* (&found)[SIZE * SIZE]) const {
-    const int64_t top = tile / columns % rows * 2 - MARGIN, left = tile % columns * 2 - MARGIN;
-    T* const start = tile < count ? image + tile / (rows * columns) * height * width * channels : nullptr;
+  // Addresses of the SIZE x SIZE pixels from `padding` above and to the left of the place of tile number `tile`; `outside`
+  // for those that are not in the image, and for tiles beyond the last.
+  template <int SIZE, class T>
+  void pixels(int64_t tile, const Images& images, T* image, int64_t channels, int64_t padding, T* outside,
+              T* (&found)[SIZE * SIZE]) const {
+    const int64_t top = tile / columns % rows * 2 - padding, left = tile % columns * 2 - padding;
+    T* const start =
+        tile < count ? image + tile / (rows * columns) * images.height * images.width * channels : nullptr;
     for (int64_t y = 0; y < SIZE; ++y)
       for (int64_t x = 0; x < SIZE; ++x) {
-        const bool inside = start && top + y >= 0 && top + y < height && left + x >= 0 && left + x < width;
-        found[y * SIZE + x] = inside ? start + ((top + y) * width + left + x) * channels : outside;
+        const bool inside =
+            start && top + y >= 0 && top + y < images.height && left + x >= 0 && left + x < images.width;
+        found[y * SIZE + x] = inside ? start + ((top + y) * images.width + left + x) * channels : outside;
       }
   }
 };
@@ -212,12 +217,15 @@ void release_products() {
   if (PAIR<T> == 2) at::native::cpublas::brgemm_release();  // the matrix unit, where there is one
 }
 
-// (B, H, W, C) * (16, C, K) + (K,) -> (B, H, W, K)
+Images images_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2)}; }
+
+// (B, H, W, C) * (16, C, K) + (K,) -> (B, H + 2 padding - 2, W + 2 padding - 2, K)
 template <class T>
-Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias) {
+Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias, int64_t padding) {
   const int64_t num_in = x.size(3), num_out = filters.size(2);
-  const Tiling tiling(x);
-  Tensor result = at::empty({x.size(0), x.size(1), x.size(2), num_out}, x.options());
+  const Images from = images_of(x), to{from.count, from.height + 2 * padding - 2, from.width + 2 * padding - 2};
+  const Tiling tiling(to);
+  Tensor result = at::empty({to.count, to.height, to.width, num_out}, x.options());
   const T* const image = x.const_data_ptr<T>();
   const T* const filter = filters.const_data_ptr<T>();
   const float* const added = bias.const_data_ptr<float>();
@@ -237,7 +245,7 @@ Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias) {
     for (int64_t start = begin * together; start < end * together; start += together) {
       for (int64_t t = 0; t < together; ++t) {
         const T* pixels[16];
-        tiling.pixels<4, 1>(start + t, image, num_in, zeros.data(), pixels);
+        tiling.pixels<4>(start + t, from, image, num_in, padding, zeros.data(), pixels);
         for (int64_t c = 0; c < num_in; c += LANES) {
           Lanes d[16], tile[16];
           load_tile<4>(pixels, c, d);
@@ -254,7 +262,7 @@ Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias) {
                                       products + i * products_step, PAIR<T> == 2);
         for (int64_t t = 0; t < together && start + t < tiling.count; ++t) {
           T* pixels[4];
-          tiling.pixels<2, 0>(start + t, out, num_out, dump.data(), pixels);
+          tiling.pixels<2>(start + t, to, out, num_out, 0, dump.data(), pixels);
           for (int64_t k = 0; k < num_columns; k += LANES) {
             Lanes m[16], tile[4];
 #pragma GCC unroll 16
@@ -272,10 +280,11 @@ Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias) {
 
 // (B, H, W, C) and the gradient of the result, (B, H, W, K) -> those of weight, (K, 3, 3, C), and bias, (K,), float32
 template <class T>
-std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad) {
+std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, int64_t padding) {
   constexpr int64_t GROUP = LANES * PAIR<T>;  // tiles of which a channel of one component fills a vector
   const int64_t num_in = x.size(3), num_out = grad.size(3), size = num_in * num_out;
-  const Tiling tiling(x);
+  const Images from = images_of(x), to = images_of(grad);
+  const Tiling tiling(to);
   const T* const image = x.const_data_ptr<T>();
   const T* const slope = grad.const_data_ptr<T>();
   const auto floats = x.options().dtype(at::kFloat);
@@ -301,7 +310,7 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad) 
       for (int64_t group = begin * GROUP; group < end * GROUP; group += GROUP) {
         const T* pixels[GROUP][4];
         for (int64_t t = 0; t < GROUP; ++t)
-          tiling.pixels<2, 0>(start + group + t, slope, num_out, zeros.data(), pixels[t]);
+          tiling.pixels<2>(start + group + t, to, slope, num_out, 0, zeros.data(), pixels[t]);
         for (int64_t k = 0; k < num_out; k += LANES) {
           Lanes total = lanes(0);
           for (int64_t t = 0; t < GROUP; t += PAIR<T>) {
@@ -326,7 +335,7 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad) 
         for (int64_t t = 0; t < GROUP; t += PAIR<T>) {
           const T* sources[PAIR<T>][16];
           for (int64_t one = 0; one < PAIR<T>; ++one)
-            tiling.pixels<4, 1>(start + group + t + one, image, num_in, zeros.data(), sources[one]);
+            tiling.pixels<4>(start + group + t + one, from, image, num_in, padding, zeros.data(), sources[one]);
           for (int64_t c = 0; c < num_in; c += LANES) {
             Lanes tiles[PAIR<T>][16];
             for (int64_t one = 0; one < PAIR<T>; ++one) {
@@ -538,6 +547,11 @@ void check_channels(int64_t count) {
   TORCH_CHECK(count % LANES == 0, "channels must be a multiple of ", LANES, ", got ", count);
 }
 
+void check_padding(const Tensor& x, int64_t padding) {
+  TORCH_CHECK(padding >= 0 && padding <= 2, "padding must be 0 to 2, got ", padding);
+  TORCH_CHECK(x.size(1) + 2 * padding > 2 && x.size(2) + 2 * padding > 2, "too small for 3x3 filters: ", x.sizes());
+}
+
 TORCH_LIBRARY(unet_diffusion, library) {
   library.def("winograd_filters", [](const Tensor& weight, at::ScalarType type, bool turned) {
     TORCH_CHECK(weight.dim() == 4, "expected (K, 3, 3, C), got ", weight.sizes());
@@ -545,16 +559,19 @@ TORCH_LIBRARY(unet_diffusion, library) {
     check_channels(weight.size(0)), check_channels(weight.size(3));
     return with_type(type, [&](auto number) { return filter_tiles<decltype(number)>(weight, turned); });
   });
-  library.def("winograd_convolve", [](const Tensor& x, const Tensor& filters, const Tensor& bias) {
+  library.def("winograd_convolve", [](const Tensor& x, const Tensor& filters, const Tensor& bias, int64_t padding) {
     check_image(x), check_channels(x.size(3)), check_channels(bias.numel());
+    check_padding(x, padding);
     check(filters, x.scalar_type(), {COMPONENTS, x.size(3), bias.numel()});
     check(bias, at::kFloat, {bias.numel()});
-    return with_type(x.scalar_type(), [&](auto number) { return convolve<decltype(number)>(x, filters, bias); });
+    return with_type(x.scalar_type(), [&](auto number) { return convolve<decltype(number)>(x, filters, bias, padding); });
   });
-  library.def("winograd_filter_gradient", [](const Tensor& x, const Tensor& grad) {
+  library.def("winograd_filter_gradient", [](const Tensor& x, const Tensor& grad, int64_t padding) {
     check_image(x), check_image(grad), check_channels(x.size(3)), check_channels(grad.size(3));
-    check(grad, x.scalar_type(), {x.size(0), x.size(1), x.size(2), grad.size(3)});
-    return with_type(x.scalar_type(), [&](auto number) { return filter_gradient<decltype(number)>(x, grad); });
+    check_padding(x, padding);
+    const int64_t more = 2 * padding - 2;
+    check(grad, x.scalar_type(), {x.size(0), x.size(1) + more, x.size(2) + more, grad.size(3)});
+    return with_type(x.scalar_type(), [&](auto number) { return filter_gradient<decltype(number)>(x, grad, padding); });
   });
   library.def("group_norm", [](const Tensor& x, const Tensor& gain, const Tensor& shift, const Tensor& offset,
                                int64_t num_groups, double eps, bool silu) {

@@ -33,20 +33,23 @@ COMPILER_FLAGS = (
 )
 
 
-def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, filters: Tensor | None = None) -> Tensor:
-    """A 3x3 convolution with stride 1 and padding 1, (B, C, H, W) -> (B, K, H, W), in channels_last.
+def winograd_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, padding: int = 1, filters: Tensor | None = None
+) -> Tensor:
+    """A 3x3 convolution with stride 1, (B, C, H, W) -> (B, K, H + 2 padding - 2, W + 2 padding - 2), in channels_last.
 
     Args:
         x: (B, C, H, W), any size; computed in autocast's type where that is on, else in its own: float32 or bfloat16.
         weight: (K, C, 3, 3), C and K multiples of 16.
         bias: (K,).
+        padding: rows and columns of zeros on each side, 0 to 2.
         filters: of the weight and of that type, from `winograd_filters`; None: made in each call. No gradient flows.
     """
     dtype = _autocast_dtype(x)
     with torch.autocast(x.device.type, enabled=False):  # the kernels would be compiled again for each of its states
         if filters is not None:
-            return _convolve(_channels_last(x.to(dtype)), filters, bias)
-        return _WinogradConv2d.apply(x.to(dtype), weight, bias)
+            return _convolve(_channels_last(x.to(dtype)), filters, bias, padding)
+        return _WinogradConv2d.apply(x.to(dtype), weight, bias, padding)
 
 
 def winograd_filters(weight: Tensor, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
@@ -181,30 +184,31 @@ class _WinogradConv2d(torch.autograd.Function):
     """Keeps the input, not its tiles, which are four times as large."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
         x = _channels_last(x)
         ctx.save_for_backward(x, weight)
-        return _convolve(x, winograd_filters(weight, x.dtype), bias)
+        ctx.padding = padding
+        return _convolve(x, winograd_filters(weight, x.dtype), bias, padding)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = _channels_last(grads[0].to(x.dtype))
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if need_x:  # the convolution with the filters turned by 180 degrees
             filters = winograd_filters(weight, x.dtype, turned=True)
-            grad_x = _convolve(grad, filters, weight.new_zeros(x.shape[3]))
+            grad_x = _convolve(grad, filters, weight.new_zeros(x.shape[3]), 2 - ctx.padding)
         if need_weight or need_bias:
-            grad_weight, grad_bias = operators().winograd_filter_gradient(x, grad)
+            grad_weight, grad_bias = operators().winograd_filter_gradient(x, grad, ctx.padding)
             grad_weight = grad_weight.permute(0, 3, 1, 2)
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None
 
 
-def _convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
-    """(B, H, W, C) and filters -> (B, K, H, W), in channels_last."""
-    return operators().winograd_convolve(x, filters, bias.detach().float()).permute(0, 3, 1, 2)
+def _convolve(x: Tensor, filters: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """(B, H, W, C) and filters -> (B, K, H + 2 padding - 2, W + 2 padding - 2), in channels_last."""
+    return operators().winograd_convolve(x, filters, bias.detach().float(), padding).permute(0, 3, 1, 2)
 
 
 class _GroupNorm(torch.autograd.Function):

@@ -131,6 +131,11 @@ def speeds_for(device: torch.device) -> tuple[Speed, ...]:
     return "plain", "channels_last", "compiled"
 
 
+def speed_for_use(trained_at: Speed, device: torch.device) -> Speed:
+    """What a network that was trained at a speed is used at here: the same, unless that compiles the whole network."""
+    return trained_at if trained_at in ("plain", "fused") and trained_at in speeds_for(device) else "channels_last"
+
+
 def fastest_speed(
     unet: PixelNetwork,
     x: Tensor,

@@ -118,6 +118,7 @@ class DiffusionModule(NetworkModule):
             settings=self.settings,
             latent_space=self.latent_space,
             conditions=self.ema_conditions,
+            speed=self.chosen_speed,
         )
 
     @property

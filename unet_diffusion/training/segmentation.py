@@ -100,6 +100,7 @@ class SegmentationModule(NetworkModule):
             stretch=self.stretch,
             window_size=self.image_shape[-1],
             settings=self.settings,
+            speed=self.chosen_speed,
         )
 
     def meet_data(self, datamodule: Any) -> None:
