@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unet_diffusion.sampling import build_scheduler, image_generators, sample
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import SPEEDS, keep_freed_memory, round_weights, set_speed
+from unet_diffusion.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed
 from unet_diffusion.unet import DenoiserUNet
 
 SCHEDULERS = {"DPMSolverMultistepScheduler": 20, "DDIMScheduler": 50, "UniPCMultistepScheduler": 10}  # steps of each
@@ -116,7 +116,7 @@ def our_drawing_network(options: argparse.Namespace) -> DenoiserUNet:
     if options.device.type == "cpu":
         keep_freed_memory()  # it is the whole process's, so that diffusers gains too
     set_speed(unet, options.ours)
-    round_weights(unet)
+    prepare_weights(unet, torch.bfloat16)
     return unet
 
 

@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unet_diffusion import speed
 from unet_diffusion.sampling import build_scheduler, denoise, image_generators
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import SPEEDS, fastest_speed, round_weights, set_speed, speed_for_use
+from unet_diffusion.speed import SPEEDS, fastest_speed, prepare_weights, set_speed, speed_for_use
 from unet_diffusion.training import DiffusionModule
 from unet_diffusion.training.base import NetworkModule
 
 CPU = torch.device("cpu")
-NEEDS_COMPILER = pytest.mark.skipif("fused" not in speed.speeds_for(CPU), reason="needs AVX-512 and a C++ compiler")
+NEEDS_FUSED = pytest.mark.skipif(
+    "fused" not in speed.speeds_for(CPU), reason="needs AVX-512 with bf16 and a C++ compiler"
+)
 
 
 @pytest.mark.parametrize("name", speed.speeds_for(CPU))
@@ -31,7 +33,7 @@ def test_a_speed_changes_neither_weights_nor_names(tiny_unet, name):
 
 
 @pytest.mark.parametrize("options", [{}, {"scale_shift": True}], ids=["added", "scale and shift"])
-@pytest.mark.parametrize("name", ["plain", "channels_last", pytest.param("fused", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize("name", ["plain", "channels_last", pytest.param("fused", marks=NEEDS_FUSED)])
 def test_every_speed_computes_the_same(tiny_unet, name, options, monkeypatch):
     monkeypatch.setattr(speed, "MIN_WINOGRAD_CHANNELS", 8)
     unet, x, t = tiny_unet(**options), torch.randn(2, 1, 8, 8), torch.tensor([1, 99])
@@ -46,7 +48,7 @@ def test_every_speed_computes_the_same(tiny_unet, name, options, monkeypatch):
     torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-5)
 
 
-@NEEDS_COMPILER
+@NEEDS_FUSED
 def test_the_last_speed_set_counts(tiny_unet):
     unet = tiny_unet()
     for name in ("compiled", "fused", "plain"):
@@ -166,7 +168,7 @@ def test_rounded_weights_predict_what_autocast_does(tiny_unet, speed):
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 99]), torch.tensor([0, 2])
     with torch.no_grad(), bfloat16():
         expected = unet(x, t, labels)
-        round_weights(unet)
+        prepare_weights(unet, torch.bfloat16)
         assert unet.conv_in.weight.dtype == torch.bfloat16
         torch.testing.assert_close(unet(x, t, labels), expected, rtol=0, atol=0)
 
@@ -233,7 +235,7 @@ def test_a_run_continued_at_another_speed_keeps_its_moments(tiny_module, tiny_im
     assert differences.quantile(0.99) < 1e-4
 
 
-@NEEDS_COMPILER
+@NEEDS_FUSED
 def test_a_fused_run_in_bfloat16_goes_on_bit_for_bit(run_cli, tiny_digits, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "MIN_WINOGRAD_CHANNELS", 8)
     fused = [*tiny_digits, "--model.speed", "fused", "--trainer.precision", "bf16-mixed"]
@@ -294,7 +296,7 @@ def test_fit_times_the_speeds_of_this_machine_and_says_so(run_cli, tiny_digits, 
     [
         ("plain", "cpu", "plain"),
         ("channels_last", "cpu", "channels_last"),
-        pytest.param("fused", "cpu", "fused", marks=NEEDS_COMPILER),
+        pytest.param("fused", "cpu", "fused", marks=NEEDS_FUSED),
         ("fused", "cuda", "channels_last"),
         ("compiled", "cpu", "channels_last"),
         ("graphed", "cuda", "channels_last"),

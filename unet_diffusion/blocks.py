@@ -155,7 +155,7 @@ class Conv3x3(nn.Conv2d):
     """
 
     fused = False  # by `kernels.winograd_conv2d`; see `speed.set_speed`
-    filters: Tensor | None = None  # for it, of a network that is not trained; see `speed.round_weights`
+    filters: Tensor | None = None  # for it, of a network that is not trained; see `speed.prepare_weights`
 
     def __init__(self, in_channels: int, out_channels: int, *, padded: bool = True):
         super().__init__(in_channels, out_channels, 3, padding=int(padded))

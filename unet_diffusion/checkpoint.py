@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # it imports diffusers, which most of this module does not ne
 PACKAGE = __name__.partition(".")[0]  # the only package whose classes a checkpoint may name
 Part = TypeVar("Part", bound=nn.Module)
 Kind = TypeVar("Kind", bound=Condition)
-SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings", "speed")
+SEGMENTER_FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
 
 
@@ -152,7 +152,7 @@ def read_autoencoder(path: str | os.PathLike[str]) -> TrainedAutoencoder:
     """
     from unet_diffusion.codecs import CLASSES  # imports diffusers, which only this needs
 
-    record, weights = _read(_file_of(path), "autoencoder")
+    record, weights, _ = _read(_file_of(path), "autoencoder")
     with _explained(path, "autoencoder"):
         autoencoder = CLASSES[record["class_name"]](**record["config"])
         autoencoder.load_state_dict(_below("autoencoder", weights))
@@ -174,10 +174,10 @@ def read_segmenter(path: str | os.PathLike[str]) -> TrainedSegmenter:
         ValueError: if the file is no checkpoint, is damaged, holds code, or holds no segmenter of this package.
     """
     path = _file_of(path)
-    record, weights = _read(path, "segmenter")
+    record, weights, speed = _read(path, "segmenter")
     with _explained(path, "segmenter"):
         fields = {name: record[name] for name in SEGMENTER_FIELDS}
-        return TrainedSegmenter(unet=_network_with_weights(record["unet"], weights), **fields)
+        return TrainedSegmenter(unet=_network_with_weights(record["unet"], weights), **fields, speed=speed)
 
 
 def holds_autoencoder(path: str | os.PathLike[str]) -> bool:
@@ -205,7 +205,6 @@ def denoiser_record(trained: TrainedDenoiser) -> dict[str, Any]:
         "settings": trained.settings,
         "latent_space": None if trained.latent_space is None else trained.latent_space.plain(),
         "conditions": [network_record(cast(Condition, one)) for one in trained.conditions],
-        "speed": trained.speed,
     }
 
 
@@ -217,7 +216,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
         ImportError: if the denoiser takes captions, and the package transformers is not there.
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
-    record, weights = _read(path, "denoiser")
+    record, weights, speed = _read(path, "denoiser")
     with _explained(path, "denoiser"):
         channels, height, width = record["image_shape"]
         conditions = nn.ModuleList(
@@ -233,7 +232,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
             settings=record["settings"],
             latent_space=LatentSpace.from_plain(record["latent_space"]) if record["latent_space"] else None,
             conditions=conditions.eval(),
-            speed=record["speed"],
+            speed=speed,
         )
 
 
@@ -342,8 +341,8 @@ def _file_of(path: str | os.PathLike[str]) -> Path:
     return path / "checkpoints" / "last.ckpt" if path.is_dir() else path
 
 
-def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record of that key in a checkpoint, and its weights."""
+def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[str, Tensor], Speed]:
+    """The record of that key in a checkpoint, its weights, and the speed of the training."""
     checkpoint = load_plain(path)
     record = checkpoint.get(key) if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict):
@@ -357,7 +356,7 @@ def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[
         )
         raise ValueError(f"{path}: a checkpoint must have an entry {key!r} here, and {reason}")
     with _explained(path, key):
-        return record, checkpoint["state_dict"]
+        return record, checkpoint["state_dict"], checkpoint.get("speed", "plain")
 
 
 def _below(part: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from unet_diffusion.processes import own_device, processes
-from unet_diffusion.speed import SPEEDS, keep_freed_memory, round_weights, set_speed, speed_for_use
+from unet_diffusion.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed, speed_for_use
 from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
 
 if TYPE_CHECKING:
@@ -411,8 +411,7 @@ def _sample(options: argparse.Namespace) -> None:
     if torch.device(options.device).type == "cpu":
         keep_freed_memory()
     set_speed(drawing.trained.unet, options.speed or speed_for_use(drawing.trained.speed, torch.device(options.device)))
-    if options.precision == "bfloat16":
-        round_weights(drawing.trained.unet)
+    prepare_weights(drawing.trained.unet, getattr(torch, options.precision))
     _draw_and_save(options, drawing.draw, drawing.num_steps)
 
 
@@ -522,6 +521,7 @@ def _segment(options: argparse.Namespace) -> None:
         keep_freed_memory()
     speed = options.speed or speed_for_use(trained.speed, torch.device(options.device))
     set_speed(trained.unet.to(options.device), speed)
+    prepare_weights(trained.unet, getattr(torch, options.precision))
     outputs = Outputs(options.output, options.probabilities, options.overlays, options.instances)
 
     @torch.inference_mode()

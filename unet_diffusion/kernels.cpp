@@ -1,4 +1,5 @@
-// The operators of kernels.py for CPUs with AVX-512: Winograd convolution and group norm, each with its gradient.
+// The operators of kernels.py for CPUs with AVX-512 and its bf16: Winograd convolution and group norm, each with its
+// gradient.
 //
 // Images are (B, H, W, C), contiguous, in float32 or bfloat16; all sums are in float32. A thread takes a few tiles or
 // channels at a time through all that is done to them, so that what lies between stays in its cache.
@@ -15,8 +16,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace {
@@ -27,8 +28,9 @@ using Lanes = __m512;  // 16 numbers
 
 constexpr int64_t LANES = 16;
 constexpr int64_t COMPONENTS = 16;         // of a 4x4 tile
-constexpr int64_t CACHED = 128 * 1024;     // numbers of tiles a thread works on; in bfloat16 a quarter of its cache
+constexpr int64_t CACHED = 128 * 1024;     // numbers of tiles a thread works on: 256 KiB in bfloat16
 constexpr int64_t GRADIENT_TILES = 512;    // summed over by one matrix product
+constexpr int64_t PRODUCT_ROWS = 64;       // of such a product that one thread works on
 constexpr int64_t MIN_NORM_CHANNELS = 32;  // worked on together: a cache line of bfloat16
 constexpr int64_t SUMMED = 256;            // numbers added one by one; their sums are added after that
 
@@ -44,31 +46,20 @@ inline Lanes load(const BFloat16* p, __mmask16 mask = 0xffff) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
 }
 
-inline __m256i rounded(Lanes x) {
-#ifdef __AVX512BF16__
-  return (__m256i)_mm512_cvtneps_pbh(x);
-#else
-  return at::vec::cvtfp32_bf16(x);
-#endif
-}
-
 inline void store(float* p, Lanes x, __mmask16 mask = 0xffff) { _mm512_mask_storeu_ps(p, mask, x); }
 
-inline void store(BFloat16* p, Lanes x, __mmask16 mask = 0xffff) { _mm256_mask_storeu_epi16(p, mask, rounded(x)); }
+inline void store(BFloat16* p, Lanes x, __mmask16 mask = 0xffff) {
+  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(x));
+}
 
 // As many vectors as PAIR of that type, their numbers by turns.
 inline __m512i paired(const float*, const Lanes* x) { return _mm512_castps_si512(x[0]); }
 
 inline __m512i paired(const BFloat16*, const Lanes* x) {
-#ifdef __AVX512BF16__
   const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i by_turns =
       _mm512_add_epi16(_mm512_or_si512(count, _mm512_slli_epi32(count, 16)), _mm512_set1_epi32(16 << 16));
   return _mm512_permutexvar_epi16(by_turns, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
-#else
-  const __m512i low = _mm512_cvtepu16_epi32(rounded(x[0])), high = _mm512_cvtepu16_epi32(rounded(x[1]));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-#endif
 }
 
 inline Lanes lanes(float x) { return _mm512_set1_ps(x); }
@@ -82,7 +73,7 @@ inline int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) /
 template <class F>
 auto with_type(at::ScalarType type, F f) {
   if (type == at::kFloat) return f(float());
-  TORCH_CHECK(type == at::kBFloat16, "fused kernels are for float32 and bfloat16, not ", type);
+  TORCH_CHECK(type == at::kBFloat16, "speed fused is for float32 and bfloat16, not ", type, "; set another speed");
   return f(BFloat16());
 }
 
@@ -147,14 +138,13 @@ struct Tiling {
   explicit Tiling(const Images& output)
       : rows(blocks(output.height, 2)), columns(blocks(output.width, 2)), count(output.count * rows * columns) {}
 
-  // Addresses of the SIZE x SIZE pixels from `padding` above and to the left of the place of tile number `tile`; `outside`
-  // for those that are not in the image, and for tiles beyond the last.
+  // Addresses of the SIZE x SIZE pixels from `padding` above and to the left of the place of tile number `tile`;
+  // `outside` for those that are not in the image, and for tiles beyond the last.
   template <int SIZE, class T>
   void pixels(int64_t tile, const Images& images, T* image, int64_t channels, int64_t padding, T* outside,
               T* (&found)[SIZE * SIZE]) const {
     const int64_t top = tile / columns % rows * 2 - padding, left = tile % columns * 2 - padding;
-    T* const start =
-        tile < count ? image + tile / (rows * columns) * images.height * images.width * channels : nullptr;
+    T* const start = tile < count ? image + tile / (rows * columns) * images.height * images.width * channels : nullptr;
     for (int64_t y = 0; y < SIZE; ++y)
       for (int64_t x = 0; x < SIZE; ++x) {
         const bool inside =
@@ -291,18 +281,18 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, 
 
   // For each component, gradients (K, tiles) times inputs (tiles, C).
   if (tiling.count == 0) return {at::zeros({num_out, 3, 3, num_in}, floats), at::zeros({num_out}, floats)};
-  const int64_t turns = blocks(tiling.count, GRADIENT_TILES);
+  const int64_t turns = blocks(tiling.count, std::max(GRADIENT_TILES, GROUP * at::get_num_threads()));
   const int64_t together = blocks(blocks(tiling.count, turns), GROUP) * GROUP;
   const int64_t left_length = padded<T>(together);
   const int64_t left_step = num_out * left_length, right_step = padded<T>(together * num_in);
   const Tensor left_scratch = at::empty({COMPONENTS * left_step}, x.options());
   const Tensor right_scratch = at::empty({COMPONENTS * right_step}, x.options());
   const Tensor sums = at::empty({COMPONENTS, num_out, num_in}, floats);
-  const Tensor parts = at::empty({blocks(tiling.count, GROUP), num_out}, floats);  // of the bias's
+  const Tensor bias_scratch = at::empty({blocks(tiling.count, GROUP), num_out}, floats);  // of each group
   T* const left = left_scratch.mutable_data_ptr<T>();
   T* const right = right_scratch.mutable_data_ptr<T>();
   float* const products = sums.mutable_data_ptr<float>();
-  float* const bias_parts = parts.mutable_data_ptr<float>();
+  float* const bias_parts = bias_scratch.mutable_data_ptr<float>();
   const std::vector<T> zeros(std::max(num_in, num_out));
   for (int64_t start = 0; start < tiling.count; start += together) {
     at::parallel_for(0, together / GROUP, 1, [&](int64_t begin, int64_t end) {
@@ -351,10 +341,14 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, 
         }
       }
     });
-    at::parallel_for(0, COMPONENTS, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        at::native::cpublas::brgemm(num_out, num_in, together, left_length, num_in, num_in, start > 0,
-                                    left + i * left_step, right + i * right_step, products + i * size, PAIR<T> == 2);
+    const int64_t parts = blocks(num_out, PRODUCT_ROWS);  // so that there is work for more threads than components
+    at::parallel_for(0, COMPONENTS * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t i = part / parts, k = part % parts * PRODUCT_ROWS;
+        at::native::cpublas::brgemm(std::min(PRODUCT_ROWS, num_out - k), num_in, together, left_length, num_in, num_in,
+                                    start > 0, left + i * left_step + k * left_length, right + i * right_step,
+                                    products + i * size + k * num_in, PAIR<T> == 2);
+      }
       release_products<T>();
     });
   }
@@ -370,10 +364,26 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, 
         for (int64_t i = 0; i < 9; ++i) store(out + (k * 9 + i) * num_in + c, filter[i]);
       }
   });
-  return {result, parts.sum(0)};
+  return {result, bias_scratch.sum(0)};
 }
 
 // ---------------------------------------------------------------------------------------------------- group norm
+
+struct Sums {
+  Lanes one = lanes(0), two = lanes(0);
+};
+
+// The sums of what add(i, sums) adds for i < count: of parts first, so that few digits are lost.
+template <class F>
+Sums summed(int64_t count, F add) {
+  Sums total;
+  for (int64_t begin = 0; begin < count; begin += SUMMED) {
+    Sums part;
+    for (int64_t i = begin; i < std::min(begin + SUMMED, count); ++i) add(i, part);
+    total.one += part.one, total.two += part.two;
+  }
+  return total;
+}
 
 // Calls f(image, start, count) for the channels of each image, whole groups of at least a cache line, by all threads.
 template <class F>
@@ -405,23 +415,18 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& x, const Tensor& gai
     const int64_t size = blocks(count, LANES) * LANES, channel = b * num_channels + start;
     const T* const from = image + b * num_pixels * num_channels + start;
     T* const to = out + b * num_pixels * num_channels + start;
-    std::vector<float> mean(size), variance(size), scale(size), added(size);  // of each channel
+    std::vector<float> mean(size), variance(size), centre(size), scale(size);  // of each channel
     for (int64_t c = 0; c < count; c += LANES) {
       // Moments about each channel's first pixel: about 0, a mean of many deviations would drown the variance.
       const __mmask16 mask = first(count - c);
       const Lanes origin = load(from + c, mask);
-      Lanes total = lanes(0), squares = lanes(0);
-      for (int64_t begin = 0; begin < num_pixels; begin += SUMMED) {
-        Lanes part = lanes(0), part_squares = lanes(0);
-        for (int64_t p = begin; p < std::min(begin + SUMMED, num_pixels); ++p) {
-          const Lanes distance = load(from + p * num_channels + c, mask) - origin;
-          part += distance, part_squares += distance * distance;
-        }
-        total += part, squares += part_squares;
-      }
-      total /= lanes(num_pixels);
-      store(&mean[c], origin + total + load(offsets + channel + c, mask));
-      store(&variance[c], squares / lanes(num_pixels) - total * total);
+      const Sums sums = summed(num_pixels, [&](int64_t p, Sums& part) {
+        const Lanes distance = load(from + p * num_channels + c, mask) - origin;
+        part.one += distance, part.two += distance * distance;
+      });
+      const Lanes average = sums.one / lanes(num_pixels);
+      store(&mean[c], origin + average + load(offsets + channel + c, mask));
+      store(&variance[c], sums.two / lanes(num_pixels) - average * average);
     }
     for (int64_t c0 = 0; c0 < count; c0 += group_size) {
       float of_mean = 0, of_variance = 0;
@@ -432,15 +437,15 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& x, const Tensor& gai
       group_mean[(channel + c0) / group_size] = of_mean;
       group_inverse[(channel + c0) / group_size] = inverse;
       for (int64_t c = c0; c < c0 + group_size; ++c) {
+        centre[c] = of_mean - offsets[channel + c];
         scale[c] = gains[channel + c] * inverse;
-        added[c] = shifts[channel + c] + (offsets[channel + c] - of_mean) * scale[c];
       }
     }
     for (int64_t c = 0; c < count; c += LANES) {
       const __mmask16 mask = first(count - c);
-      const Lanes by = load(&scale[c]), and_added = load(&added[c]);
+      const Lanes middle = load(&centre[c]), by = load(&scale[c]), and_added = load(shifts + channel + c, mask);
       for (int64_t p = 0; p < num_pixels; ++p) {
-        const Lanes z = load(from + p * num_channels + c, mask) * by + and_added;
+        const Lanes z = (load(from + p * num_channels + c, mask) - middle) * by + and_added;
         store(to + p * num_channels + c, silu ? z * sigmoid(z) : z, mask);
       }
     }
@@ -470,7 +475,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_gradient(const Tensor& gra
     const T *const from = image + begin, *const slope = slopes + begin;
     T* const to = out + begin;
     std::vector<float> centre(size), scale(size), sum(size), sum_x(size), by_x(size), added(size);
-    std::vector<float> kept(silu ? size * num_pixels : 0);  // dz, with z what SiLU is applied to
+    const std::unique_ptr<float[]> kept(new float[silu ? size * num_pixels : 0]);  // dz, with z what SiLU is applied to
     for (int64_t c = 0; c < count; ++c) {
       const int64_t group = (channel + c) / group_size;
       centre[c] = group_mean[group] - offsets[channel + c];
@@ -479,22 +484,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_gradient(const Tensor& gra
     for (int64_t c = 0; c < count; c += LANES) {
       const __mmask16 mask = first(count - c);
       const Lanes middle = load(&centre[c]), by = load(&scale[c]), and_added = load(shifts + channel + c, mask);
-      Lanes total = lanes(0), total_x = lanes(0);
-      for (int64_t begin = 0; begin < num_pixels; begin += SUMMED) {
-        Lanes part = lanes(0), part_x = lanes(0);
-        for (int64_t p = begin; p < std::min(begin + SUMMED, num_pixels); ++p) {
-          const Lanes distance = load(from + p * num_channels + c, mask) - middle;
-          Lanes dz = load(slope + p * num_channels + c, mask);
-          if (silu) {
-            const Lanes z = distance * by + and_added, gate = sigmoid(z);
-            dz *= gate * (lanes(1) + z * (lanes(1) - gate));
-            store(&kept[c * num_pixels + p * LANES], dz);
-          }
-          part += dz, part_x += dz * distance;
+      const Sums sums = summed(num_pixels, [&](int64_t p, Sums& part) {
+        const Lanes distance = load(from + p * num_channels + c, mask) - middle;
+        Lanes dz = load(slope + p * num_channels + c, mask);
+        if (silu) {
+          const Lanes z = distance * by + and_added, gate = sigmoid(z);
+          dz *= gate * (lanes(1) + z * (lanes(1) - gate));
+          store(&kept[c * num_pixels + p * LANES], dz);
         }
-        total += part, total_x += part_x;
-      }
-      store(&sum[c], total), store(&sum_x[c], total_x);
+        part.one += dz, part.two += dz * distance;
+      });
+      store(&sum[c], sums.one), store(&sum_x[c], sums.two);
     }
     for (int64_t c0 = 0; c0 < count; c0 += group_size) {
       // With h the normalised x, dx = (dh - mean(dh) - h mean(dh h)) / deviation over each group.
@@ -515,21 +515,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_gradient(const Tensor& gra
       const __mmask16 mask = first(count - c);
       const Lanes middle = load(&centre[c]), by = load(&scale[c]), by_distance = load(&by_x[c]);
       const Lanes and_added = load(&added[c]);
-      Lanes total = lanes(0);
-      for (int64_t p = 0; p < num_pixels; ++p) {
+      const Sums sums = summed(num_pixels, [&](int64_t p, Sums& part) {
         const int64_t place = p * num_channels + c;
         const Lanes dz = silu ? load(&kept[c * num_pixels + p * LANES]) : load(slope + place, mask);
         const Lanes dx = dz * by + (load(from + place, mask) - middle) * by_distance + and_added;
-        total += dx;
+        part.one += dx;
         store(to + place, dx, mask);
-      }
-      store(out_offset + channel + c, total, mask);
+      });
+      store(out_offset + channel + c, sums.one, mask);
     }
   });
   return {grad_x, grad_gain, grad_shift, grad_offset};
 }
-
-}  // namespace
 
 // ---------------------------------------------------------------------------------------------------- operators
 
@@ -544,13 +541,16 @@ void check_image(const Tensor& x) {
 }
 
 void check_channels(int64_t count) {
-  TORCH_CHECK(count % LANES == 0, "channels must be a multiple of ", LANES, ", got ", count);
+  TORCH_CHECK(count > 0 && count % LANES == 0, "channels must be a multiple of ", LANES, ", got ", count);
 }
 
 void check_padding(const Tensor& x, int64_t padding) {
   TORCH_CHECK(padding >= 0 && padding <= 2, "padding must be 0 to 2, got ", padding);
-  TORCH_CHECK(x.size(1) + 2 * padding > 2 && x.size(2) + 2 * padding > 2, "too small for 3x3 filters: ", x.sizes());
+  TORCH_CHECK(x.size(1) + 2 * padding > 2 && x.size(2) + 2 * padding > 2, "images must be at least ", 3 - 2 * padding,
+              " pixels high and wide, got ", x.size(1), " x ", x.size(2));
 }
+
+}  // namespace
 
 TORCH_LIBRARY(unet_diffusion, library) {
   library.def("winograd_filters", [](const Tensor& weight, at::ScalarType type, bool turned) {
@@ -564,7 +564,8 @@ TORCH_LIBRARY(unet_diffusion, library) {
     check_padding(x, padding);
     check(filters, x.scalar_type(), {COMPONENTS, x.size(3), bias.numel()});
     check(bias, at::kFloat, {bias.numel()});
-    return with_type(x.scalar_type(), [&](auto number) { return convolve<decltype(number)>(x, filters, bias, padding); });
+    return with_type(x.scalar_type(),
+                     [&](auto number) { return convolve<decltype(number)>(x, filters, bias, padding); });
   });
   library.def("winograd_filter_gradient", [](const Tensor& x, const Tensor& grad, int64_t padding) {
     check_image(x), check_image(grad), check_channels(x.size(3)), check_channels(grad.size(3));
@@ -577,6 +578,7 @@ TORCH_LIBRARY(unet_diffusion, library) {
                                int64_t num_groups, double eps, bool silu) {
     check_image(x);
     TORCH_CHECK(num_groups > 0 && x.size(3) % num_groups == 0, x.size(3), " channels in ", num_groups, " groups");
+    TORCH_CHECK(x.numel() > 0 || x.size(0) == 0, "images must have pixels and channels, got ", x.sizes());
     for (const Tensor& one : {gain, shift, offset}) check(one, at::kFloat, {x.size(0), x.size(3)});
     return with_type(x.scalar_type(), [&](auto number) {
       return group_norm<decltype(number)>(x, gain, shift, offset, num_groups, eps, silu);
@@ -584,7 +586,9 @@ TORCH_LIBRARY(unet_diffusion, library) {
   });
   library.def("group_norm_gradient", [](const Tensor& grad, const Tensor& x, const Tensor& gain, const Tensor& shift,
                                         const Tensor& offset, const Tensor& means, const Tensor& inverses, bool silu) {
-    check(grad, x.scalar_type(), x.sizes());
+    check_image(x), check(grad, x.scalar_type(), x.sizes());
+    for (const Tensor& one : {gain, shift, offset}) check(one, at::kFloat, {x.size(0), x.size(3)});
+    for (const Tensor& one : {means, inverses}) check(one, at::kFloat, {x.size(0), means.size(1)});
     return with_type(x.scalar_type(), [&](auto number) {
       return group_norm_gradient<decltype(number)>(grad, x, gain, shift, offset, means, inverses, silu);
     });

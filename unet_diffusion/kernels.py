@@ -4,8 +4,8 @@
 (https://arxiv.org/abs/1509.09308), which makes 2x2 outputs from a tile of 4x4 inputs as 16 products where the plain
 form needs 36. `fused_group_norm` is group norm, the embedding added before and SiLU, an image's channels at a time.
 
-Both want channels last in memory, and AVX-512; they are written in C++ in kernels.cpp. Tiles and norms never lie in
-memory as a whole: a thread takes some through all that is done to them while they are in its cache.
+Both want channels last in memory, and AVX-512 with bf16; they are written in C++ in kernels.cpp. When sampling, tiles
+never lie in memory as a whole: a thread takes some through all that is done to them while they are in its cache.
 
 The other two are written for whole networks that are compiled for a GPU, in torch only. The reductions of
 `group_norm_by_channel` are over the pixels of each channel, which channels-last memory holds side by side, and the
@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ANOTHER_SPEED = "choose another speed (plain)"
 SOURCE = Path(__file__).with_suffix(".cpp")
 TORCH = Path(torch.__file__).parent
 COMPILER_FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
 )
 
 
@@ -46,10 +47,9 @@ def winograd_conv2d(
         filters: of the weight and of that type, from `winograd_filters`; None: made in each call. No gradient flows.
     """
     dtype = _autocast_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):  # the kernels would be compiled again for each of its states
-        if filters is not None:
-            return _convolve(_channels_last(x.to(dtype)), filters, bias, padding)
-        return _WinogradConv2d.apply(x.to(dtype), weight, bias, padding)
+    if filters is not None:
+        return _convolve(_channels_last(x.to(dtype)), filters, bias, padding)
+    return _WinogradConv2d.apply(x.to(dtype), weight, bias, padding)
 
 
 def winograd_filters(weight: Tensor, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
@@ -80,8 +80,7 @@ def fused_group_norm(
     batch, channels = x.shape[:2]
     gain, shift = (parameter.float().expand(batch, channels) for parameter in (weight, bias))
     offset = gain.new_zeros(batch, channels) if offset is None else offset.float()
-    with torch.autocast(x.device.type, enabled=False):
-        return _GroupNorm.apply(x, gain, shift, offset, num_groups, eps, silu)
+    return _GroupNorm.apply(x, gain, shift, offset, num_groups, eps, silu)
 
 
 def group_norm_by_channel(
@@ -129,8 +128,15 @@ def double_by_copies(x: Tensor, size: Sequence[int]) -> Tensor:
 
 @cache
 def operators() -> Any:
-    """The operators of kernels.cpp. Raises RuntimeError if they cannot be compiled or kept, with the reason."""
-    torch.ops.load_library(str(compiled_kernels()))
+    """The operators of kernels.cpp. Raises RuntimeError if they cannot be compiled, kept or loaded, with the reason."""
+    library = compiled_kernels()
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise RuntimeError(
+            f"{library} cannot be loaded ({error.__cause__ or error}); remove it to have it compiled again, or set "
+            f"TORCH_EXTENSIONS_DIR to another folder, or {ANOTHER_SPEED}"
+        ) from error
     return torch.ops.unet_diffusion
 
 
@@ -147,7 +153,7 @@ def compiled_kernels() -> Path:
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=library.parent) as temporary:
+        with TemporaryDirectory(dir=library.parent, prefix=f"{library.stem}.", ignore_cleanup_errors=True) as temporary:
             compiled, linked = Path(temporary, "kernels.o"), Path(temporary, "kernels.so")
             _run([*compile_command, "-o", str(compiled)])
             # Without an OpenMP of its own: torch's, which has the threads, is the one that it finds.
@@ -155,7 +161,8 @@ def compiled_kernels() -> Path:
             linked.replace(library)
     except OSError as error:
         raise RuntimeError(
-            f"the fused kernels cannot be kept: {error}; set TORCH_EXTENSIONS_DIR to a folder that can be written"
+            f"the fused kernels cannot be kept ({error}); set TORCH_EXTENSIONS_DIR to a folder that can be written, or "
+            f"{ANOTHER_SPEED}"
         ) from error
     return library
 
@@ -163,21 +170,23 @@ def compiled_kernels() -> Path:
 def library_path() -> Path:
     """Where it is kept, in the folder TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions: named by its contents."""
     recipe = "\n".join([torch.__version__, *_compile_command(), SOURCE.read_text()])
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     return folder / f"unet_diffusion_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
 
 
 def _compile_command() -> list[str]:
-    flags = [*COMPILER_FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
-    includes = [f"-I{TORCH / folder}" for folder in ("include", "include/torch/csrc/api/include")]
-    return [os.environ.get("CXX", "g++"), "-c", *flags, *includes, str(SOURCE)]
+    return [os.environ.get("CXX", "g++"), "-c", *COMPILER_FLAGS, f"-I{TORCH / 'include'}", str(SOURCE)]
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} cannot be run ({error}); set CXX to g++, or {ANOTHER_SPEED}") from error
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
-        raise RuntimeError(f"{command[0]} cannot compile the fused kernels: {' '.join(errors[:1])}")
+        said = [*(line for line in done.stderr.splitlines() if "error:" in line), *done.stderr.splitlines()[-1:]]
+        reason = said[0] if said else f"exit status {done.returncode}"
+        raise RuntimeError(f"{command[0]} cannot build the fused kernels ({reason}); {ANOTHER_SPEED}")
 
 
 class _WinogradConv2d(torch.autograd.Function):

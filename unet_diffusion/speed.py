@@ -2,7 +2,7 @@
 
     plain          PyTorch's own operations one by one, channels first
     channels_last  the same on channels-last memory, which matrix units of GPUs and CPUs read without copying
-    fused          on a CPU with AVX-512: channels last, Winograd convolutions, norm and SiLU as one (see kernels.py)
+    fused          on a CPU with AVX-512's bf16: channels last, Winograd convolutions, norm and SiLU as one (kernels.py)
     compiled       channels last, and the whole network through torch.compile
     graphed        on a GPU: compiled, and its kernels launched at once as CUDA graphs, which small batches gain from
 
@@ -66,7 +66,7 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
         if device.type != "cpu" or speed == "graphed":
             reason = f"is not for {device.type}"
         elif _has_compiler():
-            reason = "needs a processor with AVX-512, and Linux"
+            reason = "needs a processor with AVX-512 and its bf16, and Linux"
         else:
             reason = "needs a C++ compiler (install g++)"
         raise ValueError(f"speed {speed} {reason}; here use one of {', '.join(speeds_for(device))}")
@@ -90,21 +90,27 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
         unet._compiled_call_impl = _copying(unet._compiled_call_impl)
 
 
-def round_weights(unet: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Round once, in place, what autocast would round at each call: weights of convolutions and of linear layers.
+def prepare_weights(unet: nn.Module, dtype: torch.dtype) -> None:
+    """Make once, in place, what would be made of the weights at each call: Winograd's filters, and autocast's rounding.
 
-    Predictions under autocast are the same. Not for training, nor to load other weights into: fused convolutions keep
-    their weights, and the filters made of them.
+    Predictions are the same. Not for training, nor to load other weights into: fused convolutions keep their weights,
+    and the filters made of them.
 
     Args:
         unet: a network, after `set_speed`.
-        dtype: of autocast.
+        dtype: of autocast; float32: without it.
     """
     for module in unet.modules():
         if isinstance(module, Conv3x3) and module.fused:
-            module.filters = winograd_filters(module.weight.detach(), dtype).contiguous()
+            module.filters = winograd_filters(module.weight, dtype)
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.to(dtype)
+
+
+def _can_fuse() -> bool:
+    # The first can be told to see less; oneDNN has no products of bfloat16 for AVX-512 without the second.
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return sys.platform == "linux" and has_avx512 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _is_wide(channels: int) -> bool:
@@ -126,13 +132,14 @@ def speeds_for(device: torch.device) -> tuple[Speed, ...]:
         return "plain", "channels_last", "compiled", "graphed"
     if device.type != "cpu" or not _has_compiler():
         return "plain", "channels_last"
-    if sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return "plain", "channels_last", "fused", "compiled"
-    return "plain", "channels_last", "compiled"
+    return ("plain", "channels_last", "fused", "compiled") if _can_fuse() else ("plain", "channels_last", "compiled")
 
 
 def speed_for_use(trained_at: Speed, device: torch.device) -> Speed:
-    """What a network that was trained at a speed is used at here: the same, unless that compiles the whole network."""
+    """What a network that was trained at a speed is used at here: the same, unless that compiles the whole network.
+
+    Whether fused is the fastest was found on the machine of the training; with dozens of cores it was never measured.
+    """
     return trained_at if trained_at in ("plain", "fused") and trained_at in speeds_for(device) else "channels_last"
 
 
@@ -164,13 +171,15 @@ def fastest_speed(
     left = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
     notes = []
     for speed, cost in TRIALS.get(x.device.type, {"channels_last": 0}).items():
-        cost = 0 if speed == "fused" and library_path().exists() else cost
-        if cost <= left and speed in speeds_for(x.device):
-            left -= cost
-            try:
+        if speed not in speeds_for(x.device):
+            continue
+        try:
+            cost = 0 if speed == "fused" and library_path().exists() else cost
+            if cost <= left:
+                left -= cost
                 seconds[speed] = _step_seconds(network, speed, x, inputs, autocast)
-            except RuntimeError as error:  # of the compilers that torch.compile calls, and out of memory
-                notes.append(f"; {speed} does not run here ({str(error).strip().splitlines()[0]})")
+        except RuntimeError as error:  # of compilers, and out of memory
+            notes.append(f"; {speed} does not run here ({str(error).strip().splitlines()[0]})")
     if x.device.type == "cpu" and _is_bfloat16(autocast) and left >= FLOAT32_TRIAL:
         float32 = _step_seconds(network, "plain", x, inputs, nullcontext)
         if float32 * MIN_GAIN < min(seconds.values()):
