@@ -1,6 +1,7 @@
 """The fused kernels against PyTorch's own operations in float64, forward and backward."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -35,6 +36,19 @@ FLOAT32 = 2e-6  # relative; float32 has 6e-8, and a pixel is a sum of several hu
 # bfloat16 has 4e-3. The plain convolution rounds twice; Winograd's rounds its tiles and products too, which are larger
 # than what they add up to.
 BFLOAT16 = 1e-2
+
+
+def norms(num_groups: int, silu: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Group norm with an offset before it, and SiLU after it if asked: fused, and in PyTorch's operations."""
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, offset: Tensor) -> Tensor:
+        return fused_group_norm(x, num_groups, weight, bias, 1e-5, offset=offset, silu=silu)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, offset: Tensor) -> Tensor:
+        out = F.group_norm(x + offset[:, :, None, None], num_groups, weight, bias, 1e-5)
+        return F.silu(out) if silu else out
+
+    return fused, plain
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -164,42 +178,19 @@ def test_winograd_convolution_takes_any_memory_format_and_returns_channels_last(
 def test_fused_group_norm_is_the_three_operations(shape, silu):
     batch, channels, _, height, width = shape
     inputs = leaves((batch, channels, height, width), (channels,), (channels,), (batch, channels))
-
-    def fused(x, weight, bias, offset):
-        return fused_group_norm(x, 4, weight, bias, 1e-5, offset=offset, silu=silu)
-
-    def plain(x, weight, bias, offset):
-        out = F.group_norm(x + offset[:, :, None, None], 4, weight, bias, 1e-5)
-        return F.silu(out) if silu else out
-
-    assert_same_function(fused, plain, inputs, FLOAT32)
+    assert_same_function(*norms(4, silu), inputs, FLOAT32)
 
 
 def test_fused_group_norm_of_channels_in_uneven_parts():
     inputs = leaves((2, 72, 20, 21), (72,), (72,), (2, 72))  # groups of 24: parts of 48 and 24 channels
-
-    def plain(x, weight, bias, offset):
-        return F.silu(F.group_norm(x + offset[:, :, None, None], 3, weight, bias, 1e-5))
-
-    def fused(x, weight, bias, offset):
-        return fused_group_norm(x, 3, weight, bias, 1e-5, offset=offset, silu=True)
-
-    assert_same_function(fused, plain, inputs, FLOAT32)
+    assert_same_function(*norms(3, silu=True), inputs, FLOAT32)
 
 
 @pytest.mark.parametrize("silu", [True, False])
 def test_fused_group_norm_of_bfloat16_is_the_three_operations_up_to_rounding(silu):
     x, *others = leaves((3, 40, 7, 10), (40,), (40,), (3, 40))
     inputs = [x.detach().bfloat16().requires_grad_(), *others]
-
-    def fused(x, weight, bias, offset):
-        return fused_group_norm(x, 4, weight, bias, 1e-5, offset=offset, silu=silu)
-
-    def plain(x, weight, bias, offset):
-        out = F.group_norm(x + offset[:, :, None, None], 4, weight, bias, 1e-5)
-        return F.silu(out) if silu else out
-
-    assert_same_function(fused, plain, inputs, BFLOAT16)
+    assert_same_function(*norms(4, silu), inputs, BFLOAT16)
 
 
 def test_fused_group_norm_takes_gains_of_each_image():

@@ -78,6 +78,17 @@ def test_without_a_compiler_nothing_that_needs_one_is_offered(tiny_unet, monkeyp
         set_speed(tiny_unet(), "fused")
 
 
+def test_without_the_instructions_fused_is_neither_offered_nor_run(tiny_unet, monkeypatch):
+    monkeypatch.setattr(speed, "_can_fuse", lambda: False)
+    monkeypatch.setattr(speed, "_has_compiler", lambda: True)
+    assert speed.speeds_for(CPU) == ("plain", "channels_last", "compiled")
+    assert speed_for_use("fused", CPU) == "channels_last"
+    with pytest.raises(
+        ValueError, match="fused needs a processor with AVX-512 and its bf16, and Linux; here use one of"
+    ):
+        set_speed(tiny_unet(), "fused")
+
+
 bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
 
 

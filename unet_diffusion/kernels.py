@@ -141,7 +141,7 @@ def operators() -> Any:
 
 
 def compiled_kernels() -> Path:
-    """kernels.cpp as a library, compiled in about 15 s if it is not there yet; it appears when it is whole.
+    """kernels.cpp as a library, compiled in about 11 s if it is not there yet; it appears when it is whole.
 
     Raises:
         RuntimeError: if it cannot be compiled or kept, with the reason.

@@ -30,9 +30,9 @@ from unet_diffusion.unet import PixelNetwork
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
-# Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 15
-# for fused with an empty cache, and 104 to 136 for whole networks; benchmarks/gpu.py 128 on a machine that compiled ten
-# others at the same time. Graphs are not tried, as what is captured would keep its memory: see `NetworkModule`.
+# Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 11
+# to 13 for fused with an empty cache, and 104 to 136 for whole networks; benchmarks/gpu.py 128 while it compiled ten
+# others. Graphs are not tried, as what is captured would keep its memory: see `NetworkModule`.
 TRIALS: dict[str, dict[Speed, float]] = {
     "cpu": {"channels_last": 0, "fused": 15, "compiled": 180},
     "cuda": {"channels_last": 0, "compiled": 130},
@@ -170,8 +170,9 @@ def fastest_speed(
     seconds: dict[Speed, float] = {"plain": _step_seconds(network, "plain", x, inputs, autocast)}
     left = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
     notes = []
+    offered = speeds_for(x.device)
     for speed, cost in TRIALS.get(x.device.type, {"channels_last": 0}).items():
-        if speed not in speeds_for(x.device):
+        if speed not in offered:
             continue
         try:
             cost = 0 if speed == "fused" and library_path().exists() else cost
