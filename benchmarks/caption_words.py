@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from measure import fastest_autocast
 from torch import Tensor, nn
 
 LEAST_COUNT = 20  # captions that a word must be in to be learnt
@@ -69,7 +70,7 @@ def trained_classifier(
     for step in range(num_steps):
         batch = torch.randint(len(images), (batch_size,)).to(images.device)
         flip = [3] if step % 2 else []
-        with torch.autocast(images.device.type, torch.bfloat16):
+        with fastest_autocast(images.device.type):
             logits = network(images[batch].flip(flip))
         loss = F.binary_cross_entropy_with_logits(logits.float(), has[batch])
         optimizer.zero_grad()

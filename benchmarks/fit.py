@@ -6,8 +6,8 @@
 Arguments after the configuration go to fit. The time of each optimiser step is recorded in a run of the program itself,
 in a temporary folder. "Over the run" is from the end of the first step to that of the last, with validation, grids,
 logs and checkpoints between; the median step is without them. The bare step is that of ours.py, on the network, batch
-size and precision of the run, timed before and after it; its share is what the program leaves of it. With speed auto
-the choice is made here, and both run at that speed.
+size of the run, timed before and after it; its share is what the program leaves of it. Speed and precision are chosen
+here as auto chooses them for a long run, and both run at those.
 
 A start is from the start of the process to the end of the first step, with an empty compiler cache and a filled one.
 """
@@ -26,16 +26,15 @@ from typing import Any
 import torch
 import yaml
 from measure import Step, alternate, describe, empty_caches, environment, table, write_json
-from ours import our_step, speed_for
+from ours import our_step, setting_for
 
 from unet_diffusion.checkpoint import read_checkpoint
 from unet_diffusion.cli import main as unet_diffusion
-from unet_diffusion.speed import Speed
 from unet_diffusion.training.module import DiffusionModule
+from unet_diffusion.training.precision import NAMES
 
 # a run that ends soon after its first step
 ONE_STEP = ["--trainer.max_steps", "1", "--samples.num_images", "1", "--samples.num_inference_steps", "2"]
-BARE_DTYPES = {"bf16-mixed": torch.bfloat16, "32-true": torch.float32, None: torch.float32}
 
 Record = dict[str, Any]
 
@@ -108,13 +107,13 @@ def measure_starts(arguments: list[str], folder: str, options: argparse.Namespac
 
 def measure_run(arguments: list[str], folder: str, options: argparse.Namespace) -> Record:
     run, first = fit_apart([*arguments, *ONE_STEP], folder)  # leaves the network and settings for the bare step
-    step, batch_size, speed = bare_step(run)
+    step, batch_size, setting = bare_step(run)
     before = alternate({"bare step": step}, options.blocks, options.steps, warm_up=3)["bare step"]
-    _, whole = fit_apart([*arguments, "--model.speed", speed], folder)
+    _, whole = fit_apart([*arguments, *setting], folder)
     after = alternate({"bare step": step}, options.blocks, options.steps)["bare step"]
     return {
         "batch_size": batch_size,
-        "speed": speed,
+        "setting": setting,
         "first_start_seconds": first["start_seconds"],
         "start_seconds": [whole["start_seconds"]],
         "whole_seconds": whole["whole_seconds"],
@@ -123,8 +122,8 @@ def measure_run(arguments: list[str], folder: str, options: argparse.Namespace) 
     }
 
 
-def bare_step(run: Path) -> tuple[Step, int, Speed]:
-    """The training step alone, for network, batch size and precision of a run; the batch size; and a speed for both."""
+def bare_step(run: Path) -> tuple[Step, int, list[str]]:
+    """The training step alone, for network and batch size of a run; that size; and options for the same setting."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     on_gpu = torch.cuda.is_available() and config["trainer"]["accelerator"] != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -133,12 +132,9 @@ def bare_step(run: Path) -> tuple[Step, int, Speed]:
     batch_size, classes = config["data"]["init_args"]["batch_size"], unet.config["num_class_embeds"]
     x0 = torch.rand(batch_size, *trained.image_shape, device=device) * 2 - 1
     labels = None if classes is None else torch.randint(classes, (batch_size,), device=device)
-    wanted, precision = config["model"]["speed"], config["trainer"]["precision"]
-    if precision not in BARE_DTYPES:
-        raise ValueError(f"trainer.precision must be bf16-mixed or 32-true for the bare step, got {precision}")
-    dtype = BARE_DTYPES[precision]
-    speed = speed_for(unet, x0, labels, dtype) if wanted == "auto" else wanted
-    return our_step(unet, x0, speed=speed, labels=labels, dtype=dtype), batch_size, speed
+    speed, dtype = setting_for(unet, x0, labels)
+    setting = ["--model.speed", speed, "--trainer.precision", NAMES[dtype]]
+    return our_step(unet, x0, speed=speed, labels=labels, dtype=dtype), batch_size, setting
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

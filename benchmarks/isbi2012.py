@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from measure import RESULTS, environment, process_seconds, table, write_json
+from measure import RESULTS, environment, fastest_autocast, process_seconds, table, write_json
 
 from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import PairedFiles
@@ -141,7 +141,7 @@ def tested(root: Path, run: Path, *, views: bool) -> dict[str, float]:
     truths, cells, seconds = [], [], 0.0
     for image, labels in zip(loaded.images[-NUM_TEST:], loaded.labels[-NUM_TEST:], strict=True):
         start = time.perf_counter()
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), fastest_autocast():
             probabilities = class_probabilities(trained, to_float(image, stretch=trained.stretch), views=views)
         seconds += time.perf_counter() - start
         truths.append(labels > 0)

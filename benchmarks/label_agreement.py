@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from features import classes, fashion_mnist, trained_classifier
+from measure import fastest_autocast
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
@@ -49,7 +50,7 @@ def main() -> None:
     few = labels[:NUM_UNGUIDED]
     for guidance_scale, asked in ((1.0, few), (options.guidance_scale, labels)):
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with fastest_autocast():
             inputs, nulls = trained.inputs({"labels": asked})
             images = draw(
                 (len(asked), *trained.image_shape), inputs=inputs, nulls=nulls, guidance=Guidance(guidance_scale)
@@ -57,7 +58,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         agreement = (classify(images.clamp(-1, 1)) == asked).float().mean()
         print(f"guidance {guidance_scale}: {agreement:.1%} of {len(asked)} are what was asked for ({seconds:.0f} s)")
-    with torch.autocast("cpu", torch.bfloat16):
+    with fastest_autocast():
         _, nulls = trained.inputs({"labels": few})
         images = draw((len(few), *trained.image_shape), inputs=nulls)
     counts = classify(images.clamp(-1, 1)).bincount(minlength=10)

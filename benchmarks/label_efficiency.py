@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import RESULTS, environment, process_seconds, table, write_json
+from measure import RESULTS, environment, fastest_autocast, process_seconds, table, write_json
 
 from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import PairedFiles
@@ -122,7 +122,7 @@ def tested(root: Path, run: Path, num_test: int) -> dict[str, float]:
     loaded = PairedFiles(root / "image", root / "label", channels=3).load(progress=False)
     overlap, total, precisions = 0, 0, []
     for image, truth in zip(loaded.images[-num_test:], loaded.labels[-num_test:], strict=True):
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), fastest_autocast():
             probabilities = class_probabilities(trained, to_float(image, stretch=trained.stretch)).numpy()
         foreground = probabilities[0] < 0.5
         overlap += 2 * int((foreground & (truth > 0)).sum())

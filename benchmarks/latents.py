@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import RESULTS, Step, alternate, environment, table, write_json
+from measure import RESULTS, Step, alternate, environment, fastest_autocast, table, write_json
 from torch import Tensor
 
 from unet_diffusion.checkpoint import TrainedDenoiser
@@ -67,7 +67,7 @@ def encoded(run: Path) -> Moments:
 
     @torch.no_grad()
     def moments(index: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with fastest_autocast():
             mean, std = latent_moments(autoencoder, scale_to_unit_range(data.image_set.images.index_select(0, index)))
         return mean.float(), std.float()
 
@@ -88,7 +88,7 @@ def training_step(
         x0 = space.normalise(mean + std * torch.randn(mean.shape, generator=generator))
         t = torch.randint(schedule.num_train_timesteps, (batch_size,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fastest_autocast():
             prediction = unet(schedule.add_noise(x0, noise, t), t, **inputs)
         optimizer.zero_grad()
         squared_error(prediction, schedule.target(x0, noise, t)).mean().backward()

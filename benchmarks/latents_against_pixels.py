@@ -34,7 +34,7 @@ import torch
 import yaml
 from caption_words import average_precision, features, frequent_words, has_words, trained_classifier
 from features import frechet_distance
-from measure import RESULTS, environment, process_seconds, table, write_json
+from measure import RESULTS, environment, fastest_autocast, process_seconds, table, write_json
 from torch import Tensor
 from until_time import STEPS
 
@@ -194,7 +194,7 @@ def train_latents(options: argparse.Namespace) -> None:
     recipe = [f"--config={AUTOENCODER}", *images_of(options), *size.autoencoder]
     fit(options, "autoencoder", recipe, begin + size.share * seconds)
     command = ["encode", options.work / "autoencoder", options.images, "--output", options.work / "encoded"]
-    flags = ["--captions", "--horizontal_flip", "--precision", "bfloat16", "--device", options.device]
+    flags = ["--captions", "--horizontal_flip", "--device", options.device]
     shutil.rmtree(options.work / "encoded", ignore_errors=True)
     run(options, "encoded", [*command, *flags])
     if compiling is not None:
@@ -372,7 +372,7 @@ def drawn(options: argparse.Namespace, name: str, captions: list[str]) -> Tensor
     text = trained.conditions[0]
     inputs, nulls = trained.inputs({"captions": text.token_ids(captions).to(options.device)})
     space = trained.latent_space
-    with torch.autocast(options.device, torch.bfloat16):
+    with fastest_autocast(options.device):
         images = sample(
             trained.unet,
             trained.schedule,

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from unet_diffusion.precision import autocast, precisions_for
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "lightning", "denoising_diffusion_pytorch")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides how fast bfloat16 is
@@ -58,6 +60,11 @@ def describe(record: Mapping[str, Any]) -> str:
     flags = " ".join(record["cpu_flags"]) or "no vector extensions named"
     gpu = f", {record['gpu']}" if record["gpu"] else ""
     return f"{record['date']}: {record['cpu']}, {record['cores']} cores ({flags}){gpu}, {versions}"
+
+
+def fastest_autocast(device_type: str = "cpu") -> torch.autocast:
+    """The context in which networks compute in 16 bits where the device has them in hardware, else in float32."""
+    return autocast(device_type, precisions_for(torch.device(device_type))[-1])
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from unet_diffusion.data import ImageDataModule, ImageSet
 from unet_diffusion.losses import squared_error
+from unet_diffusion.precision import precisions_for
 from unet_diffusion.schedule import NoiseSchedule, keyed_generator
-from unet_diffusion.speed import Speed, fastest_speed, keep_freed_memory, set_speed
+from unet_diffusion.speed import Speed, fastest_setting, keep_freed_memory, set_speed, speeds_for
 from unet_diffusion.training.module import stratified_timesteps
 from unet_diffusion.unet import DenoiserUNet
 
@@ -67,19 +68,18 @@ def our_step(
     return step
 
 
-def speed_for(
-    unet: DenoiserUNet, x0: Tensor, labels: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
-) -> Speed:
-    """What `--model.speed auto` would choose for a run of RUN_STEPS; it is printed with the reason."""
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(x0.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-    speed, reason = fastest_speed(
-        unet, x0, inputs={} if labels is None else {"labels": labels}, num_steps=RUN_STEPS, autocast=autocast
+def setting_for(unet: DenoiserUNet, x0: Tensor, labels: Tensor | None = None) -> tuple[Speed, torch.dtype]:
+    """The speed and precision that "auto" chooses for a run of RUN_STEPS; they are printed with the reason."""
+    speed, dtype, reason = fastest_setting(
+        unet,
+        x0,
+        inputs={} if labels is None else {"labels": labels},
+        num_steps=RUN_STEPS,
+        speeds=speeds_for(x0.device),
+        precisions=precisions_for(x0.device),
     )
     print(reason, flush=True)
-    return speed
+    return speed, dtype
 
 
 class RandomImages(ImageDataModule):

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from measure import RESULTS, environment, table, write_json
+from measure import RESULTS, environment, fastest_autocast, table, write_json
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,7 +46,7 @@ Predictor = tuple[Callable[[Tensor], Tensor], int, int]  # a function of an imag
 def measured(predictors: dict[str, Predictor], image: Tensor, blocks: int, slices: int) -> dict[str, list[float]]:
     """Seconds a slice of each, block by block."""
     seconds: dict[str, list[float]] = {name: [] for name in predictors}
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), fastest_autocast():
         for predict, *_ in predictors.values():
             predict(image)
         for _ in range(blocks):

@@ -37,7 +37,7 @@ from measure import (
     times_as_fast,
     write_json,
 )
-from ours import our_step, speed_for
+from ours import our_step, setting_for
 from peers import (
     NETWORKS,
     assert_equal_networks,
@@ -78,7 +78,7 @@ def main() -> None:
     print(f"{options.network}: our output and diffusers' differ by {difference:.1e} of the largest, in float32")
     with empty_caches():
         images = random_images(options.network, options.batch_size, options.device)
-        options.ours = options.ours or speed_for(our_network(options.network), images)
+        options.ours = options.ours or setting_for(our_network(options.network), images)[0]
         ceilings = peaks(options.device)
         records = measure_contenders(options)
     for name, record in records.items():

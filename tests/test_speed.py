@@ -1,9 +1,11 @@
 import copy
+import math
 import platform
 import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unet_diffusion import speed
 from unet_diffusion.sampling import build_scheduler, denoise, image_generators
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import SPEEDS, fastest_speed, prepare_weights, set_speed, speed_for_use
+from unet_diffusion.speed import SPEEDS, fastest_setting, prepare_weights, set_speed, speed_for_use
 from unet_diffusion.training import DiffusionModule
 from unet_diffusion.training.base import NetworkModule
 
@@ -89,82 +91,110 @@ def test_without_the_instructions_fused_is_neither_offered_nor_run(tiny_unet, mo
         set_speed(tiny_unet(), "fused")
 
 
-bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
-def time_as_told(monkeypatch, *, float32: float, **seconds: float) -> list[str]:
-    """Has each speed take so long; the speeds that were timed, in order."""
-    timed = []
+class ToldTimes:
+    """Has a step of 16 images at each setting take so long by the clock; `steps` are those that were timed, in order.
 
-    def step_seconds(network, name, x, inputs, autocast):
-        timed.append("float32" if autocast is nullcontext else name)
-        if name not in seconds:
+    A setting that is not told fails.
+    """
+
+    def __init__(self, monkeypatch, seconds: dict[tuple[str, torch.dtype], float], *, compile_seconds: float = 0):
+        self.now, self.seconds, self.compile_seconds = 0.0, seconds, compile_seconds
+        self.steps: list[tuple[str, torch.dtype, int]] = []
+        monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(speed, "set_speed", self.set_speed)
+        monkeypatch.setattr(speed._Trial, "_step", lambda trial, setting, number: self.step(setting, number))
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")  # nothing is compiled
+
+    def set_speed(self, network, name):
+        self.now += self.compile_seconds if name in ("fused", "compiled") else 0
+
+    def step(self, setting, number):
+        self.steps.append((setting.speed, setting.dtype, number))
+        if (setting.speed, setting.dtype) not in self.seconds:
             raise RuntimeError("g++ is not what it seems")
-        return float32 if autocast is nullcontext else seconds[name]
-
-    monkeypatch.setattr(speed, "_step_seconds", step_seconds)
-    monkeypatch.setattr(speed, "speeds_for", lambda device: SPEEDS)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")  # nothing is compiled
-    return timed
+        taken = self.seconds[setting.speed, setting.dtype] * number / 16
+        self.now += taken
+        return taken
 
 
-def choose(unet, num_steps=1e6, autocast=bfloat16) -> tuple[str, str]:
-    return fastest_speed(unet, torch.zeros(2, 1, 8, 8), inputs={}, num_steps=num_steps, autocast=autocast)
+def choose(unet, num_steps=math.inf, speeds=SPEEDS, precisions=(FLOAT32,)):
+    x = torch.zeros(16, 1, 8, 8)
+    return fastest_setting(unet, x, inputs={}, num_steps=num_steps, speeds=speeds, precisions=precisions)
 
 
 def test_the_fastest_is_chosen_and_the_reason_given(tiny_unet, monkeypatch):
-    time_as_told(monkeypatch, plain=1.0, channels_last=1.1, fused=0.5, compiled=0.8, float32=3.0)
-    chosen, reason = choose(tiny_unet())
-    assert chosen == "fused"
-    times = "plain 1.000 s, channels_last 1.100 s, fused 0.500 s, compiled 0.800 s"
-    assert reason.startswith(f"speed fused: a step takes {times} (tried for ")
+    seconds = {"plain": 0.1, "channels_last": 0.11, "fused": 0.06, "compiled": 0.08}
+    ToldTimes(monkeypatch, {(name, FLOAT32): taken for name, taken in seconds.items()})
+    chosen, dtype, reason = choose(tiny_unet())
+    assert (chosen, dtype) == ("fused", FLOAT32)
+    assert reason == (
+        "speed fused in float32: a step takes 0.06 s (plain in float32 0.1 s, channels_last in float32 0.11 s, "
+        "compiled in float32 0.08 s; tried for 1.2 s)"
+    )
 
 
 def test_a_gain_within_the_noise_does_not_count(tiny_unet, monkeypatch):
-    time_as_told(monkeypatch, plain=1.0, channels_last=1.0, fused=0.96, compiled=0.97, float32=1.0)
-    assert choose(tiny_unet())[0] == "plain"
-    time_as_told(monkeypatch, plain=1.0, channels_last=1.0, fused=0.5, compiled=0.49, float32=1.0)
-    assert choose(tiny_unet())[0] == "fused"  # simpler than compiled
+    ToldTimes(monkeypatch, {("plain", FLOAT32): 0.1, ("plain", BFLOAT16): 0.097, ("fused", FLOAT32): 0.096})
+    assert choose(tiny_unet(), precisions=(FLOAT32, BFLOAT16))[:2] == ("plain", FLOAT32)
+    ToldTimes(monkeypatch, {("plain", FLOAT32): 0.1, ("fused", FLOAT32): 0.052, ("fused", BFLOAT16): 0.05})
+    assert choose(tiny_unet(), precisions=(FLOAT32, BFLOAT16))[:2] == ("fused", FLOAT32)
 
 
-def test_what_takes_longer_to_try_than_it_can_save_is_not_tried(tiny_unet, monkeypatch):
-    timed = time_as_told(monkeypatch, plain=1.0, channels_last=1.0, fused=0.1, compiled=0.1, float32=1.0)
-    assert choose(tiny_unet(), num_steps=299)[0] == "plain"  # 15 s are more than 5 % of 299 s
-    assert timed == ["plain", "channels_last"]
-    assert choose(tiny_unet(), num_steps=300)[0] == "fused"
-    assert timed[2:] == ["plain", "channels_last", "fused"]
-    choose(tiny_unet(), num_steps=3800)  # 190 s: enough for either, but not for both
-    assert timed[5:] == ["plain", "channels_last", "fused", "float32"]
+def test_16_bits_are_chosen_where_they_are_faster(tiny_unet, monkeypatch):
+    ToldTimes(monkeypatch, {("plain", FLOAT32): 0.1, ("plain", BFLOAT16): 0.06, ("channels_last", BFLOAT16): 0.05})
+    assert choose(tiny_unet(), precisions=(FLOAT32, BFLOAT16))[:2] == ("channels_last", BFLOAT16)
+
+
+def test_what_is_far_slower_is_dropped_after_a_step_with_an_eighth_of_the_batch(tiny_unet, monkeypatch):
+    told = ToldTimes(monkeypatch, {("plain", FLOAT32): 5.0, ("plain", BFLOAT16): 0.1})
+    reason = choose(tiny_unet(), speeds=("plain",), precisions=(FLOAT32, BFLOAT16))[2]
+    assert told.steps == [("plain", BFLOAT16, 2), *[("plain", BFLOAT16, 16)] * 3, ("plain", FLOAT32, 2)]
+    assert "plain in float32 dropped, 50.0 times as slow" in reason
+
+
+@pytest.mark.parametrize("step_seconds", [0.01, 1.0, 8.0, 100.0])
+@pytest.mark.parametrize("num_steps", [10, 1000, math.inf])
+def test_the_trial_ends_within_15_seconds_and_5_percent_of_the_run(tiny_unet, monkeypatch, step_seconds, num_steps):
+    speeds = ("plain", "channels_last", "fused")
+    told = ToldTimes(monkeypatch, {(name, dtype): step_seconds for name in speeds for dtype in (FLOAT32, BFLOAT16)})
+    choose(tiny_unet(), num_steps=num_steps, speeds=speeds, precisions=(FLOAT32, BFLOAT16))
+    # Without any step nothing is known: two small ones are the least that can be timed, and none is cut off.
+    least = 2 * step_seconds / speed.SMALL_SHARE
+    assert told.now <= max(min(15.0, 0.05 * num_steps * step_seconds), least) + step_seconds / speed.SMALL_SHARE
+
+
+def test_what_must_be_compiled_is_tried_where_5_percent_of_the_run_cover_it(tiny_unet, monkeypatch):
+    seconds = {("plain", FLOAT32): 1.0, ("channels_last", FLOAT32): 1.0, ("fused", FLOAT32): 0.1}
+    ToldTimes(monkeypatch, seconds, compile_seconds=12)
+    chosen, _, reason = choose(tiny_unet(), num_steps=299, speeds=("plain", "fused"))
+    assert chosen == "plain"  # 15 s are more than 5 % of 299 s
+    assert "no time for fused in float32" in reason
+    assert choose(tiny_unet(), num_steps=400, speeds=("plain", "fused"))[0] == "fused"
 
 
 def test_what_is_compiled_is_tried_in_any_run(tiny_unet, monkeypatch, tmp_path):
-    timed = time_as_told(monkeypatch, plain=1.0, channels_last=1.0, fused=0.5, compiled=0.1, float32=1.0)
+    ToldTimes(monkeypatch, {("plain", FLOAT32): 0.1, ("fused", FLOAT32): 0.05})
     monkeypatch.setattr(speed, "library_path", lambda: tmp_path)  # there
-    assert choose(tiny_unet(), num_steps=1)[0] == "fused"
-    assert timed == ["plain", "channels_last", "fused"]
+    assert choose(tiny_unet(), num_steps=200, speeds=("plain", "fused"))[0] == "fused"
 
 
 def test_a_setting_that_does_not_run_is_left_out(tiny_unet, monkeypatch):
-    time_as_told(monkeypatch, plain=1.0, channels_last=1.0, compiled=0.5, float32=1.0)
-    chosen, reason = choose(tiny_unet())
-    assert chosen == "compiled"
-    assert reason.endswith("; fused does not run here (g++ is not what it seems)")
-
-
-def test_float32_is_recommended_where_bfloat16_is_slower(tiny_unet, monkeypatch):
-    timed = time_as_told(monkeypatch, plain=2.0, channels_last=2.0, fused=2.0, compiled=2.0, float32=1.0)
-    assert choose(tiny_unet())[1].endswith("; float32 would take 1.000 s: set trainer.precision to 32-true")
-    choose(tiny_unet(), autocast=nullcontext)  # is float32 already
-    assert timed[5:] == ["float32"] * 4
+    ToldTimes(monkeypatch, {("plain", FLOAT32): 0.1, ("channels_last", FLOAT32): 0.05})
+    chosen, _, reason = choose(tiny_unet(), speeds=("plain", "channels_last", "fused"))
+    assert chosen == "channels_last"
+    assert "; fused in float32 does not run here (g++ is not what it seems); " in reason
 
 
 def test_trying_leaves_network_and_random_numbers_alone(tiny_unet, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")
     unet = tiny_unet(dropout=0.5)
     weights, random_state = copy.deepcopy(unet.state_dict()), torch.get_rng_state()
-    chosen, reason = choose(unet, num_steps=1)  # too few to compile for
+    chosen, _, reason = choose(unet, num_steps=100, speeds=speed.speeds_for(CPU))  # too few to compile for
     assert chosen in ("plain", "channels_last")
-    assert reason.startswith(f"speed {chosen}: a step takes plain ")
+    assert reason.startswith(f"speed {chosen} in float32: a step takes ")
     torch.testing.assert_close(unet.state_dict(), weights, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in unet.parameters())
@@ -177,7 +207,7 @@ def test_rounded_weights_predict_what_autocast_does(tiny_unet, speed):
         torch.nn.init.normal_(parameter, std=0.1)
     set_speed(unet, speed)
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 99]), torch.tensor([0, 2])
-    with torch.no_grad(), bfloat16():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = unet(x, t, labels)
         prepare_weights(unet, torch.bfloat16)
         assert unet.conv_in.weight.dtype == torch.bfloat16
@@ -216,7 +246,7 @@ def test_auto_times_once_and_a_continued_run_keeps_what_was_found(
 ):
     found = iter(["channels_last"])
     monkeypatch.setattr(
-        "unet_diffusion.training.base.fastest_speed", lambda *args, **options: (next(found), "for a test")
+        "unet_diffusion.training.base.fastest_setting", lambda *args, **options: (next(found), FLOAT32, "for a test")
     )
     data = tiny_images(class_names=None)
     trainer = quiet_trainer(max_steps=2, limit_val_batches=0)
@@ -268,7 +298,7 @@ def test_auto_takes_graphs_where_compiling_pays_and_they_can_be(
     tiny_module, tiny_images, quiet_trainer, monkeypatch, can_be_graphed, expected
 ):
     monkeypatch.setattr(
-        "unet_diffusion.training.base.fastest_speed", lambda *args, **options: ("compiled", "for a test")
+        "unet_diffusion.training.base.fastest_setting", lambda *args, **options: ("compiled", FLOAT32, "for a test")
     )
     monkeypatch.setattr(NetworkModule, "_can_be_graphed", can_be_graphed)
     ran_at = []
@@ -296,10 +326,10 @@ def test_fit_times_the_speeds_of_this_machine_and_says_so(run_cli, tiny_digits, 
     monkeypatch.setattr("unet_diffusion.training.base.rank_zero_info", said.append)
     status, _, err = run_cli("fit", *tiny_digits, "--model.speed", "auto", "--trainer.default_root_dir", tmp_path)
     assert status == 0, err
-    (reason,) = [line for line in said if ": a step takes plain " in line]
+    (reason,) = [line for line in said if ": a step takes " in line]
     chosen = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["speed"]
     assert chosen in ("plain", "channels_last")  # four steps are too few to compile for
-    assert reason.startswith(f"speed {chosen}: ")
+    assert reason.startswith(f"speed {chosen} in float32: ")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from unet_diffusion.precision import PRECISIONS, autocast, chosen_precision
 from unet_diffusion.processes import own_device, processes
 from unet_diffusion.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed, speed_for_use
 from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
@@ -86,7 +87,12 @@ _AUTOENCODER_HELP = "for a denoiser of latents: where their autoencoder is, if n
 def _add_hardware(parser: argparse.ArgumentParser, of: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help=f"of the {of}")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help=f"What the {of} computes in; auto: 16 bits where the hardware has them, else float32.",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ fit, validate
@@ -191,6 +197,7 @@ def _encode(options: argparse.Namespace) -> None:
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
     options.device = own_device(options.device)
+    options.precision = chosen_precision(options.precision, torch.device(options.device))
     autoencoder = pretrained_autoencoder(options.autoencoder).eval()
     data = _images_to_encode(options, autoencoder)
     settings = _latents_settings(options, autoencoder, data)
@@ -204,7 +211,7 @@ def _encode(options: argparse.Namespace) -> None:
 
     @torch.inference_mode()
     def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+        with autocast(device_type, getattr(torch, options.precision)):
             return latent_moments(autoencoder, pixels.to(options.device))
 
     with processes() as all_of_them:
@@ -407,6 +414,7 @@ def _sample(options: argparse.Namespace) -> None:
     from unet_diffusion.drawing import Drawing
 
     options.device = own_device(options.device)
+    options.precision = chosen_precision(options.precision, torch.device(options.device))
     drawing = Drawing.of(options)
     if torch.device(options.device).type == "cpu":
         keep_freed_memory()
@@ -508,6 +516,7 @@ def _segment(options: argparse.Namespace) -> None:
     from unet_diffusion.segmentation.predict import ImagesToSegment, Outputs, class_probabilities, segment_images
 
     options.device = own_device(options.device)
+    options.precision = chosen_precision(options.precision, torch.device(options.device))
     trained = read_segmenter(options.checkpoint)
     if options.window_size is not None:
         if options.window_size < 1:
@@ -526,7 +535,7 @@ def _segment(options: argparse.Namespace) -> None:
 
     @torch.inference_mode()
     def predict(image: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device_type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+        with autocast(device_type, getattr(torch, options.precision)):
             return class_probabilities(trained, image, views=options.views, device=options.device)
 
     with processes() as all_of_them:

@@ -13,6 +13,7 @@ from unet_diffusion.checkpoint import TrainedDenoiser
 from unet_diffusion.codecs import Autoencoder, autoencoder_of, decode_latents
 from unet_diffusion.conditioning import Denoiser, Guidance
 from unet_diffusion.interop import load_denoiser
+from unet_diffusion.precision import autocast
 from unet_diffusion.sample_options import (
     Picture,
     check_options,
@@ -94,8 +95,8 @@ class Drawing:
             indices: N numbers among all images of the seed.
             progress: called with the number of images that took a step.
         """
-        options, in_bfloat16 = self.options, self.options.precision == "bfloat16"
-        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=in_bfloat16):
+        options = self.options
+        with autocast(torch.device(options.device).type, getattr(torch, options.precision)):
             images = sample(
                 self._seen_through_windows(self.trained.unet),
                 self.trained.schedule,

@@ -6,18 +6,19 @@
     compiled       channels last, and the whole network through torch.compile
     graphed        on a GPU: compiled, and its kernels launched at once as CUDA graphs, which small batches gain from
 
-Which one is fastest depends on the processor, the widths and the batch, so `fastest_speed` tries them.
+Which one is fastest depends on the processor, the widths and the batch, so `fastest_setting` tries them.
 """
 
 import copy
 import ctypes
+import math
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,22 +26,24 @@ from torch import Tensor, nn
 
 from unet_diffusion.blocks import Conv3x3, GroupNorm, Upsample
 from unet_diffusion.kernels import library_path, operators, winograd_filters
+from unet_diffusion.precision import autocast, cpu_has_bfloat16
 from unet_diffusion.unet import PixelNetwork
 
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
-# Seconds that trying them is expected to take, most of it compiling. On two CPU cores benchmarks/train_step.py found 11
-# to 13 for fused with an empty cache, and 104 to 136 for whole networks; benchmarks/gpu.py 128 while it compiled ten
-# others. Graphs are not tried, as what is captured would keep its memory: see `NetworkModule`.
-TRIALS: dict[str, dict[Speed, float]] = {
-    "cpu": {"channels_last": 0, "fused": 15, "compiled": 180},
-    "cuda": {"channels_last": 0, "compiled": 130},
+# Seconds that compiling is expected to take. On two CPU cores benchmarks/train_step.py found 11 to 13 for fused, once a
+# machine, and 104 to 136 for whole networks; benchmarks/gpu.py 128 while it compiled ten others.
+COMPILE_SECONDS: dict[str, dict[Speed, float]] = {
+    "cpu": {"fused": 15, "compiled": 180},
+    "cuda": {"compiled": 130},
 }
-FLOAT32_TRIAL = 30  # seconds: on a processor without instructions for bfloat16 every run is long
-MAX_TRIAL_SHARE = 0.05  # of a run: what would take longer is not tried
+MAX_TRIAL_SECONDS = 15.0  # of timed steps
+MAX_TRIAL_SHARE = 0.05  # of a run, compiling included
+SMALL_SHARE = 8  # a first step has so many times fewer images
+MAX_SLOWDOWN = 2.0  # what is slower than the best by more than this after that step is dropped
 MIN_GAIN = 1.05  # a setting must be so many times as fast as a simpler one; less is within the noise
-NUM_TIMED_STEPS = 2  # after one that is not timed; the fastest counts
+NUM_TIMED_STEPS = 3  # the fastest counts, so the first may warm up
 MIN_WINOGRAD_CHANNELS = 64  # in and out; the matrix products of fewer are too thin to gain anything
 
 # glibc's malloc.h
@@ -108,9 +111,7 @@ def prepare_weights(unet: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _can_fuse() -> bool:
-    # The first can be told to see less; oneDNN has no products of bfloat16 for AVX-512 without the second.
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return sys.platform == "linux" and has_avx512 and torch.cpu._is_avx512_bf16_supported()
+    return sys.platform == "linux" and cpu_has_bfloat16()  # oneDNN has no products of bfloat16 for AVX-512 without
 
 
 def _is_wide(channels: int) -> bool:
@@ -143,52 +144,168 @@ def speed_for_use(trained_at: Speed, device: torch.device) -> Speed:
     return trained_at if trained_at in ("plain", "fused") and trained_at in speeds_for(device) else "channels_last"
 
 
-def fastest_speed(
+def fastest_setting(
     unet: PixelNetwork,
     x: Tensor,
     *,
     inputs: Mapping[str, Tensor],
     num_steps: float,
-    autocast: Callable[[], AbstractContextManager[object]],
-) -> tuple[Speed, str]:
-    """The setting with the shortest training step here, and a sentence that says how long each one took.
+    speeds: Sequence[Speed],
+    precisions: Sequence[torch.dtype],
+) -> tuple[Speed, torch.dtype, str]:
+    """The speed and precision with the shortest training step here, and a sentence that says why.
 
-    Forward and backward of a copy are timed, three steps each, on x's device. "plain" and "channels_last", which
-    compile nothing, are always tried; the others only if compiling them all is expected to take at most 5 % of the run
-    (see TRIALS; what is compiled already costs nothing). One that fails is left out. The network and the random numbers
-    are left as they were.
+    Forward and backward of a copy are timed on x's device. Each setting begins with an eighth of the batch, and is
+    dropped if that takes more than twice what the best one took. The timed steps take at most 15 s, and at most 5 % of
+    the run; settings that time does not suffice for are left out, and so are those that fail. What must be compiled
+    first is tried where 5 % of the run cover that, too. Network and random numbers are left as they were.
 
     Args:
-        unet: the network.
-        x: a batch as in training, (B, C, H, W) float32.
-        inputs: what else it is called with, on x's device.
-        num_steps: of the run; infinite if unknown.
-        autocast: makes the context that the steps will run in.
+        unet: The network.
+        x: A batch as in training, (B, C, H, W) float32.
+        inputs: What else the network is called with, on x's device.
+        num_steps: Batches of the run; infinite if unknown.
+        speeds: The speeds to choose from.
+        precisions: The precisions to choose from.
     """
-    start = time.perf_counter()
-    network = copy.deepcopy(unet).to(x.device).train()
-    seconds: dict[Speed, float] = {"plain": _step_seconds(network, "plain", x, inputs, autocast)}
-    left = MAX_TRIAL_SHARE * num_steps * seconds["plain"]
-    notes = []
-    offered = speeds_for(x.device)
-    for speed, cost in TRIALS.get(x.device.type, {"channels_last": 0}).items():
-        if speed not in offered:
-            continue
+    # The likely ones first: if time does not suffice, one of them is what the run is left with.
+    settings = [Setting(speed, dtype) for dtype in reversed(precisions) for speed in speeds if speed != "graphed"]
+    compile_seconds = COMPILE_SECONDS.get(x.device.type, {})
+    settings.sort(key=lambda setting: compile_seconds.get(setting.speed, 0))
+    trial = _Trial(unet, x, inputs, num_steps, len(settings))
+    for setting in settings:
+        trial.time(setting)
+    chosen = trial.simplest_of_the_fastest()
+    return chosen.speed, chosen.dtype, trial.sentence(chosen)
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """A speed in a precision."""
+
+    speed: Speed
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.speed} in {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def simplicity(self) -> tuple[int, bool]:
+        """Less is simpler: the order of SPEEDS, and float32 before others."""
+        return SPEEDS.index(self.speed), self.dtype != torch.float32
+
+
+class _Trial:
+    """Times settings of a copy of a network for `fastest_setting`, whose arguments it takes."""
+
+    def __init__(
+        self, unet: PixelNetwork, x: Tensor, inputs: Mapping[str, Tensor], num_steps: float, num_settings: int
+    ):
+        self.start = time.perf_counter()
+        self.network = copy.deepcopy(unet).to(x.device).train()
+        self.x, self.inputs, self.num_steps, self.num_settings = x, inputs, num_steps, num_settings
+        self.num_small = max(len(x) // SMALL_SHARE, 1)
+        self.num_timed = 0  # images of the steps that decide; known after the first small step
+        self.compiled_for = 0.0  # seconds
+        self.best_small = math.inf  # seconds
+        self.seconds: dict[Setting, float] = {}  # of a step with the whole batch
+        self.notes: list[str] = []
+
+    def time(self, setting: Setting) -> None:
+        """Time one setting, unless there is no time left for it."""
         try:
-            cost = 0 if speed == "fused" and library_path().exists() else cost
-            if cost <= left:
-                left -= cost
-                seconds[speed] = _step_seconds(network, speed, x, inputs, autocast)
+            if self._is_affordable(setting):
+                self._set_up(setting)
+                if setting.speed == "compiled" or self._is_promising(setting):  # compiled: for one shape
+                    self._time_steps(setting)
         except RuntimeError as error:  # of compilers, and out of memory
-            notes.append(f"; {speed} does not run here ({str(error).strip().splitlines()[0]})")
-    if x.device.type == "cpu" and _is_bfloat16(autocast) and left >= FLOAT32_TRIAL:
-        float32 = _step_seconds(network, "plain", x, inputs, nullcontext)
-        if float32 * MIN_GAIN < min(seconds.values()):
-            notes.append(f"; float32 would take {float32:.3f} s: set trainer.precision to 32-true")
-    chosen = _simplest_of_the_fastest(seconds)
-    times = ", ".join(f"{speed} {taken:.3f} s" for speed, taken in seconds.items())
-    tried_for = time.perf_counter() - start
-    return chosen, f"speed {chosen}: a step takes {times} (tried for {tried_for:.0f} s){''.join(notes)}"
+            self.notes.append(f"{setting} does not run here ({str(error).strip().splitlines()[0]})")
+
+    def simplest_of_the_fastest(self) -> Setting:
+        """The simplest setting whose step takes hardly longer than the fastest.
+
+        Raises:
+            RuntimeError: If none runs.
+        """
+        if not self.seconds:
+            raise RuntimeError(f"the network runs at no speed here: {'; '.join(self.notes)}")
+        fastest = min(self.seconds.values())
+        return min(
+            (setting for setting, taken in self.seconds.items() if taken <= MIN_GAIN * fastest),
+            key=lambda setting: setting.simplicity,
+        )
+
+    def sentence(self, chosen: Setting) -> str:
+        """What was chosen and why, in one line."""
+        others = [f"{setting} {taken:.3g} s" for setting, taken in self.seconds.items() if setting != chosen]
+        reasons = "; ".join([*([", ".join(others)] if others else []), *self.notes]) or "nothing else to try"
+        return (
+            f"speed {chosen}: a step takes {self.seconds[chosen]:.3g} s ({reasons}; tried for {self._elapsed():.1f} s)"
+        )
+
+    def _is_affordable(self, setting: Setting) -> bool:
+        cost = COMPILE_SECONDS.get(self.x.device.type, {}).get(setting.speed, 0)
+        if setting.speed == "fused" and library_path().exists():
+            cost = 0
+        affordable = not self.seconds or (self._left() > 0 and self._elapsed() + cost <= self._share_of_run())
+        if not affordable:
+            self.notes.append(f"no time for {setting}")
+        return affordable
+
+    def _set_up(self, setting: Setting) -> None:
+        start = time.perf_counter()
+        set_speed(self.network, setting.speed)
+        if setting.speed == "compiled":
+            self._step(setting, self.num_timed or len(self.x))
+        self.compiled_for += time.perf_counter() - start
+
+    def _is_promising(self, setting: Setting) -> bool:
+        """Whether a step with few images is not far slower than that of the best so far."""
+        taken = self._step(setting, self.num_small)
+        if taken > MAX_SLOWDOWN * self.best_small:
+            self.notes.append(f"{setting} dropped, {taken / self.best_small:.1f} times as slow")
+            return False
+        self.best_small = min(self.best_small, taken)
+        if not self.num_timed:
+            whole_step = taken * len(self.x) / self.num_small
+            limit = min(MAX_TRIAL_SECONDS, MAX_TRIAL_SHARE * self.num_steps * whole_step)
+            all_steps = self.num_settings * NUM_TIMED_STEPS * whole_step
+            self.num_timed = len(self.x) if all_steps <= limit else self.num_small
+        return True
+
+    def _time_steps(self, setting: Setting) -> None:
+        scale = len(self.x) / self.num_timed
+        for _ in range(NUM_TIMED_STEPS):
+            taken = scale * self._step(setting, self.num_timed)
+            self.seconds[setting] = min(taken, self.seconds.get(setting, math.inf))
+            if taken / scale > self._left():
+                break
+
+    def _step(self, setting: Setting, num_images: int) -> float:
+        """Seconds of forward and backward; the network gets no gradients."""
+        x, network = self.x[:num_images], self.network
+        inputs = {name: value[:num_images] for name, value in self.inputs.items()}
+        t = None if network.time_embedding is None else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):  # dropout draws
+            _synchronize(x.device)
+            start = time.perf_counter()
+            with autocast(x.device.type, setting.dtype):
+                loss = network(x, t, **inputs).float().square().mean()
+            torch.autograd.grad(loss, parameters)
+            _synchronize(x.device)
+        return time.perf_counter() - start
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def _share_of_run(self) -> float:
+        """Seconds that trying may take, compiling included; unlimited until a step has been timed."""
+        return MAX_TRIAL_SHARE * self.num_steps * min(self.seconds.values(), default=math.inf)
+
+    def _left(self) -> float:
+        """Seconds for timed steps."""
+        return min(MAX_TRIAL_SECONDS, self._share_of_run()) - (self._elapsed() - self.compiled_for)
 
 
 def keep_freed_memory() -> None:
@@ -203,50 +320,6 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
     libc.mallopt(M_TOP_PAD, 2**26)
-
-
-def _simplest_of_the_fastest(seconds: dict[Speed, float]) -> Speed:
-    """The seconds are in order of simplicity; each further setting must gain on what was best before it."""
-    chosen: Speed = "plain"
-    for speed, taken in seconds.items():
-        if taken * MIN_GAIN < seconds[chosen]:
-            chosen = speed
-    return chosen
-
-
-def _is_bfloat16(autocast: Callable[[], AbstractContextManager[object]]) -> bool:
-    with autocast():
-        return torch.is_autocast_enabled("cpu")
-
-
-def _step_seconds(
-    network: PixelNetwork,
-    speed: Speed,
-    x: Tensor,
-    inputs: Mapping[str, Tensor],
-    autocast: Callable[[], AbstractContextManager[object]],
-) -> float:
-    """Of forward and backward, the fastest of a few; the network gets no gradients."""
-    set_speed(network, speed)
-    t = None if network.time_embedding is None else torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-    def step() -> None:
-        with autocast():
-            loss = network(x, t, **inputs).float().square().mean()
-        torch.autograd.grad(loss, parameters)
-
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):  # dropout draws
-        step()
-        return min(_seconds(step, x.device) for _ in range(NUM_TIMED_STEPS))
-
-
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    step()
-    _synchronize(device)
-    return time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:

@@ -89,8 +89,7 @@ class TwoStages:
         data = self._data_of(self.autoencoder)
         return [
             *("encode", str(self.output / "autoencoder"), str(self.images), "--output", str(self.output / "latents")),
-            *("--precision", "bfloat16", "--background", data.get("background", "white")),
-            *("--on_bad_file", data.get("on_bad_file", "error")),
+            *("--background", data.get("background", "white"), "--on_bad_file", data.get("on_bad_file", "error")),
             *(flag for flag, is_set in flags.items() if is_set),
         ]
 

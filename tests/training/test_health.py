@@ -2,7 +2,6 @@ import csv
 import shutil
 from collections import namedtuple
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,15 +106,6 @@ def test_bad_step_of_a_discriminator_is_left_out(quiet_trainer, tiny_images):
         trainer.fit(module, tiny_images(shape=(1, 16, 16)))
     assert trainer.callback_metrics["train/skipped_steps"] == 1
     assert all(weight.isfinite().all() for weight in critic.parameters())
-
-
-def test_fused_optimizer_with_clipping_in_float16_is_refused(tiny_module, monkeypatch):
-    module = tiny_module()
-    optimizer = torch.optim.AdamW(module.unet.parameters(), fused=True)
-    trainer = SimpleNamespace(optimizers=[optimizer], gradient_clip_val=1.0, precision="16-mixed")
-    monkeypatch.setattr(type(module), "trainer", trainer)
-    with pytest.raises(ValueError, match=r"use precision bf16-mixed, or set model\.optimizer\.init_args\.fused"):
-        module.on_fit_start()
 
 
 def test_run_of_bad_steps_ends_and_keeps_the_batch(tiny_digits, run_cli, tmp_path, monkeypatch):

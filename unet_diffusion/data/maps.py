@@ -4,6 +4,7 @@ Maps are drawn anew in each step, so that what is denoised is encoded in each st
 """
 
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -166,8 +167,7 @@ class ImagesWithMaps(ImageDataModule):
             return pixels
         from unet_diffusion.codecs import latent_moments
 
-        in_bfloat16 = getattr(self.trainer, "precision", None) == "bf16-mixed"
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=in_bfloat16):
+        with nullcontext() if self.trainer is None else self.trainer.precision_plugin.forward_context():
             mean, std = (one.float() for one in latent_moments(self._autoencoder.to(pixels.device), pixels))
         if generator is not None:
             mean = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)

@@ -30,6 +30,12 @@ from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import keep_freed_memory
 from unet_diffusion.training.base import LRDecay, check_choice, lr_factor
 from unet_diffusion.training.health import SkipBadSteps
+from unet_diffusion.training.precision import (
+    possible_precisions,
+    precision_before,
+    set_precision,
+    settle_precision,
+)
 
 Reconstruction = Literal["l1", "l2"]
 PerceptualNet = Literal["vgg", "alex", "squeeze"]
@@ -178,6 +184,12 @@ class AutoencoderModule(LightningModule):
             keep_freed_memory()
         if stage == "fit":
             self._check_fit()
+        # Nothing is timed: a step of two networks, each with its optimiser, is more than a trial can hold.
+        precision = possible_precisions(self.trainer, can_scale_losses=False)[-1]
+        if stage != "fit":
+            set_precision(self.trainer, precision)
+        elif not self.is_continued:  # else the checkpoint tells
+            settle_precision(self.trainer, precision)
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self._meet_data(tuple(datamodule.image_shape))
@@ -301,6 +313,7 @@ class AutoencoderModule(LightningModule):
         return {"val/latent_signal": share}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["precision"] = self.trainer.precision
         if self.image_shape is not None:
             checkpoint["autoencoder"] = autoencoder_record(self.trained)
 
@@ -320,6 +333,9 @@ class AutoencoderModule(LightningModule):
                   for name, value in here.items() if saved["config"].get(name) != value]  # fmt: skip
         if differ:
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
+        if self._trainer is not None:
+            before = precision_before(self.trainer, checkpoint, can_scale_losses=False)[-1]
+            (settle_precision if self.trainer.training else set_precision)(self.trainer, before)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What the averaged autoencoder makes of images, (B, C, H, W) float32 in [-1, 1].

@@ -22,8 +22,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from unet_diffusion.blocks import DoubleConv, Downsample, ResidualBlock, SelfAttention, SpatialTransformer, Upsample
 from unet_diffusion.checkpoint import check_callbacks
+from unet_diffusion.precision import precision_name
 from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.speed import SPEEDS, Speed, fastest_speed, keep_freed_memory, set_speed, speeds_for
+from unet_diffusion.speed import SPEEDS, Speed, fastest_setting, keep_freed_memory, set_speed, speeds_for
+from unet_diffusion.training.precision import (
+    possible_precisions,
+    precision_before,
+    precision_is_auto,
+    set_precision,
+    settle_precision,
+)
 from unet_diffusion.unet import PixelNetwork
 
 DROPOUT_KEY = 3  # keeps dropout apart from noise, which has the same seed
@@ -52,9 +60,10 @@ class NetworkModule(LightningModule):
         lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
         ema_decay: share of the average kept at each optimiser step; less at first: (1 + n) / (10 + n) after n steps.
             0 is off: the average is the raw weights.
-        speed: how the network runs, see `speed.py`; they differ in rounding. "auto" times them on this machine before
-            the run, for about 5 % of it at most, and a run that is continued keeps what was found. Where a GPU is best
-            off compiled it takes "graphed", unless there are several processes or batches a step.
+        speed: How the network runs, see `speed.py`; speeds differ in rounding. "auto" times them on this machine before
+            the run, together with the precisions if those are left to it, too; a run that is continued keeps what was
+            found. Where a GPU is best off compiled it takes "graphed", unless there are several processes or batches a
+            step.
         seed: of all that is drawn in training.
 
     Raises:
@@ -141,10 +150,10 @@ class NetworkModule(LightningModule):
                     "speed graphed needs a GPU in one process, with accumulate_grad_batches 1, as graphs keep no "
                     "gradients for another batch; set model.speed to compiled"
                 )
-            if self.speed != "auto":
-                self._run_at(self.speed)
-            elif not self.is_continued:  # else the checkpoint tells
-                self._run_at(self._fastest_speed())
+            if not self.is_continued:  # else the checkpoint tells
+                self._settle(self._possible_speeds(), possible_precisions(self.trainer))
+        elif stage == "validate":
+            set_precision(self.trainer, possible_precisions(self.trainer)[-1])
 
     @property
     def is_sharded(self) -> bool:
@@ -176,13 +185,6 @@ class NetworkModule(LightningModule):
         if dtype != torch.float32:
             raise ValueError(
                 f"the weights must be float32 for the average to move, got {dtype}; use precision bf16-mixed"
-            )
-        is_fused = any(group.get("fused") for one in self.trainer.optimizers for group in one.param_groups)
-        if is_fused and self.trainer.gradient_clip_val and self.trainer.precision == "16-mixed":
-            raise ValueError(
-                f"a fused optimizer must not have its gradients clipped in precision 16-mixed, got "
-                f"trainer.gradient_clip_val {self.trainer.gradient_clip_val}; use precision bf16-mixed, or set "
-                "model.optimizer.init_args.fused to false"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -218,15 +220,21 @@ class NetworkModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as Lightning does, which refuses fused optimisers in mixed precision; only float16 scales gradients."""
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed":
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            if self.gradient_norm is None:
-                self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
-            self.gradient_norm = None
-        else:
+        """Clips as Lightning does, which refuses fused optimisers in mixed precision.
+
+        In float16 those take scaled gradients, unless these were unscaled before, as they are here to be clipped.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.gradient_norm is None:
+            self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
+        self.gradient_norm = None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then moves the average: once an optimiser step, however many batches it accumulates."""
@@ -257,7 +265,7 @@ class NetworkModule(LightningModule):
                 buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, ema_buffer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["speed"] = self.chosen_speed
+        checkpoint["speed"], checkpoint["precision"] = self.chosen_speed, self.trainer.precision
         if self.image_shape is not None:
             checkpoint[self.record_key] = self.record()
 
@@ -283,14 +291,22 @@ class NetworkModule(LightningModule):
         ]
         if differ:
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
-        if self.speed == "auto" and self._trainer is not None and self.trainer.training:
-            before = checkpoint.get("speed")
-            before = "compiled" if before == "graphed" and not self._can_be_graphed else before
-            if before in speeds_for(self.trainer.strategy.root_device):  # to go on bit for bit
-                rank_zero_info(f"speed {before}, as the run had before")
-                self._run_at(before)
-            elif self.is_continued:
-                self._run_at(self._fastest_speed())
+        if self._trainer is not None and (self.trainer.training or self.trainer.validating):
+            self._go_on_as_before(checkpoint)
+
+    def _go_on_as_before(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps speed and precision of the checkpoint, to go on bit for bit, where they were left to the machine."""
+        precisions = precision_before(self.trainer, checkpoint)
+        if self.trainer.validating:
+            set_precision(self.trainer, precisions[-1])
+            return
+        speeds = self._possible_speeds()
+        before = checkpoint.get("speed")
+        before = "compiled" if before == "graphed" and not self._can_be_graphed else before
+        if self.speed == "auto" and before in speeds:
+            speeds = (before,)
+        if self.is_continued or len(speeds) == len(precisions) == 1:
+            self._settle(speeds, precisions)
 
     def on_train_start(self) -> None:
         """Lays out the optimiser's moments as the weights, whose memory format another speed may have changed.
@@ -311,22 +327,47 @@ class NetworkModule(LightningModule):
         set_speed(self.unet, speed, device)
         set_speed(self.ema_unet, "channels_last" if speed in ("compiled", "graphed") else speed, device)
 
-    def _fastest_speed(self) -> Speed:
+    def _possible_speeds(self) -> tuple[Speed, ...]:
+        if self.speed != "auto":
+            return (self.speed,)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return ("plain",)
+        return speeds_for(self.trainer.strategy.root_device)
+
+    def _settle(self, speeds: tuple[Speed, ...], precisions: tuple[torch.dtype, ...]) -> None:
+        """Sets the fastest of these speeds and precisions."""
+        speed, precision = speeds[0], precisions[-1]
+        if len(speeds) > 1 or len(precisions) > 1:
+            speed, precision = self._fastest_setting(speeds, precisions)
+        elif self.speed == "auto" or precision_is_auto(self.trainer):
+            rank_zero_info(f"speed {speed} in {precision_name(precision)}")
+        settle_precision(self.trainer, precision)
+        self._run_at(speed)
+
+    def _fastest_setting(
+        self, speeds: tuple[Speed, ...], precisions: tuple[torch.dtype, ...]
+    ) -> tuple[Speed, torch.dtype]:
         """Of the first process, for all."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
-            raise ValueError(f"speed auto needs a data module that knows its images; use one of {', '.join(SPEEDS)}")
+            raise ValueError(
+                f"speed auto needs a data module that knows its images; use one of {', '.join(SPEEDS)}, and name "
+                "trainer.precision"
+            )
         assert self.image_shape is not None
         device = self.trainer.strategy.root_device
         generator = keyed_generator(self.seed, device=device)
         x = torch.randn(datamodule.batch_size, *self.image_shape, generator=generator, device=device)
-        autocast = self.trainer.precision_plugin.forward_context
         inputs = {name: value.to(device) for name, value in self.example_inputs(datamodule.batch_size).items()}
         num_steps = self._num_batches(datamodule)
-        speed, reason = fastest_speed(self.unet, x, inputs=inputs, num_steps=num_steps, autocast=autocast)
+        speed, precision, reason = fastest_setting(
+            self.unet, x, inputs=inputs, num_steps=num_steps, speeds=speeds, precisions=precisions
+        )
         rank_zero_info(reason)
-        speed = self.trainer.strategy.broadcast(speed)
-        return "graphed" if speed == "compiled" and self._can_be_graphed else speed
+        speed, precision = self.trainer.strategy.broadcast((speed, precision))
+        if self.speed == "auto" and speed == "compiled" and self._can_be_graphed:
+            speed = "graphed"
+        return speed, precision
 
     @property
     def _can_be_graphed(self) -> bool:

@@ -46,6 +46,7 @@ from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
+from unet_diffusion.training.precision import RunTrainer
 from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
@@ -58,6 +59,7 @@ PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", 
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
+AUTO = "auto"  # speed and precision that are left to the machine
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,28 @@ TASKS = {
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole configuration to run folder/config.yaml, and tells it to the loggers."""
+    """Writes the whole configuration to run folder/config.yaml, and tells it to the loggers.
+
+    Speed and precision that were left to the machine stand there as it chose them.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: the machine has not chosen."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.config.trainer.precision == AUTO:
+            self.config.trainer.precision = trainer.precision
+        if self.config.model.get("speed") == AUTO:
+            self.config.model.speed = pl_module.chosen_speed
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
+        wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
+        wanted["trainer"] = {key: value for key, value in wanted["trainer"].items() if key != "logger"}
+        pl_module.settings = _without(wanted, PATHS)
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
         text = self.parser.dump(self.config, skip_unset=False)
         with whole_file(run_folder(trainer) / "config.yaml") as partial:
             partial.write_text(text)
@@ -137,6 +156,7 @@ class TrainingCLI(LightningCLI):
         refuse_dangerous_modules()
         cls(
             _task_of(arguments[1:]),
+            trainer_class=RunTrainer,
             subclass_mode_data=True,
             args=list(arguments),
             seed_everything_default=0,
@@ -243,11 +263,6 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
-        settings = self._settings()
-        # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
-        wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
-        del wanted["trainer"]["logger"]
-        self.model.settings = _without(wanted, PATHS)
 
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
@@ -355,7 +370,8 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted({*before, *now})
         return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}")]
-    return [] if before == now else [f"{name.lstrip('.')} was {before}, is {now}"]
+    is_kept = now == AUTO and before is not None  # what was chosen then is kept
+    return [] if before == now or is_kept else [f"{name.lstrip('.')} was {before}, is {now}"]
 
 
 def _loggers(wanted: Any, root: Path) -> Any:

@@ -1,0 +1,96 @@
+"""Precision in training: Lightning's, and "auto", which the module settles when it has met device and data."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from unet_diffusion.precision import precisions_for
+
+TrainingPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
+NAMES: dict[torch.dtype, TrainingPrecision] = {
+    torch.float32: "32-true",
+    torch.bfloat16: "bf16-mixed",
+    torch.float16: "16-mixed",
+}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
+
+
+class RunTrainer(Trainer):
+    """Lightning's trainer, whose precision may be left to the machine.
+
+    Args:
+        precision: What convolutions and matrix products are computed in; weights are float32. 32-true: float32.
+            bf16-mixed: bfloat16. 16-mixed: float16, with scaled losses, on GPUs only. auto: the fastest of those that
+            the hardware has; a few training steps are timed, and a run that is continued keeps what was chosen.
+    """
+
+    def __init__(self, *, precision: TrainingPrecision | Literal["auto"] = "auto", **options: Any):
+        super().__init__(precision="32-true" if precision == "auto" else precision, **options)
+        self.precision_is_auto = precision == "auto"
+
+
+def precision_is_auto(trainer: Trainer) -> bool:
+    """Whether the precision is left to the machine, and not settled yet."""
+    return getattr(trainer, "precision_is_auto", False)
+
+
+def possible_precisions(trainer: Trainer, *, can_scale_losses: bool = True) -> tuple[torch.dtype, ...]:
+    """The precisions that a run may be in: the one asked for, or for auto those that its device has in hardware.
+
+    Args:
+        trainer: The run's trainer, connected to its strategy.
+        can_scale_losses: Whether the module can do with scaled losses, which float16 needs.
+
+    Raises:
+        ValueError: If the precision asked for is none of `TrainingPrecision`.
+    """
+    if precision_is_auto(trainer):
+        # Under ModelParallelStrategy nothing is timed, as a copy may not fit, and Lightning scales no losses.
+        is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        dtypes = precisions_for(trainer.strategy.root_device)
+        dtypes = tuple(dtype for dtype in dtypes if dtype != torch.float16 or (can_scale_losses and not is_sharded))
+        return dtypes[-1:] if is_sharded else dtypes
+    if trainer.precision not in DTYPES:
+        raise ValueError(
+            f"trainer.precision must be auto, {', '.join(DTYPES)}, got {trainer.precision}: weights stay float32, so "
+            "that their average can move in small steps"
+        )
+    return (DTYPES[trainer.precision],)
+
+
+def precision_before(
+    trainer: Trainer, checkpoint: dict[str, Any], *, can_scale_losses: bool = True
+) -> tuple[torch.dtype, ...]:
+    """The precisions in which a run may go on: where it is left to the machine, and the machine has it, its own before.
+
+    Otherwise they are those of `possible_precisions`; that the machine lacks the one before is logged.
+    """
+    possible = possible_precisions(trainer, can_scale_losses=can_scale_losses)
+    before = DTYPES.get(checkpoint.get("precision", ""))
+    if before is None or not precision_is_auto(trainer):
+        return possible
+    if before in possible:
+        return (before,)
+    rank_zero_info(f"this machine has no {NAMES[before]} in hardware, in which the run was before; it goes on without")
+    return possible
+
+
+def set_precision(trainer: Trainer, dtype: torch.dtype) -> None:
+    """Make a trainer compute in that precision; before it sets up its strategy."""
+    if DTYPES[trainer.precision] != dtype:
+        name = NAMES[dtype]
+        device_type = trainer.strategy.root_device.type
+        plugin = Precision() if name == "32-true" else MixedPrecision(name, device_type)
+        trainer.strategy.precision_plugin = plugin
+
+
+def settle_precision(trainer: Trainer, dtype: torch.dtype) -> None:
+    """Set the precision for all that the trainer does from now on."""
+    set_precision(trainer, dtype)
+    if isinstance(trainer, RunTrainer):
+        trainer.precision_is_auto = False
