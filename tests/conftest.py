@@ -46,8 +46,8 @@ TINY_DIGITS = (  # configs/digits.yaml, in a second
     f"--config {CONFIGS / 'digits.yaml'} --model.unet.init_args.channels [8,16] "
     "--model.unet.init_args.norm_num_groups 4 --model.unet.init_args.layers_per_block 1 "
     "--data.init_args.batch_size 32 --data.init_args.num_val 20 "
-    "--model.speed plain --trainer.accelerator cpu --trainer.max_steps 4 --trainer.val_check_interval 2 "
-    "--trainer.log_every_n_steps 1 "
+    "--model.speed plain --trainer.accelerator cpu --trainer.precision 32-true --trainer.max_steps 4 "
+    "--trainer.val_check_interval 2 --trainer.log_every_n_steps 1 "
     "--trainer.enable_progress_bar false --trainer.enable_model_summary false "
     "--samples.every_n_steps 2 --samples.num_images 10 --samples.num_inference_steps 2 "
     "--checkpoint.every_n_train_steps 2"
@@ -120,7 +120,7 @@ def small_recipes(tmp_path) -> tuple[Path, Path]:
     for name in ("autoencoder_kl", "latents_text"):
         recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
         recipe["data"]["init_args"] |= {"batch_size": 4, "num_val": 4}
-        recipe["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
+        recipe["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu", "precision": "32-true"}
         recipe["samples"]["num_images"] = 2
         recipes[name] = recipe
     recipes["autoencoder_kl"]["model"]["autoencoder"]["init_args"] |= {"channels": [32, 32, 32]}

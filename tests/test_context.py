@@ -92,7 +92,7 @@ REFUSED = [
     ("time_cond_proj_dim", {"time_cond_proj_dim": 8}),
     ("attention_type", {"attention_type": "gated"}),
 ]
-NUM_CONFIGS = 48
+NUM_CONFIGS = 12
 
 
 def random_config(rng: random.Random) -> dict:

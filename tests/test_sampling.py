@@ -39,15 +39,7 @@ COSINE = NoiseSchedule(beta_schedule="squaredcos_cap_v2")
 COSINE_V = NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 ZERO_V = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 ZERO_SAMPLE = NoiseSchedule(prediction_type="sample", rescale_betas_zero_snr=True)
-SCHEDULES = {
-    "linear": LINEAR,
-    "linear-sample": LINEAR_SAMPLE,
-    "linear-v": LINEAR_V,
-    "cosine": COSINE,
-    "cosine-v": COSINE_V,
-    "zero-v": ZERO_V,
-    "zero-sample": ZERO_SAMPLE,
-}
+SCHEDULES = {"linear": LINEAR, "linear-sample": LINEAR_SAMPLE, "cosine-v": COSINE_V, "zero-v": ZERO_V}
 
 FIRST_ORDER = ("DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")
 MEAN, DEVIATION = 0.3, 0.5  # of the Gaussian's pixels
@@ -57,7 +49,7 @@ def cases(*names):
     """(schedule, scheduler) for every supported pair among these schedules."""
     return [
         pytest.param(SCHEDULES[name], scheduler, id=f"{name}-{scheduler}")
-        for name in names or SCHEDULES
+        for name in names
         for scheduler in supported_schedulers(SCHEDULES[name])
     ]
 
@@ -136,7 +128,7 @@ def test_scheduler_config_writes_every_field_of_ddpm_scheduler():
     assert set(scheduler_config(LINEAR)) == set(inspect.signature(DDPMScheduler).parameters)
 
 
-@pytest.mark.parametrize(("schedule", "name"), cases())
+@pytest.mark.parametrize(("schedule", "name"), cases("linear", "cosine-v", "zero-v"))
 def test_scheduler_has_the_table_of_the_schedule_and_starts_at_its_last_timestep(schedule, name):
     scheduler = build_scheduler(schedule, name)
     # those in terms of sigma put 2^-24 for the zero signal, whose sigma would be infinite
@@ -240,7 +232,7 @@ def test_what_is_refused_does_miss_x0_in_diffusers(schedule, name, num_steps, ex
 # --------------------------------------------------------------------------------------------------------------- oracle
 
 
-@pytest.mark.parametrize(("schedule", "name"), cases())
+@pytest.mark.parametrize(("schedule", "name"), cases("linear", "linear-sample", "cosine-v", "zero-v"))
 def test_denoiser_that_knows_x0_gives_x0(schedule, name):
     x0 = images_like()
     images = sample(oracle(schedule, x0), schedule, x0.shape, scheduler=name, num_inference_steps=20)
@@ -253,7 +245,7 @@ def test_denoiser_that_knows_x0_gives_x0(schedule, name):
 
 
 @pytest.mark.parametrize(("schedule", "name"), cases("linear", "zero-v"))
-@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("num_steps", [1, 2])
 def test_few_steps_give_x0_too(schedule, name, num_steps):
     if name == "PNDMScheduler" and num_steps < 4:
         pytest.skip("it needs four steps")
@@ -314,7 +306,7 @@ def test_ancestral_samplers_have_the_deviation_of_the_closed_form(schedule, name
     assert images.std() == pytest.approx(ancestral_deviation(schedule, 20), rel=0.02)
 
 
-@pytest.mark.parametrize(("schedule", "name"), cases("linear", "cosine-v", "zero-v"))
+@pytest.mark.parametrize(("schedule", "name"), cases("linear", "zero-v"))
 def test_gaussians_denoiser_gives_the_gaussian(schedule, name):
     images = sample(
         gaussian(schedule), schedule, (1, 1, 128, 128), scheduler=name, num_inference_steps=100, clip_sample=False

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
-from unet_diffusion.training.checkpointing import RunCheckpoint, is_within_step
+from unet_diffusion.training.checkpointing import RunCheckpoint, WholeCheckpoints, is_within_step, newest_good
 
 
 @pytest.fixture
@@ -45,6 +45,32 @@ def test_nothing_is_saved_within_a_step(tiny_module, tiny_images, quiet_trainer,
     trainer.fit(tiny_module(), tiny_images())
     assert {step for step, _ in within} == set(range(1, 7))
     assert not any(is_within for _, is_within in within)
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-1000]
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+def test_newest_checkpoint_that_is_whole_is_found(tmp_path, damage):
+    for step, name in enumerate(("previous.ckpt", "last.ckpt"), start=1):
+        WholeCheckpoints().save_checkpoint({"global_step": step, "weights": torch.zeros(1000)}, tmp_path / name)
+    last = tmp_path / "last.ckpt"
+    assert newest_good(tmp_path) == (last, 2)
+    last.write_bytes(damage(last.read_bytes()))
+    with pytest.warns(UserWarning, match="last.ckpt is passed over: it is damaged|only a part of one"):
+        assert newest_good(tmp_path) == (tmp_path / "previous.ckpt", 1)
+    (tmp_path / "previous.ckpt").unlink()
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(ValueError, match=r"is whole \(last\.ckpt\); remove the folder"),
+    ):
+        newest_good(tmp_path)
 
 
 class Steps(Logger):

@@ -6,7 +6,6 @@ Each start is a process. A server that has imported everything forks them: an im
 import csv
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -46,6 +45,9 @@ import signal
 from pathlib import Path
 
 from lightning.pytorch import Callback
+from PIL.Image import Image
+
+from unet_diffusion.training import checkpointing
 
 
 class FailsInValidation(Callback):
@@ -67,44 +69,68 @@ class FullDisk(Callback):
 
 
 class Killed(Callback):
-    '''After a checkpoint, before anything else; then after the first of a step's two batches, having gone on.'''
+    '''At the next of these moments, from a step on; one a start.'''
 
-    batches = 0
+    moments = {
+        "after the first of a step's two batches": 4,
+        "when a file is written and not in its place": 6,
+        "between previous.ckpt and last.ckpt": 9,
+        "after a checkpoint and before anything else": 15,
+        "in a validation": 20,
+        "when a picture is half written": 28,
+        "when all steps are done": 60,
+    }
 
     def on_fit_start(self, trainer, *args):
+        self.trainer, self.batches = trainer, 0
         checkpoints = trainer.checkpoint_callback
-        self.saves, checkpoints.save_now = checkpoints.save_now, self.save_now
+        checkpoints.save_now = self.after("after a checkpoint and before anything else", checkpoints.save_now)
+        os.fsync = self.after("when a file is written and not in its place", os.fsync)
+        checkpointing._put = self.after("between previous.ckpt and last.ckpt", checkpointing._put)
+        Image.save = self.after("when a picture is half written", Image.save)
 
-    def save_now(self, trainer):
-        self.saves(trainer)
-        if trainer.global_step == 6 and not Path("killed_once").exists():
-            Path("killed_once").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def on_train_batch_start(self, trainer, *args):
+    def on_train_batch_end(self, *args):
         self.batches += 1
-        if self.batches == 2 and Path("killed_once").exists() and not Path("killed_twice").exists():
-            Path("killed_twice").touch()
+        if self.batches % 2:
+            self.reach("after the first of a step's two batches")
+
+    def on_validation_batch_end(self, *args):
+        self.reach("in a validation")
+
+    def on_train_end(self, *args):
+        self.reach("when all steps are done")
+
+    def after(self, moment, function):
+        def followed(*args, **options):
+            function(*args, **options)
+            self.reach(moment)
+
+        return followed
+
+    def reach(self, moment):
+        told = Path("killed").read_text().splitlines() if Path("killed").exists() else []
+        if [moment] == [*self.moments][len(told) :][:1] and self.trainer.global_step >= self.moments[moment]:
+            with open("killed", "a") as file:
+                print(moment, file=file)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Told(Callback):
     '''To stop: in a step, in the validation after one, and in another; one a start.'''
 
-    def __init__(self, signum: int):
-        self.signum = signum
+    moments = {("train", 6): signal.SIGTERM, ("validate", 10): signal.SIGINT, ("train", 13): signal.SIGINT}
 
-    def tell(self, trainer, moment):
-        told = Path(f"told_{self.signum}_{moment}_{trainer.global_step}")
-        if (moment, trainer.global_step) in [("train", 6), ("validate", 10), ("train", 13)] and not told.exists():
+    def tell(self, moment, step):
+        signum, told = self.moments.get((moment, step)), Path(f"told_{moment}_{step}")
+        if signum and not told.exists():
             told.touch()
-            os.kill(os.getpid(), self.signum)
+            os.kill(os.getpid(), signum)
 
     def on_train_batch_start(self, trainer, *args):
-        self.tell(trainer, "train")
+        self.tell("train", trainer.global_step)
 
     def on_validation_batch_end(self, trainer, *args):
-        self.tell(trainer, "validate")
+        self.tell("validate", trainer.global_step)
 
 
 class PreemptedEarly(Callback):
@@ -226,38 +252,23 @@ def assert_same(one: Run, other: Run) -> None:
     assert (one.folder / "samples.png").read_bytes() == (other.folder / "samples.png").read_bytes()
 
 
-@pytest.mark.slow
-def test_run_that_is_killed_at_20_random_moments_is_the_untouched_one(run, untouched):
-    moments, killed = random.Random(0), run("killed", 400)
-    for _ in range(20):
-        before = killed.last()["global_step"] if (killed.folder / "checkpoints" / "last.ckpt").exists() else 0
-        process = killed.start()
-        killed.saves(after=before)
-        time.sleep(moments.uniform(0, 0.3))
-        os.kill(process, signal.SIGKILL)
+def test_run_that_is_killed_at_every_kind_of_moment_is_the_untouched_one(run, untouched):
+    killed = run("killed_run", 60, "--trainer.callbacks+=faults.Killed")
+    steps = []
+    for _ in range(7):
+        killed.start()
         assert killed.status() == -signal.SIGKILL, killed.log.read_text()
+        steps.append(killed.last()["global_step"])
+    assert steps == [3, 3, 6, 15, 18, 27, 60]  # a file that is not in its place, or only in one of two, is not there
     killed.start()
     assert killed.status() == 0, killed.log.read_text()
     assert not list((killed.folder / "checkpoints").glob(".*"))  # nothing is left of half-written files
-    assert_same(killed, untouched(400))
-
-
-def test_run_that_is_killed_after_a_checkpoint_and_within_a_step_is_the_untouched_one(run, untouched):
-    killed = run("killed_exactly", 60, "--trainer.callbacks+=faults.Killed")
-    for _ in range(2):
-        killed.start()
-        assert killed.status() == -signal.SIGKILL, killed.log.read_text()
-        assert killed.last()["global_step"] == 6
-    killed.start()
-    assert killed.status() == 0, killed.log.read_text()
     assert_same(killed, untouched(60))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_run_that_is_told_to_stop_saves_and_ends_with_the_status_of_the_signal(run, untouched, signum):
-    told = "--trainer.callbacks+=faults.Told"
-    stopped = run(f"stopped_{signum}", 60, told, f"--trainer.callbacks.init_args.signum={int(signum)}")
-    for step in (7, 10, 14):  # where no checkpoint is due
+def test_run_that_is_told_to_stop_saves_and_ends_with_the_status_of_the_signal(run, untouched):
+    stopped = run("stopped", 60, "--trainer.callbacks+=faults.Told")
+    for step, signum in ((7, signal.SIGTERM), (10, signal.SIGINT), (14, signal.SIGINT)):  # where none is due
         stopped.start()
         assert stopped.status() == 128 + signum, stopped.log.read_text()
         assert stopped.last()["global_step"] == step
@@ -286,59 +297,45 @@ def test_streamed_run_that_is_stopped_and_killed_is_the_untouched_one(server, st
     assert_same(stopped, untouched)
 
 
-@pytest.mark.parametrize(
-    ("fault", "said", "step"),
-    [
-        ("FailsInValidation", "the validation failed", 9),
-        ("FullDisk", "make room, and the same command goes on from the checkpoint before", 6),
-    ],
-)
-def test_run_that_fails_goes_on_from_its_checkpoint(run, untouched, fault, said, step):
-    failed = run(fault, 60, f"--trainer.callbacks+=faults.{fault}")
-    failed.start()
-    assert failed.status() == 1
-    assert said in failed.log.read_text()
-    assert failed.last()["global_step"] == step
-    assert not list((failed.folder / "checkpoints").glob(".*"))
+def test_run_that_fails_goes_on_from_its_checkpoint(run, untouched):
+    failed = run(
+        "failed_run", 60, "--trainer.callbacks+=faults.FullDisk", "--trainer.callbacks+=faults.FailsInValidation"
+    )
+    full = "make room, and the same command goes on from the checkpoint before"
+    for said, step in ((full, 6), ("the validation failed", 9)):
+        failed.start()
+        assert failed.status() == 1
+        assert said in failed.log.read_text()
+        assert failed.last()["global_step"] == step
+        assert not list((failed.folder / "checkpoints").glob(".*"))
     failed.start()
     assert failed.status() == 0, failed.log.read_text()
     assert_same(failed, untouched(60))
 
 
-@pytest.mark.parametrize("when", ["early", "later"])
-def test_slurm_job_is_requeued_once_and_goes_on(run, untouched, tmp_path, when):
+def test_slurm_job_is_requeued_once_each_time_and_goes_on(run, untouched, tmp_path):
+    """Preempted before its first step, and again after its first checkpoint."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "called"}\n')
     scontrol.chmod(0o755)
     job = {**SLURM_JOB, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    early = ["--trainer.callbacks+=faults.PreemptedEarly"] if when == "early" else []
-    preempted = run(f"preempted_{when}", 60, *early)
-    process = preempted.start(**job)
-    if when == "later":
-        preempted.saves(after=0)
-        os.kill(process, signal.SIGUSR1)
-    assert preempted.status() == 128 + signal.SIGUSR1, preempted.log.read_text()
-    assert 0 < preempted.last()["global_step"] < 60
-    assert not list(preempted.folder.rglob("hpc_ckpt*"))  # which Lightning would have saved in the middle of a step
+    preempted = run("preempted_run", 60, "--trainer.callbacks+=faults.PreemptedEarly")
+    for step in (1, 7):
+        process = preempted.start(**job)
+        if step > 1:
+            preempted.saves(after=1)
+            os.kill(process, signal.SIGUSR1)
+        assert preempted.status() == 128 + signal.SIGUSR1, preempted.log.read_text()
+        assert step <= preempted.last()["global_step"] < 60
+        assert not list(preempted.folder.rglob("hpc_ckpt*"))  # which Lightning would have saved in the middle of a step
     preempted.start(**job)
     assert preempted.status() == 0, preempted.log.read_text()
-    assert (tmp_path / "called").read_text() == "requeue 4242\n"
+    assert (tmp_path / "called").read_text() == 2 * "requeue 4242\n"
     assert_same(preempted, untouched(60))
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [cut, flip_a_bit])
-def test_damaged_checkpoint_is_said_and_the_one_before_is_used(run, untouched, damage):
-    hurt, step = run(damage.__name__, 60), 6
+def test_damaged_checkpoint_is_said_and_the_one_before_is_used(run, untouched):
+    hurt, step = run("hurt", 60), 6
     last = hurt.folder / "checkpoints" / "last.ckpt"
     while not last.exists() or last.samefile(last.with_name("previous.ckpt")):  # killed between the two of a save
         process = hurt.start()
@@ -347,7 +344,9 @@ def test_damaged_checkpoint_is_said_and_the_one_before_is_used(run, untouched, d
         hurt.status()
         step = hurt.last()["global_step"]
     before = torch.load(last.with_name("previous.ckpt"), weights_only=True)
-    damage(last)  # step_*.ckpt is the same file under another name
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)  # step_*.ckpt is the same file under another name
     hurt.start()
     assert hurt.status() == 0, hurt.log.read_text()
     assert f"{last.relative_to(hurt.folder.parent)} is passed over: it is damaged" in hurt.log.read_text()

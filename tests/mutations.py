@@ -1,0 +1,433 @@
+"""Breaks the code on purpose, one fault at a time, and says whether the tests notice: so that fewer tests are not less.
+
+    python tests/mutations.py                       # all, in about half an hour on two cores
+    python tests/mutations.py --only sampling       # those whose names begin with that
+    python tests/mutations.py --list
+
+Each fault is put into a copy of the repository, and the test files that are to notice it run there, to the first
+failure. A text that is not found exactly once is an error, as is a fault that keeps the tests from running at all.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("unet_diffusion", "tests", "configs", "benchmarks", "notebooks", "pyproject.toml", "README.md")
+CAUGHT, SURVIVED = 1, 0  # pytest's exit status: tests failed, and all passed
+
+
+class Mutation(NamedTuple):
+    """A fault.
+
+    Args:
+        name: Room and fault, the room first.
+        file: Path below unet_diffusion/.
+        old: Text that occurs once in it.
+        new: Text in its place.
+        tests: Paths below tests/, with spaces between them.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation("blocks: scale of attention", "blocks.py",
+             "q.shape[3] ** -0.5", "q.shape[2] ** -0.5", "test_blocks.py test_interop.py"),
+    Mutation("blocks: scale without 1", "blocks.py",
+             "h = h * (1 + scale) + shift", "h = h * scale + shift", "test_blocks.py test_interop.py"),
+    Mutation("blocks: gate", "blocks.py",
+             "value * F.gelu(gate)", "value * F.silu(gate)", "test_context.py"),
+    Mutation("blocks: crop at a corner", "blocks.py",
+             "(skip.shape[-2] - height) // 2, (skip.shape[-1] - width) // 2", "0, 0",
+             "test_segmentation_unet.py test_blocks.py"),
+    Mutation("blocks: frequencies", "blocks.py",
+             "steps / (half - freq_shift)", "steps / half", "test_blocks.py test_interop.py"),
+    Mutation("unet: one head whatever is asked for", "unet.py",
+             'return width // (config["head_channels"] or width)', "return 1", "test_unet.py test_interop.py"),
+    Mutation("unet: residual blocks begin at random", "unet.py",
+             "last += [module.conv2 for module in model.modules() if isinstance(module, ResidualBlock)]", "last += []",
+             "test_unet.py"),
+    Mutation("unet: any size", "unet.py",
+             'takes_any and self.config["context_dim"] is not None', "takes_any", "test_unet.py test_context.py"),
+    Mutation("unet: gain of up-convolutions", "unet.py",
+             "places = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)",
+             "places = math.prod(module.kernel_size)", "test_segmentation_unet.py"),
+    Mutation("unet: smallest bottom", "unet.py",
+             "smallest_bottom = 5 + 4", "smallest_bottom = 4 + 4", "test_segmentation_unet.py"),
+    Mutation("schedule: zero terminal SNR moves the first", "schedule.py",
+             "(sqrt_a - last) * (first / (first - last))", "sqrt_a - last", "test_schedule.py"),
+    Mutation("schedule: sign of v", "schedule.py",
+             "return signal * noise - sigma * x0", "return signal * noise + sigma * x0", "test_schedule.py"),
+    Mutation("schedule: order of a key", "schedule.py",
+             "repr(tuple(map(int, key)))", "repr(sorted(map(int, key)))", "test_schedule.py"),
+    Mutation("sampling: PNDM ends noisy", "sampling.py",
+             '{"set_alpha_to_one": True}', "{}", "test_sampling.py"),
+    Mutation("sampling: leading timesteps", "sampling.py",
+             '"timestep_spacing": "trailing",', '"timestep_spacing": "leading",', "test_sampling.py"),
+    Mutation("sampling: zero SNR for all schedulers", "sampling.py",
+             'if schedule.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in fields:', "if False:",
+             "test_sampling.py"),
+    Mutation("sampling: first state of those in sigma", "start.py",
+             "return 0, noise * scheduler.init_noise_sigma", "return 0, noise", "test_sampling.py"),
+    Mutation("sampling: input of those in sigma", "sampling.py",
+             "scheduler.scale_model_input(x, t), t)", "x, t)", "test_sampling.py"),
+    Mutation("sampling: Brownian path of no seed", "sampling.py",
+             "[int(torch.randint(2**62, (), generator=g)) for g in generators]", "[0 for _ in generators]",
+             "test_sampling.py test_start.py"),
+    Mutation("sampling: solvers under autocast", "sampling.py",
+             "with torch.autocast(x.device.type, enabled=False):  # some",
+             "if True:  # some", "test_sampling.py"),
+    Mutation("sampling: steps that round to nan", "sampling.py",
+             "    _check_finite(schedule, scheduler, num_inference_steps)\n", "", "test_sampling.py"),
+    Mutation("sampling: never clipped", "sampling.py",
+             '"clip_sample": clip_sample,', '"clip_sample": False,', "test_sampling.py"),
+    Mutation("sampling: noise of the batch", "sampling.py",
+             "image_generators(seed, numbers[part])", "image_generators(seed, range(len(numbers[part])))",
+             "test_sampling.py"),
+    Mutation("sampling: DDIM with any steps", "sampling.py",
+             "lambda n: num_train % n == 0", "lambda n: True", "test_sampling.py"),
+    Mutation("guidance: from the better", "conditioning.py",
+             "guided = worse + guidance.scale", "guided = better + guidance.scale", "test_conditioning.py"),
+    Mutation("guidance: rescale the other way", "conditioning.py",
+             "before / spread.clamp(min=TINY)", "spread / before.clamp(min=TINY)", "test_conditioning.py"),
+    Mutation("guidance: end of the interval", "conditioning.py",
+             "(t <= interval[1])", "(t < interval[1])", "test_conditioning.py"),
+    Mutation("conditioning: dropped the other way", "conditioning.py",
+             "(chosen < self.dropout)", "(chosen > self.dropout)", "test_conditioning.py training/test_module.py"),
+    Mutation("conditioning: order of what is joined", "conditioning.py",
+             "torch.cat([inputs[name], value], dim", "torch.cat([value, inputs[name]], dim", "test_conditioning.py"),
+    Mutation("start: known part a step late", "start.py",
+             "else _noised(start.image, noise, scheduler, num_calls)",
+             "else _noised(start.image, noise, scheduler, num_calls - 1)", "test_start.py"),
+    Mutation("start: put back halfway", "start.py",
+             "if start.known is None or (num_calls % scheduler.order and not is_last):", "if start.known is None:",
+             "test_start.py"),
+    Mutation("start: place not told", "start.py",
+             'if hasattr(scheduler, "set_begin_index"):', "if False:", "test_start.py"),
+    Mutation("start: a straight line", "start.py",
+             "(torch.sin((1 - f) * angle) * first + torch.sin(f * angle) * last) / torch.sin(angle)",
+             "((1 - f) * first + f * last)", "test_start.py"),
+    Mutation("linear solver: weights", "linear_solver.py",
+             "list(reversed(unit[1 : number + 2]))", "list(unit[1 : number + 2])", "test_linear_solver.py"),
+    Mutation("windows: one too few", "windows.py",
+             "count = 1 + -(-(side - window) // max(int(window * (1 - overlap)), 1))",
+             "count = 1 + (side - window) // max(int(window * (1 - overlap)), 1)", "test_windows.py"),
+    Mutation("windows: whole maps for each", "windows.py",
+             'if name == "maps" else value', 'if name == "nothing" else value', "test_windows.py"),
+    Mutation("losses: min-SNR of v", "losses.py",
+             "return clipped / (snr + 1)", "return clipped / snr", "test_losses.py"),
+    Mutation("losses: in the type of the prediction", "losses.py",
+             "F.mse_loss(prediction.float(), target.float(), ", "F.mse_loss(prediction, target, ", "test_losses.py"),
+    Mutation("EMA: no warm-up", "training/base.py",
+             "decay = min(self.ema_decay, (1 + n) / (10 + n))", "decay = self.ema_decay", "training/test_module.py"),
+    Mutation("EMA: in training mode", "training/base.py",
+             "average.eval()\n        return self", "average.train(mode)\n        return self",
+             "training/test_module.py"),
+    Mutation("EMA: of an autoencoder without warm-up", "training/autoencoder.py",
+             "decay = min(self.ema_decay, (1 + n) / (10 + n))", "decay = self.ema_decay",
+             "training/test_autoencoder_module.py"),
+    Mutation("training: rate of the first step", "training/base.py",
+             "return (step + 1) / num_warmup_steps", "return step / num_warmup_steps", "training/test_module.py"),
+    Mutation("training: clipped at twice", "training/base.py",
+             "clip_grads_with_norm_(parameters, gradient_clip_val, ",
+             "clip_grads_with_norm_(parameters, 2 * gradient_clip_val, ", "training/test_module.py"),
+    Mutation("training: noise of all processes alike", "training/module.py",
+             "keyed_generator(self.seed, step, self.global_rank, device=x0.device)",
+             "keyed_generator(self.seed, step, device=x0.device)", "test_distributed.py"),
+    Mutation("training: timesteps in order", "training/module.py",
+             "part = torch.randperm(batch_size, generator=generator, device=device)",
+             "part = torch.arange(batch_size, device=device)", "training/test_module.py"),
+    Mutation("training: validated with the raw weights", "training/module.py",
+             "errors = self._errors(self.ema_unet, x0, noise, t, inputs)",
+             "errors = self._errors(self.unet, x0, noise, t, inputs)", "training/test_module.py"),
+    Mutation("training: validation noise of the batch", "training/module.py",
+             "generators = image_generators(self.seed, index.tolist())",
+             "generators = image_generators(self.seed, range(len(index)))", "training/test_module.py"),
+    Mutation("training: validation of one process", "training/module.py",
+             'sums, counts = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")',
+             "sums, counts = self._validation_sums", "test_distributed.py"),
+    Mutation("training: dropout of no seed", "training/base.py",
+             "torch.default_generator.manual_seed(seed)", "pass", "training/test_resume.py training/test_module.py"),
+    Mutation("resume: position within an epoch", "data/batches.py",
+             "self._num_handed_out = self.sampler.first_batch", "self._num_handed_out = 0",
+             "data/test_batches.py data/test_modules.py training/test_resume.py"),
+    Mutation("resume: half a file is left", "whole_file.py",
+             "partial.unlink(missing_ok=True)", "pass", "test_pictures.py test_latents.py training/test_resume.py"),
+    Mutation("resume: nothing is previous", "training/checkpointing.py",
+             "_put(last, last.with_name(PREVIOUS))", "pass", "training/test_checkpointing.py training/test_resume.py"),
+    Mutation("resume: checksums not looked at", "training/checkpointing.py",
+             "bad = file.testzip()", "bad = None", "training/test_checkpointing.py training/test_resume.py"),
+    Mutation("resume: saved before its validation", "training/checkpointing.py",
+             "if self._is_due and not validation_follows(trainer):", "if self._is_due:", "training/test_resume.py"),
+    Mutation("resume: losses logged after the checkpoint", "training/checkpointing.py",
+             "        connector.on_batch_end()\n        connector.update_train_step_metrics()\n", "",
+             "training/test_checkpointing.py training/test_resume.py"),
+    Mutation("resume: stopped within a step", "training/stopping.py",
+             "if not is_within_step(trainer) and not validation_follows(trainer):",
+             "if not validation_follows(trainer):", "training/test_resume.py"),
+    Mutation("resume: status of an interruption", "interruption.py",
+             "super().__init__(128 + signum)", "super().__init__(1)", "training/test_resume.py test_two_stages.py"),
+    Mutation("resume: job not requeued", "training/stopping.py",
+             "if self._leaving == _requeue_signal() and trainer.is_global_zero:", "if False:",
+             "training/test_resume.py"),
+    Mutation("checkpoints: best of stale losses", "training/checkpointing.py",
+             'is_stale = str(self.monitor).startswith("val/") and self._validated_at != trainer.global_step',
+             "is_stale = False", "training/test_checkpointing.py"),
+    Mutation("checkpoints: code in them runs", "checkpoint.py",
+             'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False',
+             "test_checkpoint.py test_foreign_files.py"),
+    Mutation("health: bad steps in a row", "training/health.py",
+             "in_a_row = (in_a_row + 1) * bad", "in_a_row = in_a_row + bad", "training/test_health.py"),
+    Mutation("stalled: silent ones", "training/stalled.py",
+             "return failed or silent or behind", "return failed or behind", "training/test_stalled.py"),
+    Mutation("named classes: any function is called", "training/named_classes.py",
+             "if not inspect.isclass(named) and not _makes_what_is_asked_for(named):", "if False:",
+             "training/test_named_classes.py"),
+    Mutation("data: mirrored upside down", "data/batches.py",
+             "pixels[mirrored][..., ::-1]", "pixels[mirrored][..., ::-1, :]", "data/test_batches.py"),
+    Mutation("data: same order each epoch", "data/batches.py",
+             "generator = keyed_generator(self.seed, self.epoch)", "generator = keyed_generator(self.seed)",
+             "data/test_batches.py data/test_modules.py"),
+    Mutation("data: an image to train and to validate on", "data/base.py",
+             "return order[num_val:].sort()", "return order[num_val - 1 :].sort()", "data/test_modules.py"),
+    Mutation("data: scale of 8 bits", "data/base.py",
+             "half = 127.5 if", "half = 128.0 if", "data/test_modules.py"),
+    Mutation("data: windows of the last image only", "data/segmentation.py",
+             "(int(self.images[number % len(self.images)])", "(int(self.images[-1])", "data/test_labelled.py"),
+    Mutation("decoding: colours bleed", "data/decoding.py",
+             "[pixels[:-1] * pixels[-1:], pixels[-1:]]", "[pixels[:-1], pixels[-1:]]", "data/test_decoding.py"),
+    Mutation("decoding: orientation", "data/decoding.py",
+             "return _pixels_of(ImageOps.exif_transpose(image))", "return _pixels_of(image)", "data/test_decoding.py"),
+    Mutation("decoding: white in 16 bits", "data/decoding.py",
+             "UINT8_TO_UINT16 = 257", "UINT8_TO_UINT16 = 256", "data/test_decoding.py"),
+    Mutation("captions: byte order mark", "data/captions.py",
+             '"utf-8-sig"', '"utf-8"', "data/test_captions.py"),
+    Mutation("files: names that lead outside", "data/files.py",
+             'return bool(path.anchor) or ".." in path.parts', "return False",
+             "data/test_files.py test_foreign_files.py"),
+    Mutation("stream: checksums of shards", "data/shards.py",
+             "if hashlib.sha256(content).hexdigest() != shard.sha256:", "if False:", "data/test_stream.py"),
+    Mutation("stream: read once", "data/shards.py",
+             "for left in range(self.num_retries, -1, -1):", "for left in range(0, -1, -1):", "data/test_stream.py"),
+    Mutation("stream: lanes begin anew", "data/stream.py",
+             "num_done = self.batch_size * len(range(lane, self.first_batch, self.num_lanes))", "num_done = 0",
+             "data/test_stream.py"),
+    Mutation("stream: cuts between lanes", "data/stream.py",
+             "first, last = max(start - before, 0), min(stop - before, high - low)",
+             "first, last = max(start - before, 0), high - low", "data/test_stream.py"),
+    Mutation("labels: wide borders", "segmentation/labels.py",
+             "(depth < self.border_width)", "(depth <= self.border_width)", "segmentation/test_labels.py"),
+    Mutation("labels: objects without an inside", "segmentation/labels.py",
+             "np.where(numbers > 0, numbers + grown.max(), 0)", "0", "segmentation/test_labels.py"),
+    Mutation("border weights: sum of squares", "segmentation/border_weights.py",
+             "-((nearest + second) ** 2)", "-(nearest**2 + second**2)", "segmentation/test_border_weights.py"),
+    Mutation("border weights: second distance", "segmentation/border_weights.py",
+             "np.minimum(second[near], np.maximum(nearest[near], distance))", "np.minimum(second[near], distance)",
+             "segmentation/test_border_weights.py"),
+    Mutation("border weights: balance", "segmentation/border_weights.py",
+             "counts.sum() / (occurs.sum() * counts[occurs])", "counts.sum() / counts[occurs]",
+             "segmentation/test_border_weights.py"),
+    Mutation("tiles: last pixel twice", "segmentation/tiles.py",
+             "period = max(2 * (length - 1), 1)", "period = max(2 * length - 1, 1)", "segmentation/test_tiles.py"),
+    Mutation("tiles: out of step with pooling", "segmentation/tiles.py",
+             "step = (window - 2 * network.margin) // network.stride * network.stride\n        return list",
+             "step = window - 2 * network.margin - 1\n        return list", "segmentation/test_tiles.py"),
+    Mutation("tiles: views turned the wrong way", "segmentation/tiles.py",
+             "torch.rot90(prediction, -turns, (1, 2))", "torch.rot90(prediction, turns, (1, 2))",
+             "segmentation/test_tiles.py"),
+    Mutation("scores: neighbourhoods", "segmentation/scores.py",
+             "1 << (bit + 4) % 8)", "1 << bit)", "segmentation/test_scores.py"),
+    Mutation("scores: zeros are one segment", "segmentation/scores.py",
+             "np.where(inside > 0, inside, alone)", "inside", "segmentation/test_scores.py"),
+    Mutation("scores: IoU before matches", "segmentation/scores.py",
+             "matches + ious / (2 * max(1, *ious.shape))", "ious", "segmentation/test_scores.py"),
+    Mutation("scores: corners of a neighbourhood", "segmentation/scores.py",
+             "corners * np.roll(edges, -1, axis=1)", "corners * np.roll(edges, 1, axis=1)",
+             "segmentation/test_scores.py"),
+    Mutation("augmentation: scale not symmetric", "segmentation/augmentation.py",
+             "(1 + self.scale) ** (2 * size - 1)", "1 + self.scale * (2 * size - 1)",
+             "segmentation/test_augmentation.py"),
+    Mutation("augmentation: zeros beyond the border", "segmentation/augmentation.py",
+             'padding_mode="reflection"', 'padding_mode="zeros"', "segmentation/test_augmentation.py"),
+    Mutation("augmentation: labels in between", "segmentation/augmentation.py",
+             "_mirrored(places.round(), side).long()", "_mirrored(places, side).long()",
+             "segmentation/test_augmentation.py"),
+    Mutation("segmenter: pixels without a class count", "training/segmentation.py",
+             "counts = classes != NO_VALUE", "counts = classes != NO_VALUE - 1",
+             "training/test_segmentation_module.py"),
+    Mutation("segmenter: head of the denoiser", "segmentation/bridge.py",
+             'HEADS = ("conv_out.", "class_embedding.")', 'HEADS = ("conv_out.",)', "segmentation/test_bridge.py"),
+    Mutation("segmenter: Dice without smoothing", "segmentation/losses.py",
+             "SMOOTH = 1.0", "SMOOTH = 0.0", "segmentation/test_segmentation_losses.py"),
+    Mutation("latents: deviation without noise", "latents.py",
+             "((squares + variances) / count", "(squares / count", "test_latents.py"),
+    Mutation("latents: mirrored upside down", "latents.py",
+             '"_mirrored": images.flip(3)', '"_mirrored": images.flip(2)', "test_latents.py"),
+    Mutation("latents: fingerprint without weights", "latents.py",
+             "        digest.update(value.detach().contiguous().numpy().tobytes())\n", "", "test_latents.py"),
+    Mutation("latents: trained on means", "data/latents.py",
+             "mean = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)", "pass",
+             "test_latents.py"),
+    Mutation("autoencoder: KL", "training/autoencoder.py",
+             "(mean.square() + std.square() - 1) - std.log()", "(mean.square() + std.square() - 1 - std.log())",
+             "training/test_autoencoder_module.py"),
+    Mutation("autoencoder: weight of the discriminator", "training/autoencoder.py",
+             "(wanted / (got + GRADIENT_FLOOR))", "(got / (wanted + GRADIENT_FLOOR))",
+             "training/test_autoencoder_module.py"),
+    Mutation("autoencoder: hinge", "discriminator.py",
+             "F.relu(1 + fake)", "F.relu(1 - fake)", "training/test_autoencoder_module.py"),
+    Mutation("autoencoder: codes of one process", "training/autoencoder.py",
+             "keyed_generator(self.seed, RESTART_KEY, self.trainer.global_step,",
+             "keyed_generator(self.seed, RESTART_KEY, self.trainer.global_step, self.global_rank,",
+             "test_distributed.py"),
+    Mutation("maps: the image under the mask", "maps.py",
+             "encode(images * (1 - mask))", "encode(images)", "test_maps.py"),
+    Mutation("maps: other maps at each validation", "data/maps.py",
+             "keyed_generator(self.seed, MAPS_KEY, index)",
+             "keyed_generator(self.seed, MAPS_KEY, id(batch) % 9973)", "test_maps.py"),
+    Mutation("export: variances without scale", "interop.py",
+             "last.bias -= torch.cat([mean, 2 * std.log()])", "last.bias -= torch.cat([mean, std.log()])",
+             "test_latents.py test_export.py test_stable_diffusion.py"),
+    Mutation("export: what differs is kept", "interop.py",
+             "if not all(one <= EXPORT_TOLERANCE for one in differences.values()):", "if False:", "test_export.py"),
+    Mutation("export: norm of attention", "diffusers_config.py",
+             '"attn_norm_num_groups": config["norm_num_groups"] if config["scale_shift"] else None,',
+             '"attn_norm_num_groups": None,', "test_interop.py"),
+    Mutation("import: old names of attention", "interop.py",
+             '{"query": "to_q", "key": "to_k"', '{"query": "to_k", "key": "to_q"', "test_interop.py"),
+    Mutation("import: levels of attention on the way up", "diffusers_config.py",
+             "if levels != levels_up:", "if False:", "test_interop.py"),
+    Mutation("pipeline: halves of the doubled batch", "pipelines/conditional.py",
+             "return uncond + guidance_scale * (cond - uncond)", "return cond + guidance_scale * (uncond - cond)",
+             "test_conditional_pipeline.py"),
+    Mutation("text: null of zeros", "text.py",
+             "return self.empty_caption.expand_as(given)", "return torch.zeros_like(given)", "test_text.py"),
+    Mutation("text: words not kept", "text.py",
+             "if len(state):\n", "if False:\n", "test_text.py"),
+    Mutation("pictures: rounded down", "pictures.py",
+             ".clamp(0, 1) * 255).round()", ".clamp(0, 1) * 255)", "test_pictures.py"),
+    Mutation("pictures: grids of every process", "training/callbacks.py",
+             "            if trainer.is_global_zero:\n                write_png(picture, path)",
+             "            if True:\n                write_png(picture, path)", "training/test_callbacks.py"),
+    Mutation("pictures: a picture for each batch of a step", "training/callbacks.py",
+             "step % self.every_n_steps == 0 and step != self._drawn_at:", "step % self.every_n_steps == 0:",
+             "training/test_callbacks.py"),
+    Mutation("log: rows before a new column", "training/csv_log.py",
+             "            writer.writerows(rows)\n", "", "training/test_csv_log.py"),
+    Mutation("W&B: another run at each start", "training/wandb_run.py",
+             "init_args.id = (root / ID_FILE).read_text().strip()", "pass", "training/test_wandb_run.py"),
+    Mutation("command line: labels by turns", "drawing.py",
+             'given["labels"] = labels[turns % len(labels)]', 'given["labels"] = labels[turns * 0]', "test_cli.py"),
+    Mutation("command line: another weaker checkpoint", "drawing.py",
+             "if _what_is_given(weaker) != _what_is_given(trained):", "if False:", "test_cli.py"),
+    Mutation("segment: other settings go on", "whole_file.py",
+             "if differ:\n", "if False:\n", "test_segment.py test_latents.py"),
+    Mutation("segment: masks as JPEG", "segmentation/predict.py",
+             "keeps = path.suffix.lower() in (PNG, *TIFF)", "keeps = True", "test_segment.py"),
+    Mutation("two stages: done ones again", "two_stages.py",
+             'record["done"] += [] if status else [name]', 'record["done"] += []', "test_two_stages.py"),
+    Mutation("processes: all do the same", "processes.py",
+             "return items[self.rank :: self.count]", "return items", "test_distributed.py"),
+    Mutation("speed: a gain of nothing", "speed.py",
+             "if taken * MIN_GAIN < seconds[chosen]:", "if taken < seconds[chosen]:", "test_speed.py"),
+    Mutation("speed: compiled weights in the state", "speed.py",
+             "unet._compiled_call_impl = None  # undoes", "pass  # undoes", "test_speed.py"),
+]  # fmt: skip
+
+
+def main() -> None:
+    options = parse_options()
+    chosen = [one for one in MUTATIONS if any(one.name.startswith(room) for room in options.only or [""])]
+    for mutation in chosen:
+        check(mutation)
+    if options.list:
+        print("\n".join(f"{one.name}: {one.file}, by {one.tests}" for one in chosen))
+        return
+    import_libraries()
+    survived = 0
+    with repository() as copy:
+        for mutation in chosen:
+            start = time.monotonic()
+            status = tried(mutation, copy)
+            survived += status == SURVIVED
+            said = {CAUGHT: "caught", SURVIVED: "SURVIVED"}.get(status, f"ERROR: pytest ended with {status}")
+            print(f"{said}  {mutation.name} ({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} faults were caught")
+    sys.exit(survived > 0)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="beginnings of the names of the faults")
+    parser.add_argument("--list", action="store_true", help="only say which there are")
+    return parser.parse_args()
+
+
+def check(mutation: Mutation) -> None:
+    found = (ROOT / "unet_diffusion" / mutation.file).read_text().count(mutation.old)
+    if found != 1:
+        raise ValueError(f"{mutation.name}: {mutation.old!r} must be once in {mutation.file}, and is {found} times")
+    for test in mutation.tests.split():
+        if not (ROOT / "tests" / test).is_file():
+            raise FileNotFoundError(f"{mutation.name}: there is no tests/{test}")
+
+
+def import_libraries() -> None:
+    """What takes ten seconds, once: the runs of pytest are forks of this process."""
+    import diffusers  # noqa: F401
+    import lightning.pytorch.cli  # noqa: F401
+    import torchvision  # noqa: F401
+    from diffusers import AutoencoderKL, DDPMPipeline, UNet2DConditionModel  # noqa: F401
+
+
+@contextmanager
+def repository() -> Iterator[Path]:
+    """A copy to break."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+            copy(ROOT / name, Path(folder) / name)
+        yield Path(folder)
+
+
+def tried(mutation: Mutation, copy: Path) -> int:
+    """Status of pytest with the fault in the copy, which is whole again afterwards."""
+    path = copy / "unet_diffusion" / mutation.file
+    whole = path.read_text()
+    path.write_text(whole.replace(mutation.old, mutation.new))
+    try:
+        child = os.fork()
+        if child == 0:
+            os._exit(run_pytest(copy, mutation.tests.split()))
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        path.write_text(whole)
+
+
+def run_pytest(copy: Path, tests: list[str]) -> int:
+    import pytest
+
+    sys.dont_write_bytecode = True  # a file that is written twice a second would be taken for the same
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}  # before what is installed
+    sys.path.insert(0, str(copy))
+    os.chdir(copy)
+    log = os.open(copy / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    return int(pytest.main(["-n0", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
+
+
+if __name__ == "__main__":
+    main()
