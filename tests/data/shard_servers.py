@@ -1,15 +1,18 @@
-"""Object stores on this machine: an HTTP server that fails when it is told to, and an S3 server."""
+"""An object store on this machine, which fails when it is told to."""
 
-import os
-from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
+from urllib.parse import parse_qs, urlsplit
+from xml.sax.saxutils import escape
 
 
 class FaultyServer:
     """Serves a folder over HTTP, and does with each of its files what is next in its list of faults.
+
+    It is an S3 server, too, as far as reading goes: the folders in the folder are buckets, GetObject is a plain GET of
+    /bucket/key, and ListObjectsV2, which the client asks for when an object is not there, is answered.
 
     Attributes:
         faults: for a file name what to do at each time that it is asked for: "refuse" (503), "truncate", "corrupt",
@@ -43,6 +46,9 @@ class _Handler(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        question = parse_qs(urlsplit(self.path).query)
+        if "list-type" in question:
+            return self._list_objects(question.get("prefix", [""])[0])
         path = Path(self.translate_path(self.path))
         with self.owner.lock:
             self.owner.asked.append(path.name)
@@ -63,29 +69,16 @@ class _Handler(SimpleHTTPRequestHandler):
             self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
             self.close_connection = True
 
-
-@contextmanager
-def s3_server(folder: Path, monkeypatch):
-    """The address of a folder's files, copied to a bucket of an S3 server."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        for name in os.listdir(folder):
-            if (folder / name).is_file():
-                client.upload_file(str(folder / name), "bucket", f"shards/{name}")
-        yield "s3://bucket/shards"
-    finally:
-        server.stop()
+    def _list_objects(self, prefix: str) -> None:
+        bucket = Path(self.translate_path(self.path))
+        files = {path.relative_to(bucket).as_posix(): path for path in bucket.rglob("*") if path.is_file()}
+        contents = "".join(
+            f"<Contents><Key>{escape(key)}</Key><Size>{path.stat().st_size}</Size></Contents>"
+            for key, path in files.items()
+            if key.startswith(prefix)
+        )
+        answer = f"<ListBucketResult>{contents}</ListBucketResult>".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)

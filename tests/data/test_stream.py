@@ -20,7 +20,7 @@ import torch
 from encoded import encode, encode_16_bit_png, random_pixels, write_images
 from fsspec.registry import _registry as fsspec_implementations
 from PIL import Image
-from shard_servers import FaultyServer, s3_server
+from shard_servers import FaultyServer
 
 from unet_diffusion.cli import main
 from unet_diffusion.data import FolderDataModule, ShardError, ShardStore, ShuffledShards, StreamDataModule, shards
@@ -354,14 +354,18 @@ def test_batches_come_over_http_as_from_the_disk(packed):
             torch.testing.assert_close(read, expected, rtol=0, atol=0)
 
 
-def test_batches_come_from_s3_as_from_the_disk(packed, monkeypatch):
-    pytest.importorskip("moto")
+def test_batches_come_from_s3_as_from_the_disk(packed, tmp_path, monkeypatch):
+    pytest.importorskip("s3fs")
     expected = epoch_of(stream(packed))
-    with s3_server(packed, monkeypatch) as address:
-        read = epoch_of(stream(address, num_workers=2))
+    shutil.copytree(packed, tmp_path / "buckets/bucket/shards")
+    with FaultyServer(tmp_path / "buckets") as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        read = epoch_of(stream("s3://bucket/shards", num_workers=2))
         torch.testing.assert_close(read, expected, rtol=0, atol=0)
         with pytest.raises(FileNotFoundError, match=r"there is no index\.json"):
-            stream(f"{address}/elsewhere")
+            stream("s3://bucket/shards/elsewhere")
 
 
 def test_missing_package_is_named(monkeypatch):

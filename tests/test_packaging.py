@@ -1,0 +1,102 @@
+"""What a wheel holds, and what it asks pip for."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).parents[1]
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "configs", "unet_diffusion"]
+IMPORTS_OF_EXTRAS = {"transformers": ["text"], "tokenizers": ["text"], "wandb": ["wandb"]}
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """The archive that setuptools makes of a source folder, as pip and build ask it to."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
+    target.mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (archive,) = target.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """A wheel, made of a source archive, which is made of a copy of this repository."""
+    root = tmp_path_factory.mktemp("packaging")
+    for name in SOURCES:
+        if (REPOSITORY / name).is_dir():
+            shutil.copytree(REPOSITORY / name, root / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (root / "clone").mkdir(exist_ok=True)
+            shutil.copy(REPOSITORY / name, root / "clone")
+    with tarfile.open(build("sdist", root / "clone", root / "sdist")) as archive:
+        archive.extractall(root, filter="data")
+        (unpacked,) = {root / name.split("/")[0] for name in archive.getnames()}
+    return zipfile.ZipFile(build("wheel", unpacked, root / "wheel"))
+
+
+def test_wheel_holds_every_file_of_the_package_and_every_recipe(wheel):
+    files = {}
+    for folder, target in (("unet_diffusion", "unet_diffusion"), ("configs", "unet_diffusion/configs")):
+        for path in (REPOSITORY / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files[f"{target}/{path.relative_to(REPOSITORY / folder).as_posix()}"] = path.read_bytes()
+    assert {"unet_diffusion/configs/digits.yaml", "unet_diffusion/kernels.cpp"} <= files.keys()
+    inside = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
+    assert inside == files
+
+
+def imported_packages() -> dict[str, set[str]]:
+    """The packages that files of ours import from outside the standard library, and those files."""
+    packages: dict[str, set[str]] = {}
+    for path in (REPOSITORY / "unet_diffusion").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            else:
+                continue
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"unet_diffusion"}:
+                packages.setdefault(name, set()).add(path.name)
+    return packages
+
+
+def project() -> dict:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """What pip is asked for, with some extras."""
+    optional = project()["optional-dependencies"]
+    return [Requirement(line) for line in sum((optional[extra] for extra in extras), project()["dependencies"])]
+
+
+def test_every_package_that_is_imported_is_declared():
+    distributions = packages_distributions()
+    imports = imported_packages()
+    assert {"torch", "lightning", "aiohttp", "yaml", "PIL"} <= imports.keys()
+    for name, files in imports.items():
+        installed = {canonicalize_name(distribution) for distribution in distributions[name]}
+        declared = {canonicalize_name(line.name) for line in requirements(*IMPORTS_OF_EXTRAS.get(name, ()))}
+        assert installed & declared, f"{files} import {name} of {installed}: declare it in pyproject.toml"
+
+
+def test_every_requirement_has_a_lower_bound():
+    lines = requirements(*project()["optional-dependencies"])
+    unbounded = [line.name for line in lines if not any(bound.operator == ">=" for bound in line.specifier)]
+    assert unbounded == ["unet-diffusion"]  # with some of its extras, in dev
+
+
+def test_versions_of_lightning_that_an_attacker_published_are_excluded():
+    (lightning,) = [line.specifier for line in requirements() if line.name == "lightning"]
+    assert [version for version in ("2.6.1", "2.6.2", "2.6.3", "2.6.4") if version in lightning] == ["2.6.1", "2.6.4"]
