@@ -63,8 +63,9 @@ def test_min_snr_is_the_same_loss_whatever_is_predicted(prediction_type):
 
 
 def test_squared_error_is_float32_in_reduced_precision():
-    prediction, target = torch.full((2, 1, 4, 4), 1.0).bfloat16(), torch.full((2, 1, 4, 4), 1.0 + 2**-10)
-    torch.testing.assert_close(squared_error(prediction, target), torch.full((2,), 2.0**-20), rtol=0, atol=0)
+    prediction, target = torch.zeros(2, 1, 4, 4).bfloat16(), torch.full((2, 1, 4, 4), 1.0 + 2**-7).bfloat16()
+    expected = torch.full((2,), (1 + 2**-7) ** 2)  # whose last digits bfloat16 has no room for
+    torch.testing.assert_close(squared_error(prediction, target), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("num_train_timesteps", [10, 1000])

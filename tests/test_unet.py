@@ -57,9 +57,12 @@ def test_output_has_the_size_of_the_input(options):
     assert model(*inputs(model)).shape == (2, options.get("out_channels", 3), 8, 4)
 
 
-def test_fresh_network_predicts_zero():
+def test_fresh_network_predicts_zero_and_its_residuals_change_nothing():
     model = DenoiserUNet(3, (8, 16), norm_num_groups=4, attention_levels=(1,))
     assert not model(*inputs(model)).any()
+    x, emb = torch.randn(1, 16, 4, 4), torch.randn(1, 32)
+    for block in (model.mid_block.resnets[0], model.mid_block.attentions[0]):
+        torch.testing.assert_close(block(x, emb, None), x, rtol=0, atol=0)
 
 
 def test_output_depends_on_the_timestep():

@@ -32,7 +32,7 @@ def test_each_folder_may_have_a_table(images):
     (images / "metadata.jsonl").write_text(
         '{"file_name": "a.png", "text": "ant"}\n{"file_name": "b.png", "text": "bee"}'
     )
-    (images / "more" / "metadata.csv").write_text("file_name,text\nc.png,cat\n")
+    (images / "more" / "metadata.csv").write_text("\ufefffile_name,text\nc.png,cat\n")  # as Excel begins a file
     assert captions(images) == ["ant", "bee", "cat"]
 
 

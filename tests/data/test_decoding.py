@@ -137,11 +137,11 @@ def test_transparent_16_bit_pixels_are_put_on_the_background():
 
 
 def test_colour_under_transparent_pixels_does_not_bleed():
-    pixels = np.zeros((16, 16, 4), dtype=np.uint8)
-    pixels[:, :9] = (255, 0, 0, 255)  # opaque red beside transparent black
+    pixels = np.full((16, 16, 4), (0, 255, 0, 0), dtype=np.uint8)
+    pixels[:, :9] = (255, 0, 0, 255)  # opaque red beside transparent green
     decoded = to_array(decode_image(encode(pixels), ImageFormat(4, 4, 4)))
     visible = decoded[decoded[..., 3] > 0]
-    assert (visible[:, 0] == 255).all()
+    assert (visible[:, :3] == (255, 0, 0)).all()
     assert 0 < decoded[0, 2, 3] < 255
 
 

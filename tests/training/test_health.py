@@ -71,6 +71,16 @@ def test_run_of_bad_steps_between_two_logged_ones_ends_too(tiny_module, tiny_ima
         trainer.fit(module, tiny_images())
 
 
+def test_bad_steps_with_good_ones_between_do_not_end_a_run(tiny_module, tiny_images, quiet_trainer, monkeypatch):
+    monkeypatch.setattr(health, "MAX_BAD_STEPS", 3)
+    module = tiny_module()
+    module.unet.register_forward_pre_hook(Spoilt([1, 2, 4, 5]))
+    trainer = quiet_trainer(max_steps=7, limit_val_batches=0, callbacks=[SkipBadSteps()], log_every_n_steps=7)
+    with pytest.warns(UserWarning, match="4 of the steps to 7 were skipped"):
+        trainer.fit(module, tiny_images())
+    assert trainer.global_step == 7
+
+
 def test_skipped_steps_are_counted_over_the_whole_run(tiny_module, tiny_images, quiet_trainer, tmp_path):
     with pytest.warns(UserWarning, match="1 of the steps to 2 were skipped"):
         _, trainer = fitted(tiny_module, tiny_images, quiet_trainer, [2], fused=True)
