@@ -161,9 +161,8 @@ def test_the_trial_ends_within_15_seconds_and_5_percent_of_the_run(tiny_unet, mo
     speeds = ("plain", "channels_last", "fused")
     told = ToldTimes(monkeypatch, {(name, dtype): step_seconds for name in speeds for dtype in (FLOAT32, BFLOAT16)})
     choose(tiny_unet(), num_steps=num_steps, speeds=speeds, precisions=(FLOAT32, BFLOAT16))
-    # Without any step nothing is known: two small ones are the least that can be timed, and none is cut off.
-    least = 2 * step_seconds / speed.SMALL_SHARE
-    assert told.now <= max(min(15.0, 0.05 * num_steps * step_seconds), least) + step_seconds / speed.SMALL_SHARE
+    least = 2 * step_seconds / speed.SMALL_SHARE  # two small steps; without any, nothing is known
+    assert told.now <= max(min(15.0, 0.05 * num_steps * step_seconds), least) * (1 + 1e-9)
 
 
 def test_what_must_be_compiled_is_tried_where_5_percent_of_the_run_cover_it(tiny_unet, monkeypatch):

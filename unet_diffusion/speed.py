@@ -216,8 +216,10 @@ class _Trial:
         try:
             if self._is_affordable(setting):
                 self._set_up(setting)
-                if setting.speed == "compiled" or self._is_promising(setting):  # compiled: for one shape
-                    self._time_steps(setting)
+                # What is compiled for one shape would be compiled anew for a small step.
+                small = self.best_small if setting.speed == "compiled" else self._step(setting, self.num_small)
+                if self._is_promising(setting, small):
+                    self._time_steps(setting, expected=small * self.num_timed / self.num_small)
         except RuntimeError as error:  # of compilers, and out of memory
             self.notes.append(f"{setting} does not run here ({str(error).strip().splitlines()[0]})")
 
@@ -247,7 +249,8 @@ class _Trial:
         cost = COMPILE_SECONDS.get(self.x.device.type, {}).get(setting.speed, 0)
         if setting.speed == "fused" and library_path().exists():
             cost = 0
-        affordable = not self.seconds or (self._left() > 0 and self._elapsed() + cost <= self._share_of_run())
+        can_begin = self._left() > self.best_small and self._elapsed() + cost <= self._share_of_run()
+        affordable = not self.seconds or can_begin
         if not affordable:
             self.notes.append(f"no time for {setting}")
         return affordable
@@ -256,12 +259,11 @@ class _Trial:
         start = time.perf_counter()
         set_speed(self.network, setting.speed)
         if setting.speed == "compiled":
-            self._step(setting, self.num_timed or len(self.x))
+            self._step(setting, self.num_timed)
         self.compiled_for += time.perf_counter() - start
 
-    def _is_promising(self, setting: Setting) -> bool:
+    def _is_promising(self, setting: Setting, taken: float) -> bool:
         """Whether a step with few images is not far slower than that of the best so far."""
-        taken = self._step(setting, self.num_small)
         if taken > MAX_SLOWDOWN * self.best_small:
             self.notes.append(f"{setting} dropped, {taken / self.best_small:.1f} times as slow")
             return False
@@ -273,13 +275,13 @@ class _Trial:
             self.num_timed = len(self.x) if all_steps <= limit else self.num_small
         return True
 
-    def _time_steps(self, setting: Setting) -> None:
-        scale = len(self.x) / self.num_timed
-        for _ in range(NUM_TIMED_STEPS):
-            taken = scale * self._step(setting, self.num_timed)
-            self.seconds[setting] = min(taken, self.seconds.get(setting, math.inf))
-            if taken / scale > self._left():
-                break
+    def _time_steps(self, setting: Setting, expected: float) -> None:
+        taken: list[float] = []
+        while len(taken) < NUM_TIMED_STEPS and (not self.seconds or expected <= self._left()):
+            taken.append(expected := self._step(setting, self.num_timed))
+            self.seconds[setting] = min(taken) * len(self.x) / self.num_timed
+        if not taken:
+            self.notes.append(f"no time for {setting}")
 
     def _step(self, setting: Setting, num_images: int) -> float:
         """Seconds of forward and backward; the network gets no gradients."""
