@@ -120,17 +120,26 @@ def _execute(arguments: list[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def _begin_autocast(self: Any, begin: Any, device_type: str, dtype: Any = None, enabled: bool = True, **options: Any):
+    """Autocast, but none to bfloat16 on a processor that emulates it: a convolution would take 50 times as long."""
+    is_emulated = device_type == "cpu" and str(dtype) == "torch.bfloat16"
+    begin(self, device_type, dtype=dtype, enabled=enabled and not is_emulated, **options)
+
+
 def _serve() -> None:
     """Runs programs that stdin names, one after the other."""
     import warnings
 
     subprocess.Popen = Forked  # type: ignore[misc]  # before anybody takes the name
-    import torch.distributed.run  # noqa: F401
+    import torch
+    import torch.distributed.run
 
     import unet_diffusion.cli
     import unet_diffusion.training.cli  # noqa: F401
 
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # of runpy, about what is imported
+    if not torch.cpu._is_avx512_bf16_supported():
+        torch.autocast.__init__ = functools.partialmethod(_begin_autocast, torch.autocast.__init__)  # type: ignore
     gc.collect()
     gc.freeze()  # what is here stays, shared, and closes nothing in another process
     for line in sys.stdin:
