@@ -24,6 +24,7 @@ from typing import Any
 
 HAS_GPU = Path("/dev/nvidiactl").exists()  # a process that trained has threads of autograd's then: it is not forked
 OPTIONS = ("-u", "-P", "-m", "-c")  # of Python's that a fork knows; with others it is Python that starts
+PROGRAM = "/unet-diffusion"  # is Python, too
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as a fork has no other
 
 
@@ -60,7 +61,7 @@ class Forked(subprocess.Popen):
 
     def __init__(self, args: Any, *rest: Any, env: dict[str, str] | None = None, **options: Any) -> None:
         is_python = isinstance(args, list | tuple) and args[0] == sys.executable
-        if is_python and (args[1] in OPTIONS or args[1].endswith(".py")) and not HAS_GPU:
+        if is_python and (args[1] in OPTIONS or args[1].endswith((".py", PROGRAM))) and not HAS_GPU:
             # Popen has forked, and set folder, session and streams, when it calls this: which does not come back.
             options["preexec_fn"] = functools.partial(_become, [str(argument) for argument in args[1:]], env)
         super().__init__(args, *rest, env=env, **options)

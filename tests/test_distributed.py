@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -67,21 +66,15 @@ def two_processes(tmp_path_factory, tiny_digits):
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "recorder.py").write_text(RECORDER)
     program = Path(sys.executable).parent / "unet-diffusion"
-    command = [str(program)] if program.exists() else [sys.executable, "-m", "unet_diffusion.cli"]
+    command = [str(program)] if program.exists() else ["-m", "unet_diffusion.cli"]
     arguments = ["--config", str(CONFIGS / "trainer" / "ddp.yaml"), "--trainer.devices", "2"]
     arguments += ["--trainer.max_steps", str(NUM_STEPS), "--trainer.val_check_interval", str(NUM_STEPS)]
     arguments += ["--checkpoint.every_n_train_steps", "null", "--checkpoint.monitor", "val/loss"]
     arguments += ["--trainer.precision", "32-true"]
     arguments += ["--trainer.default_root_dir", "run", "--trainer.callbacks+=recorder.Recorder"]
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "fit", *tiny_digits, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    whole = [sys.executable, *command, "fit", *tiny_digits, *arguments]
+    done = run_python(whole, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-NUM_STEPS = 20  # of training: enough for every cell to have something to show
+NUM_STEPS = 5  # of training: enough for every cell to have something to show
 TIMEOUT = 300  # seconds a cell, on a slow machine
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
