@@ -11,6 +11,7 @@ failure. A text that is not found exactly once is an error, as is a fault that k
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("unet_diffusion", "tests", "configs", "benchmarks", "notebooks", "pyproject.toml", "README.md")
+PATIENCE = 600  # seconds of a fault, after which it is an error
 CAUGHT, SURVIVED = 1, 0  # pytest's exit status: tests failed, and all passed
 
 
@@ -408,6 +410,7 @@ def tried(mutation: Mutation, copy: Path) -> int:
     try:
         child = os.fork()
         if child == 0:
+            signal.alarm(PATIENCE)
             os._exit(run_pytest(copy, mutation.tests.split()))
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
