@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unet_diffusion.precision import autocast, precisions_for
+from unet_diffusion.precision import autocast, precision_name, precisions_for
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "lightning", "denoising_diffusion_pytorch")
@@ -78,10 +78,13 @@ def empty_caches() -> Iterator[None]:
 
 
 def peaks(device: torch.device) -> dict[str, float]:
-    """TFLOP/s of a matrix product and of a 3x3 channels_last convolution; "training" is forward and backward."""
+    """TFLOP/s of a matrix product and of a 3x3 channels_last convolution; "training" is forward and backward.
+
+    In the precisions that the device has in hardware, the fastest last.
+    """
     measured = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+    for dtype in precisions_for(device):
+        name = precision_name(dtype)
         measured[f"product {name} forward"] = _forward_peak(*_product(device, dtype))
         measured[f"product {name} training"] = _training_peak(*_product(device, dtype))
         measured[f"convolution {name} forward"] = _forward_peak(*_convolution(device, dtype))

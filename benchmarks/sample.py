@@ -4,8 +4,8 @@
 
 First, our trajectory is asserted to be diffusers' own in float32: the loop of its pipelines, given the noise that our
 images start from. Then both are timed from noise to images on the CPU. "As shipped" is float32 and eager; "tuned" is
-bfloat16 autocast, channels_last, compilation and inference mode; ours is `unet_diffusion.sampling.sample` at the chosen
-speed, under bfloat16 autocast.
+channels_last, compilation and inference mode, and autocast to bfloat16 where that is in hardware; ours is
+`unet_diffusion.sampling.sample` at the chosen speed, under the same autocast.
 
 With fewer --time_steps than the trajectory has, a shorter trajectory is timed, and the rate of the whole one follows
 from the time a network step: batch size / (seconds a network step x steps of the whole).
@@ -21,10 +21,22 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
-from measure import Step, alternate, describe, empty_caches, environment, seconds, table, times_as_fast, write_json
+from measure import (
+    Step,
+    alternate,
+    describe,
+    empty_caches,
+    environment,
+    fastest_autocast,
+    seconds,
+    table,
+    times_as_fast,
+    write_json,
+)
 from peers import NETWORKS, diffusers_network, our_network
 from torch import Tensor
 
+from unet_diffusion.precision import precisions_for
 from unet_diffusion.sampling import build_scheduler, image_generators, sample
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed
@@ -111,17 +123,17 @@ def diffusers_images(unet: UNet2DModel, scheduler: str, steps: int, noise: Tenso
 
 
 def our_drawing_network(options: argparse.Namespace) -> DenoiserUNet:
-    """As the command runs it with --precision bfloat16."""
+    """As the command runs it with --precision auto."""
     unet = our_network(options.network).eval().to(options.device)
     if options.device.type == "cpu":
         keep_freed_memory()  # it is the whole process's, so that diffusers gains too
     set_speed(unet, options.ours)
-    prepare_weights(unet, torch.bfloat16)
+    prepare_weights(unet, precisions_for(options.device)[-1])
     return unet
 
 
 def our_drawing(unet: DenoiserUNet, scheduler: str, steps: int, batch_size: int, options: argparse.Namespace) -> Step:
-    autocast = torch.autocast(options.device.type, torch.bfloat16)
+    autocast = fastest_autocast(options.device.type)
     return autocast(partial(our_images, unet, scheduler, steps, batch_size, options))
 
 
@@ -140,7 +152,7 @@ def tuned_diffusers_network(options: argparse.Namespace, mode: str = "default") 
 def tuned_diffusers_drawing(
     unet: UNet2DModel, scheduler: str, steps: int, batch_size: int, options: argparse.Namespace
 ) -> Step:
-    autocast = torch.autocast(options.device.type, torch.bfloat16)
+    autocast = fastest_autocast(options.device.type)
 
     @torch.inference_mode()
     @autocast

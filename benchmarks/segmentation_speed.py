@@ -19,6 +19,7 @@ from measure import RESULTS, environment, fastest_autocast, table, write_json
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from unet_diffusion.precision import precisions_for
 from unet_diffusion.segmentation.tiles import predict_tiled
 from unet_diffusion.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
 from unet_diffusion.unet import SegmentationUNet
@@ -83,7 +84,7 @@ def ours(image: Tensor) -> dict[str, Predictor]:
         predict = partial(in_one_window, network)
         operations = flops(predict, image)
         set_speed(network, speed_for_use("fused", torch.device("cpu")))
-        prepare_weights(network, torch.bfloat16)
+        prepare_weights(network, precisions_for(torch.device("cpu"))[-1])
         made[name] = (predict, size(network), operations)
     return made
 

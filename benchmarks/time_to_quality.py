@@ -5,11 +5,12 @@
 Contenders, each in a process of its own, with batches of 64:
 
     diffusers_shipped     UNet2DModel(64, 128, 128) with 8-wide heads, the recipe of diffusers' train_unconditional.py
-    diffusers_tuned       the same with 64-wide heads, bf16, v-prediction, a rate that fits the budget
+    diffusers_tuned       the same with 64-wide heads, bf16 (*), v-prediction, a rate that fits the budget
     ddpm_pytorch_shipped  denoising-diffusion-pytorch's Unet(64, (1, 2, 2)), the recipe of its Trainer
-    ddpm_pytorch_tuned    the same with bf16, a rate that fits the budget
+    ddpm_pytorch_tuned    the same with bf16 (*), a rate that fits the budget
     ours                  `unet-diffusion fit --config configs/fashion_mnist.yaml`, with as many steps as fit
     ours_unconditional    the same without labels, which no peer is given
+    (*) where it is in hardware
 
 The clock starts before the process does. Peers find their images in memory, neither log, validate nor save on the way,
 and stop before the step that would end too late. Ours counts steps: how many fit follows from three short runs, and all
@@ -17,9 +18,9 @@ that its command line does is timed, with compiling its fused kernels, and expor
 takes minutes.
 
 Then, outside of the budget and the same for all: samples of the averaged network, by 25 steps of DPM-Solver++ on the
-noise schedule it was trained with, in bf16, without guidance; ours at random labels. Their distance is to the 10,000
-test images (see features.py); that of as many training images is the least to hope for. Each result is kept as soon as
-it is there, and a run that was cut off continues.
+noise schedule it was trained with, in bf16 (*), without guidance; ours at random labels. Their distance is to the
+10,000 test images (see features.py); that of as many training images is the least to hope for. Each result is kept as
+soon as it is there, and a run that was cut off continues.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -39,7 +41,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from features import classes, fashion_mnist, features, frechet_distance, label_entropy, small_cnn, trained_classifier
-from measure import RESULTS, empty_caches, environment, process_seconds, table, write_json
+from measure import RESULTS, empty_caches, environment, fastest_autocast, process_seconds, table, write_json
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -55,10 +57,9 @@ TUNED_RATE = 1.0e-3
 TUNED_WARM_UP = 0.05  # share of the training time
 TUNED_EMA_DECAY = 0.999  # less at first: in a few hundred steps the peers' own warm-up does not get there
 
-OURS: dict[str, tuple[str, ...]] = {  # options beside the configuration; a speed that short and long runs share
-    "ours": ("--model.speed=fused",),
+OURS: dict[str, tuple[str, ...]] = {  # options beside the configuration
+    "ours": (),
     "ours_unconditional": (
-        "--model.speed=fused",
         "--model.unet.init_args.num_class_embeds=null",
         "--model.label_dropout=0",
         "--samples.guidance_scale=1",
@@ -243,7 +244,7 @@ def drawn(denoiser: Denoiser, num_images: int, seed: int) -> Tensor:
     batches = []
     for numbers in torch.arange(num_images).split(SAMPLE_BATCH_SIZE):
         batch_labels = None if labels is None else labels[numbers]
-        with torch.autocast("cpu", torch.bfloat16):
+        with fastest_autocast():
             images = denoise(
                 partial(predict_at, denoiser, batch_labels),
                 denoiser.solver(),
@@ -315,11 +316,18 @@ def our_pace(name: str, root: Path, work: Path, short: int, long: int) -> Pace:
     return pace
 
 
+def our_speed() -> str:
+    """That of all runs, short and long."""
+    from unet_diffusion.speed import speed_for_use
+
+    return speed_for_use("fused", torch.device("cpu"))
+
+
 def fit_seconds(name: str, root: Path, folder: Path, max_steps: int, *options: str) -> float:
     """Wall clock of a whole `unet-diffusion fit`."""
     command = [sys.executable, "-m", "unet_diffusion.cli", "fit", f"--config={CONFIG}"]
     command += [f"--data.init_args.root={root}", f"--trainer.default_root_dir={folder}"]
-    command += [f"--trainer.max_steps={max_steps}", *OURS[name], *options]
+    command += [f"--trainer.max_steps={max_steps}", f"--model.speed={our_speed()}", *OURS[name], *options]
     with empty_caches():
         return process_seconds(command, log_of(folder))
 
@@ -381,7 +389,7 @@ def train_until(end: float, recipe: Recipe, batches: Iterator[Tensor]) -> int:
     begin, steps, step_seconds = time.time(), 0, 0.0
     recipe.network.train()
     while (step_begin := time.time()) + step_seconds < end:
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+        with fastest_autocast() if recipe.bf16 else nullcontext():
             loss = recipe.loss(next(batches))
         loss.backward()
         nn.utils.clip_grad_norm_(recipe.network.parameters(), MAX_GRADIENT_NORM)

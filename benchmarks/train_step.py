@@ -7,9 +7,9 @@ is asserted first; denoising-diffusion-pytorch's has about as many parameters an
 and "tuned" mean stands in peers.py. Contenders take turns in blocks, and ratios are medians of pairs in a round.
 
 TFLOP/s counts what the network asks for, whatever the kernels do, beside what one matrix product and one convolution
-reach here in bfloat16, forward and backward. The first step includes making the network, and compilation from an empty
-cache (ours is tried at several speeds before, which compiles its kernels, unless --ours names one). Memory is measured
-for each contender in a process of its own.
+reach here in the fastest precision that the hardware has, forward and backward. The first step includes making the
+network, and compilation from an empty cache (ours is tried at several speeds before, which compiles its kernels, unless
+--ours names one). Memory is measured for each contender in a process of its own.
 """
 
 import argparse
@@ -162,13 +162,17 @@ def size(name: str, network: str) -> Record:
 def row(name: str, records: dict[str, Record], ceilings: dict[str, float]) -> dict[str, str | None]:
     record = records[name]
     ratio, memory = record["ours_times_as_fast"], record["peak_mib"]
+
+    def ceiling(operation: str) -> float:
+        return [tflops for key, tflops in ceilings.items() if key.startswith(operation) and "training" in key][-1]
+
     return {
         "contender": name,
         "images/s (lowest to highest block)": spread(record["images_per_second"]),
         "ours is so many times as fast": None if ratio is None else f"{ratio:.2f}",
         "TFLOP/s": f"{record['tflops']:.3f}",
-        "of a matrix product": f"{record['tflops'] / ceilings['product bfloat16 training']:.0%}",
-        "of a convolution": f"{record['tflops'] / ceilings['convolution bfloat16 training']:.0%}",
+        "of a matrix product": f"{record['tflops'] / ceiling('product'):.0%}",
+        "of a convolution": f"{record['tflops'] / ceiling('convolution'):.0%}",
         "first step, s": f"{record['first_step_seconds']:.1f}",
         "peak memory, MiB": None if memory is None else f"{memory:.0f}",
         "host waits a step": record["host_synchronisations"],

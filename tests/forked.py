@@ -24,6 +24,7 @@ from typing import Any
 
 HAS_GPU = Path("/dev/nvidiactl").exists()  # a process that trained has threads of autograd's then: it is not forked
 OPTIONS = ("-u", "-P", "-m", "-c")  # of Python's that a fork knows; with others it is Python that starts
+PROGRAM = "/unet-diffusion"  # is Python, too
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as a fork has no other
 
 
@@ -60,7 +61,7 @@ class Forked(subprocess.Popen):
 
     def __init__(self, args: Any, *rest: Any, env: dict[str, str] | None = None, **options: Any) -> None:
         is_python = isinstance(args, list | tuple) and args[0] == sys.executable
-        if is_python and (args[1] in OPTIONS or args[1].endswith(".py")) and not HAS_GPU:
+        if is_python and (args[1] in OPTIONS or args[1].endswith((".py", PROGRAM))) and not HAS_GPU:
             # Popen has forked, and set folder, session and streams, when it calls this: which does not come back.
             options["preexec_fn"] = functools.partial(_become, [str(argument) for argument in args[1:]], env)
         super().__init__(args, *rest, env=env, **options)
@@ -120,17 +121,26 @@ def _execute(arguments: list[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def _begin_autocast(self: Any, begin: Any, device_type: str, dtype: Any = None, enabled: bool = True, **options: Any):
+    """Autocast, but none to bfloat16 on a processor that emulates it: a convolution would take 50 times as long."""
+    is_emulated = device_type == "cpu" and str(dtype) == "torch.bfloat16"
+    begin(self, device_type, dtype=dtype, enabled=enabled and not is_emulated, **options)
+
+
 def _serve() -> None:
     """Runs programs that stdin names, one after the other."""
     import warnings
 
     subprocess.Popen = Forked  # type: ignore[misc]  # before anybody takes the name
-    import torch.distributed.run  # noqa: F401
+    import torch
+    import torch.distributed.run
 
     import unet_diffusion.cli
     import unet_diffusion.training.cli  # noqa: F401
 
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # of runpy, about what is imported
+    if not torch.cpu._is_avx512_bf16_supported():
+        torch.autocast.__init__ = functools.partialmethod(_begin_autocast, torch.autocast.__init__)  # type: ignore
     gc.collect()
     gc.freeze()  # what is here stays, shared, and closes nothing in another process
     for line in sys.stdin:

@@ -101,13 +101,13 @@ def test_start_of_fit(tmp_path):
 def test_time_to_quality(tmp_path):
     write_fashion_mnist(tmp_path / "data", num_images=700)
     command = [sys.executable, str(ROOT / "benchmarks" / "time_to_quality.py"), "--root", str(tmp_path / "data")]
-    command += ["--minutes", "0.5", "--num_images", "10", "--contenders", "diffusers_tuned", "ours"]
-    command += ["--calibration_steps", "2", "20", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "t.json")]
+    command += ["--minutes", "0.2", "--num_images", "10", "--contenders", "diffusers_tuned", "ours"]
+    command += ["--calibration_steps", "1", "5", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "t.json")]
     printed(command)
     results = json.loads((tmp_path / "t.json").read_text())["results"]
     assert {result["contender"] for result in results} == {"diffusers_tuned", "ours"}
     assert all(result["distance"] > 0 and result["steps"] > 0 for result in results)
-    assert (tmp_path / "time_to_quality_ours_0.5.png").exists()
+    assert (tmp_path / "time_to_quality_ours_0.2.png").exists()
     seconds = [result["seconds"] for result in results]
     printed(command)  # finds them, and measures nothing again
     assert [result["seconds"] for result in json.loads((tmp_path / "t.json").read_text())["results"]] == seconds
@@ -153,7 +153,7 @@ def test_latents_against_pixels(tmp_path):
         rows.append(f"{number}.png,{('red', 'green')[number % 2]} noise {number}")
     (tmp_path / "images" / "metadata.csv").write_text("\n".join(rows))
     command = [sys.executable, str(ROOT / "benchmarks" / "latents_against_pixels.py"), "--size", "tiny", "--together"]
-    command += ["--images", str(tmp_path / "images"), "--minutes", "0.8", "--num_images", "20"]
+    command += ["--images", str(tmp_path / "images"), "--minutes", "0.4", "--num_images", "20"]
     command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "l.json")]
     done = run_python(command)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from unet_diffusion.segmentation.predict import class_probabilities
 from unet_diffusion.segmentation.scores import dice
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+pytestmark = pytest.mark.slow
 
 RECORDER = """
 import torch
@@ -67,21 +68,15 @@ def two_processes(tmp_path_factory, tiny_digits):
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "recorder.py").write_text(RECORDER)
     program = Path(sys.executable).parent / "unet-diffusion"
-    command = [str(program)] if program.exists() else [sys.executable, "-m", "unet_diffusion.cli"]
+    command = [str(program)] if program.exists() else ["-m", "unet_diffusion.cli"]
     arguments = ["--config", str(CONFIGS / "trainer" / "ddp.yaml"), "--trainer.devices", "2"]
     arguments += ["--trainer.max_steps", str(NUM_STEPS), "--trainer.val_check_interval", str(NUM_STEPS)]
     arguments += ["--checkpoint.every_n_train_steps", "null", "--checkpoint.monitor", "val/loss"]
     arguments += ["--trainer.precision", "32-true"]
     arguments += ["--trainer.default_root_dir", "run", "--trainer.callbacks+=recorder.Recorder"]
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "fit", *tiny_digits, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    whole = [sys.executable, *command, "fit", *tiny_digits, *arguments]
+    done = run_python(whole, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -352,7 +347,6 @@ def test_autoencoder_is_validated_alike_on_one_process_and_on_two(autoencoder_fo
     assert validated(autoencoder_folder / "run") == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_codebook_with_restarted_codes_is_equal_on_both_processes(autoencoder_folder):
     recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'} {TWO} --model.restart_codes_after 2 --trainer.max_steps 5 "
     recipe += "--trainer.default_root_dir restarted --trainer.callbacks+=keeper.Keeper"
@@ -362,7 +356,6 @@ def test_codebook_with_restarted_codes_is_equal_on_both_processes(autoencoder_fo
     assert weights[0]["autoencoder.quantize.embedding.weight"].abs().max() > 0.1  # 0.001 as made
 
 
-@pytest.mark.slow
 def test_use_of_the_codes_is_that_of_all_processes(autoencoder_folder):
     recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'}"
     with_autoencoder(autoencoder_folder, "validate", f"{recipe} {TWO} --trainer.default_root_dir codes_two")
@@ -444,7 +437,6 @@ def assert_near(one: dict, other: dict) -> None:
     )
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_from_each_others_checkpoints(trained_by):
     one = trained_by("one", 4)
     for strategy in ("ddp", "fsdp2"):
@@ -475,7 +467,6 @@ sys.exit(max(main(arguments) for arguments in json.loads(sys.argv[1])))
 """
 
 
-@pytest.mark.slow
 def test_two_processes_draw_encode_and_segment_as_one(two_processes, segmenter_run, tmp_path):
     torch.manual_seed(0)
     sizes = {"layers_per_block": 1, "norm_num_groups": 4, "mid_attention": False}

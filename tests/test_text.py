@@ -57,6 +57,7 @@ def test_long_captions_are_cut_and_keep_their_end(taught):
     assert ids[0, -1] == taught.tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_every_process_learns_the_same_words():
     code = f"""
 from unet_diffusion.text import TextTokens

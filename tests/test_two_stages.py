@@ -18,6 +18,21 @@ from unet_diffusion import two_stages
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
 
+KILLED = """
+import os
+import signal
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+
+class Killed(Callback):
+    def on_fit_start(self, *args):
+        if not Path("killed_once").exists():
+            Path("killed_once").touch()
+            os.killpg(0, signal.SIGKILL)
+"""
+
 
 @pytest.fixture
 def images(tmp_path):
@@ -135,16 +150,20 @@ def test_what_would_fail_late_is_refused_before_anything_is_written(ran, run_cli
 
 
 @pytest.mark.slow
-def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, tmp_path):
-    """In processes of their own, the first of which is killed when its latents are there."""
-    arguments = [sys.executable, "-m", "unet_diffusion.cli", *map(str, command), "--captions"]
-    first = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    for line in first.stdout:
-        if line.startswith("stage 3"):
-            os.killpg(first.pid, signal.SIGKILL)  # with the process of the stage
-            break
-    first.wait()
-    done = run_python(arguments)
+def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, small_recipes, tmp_path):
+    """In processes of their own, the first of which is killed, with that of its stage, when its latents are there."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    recipe = yaml.safe_load(small_recipes[1].read_text())
+    recipe["trainer"]["callbacks"] = [{"class_path": "killed.Killed"}]
+    small_recipes[1].write_text(yaml.safe_dump(recipe))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+
+    def run() -> subprocess.CompletedProcess:
+        arguments = [sys.executable, "-m", "unet_diffusion.cli", *command, "--captions"]
+        return run_python(arguments, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+
+    assert run().returncode == -signal.SIGKILL
+    done = run()
     assert done.returncode == 0, done.stderr
     assert "stage 2 of 3, latents: done before" in done.stdout
     out = tmp_path / "out"

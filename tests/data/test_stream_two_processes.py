@@ -3,17 +3,22 @@
 import csv
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_python
 from shard_servers import FaultyServer
+
+pytestmark = pytest.mark.slow
 
 RECORDER = """
 import json
+import os
+import signal
+from pathlib import Path
+
 from lightning.pytorch import Callback
 
 
@@ -23,6 +28,15 @@ class Recorder(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         with open(f"{trainer.default_root_dir}_{trainer.global_rank}.txt", "a") as file:
             print(json.dumps([trainer.global_step, batch["index"].tolist()]), file=file)
+
+
+class Killed(Callback):
+    '''With the other process and all workers, in the middle of an epoch, after a checkpoint; once.'''
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.is_global_zero and trainer.global_step == 7 and not Path("killed_once").exists():
+            Path("killed_once").touch()
+            os.killpg(0, signal.SIGKILL)
 """
 NUM_STEPS = 24  # more than an epoch of 20
 
@@ -34,25 +48,23 @@ class Run:
         self.parent, self.name = parent, name
         self.last = parent / name / "checkpoints" / "last.ckpt"
         self.arguments = ["fit", *arguments, "--trainer.default_root_dir", name]
+        self.log = ""
 
-    def start(self) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(self.parent), os.environ.get("PYTHONPATH", "")])
+    def start(self) -> int:
+        """The exit status."""
+        path = os.pathsep.join([str(self.parent), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-m", "unet_diffusion.cli", *self.arguments]
-        with open(self.parent / f"{self.name}.log", "a") as log:
-            return subprocess.Popen(command, cwd=self.parent, env=environment, stderr=log, start_new_session=True)
+        done = run_python(command, cwd=self.parent, env={**os.environ, "PYTHONPATH": path}, timeout=180)
+        self.log += done.stderr
+        return done.returncode
 
     def finish(self) -> None:
-        assert self.start().wait(timeout=180) == 0, self.log
+        assert self.start() == 0, self.log
         assert self.step == NUM_STEPS
 
     @property
-    def log(self) -> str:
-        return (self.parent / f"{self.name}.log").read_text()
-
-    @property
     def step(self) -> int:
-        return torch.load(self.last, weights_only=True)["global_step"] if self.last.exists() else 0
+        return torch.load(self.last, weights_only=True)["global_step"]
 
     def trained_on(self, rank: int) -> dict[int, set[str]]:
         """The batches that were ever trained on at each step; repeated after a kill, they must be the same."""
@@ -83,24 +95,18 @@ def runs(tmp_path_factory, streamed_digits):
         address += ["--trainer.val_check_interval", "10", "--samples.every_n_steps", "0"]
         address += ["--checkpoint.every_n_train_steps", "3", "--trainer.callbacks+=recorder.Recorder"]
         address += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.precision", "32-true"]
-        untouched, killed = (Run(folder, name, [*arguments, *address]) for name in ("untouched", "killed"))
+        untouched = Run(folder, "untouched", [*arguments, *address])
+        killed = Run(folder, "killed", [*arguments, *address, "--trainer.callbacks+=recorder.Killed"])
         server.faults = {f"shard_{number:05d}.tar": ["refuse"] for number in range(10, 20)}  # once, and then no more
         server.faults["shard_00007.tar"] = ["corrupt"] * 1000
         untouched.finish()
         asked = list(server.asked)
-        process = killed.start()
-        deadline = time.monotonic() + 90
-        while killed.step < 6:
-            assert time.monotonic() < deadline, killed.log
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=60)
-        assert killed.step < NUM_STEPS
+        assert killed.start() == -signal.SIGKILL, killed.log
+        assert killed.step == 6
         killed.finish()
     return untouched, killed, asked
 
 
-@pytest.mark.slow
 def test_order_and_weights_are_those_of_the_run_that_nobody_touched(runs):
     untouched, killed, _ = runs
     for rank in (0, 1):
@@ -112,7 +118,6 @@ def test_order_and_weights_are_those_of_the_run_that_nobody_touched(runs):
     torch.testing.assert_close(other["optimizer_states"], one["optimizer_states"], rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_processes_and_workers_read_shards_of_their_own(runs):
     untouched, _, asked = runs
     batches = [untouched.trained_on(rank)[step] for rank in (0, 1) for step in range(20)]
@@ -124,7 +129,6 @@ def test_processes_and_workers_read_shards_of_their_own(runs):
     assert len(reads) <= 2 * (16 + 7)
 
 
-@pytest.mark.slow
 def test_bad_shard_is_told_and_counted_over_both_processes(runs):
     untouched, *_ = runs
     assert "shard_00007.tar cannot be read" in untouched.log

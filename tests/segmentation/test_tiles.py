@@ -137,6 +137,7 @@ print(peak(2048) - small)
 """
 
 
+@pytest.mark.slow
 def test_memory_of_a_large_image_is_that_of_a_tile_and_the_image():
     """2048 x 2048: 16 MiB of image, 32 of output, 16 of weights; the maps of one pass would be 1.2 GiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)

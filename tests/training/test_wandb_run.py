@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -180,7 +179,7 @@ def test_upload_of_checkpoints_without_a_network_is_refused_before_training(fit,
 
 def test_wandb_is_imported_only_where_it_is_used():
     code = "import sys, unet_diffusion.training.cli; assert 'wandb' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run_python([sys.executable, "-c", code]).returncode == 0
 
 
 def test_two_processes_log_one_run(tiny_digits, tmp_path):
