@@ -17,6 +17,7 @@ import yaml
 
 from unet_diffusion.precision import PRECISIONS, autocast, chosen_precision
 from unet_diffusion.processes import own_device, processes
+from unet_diffusion.quick_imports import import_lightning, quick_imports
 from unet_diffusion.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed, speed_for_use
 from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
 
@@ -99,8 +100,9 @@ def _add_hardware(parser: argparse.ArgumentParser, of: str) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    # The training stack takes seconds to import; the other commands do without it.
-    from unet_diffusion.training.cli import TrainingCLI
+    with quick_imports():  # the training stack takes seconds to import; the other commands do without it
+        import_lightning()
+        from unet_diffusion.training.cli import TrainingCLI
 
     TrainingCLI.run(arguments)
 

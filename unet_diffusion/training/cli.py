@@ -28,11 +28,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from unet_diffusion.checkpoint import load_plain, read_checkpoint
-from unet_diffusion.data import CountReplaced, ImageDataModule, SegmentationDataModule
-from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
+from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.segmentation import SegmentationDataModule
+from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.interruption import Interrupted
-from unet_diffusion.training.autoencoder import AutoencoderModule
-from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.callbacks import (
     PictureGrid,
     ReconstructionGrid,
@@ -44,10 +43,8 @@ from unet_diffusion.training.callbacks import (
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
 from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
-from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.precision import RunTrainer
-from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
@@ -60,22 +57,31 @@ WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that 
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
 AUTO = "auto"  # speed and precision that are left to the machine
+TASKS = ("denoise", "segment", "autoencode")
 
 
 @dataclass(frozen=True)
 class Task:
     """What a run trains, on what, and what it shows."""
 
-    module: type[NetworkModule] | type[AutoencoderModule]
+    module: type[LightningModule]
     data: type[LightningDataModule]
     pictures: type[PictureGrid]
 
+    @classmethod
+    def named(cls, name: str) -> "Task":
+        """One of TASKS. Only its own module is imported: that of autoencoders needs seconds of diffusers."""
+        if name == "segment":
+            from unet_diffusion.training.segmentation import SegmentationModule
 
-TASKS = {
-    "denoise": Task(DiffusionModule, ImageDataModule, SampleGrid),
-    "segment": Task(SegmentationModule, SegmentationDataModule, SegmentationGrid),
-    "autoencode": Task(AutoencoderModule, ImageDataModule, ReconstructionGrid),
-}
+            return cls(SegmentationModule, SegmentationDataModule, SegmentationGrid)
+        if name == "autoencode":
+            from unet_diffusion.training.autoencoder import AutoencoderModule
+
+            return cls(AutoencoderModule, ImageDataModule, ReconstructionGrid)
+        from unet_diffusion.training.module import DiffusionModule
+
+        return cls(DiffusionModule, ImageDataModule, SampleGrid)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -112,14 +118,14 @@ class TrainingCLI(LightningCLI):
     """Lightning's command line with this project's callbacks, run folder and last step: the exported pipeline.
 
     Args:
-        task: what is trained; a key of TASKS.
+        task: what is trained; one of TASKS.
         options: those of LightningCLI.
     """
 
     def __init__(self, task: str, **options: Any):
-        self.task = TASKS[task]
+        self.task, self.pictures = task, Task.named(task).pictures
         try:
-            super().__init__(self.task.module, self.task.data, **options)
+            super().__init__(Task.named(task).module, Task.named(task).data, **options)
         except BaseException as error:
             launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
             if isinstance(launcher, _SubprocessScriptLauncher):
@@ -172,8 +178,8 @@ class TrainingCLI(LightningCLI):
         return {"fit": skipped, "validate": skipped}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--task", choices=tuple(TASKS), default="denoise", help="what is trained")
-        parser.add_lightning_class_args(self.task.pictures, "samples")
+        parser.add_argument("--task", choices=TASKS, default="denoise", help="what is trained")
+        parser.add_lightning_class_args(self.pictures, "samples")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
                              "checkpoint.auto_insert_metric_name": False,
@@ -267,7 +273,7 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
             return
-        if isinstance(self.model, AutoencoderModule):  # on all processes: what is exported is of the last weights
+        if self.task == "autoencode":  # on all processes: what is exported is of the last weights
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         folder = run_folder(self.trainer)
         if not self.trainer.strategy.broadcast((folder / "samples.png").exists()):
@@ -278,9 +284,11 @@ class TrainingCLI(LightningCLI):
 
     def _hand_over(self, folder: Path) -> str:
         """Exports what has a counterpart in diffusers, and says what a user would do next."""
-        if isinstance(self.model, SegmentationModule):
+        if self.task == "segment":
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
-        if isinstance(self.model, AutoencoderModule):
+        from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
+
+        if self.task == "autoencode":
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
         # A network that was shared out is whole in its checkpoint only.
