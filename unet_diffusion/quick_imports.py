@@ -34,9 +34,7 @@ def import_lightning() -> None:
 
 
 def _begin_torchmetrics() -> None:
-    spec = find_spec("torchmetrics")
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = find_spec("torchmetrics")
     package: Any = module_from_spec(spec)
     sys.modules["torchmetrics"] = package
     package.__version__ = version("torchmetrics")

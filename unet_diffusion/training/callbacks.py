@@ -22,6 +22,7 @@ from unet_diffusion.data.maps import ImagesWithMaps
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.pictures import image_grid, write_png
+from unet_diffusion.schedulers import SchedulerName
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.whole_file import whole_file
 
@@ -95,6 +96,9 @@ class SampleGrid(PictureGrid):
         num_inference_steps: network steps a grid.
         guidance_scale: 1 is off; more needs a model trained with label_dropout.
         seed: of the grid's images.
+
+    Raises:
+        ValueError: after the first step, if the scheduler cannot draw of this model in so many steps.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class SampleGrid(PictureGrid):
         every_n_steps: int = 1000,
         *,
         num_images: int = 64,
-        scheduler: str = "DPMSolverMultistepScheduler",
+        scheduler: SchedulerName = "DPMSolverMultistepScheduler",
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
         seed: int = 0,
@@ -113,12 +117,13 @@ class SampleGrid(PictureGrid):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
+        self._is_checked = False
 
     def setup(self, trainer: Trainer, pl_module: "DiffusionModule", stage: str) -> None:  # type: ignore[override]
-        """Refuses what would only fail at the first grid; before speeds are timed.
+        """Refuses what would only fail at the first grid.
 
         Raises:
-            ValueError: if the model cannot be sampled so, or its latents are of another autoencoder than the one there.
+            ValueError: if the model cannot be guided, or its latents are of another autoencoder than the one there.
             FileNotFoundError: if their autoencoder is not there.
         """
         if stage != "fit":
@@ -137,14 +142,20 @@ class SampleGrid(PictureGrid):
                 f"samples.guidance_scale {self.guidance_scale} needs a null label or caption; "
                 "set model.label_dropout above 0 (0.1 is usual), or samples.guidance_scale to 1"
             )
-        from unet_diffusion.sampling import check_sampling
 
-        check_sampling(
-            pl_module.schedule,
-            (self.num_images, 1, 1, 1),
-            scheduler=self.scheduler,
-            num_inference_steps=self.num_inference_steps,
-        )
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not self._is_checked:
+            from unet_diffusion.sampling import check_sampling
+
+            # After the first step, which need not wait for diffusers: a second, and the user sees that it trains.
+            check_sampling(
+                cast("DiffusionModule", pl_module).schedule,
+                (self.num_images, 1, 1, 1),
+                scheduler=self.scheduler,
+                num_inference_steps=self.num_inference_steps,
+            )
+            self._is_checked = True
+        super().on_train_batch_end(trainer, pl_module, *args)
 
     def picture(self, trainer: Trainer, module: "DiffusionModule") -> Image:
         num_classes = module.trained.num_classes
