@@ -129,7 +129,7 @@ def fit(options: argparse.Namespace, name: str, seed: int, num_steps: int, run: 
         *options.of_fit,
     ]
     run.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+    command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments]
     return process_seconds(command, run.with_name(f"{run.name}.log"))
 
 

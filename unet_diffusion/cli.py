@@ -32,6 +32,10 @@ MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
 SPEEDS = ("plain", "channels_last", "fused", "compiled", "graphed")  # those of `speed.py`, which imports PyTorch
 PRECISIONS = ("float32", "bfloat16", "float16")  # those of `precision.py`, likewise
 SHELLS = ("bash", "zsh")
+FIT_OPTIONS = (  # that the tab key knows
+    *("--trainer.max_steps", "--trainer.default_root_dir", "--trainer.devices", "--trainer.precision", "--data.root"),
+    *("--data.init_args.root", "--data.init_args.batch_size", "--model.speed", "--ckpt_path", "--print_config"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +80,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         UsageError: if there is no such command or option, or a value does not fit.
     """
     parser = _parser()
-    (commands,) = (one.choices for one in parser._actions if isinstance(one, argparse._SubParsersAction))
+    commands = _commands_of(parser)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         similar = did_you_mean(arguments[0], commands) or "; unet-diffusion --help lists them"
         raise UsageError(f"there is no command {arguments[0]!r}{similar}")
@@ -85,6 +89,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         similar = did_you_mean(unknown[0], commands[arguments[0]]._option_string_actions)
         raise UsageError(f"{arguments[0]} takes no {unknown[0]}{similar or f'; unet-diffusion {arguments[0]} --help'}")
     return options
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (one.choices for one in parser._actions if isinstance(one, argparse._SubParsersAction))
+    return commands
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_segment(commands.add_parser("segment", help="masks for images, from a checkpoint", **_STYLE))
     _add_export(commands.add_parser("export", help="write a checkpoint as a diffusers pipeline folder", **_STYLE))
     _add_import(commands.add_parser("import", help="make a checkpoint from a diffusers pipeline folder", **_STYLE))
+    _add_completion(commands.add_parser("completion", help="let the tab key complete commands and options", **_STYLE))
     return parser
 
 
@@ -411,7 +421,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw images: DIR/000000.png, ... and DIR/grid.png. "
         "Image i depends on the seed and i alone, not on the batch size, nor on how many processes share the work "
-        "(torchrun --nproc_per_node 8 -m unet_diffusion.cli sample ...). From noise; with --init from a picture, with "
+        "(torchrun --nproc_per_node 8 -m unet_diffusion sample ...). From noise; with --init from a picture, with "
         "--init and --mask into the masked part of one; with --interpolate a sequence from one image to another."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
@@ -752,6 +762,29 @@ def _import(options: argparse.Namespace) -> None:
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
           f"--ckpt_path {options.checkpoint}")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- completion
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        'Print what a shell needs to complete commands, options and recipes: eval "$(unet-diffusion completion bash)" '
+        "in ~/.bashrc; zsh: unet-diffusion completion zsh > a folder of $fpath/_unet-diffusion."
+    )
+    parser.add_argument("shell", choices=SHELLS)
+    parser.set_defaults(run=_print_completion)
+
+
+def _print_completion(options: argparse.Namespace) -> None:
+    import shtab
+
+    parser = _parser()
+    for command in TRAINING_COMMANDS:  # Lightning's own parser knows all their options, and takes seconds to make
+        for option in FIT_OPTIONS:
+            _commands_of(parser)[command].add_argument(option)
+        _commands_of(parser)[command].add_argument("--config", choices=[one.name for one in all_recipes()])
+    print(shtab.complete(parser, options.shell))
 
 
 if __name__ == "__main__":
