@@ -28,7 +28,7 @@ from measure import RESULTS, environment, fastest_autocast, process_seconds, tab
 
 from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import PairedFiles
-from unet_diffusion.data.base import to_float
+from unet_diffusion.data.scaling import to_float
 from unet_diffusion.segmentation.predict import class_probabilities
 from unet_diffusion.segmentation.scores import membrane_scores
 from unet_diffusion.speed import keep_freed_memory
@@ -129,7 +129,7 @@ def fit(options: argparse.Namespace, name: str, seed: int, num_steps: int, run: 
         *options.of_fit,
     ]
     run.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+    command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments]
     return process_seconds(command, run.with_name(f"{run.name}.log"))
 
 

@@ -29,7 +29,7 @@ from measure import RESULTS, environment, fastest_autocast, process_seconds, tab
 
 from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import PairedFiles
-from unet_diffusion.data.base import to_float
+from unet_diffusion.data.scaling import to_float
 from unet_diffusion.segmentation.labels import instances_from
 from unet_diffusion.segmentation.predict import class_probabilities
 from unet_diffusion.segmentation.scores import average_precisions
@@ -86,7 +86,7 @@ def train_denoiser(options: argparse.Namespace) -> None:
     arguments = [f"--data.init_args.root={images}", f"--data.init_args.num_images={num_unlabelled}"]
     run = f"--trainer.default_root_dir={options.denoiser}"
     config = f"--config={CONFIGS / 'nuclei_denoiser.yaml'}"
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", config, *arguments, run]
+    command = [sys.executable, "-m", "unet_diffusion", "fit", config, *arguments, run]
     subprocess.run(command, check=True)
 
 
@@ -108,7 +108,7 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
         *([] if method == "scratch" else [f"--model.init_from={options.denoiser}"]),
         *options.of_fit,
     ]
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+    command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments]
     seconds = round(process_seconds(command, run.with_name(f"{run.name}.log")), 1)
     scores = tested(root, run, options.num_test)
     return {"method": method, "labelled": num_labelled, "seed": seed, "seconds": seconds, **scores}

@@ -263,7 +263,7 @@ def fit(options: argparse.Namespace, name: str, recipe: Iterable[str], end: floa
 
 def run(options: argparse.Namespace, name: str, arguments: Iterable[object]) -> None:
     """A command of ours in a process of its own, whose output goes to a file."""
-    command = [sys.executable, "-m", "unet_diffusion.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "unet_diffusion", *map(str, arguments)]
     seconds = process_seconds(command, options.work / f"{name}.log")
     (options.work / f"{name}.seconds").write_text(f"{seconds:.1f}")
     print(f"{name}: {seconds:.1f} s", flush=True)

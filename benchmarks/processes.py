@@ -1,6 +1,6 @@
 """Two processes against one on the same cores: images a second of `unet-diffusion fit` at the same global batch.
 
-    python benchmarks/processes.py --config configs/fashion_mnist.yaml --data.init_args.root DIR
+    python benchmarks/processes.py --config fashion_mnist --data.init_args.root DIR
 
 Arguments after the configuration go to fit. One process uses all cores, two share them out, and they take turns. The
 rate is that of the median optimiser step, so that it is without validation, grids and checkpoints. On a CPU this says

@@ -8,7 +8,7 @@ Contenders, each in a process of its own, with batches of 64:
     diffusers_tuned       the same with 64-wide heads, bf16 (*), v-prediction, a rate that fits the budget
     ddpm_pytorch_shipped  denoising-diffusion-pytorch's Unet(64, (1, 2, 2)), the recipe of its Trainer
     ddpm_pytorch_tuned    the same with bf16 (*), a rate that fits the budget
-    ours                  `unet-diffusion fit --config configs/fashion_mnist.yaml`, with as many steps as fit
+    ours                  `unet-diffusion fit --config fashion_mnist`, with as many steps as fit
     ours_unconditional    the same without labels, which no peer is given
     (*) where it is in hardware
 
@@ -325,7 +325,7 @@ def our_speed() -> str:
 
 def fit_seconds(name: str, root: Path, folder: Path, max_steps: int, *options: str) -> float:
     """Wall clock of a whole `unet-diffusion fit`."""
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", f"--config={CONFIG}"]
+    command = [sys.executable, "-m", "unet_diffusion", "fit", f"--config={CONFIG}"]
     command += [f"--data.init_args.root={root}", f"--trainer.default_root_dir={folder}"]
     command += [f"--trainer.max_steps={max_steps}", f"--model.speed={our_speed()}", *OURS[name], *options]
     with empty_caches():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unet_diffusion.checkpoint import TrainedSegmenter, read_segmenter, segmenter_record
 from unet_diffusion.cli import main
-from unet_diffusion.data.base import to_float
+from unet_diffusion.data.scaling import to_float
 from unet_diffusion.segmentation.predict import class_probabilities, mask_name
 from unet_diffusion.unet import SegmentationUNet
 

@@ -1,1 +1,12 @@
 """One U-Net, from segmentation to latent diffusion."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, looked up when it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("unet-diffusion")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

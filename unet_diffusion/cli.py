@@ -2,6 +2,8 @@
 
 fit and validate are Lightning's own command line, so that every argument of the module, the data and the trainer is an
 option; the others are small programs on a checkpoint. Every error is one message; `--traceback` shows its origin.
+
+PyTorch takes seconds to import: a command does so once its arguments are known to be right.
 """
 
 import argparse
@@ -12,21 +14,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
-
-from unet_diffusion.precision import PRECISIONS, autocast, chosen_precision
-from unet_diffusion.processes import own_device, processes
-from unet_diffusion.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed, speed_for_use
+from unet_diffusion.quick_imports import import_lightning, quick_imports
+from unet_diffusion.recipes import HEADINGS, all_recipes, recipe_path
+from unet_diffusion.schedulers import SCHEDULERS
+from unet_diffusion.usage import CommandParser, UsageError, did_you_mean, similar_paths
 from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
 
 if TYPE_CHECKING:
+    import torch
+
     from unet_diffusion.codecs import Autoencoder
     from unet_diffusion.data import FolderDataModule
     from unet_diffusion.segmentation.predict import ImagesToSegment
 
 TRAINING_COMMANDS = ("fit", "validate")  # parsed by Lightning's command line
 MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
+SPEEDS = ("plain", "channels_last", "fused", "compiled", "graphed")  # those of `speed.py`, which imports PyTorch
+PRECISIONS = ("float32", "bfloat16", "float16")  # those of `precision.py`, likewise
+SHELLS = ("bash", "zsh")
+FIT_OPTIONS = (  # that the tab key knows
+    *("--trainer.max_steps", "--trainer.default_root_dir", "--trainer.devices", "--trainer.precision", "--data.root"),
+    *("--data.init_args.root", "--data.init_args.batch_size", "--model.speed", "--ckpt_path", "--print_config"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in TRAINING_COMMANDS:
             _train(arguments)
         else:
-            options = _parser().parse_args(arguments)
+            options = _parse(arguments)
             options.traceback = show_traceback
             options.run(options)
+    except UsageError as error:
+        if show_traceback:
+            raise
+        print(f"unet-diffusion: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("unet-diffusion: stopped", file=sys.stderr)
         return 130  # as shells report it
@@ -59,15 +73,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command.
+
+    Raises:
+        UsageError: if there is no such command or option, or a value does not fit.
+    """
+    parser = _parser()
+    commands = _commands_of(parser)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        similar = did_you_mean(arguments[0], commands) or "; unet-diffusion --help lists them"
+        raise UsageError(f"there is no command {arguments[0]!r}{similar}")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        similar = did_you_mean(unknown[0], commands[arguments[0]]._option_string_actions)
+        raise UsageError(f"{arguments[0]} takes no {unknown[0]}{similar or f'; unet-diffusion {arguments[0]} --help'}")
+    return options
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (one.choices for one in parser._actions if isinstance(one, argparse._SubParsersAction))
+    return commands
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="unet-diffusion",
         description="Train a U-Net to denoise or to segment, draw images or masks, hand it over to diffusers.",
         epilog="Every command has --help, and takes --traceback to show where an error came from.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("fit", help="train a denoiser, segmenter or autoencoder: fit --config configs/digits.yaml")
-    commands.add_parser("validate", help="validation loss: validate --config CONFIG --ckpt_path CHECKPOINT")
+    commands.add_parser("fit", help="train a denoiser, segmenter or autoencoder: fit --config digits")
+    commands.add_parser("validate", help="validation loss: validate --config RECIPE --ckpt_path CHECKPOINT")
+    _add_recipes(commands.add_parser("recipes", help="what fit can train: list, show and copy the recipes", **_STYLE))
     _add_pack(commands.add_parser("pack", help="shards of images, to train on more than a disk holds", **_STYLE))
     _add_encode(commands.add_parser("encode", help="latents of images, to train a denoiser on", **_STYLE))
     _add_two_stages(commands.add_parser("two-stages", help="latent diffusion: from images to samples", **_STYLE))
@@ -75,18 +114,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_segment(commands.add_parser("segment", help="masks for images, from a checkpoint", **_STYLE))
     _add_export(commands.add_parser("export", help="write a checkpoint as a diffusers pipeline folder", **_STYLE))
     _add_import(commands.add_parser("import", help="make a checkpoint from a diffusers pipeline folder", **_STYLE))
+    _add_completion(commands.add_parser("completion", help="let the tab key complete commands and options", **_STYLE))
     return parser
 
 
-_CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # of a clone of the repository
 _STYLE: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 _CHECKPOINT_HELP = "a .ckpt file, a run folder, or a diffusers pipeline folder"
 _AUTOENCODER_HELP = "for a denoiser of latents: where their autoencoder is, if not where it was in training"
 
 
 def _add_hardware(parser: argparse.ArgumentParser, of: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU, if there is one")
     parser.add_argument(
         "--precision",
         choices=("auto", *PRECISIONS),
@@ -95,12 +133,74 @@ def _add_hardware(parser: argparse.ArgumentParser, of: str) -> None:
     )
 
 
+def _check_exists(name: str, path: str | Path) -> None:
+    """Refuses a path where there is nothing, before seconds are spent on imports; archives are looked into later.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+    """
+    wanted = Path(path).expanduser()
+    if not wanted.exists() and not any(parent.is_file() for parent in wanted.parents):
+        raise FileNotFoundError(f"{name} must exist, got {path}, looked for {wanted.absolute()}{similar_paths(wanted)}")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from unet_diffusion import __version__
+
+        print(f"unet-diffusion {__version__}")
+        parser.exit()
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "What fit --config NAME can train: a line for each recipe, and the overlays that are added with another "
+        "--config. A copy of a recipe is yours to change: fit --config FILE."
+    )
+    actions = parser.add_subparsers(metavar="ACTION")
+    show = actions.add_parser("show", help="print a recipe")
+    show.add_argument("name", metavar="NAME", help="such as digits")
+    show.set_defaults(run=lambda options: print(recipe_path(options.name).read_text(encoding="utf-8"), end=""))
+    copy = actions.add_parser("copy", help="write a recipe to a file")
+    copy.add_argument("name", metavar="NAME", help="such as digits")
+    copy.add_argument("file", metavar="FILE", type=Path, help="file to make")
+    copy.set_defaults(run=_copy_recipe)
+    parser.set_defaults(run=_list_recipes)
+
+
+def _list_recipes(options: argparse.Namespace) -> None:
+    recipes = all_recipes()
+    width = max(len(one.name) for one in recipes)
+    for recipe in recipes:
+        if summary := recipe.summary:
+            what, needs, takes = (summary[heading].rstrip(".") for heading in HEADINGS)
+            print(f"{recipe.name:{width}}  {what}; needs {needs}; {takes}")
+    print(f"overlays, with another --config: {', '.join(one.name for one in recipes if not one.summary)}")
+
+
+def _copy_recipe(options: argparse.Namespace) -> None:
+    text = recipe_path(options.name).read_text(encoding="utf-8")
+    try:
+        with open(options.file, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise FileExistsError(f"{options.file} exists and is not overwritten; choose another file") from error
+    print(f"to train with it: unet-diffusion fit --config {options.file}")
+
+
 # ------------------------------------------------------------------------------------------------------ fit, validate
 
 
 def _train(arguments: list[str]) -> None:
-    # The training stack takes seconds to import; the other commands do without it.
-    from unet_diffusion.training.cli import TrainingCLI
+    from unet_diffusion.fit_arguments import check_arguments
+
+    arguments = check_arguments(arguments)
+    with quick_imports():  # the training stack takes seconds to import; the other commands do without it
+        import_lightning()
+        from unet_diffusion.training.cli import TrainingCLI
 
     TrainingCLI.run(arguments)
 
@@ -111,7 +211,7 @@ def _train(arguments: list[str]) -> None:
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write the images of a folder to DIR as shards, tar archives of many images each, for fit --config "
-        "configs/stream.yaml --data.init_args.root DIR, or the address that DIR is copied to. Files are kept as they "
+        "stream --data.init_args.root DIR, or the address that DIR is copied to. Files are kept as they "
         "are, in an order drawn at random, unless they are to be scaled. The same command again goes on where it was "
         "cut off."
     )
@@ -134,6 +234,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
+    _check_exists("IMAGES", options.images)
     from tqdm import tqdm
 
     from unet_diffusion.data import ImageFormat, find_images, pack_images
@@ -160,7 +261,7 @@ def _pack(options: argparse.Namespace) -> None:
                              "or run it with --on_bad_file skip to leave them out.")  # fmt: skip
         print(f"{message}\nThe others are used.", file=sys.stderr)
     print(f"{len(files.names) - len(bad_files)} images in {options.folder}; to train on them: unet-diffusion fit "
-          f"--config configs/stream.yaml --data.init_args.root {options.folder}")  # fmt: skip
+          f"--config stream --data.init_args.root {options.folder}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- encode
@@ -168,7 +269,7 @@ def _pack(options: argparse.Namespace) -> None:
 
 def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write the latents of images to DIR, for fit --config configs/latents.yaml --data.init_args.root DIR. Images "
+        "Write the latents of images to DIR, for fit --config latents --data.init_args.root DIR. Images "
         "are scaled and cut to the autoencoder's size. The same command again goes on where it was cut off. "
         "Processes of torchrun share the work, as of sample."
     )
@@ -188,14 +289,22 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from unet_diffusion.codecs import latent_moments, pretrained_autoencoder
-    from unet_diffusion.data import scale_to_unit_range
-    from unet_diffusion.latents import encode_images
-
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
+    _check_exists("AUTOENCODER", options.autoencoder)
+    _check_exists("IMAGES", options.images)
+    with quick_imports():
+        import_lightning()
+        import torch
+        from tqdm import tqdm
+
+        from unet_diffusion.codecs import latent_moments, pretrained_autoencoder
+        from unet_diffusion.data import scale_to_unit_range
+        from unet_diffusion.latents import encode_images
+        from unet_diffusion.precision import autocast, chosen_precision
+        from unet_diffusion.processes import own_device, processes
+        from unet_diffusion.speed import keep_freed_memory
+
     options.device = own_device(options.device)
     options.precision = chosen_precision(options.precision, torch.device(options.device))
     autoencoder = pretrained_autoencoder(options.autoencoder).eval()
@@ -225,7 +334,7 @@ def _encode(options: argparse.Namespace) -> None:
             return
     recipe = "latents_text" if options.captions else "latents"
     print(f"latents of {settings['num_images']} images in {options.output}; to train on them: unet-diffusion fit "
-          f"--config configs/{recipe}.yaml --data.init_args.root {options.output}")  # fmt: skip
+          f"--config {recipe} --data.init_args.root {options.output}")  # fmt: skip
 
 
 def _images_to_encode(options: argparse.Namespace, autoencoder: "Autoencoder") -> "FolderDataModule":
@@ -286,20 +395,19 @@ def _add_two_stages(parser: argparse.ArgumentParser) -> None:
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--captions", action="store_true", help="text to image: metadata.csv, .jsonl or NAME.txt")
     known.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
-    parser.add_argument("--autoencoder", type=Path, metavar="CONFIG", default=_CONFIGS / "autoencoder_kl.yaml",
-                        help="recipe of the first stage")  # fmt: skip
-    parser.add_argument("--denoiser", type=Path, metavar="CONFIG",
-                        help="recipe of the second; default: latents.yaml or latents_text.yaml")  # fmt: skip
+    parser.add_argument("--autoencoder", metavar="RECIPE", default="autoencoder_kl", help="recipe of the first stage")
+    parser.add_argument("--denoiser", metavar="RECIPE",
+                        help="recipe of the second; default: latents or latents_text")  # fmt: skip
     parser.set_defaults(run=_two_stages)
 
 
 def _two_stages(options: argparse.Namespace) -> None:
+    autoencoder = recipe_path(options.autoencoder)
+    denoiser = recipe_path(options.denoiser or ("latents_text" if options.captions else "latents"))
+    _check_exists("IMAGES", options.images)
     from unet_diffusion.two_stages import TwoStages
 
-    denoiser = options.denoiser or _CONFIGS / ("latents_text.yaml" if options.captions else "latents.yaml")
-    stages = TwoStages(
-        options.images, options.output, options.autoencoder, denoiser, options.class_labels, options.captions
-    )
+    stages = TwoStages(options.images, options.output, autoencoder, denoiser, options.class_labels, options.captions)
     stages.run(lambda line: print(line, flush=True), ["--traceback"] if options.traceback else [])
     captions = " --captions TEXT" if options.captions else ""
     print(f"{options.output / 'denoiser'} holds samples.png; to draw more: unet-diffusion sample "
@@ -313,7 +421,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw images: DIR/000000.png, ... and DIR/grid.png. "
         "Image i depends on the seed and i alone, not on the batch size, nor on how many processes share the work "
-        "(torchrun --nproc_per_node 8 -m unet_diffusion.cli sample ...). From noise; with --init from a picture, with "
+        "(torchrun --nproc_per_node 8 -m unet_diffusion sample ...). From noise; with --init from a picture, with "
         "--init and --mask into the masked part of one; with --interpolate a sequence from one image to another."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
@@ -411,7 +519,20 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from unet_diffusion.drawing import Drawing
+    for name, path in {"init": options.init, "mask": options.mask}.items():
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"--{name} must be an image file, and there is none at {path}")
+    _check_exists("CHECKPOINT", options.checkpoint)
+    if options.scheduler not in SCHEDULERS:
+        similar = did_you_mean(options.scheduler, SCHEDULERS)
+        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {options.scheduler!r}{similar}")
+    with quick_imports():
+        import torch
+
+        from unet_diffusion.drawing import Drawing
+        from unet_diffusion.precision import chosen_precision
+        from unet_diffusion.processes import own_device
+        from unet_diffusion.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
 
     options.device = own_device(options.device)
     options.precision = chosen_precision(options.precision, torch.device(options.device))
@@ -424,12 +545,13 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _draw_and_save(
-    options: argparse.Namespace, draw: Callable[[list[int], Callable[[int], object]], torch.Tensor], num_steps: int
+    options: argparse.Namespace, draw: Callable[[list[int], Callable[[int], object]], "torch.Tensor"], num_steps: int
 ) -> None:
     """Draw what the output folder lacks, batch by batch, shared out over the processes, and make the grid."""
     from tqdm import tqdm
 
     from unet_diffusion.pictures import read_images, save_grid, save_images
+    from unet_diffusion.processes import processes
 
     with processes() as all_of_them:
         todo = all_of_them.share(all_of_them.by_the_first(lambda: _prepare_output(options)))
@@ -510,10 +632,18 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
 
 
 def _segment(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    _check_exists("CHECKPOINT", options.checkpoint)
+    for images in options.images:
+        _check_exists("IMAGES", images)
+    with quick_imports():
+        import torch
+        from tqdm import tqdm
 
-    from unet_diffusion.checkpoint import read_segmenter
-    from unet_diffusion.segmentation.predict import ImagesToSegment, Outputs, class_probabilities, segment_images
+        from unet_diffusion.checkpoint import read_segmenter
+        from unet_diffusion.precision import autocast, chosen_precision
+        from unet_diffusion.processes import own_device, processes
+        from unet_diffusion.segmentation.predict import ImagesToSegment, Outputs, class_probabilities, segment_images
+        from unet_diffusion.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
 
     options.device = own_device(options.device)
     options.precision = chosen_precision(options.precision, torch.device(options.device))
@@ -585,6 +715,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    _check_exists("CHECKPOINT", options.checkpoint)
     from unet_diffusion.checkpoint import holds_autoencoder, read_autoencoder
     from unet_diffusion.interop import export_autoencoder, export_pipeline, load_denoiser
 
@@ -608,6 +739,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    _check_exists("DIR", options.folder)
+    import yaml
+
     from unet_diffusion.checkpoint import denoiser_record, write_initial_checkpoint
     from unet_diffusion.interop import DROPOUT, import_pipeline
 
@@ -628,6 +762,29 @@ def _import(options: argparse.Namespace) -> None:
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
           f"--ckpt_path {options.checkpoint}")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- completion
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        'Print what a shell needs to complete commands, options and recipes: eval "$(unet-diffusion completion bash)" '
+        "in ~/.bashrc; zsh: unet-diffusion completion zsh > a folder of $fpath/_unet-diffusion."
+    )
+    parser.add_argument("shell", choices=SHELLS)
+    parser.set_defaults(run=_print_completion)
+
+
+def _print_completion(options: argparse.Namespace) -> None:
+    import shtab
+
+    parser = _parser()
+    for command in TRAINING_COMMANDS:  # Lightning's own parser knows all their options, and takes seconds to make
+        for option in FIT_OPTIONS:
+            _commands_of(parser)[command].add_argument(option)
+        _commands_of(parser)[command].add_argument("--config", choices=[one.name for one in all_recipes()])
+    print(shtab.complete(parser, options.shell))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Pictures: tensors as PNG files, and grids of them to look at."""
+"""Pictures: tensors as PNG files, and grids of them to look at.
+
+torchvision takes a second to import: only the functions that need it do so.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,8 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
 from unet_diffusion.whole_file import whole_file
 
@@ -32,6 +33,13 @@ def to_uint8(images: Tensor) -> Tensor:
             f"images must be float (N, C, H, W) with C of 1, 3 or 4, got {images.dtype} {tuple(images.shape)}"
         )
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    """The picture of bytes (C, H, W) with C of 1, 3 or 4."""
+    from torchvision.transforms.functional import to_pil_image
+
+    return to_pil_image(pixels)
 
 
 def save_images(
@@ -62,7 +70,7 @@ def save_images(
             "choose another folder or set overwrite"
         )
     for image, path in zip(pixels, paths, strict=True):
-        write_png(to_pil_image(image), path)
+        write_png(picture_of(image), path)
     return paths
 
 
@@ -72,6 +80,8 @@ def read_images(paths: Sequence[str | Path]) -> Tensor:
     Raises:
         ValueError: if there are none, or sizes or channels differ.
     """
+    from torchvision.transforms.functional import pil_to_tensor
+
     if not paths:
         raise ValueError("paths must name at least one image, got none")
     pixels = []
@@ -98,6 +108,8 @@ def image_grid(images: Tensor, columns: int | None = None, min_tile: int = 64) -
     Raises:
         ValueError: if the images do not fit, or there are none.
     """
+    from torchvision.utils import make_grid
+
     pixels = to_uint8(images).cpu()
     if not len(pixels) or (columns is not None and columns < 1):
         raise ValueError(f"a grid must have at least one image and one column, got {len(pixels)} and {columns}")
@@ -106,7 +118,7 @@ def image_grid(images: Tensor, columns: int | None = None, min_tile: int = 64) -
     if pixels.shape[1] == 4:
         pixels = _over_checkerboard(pixels, square=max(1, min(pixels.shape[2:]) // 8))
     columns = columns or math.ceil(math.sqrt(len(pixels)))
-    return to_pil_image(make_grid(pixels, nrow=columns, padding=GRID_PADDING, pad_value=GRID_GREY))
+    return picture_of(make_grid(pixels, nrow=columns, padding=GRID_PADDING, pad_value=GRID_GREY))
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None, min_tile: int = 64) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 Result = TypeVar("Result")
@@ -70,5 +71,11 @@ def processes() -> Iterator[Processes]:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: with several, "cuda" is one for each."""
+    """The device of this process: with several, "cuda" is one for each.
+
+    Args:
+        device: A device of PyTorch, or "auto": the first of cuda, mps and cpu that is there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

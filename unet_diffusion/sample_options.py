@@ -14,6 +14,10 @@ from torch.nn.functional import avg_pool2d
 
 from unet_diffusion.checkpoint import TrainedDenoiser
 from unet_diffusion.codecs import Autoencoder, latent_moments
+from unet_diffusion.data.checking import decoded
+from unet_diffusion.data.decoding import ImageFormat, decode_image, upright_size
+from unet_diffusion.data.files import OneFile
+from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.maps import (
     LOW_RES_SCHEDULE,
     MAPS_KEY,
@@ -241,10 +245,6 @@ def _enlarges(trained: TrainedDenoiser) -> bool:
 
 def _size_of(name: str, path: str) -> tuple[int, int]:
     """Height and width of the image in a file, upright."""
-    from unet_diffusion.data.checking import decoded  # the data modules take a second to import
-    from unet_diffusion.data.decoding import upright_size
-    from unet_diffusion.data.files import OneFile
-
     _check_file(name, path)
     file = OneFile(Path(path))
     size = decoded(upright_size, file, file.names[0])
@@ -293,11 +293,6 @@ def _check_file(name: str, path: str) -> None:
 
 def _read(name: str, path: str, shape: tuple[int, int, int]) -> Tensor:
     """The image in a file, scaled and cut to that shape, (1, C, H, W) in [-1, 1]."""
-    from unet_diffusion.data.base import scale_to_unit_range  # the data modules take a second to import
-    from unet_diffusion.data.checking import decoded
-    from unet_diffusion.data.decoding import ImageFormat, decode_image
-    from unet_diffusion.data.files import OneFile
-
     _check_file(name, path)
     channels, height, width = shape
     image_format, file = ImageFormat(height, width, channels), OneFile(Path(path))

@@ -19,17 +19,15 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import is_torchsde_available
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from unet_diffusion.conditioning import Denoiser, Guidance, Inputs, Predictor, check_guidance, guide
 from unet_diffusion.linear_solver import LinearSolver, linear_steps
-from unet_diffusion.schedule import NoiseSchedule, keyed_generator
+from unet_diffusion.schedule import NoiseSchedule, image_generators, keyed_generator
+from unet_diffusion.schedulers import SCHEDULERS
 from unet_diffusion.start import Start, begin, check_start, num_steps_from, put_back_known
-
-SCHEDULERS = tuple(sorted(scheduler.name for scheduler in KarrasDiffusionSchedulers))  # = DDPMScheduler().compatibles
 
 NO_SAMPLE_PREDICTION = (  # their step raises NotImplementedError or ValueError
     "DPMSolverSDEScheduler",
@@ -181,11 +179,6 @@ def denoise(
         if on_step is not None:
             on_step(t, x)
     return x
-
-
-def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """A generator for each image, keyed by (seed, index); on the CPU, so that every device gets the same numbers."""
-    return [keyed_generator(seed, index) for index in indices]
 
 
 def scheduler_config(schedule: NoiseSchedule, *, clip_sample: bool = True) -> dict[str, Any]:

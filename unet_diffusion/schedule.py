@@ -9,6 +9,7 @@ in bfloat16 the least noisy level rounds to no noise at all.
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -155,6 +156,11 @@ def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Gene
     digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1  # torch takes signed 64-bit seeds
     return torch.Generator(device).manual_seed(seed)
+
+
+def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """A generator for each image, keyed by (seed, index); on the CPU, so that every device gets the same numbers."""
+    return [keyed_generator(seed, index) for index in indices]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

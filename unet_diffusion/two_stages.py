@@ -57,7 +57,7 @@ class TwoStages:
 
         Raises:
             FileExistsError: if the folder holds something else.
-            FileNotFoundError: if the images or a recipe are not there.
+            FileNotFoundError: if the images are not there.
             ValueError: if images lack captions, or the recipe takes none.
             RuntimeError: if a stage fails; its own error comes before.
         """
@@ -69,7 +69,7 @@ class TwoStages:
             say(f"stage {number} of 3, {name}")
             start = time.monotonic()
             # -P: modules are not looked for in the current folder, which may be that of somebody's images.
-            status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion.cli", *command(), *options])
+            status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion", *command(), *options])
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.monotonic() - start, 1)
             record["done"] += [] if status else [name]
             self._write(record)
@@ -119,7 +119,7 @@ class TwoStages:
             read_captions(files, files.names)
             if not _read(self.denoiser)["model"].get("conditions"):
                 raise ValueError(f"the recipe {self.denoiser} must have conditions to take captions; use "
-                                 "configs/latents_text.yaml, or leave --captions out")  # fmt: skip
+                                 "latents_text, or leave --captions out")  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """What may not change between calls, plain values."""
@@ -171,6 +171,4 @@ def _read(recipe: Path) -> dict[str, Any]:
 
 
 def _hash(recipe: Path) -> str:
-    if not recipe.is_file():
-        raise FileNotFoundError(f"no recipe at {recipe}; give one of configs/, or your own")
     return hashlib.sha256(recipe.read_bytes()).hexdigest()

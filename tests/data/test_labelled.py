@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from unet_diffusion.data import PairedFiles, SegmentationDataModule, SyntheticCells, TilesDataModule
-from unet_diffusion.data.base import to_float
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.folder import cut
+from unet_diffusion.data.scaling import to_float
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.labels import Targets
 

@@ -1,56 +1,25 @@
 """Data modules: images from a folder, an archive, shards, torchvision or scikit-learn; labelled
 images; latents."""
 
-from unet_diffusion.data.base import ImageDataModule, scale_to_unit_range, split_indices
-from unet_diffusion.data.batches import ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
-from unet_diffusion.data.checking import StreamedImages, check_images, load_images
-from unet_diffusion.data.decoding import ImageFormat, decode_image
-from unet_diffusion.data.files import find_images
-from unet_diffusion.data.folder import FolderDataModule, TilesDataModule
-from unet_diffusion.data.labelled import LabelledImages, LabelledSource, PairedFiles, SyntheticCells
-from unet_diffusion.data.latents import LatentBatches, LatentsDataModule
-from unet_diffusion.data.maps import ImagesWithMaps, InpaintingDataModule, UpscalingDataModule
-from unet_diffusion.data.packing import pack_images
-from unet_diffusion.data.segmentation import SegmentationDataModule
-from unet_diffusion.data.shards import ShardedImages, ShardError, ShardIndex, ShardStore
-from unet_diffusion.data.standard import DigitsDataModule, TorchvisionDataModule
-from unet_diffusion.data.stream import CountReplaced, ShuffledShards, StreamDataModule
+import lazy_loader
 
-__all__ = [
-    "CountReplaced",
-    "DigitsDataModule",
-    "FolderDataModule",
-    "ImageBatches",
-    "ImageDataModule",
-    "ImageFormat",
-    "ImageSet",
-    "ImagesWithMaps",
-    "InpaintingDataModule",
-    "LabelledImages",
-    "LabelledSource",
-    "LatentBatches",
-    "LatentsDataModule",
-    "OrderedBatches",
-    "PairedFiles",
-    "ResumableLoader",
-    "SegmentationDataModule",
-    "ShardError",
-    "ShardIndex",
-    "ShardStore",
-    "ShardedImages",
-    "ShuffledBatches",
-    "ShuffledShards",
-    "StreamDataModule",
-    "StreamedImages",
-    "SyntheticCells",
-    "TilesDataModule",
-    "TorchvisionDataModule",
-    "UpscalingDataModule",
-    "check_images",
-    "decode_image",
-    "find_images",
-    "load_images",
-    "pack_images",
-    "scale_to_unit_range",
-    "split_indices",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "base": ["ImageDataModule", "split_indices"],
+        "batches": ["ImageBatches", "ImageSet", "OrderedBatches", "ResumableLoader", "ShuffledBatches"],
+        "checking": ["StreamedImages", "check_images", "load_images"],
+        "decoding": ["ImageFormat", "decode_image"],
+        "files": ["find_images"],
+        "folder": ["FolderDataModule", "TilesDataModule"],
+        "labelled": ["LabelledImages", "LabelledSource", "PairedFiles", "SyntheticCells"],
+        "latents": ["LatentBatches", "LatentsDataModule"],
+        "maps": ["ImagesWithMaps", "InpaintingDataModule", "UpscalingDataModule"],
+        "packing": ["pack_images"],
+        "scaling": ["scale_to_unit_range"],
+        "segmentation": ["SegmentationDataModule"],
+        "shards": ["ShardError", "ShardIndex", "ShardStore", "ShardedImages"],
+        "standard": ["DigitsDataModule", "TorchvisionDataModule"],
+        "stream": ["CountReplaced", "ShuffledShards", "StreamDataModule"],
+    },
+)

@@ -1,8 +1,7 @@
-"""What all data modules share: the split, the batches, and the one place where images are scaled to [-1, 1]."""
+"""What all data modules share: the split and the batches, whose images are scaled to [-1, 1] here and nowhere else."""
 
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
@@ -10,11 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.schedule import keyed_generator
 
 MAX_NUM_VAL = 1000  # by default: enough for a validation loss that is stable to about 1 %
 MAX_NUM_WORKERS = 8  # by default, a process
-PERCENTILES = (1, 99)  # that become -1 and 1 when grey values are stretched
 SPLIT_KEY = 0  # not the seed: runs that differ in their seed are validated on the same images
 
 
@@ -187,42 +186,3 @@ def split_indices(num_images: int, num_val: int | None = None) -> tuple[Tensor, 
         )
     order = torch.randperm(num_images, generator=keyed_generator(SPLIT_KEY))
     return order[num_val:].sort().values, order[:num_val].sort().values
-
-
-def scale_to_unit_range(images: Tensor) -> Tensor:
-    """Images as float32 in [-1, 1]: x / 127.5 - 1 for uint8, x / 32767.5 - 1 for uint16.
-
-    Raises:
-        ValueError: if the images have another dtype, such as when they were scaled before.
-    """
-    if images.dtype not in (torch.uint8, torch.uint16):
-        raise ValueError(f"images must be uint8 or uint16 to be scaled, got {images.dtype}; scale them only once")
-    half = 127.5 if images.dtype == torch.uint8 else 32767.5
-    return images.float().div_(half).sub_(1.0)
-
-
-def to_float(image: Tensor, *, stretch: bool) -> Tensor:
-    """An image as float32 in [-1, 1]: by the range of its type, or stretched between its 1st and 99th percentile.
-
-    Args:
-        image: uint8 or uint16 (C, H, W).
-        stretch: whether to stretch; what lies outside of the percentiles is clipped.
-    """
-    return scale_to_unit_range(image) if not stretch else stretch_to_unit_range(image, percentiles(image))
-
-
-def percentiles(image: Tensor) -> tuple[float, float]:
-    """The 1st and 99th percentile of an image's grey values, over all its channels."""
-    low, high = np.percentile(image.numpy(), PERCENTILES)
-    return float(low), float(high)
-
-
-def stretch_to_unit_range(image: Tensor, ends: tuple[float, float]) -> Tensor:
-    """An image as float32, so scaled that the two ends become -1 and 1; what lies outside is clipped.
-
-    Args:
-        image: uint8 or uint16.
-        ends: grey values.
-    """
-    low, high = ends
-    return ((image.float() - low) * (2 / max(high - low, 1.0)) - 1).clamp_(-1, 1)

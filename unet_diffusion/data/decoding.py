@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageColor, ImageOps, ImageSequence
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png
 
 Pixels = NDArray[Any]  # (1 to 4, H, W) uint8, uint16 or float32: grey or RGB, alpha last
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -210,6 +209,8 @@ def _check_mode(image: Image.Image) -> None:
 
 def _read_16_bit_png(data: bytes) -> Pixels:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    from torchvision.io import ImageReadMode, decode_png  # a second to import, and such files are rare
+
     return decode_png(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
 
 

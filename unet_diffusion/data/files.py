@@ -57,6 +57,33 @@ def find_images_or_one(root: str | Path) -> ImageFiles:
     return find_images(path)
 
 
+def class_names_of(names: list[str], root: str | Path) -> list[str]:
+    """The folders directly below root, sorted.
+
+    Raises:
+        ValueError: if there are files outside of them, or fewer than two.
+    """
+    loose = [name for name in names if "/" not in name]
+    if loose:
+        raise ValueError(
+            f"with class_labels every image must lie in the folder of its class, but {len(loose)} lie directly in "
+            f"{root}: {', '.join(loose[:3])}; move them or set class_labels to false"
+        )
+    class_names = sorted({name.split("/")[0] for name in names})
+    if len(class_names) < 2:
+        raise ValueError(
+            f"with class_labels there must be at least 2 class folders below {root}, found {class_names[0]!r} only; "
+            f"is the root {root}/{class_names[0]}?"
+        )
+    return class_names
+
+
+def labels_of(names: list[str], class_names: list[str]) -> list[int]:
+    """The class of each file."""
+    number = {name: i for i, name in enumerate(class_names)}
+    return [number[name.split("/")[0]] for name in names]
+
+
 class FolderFiles:
     """The image files below a folder. Links to folders are followed.
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.data.base import ImageDataModule, to_float
+from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageSet
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.checking import (
@@ -20,7 +20,8 @@ from unet_diffusion.data.checking import (
     load_images,
 )
 from unet_diffusion.data.decoding import ImageFormat, decode_pages
-from unet_diffusion.data.files import find_images
+from unet_diffusion.data.files import class_names_of, find_images, labels_of
+from unet_diffusion.data.scaling import to_float
 
 OnBadFile = Literal["error", "skip"]
 
@@ -114,7 +115,7 @@ class FolderDataModule(ImageDataModule):
         if not self.class_labels:
             return ImageSet(checked.images, captions=captions)
         class_names = class_names_of(checked.names, self.root)
-        return ImageSet(checked.images, labels_of(checked.names, class_names), class_names, captions)
+        return ImageSet(checked.images, torch.tensor(labels_of(checked.names, class_names)), class_names, captions)
 
     def _report(self, checked: CheckedImages) -> None:
         if not checked.bad_files:
@@ -222,30 +223,3 @@ def cut(image: Tensor, tile_size: int) -> Tensor:
         for count in [-(-side // tile_size)]
     )
     return torch.stack([image[:, top : top + tile_size, left : left + tile_size] for top in tops for left in lefts])
-
-
-def class_names_of(names: list[str], root: str | Path) -> list[str]:
-    """The folders directly below root, sorted.
-
-    Raises:
-        ValueError: if there are files outside of them, or fewer than two.
-    """
-    loose = [name for name in names if "/" not in name]
-    if loose:
-        raise ValueError(
-            f"with class_labels every image must lie in the folder of its class, but {len(loose)} lie directly in "
-            f"{root}: {', '.join(loose[:3])}; move them or set class_labels to false"
-        )
-    class_names = sorted({name.split("/")[0] for name in names})
-    if len(class_names) < 2:
-        raise ValueError(
-            f"with class_labels there must be at least 2 class folders below {root}, found {class_names[0]!r} only; "
-            f"is the root {root}/{class_names[0]}?"
-        )
-    return class_names
-
-
-def labels_of(names: list[str], class_names: list[str]) -> Tensor:
-    """The class of each file, (N,) int64."""
-    number = {name: i for i, name in enumerate(class_names)}
-    return torch.tensor([number[name.split("/")[0]] for name in names])

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from unet_diffusion.conditioning import Maps
-from unet_diffusion.data.base import ImageDataModule, scale_to_unit_range
+from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet
+from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.stream import StreamDataModule
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.maps import (

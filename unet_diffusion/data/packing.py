@@ -21,8 +21,7 @@ from torch import Tensor
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.checking import decoded, in_threads
 from unet_diffusion.data.decoding import ImageFormat, decode_image, upright_size
-from unet_diffusion.data.files import ImageFiles
-from unet_diffusion.data.folder import class_names_of, labels_of
+from unet_diffusion.data.files import ImageFiles, class_names_of, labels_of
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.whole_file import claim_folder, whole_file
@@ -85,7 +84,7 @@ def pack_images(
     if shard_images < 1:
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
     class_names = class_names_of(files.names, root) if class_labels else None
-    labels = labels_of(files.names, class_names).tolist() if class_names else None
+    labels = labels_of(files.names, class_names) if class_names else None
     texts = read_captions(files, files.names) if captions else None
     settings = {
         "images": str(Path(root).resolve()),

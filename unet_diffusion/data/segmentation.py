@@ -13,15 +13,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from unet_diffusion.data.base import (
-    percentiles,
-    refuse_overfit_batches,
-    replica,
-    scale_to_unit_range,
-    stretch_to_unit_range,
-)
+from unet_diffusion.data.base import refuse_overfit_batches, replica
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
+from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
 from unet_diffusion.segmentation.labels import Targets

@@ -1,11 +1,11 @@
 """Data modules for well-known sets: handwritten digits, which come with scikit-learn, and those of torchvision."""
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from torchvision import datasets
 
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageSet
@@ -35,10 +35,13 @@ class DigitsDataModule(ImageDataModule):
 
     def load(self) -> ImageSet:
         """The digits, from 0..16 stretched to 0..255."""
-        digits = load_digits()
-        images = torch.from_numpy(digits.images).mul(255 / DIGITS_WHITE).round().to(torch.uint8)
-        class_names = [str(name) for name in digits.target_names]
-        return ImageSet(images[:, None], torch.from_numpy(digits.target).long(), class_names)
+        spec = find_spec("sklearn")  # its file without itself, which takes a second to import
+        assert spec is not None
+        assert spec.origin is not None
+        table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+        images = torch.from_numpy(table[:, :-1]).mul(255 / DIGITS_WHITE).round().to(torch.uint8)
+        class_names = [str(digit) for digit in range(10)]
+        return ImageSet(images.reshape(-1, 1, 8, 8), torch.from_numpy(table[:, -1]).long(), class_names)
 
 
 class TorchvisionDataModule(ImageDataModule):
@@ -84,7 +87,7 @@ class TorchvisionDataModule(ImageDataModule):
     def prepare_data(self) -> None:
         """Download the set if asked to; Lightning calls this in one process only."""
         if self.download:
-            getattr(datasets, self.dataset)(self.root, train=True, download=True)
+            self._dataset_class()(self.root, train=True, download=True)
 
     def load(self) -> ImageSet:
         """The training images.
@@ -93,7 +96,7 @@ class TorchvisionDataModule(ImageDataModule):
             FileNotFoundError: if the set is not in root.
         """
         try:
-            dataset = getattr(datasets, self.dataset)(self.root, train=True)
+            dataset = self._dataset_class()(self.root, train=True)
         except RuntimeError as error:  # torchvision's own message names no place
             raise FileNotFoundError(
                 f"{self.dataset} must be in {self._expected_folder()}, but is not there or damaged; set root to the "
@@ -104,5 +107,9 @@ class TorchvisionDataModule(ImageDataModule):
         return ImageSet(images, torch.as_tensor(dataset.targets), list(dataset.classes))
 
     def _expected_folder(self) -> Path:
-        dataset_class = getattr(datasets, self.dataset)
-        return self.root / getattr(dataset_class, "base_folder", f"{self.dataset}/raw")
+        return self.root / getattr(self._dataset_class(), "base_folder", f"{self.dataset}/raw")
+
+    def _dataset_class(self) -> Any:
+        from torchvision import datasets  # a second to import, which other data do without
+
+        return getattr(datasets, self.dataset)

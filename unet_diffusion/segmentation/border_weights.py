@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import ndimage
 
 NEGLIGIBLE = 1e-6  # of w0: what is left out
 # d1 + d2 is at least d2, so pixels whose second nearest cell is further away than this have less weight.
@@ -81,12 +81,12 @@ def _two_distances(instances: NDArray[Any], reach: int) -> tuple[NDArray[np.floa
     if 0 not in numbers:  # no background: then there is nothing to weight
         return nearest, second
     compact = compact.reshape(instances.shape)  # cells from 1 on, without gaps
-    for number, box in enumerate(ndimage.find_objects(compact), start=1):
+    for number, box in enumerate(scipy.ndimage.find_objects(compact), start=1):
         near = tuple(
             slice(max(part.start - reach, 0), min(part.stop + reach, side))
             for part, side in zip(box, instances.shape, strict=True)
         )
-        distance = ndimage.distance_transform_edt(compact[near] != number).astype(np.float32)
+        distance = scipy.ndimage.distance_transform_edt(compact[near] != number).astype(np.float32)
         second[near] = np.minimum(second[near], np.maximum(nearest[near], distance))
         nearest[near] = np.minimum(nearest[near], distance)
     return nearest, second

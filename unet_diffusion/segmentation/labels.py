@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+import scipy
+import skimage
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.measure import label as connected_components
-from skimage.segmentation import find_boundaries, watershed
 
 from unet_diffusion.segmentation.border_weights import border_weights, class_weights
 from unet_diffusion.segmentation.scores import FOUR_CONNECTED
@@ -145,16 +144,16 @@ class Targets:
         known = np.where(labels == self.ignore_label, 0, labels) if self.ignore_label is not None else labels
         if self.label_format == "instances":
             return known.astype(np.int32)
-        return connected_components(known > 0, connectivity=FOUR_CONNECTED).astype(np.int32)
+        return skimage.measure.label(known > 0, connectivity=FOUR_CONNECTED).astype(np.int32)
 
     def _borders(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
         """Pixels of objects that are less than border_width from their edge; each object keeps its innermost ones."""
         numbers, compact = np.unique(labels, return_inverse=True)
         compact = compact.reshape(labels.shape)
-        edge = find_boundaries(compact, mode="inner", background=-1) & (labels > 0)
+        edge = skimage.segmentation.find_boundaries(compact, mode="inner", background=-1) & (labels > 0)
         if not edge.any():  # one object fills the image
             return edge
-        depth = np.where(labels > 0, ndimage.distance_transform_edt(~edge), 0)  # 0 on the edge itself
+        depth = np.where(labels > 0, scipy.ndimage.distance_transform_edt(~edge), 0)  # 0 on the edge itself
         deepest = np.zeros(len(numbers))
         np.maximum.at(deepest, compact.ravel(), depth.ravel())
         return (labels > 0) & (depth < self.border_width) & (depth < deepest[compact])
@@ -179,11 +178,11 @@ def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: 
             "instance numbers need a model of objects, and this one was trained on classes; leave them out"
         )
     foreground = probabilities[BACKGROUND] < 0.5
-    numbers = connected_components(foreground, connectivity=FOUR_CONNECTED)
+    numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
     if kind == "instances":
         inside = foreground & (probabilities[CELL] > probabilities[BORDER])
-        seeds = connected_components(inside, connectivity=FOUR_CONNECTED)
-        grown = watershed(-probabilities[CELL], seeds, mask=foreground)
+        seeds = skimage.measure.label(inside, connectivity=FOUR_CONNECTED)
+        grown = skimage.segmentation.watershed(-probabilities[CELL], seeds, mask=foreground)
         # An object too small to have an inside has no seed, and keeps the number of its component.
         numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))
     sizes = np.bincount(numbers.ravel())

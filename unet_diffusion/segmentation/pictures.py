@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import skimage
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
-from skimage.segmentation import mark_boundaries
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
-from unet_diffusion.pictures import GRID_GREY, GRID_PADDING, to_uint8
+from unet_diffusion.pictures import GRID_GREY, GRID_PADDING, picture_of, to_uint8
 
 # Okabe & Ito's colours, told apart by the colour-blind too; the background is black and the first class white.
 PALETTE = np.array(
@@ -39,8 +38,8 @@ def outlined(image: Tensor, objects: NDArray[Any]) -> Image.Image:
         image: (C, H, W) float in [-1, 1], C of 1 or 3.
         objects: (H, W) whole numbers.
     """
-    pixels = np.asarray(to_pil_image(to_uint8(image[None])[0]).convert("RGB"))
-    marked = mark_boundaries(pixels, objects, color=OUTLINE, mode="inner")
+    pixels = np.asarray(picture_of(to_uint8(image[None])[0]).convert("RGB"))
+    marked = skimage.segmentation.mark_boundaries(pixels, objects, color=OUTLINE, mode="inner")
     return Image.fromarray((marked * 255).round().astype(np.uint8))
 
 
@@ -60,7 +59,7 @@ def comparison(
     for column, title in enumerate(columns):
         draw.text((column * step + 4, 2), title, fill="white")
     for row, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
-        tiles = [to_pil_image(to_uint8(image[None])[0]).convert("RGB")]
+        tiles = [picture_of(to_uint8(image[None])[0]).convert("RGB")]
         tiles += [Image.fromarray(colour_classes(classes)) for classes in (truth, prediction)]
         for column, tile in enumerate(tiles):
             # Label images have no colours in between.

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.checkpoint import TrainedSegmenter
-from unet_diffusion.data.base import to_float
 from unet_diffusion.data.checking import decoded
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
+from unet_diffusion.data.scaling import to_float
 from unet_diffusion.pictures import write_png
 from unet_diffusion.processes import ALONE, Processes
 from unet_diffusion.segmentation.labels import instances_from, mask_from

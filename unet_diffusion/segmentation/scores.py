@@ -17,12 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
+import skimage
 from numpy.typing import NDArray
-from scipy import ndimage, sparse
-from scipy.optimize import linear_sum_assignment
-from scipy.special import entr
-from skimage.measure import label as connected_components
-from skimage.segmentation import watershed
 
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.integer[Any]]
@@ -127,7 +124,7 @@ def v_info(truth: Labels, segments: Labels) -> float:
         ValueError: if shapes differ, labels are not integers of 0 or more, or truth has no segment.
     """
     table = _foreground_contingency(truth, segments)
-    joint, h_truth, h_segments = (float(entr(n / table.sum()).sum()) for n in _counts(table))
+    joint, h_truth, h_segments = (float(scipy.special.entr(n / table.sum()).sum()) for n in _counts(table))
     if h_truth + h_segments == 0:
         return 1.0
     return (h_truth + h_segments - joint) / ((1 - ALPHA) * h_segments + ALPHA * h_truth)
@@ -148,8 +145,8 @@ def thin_borders(segments: Labels) -> Labels:
     _check_labels(segments)
     if not segments.any():
         return segments.copy()
-    distance = ndimage.distance_transform_edt(segments == 0)
-    return watershed(distance, segments, connectivity=FOUR_CONNECTED).astype(segments.dtype)
+    distance = scipy.ndimage.distance_transform_edt(segments == 0)
+    return skimage.segmentation.watershed(distance, segments, connectivity=FOUR_CONNECTED).astype(segments.dtype)
 
 
 @dataclass(frozen=True)
@@ -209,11 +206,11 @@ def _scores_by_threshold(
     _check_shapes(truth, cell_probability)
     _check_bool(truth)
     _check_unit_range(cell_probability, "cell_probability", "apply the softmax or divide by 255")
-    true_segments = connected_components(truth, connectivity=FOUR_CONNECTED)
+    true_segments = skimage.measure.label(truth, connectivity=FOUR_CONNECTED)
     rows = []
     for threshold in thresholds:
         mask = cell_probability > threshold
-        segments = thin_borders(connected_components(mask, connectivity=FOUR_CONNECTED))
+        segments = thin_borders(skimage.measure.label(mask, connectivity=FOUR_CONNECTED))
         scores = [score(true_segments, segments) for score in (rand_error, v_rand, v_info)]
         rows.append([*scores, warping_error(truth, mask)])
     return rows
@@ -365,21 +362,21 @@ def _matched(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}; 0.5 is usual")
     matches = ious >= threshold
     # All IoU together weigh less than one match.
-    pairs = linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
+    pairs = scipy.optimize.linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
     true_positives = int(matches[pairs].sum())
     num_truth, num_predicted = ious.shape
     return true_positives, num_predicted - true_positives, num_truth - true_positives
 
 
-def _contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, sparse.csr_array]:
+def _contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, "scipy.sparse.csr_array"]:
     """The labels that occur in truth, those in segments, and how many pixels each pair shares, sparse (R, C)."""
     rows, row = np.unique(truth.ravel(), return_inverse=True)
     columns, column = np.unique(segments.ravel(), return_inverse=True)
     ones = np.ones(truth.size, dtype=np.int64)
-    return rows, columns, sparse.csr_array((ones, (row, column)), shape=(len(rows), len(columns)))
+    return rows, columns, scipy.sparse.csr_array((ones, (row, column)), shape=(len(rows), len(columns)))
 
 
-def _foreground_contingency(truth: Labels, segments: Labels) -> sparse.csr_array:
+def _foreground_contingency(truth: Labels, segments: Labels) -> "scipy.sparse.csr_array":
     """How many pixels each pair of segments shares where truth is not 0; each 0 of segments is one of its own."""
     _check_labels(truth, segments)
     foreground = truth > 0
@@ -390,7 +387,7 @@ def _foreground_contingency(truth: Labels, segments: Labels) -> sparse.csr_array
     return _contingency(truth[foreground], np.where(inside > 0, inside, alone))[2]
 
 
-def _counts(table: sparse.csr_array) -> tuple[Labels, Labels, Labels]:
+def _counts(table: "scipy.sparse.csr_array") -> tuple[Labels, Labels, Labels]:
     """How many pixels each pair shares that shares any, each segment of truth has, and each of the other has."""
     return table.data, table.sum(axis=1), table.sum(axis=0)
 

@@ -1,9 +1,9 @@
 """Generated images of cells that touch, with instance numbers: labelled data that nothing has to be downloaded for."""
 
 import numpy as np
+import scipy
+import skimage
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.measure import label as connected_components
 
 SMALLEST_SIDE = 32  # of an image, in pixels
 SMALLEST_CELL = 30  # pixels
@@ -47,7 +47,7 @@ def _placed_cells(size: tuple[int, int], num_cells: int, rng: np.random.Generato
         for _ in range(TRIES):
             outline = _blob(size, rng)
             free = outline & (instances == 0)
-            neighbours = ndimage.binary_dilation(outline, iterations=2) & (instances > 0)
+            neighbours = scipy.ndimage.binary_dilation(outline, iterations=2) & (instances > 0)
             is_crowded = free.sum() < (1 - MAX_COVERED) * outline.sum()
             # The first stands anywhere, the others by preference next to one that is there.
             is_lonely = instances.any() and not neighbours.any() and rng.random() < 0.7
@@ -77,7 +77,7 @@ def _blob(size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
 
 
 def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    parts = connected_components(mask, connectivity=1)
+    parts = skimage.measure.label(mask, connectivity=1)
     return parts == 1 + np.bincount(parts.ravel())[1:].argmax()
 
 
@@ -95,14 +95,14 @@ def _picture(instances: NDArray[np.int32], rng: np.random.Generator) -> NDArray[
     size = instances.shape
     brightness = np.concatenate([[0.0], rng.uniform(60, 110, instances.max())])[instances]
     depth = np.zeros(size)  # distance to the cell's own edge
-    for number, box in enumerate(ndimage.find_objects(instances), start=1):
+    for number, box in enumerate(scipy.ndimage.find_objects(instances), start=1):
         wide = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
         inside = instances[wide] == number
-        depth[wide] += ndimage.distance_transform_edt(inside)
-    texture = ndimage.gaussian_filter(rng.normal(0, 1, size), 1.5) * 25 * (instances > 0)
+        depth[wide] += scipy.ndimage.distance_transform_edt(inside)
+    texture = scipy.ndimage.gaussian_filter(rng.normal(0, 1, size), 1.5) * 25 * (instances > 0)
     rim = np.where(instances > 0, np.clip(0.55 + 0.15 * depth, 0, 1), 0)
-    light = ndimage.gaussian_filter(rng.normal(0, 1, size), min(size) / 4, mode="reflect")
+    light = scipy.ndimage.gaussian_filter(rng.normal(0, 1, size), min(size) / 4, mode="reflect")
     light = 20 * light / max(np.abs(light).max(), 1e-9)
     clean = 45 + light + rim * (brightness + texture)
-    noisy = ndimage.gaussian_filter(clean, 0.8) + rng.normal(0, 5, size)
+    noisy = scipy.ndimage.gaussian_filter(clean, 0.8) + rng.normal(0, 5, size)
     return np.clip(noisy.round(), 0, 255).astype(np.uint8)

@@ -1,15 +1,13 @@
 """Training on Lightning: the modules that train, and the callbacks that show how it does."""
 
-from unet_diffusion.training.autoencoder import AutoencoderModule
-from unet_diffusion.training.callbacks import RunProgressBar, SampleGrid, SegmentationGrid
-from unet_diffusion.training.module import DiffusionModule
-from unet_diffusion.training.segmentation import SegmentationModule
+import lazy_loader
 
-__all__ = [
-    "AutoencoderModule",
-    "DiffusionModule",
-    "RunProgressBar",
-    "SampleGrid",
-    "SegmentationGrid",
-    "SegmentationModule",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "autoencoder": ["AutoencoderModule"],
+        "callbacks": ["RunProgressBar", "SampleGrid", "SegmentationGrid"],
+        "module": ["DiffusionModule"],
+        "segmentation": ["SegmentationModule"],
+    },
+)

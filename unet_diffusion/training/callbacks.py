@@ -1,8 +1,11 @@
-"""Shows how training does: a picture of what the averaged network makes, and one bar for the whole run."""
+"""Shows how training does: a picture of what the averaged network makes, and one bar for the whole run.
+
+diffusers and torchvision take seconds to import: they are when the first picture is drawn, not before the first step.
+"""
 
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,21 +13,23 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL.Image import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from unet_diffusion.codecs import autoencoder_of, decode_latents
 from unet_diffusion.conditioning import Guidance
-from unet_diffusion.data import ImageDataModule, ImagesWithMaps, SegmentationDataModule
-from unet_diffusion.data.base import scale_to_unit_range
+from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageBatches
+from unet_diffusion.data.maps import ImagesWithMaps
+from unet_diffusion.data.scaling import scale_to_unit_range
+from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.pictures import image_grid, write_png
-from unet_diffusion.sampling import check_sampling, sample
+from unet_diffusion.schedulers import SchedulerName
 from unet_diffusion.segmentation.pictures import comparison
-from unet_diffusion.training.autoencoder import AutoencoderModule
-from unet_diffusion.training.module import DiffusionModule
-from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.whole_file import whole_file
+
+if TYPE_CHECKING:
+    from unet_diffusion.training.autoencoder import AutoencoderModule
+    from unet_diffusion.training.module import DiffusionModule
+    from unet_diffusion.training.segmentation import SegmentationModule
 
 PAIRS_IN_A_ROW = 8  # of images, or what a network is shown of them, and what comes of each
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
@@ -91,6 +96,9 @@ class SampleGrid(PictureGrid):
         num_inference_steps: network steps a grid.
         guidance_scale: 1 is off; more needs a model trained with label_dropout.
         seed: of the grid's images.
+
+    Raises:
+        ValueError: after the first step, if the scheduler cannot draw of this model in so many steps.
     """
 
     def __init__(
@@ -98,7 +106,7 @@ class SampleGrid(PictureGrid):
         every_n_steps: int = 1000,
         *,
         num_images: int = 64,
-        scheduler: str = "DPMSolverMultistepScheduler",
+        scheduler: SchedulerName = "DPMSolverMultistepScheduler",
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
         seed: int = 0,
@@ -109,18 +117,21 @@ class SampleGrid(PictureGrid):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
+        self._is_checked = False
 
-    def setup(self, trainer: Trainer, pl_module: DiffusionModule, stage: str) -> None:  # type: ignore[override]
-        """Refuses what would only fail at the first grid; before speeds are timed.
+    def setup(self, trainer: Trainer, pl_module: "DiffusionModule", stage: str) -> None:  # type: ignore[override]
+        """Refuses what would only fail at the first grid.
 
         Raises:
-            ValueError: if the model cannot be sampled so, or its latents are of another autoencoder than the one there.
+            ValueError: if the model cannot be guided, or its latents are of another autoencoder than the one there.
             FileNotFoundError: if their autoencoder is not there.
         """
         if stage != "fit":
             return
         space = getattr(trainer.datamodule, "latent_space", None)  # type: ignore[attr-defined]  # set at runtime
         if space is not None:
+            from unet_diffusion.codecs import autoencoder_of
+
             autoencoder_of(space)
         has_maps = any(one.given == "maps" for one in pl_module.all_conditions)
         if has_maps and not isinstance(trainer.datamodule, ImagesWithMaps):  # type: ignore[attr-defined]  # as above
@@ -131,17 +142,27 @@ class SampleGrid(PictureGrid):
                 f"samples.guidance_scale {self.guidance_scale} needs a null label or caption; "
                 "set model.label_dropout above 0 (0.1 is usual), or samples.guidance_scale to 1"
             )
-        check_sampling(
-            pl_module.schedule,
-            (self.num_images, 1, 1, 1),
-            scheduler=self.scheduler,
-            num_inference_steps=self.num_inference_steps,
-        )
 
-    def picture(self, trainer: Trainer, module: DiffusionModule) -> Image:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not self._is_checked:
+            from unet_diffusion.sampling import check_sampling
+
+            # After the first step, which need not wait for diffusers: a second, and the user sees that it trains.
+            check_sampling(
+                cast("DiffusionModule", pl_module).schedule,
+                (self.num_images, 1, 1, 1),
+                scheduler=self.scheduler,
+                num_inference_steps=self.num_inference_steps,
+            )
+            self._is_checked = True
+        super().on_train_batch_end(trainer, pl_module, *args)
+
+    def picture(self, trainer: Trainer, module: "DiffusionModule") -> Image:
         num_classes = module.trained.num_classes
         images = self.sample(trainer, module, num_classes)
         if module.latent_space is not None:  # the autoencoder takes memory only while it is needed
+            from unet_diffusion.codecs import autoencoder_of, decode_latents
+
             autoencoder = autoencoder_of(module.latent_space).to(module.device)
             images = decode_latents(autoencoder, module.latent_space, images)
         columns = num_classes if 0 < num_classes <= MAX_COLUMNS else None
@@ -153,8 +174,10 @@ class SampleGrid(PictureGrid):
             return in_pairs(data.examples(self.num_images, module.device)["seen"].cpu(), images)
         return image_grid(images, columns=columns)
 
-    def sample(self, trainer: Trainer, module: DiffusionModule, num_classes: int) -> Tensor:
+    def sample(self, trainer: Trainer, module: "DiffusionModule", num_classes: int) -> Tensor:
         """The grid's images in [-1, 1], or latents, (num_images, C, H, W) float32, in the trainer's precision."""
+        from unet_diffusion.sampling import sample
+
         trained, given = module.trained, self.given(trainer, module, num_classes)
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             inputs, nulls = trained.inputs(given)
@@ -172,7 +195,7 @@ class SampleGrid(PictureGrid):
                 device=module.device,
             )
 
-    def given(self, trainer: Trainer, module: DiffusionModule, num_classes: int) -> dict[str, Tensor]:
+    def given(self, trainer: Trainer, module: "DiffusionModule", num_classes: int) -> dict[str, Tensor]:
         """What the conditions are called with: classes by turns, captions and maps of the first validation images."""
         given: dict[str, Tensor] = {}
         if num_classes:
@@ -185,7 +208,7 @@ class SampleGrid(PictureGrid):
             given |= {name: examples[name] for name in ("labels", "maps") if name in examples}
         return given
 
-    def captions(self, trainer: Trainer, module: DiffusionModule) -> list[str]:
+    def captions(self, trainer: Trainer, module: "DiffusionModule") -> list[str]:
         """Those of the first validation images, by turns."""
         assert module.captions is not None
         kept_apart = trainer.datamodule.val_indices.tolist()  # type: ignore[attr-defined]  # set at runtime
@@ -204,7 +227,7 @@ class SegmentationGrid(PictureGrid):
         super().__init__(every_n_steps)
         self.num_images = num_images
 
-    def picture(self, trainer: Trainer, module: SegmentationModule) -> Image:
+    def picture(self, trainer: Trainer, module: "SegmentationModule") -> Image:
         data = cast(SegmentationDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set at runtime
         shown = [data.whole(index) for index in data.val_indices[: self.num_images].tolist()]
         predictions = [module.probabilities(one["images"]).argmax(dim=0).numpy() for one in shown]
@@ -228,7 +251,7 @@ class ReconstructionGrid(PictureGrid):
             raise ValueError(f"samples.num_images must be at least 1, got {num_images}")
         self.num_images = num_images
 
-    def picture(self, trainer: Trainer, module: AutoencoderModule) -> Image:
+    def picture(self, trainer: Trainer, module: "AutoencoderModule") -> Image:
         data = cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set at runtime
         columns = min(self.num_images, PAIRS_IN_A_ROW, len(data.val_indices))
         num_shown = min(self.num_images, len(data.val_indices)) // columns * columns  # whole rows
@@ -308,4 +331,6 @@ def _log_picture(trainer: Trainer, picture: Image) -> None:
         if isinstance(logger, WandbLogger):
             logger.log_image("samples", [picture], step=trainer.global_step)
         elif isinstance(logger, TensorBoardLogger):
+            from torchvision.transforms.functional import pil_to_tensor
+
             logger.experiment.add_image("samples", pil_to_tensor(picture), trainer.global_step)

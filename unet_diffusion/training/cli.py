@@ -9,12 +9,13 @@ is whole; a folder that holds a run of other settings is never trained into, exc
 
 import argparse
 import atexit
+import re
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -28,11 +29,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from unet_diffusion.checkpoint import load_plain, read_checkpoint
-from unet_diffusion.data import CountReplaced, ImageDataModule, SegmentationDataModule
-from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
+from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.segmentation import SegmentationDataModule
+from unet_diffusion.data.stream import CountReplaced
+from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS
 from unet_diffusion.interruption import Interrupted
-from unet_diffusion.training.autoencoder import AutoencoderModule
-from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.callbacks import (
     PictureGrid,
     ReconstructionGrid,
@@ -44,38 +45,100 @@ from unet_diffusion.training.callbacks import (
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
 from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
-from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
 from unet_diffusion.training.precision import RunTrainer
-from unet_diffusion.training.segmentation import SegmentationModule
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
+from unet_diffusion.usage import UsageError, did_you_mean
 from unet_diffusion.whole_file import whole_file
 
 CHECKPOINTS = "checkpoints"
-FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
 AUTO = "auto"  # speed and precision that are left to the machine
+TASKS = ("denoise", "segment", "autoencode")
+COMMON = (  # of the trainer's options those that people set
+    "",
+    *("max_steps", "default_root_dir", "precision", "accelerator", "devices", "num_nodes", "strategy", "max_time"),
+    *("val_check_interval", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val", "logger"),
+    *("enable_progress_bar", "fast_dev_run"),
+)
+SECTIONS = ("help", "model", "data", "trainer", "samples", "checkpoint", "ckpt_path")  # of the help, in this order
+MAX_MESSAGE = 500  # characters of an error: jsonargparse tells of each type that it tried
 
 
 @dataclass(frozen=True)
 class Task:
     """What a run trains, on what, and what it shows."""
 
-    module: type[NetworkModule] | type[AutoencoderModule]
+    module: type[LightningModule]
     data: type[LightningDataModule]
     pictures: type[PictureGrid]
 
+    @classmethod
+    def named(cls, name: str) -> "Task":
+        """One of TASKS. Only its own module is imported: that of autoencoders needs seconds of diffusers."""
+        if name == "segment":
+            from unet_diffusion.training.segmentation import SegmentationModule
 
-TASKS = {
-    "denoise": Task(DiffusionModule, ImageDataModule, SampleGrid),
-    "segment": Task(SegmentationModule, SegmentationDataModule, SegmentationGrid),
-    "autoencode": Task(AutoencoderModule, ImageDataModule, ReconstructionGrid),
-}
+            return cls(SegmentationModule, SegmentationDataModule, SegmentationGrid)
+        if name == "autoencode":
+            from unet_diffusion.training.autoencoder import AutoencoderModule
+
+            return cls(AutoencoderModule, ImageDataModule, ReconstructionGrid)
+        from unet_diffusion.training.module import DiffusionModule
+
+        return cls(DiffusionModule, ImageDataModule, SampleGrid)
+
+
+class RunParser(LightningArgumentParser):
+    """Lightning's parser, with errors of a line and a help that begins with what people set."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As jsonargparse calls it.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(_in_short(message, self._option_string_actions)) from ex
+
+    def format_help(self, *args: Any) -> str:
+        if self.usage is None and any("trainer.max_steps" in _names(one) for one in self._action_groups):
+            self._put_in_order()
+            self.usage = f"unet-diffusion {self.prog.split()[-1]} --config RECIPE [--config FILE] [--OPTION VALUE] ..."
+        return super().format_help(*args)
+
+    def _put_in_order(self) -> None:
+        """Sorts the sections of the help; the trainer's options that few set come last and in brief."""
+        groups: Any = self._action_groups
+        (trainer,) = (one for one in groups if "trainer.max_steps" in _names(one))
+        common = [one for one in trainer._group_actions if (*one.dest.split("."), "")[1] in COMMON]
+        rare = self.add_argument_group("The trainer's other options")
+        rare._group_actions = [one for one in trainer._group_actions if one not in common]
+        trainer._group_actions = sorted(common, key=lambda action: COMMON.index((*action.dest.split("."), "")[1]))
+        for action in rare._group_actions:
+            action.help = re.split(r"\.\s|\n\s*\n", (action.help or "").strip())[0]
+        groups.sort(
+            key=lambda group: max((SECTIONS.index(name) for name in _names(group) if name in SECTIONS), default=0)
+        )
+        groups.append(groups.pop(groups.index(rare)))
+
+
+def _names(group: Any) -> list[str]:
+    return [action.dest for action in group._group_actions]
+
+
+def _in_short(message: str, known: Iterable[str]) -> str:
+    """What jsonargparse says, without the parsers that it tried, and with the option that was meant."""
+    if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+        similar = did_you_mean(unknown[1], known) or "; --help lists the options"
+        return f"there is no option {unknown[1]}{similar}"
+    line = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(message.split()))
+    line = re.sub(r"<class '([^']+)'>", r"\1", line)
+    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -112,14 +175,14 @@ class TrainingCLI(LightningCLI):
     """Lightning's command line with this project's callbacks, run folder and last step: the exported pipeline.
 
     Args:
-        task: what is trained; a key of TASKS.
+        task: what is trained; one of TASKS.
         options: those of LightningCLI.
     """
 
     def __init__(self, task: str, **options: Any):
-        self.task = TASKS[task]
+        self.task, self.pictures = task, Task.named(task).pictures
         try:
-            super().__init__(self.task.module, self.task.data, **options)
+            super().__init__(Task.named(task).module, Task.named(task).data, **options)
         except BaseException as error:
             launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
             if isinstance(launcher, _SubprocessScriptLauncher):
@@ -164,6 +227,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"enable_model_summary": False},
+            parser_class=RunParser,
         )
 
     @staticmethod
@@ -172,8 +236,8 @@ class TrainingCLI(LightningCLI):
         return {"fit": skipped, "validate": skipped}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--task", choices=tuple(TASKS), default="denoise", help="what is trained")
-        parser.add_lightning_class_args(self.task.pictures, "samples")
+        parser.add_argument("--task", choices=TASKS, default="denoise", help="what is trained")
+        parser.add_lightning_class_args(self.pictures, "samples")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
                              "checkpoint.auto_insert_metric_name": False,
@@ -267,7 +331,7 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
             return
-        if isinstance(self.model, AutoencoderModule):  # on all processes: what is exported is of the last weights
+        if self.task == "autoencode":  # on all processes: what is exported is of the last weights
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         folder = run_folder(self.trainer)
         if not self.trainer.strategy.broadcast((folder / "samples.png").exists()):
@@ -278,9 +342,11 @@ class TrainingCLI(LightningCLI):
 
     def _hand_over(self, folder: Path) -> str:
         """Exports what has a counterpart in diffusers, and says what a user would do next."""
-        if isinstance(self.model, SegmentationModule):
+        if self.task == "segment":
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
-        if isinstance(self.model, AutoencoderModule):
+        from unet_diffusion.interop import export_autoencoder, export_pipeline, why_not_exported
+
+        if self.task == "autoencode":
             export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
         # A network that was shared out is whole in its checkpoint only.

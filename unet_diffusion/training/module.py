@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, network_record
 from unet_diffusion.conditioning import ClassLabels, ClassTokens, Condition, Inputs, Maps, network_inputs
-from unet_diffusion.data import ImagesWithMaps
+from unet_diffusion.data.maps import ImagesWithMaps
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
-from unet_diffusion.sampling import image_generators
-from unet_diffusion.schedule import NoiseSchedule, keyed_generator
+from unet_diffusion.schedule import NoiseSchedule, image_generators, keyed_generator
 from unet_diffusion.speed import Speed
 from unet_diffusion.text import TextTokens
 from unet_diffusion.training.base import LRDecay, NetworkModule, averaged_copy, check_choice, default_optimizer
