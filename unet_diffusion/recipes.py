@@ -28,7 +28,8 @@ class Recipe:
     def summary(self) -> dict[str, str]:
         """What it trains, needs and takes, by HEADINGS; {} for an overlay."""
         lines = [line[2:] for line in self.path.read_text(encoding="utf-8").splitlines()[: len(HEADINGS)]]
-        return dict(line.split(": ", 1) for line in lines if line.startswith(tuple(f"{one}: " for one in HEADINGS)))
+        said = dict(line.split(": ", 1) for line in lines if ": " in line)
+        return said if tuple(said) == HEADINGS else {}
 
 
 def folder() -> Path:
