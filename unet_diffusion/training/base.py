@@ -150,7 +150,7 @@ class NetworkModule(LightningModule):
                     "speed graphed needs a GPU in one process, with accumulate_grad_batches 1, as graphs keep no "
                     "gradients for another batch; set model.speed to compiled"
                 )
-            if not self.is_continued:  # else the checkpoint tells
+            if not self.is_continued or self._will_be_sharded:  # else the checkpoint tells, which is read after this
                 self._settle(self._possible_speeds(), possible_precisions(self.trainer))
         elif stage == "validate":
             set_precision(self.trainer, possible_precisions(self.trainer)[-1])
@@ -160,13 +160,17 @@ class NetworkModule(LightningModule):
         """Whether each process holds a part of each weight only, and all must call a network together."""
         return isinstance(self.unet, FSDPModule)
 
+    @property
+    def _will_be_sharded(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
     def configure_model(self) -> None:
         """Under ModelParallelStrategy (FSDP2) shares out networks and averages over the processes, block by block.
 
         Raises:
             ValueError: if the speed needs a memory format of its own, or a part of the network is frozen.
         """
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or self.is_sharded:
+        if not self._will_be_sharded or self.is_sharded:
             return
         if self.chosen_speed != "plain":
             raise ValueError(f"speed must be plain with ModelParallelStrategy, got {self.speed}; set model.speed to it")
@@ -330,7 +334,7 @@ class NetworkModule(LightningModule):
     def _possible_speeds(self) -> tuple[Speed, ...]:
         if self.speed != "auto":
             return (self.speed,)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self._will_be_sharded:
             return ("plain",)
         return speeds_for(self.trainer.strategy.root_device)
 

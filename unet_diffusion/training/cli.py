@@ -150,7 +150,7 @@ class SaveRunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet: the machine has not chosen."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.config.trainer.precision == AUTO:
             self.config.trainer.precision = trainer.precision
         if self.config.model.get("speed") == AUTO:
