@@ -136,10 +136,11 @@ def _serve() -> None:
     import torch.distributed.run
 
     import unet_diffusion.cli
-    import unet_diffusion.training.cli  # noqa: F401
+    import unet_diffusion.training.cli
+    from unet_diffusion.precision import cpu_has_bfloat16
 
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # of runpy, about what is imported
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not cpu_has_bfloat16():
         torch.autocast.__init__ = functools.partialmethod(_begin_autocast, torch.autocast.__init__)  # type: ignore
     gc.collect()
     gc.freeze()  # what is here stays, shared, and closes nothing in another process
