@@ -22,8 +22,9 @@ import forked
 subprocess.Popen = forked.Forked  # of second processes, which Lightning starts
 
 import unet_diffusion.cli
-import unet_diffusion.training.cli
 from unet_diffusion.cli import main
+
+forked.import_everything()
 
 for line in sys.stdin:
     arguments, log, environment = json.loads(line)
