@@ -9,6 +9,7 @@ itself (its memory, its modules, the seed of its hashes) wants a fresh one.
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -121,6 +122,17 @@ def _execute(arguments: list[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def import_everything() -> None:
+    """What programs import where they use it."""
+    parts = ("cli", "data.standard", "interop", "text", "training.autoencoder", "training.cli", "training.module")
+    for part in (*parts, "training.segmentation"):
+        importlib.import_module(f"unet_diffusion.{part}")
+    import torch.distributed.run
+    import transformers
+
+    _ = torch.distributed.run, transformers.CLIPTextModel, transformers.CLIPTokenizer  # imported when they are named
+
+
 def _begin_autocast(self: Any, begin: Any, device_type: str, dtype: Any = None, enabled: bool = True, **options: Any):
     """Autocast, but none to bfloat16 on a processor that emulates it: a convolution would take 50 times as long."""
     is_emulated = device_type == "cpu" and str(dtype) == "torch.bfloat16"
@@ -132,14 +144,13 @@ def _serve() -> None:
     import warnings
 
     subprocess.Popen = Forked  # type: ignore[misc]  # before anybody takes the name
+    import_everything()
     import torch
-    import torch.distributed.run
 
-    import unet_diffusion.cli
-    import unet_diffusion.training.cli  # noqa: F401
+    from unet_diffusion.precision import cpu_has_bfloat16
 
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # of runpy, about what is imported
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not cpu_has_bfloat16():
         torch.autocast.__init__ = functools.partialmethod(_begin_autocast, torch.autocast.__init__)  # type: ignore
     gc.collect()
     gc.freeze()  # what is here stays, shared, and closes nothing in another process

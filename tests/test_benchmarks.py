@@ -72,10 +72,9 @@ def test_sample(tmp_path):
 
 @pytest.mark.slow
 def test_gpu_on_a_cpu(tmp_path):
-    cases = [
-        f"{task}:tiny:2:{contender}" for task in ("train", "sample") for contender in ("unet_diffusion", "diffusers")
-    ]
-    cases.append("fit:tiny:2:unet_diffusion:plain")
+    ours, theirs = "unet_diffusion:plain", "diffusers"
+    cases = [f"{task}:tiny:2:{contender}" for task in ("train", "sample") for contender in (ours, theirs)]
+    cases.append(f"fit:tiny:2:{ours}")
     report = run("gpu.py", "--cases", *cases, "--minutes", 3, "--device", "cpu", output=tmp_path / "gpu.json")
     found = {(record["task"], record["contender"]) for record in report["contenders"] if len(record["seconds"]) == 3}
     assert len(found) == 5

@@ -22,8 +22,9 @@ import forked
 subprocess.Popen = forked.Forked  # of second processes, which Lightning starts
 
 import unet_diffusion.cli
-import unet_diffusion.training.cli
 from unet_diffusion.cli import main
+
+forked.import_everything()
 
 for line in sys.stdin:
     arguments, log, environment = json.loads(line)
@@ -77,7 +78,7 @@ class Killed(Callback):
         "between previous.ckpt and last.ckpt": 9,
         "after a checkpoint and before anything else": 12,
         "in a validation": 15,
-        "when a picture is half written": 21,
+        "when a picture is written and not in its place": 21,
         "when all steps are done": 24,
     }
 
@@ -87,7 +88,7 @@ class Killed(Callback):
         checkpoints.save_now = self.after("after a checkpoint and before anything else", checkpoints.save_now)
         os.fsync = self.after("when a file is written and not in its place", os.fsync)
         checkpointing._put = self.after("between previous.ckpt and last.ckpt", checkpointing._put)
-        Image.save = self.after("when a picture is half written", Image.save)
+        Image.save = self.after("when a picture is written and not in its place", Image.save)
 
     def on_train_batch_end(self, *args):
         self.batches += 1

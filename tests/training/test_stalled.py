@@ -98,5 +98,6 @@ def test_process_that_stalls_is_named_and_the_run_ends(how, said, tiny_digits, t
     assert f"no progress for {TIMEOUT / 2:.0f} s" in stderr
 
 
+@pytest.mark.slow
 def test_error_of_the_first_process_ends_the_others(tiny_digits, tmp_path):
     assert "the disk is full" in ended("while the first fails", tiny_digits, tmp_path)
