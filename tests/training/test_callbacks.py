@@ -175,10 +175,11 @@ def test_guidance_without_null_label_is_refused_before_training(fit_with_grid, t
     assert module.trainer.global_step == 0
 
 
+KINDS = [("epsilon", False), ("v_prediction", True), ("sample", True)]
+
+
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize(
-    ("prediction_type", "zero_snr"), [("epsilon", False), ("v_prediction", True), ("sample", True)]
-)
+@pytest.mark.parametrize(("prediction_type", "zero_snr"), KINDS)
 def test_what_is_not_checked_before_training_can_always_be_sampled(beta_schedule, prediction_type, zero_snr):
     schedule = NoiseSchedule(
         beta_schedule=beta_schedule, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr
