@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -514,7 +515,7 @@ ERRORS = {
     "export of nothing": ("export {tmp}/none {tmp}/out", "none"),
     "import of nothing": ("import {tmp}/none {tmp}/out.ckpt", "none"),
     "grid's guidance": ("fit {tiny} --model.label_dropout 0 --model.unet.init_args.num_class_embeds 10", "null label"),
-    "grid's scheduler": ("fit {tiny} --samples.scheduler Euler", "scheduler must be one of"),
+    "grid's steps": ("fit {tiny} --samples.num_inference_steps 1001", "got 1001"),
     "network and data": ("fit {tiny} --model.unet.init_args.num_class_embeds 5", "num_class_embeds must be 11"),
     "setting": ("fit {tiny} --model.ema_decay 2", "ema_decay must be in [0, 1), got 2"),
     "missing ckpt_path": ("fit {tiny} --ckpt_path {tmp}/none.ckpt", "none.ckpt"),
@@ -606,5 +607,69 @@ def test_help_mentions_every_command(run_cli):
 def test_console_script_fails_with_a_message_and_status_1(console_script, tmp_path):
     done = subprocess.run([console_script, "sample", "none.ckpt"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: no denoiser at none.ckpt" in done.stderr
+    assert "error: CHECKPOINT must exist, got none.ckpt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+MISSPELT = {
+    "--config digitz": "there is no recipe or file digitz; did you mean digits?",
+    "--config digits --modle.lr 3": "there is no option --modle.lr; did you mean model?",
+    "--config digits --model.ema_decai 0.5": "there is no option model.ema_decai; did you mean model.ema_decay",
+    "--config digits --data DigitDataModule": "data: there is no class DigitDataModule; did you mean DigitsDataModule",
+    "--config digits --samples.scheduler Euler": "samples.scheduler: Expected a Literal['DDIMScheduler', ",
+    "--config digits --model.lr_warmup_steps x": "model.lr_warmup_steps: Expected a int. Got value: x",
+    "--config {tmp}/misspelt.yaml": "there is no option trainer.max_stepz",
+    "--config {tmp}/broken.yaml": "broken.yaml must be YAML, and is not: ",
+}
+
+
+@pytest.mark.parametrize("arguments", MISSPELT)
+def test_what_is_misspelt_is_told_in_a_line_with_what_was_meant(run_cli, tmp_path, arguments):
+    (tmp_path / "misspelt.yaml").write_text("trainer:\n  max_stepz: 3\n")
+    (tmp_path / "broken.yaml").write_text("trainer: [\n")
+    status, _, err = run_cli("fit", *arguments.format(tmp=tmp_path).split())
+    (line,) = [line for line in err.splitlines() if not line.startswith(" ")]
+    assert (status, line.startswith("unet-diffusion: error: "), MISSPELT[arguments] in line) == (2, True, True), err
+
+
+def test_missing_folder_is_told_with_one_that_is_there(run_cli, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    status, _, err = run_cli("fit", "--config", "folder", "--data.init_args.root", tmp_path / "picture")
+    assert (status, f"did you mean {tmp_path}/pictures?" in err) == (1, True), err
+
+
+def test_recipes_are_listed_shown_and_copied(run_cli, tmp_path):
+    status, out, _ = run_cli("recipes")
+    names = [path.stem for path in CONFIGS.glob("*.yaml")]
+    assert (status, [name for name in names if f"\n{name} " not in f"\n{out}"]) == (0, [])
+    assert run_cli("recipes", "show", "digits")[1] == (CONFIGS / "digits.yaml").read_text()
+    assert run_cli("recipes", "copy", "digits", tmp_path / "mine.yaml")[0] == 0
+    assert (tmp_path / "mine.yaml").read_bytes() == (CONFIGS / "digits.yaml").read_bytes()
+    status, _, err = run_cli("recipes", "copy", "cells", tmp_path / "mine.yaml")
+    assert (status, "mine.yaml exists and is not overwritten" in err) == (1, True)
+    assert (tmp_path / "mine.yaml").read_bytes() == (CONFIGS / "digits.yaml").read_bytes()
+
+
+def test_choices_of_commands_are_those_of_the_rooms_behind_them():
+    from unet_diffusion import precision, speed
+
+    assert (cli.SPEEDS, cli.PRECISIONS) == (speed.SPEEDS, precision.PRECISIONS)
+
+
+@pytest.mark.parametrize(("there", "device"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")])
+def test_device_auto_is_the_first_that_is_there(monkeypatch, there, device):
+    from unet_diffusion.processes import own_device
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there[0])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there[1])
+    assert own_device("auto") == device
+    assert own_device("cpu") == "cpu"
+
+
+def test_version_and_module_are_those_of_the_installed_package():
+    from importlib.metadata import version
+
+    command = [sys.executable, "-m", "unet_diffusion", "--version"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert out == f"unet-diffusion {version('unet-diffusion')}\n"

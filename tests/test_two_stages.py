@@ -60,7 +60,7 @@ def ran(monkeypatch):
     commands, status = [], {}
 
     def exit_status(command):
-        commands.append(command[command.index("unet_diffusion.cli") + 1 :])
+        commands.append(command[command.index("unet_diffusion") + 1 :])
         assert "-P" in command  # in a folder with a torch.py of somebody else, that would be imported
         return status.get(len(commands), 0)
 
@@ -131,7 +131,7 @@ def test_other_settings_and_other_folders_are_refused(ran, run_cli, command, tmp
     status, _, err = run_cli("two-stages", tmp_path / "images", "--output", tmp_path / "images")
     assert (status, "holds files of something else" in err) == (1, True), err
     status, _, err = run_cli(*command[:2], "--output", tmp_path / "new", "--denoiser", tmp_path / "none.yaml")
-    assert (status, "no recipe at" in err) == (1, True), err
+    assert (status, "there is no recipe or file" in err) == (2, True), err
     assert not (tmp_path / "new").exists()
 
 

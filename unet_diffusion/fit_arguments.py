@@ -25,7 +25,8 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
         arguments: Those of the command, its name first.
 
     Raises:
-        UsageError: if a file or folder is missing, or no section has such a name.
+        UsageError: if there is no such recipe or section, or a file is not YAML.
+        FileNotFoundError: if a file or folder is missing.
     """
     checked, settings = [arguments[0]], dict[str, Any]()
     rest = list(arguments[1:])
@@ -98,12 +99,12 @@ def _check_paths(settings: dict[str, Any]) -> None:
         path = Path(value).expanduser()
         in_archive = any(parent.is_file() for parent in path.parents)
         if "://" not in value and not path.exists() and not in_archive:
-            raise UsageError(f"{name} must be an existing folder or file, got {value}, looked for {path.absolute()}"
-                             f"{similar_paths(path) or f'; set --{name}'}")  # fmt: skip
+            fix = similar_paths(path) or f"; set --{name}"
+            raise FileNotFoundError(f"{name} must be an existing folder or file, got {value}{fix}")
     asked = settings.get("ckpt_path")
     if asked and asked not in ("null", *FINDS_CHECKPOINTS) and not Path(asked).is_file():
         words = ", ".join(FINDS_CHECKPOINTS)
-        raise UsageError(f"ckpt_path must be a file, or one of {words}, got {asked}{similar_paths(Path(asked))}")
+        raise FileNotFoundError(f"ckpt_path must be a file, or one of {words}, got {asked}{similar_paths(Path(asked))}")
     root = settings.get("trainer.default_root_dir")
     if isinstance(root, str) and Path(root).expanduser().is_file():
         raise UsageError(f"trainer.default_root_dir must be a folder, and {root} is a file")

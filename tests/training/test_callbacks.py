@@ -7,8 +7,10 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from unet_diffusion.conditioning import Guidance
-from unet_diffusion.sampling import sample
+from unet_diffusion.sampling import check_sampling, sample
+from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.training import SampleGrid
+from unet_diffusion.training.callbacks import ALWAYS_DRAWS
 
 TWO_CLASSES = {"num_class_embeds": 3, "label_dropout": 0.2}
 GRID_SIZE = (2 * 66 + 2, 3 * 66 + 2)  # a column a class, 6 images: 8 pixels shown as 64, 2 between and around them
@@ -171,3 +173,17 @@ def test_guidance_without_null_label_is_refused_before_training(fit_with_grid, t
     ):
         fit_with_grid(tiny_grid(guidance_scale=2.0), module=module)
     assert module.trainer.global_step == 0
+
+
+KINDS = [("epsilon", False), ("v_prediction", True), ("sample", True)]
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize(("prediction_type", "zero_snr"), KINDS)
+def test_what_is_not_checked_before_training_can_always_be_sampled(beta_schedule, prediction_type, zero_snr):
+    schedule = NoiseSchedule(
+        beta_schedule=beta_schedule, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr
+    )
+    for scheduler, num_steps, num_train_timesteps in ALWAYS_DRAWS:
+        assert num_train_timesteps == schedule.num_train_timesteps
+        check_sampling(schedule, (1, 1, 1, 1), scheduler=scheduler, num_inference_steps=num_steps)

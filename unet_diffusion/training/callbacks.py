@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from unet_diffusion.training.segmentation import SegmentationModule
 
 PAIRS_IN_A_ROW = 8  # of images, or what a network is shown of them, and what comes of each
+ALWAYS_DRAWS = [  # scheduler, its steps, and those of training: whatever the schedule, so that no diffusers is asked
+    ("DPMSolverMultistepScheduler", 15, 1000),
+    ("DPMSolverMultistepScheduler", 25, 1000),
+]
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
 
 
@@ -96,9 +100,6 @@ class SampleGrid(PictureGrid):
         num_inference_steps: network steps a grid.
         guidance_scale: 1 is off; more needs a model trained with label_dropout.
         seed: of the grid's images.
-
-    Raises:
-        ValueError: after the first step, if the scheduler cannot draw of this model in so many steps.
     """
 
     def __init__(
@@ -117,13 +118,12 @@ class SampleGrid(PictureGrid):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
-        self._is_checked = False
 
     def setup(self, trainer: Trainer, pl_module: "DiffusionModule", stage: str) -> None:  # type: ignore[override]
         """Refuses what would only fail at the first grid.
 
         Raises:
-            ValueError: if the model cannot be guided, or its latents are of another autoencoder than the one there.
+            ValueError: if the model cannot be sampled so, or its latents are of another autoencoder than the one there.
             FileNotFoundError: if their autoencoder is not there.
         """
         if stage != "fit":
@@ -142,20 +142,16 @@ class SampleGrid(PictureGrid):
                 f"samples.guidance_scale {self.guidance_scale} needs a null label or caption; "
                 "set model.label_dropout above 0 (0.1 is usual), or samples.guidance_scale to 1"
             )
+        if (self.scheduler, self.num_inference_steps, pl_module.schedule.num_train_timesteps) in ALWAYS_DRAWS:
+            return
+        from unet_diffusion.sampling import check_sampling
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if not self._is_checked:
-            from unet_diffusion.sampling import check_sampling
-
-            # After the first step, which need not wait for diffusers: a second, and the user sees that it trains.
-            check_sampling(
-                cast("DiffusionModule", pl_module).schedule,
-                (self.num_images, 1, 1, 1),
-                scheduler=self.scheduler,
-                num_inference_steps=self.num_inference_steps,
-            )
-            self._is_checked = True
-        super().on_train_batch_end(trainer, pl_module, *args)
+        check_sampling(
+            pl_module.schedule,
+            (self.num_images, 1, 1, 1),
+            scheduler=self.scheduler,
+            num_inference_steps=self.num_inference_steps,
+        )
 
     def picture(self, trainer: Trainer, module: "DiffusionModule") -> Image:
         num_classes = module.trained.num_classes

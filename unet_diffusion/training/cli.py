@@ -28,6 +28,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+import unet_diffusion.data
 from unet_diffusion.checkpoint import load_plain, read_checkpoint
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.segmentation import SegmentationDataModule
@@ -132,12 +133,23 @@ def _names(group: Any) -> list[str]:
 
 
 def _in_short(message: str, known: Iterable[str]) -> str:
-    """What jsonargparse says, without the parsers that it tried, and with the option that was meant."""
-    if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-        similar = did_you_mean(unknown[1], known) or "; --help lists the options"
-        return f"there is no option {unknown[1]}{similar}"
-    line = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(message.split()))
-    line = re.sub(r"<class '([^']+)'>", r"\1", line)
+    """What jsonargparse says, without the types that it tried, and with the name that was meant."""
+    line = " ".join(message.split())
+    if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", line):
+        name = unknown[1] or unknown[2]
+        similar = did_you_mean(name, (one.removeprefix("--") for one in known)) or "; --help lists the options"
+        return f"there is no option {name}{similar}"
+    if no_class := re.search(r'key "([^"]+)".*Expected a dot import path string: (\w+)', line):
+        return f"{no_class[1]}: there is no class {no_class[2]}{did_you_mean(no_class[2], unet_diffusion.data.__all__)}"
+    for pattern, replacement in (
+        (r'Parser key "([^"]+)":', r"\1:"),
+        (r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: -", ""),
+        (r"(?<= )- Expected a NoneType", ""),
+        (r"Given value type: .*?Given value: ", "Got value: "),
+        (r"Got value: NestedArg\(.*\)|<class '|(?<=\w)'>|typing\.", ""),
+    ):
+        line = re.sub(pattern, replacement, line)
+    line = " ".join(line.split())
     return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
 
 
