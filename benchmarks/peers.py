@@ -4,8 +4,9 @@ diffusers' UNet2DModel takes our weights, and equality of the two is asserted. d
 architecture, of about as many parameters, with operations of its own that are counted apart.
 
 "As shipped" is what their own training programs do with their defaults: float32, eager, the optimiser and average that
-they build, the loss read in each step. "Tuned" is what their users can have without changing them: bfloat16 autocast,
-channels_last, compilation, fused optimiser, foreach average, and the loss left on the device.
+they build, the loss read in each step. "Tuned" is what their users can have without changing them: autocast in bfloat16
+where the hardware has it, channels_last, compilation, fused optimiser, foreach average, and the loss left on the
+device.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from measure import fastest_autocast
 from torch import Tensor, nn
 
 from unet_diffusion.interop import to_diffusers
@@ -163,7 +165,9 @@ def tuned_diffusers_step(unet: UNet2DModel, x0: Tensor, mode: str = "default") -
     unet.to(memory_format=torch.channels_last).train().compile(mode=mode)
     optimizer = torch.optim.AdamW(unet.parameters(), **DIFFUSERS_ADAMW, fused=True)
     ema = EMAModel(unet.parameters(), **DIFFUSERS_EMA, foreach=True)
-    return _diffusers_step(unet, x0.to(memory_format=torch.channels_last), optimizer, ema, _bfloat16(x0))
+    return _diffusers_step(
+        unet, x0.to(memory_format=torch.channels_last), optimizer, ema, fastest_autocast(x0.device.type)
+    )
 
 
 # the defaults of its arguments
@@ -209,7 +213,9 @@ def tuned_ddpm_pytorch_step(unet: nn.Module, x0: Tensor) -> Callable[[], Tensor]
     ema = _ddpm_pytorch_ema(diffusion, use_foreach=True)
     unet.compile()
     optimizer = torch.optim.Adam(diffusion.parameters(), **DDPM_PYTORCH_ADAM, fused=True)
-    return _ddpm_pytorch_step(diffusion, x0.to(memory_format=torch.channels_last), optimizer, ema, _bfloat16(x0))
+    return _ddpm_pytorch_step(
+        diffusion, x0.to(memory_format=torch.channels_last), optimizer, ema, fastest_autocast(x0.device.type)
+    )
 
 
 DDPM_PYTORCH_ADAM: dict[str, Any] = {"lr": 1.0e-4, "betas": (0.9, 0.99)}  # the defaults of its Trainer
@@ -248,7 +254,3 @@ def _ddpm_pytorch_step(
 
 def _float32(x0: Tensor) -> torch.autocast:
     return torch.autocast(x0.device.type, enabled=False)
-
-
-def _bfloat16(x0: Tensor) -> torch.autocast:
-    return torch.autocast(x0.device.type, torch.bfloat16)

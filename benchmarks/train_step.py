@@ -52,6 +52,7 @@ from peers import (
     tuned_diffusers_step,
 )
 
+from unet_diffusion.precision import precisions_for
 from unet_diffusion.speed import SPEEDS
 
 OURS = "unet_diffusion"
@@ -127,7 +128,8 @@ def build_step(name: str, options: argparse.Namespace) -> Step:
     make_network = our_network if name == OURS else PEERS[name][0]
     with options.device:  # where a large network is initialised soonest
         network = make_network(options.network)
-    return our_step(network, x0, speed=options.ours) if name == OURS else PEERS[name][1](network, x0)
+    dtype = precisions_for(options.device)[-1]  # as the tuned peers
+    return our_step(network, x0, speed=options.ours, dtype=dtype) if name == OURS else PEERS[name][1](network, x0)
 
 
 def measure_contenders(options: argparse.Namespace) -> dict[str, Record]:

@@ -1,11 +1,13 @@
 """Fast forms of a U-Net's two costly parts, equal to the plain ones up to rounding; the first two are for CPUs.
 
-`winograd_conv2d` is a 3x3 convolution with 2.25 times fewer multiplications: F(2x2, 3x3) of Lavin & Gray 2015
-(https://arxiv.org/abs/1509.09308), which makes 2x2 outputs from a tile of 4x4 inputs as 16 products where the plain
-form needs 36. `fused_group_norm` is group norm, the embedding added before and SiLU, an image's channels at a time.
+`winograd_conv2d` is a 3x3 convolution with fewer multiplications (Lavin & Gray 2015, https://arxiv.org/abs/1509.09308):
+F(4x4, 3x3) in float32, which makes 4x4 outputs from a tile of 6x6 inputs as 36 products where the plain form needs 144,
+and F(2x2, 3x3) in bfloat16, 16 products in place of 36. `fused_group_norm` is group norm, the embedding added before
+and SiLU, an image's channels at a time.
 
-Both want channels last in memory, and AVX-512 with bf16; they are written in C++ in kernels.cpp. When sampling, tiles
-never lie in memory as a whole: a thread takes some through all that is done to them while they are in its cache.
+Both want channels last in memory, and AVX2, with which they compute in float32; with AVX-512 and its bf16 in bfloat16
+too. They are written in C++ in kernels.cpp. When sampling, tiles never lie in memory as a whole: a thread takes some
+through all that is done to them while they are in its cache.
 
 The other two are written for whole networks that are compiled for a GPU, in torch only. The reductions of
 `group_norm_by_channel` are over the pixels of each channel, which channels-last memory holds side by side, and the
@@ -25,13 +27,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unet_diffusion.precision import cpu_has_bfloat16
+
 ANOTHER_SPEED = "choose another speed (plain)"
 SOURCE = Path(__file__).with_suffix(".cpp")
 TORCH = Path(torch.__file__).parent
-COMPILER_FLAGS = (
-    *("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+COMPILER_FLAGS = "-O3", "-std=c++20", "-fPIC", "-fopenmp"
+BFLOAT16_FLAGS = (  # for processors with AVX-512 and its bf16
+    *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
 )
+FLOAT32_FLAGS = "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"  # for the others
 
 
 def winograd_conv2d(
@@ -40,7 +46,8 @@ def winograd_conv2d(
     """A 3x3 convolution with stride 1, (B, C, H, W) -> (B, K, H + 2 padding - 2, W + 2 padding - 2), in channels_last.
 
     Args:
-        x: (B, C, H, W), any size; computed in autocast's type where that is on, else in its own: float32 or bfloat16.
+        x: (B, C, H, W), any size; computed in autocast's type where that is on, else in its own: float32, or bfloat16
+            where the processor has that.
         weight: (K, C, 3, 3), C and K multiples of 16.
         bias: (K,).
         padding: rows and columns of zeros on each side, 0 to 2.
@@ -53,12 +60,12 @@ def winograd_conv2d(
 
 
 def winograd_filters(weight: Tensor, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
-    """What `winograd_conv2d` makes of a weight, in that type: (K, C, 3, 3) -> (16, C, K), in an order of its own.
+    """What `winograd_conv2d` makes of a weight: (K, C, 3, 3) -> (components, C, K), in an order of its own.
 
     Args:
         weight: (K, C, 3, 3).
         dtype: float32 or bfloat16.
-        turned: of the filters turned by 180 degrees, from output to input: (16, K, C).
+        turned: of the filters turned by 180 degrees, from output to input: (components, K, C).
     """
     return operators().winograd_filters(_channels_last(weight.detach().float()), dtype, turned)
 
@@ -175,7 +182,8 @@ def library_path() -> Path:
 
 
 def _compile_command() -> list[str]:
-    return [os.environ.get("CXX", "g++"), "-c", *COMPILER_FLAGS, f"-I{TORCH / 'include'}", str(SOURCE)]
+    flags = BFLOAT16_FLAGS if cpu_has_bfloat16() else FLOAT32_FLAGS
+    return [os.environ.get("CXX", "g++"), "-c", *COMPILER_FLAGS, *flags, f"-I{TORCH / 'include'}", str(SOURCE)]
 
 
 def _run(command: list[str]) -> None:
@@ -190,7 +198,7 @@ def _run(command: list[str]) -> None:
 
 
 class _WinogradConv2d(torch.autograd.Function):
-    """Keeps the input, not its tiles, which are four times as large."""
+    """Keeps the input, not its tiles, which are several times as large."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
