@@ -204,7 +204,7 @@ def test_instances_of_classes_are_refused(run_cli, classes_checkpoint, images, t
             "segment {digits} {images} --output {tmp}/o",
             "entry 'segmenter' here, and it holds the entry 'denoiser'",
         ),
-        ("segment {run} {tmp}/nothing --output {tmp}/o", "root must be an existing folder or zip archive"),
+        ("segment {run} {tmp}/nothing --output {tmp}/o", "IMAGES must exist, got {tmp}/nothing"),
         ("segment {run} {images} {images} --output {tmp}/o", "must differ in more than their extension, got deep.tif"),
         ("segment {run} {images} --output {tmp}/o --window_size -5", "--window_size must be at least 1, got -5"),
     ],
@@ -213,7 +213,7 @@ def test_bad_input_gets_one_message(run_cli, run, images, digits_run, tmp_path, 
     filled = command.format(run=run, images=images, tmp=tmp_path, digits=digits_run)
     status, _, err = run_cli(*filled.split())
     assert status == 1
-    assert message in err
+    assert message.format(tmp=tmp_path) in err
     assert not (tmp_path / "o").exists()
 
 

@@ -150,7 +150,9 @@ def _in_short(message: str, known: Iterable[str]) -> str:
     ):
         line = re.sub(pattern, replacement, line)
     line = " ".join(line.split())
-    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
+    if len(line) <= MAX_MESSAGE:
+        return line
+    return f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"  # the value stands at the end
 
 
 class SaveRunConfig(SaveConfigCallback):
