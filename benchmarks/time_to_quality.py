@@ -20,7 +20,7 @@ takes minutes.
 Then, outside of the budget and the same for all: samples of the averaged network, by 25 steps of DPM-Solver++ on the
 noise schedule it was trained with, in bf16 (*), without guidance; ours at random labels. Their distance is to the
 10,000 test images (see features.py); that of as many training images is the least to hope for. Each result is kept as
-soon as it is there, and a run that was cut off continues.
+soon as it is there, and a run that was cut off continues. Options that are not of this program go to our fit.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/time_to_quality"), help="for weights and logs")
     parser.add_argument("--json", type=Path, default=RESULTS / "time_to_quality.json", help="pictures go beside it")
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # given to a peer's process, which only trains
-    options = parser.parse_args()
+    options, options.fit_options = parser.parse_known_args()  # what is not known here goes to fit
     options.root, options.work = options.root.resolve(), options.work.resolve()
     return options
 
@@ -287,26 +287,27 @@ class Pace:
 
 def our_training(options: argparse.Namespace, name: str, minutes: float, seed: int) -> Result:
     config = yaml.safe_load(CONFIG.read_text())
-    pace = our_pace(name, options.root, options.work, *options.calibration_steps)
+    given = tuple(options.fit_options)
+    pace = our_pace(name, options.root, options.work, *options.calibration_steps, given)
     steps = pace.steps_within(60 * minutes * (1 - MARGIN), pause_every=config["samples"]["every_n_steps"])
     folder = run_folder(options, name, minutes, seed)
     seeds = [f"--{field}={seed}" for field in ("seed_everything", "model.seed", "data.init_args.seed")]
-    seconds = fit_seconds(name, options.root, folder, steps, *seeds)
+    seconds = fit_seconds(name, options.root, folder, steps, *given, *seeds)
     images_seen = steps * config["data"]["init_args"]["batch_size"]
     return {"steps": steps, "images_seen": images_seen, "seconds": seconds, "pace": vars(pace)}
 
 
 @cache
-def our_pace(name: str, root: Path, work: Path, short: int, long: int) -> Pace:
+def our_pace(name: str, root: Path, work: Path, short: int, long: int, given: tuple[str, ...]) -> Pace:
     """From a long run, a short one, and a short one that pauses once on the way."""
     pauses = ("samples.every_n_steps", "trainer.val_check_interval", "checkpoint.every_n_train_steps")
     with tempfile.TemporaryDirectory(dir=work) as folder:
         runs = Path(folder)
         # the long one first: what only the first run of all pays for makes a step seem longer, never shorter
-        long_seconds = fit_seconds(name, root, runs / "long", long)
-        short_seconds = fit_seconds(name, root, runs / "short", short)
+        long_seconds = fit_seconds(name, root, runs / "long", long, *given)
+        short_seconds = fit_seconds(name, root, runs / "short", short, *given)
         options = [f"--{field}={short // 2 + 1}" for field in pauses]
-        paused_seconds = fit_seconds(name, root, runs / "paused", short, *options)
+        paused_seconds = fit_seconds(name, root, runs / "paused", short, *given, *options)
     step = (long_seconds - short_seconds) / (long - short)
     if step <= 0:
         raise RuntimeError(f"{long} steps must take longer than {short}, and took {long_seconds:.1f} s against "

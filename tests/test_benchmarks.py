@@ -102,6 +102,8 @@ def test_time_to_quality(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "time_to_quality.py"), "--root", str(tmp_path / "data")]
     command += ["--minutes", "0.2", "--num_images", "10", "--contenders", "diffusers_tuned", "ours"]
     command += ["--calibration_steps", "1", "5", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "t.json")]
+    command += ["--model.unet.init_args.channels=[32,32,32]", "--samples.num_inference_steps=2"]
+    command += ["--model.speed=plain"]  # nothing is compiled
     printed(command)
     results = json.loads((tmp_path / "t.json").read_text())["results"]
     assert {result["contender"] for result in results} == {"diffusers_tuned", "ours"}
