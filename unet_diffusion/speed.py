@@ -172,8 +172,7 @@ def fastest_setting(
     """
     # The likely ones first: if time does not suffice, one of them is what the run is left with.
     settings = [Setting(speed, dtype) for dtype in reversed(precisions) for speed in speeds if speed != "graphed"]
-    compile_seconds = COMPILE_SECONDS.get(x.device.type, {})
-    settings.sort(key=lambda setting: compile_seconds.get(setting.speed, 0))
+    settings.sort(key=lambda setting: (_compile_seconds(setting.speed, x.device), setting.speed != "fused"))
     trial = _Trial(unet, x, inputs, num_steps, len(settings))
     for setting in settings:
         trial.time(setting)
@@ -181,7 +180,7 @@ def fastest_setting(
     return chosen.speed, chosen.dtype, trial.sentence(chosen)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Setting:
     """A speed in a precision."""
 
@@ -248,9 +247,7 @@ class _Trial:
         )
 
     def _is_affordable(self, setting: Setting) -> bool:
-        cost = COMPILE_SECONDS.get(self.x.device.type, {}).get(setting.speed, 0)
-        if setting.speed == "fused" and library_path().exists():
-            cost = 0
+        cost = _compile_seconds(setting.speed, self.x.device)
         can_begin = self._left() > self.best_small and self._elapsed() + cost <= self._share_of_run()
         affordable = not self.seconds or can_begin
         if not affordable:
@@ -310,6 +307,13 @@ class _Trial:
     def _left(self) -> float:
         """Seconds for timed steps."""
         return min(MAX_TRIAL_SECONDS, self._share_of_run()) - (self._elapsed() - self.compiled_for)
+
+
+def _compile_seconds(speed: Speed, device: torch.device) -> float:
+    """What compiling is expected to take; 0 for kernels that are there."""
+    if speed == "fused" and library_path().exists():
+        return 0
+    return COMPILE_SECONDS.get(device.type, {}).get(speed, 0)
 
 
 def keep_freed_memory() -> None:
