@@ -5,7 +5,7 @@
 
 Arguments after the configuration go to fit. The time of each optimiser step is recorded in a run of the program itself,
 in a temporary folder. "Over the run" is from the end of the first step to that of the last, with validation, grids,
-logs and checkpoints between; the median step is without them. The bare step is that of ours.py, on the network, batch
+logs and checkpoints between; the median step is without them. The bare step is that of ours.py, on network and batch
 size of the run, timed before and after it; its share is what the program leaves of it. Speed and precision are chosen
 here as auto chooses them for a long run, and both run at those.
 
@@ -14,6 +14,7 @@ A start is from the start of the process to the end of the first step, with an e
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,10 +28,9 @@ import torch
 import yaml
 from measure import Step, alternate, describe, empty_caches, environment, table, write_json
 from ours import our_step, setting_for
+from step_times import STEPS
 
 from unet_diffusion.checkpoint import read_checkpoint
-from unet_diffusion.cli import main as unet_diffusion
-from unet_diffusion.training.module import DiffusionModule
 from unet_diffusion.training.precision import NAMES
 
 # a run that ends soon after its first step
@@ -42,8 +42,6 @@ Record = dict[str, Any]
 def main() -> None:
     options, overrides = parse_options()
     arguments = ["--config", options.config, *overrides]
-    if options.stamps_to:
-        sys.exit(recorded_fit(arguments, options.stamps_to))
     machine = environment()
     print(describe(machine), flush=True)
     with empty_caches(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -60,44 +58,30 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--config", default="configs/digits.yaml", help="of fit; default: configs/digits.yaml")
+    add("--config", default="digits", help="of fit; default: digits")
     add("--start_only", action="store_true", help="measure only the start, several times")
     add("--repeats", type=int, default=5, help="starts with a filled cache")
     add("--blocks", type=int, default=5, help="timed blocks of the bare step, before the run and after it")
     add("--steps", type=int, default=4, help="steps a block")
     add("--output", help="JSON file; default: benchmarks/results/fit_CONFIG.json or fit_start_CONFIG.json")
-    add("--stamps_to", help=argparse.SUPPRESS)
     return parser.parse_known_args()
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-def recorded_fit(arguments: list[str], path: str) -> int:
-    """Runs fit in this process and writes when each optimiser step ended; returns the exit status."""
-    stamps = []
-    optimizer_step = DiffusionModule.optimizer_step
-
-    def stamped(self: DiffusionModule, *args: Any, **kwargs: Any) -> None:
-        optimizer_step(self, *args, **kwargs)
-        stamps.append(time.time())
-
-    DiffusionModule.optimizer_step = stamped
-    status = unet_diffusion(["fit", *arguments])
-    write_json(path, {"stamps": stamps})
-    return status
-
-
 def fit_apart(arguments: list[str], folder: str) -> tuple[Path, Record]:
     """The run folder of fit in a process of its own, and its times in seconds."""
     run = Path(tempfile.mkdtemp(dir=folder))
-    command = [sys.executable, __file__, "--stamps_to", str(run / "stamps.json"), *arguments]
+    command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments, "--trainer.default_root_dir", str(run)]
+    command.append("--trainer.callbacks+=step_times.StepTimes")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     start = time.time()
-    subprocess.run([*command, "--trainer.default_root_dir", str(run)], check=True)
+    subprocess.run(command, check=True, env=environment)
     whole = time.time() - start
-    stamps = json.loads((run / "stamps.json").read_text())["stamps"]
-    steps = [after - before for before, after in pairwise(stamps)]
-    return run, {"whole_seconds": whole, "start_seconds": stamps[0] - start, "step_seconds": steps}
+    times = json.loads((run / STEPS).read_text())
+    steps = [after - before for before, after in pairwise(times)]
+    return run, {"whole_seconds": whole, "start_seconds": times[0] - start, "step_seconds": steps}
 
 
 def measure_starts(arguments: list[str], folder: str, options: argparse.Namespace) -> Record:
