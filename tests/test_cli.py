@@ -14,7 +14,7 @@ from PIL import Image
 
 from unet_diffusion import cli
 from unet_diffusion.checkpoint import read_checkpoint, write_initial_checkpoint
-from unet_diffusion.interop import export_pipeline, import_pipeline
+from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser
 from unet_diffusion.unet import DenoiserUNet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -214,6 +214,23 @@ def draw(run_cli, tmp_path):
         return tmp_path / name
 
     return run
+
+
+def test_labels_take_turns(strong_run, draw):
+    mixed = pixels(draw("both", strong_run, "--num_images", 4, "--labels", 3, 7))
+    threes, sevens = (pixels(draw(str(one), strong_run, "--num_images", 4, "--labels", one)) for one in (3, 7))
+    assert not np.array_equal(threes[1], sevens[1])
+    np.testing.assert_array_equal(mixed, np.stack([threes[0], sevens[1], threes[2], sevens[3]]))
+
+
+def test_weaker_checkpoint_of_other_classes_is_refused(strong_run, run_cli, tmp_path):
+    other = load_denoiser(strong_run)
+    other.class_names = [f"digit {label}" for label in range(10)]
+    write_initial_checkpoint(other, tmp_path / "other.ckpt")
+    options = ["--guidance_weaker", tmp_path / "other.ckpt", "--guidance_scale", 2, "--labels", 3]
+    status, _, err = run_cli("sample", strong_run, *options, "--output", tmp_path / "drawn")
+    assert status == 1
+    assert f"--guidance_weaker must have the same classes and words; {tmp_path / 'other.ckpt'} has not" in err
 
 
 def test_sample_writes_images_a_grid_and_the_settings(strong_run, draw):
