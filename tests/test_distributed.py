@@ -116,19 +116,25 @@ def test_one_run_is_left_with_its_pipeline(two_processes):
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["devices"] == "2"
 
 
-def test_validation_loss_is_that_of_a_single_process(two_processes, run_cli, tmp_path):
+def validated(folder: Path) -> dict[str, float]:
+    """What a run last logged of its validation."""
+    with open(next(folder.glob("logs/*/metrics.csv")), newline="") as file:
+        rows = [{name: value for name, value in row.items() if name.startswith("val/")} for row in csv.DictReader(file)]
+    return {name: float(value) for name, value in [row for row in rows if any(row.values())][-1].items()}
+
+
+def test_validation_losses_are_those_of_a_single_process(two_processes, run_cli, tmp_path):
+    """Of each quarter of the noise levels too, as the processes do not have equally many images of each."""
     run = two_processes / "run"
-    with open(run / "logs" / "version_0" / "metrics.csv", newline="") as file:
-        (logged,) = (float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"])
+    logged = validated(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["trainer"].update(devices=1, strategy="auto", callbacks=None, default_root_dir=str(tmp_path / "alone"))
     (tmp_path / "alone.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config", tmp_path / "alone.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
     status, _, err = run_cli("validate", *arguments)
     assert status == 0, err
-    with open(tmp_path / "alone" / "logs" / "version_0" / "metrics.csv", newline="") as file:
-        (alone,) = (float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"])
-    assert logged == pytest.approx(alone, rel=1e-5)  # float32 sums in another order
+    assert logged.keys() == {"val/loss", *(f"val/loss_q{quarter}" for quarter in (1, 2, 3, 4))}
+    assert logged == pytest.approx(validated(tmp_path / "alone"), rel=1e-5)  # float32 sums in another order
 
 
 @pytest.fixture(scope="module")
@@ -309,13 +315,6 @@ def with_autoencoder(folder: Path, command: str, arguments: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
     done = run_python(whole, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
-
-
-def validated(folder: Path) -> dict[str, float]:
-    """What a run last logged of its validation."""
-    with open(next(folder.glob("logs/*/metrics.csv")), newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/psnr")]
-    return {name: float(value) for name, value in rows[-1].items() if name.startswith("val/")}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ SMALL = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num
 
 
 def cells(**options) -> SegmentationDataModule:
-    targets = Targets(label_format="instances", separate_borders=options.pop("separate_borders", False))
+    about_targets = {name: options.pop(name) for name in ("separate_borders", "ignore_label") if name in options}
+    targets = Targets(label_format="instances", **about_targets)
     settings = {"window_size": 32, "batch_size": 2, "windows_per_image": 2, "num_val": 2, **options}
     return SegmentationDataModule(SyntheticCells(num_images=5), targets, **settings)
 
@@ -59,15 +60,19 @@ def test_training_lowers_the_loss_and_finds_the_cells(quiet_trainer):
     assert trainer.callback_metrics["val/dice"] > 0.9
 
 
-def test_validation_scores_are_those_of_the_whole_images(quiet_trainer):
-    data, made = cells(window_size=128), module()  # the images in one window each
+@pytest.mark.parametrize("ignore_label", [None, 1])
+def test_validation_scores_are_those_of_the_whole_images(quiet_trainer, ignore_label):
+    data, made = cells(window_size=128, ignore_label=ignore_label), module()  # the images in one window each
     logged = quiet_trainer().validate(made, data, verbose=False)[0]
-    truths = [data.whole(i)["classes"].numpy() == 1 for i in data.val_indices.tolist()]
-    predictions = []
+    truths, predictions = [], []
     for i in data.val_indices.tolist():
+        classes = data.whole(i)["classes"].numpy()
         with torch.no_grad():
-            predictions.append(made.ema_unet(data.whole(i)["images"][None])[0].argmax(dim=0).numpy() == 1)
-    truth, predicted = np.concatenate(truths), np.concatenate(predictions)  # pooled
+            predicted = made.ema_unet(data.whole(i)["images"][None])[0].argmax(dim=0).numpy()
+        assert (classes == -1).any() == (ignore_label is not None)
+        truths.append(classes[classes != -1] == 1)
+        predictions.append(predicted[classes != -1] == 1)
+    truth, predicted = np.concatenate(truths)[None], np.concatenate(predictions)[None]  # pooled, as one row
     assert logged["val/dice"] == pytest.approx(dice(truth, predicted))
     assert logged["val/iou"] == pytest.approx(iou(truth, predicted))
     assert logged["val/pixel_error"] == pytest.approx(pixel_error(truth, predicted))
