@@ -12,10 +12,14 @@ import torch
 import yaml
 from PIL import Image
 
-from unet_diffusion import cli
+from unet_diffusion import cli, fit_arguments
 from unet_diffusion.checkpoint import read_checkpoint, write_initial_checkpoint
+from unet_diffusion.fit_arguments import check_arguments
 from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser
+from unet_diffusion.training.cli import TrainingCLI, _differences
+from unet_diffusion.training.precision import RunTrainer
 from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.usage import UsageError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SAMPLE = ("--num_inference_steps", 2, "--device", "cpu")
@@ -637,6 +641,8 @@ MISSPELT = {
     "--config digits --model.lr_warmup_steps x": "model.lr_warmup_steps: Expected a int. Got value: x",
     "--config {tmp}/misspelt.yaml": "there is no option trainer.max_stepz",
     "--config {tmp}/broken.yaml": "broken.yaml must be YAML, and is not: ",
+    "digits": "digits belongs to no option; did you mean --config digits?",
+    "--config digits --task sing": "task must be one of denoise, segment, autoencode, got sing",
 }
 
 
@@ -649,10 +655,59 @@ def test_what_is_misspelt_is_told_in_a_line_with_what_was_meant(run_cli, tmp_pat
     assert (status, line.startswith("unet-diffusion: error: "), MISSPELT[arguments] in line) == (2, True, True), err
 
 
-def test_missing_folder_is_told_with_one_that_is_there(run_cli, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    status, _, err = run_cli("fit", "--config", "folder", "--data.init_args.root", tmp_path / "picture")
-    assert (status, f"did you mean {tmp_path}/pictures?" in err) == (1, True), err
+def test_option_before_the_command_is_told(run_cli):
+    assert "options follow the command, got --device before it" in run_cli("--device", "cpu", "sample")[2]
+
+
+@pytest.mark.parametrize("name", ["picture", "picture-house"])  # which holds -h, as --help does
+def test_missing_folder_is_told_with_one_that_is_there(tmp_path, name):
+    (tmp_path / f"{name}s").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"did you mean {tmp_path}/{name}s?"):
+        check_arguments(["fit", "--config", "folder", "--data.init_args.root", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--config fashion_mnist --data.init_args.root made_by_it --data.init_args.download True",
+        "--config cells --model.init_from null",
+        "--config inpainting --data.init_args.images StreamDataModule --data.init_args.images.init_args.root s3://a/b",
+        "--config folder --data mine.Flowers --data.init_args.root a/name --data.init_args.labels fine",
+        "--config digits --ckpt_path last",
+    ],
+)
+def test_what_is_no_missing_path_is_left_to_the_parser(arguments):
+    checked, task = check_arguments(["fit", *arguments.split()])
+    assert checked[3:] == arguments.split()[2:]
+    assert task == ("segment" if "cells" in arguments else "denoise")
+
+
+def test_every_section_of_the_parsers_is_known():
+    """Of fit and of validate, whose arguments are looked at before there is a parser."""
+    sections = set()
+
+    class Parsed(TrainingCLI):
+        def parse_arguments(self, parser, args):
+            for subparser in parser._subcommands_action._name_parser_map.values():
+                sections.update(action.dest.split(".")[0] for action in subparser._actions)
+            raise UsageError
+
+    with pytest.raises(UsageError):
+        Parsed(
+            "denoise",
+            subclass_mode_data=True,
+            args=["fit"],
+            trainer_class=RunTrainer,
+            auto_configure_optimizers=False,
+        )
+    assert sections <= {*fit_arguments.SECTIONS, *fit_arguments.FLAGS}
+    assert {"model", "trainer", "verbose", "samples"} <= sections
+
+
+def test_only_speed_and_precision_are_kept_when_they_are_auto():
+    before = {"model": {"speed": "fused"}, "trainer": {"precision": "32-true", "devices": 2}}
+    now = {"model": {"speed": "auto"}, "trainer": {"precision": "auto", "devices": "auto"}}
+    assert _differences(before, now) == ["trainer.devices was 2, is auto"]
 
 
 def test_recipes_are_listed_shown_and_copied(run_cli, tmp_path):

@@ -1,6 +1,7 @@
 """The machine decides the precision: tests pretend to be each kind of machine."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from lightning.pytorch import Callback
 
 from unet_diffusion.precision import chosen_precision, precisions_for
 from unet_diffusion.training import AutoencoderModule
-from unet_diffusion.training.precision import RunTrainer
+from unet_diffusion.training.health import SkipBadSteps
+from unet_diffusion.training.precision import RunTrainer, precision_before, smaller_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -152,7 +154,73 @@ def test_a_run_that_goes_on_where_its_precision_is_not_in_hardware_says_so(
     trainer = trainer_on(tmp_path, max_steps=2)
     trainer.fit(module, data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
     assert trainer.precision == "32-true"
-    assert said == ["this machine has no bf16-mixed in hardware, in which the run was before; it goes on without"]
+    assert said == ["the run was in bf16-mixed, which this machine does not have in hardware; it goes on in 32-true"]
+
+
+def test_a_float16_run_goes_on_so_on_a_gpu_with_bfloat16_and_not_on_a_cpu(monkeypatch):
+    has_only(monkeypatch, FLOAT32, BFLOAT16)
+    trainer = SimpleNamespace(precision_is_auto=True, strategy=SimpleNamespace(root_device=CUDA))
+    assert precision_before(trainer, {"precision": "16-mixed"}) == (FLOAT16,)
+    assert precision_before(trainer, {"precision": "16-mixed"}, can_scale_losses=False) == (FLOAT32, BFLOAT16)
+    trainer.strategy.root_device = CPU
+    assert precision_before(trainer, {"precision": "16-mixed"}) == (FLOAT32, BFLOAT16)
+
+
+def test_a_precision_that_is_emulated_is_warned_of(tiny_module, tiny_images, tmp_path, monkeypatch):
+    has_only(monkeypatch, FLOAT32)
+    with pytest.warns(UserWarning, match=r"bf16-mixed is not in this machine's hardware.*; set it to auto"):
+        trainer_on(tmp_path, max_steps=1, precision="bf16-mixed").fit(tiny_module(), tiny_images(class_names=None))
+
+
+class Spoilt(Callback):
+    """Makes the images of some steps infinite."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step in self.steps:
+            batch["images"].fill_(torch.inf)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_skipped_in_float16_are_counted_and_many_in_a_row_end_the_run(
+    tiny_module, tiny_images, tmp_path, monkeypatch, fused
+):
+    has_only(monkeypatch, FLOAT32, FLOAT16)
+    monkeypatch.setattr("unet_diffusion.training.health.MAX_BAD_STEPS_IN_FLOAT16", 3)
+    make = functools.partial(tiny_module, optimizer=functools.partial(torch.optim.SGD, lr=0.1, fused=fused))
+    options = {"max_steps": 6, "log_every_n_steps": 1, "gradient_clip_val": 1.0}
+    module = make()
+    trainer = trainer_on(tmp_path, callbacks=[Spoilt({1, 2, 4}), SkipBadSteps()], **options)
+    trainer.fit(module, tiny_images(class_names=None))
+    assert trainer.callback_metrics["train/skipped_steps"] == 3
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**13
+    assert all(weight.isfinite().all() for weight in module.state_dict().values())
+    trainer = trainer_on(tmp_path, callbacks=[Spoilt({1, 2, 3}), SkipBadSteps()], **options)
+    with pytest.raises(RuntimeError, match="the gradients of 3 steps in a row"):
+        trainer.fit(make(), tiny_images(class_names=None))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_clipped_by_value_in_float16(tiny_module, tiny_images, tmp_path, monkeypatch, fused):
+    has_only(monkeypatch, FLOAT32, FLOAT16)
+    steps = Steps()
+    module = tiny_module(optimizer=functools.partial(torch.optim.SGD, lr=1.0, fused=fused))
+    clipping = {"gradient_clip_val": 1.0e-4, "gradient_clip_algorithm": "value"}
+    trainer_on(tmp_path, max_steps=1, callbacks=[steps], **clipping).fit(module, tiny_images(class_names=None))
+    largest = (steps.weights[1] - steps.weights[0]).abs().max()
+    assert largest == pytest.approx(1.0e-4, rel=1e-2)  # the gradients of an untrained network are larger
+
+
+def test_less_memory_is_advised_only_in_a_precision_of_the_hardware(monkeypatch):
+    trainer = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_device=CPU))
+    has_only(monkeypatch, FLOAT32)
+    assert smaller_precision(trainer) is None
+    has_only(monkeypatch, FLOAT32, BFLOAT16)
+    assert smaller_precision(trainer) == "bf16-mixed"
+    trainer.precision = "bf16-mixed"
+    assert smaller_precision(trainer) is None
 
 
 def test_a_precision_of_weights_is_refused(tiny_module, tiny_images, quiet_trainer):

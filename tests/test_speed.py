@@ -141,6 +141,28 @@ def test_the_fastest_is_chosen_and_the_reason_given(tiny_unet, monkeypatch):
     )
 
 
+def test_what_a_gpu_loads_at_its_first_step_does_not_count(tiny_unet, monkeypatch):
+    """A step there takes milliseconds, and the first one of each setting a second."""
+    told = ToldTimes(
+        monkeypatch, {("plain", FLOAT32): 0.1, ("plain", BFLOAT16): 0.05, ("channels_last", BFLOAT16): 0.03}
+    )
+    step, met = told.step, set()
+
+    def with_loading(setting, number):
+        loading = 0.0 if setting in met else 1.0
+        told.now += loading
+        met.add(setting)
+        return loading + step(setting, number)
+
+    told.step = with_loading
+    x = torch.zeros(16, 1, 8, 8, device="meta")
+    chosen, dtype, _ = fastest_setting(
+        tiny_unet(), x, inputs={}, num_steps=10_000, speeds=("plain", "channels_last"), precisions=(FLOAT32, BFLOAT16)
+    )
+    assert (chosen, dtype) == ("channels_last", BFLOAT16)
+    assert ("channels_last", BFLOAT16, 16) in told.steps  # timed with the whole batch
+
+
 def test_a_gain_within_the_noise_does_not_count(tiny_unet, monkeypatch):
     ToldTimes(monkeypatch, {("plain", FLOAT32): 0.1, ("plain", BFLOAT16): 0.097, ("fused", FLOAT32): 0.096})
     assert choose(tiny_unet(), precisions=(FLOAT32, BFLOAT16))[:2] == ("plain", FLOAT32)

@@ -84,6 +84,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         similar = did_you_mean(arguments[0], commands) or "; unet-diffusion --help lists them"
         raise UsageError(f"there is no command {arguments[0]!r}{similar}")
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
+        raise UsageError(f"options follow the command, got {arguments[0]} before it; unet-diffusion --help lists both")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         similar = did_you_mean(unknown[0], commands[arguments[0]]._option_string_actions)
@@ -197,12 +199,12 @@ def _copy_recipe(options: argparse.Namespace) -> None:
 def _train(arguments: list[str]) -> None:
     from unet_diffusion.fit_arguments import check_arguments
 
-    arguments = check_arguments(arguments)
+    arguments, task = check_arguments(arguments)
     with quick_imports():  # the training stack takes seconds to import; the other commands do without it
         import_lightning()
         from unet_diffusion.training.cli import TrainingCLI
 
-    TrainingCLI.run(arguments)
+    TrainingCLI.run(arguments, task)
 
 
 # --------------------------------------------------------------------------------------------------------------- pack

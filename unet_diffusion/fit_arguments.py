@@ -9,45 +9,67 @@ from typing import Any
 
 import yaml
 
-from unet_diffusion.recipes import recipe_path
+import unet_diffusion.data
+from unet_diffusion.recipes import all_recipes, recipe_path
 from unet_diffusion.usage import UsageError, did_you_mean, similar_paths
 
-SECTIONS = ("model", "data", "trainer", "samples", "checkpoint", "task", "seed_everything", "ckpt_path", "weights_only")
+SECTIONS = ("model", "data", "trainer", "samples", "checkpoint", "task", "seed_everything", "ckpt_path", "weights_only",
+            "verbose")  # fmt: skip
 FLAGS = ("config", "print_config", "print_shtab", "help")
+TASKS = ("denoise", "segment", "autoencode")
 FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
-OF_DATA = ("root", "images", "labels")  # arguments of data that are folders, files or archives
 
 
-def check_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with the path of each recipe in place of its name.
+def check_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """The arguments, with the path of each recipe in place of its name, and the task: what is trained.
 
     Args:
         arguments: Those of the command, its name first.
 
     Raises:
-        UsageError: if there is no such recipe or section, or a file is not YAML.
-        FileNotFoundError: if a file or folder is missing.
+        UsageError: If there is no such recipe, section or task, or a file is not YAML.
+        FileNotFoundError: If a file or folder is missing.
     """
     checked, settings = [arguments[0]], dict[str, Any]()
     rest = list(arguments[1:])
     while rest:
         argument = rest.pop(0)
         name, has_value, value = argument.partition("=")
-        if name in ("--config", "-c") and (has_value or rest):
-            path = recipe_path(value if has_value else rest.pop(0))
+        if not argument.startswith("-"):
+            raise UsageError(f"{argument} belongs to no option{_as_recipe(argument)}")
+        words = [argument]
+        if not has_value and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+            words.append(value)
+        if name in ("--config", "-c") and value:
+            path = recipe_path(value)
             checked += ["--config", str(path)]
             _update(settings, _read(path))
             continue
-        checked.append(argument)
-        if not name.startswith("--"):
-            continue
-        if not has_value and rest and not rest[0].startswith("--"):
-            value = rest[0]
-        _check_section(name.removeprefix("--"), f"option {name}")
-        _update(settings, {name.removeprefix("--"): value})
-    if not any(flag in argument for argument in arguments for flag in ("--help", "-h", "--print_")):
+        checked += words
+        if name.startswith("--"):
+            _check_section(name.removeprefix("--"), f"option {name}")
+            _update(settings, {name.removeprefix("--"): _value(value)})
+    if not any(argument in ("-h", "--help") or argument.startswith("--print_") for argument in checked):
         _check_paths(settings)
-    return checked
+    task = settings.get("task", TASKS[0])
+    if task not in TASKS:
+        raise UsageError(f"task must be one of {', '.join(TASKS)}, got {task}")
+    return checked, task
+
+
+def _as_recipe(word: str) -> str:
+    """The end of an error message about a word that may be meant as a recipe."""
+    names = [recipe.name for recipe in all_recipes()]
+    return f"; did you mean --config {word}?" if word in names else "; --help lists the options"
+
+
+def _value(text: str) -> Any:
+    """A value as the parser will read it."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -71,7 +93,9 @@ def _flat(content: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         return {name: content}
     return {
-        key: one for part, below in content.items() for key, one in _flat(below, f"{name}.{part}".strip(".")).items()
+        key: value
+        for part, below in content.items()
+        for key, value in _flat(below, f"{name}.{part}".strip(".")).items()
     }
 
 
@@ -79,7 +103,7 @@ def _update(settings: dict[str, Any], others: dict[str, Any]) -> None:
     """Later settings replace earlier ones; another class of data has no use for the arguments of the one before."""
     for name, value in others.items():
         if name in ("data", "data.class_path"):
-            for old in [one for one in settings if one.startswith("data.")]:
+            for old in [known for known in settings if known.startswith("data.")]:
                 del settings[old]
         settings[name.replace(".init_args", "")] = value
 
@@ -92,24 +116,32 @@ def _check_section(name: str, what: str) -> None:
 
 
 def _check_paths(settings: dict[str, Any]) -> None:
-    paths = {name: value for name, value in settings.items() if _is_input(name) and isinstance(value, str) and value}
-    if settings.get("data.download") in (True, "true"):
-        paths.pop("data.root", None)
-    for name, value in paths.items():
+    for name, value in settings.items():
+        if not isinstance(value, str) or not value or not _is_input(name, settings):
+            continue
         path = Path(value).expanduser()
         in_archive = any(parent.is_file() for parent in path.parents)
         if "://" not in value and not path.exists() and not in_archive:
             fix = similar_paths(path) or f"; set --{name}"
             raise FileNotFoundError(f"{name} must be an existing folder or file, got {value}{fix}")
-    asked = settings.get("ckpt_path")
-    if asked and asked not in ("null", *FINDS_CHECKPOINTS) and not Path(asked).is_file():
+    checkpoint = settings.get("ckpt_path")
+    if checkpoint and checkpoint not in FINDS_CHECKPOINTS and not Path(checkpoint).is_file():
         words = ", ".join(FINDS_CHECKPOINTS)
-        raise FileNotFoundError(f"ckpt_path must be a file, or one of {words}, got {asked}{similar_paths(Path(asked))}")
+        similar = similar_paths(Path(checkpoint))
+        raise FileNotFoundError(f"ckpt_path must be a file, or one of {words}, got {checkpoint}{similar}")
     root = settings.get("trainer.default_root_dir")
     if isinstance(root, str) and Path(root).expanduser().is_file():
         raise UsageError(f"trainer.default_root_dir must be a folder, and {root} is a file")
 
 
-def _is_input(name: str) -> bool:
-    parts = name.split(".")
-    return name == "model.init_from" or (parts[0] == "data" and parts[-1] in OF_DATA)
+def _is_input(name: str, settings: dict[str, Any]) -> bool:
+    """Whether a setting is a folder, file or archive that must exist, as far as our own classes go."""
+    if name == "model.init_from":
+        return True
+    owner, _, argument = name.rpartition(".")
+    if owner.split(".")[0] != "data" or argument not in ("root", "images", "labels") or settings.get("data.download"):
+        return False
+    owner_class = settings.get(f"{owner}.class_path") or settings.get(owner) or ""
+    package, _, class_name = str(owner_class).rpartition(".")
+    is_ours = class_name in unet_diffusion.data.__all__ and (not package or package.startswith("unet_diffusion."))
+    return is_ours and (argument == "root" or class_name == "PairedFiles")

@@ -28,8 +28,8 @@ class Recipe:
     def summary(self) -> dict[str, str]:
         """What it trains, needs and takes, by HEADINGS; {} for an overlay."""
         lines = [line[2:] for line in self.path.read_text(encoding="utf-8").splitlines()[: len(HEADINGS)]]
-        said = dict(line.split(": ", 1) for line in lines if ": " in line)
-        return said if tuple(said) == HEADINGS else {}
+        summary = dict(line.split(": ", 1) for line in lines if ": " in line)
+        return summary if tuple(summary) == HEADINGS else {}
 
 
 def folder() -> Path:
@@ -42,7 +42,7 @@ def folder() -> Path:
 def all_recipes() -> list[Recipe]:
     """Recipes by name, and the overlays after them."""
     files = [(path.relative_to(folder()).with_suffix("").as_posix(), path) for path in folder().rglob("*.yaml")]
-    return [Recipe(*one) for one in sorted(files, key=lambda one: ("/" in one[0], one[0]))]
+    return [Recipe(name, path) for name, path in sorted(files, key=lambda file: ("/" in file[0], file[0]))]
 
 
 def recipe_path(name: str) -> Path:

@@ -218,7 +218,7 @@ class _Trial:
             if self._is_affordable(setting):
                 self._set_up(setting)
                 # What is compiled for one shape would be compiled anew for a small step.
-                small = self.best_small if setting.speed == "compiled" else self._step(setting, self.num_small)
+                small = self.best_small if setting.speed == "compiled" else self._small_step(setting)
                 if self._is_promising(setting, small):
                     self._time_steps(setting, expected=small * self.num_timed / self.num_small)
         except RuntimeError as error:  # of compilers, and out of memory
@@ -260,6 +260,12 @@ class _Trial:
         if setting.speed == "compiled":
             self._step(setting, self.num_timed)
         self.compiled_for += time.perf_counter() - start
+
+    def _small_step(self, setting: Setting) -> float:
+        """Seconds of a step with few images."""
+        if self.x.device.type != "cpu":
+            self._step(setting, self.num_small)  # a GPU's first one loads kernels and chooses among them, for a second
+        return self._step(setting, self.num_small)
 
     def _is_promising(self, setting: Setting, taken: float) -> bool:
         """Whether a step with few images is not far slower than that of the best so far."""

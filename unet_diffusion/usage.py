@@ -31,6 +31,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def similar_paths(path: Path) -> str:
     """The paths beside a missing one whose names look like its own, as the end of an error message; "" without any."""
-    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    beside = [neighbour.name for neighbour in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, beside, n=3, cutoff=0.7)
     return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""

@@ -208,9 +208,9 @@ def _check_mode(image: Image.Image) -> None:
 
 
 def _read_16_bit_png(data: bytes) -> Pixels:
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     from torchvision.io import ImageReadMode, decode_png  # a second to import, and such files are rare
 
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return decode_png(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
 
 

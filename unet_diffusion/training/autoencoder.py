@@ -35,6 +35,7 @@ from unet_diffusion.training.precision import (
     precision_before,
     set_precision,
     settle_precision,
+    warn_of_emulation,
 )
 
 Reconstruction = Literal["l1", "l2"]
@@ -184,6 +185,7 @@ class AutoencoderModule(LightningModule):
             keep_freed_memory()
         if stage == "fit":
             self._check_fit()
+            warn_of_emulation(self.trainer)
         # Nothing is timed: a step of two networks, each with its optimiser, is more than a trial can hold.
         precision = possible_precisions(self.trainer, can_scale_losses=False)[-1]
         if stage != "fit":

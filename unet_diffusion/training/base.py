@@ -31,6 +31,7 @@ from unet_diffusion.training.precision import (
     precision_is_auto,
     set_precision,
     settle_precision,
+    warn_of_emulation,
 )
 from unet_diffusion.unet import PixelNetwork
 
@@ -145,6 +146,7 @@ class NetworkModule(LightningModule):
         if stage == "fit":
             self._paired_parameters = []  # of a run before this one, before networks were moved or shared out
             self._check_end()
+            warn_of_emulation(self.trainer)
             if self.speed == "graphed" and not self._can_be_graphed:
                 raise ValueError(
                     "speed graphed needs a GPU in one process, with accumulate_grad_batches 1, as graphs keep no "
@@ -229,12 +231,14 @@ class NetworkModule(LightningModule):
         In float16 those take scaled gradients, unless these were unscaled before, as they are here to be clipped.
         """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if not gradient_clip_val:
             return
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            return
         if self.gradient_norm is None:
             self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from unet_diffusion.training.segmentation import SegmentationModule
 
 PAIRS_IN_A_ROW = 8  # of images, or what a network is shown of them, and what comes of each
-ALWAYS_DRAWS = [  # scheduler, its steps, and those of training: whatever the schedule, so that no diffusers is asked
+ALWAYS_DRAWS = [  # scheduler, its steps, those of training: known to be possible, without importing diffusers to ask
     ("DPMSolverMultistepScheduler", 15, 1000),
     ("DPMSolverMultistepScheduler", 25, 1000),
 ]

@@ -7,7 +7,6 @@ checkpoints/ and the exported pipeline/ or autoencoder/. The same command again 
 is whole; a folder that holds a run of other settings is never trained into, except to continue it by name.
 """
 
-import argparse
 import atexit
 import re
 import signal
@@ -33,7 +32,7 @@ from unet_diffusion.checkpoint import load_plain, read_checkpoint
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
-from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS
+from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS, TASKS
 from unet_diffusion.interruption import Interrupted
 from unet_diffusion.training.callbacks import (
     PictureGrid,
@@ -47,7 +46,7 @@ from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeChec
 from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
-from unet_diffusion.training.precision import RunTrainer
+from unet_diffusion.training.precision import RunTrainer, smaller_precision
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
@@ -59,15 +58,15 @@ PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", 
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
-AUTO = "auto"  # speed and precision that are left to the machine
-TASKS = ("denoise", "segment", "autoencode")
+AUTO = "auto"
+LEFT_TO_THE_MACHINE = ("model.speed", "trainer.precision")  # by "auto"
 COMMON = (  # of the trainer's options those that people set
     "",
     *("max_steps", "default_root_dir", "precision", "accelerator", "devices", "num_nodes", "strategy", "max_time"),
     *("val_check_interval", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val", "logger"),
     *("enable_progress_bar", "fast_dev_run"),
 )
-SECTIONS = ("help", "model", "data", "trainer", "samples", "checkpoint", "ckpt_path")  # of the help, in this order
+HELP_ORDER = ("help", "model", "data", "trainer", "samples", "checkpoint", "ckpt_path")  # of the help, in this order
 MAX_MESSAGE = 500  # characters of an error: jsonargparse tells of each type that it tried
 
 
@@ -107,7 +106,7 @@ class RunParser(LightningArgumentParser):
         raise UsageError(_in_short(message, self._option_string_actions)) from ex
 
     def format_help(self, *args: Any) -> str:
-        if self.usage is None and any("trainer.max_steps" in _names(one) for one in self._action_groups):
+        if self.usage is None and any("trainer.max_steps" in _names(group) for group in self._action_groups):
             self._put_in_order()
             self.usage = f"unet-diffusion {self.prog.split()[-1]} --config RECIPE [--config FILE] [--OPTION VALUE] ..."
         return super().format_help(*args)
@@ -115,15 +114,15 @@ class RunParser(LightningArgumentParser):
     def _put_in_order(self) -> None:
         """Sorts the sections of the help; the trainer's options that few set come last and in brief."""
         groups: Any = self._action_groups
-        (trainer,) = (one for one in groups if "trainer.max_steps" in _names(one))
-        common = [one for one in trainer._group_actions if (*one.dest.split("."), "")[1] in COMMON]
+        (trainer,) = (group for group in groups if "trainer.max_steps" in _names(group))
+        common = [action for action in trainer._group_actions if (*action.dest.split("."), "")[1] in COMMON]
         rare = self.add_argument_group("The trainer's other options")
-        rare._group_actions = [one for one in trainer._group_actions if one not in common]
+        rare._group_actions = [action for action in trainer._group_actions if action not in common]
         trainer._group_actions = sorted(common, key=lambda action: COMMON.index((*action.dest.split("."), "")[1]))
         for action in rare._group_actions:
             action.help = re.split(r"\.\s|\n\s*\n", (action.help or "").strip())[0]
         groups.sort(
-            key=lambda group: max((SECTIONS.index(name) for name in _names(group) if name in SECTIONS), default=0)
+            key=lambda group: max((HELP_ORDER.index(name) for name in _names(group) if name in HELP_ORDER), default=0)
         )
         groups.append(groups.pop(groups.index(rare)))
 
@@ -137,7 +136,7 @@ def _in_short(message: str, known: Iterable[str]) -> str:
     line = " ".join(message.split())
     if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", line):
         name = unknown[1] or unknown[2]
-        similar = did_you_mean(name, (one.removeprefix("--") for one in known)) or "; --help lists the options"
+        similar = did_you_mean(name, (option.removeprefix("--") for option in known)) or "; --help lists the options"
         return f"there is no option {name}{similar}"
     if no_class := re.search(r'key "([^"]+)".*Expected a dot import path string: (\w+)', line):
         return f"{no_class[1]}: there is no class {no_class[2]}{did_you_mean(no_class[2], unet_diffusion.data.__all__)}"
@@ -206,21 +205,26 @@ class TrainingCLI(LightningCLI):
                 raise
             batch_size = getattr(getattr(self, "datamodule", None), "batch_size", None)
             accumulated = self.trainer.accumulate_grad_batches if hasattr(self, "trainer") else 1
-            raise MemoryError(memory_advice(error, batch_size, accumulated)) from error
+            precision = smaller_precision(self.trainer) if hasattr(self, "trainer") else None
+            raise MemoryError(memory_advice(error, batch_size, accumulated, precision)) from error
 
     @classmethod
-    def run(cls, arguments: Sequence[str]) -> None:
+    def run(cls, arguments: Sequence[str], task: str) -> None:
         """Parse and carry out `fit ...` or `validate ...`.
 
+        Args:
+            arguments: Those of the command, its name first, after `check_arguments`.
+            task: What is trained, one of TASKS.
+
         Raises:
-            ValueError: if the settings contradict each other, or there is no such task.
+            ValueError: if the settings contradict each other.
             FileExistsError: if the run folder holds a run of other settings.
             MemoryError: if memory does not suffice.
             Interrupted: if a signal ended it.
         """
         _silence_what_is_meant()
         try:
-            cls._run(arguments)
+            cls._run(arguments, task)
         except SIGTERMException as error:  # before the first step, when Lightning has the signal
             raise Interrupted(signal.SIGTERM) from error
         except SystemExit as error:
@@ -229,10 +233,10 @@ class TrainingCLI(LightningCLI):
             raise
 
     @classmethod
-    def _run(cls, arguments: Sequence[str]) -> None:
+    def _run(cls, arguments: Sequence[str], task: str) -> None:
         refuse_dangerous_modules()
         cls(
-            _task_of(arguments[1:]),
+            task,
             trainer_class=RunTrainer,
             subclass_mode_data=True,
             args=list(arguments),
@@ -267,9 +271,6 @@ class TrainingCLI(LightningCLI):
         else:
             files = [Path(config.ckpt_path)] if config.ckpt_path else []
         for file in files:
-            if not file.is_file():
-                words = ", ".join(FINDS_CHECKPOINTS)
-                raise FileNotFoundError(f"ckpt_path must be a file, or one of {words}, got {config.ckpt_path}")
             load_plain(file)
 
     def before_instantiate_classes(self) -> None:
@@ -371,26 +372,6 @@ class TrainingCLI(LightningCLI):
         return "pipeline/, which diffusers loads"
 
 
-def _task_of(arguments: Sequence[str]) -> str:
-    """The task on the command line, or else in the last configuration file that names one.
-
-    Which options there are depends on it, so it is looked for before they are parsed.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task")
-    parser.add_argument("--config", "-c", action="append", default=[])
-    found, _ = parser.parse_known_args(list(arguments))
-    tasks = ["denoise"]
-    for path in found.config:
-        if Path(path).is_file():  # a missing one is an error of the parser that comes next
-            content = yaml.safe_load(Path(path).read_text())
-            tasks += [content["task"]] if isinstance(content, dict) and "task" in content else []
-    task = found.task or tasks[-1]
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    return task
-
-
 def _silence_what_is_meant() -> None:
     """Hides Lightning's warnings about things that are as they should be here."""
     for message in (
@@ -450,8 +431,9 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted({*before, *now})
         return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}")]
-    is_kept = now == AUTO and before is not None  # what was chosen then is kept
-    return [] if before == now or is_kept else [f"{name.lstrip('.')} was {before}, is {now}"]
+    name = name.lstrip(".")
+    is_kept = name in LEFT_TO_THE_MACHINE and now == AUTO and before is not None  # what was chosen then is kept
+    return [] if before == now or is_kept else [f"{name} was {before}, is {now}"]
 
 
 def _loggers(wanted: Any, root: Path) -> Any:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from unet_diffusion.whole_file import whole_file
 
 MAX_BAD_STEPS = 10  # in a row; one outlier is skipped, a run of them is no outlier
+MAX_BAD_STEPS_IN_FLOAT16 = 30  # in a row: each halves the scale of the losses, from 2^16 until gradients fit
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
@@ -23,7 +24,8 @@ class SkipBadSteps(Callback):
     is told on the device, as `torch.amp.GradScaler` does it; another one, or one of sharded weights, is left without
     gradients, for which one number is read. `train/skipped_steps` counts those of the run, of all its optimisers, and
     is read when losses are logged; if ten in a row were skipped by then, the run ends, and `bad_batch_RANK.pt` in its
-    folder holds the last batch. In float16 steps are skipped by the GradScaler, and not counted.
+    folder holds the last batch. In float16 a GradScaler skips the steps, some of them to find its scale: they are
+    counted too, and thirty in a row end the run.
     """
 
     def __init__(self) -> None:
@@ -33,17 +35,17 @@ class SkipBadSteps(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Of the optimiser itself, not Lightning's wrapper; Lightning calls it, or who steps past Lightning."""
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:  # float16: its GradScaler does it
-            return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        pl_module.gradient_norm = norm  # clipping needs it too
         is_sharded = isinstance(norm, DTensor)
         bad = (~torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)).float()
         number = next(number for number, one in enumerate(trainer.optimizers) if one is optimizer)
         total, in_a_row, most = self._counts.get(number, torch.zeros(3)).to(bad.device)
         in_a_row = (in_a_row + 1) * bad
         self._counts[number] = torch.stack([total + bad, in_a_row, torch.maximum(most, in_a_row)])
+        if _has_scaler(trainer):  # it looks at the gradients itself; those of fused optimisers are still scaled
+            return
+        pl_module.gradient_norm = norm  # clipping needs it too
         if all(group.get("fused") for group in optimizer.param_groups) and not is_sharded:
             # Attributes that fused optimisers look for; torch's types do not have them.
             optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
@@ -62,10 +64,10 @@ class SkipBadSteps(Callback):
         for counts in self._counts.values():
             counts[2] = 0.0
         pl_module.log("train/skipped_steps", float(skipped))
-        if skipped > self._reported:
+        if skipped > self._reported and not _has_scaler(trainer):
             rank_zero_warn(f"{skipped - self._reported} of the steps to {step} were skipped: gradients not finite")
             self._reported = skipped
-        if most >= MAX_BAD_STEPS:
+        if most >= (MAX_BAD_STEPS_IN_FLOAT16 if _has_scaler(trainer) else MAX_BAD_STEPS):
             path = Path(trainer.default_root_dir) / f"bad_batch_{trainer.global_rank}.pt"
             keep_batch(path, batch, step)
             raise RuntimeError(
@@ -87,6 +89,10 @@ class SkipBadSteps(Callback):
         return sum(total for total, *_ in counts), max((most for *_, most in counts), default=0)
 
 
+def _has_scaler(trainer: Trainer) -> bool:
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def keep_batch(path: Path, batch: dict[str, Tensor], step: int) -> None:
     """Write a batch and its step, to be read by `torch.load(path, weights_only=True)`."""
     with whole_file(path) as partial:
@@ -98,8 +104,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def memory_advice(error: BaseException, batch_size: int | None, accumulate_grad_batches: int) -> str:
-    """What to change, after `is_out_of_memory`."""
+def memory_advice(
+    error: BaseException, batch_size: int | None, accumulate_grad_batches: int, smaller_precision: str | None
+) -> str:
+    """What to change, after `is_out_of_memory`.
+
+    Args:
+        error: What was raised.
+        batch_size: Images of a batch; None if unknown.
+        accumulate_grad_batches: Batches of a step.
+        smaller_precision: The trainer's precision that would take less memory here; None if there is none.
+    """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if batch_size is None or batch_size == 1:
         less = "use smaller images or a narrower network (model.unet.init_args.channels)"
@@ -108,4 +123,5 @@ def memory_advice(error: BaseException, batch_size: int | None, accumulate_grad_
             f"lower data.init_args.batch_size from {batch_size} to {batch_size // 2}, and set "
             f"trainer.accumulate_grad_batches to {2 * accumulate_grad_batches}, which trains on as many images a step"
         )
-    return f"out of memory ({first}); {less}. trainer.precision bf16-mixed takes less, too"
+    other = f". trainer.precision {smaller_precision} takes less, too" if smaller_precision else ""
+    return f"out of memory ({first}); {less}{other}"

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from unet_diffusion.precision import precisions_for
 
@@ -25,8 +25,9 @@ class RunTrainer(Trainer):
 
     Args:
         precision: What convolutions and matrix products are computed in; weights are float32. 32-true: float32.
-            bf16-mixed: bfloat16. 16-mixed: float16, with scaled losses, on GPUs only. auto: the fastest of those that
-            the hardware has; a few training steps are timed, and a run that is continued keeps what was chosen.
+            bf16-mixed: bfloat16. 16-mixed: float16, with scaled losses, on GPUs only. auto: one of those that the
+            hardware has. A few training steps are timed to find the fastest; autoencoders take 16 bits untimed. A run
+            that is continued keeps what was chosen.
     """
 
     def __init__(self, *, precision: TrainingPrecision | Literal["auto"] = "auto", **options: Any):
@@ -66,18 +67,42 @@ def possible_precisions(trainer: Trainer, *, can_scale_losses: bool = True) -> t
 def precision_before(
     trainer: Trainer, checkpoint: dict[str, Any], *, can_scale_losses: bool = True
 ) -> tuple[torch.dtype, ...]:
-    """The precisions in which a run may go on: where it is left to the machine, and the machine has it, its own before.
+    """The precisions in which a run may go on.
 
-    Otherwise they are those of `possible_precisions`; that the machine lacks the one before is logged.
+    If the precision is left to the machine, and the machine has the checkpoint's in hardware, it is that one. Otherwise
+    they are those of `possible_precisions`, and the change is logged.
     """
     possible = possible_precisions(trainer, can_scale_losses=can_scale_losses)
     before = DTYPES.get(checkpoint.get("precision", ""))
-    if before is None or not precision_is_auto(trainer):
-        return possible
-    if before in possible:
-        return (before,)
-    rank_zero_info(f"this machine has no {NAMES[before]} in hardware, in which the run was before; it goes on without")
+    if before is None or before in possible:
+        return (before,) if before and precision_is_auto(trainer) else possible
+    device = trainer.strategy.root_device
+    if precision_is_auto(trainer) and can_scale_losses and _is_in_hardware(before, device):
+        return (before,)  # float16 on a GPU that has bfloat16
+    reason = "" if _is_in_hardware(before, device) else ", which this machine does not have in hardware"
+    names = " or ".join(NAMES[dtype] for dtype in possible)
+    rank_zero_info(f"the run was in {NAMES[before]}{reason}; it goes on in {names}")
     return possible
+
+
+def warn_of_emulation(trainer: Trainer) -> None:
+    """Warn if the precision that was asked for is emulated here: a configuration may come from another machine."""
+    dtype, device = DTYPES.get(trainer.precision), trainer.strategy.root_device
+    if dtype is not None and not _is_in_hardware(dtype, device):
+        rank_zero_warn(
+            f"trainer.precision {trainer.precision} is not in this machine's hardware, and many times slower than "
+            "float32; set it to auto"
+        )
+
+
+def _is_in_hardware(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype in precisions_for(device) or (dtype == torch.float16 and device.type == "cuda")
+
+
+def smaller_precision(trainer: Trainer) -> TrainingPrecision | None:
+    """The 16-bit precision that this machine has in hardware; None if the trainer is in it, or there is none."""
+    name = NAMES[precisions_for(trainer.strategy.root_device)[-1]]
+    return None if name in ("32-true", trainer.precision) else name
 
 
 def set_precision(trainer: Trainer, dtype: torch.dtype) -> None:
