@@ -232,6 +232,7 @@ def test_segmentation_speed(tmp_path):
     assert all(row["megapixels/s"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_streaming(tmp_path):
     write_pairs(tmp_path, 3, False, num=30)
     sizes = ["--image_size", 16, "--batch_size", 2, "--shard_images", 4, "--epochs", 1]

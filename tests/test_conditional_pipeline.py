@@ -224,6 +224,7 @@ def elsewhere(exported):
     return draw_elsewhere(root, calls, seeds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_folder_draws_our_images_without_this_package(exported, elsewhere, name):
     root, made = exported
@@ -234,6 +235,7 @@ def test_folder_draws_our_images_without_this_package(exported, elsewhere, name)
         assert np.abs(guided - elsewhere[name]["plain"]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_python_of_the_model_card_draws(elsewhere, exported, name):
     trained = exported[1][name]

@@ -239,7 +239,12 @@ def test_pretrained_autoencoder_is_trained_on_by_the_command_line(run_cli, tmp_p
     assert status == 0, err
 
 
-@pytest.mark.parametrize("name", SEGMENT)
+SLOW = ["nuclei_features.yaml"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SEGMENT]
+)
 def test_recipe_trains_and_leaves_a_segmenter(run_cli, caplog, tmp_path, name):
     arguments = ["--config", CONFIGS / name, *SMALLER, *SMALL_WINDOWS, *NARROWER[name]]
     if name != "cells.yaml":

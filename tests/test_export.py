@@ -114,10 +114,12 @@ def assert_same_images(ours: np.ndarray, theirs: np.ndarray) -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_unconditional_folder_makes_our_images_without_this_package(unconditional_elsewhere):
     assert_same_images(images_here(tiny_denoiser(classes=False)), unconditional_elsewhere["plain"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "guidance_scale"), [("numbers", 1.0), ("guided", 3.0)])
 def test_class_conditional_folder_makes_our_images_without_this_package(
     class_conditional_elsewhere, name, guidance_scale
@@ -126,20 +128,24 @@ def test_class_conditional_folder_makes_our_images_without_this_package(
     assert_same_images(images_here(tiny_denoiser(classes=True), **options), class_conditional_elsewhere[name])
 
 
+@pytest.mark.slow
 def test_class_conditional_folder_takes_names_for_labels(class_conditional_elsewhere):
     assert np.array_equal(class_conditional_elsewhere["names"], class_conditional_elsewhere["numbers"])
 
 
+@pytest.mark.slow
 def test_guidance_of_the_class_conditional_folder_does_something(class_conditional_elsewhere):
     images = class_conditional_elsewhere
     assert np.abs(images["guided"] - images["numbers"]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_python_of_the_model_card_runs(unconditional_elsewhere, class_conditional_elsewhere):
     assert len(unconditional_elsewhere["card"]) == 4
     assert len(class_conditional_elsewhere["card"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_class_conditional_folder_of_latents_makes_our_images_without_this_package(tmp_path, kind):
     trained = latent_denoiser(tmp_path, kind)

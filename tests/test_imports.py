@@ -17,7 +17,11 @@ SEGMENTING = [
     "tiles",
 ]
 FORBIDDEN = [  # what a module must not pull in, however indirectly
-    ("lightning", [*DRAWING, *(f"segmentation.{name}" for name in SEGMENTING), "data.packing"]),
+    pytest.param(
+        "lightning",
+        [*DRAWING, *(f"segmentation.{name}" for name in SEGMENTING), "data.packing"],
+        marks=pytest.mark.slow,
+    ),
     ("diffusers", ["blocks", "unet", "schedule", "conditioning", "losses", "checkpoint", "speed", "start", "windows"]),
 ]
 HEAVY = {  # each takes from half a second to several
@@ -97,6 +101,7 @@ def test_help_and_what_is_wrong_at_sight_need_no_torch(arguments):
     assert not {"torch", "numpy", "lightning", "jsonargparse"} & imported_by(RUN, *arguments.split())
 
 
+@pytest.mark.slow
 def test_help_of_fit_and_a_misspelt_option_import_only_what_parses():
     for arguments in ("fit --help", "fit --config digits --model.ema_decai 0.5"):
         imported = imported_by(RUN, *arguments.split())
@@ -104,6 +109,7 @@ def test_help_of_fit_and_a_misspelt_option_import_only_what_parses():
         assert not HEAVY & imported
 
 
+@pytest.mark.slow
 def test_first_step_of_the_digits_imports_nothing_that_it_does_not_use(tmp_path):
     options = "--model.speed=plain --trainer.precision=32-true --trainer.accelerator=cpu --trainer.max_steps=1"
     run = f"--trainer.default_root_dir={tmp_path}"
@@ -112,6 +118,7 @@ def test_first_step_of_the_digits_imports_nothing_that_it_does_not_use(tmp_path)
     assert not (HEAVY - {"s3fs"}) & imported  # which Lightning looks for where it is installed
 
 
+@pytest.mark.slow
 def test_torchmetrics_is_whole_when_it_is_asked_for():
     code = """
 from unet_diffusion.quick_imports import import_lightning

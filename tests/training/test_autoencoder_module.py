@@ -229,6 +229,7 @@ def test_average_moves_once_a_step_with_warm_up(quiet_trainer, tiny_images):
     torch.testing.assert_close(made.ema_autoencoder.decoder.conv_out.bias, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [kl_net, vq_net])
 def test_training_brings_reconstructions_nearer(quiet_trainer, make):
     from unet_diffusion.data import DigitsDataModule

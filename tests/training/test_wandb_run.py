@@ -90,6 +90,7 @@ def test_configuration_and_system_metrics_are_there(fit, tmp_path):
     assert "memory_percent" in measured
 
 
+@pytest.mark.slow
 def test_run_goes_on_under_the_same_id(fit, tmp_path):
     assert fit()[0] == 0
     status, err = fit(*continued(tmp_path))
@@ -109,6 +110,7 @@ def test_id_that_is_asked_for_is_taken(fit, tmp_path):
     assert (tmp_path / "run" / ID_FILE).read_text() == "mine\n"
 
 
+@pytest.mark.slow
 def test_training_goes_on_offline_if_nobody_answers(fit, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     for name, value in NOBODY_LISTENS.items():
@@ -125,6 +127,7 @@ def test_training_goes_on_offline_if_nobody_answers(fit, tmp_path, monkeypatch):
     assert len({path.name for path in kept_runs(tmp_path / "run")}) == 1  # they are named after the id
 
 
+@pytest.mark.slow
 def test_network_that_goes_down_in_the_middle_neither_stops_nor_slows_training(fit, tmp_path, monkeypatch):
     server, step = WandbServer(), DiffusionModule.training_step
     monkeypatch.setenv("WANDB_BASE_URL", server.address)
