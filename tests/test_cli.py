@@ -722,6 +722,30 @@ def test_recipes_are_listed_shown_and_copied(run_cli, tmp_path):
     assert (tmp_path / "mine.yaml").read_bytes() == (CONFIGS / "digits.yaml").read_bytes()
 
 
+def test_options_of_fit_that_the_tab_key_completes_are_those_of_its_parser(run_cli, tmp_path):
+    values = {
+        "--trainer.max_steps": 7,
+        "--trainer.default_root_dir": str(tmp_path / "run"),
+        "--trainer.devices": 2,
+        "--trainer.precision": "32-true",
+        "--data.root": str(tmp_path),  # is replaced by the next, which is its longer name
+        "--data.init_args.root": str(tmp_path),
+        "--data.init_args.batch_size": 3,
+        "--model.speed": "plain",
+        "--ckpt_path": "last",
+    }
+    assert {*values, "--print_config"} == set(cli.FIT_OPTIONS)
+    given = [word for option, value in values.items() for word in (option, value)]
+    status, out, err = run_cli("fit", "--config", "folder", *given, "--print_config")
+    assert status == 0, err
+    settings = yaml.safe_load(out)
+    for option, value in values.items():
+        setting = settings
+        for part in option.removeprefix("--").replace("data.root", "data.init_args.root").split("."):
+            setting = setting[part]
+        assert str(setting) == str(value), option
+
+
 def test_choices_of_commands_are_those_of_the_rooms_behind_them():
     from unet_diffusion import precision, speed
 

@@ -76,6 +76,12 @@ def test_every_picture_is_there() -> None:
     assert [picture for picture in pictures if not (ROOT / picture).is_file()] == []
 
 
+def test_no_figure_is_left_to_be_filled_in() -> None:
+    """A name in capitals with underscores stands for one: outside of code, README has no other such names."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", README, flags=re.DOTALL)
+    assert re.findall(r"\b(?:[A-Z0-9]+(?:_[A-Z0-9]+)+|TODO|FIXME|TBD|XXX)\b|\?\?", prose) == []
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a few images in it, to run the commands in."""
