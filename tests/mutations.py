@@ -1,6 +1,6 @@
 """Breaks the code on purpose, one fault at a time, and says whether the tests notice: so that fewer tests are not less.
 
-    python tests/mutations.py                       # all, in about half an hour on two cores
+    python tests/mutations.py                       # all, in about 40 minutes on two cores
     python tests/mutations.py --only sampling       # those whose names begin with that
     python tests/mutations.py --list
 
@@ -347,6 +347,65 @@ MUTATIONS = [
              "if taken <= MIN_GAIN * fastest)", "if taken <= fastest)", "test_speed.py test_precision.py"),
     Mutation("speed: compiled weights in the state", "speed.py",
              "unet._compiled_call_impl = None  # undoes", "pass  # undoes", "test_speed.py"),
+    Mutation("command line: status of wrong usage", "cli.py",
+             "        return 2\n", "        return 1\n", "test_cli.py"),
+    Mutation("command line: a copied recipe replaces a file", "cli.py",
+             'with open(options.file, "x", encoding', 'with open(options.file, "w", encoding', "test_cli.py"),
+    Mutation("fit arguments: path of a class of data that is replaced", "fit_arguments.py",
+             'if name in ("data", "data.class_path"):', "if False:", "test_cli.py"),
+    Mutation("fit arguments: sections of files", "fit_arguments.py",
+             "    for section in content:\n", "    for section in ():\n", "test_cli.py"),
+    Mutation("recipes: before a file of the same name", "recipes.py",
+             "if Path(name).is_file():", "if Path(name).is_file() and not (folder() / f\"{name}.yaml\").is_file():",
+             "test_cli.py"),
+    Mutation("usage: all of it with each error", "usage.py",
+             'raise UsageError(f"{message}; ', 'raise UsageError(f"{self.format_help()}{message}; ', "test_cli.py"),
+    Mutation("usage: similar paths without their folder", "usage.py",
+             "str(path.parent / name) for", "name for", "test_cli.py"),
+    Mutation("precision: bfloat16 on every GPU", "precision.py",
+             "torch.bfloat16 if has_bfloat16 else torch.float16", "torch.bfloat16", "test_precision.py"),
+    Mutation("precision: bfloat16 on a processor made narrow", "precision.py",
+             "return has_avx512 and torch.cpu", "return torch.cpu", "test_precision.py"),
+    Mutation("precision: losses of float16 not scaled", "training/precision.py",
+             "else MixedPrecision(name, device_type)",
+             "else MixedPrecision(name, device_type, torch.amp.GradScaler(enabled=False) if name[0] == '1' else None)",
+             "test_precision.py"),
+    Mutation("precision: chosen anew when a run goes on", "training/base.py",
+             "precisions = precision_before(self.trainer, checkpoint)\n",
+             "precisions = possible_precisions(self.trainer)\n", "test_precision.py"),
+    Mutation("precision: that of the checkpoint not written", "training/cli.py",
+             "self.config.trainer.precision = trainer.precision", "pass", "test_precision.py"),
+    Mutation("resume: other numbers of devices go unsaid", "training/cli.py",
+             'MAKE_STEPS = ("devices", "num_nodes", ', 'MAKE_STEPS = ("num_nodes", ', "training/test_checkpointing.py"),
+    Mutation("resume: another seed", "training/cli.py",
+             'WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")',
+             'WHAT_IS_TRAINED = ("task", "model", "data")', "test_cli.py"),
+    Mutation("quick imports: garbage is never collected again", "quick_imports.py",
+             "        gc.enable()\n", "", "test_imports.py"),
+    Mutation("quick imports: the rest of torchmetrics", "quick_imports.py",
+             "        spec.loader.exec_module(package)\n", "", "test_imports.py"),
+    Mutation("kernels: border of a gradient", "kernels.py",
+             "weight.new_zeros(x.shape[3]), 2 - ctx.padding)", "weight.new_zeros(x.shape[3]), ctx.padding)",
+             "test_kernels.py"),
+    Mutation("kernels: those of before the source was changed", "kernels.py",
+             "*_compile_command(), SOURCE.read_text()]", "*_compile_command()]", "test_kernels.py"),
+    Mutation("kernels: pixels beyond the right border", "kernels.cpp",
+             "left + x < images.width;", "left + x <= images.width;", "test_kernels.py"),
+    Mutation("kernels: channels of different means", "kernels.cpp",
+             "(variance[c] + (mean[c] - of_mean) * (mean[c] - of_mean)) / group_size", "variance[c] / group_size",
+             "test_kernels.py"),
+    Mutation("kernels: gradient of SiLU", "kernels.cpp",
+             "dz *= gate * (lanes(1) + z * (lanes(1) - gate))", "dz *= gate * (lanes(1) + z * gate)",
+             "test_kernels.py"),
+    Mutation("pack: images in the order of their names", "data/packing.py",
+             "torch.randperm(len(files.names), generator=keyed_generator(ORDER_KEY)).tolist()",
+             "list(range(len(files.names)))", "data/test_stream.py"),
+    Mutation("pack: the index of shards that were replaced", "data/packing.py",
+             "if sha256 != before:", "if False:", "data/test_stream.py"),
+    Mutation("pack: the smallest image", "data/packing.py",
+             "height, width = (min(sides) for", "height, width = (max(sides) for", "data/test_stream.py"),
+    Mutation("whole file: a folder whose note was cut off", "whole_file.py",
+             'path.match(f".{SETTINGS}.*.partial")', "path is None", "data/test_stream.py"),
 ]  # fmt: skip
 
 
@@ -425,6 +484,7 @@ def run_pytest(copy: Path, tests: list[str]) -> int:
 
     sys.dont_write_bytecode = True  # a file that is written twice a second would be taken for the same
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}  # before what is installed
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(copy / "kernels")  # faulty ones are kept nowhere else
     sys.path.insert(0, str(copy))
     os.chdir(copy)
     log = os.open(copy / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

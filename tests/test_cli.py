@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from unet_diffusion import cli, fit_arguments
 from unet_diffusion.checkpoint import read_checkpoint, write_initial_checkpoint
 from unet_diffusion.fit_arguments import check_arguments
 from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser
+from unet_diffusion.recipes import recipe_path
 from unet_diffusion.training.cli import TrainingCLI, _differences
 from unet_diffusion.training.precision import RunTrainer
 from unet_diffusion.unet import DenoiserUNet
@@ -70,11 +72,20 @@ def test_exported_pipeline_holds_the_averaged_weights_of_the_last_checkpoint(dig
     torch.testing.assert_close(exported, last, rtol=0, atol=0)
 
 
-def test_fit_of_other_settings_into_a_run_folder_is_refused_with_what_to_do(digits_run, run_cli, tiny_digits):
-    arguments = ["--trainer.default_root_dir", digits_run, "--model.ema_decay", 0.5]
-    status, _, err = run_cli("fit", *tiny_digits, *arguments)
+@pytest.mark.parametrize(
+    ("option", "value", "differs"),
+    [
+        ("--model.ema_decay", 0.5, "model.ema_decay was 0.9"),
+        ("--data.init_args.batch_size", 16, "data.init_args.batch_size was 32, is 16)"),
+        ("--seed_everything", 1, "seed_everything was 0, is 1)"),
+    ],
+)
+def test_fit_of_other_settings_into_a_run_folder_is_refused_with_what_to_do(
+    digits_run, run_cli, tiny_digits, option, value, differs
+):
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", digits_run, option, value)
     assert status == 1
-    assert f"{digits_run} holds a run of other settings (model.ema_decay was 0.9" in err
+    assert f"{digits_run} holds a run of other settings ({differs}" in err
     assert f"by --ckpt_path {digits_run}/checkpoints/last.ckpt, or start another" in err
     assert not (digits_run / "logs" / "version_1").exists()
 
@@ -592,7 +603,7 @@ def test_error_without_a_message_is_named(run_cli, monkeypatch, tmp_path):
 def test_wrong_usage_has_exit_status_2(run_cli, arguments):
     status, _, err = run_cli(*arguments)
     assert status == 2
-    assert "usage: " in err or "error: " in err
+    assert re.fullmatch(r"unet-diffusion: error: .+\n", err)  # a line, and not all of the usage
 
 
 OPTIONS = {
@@ -640,6 +651,7 @@ MISSPELT = {
     "--config digits --samples.scheduler Euler": "samples.scheduler: Expected a Literal['DDIMScheduler', ",
     "--config digits --model.lr_warmup_steps x": "model.lr_warmup_steps: Expected a int. Got value: x",
     "--config {tmp}/misspelt.yaml": "there is no option trainer.max_stepz",
+    "--config {tmp}/section.yaml": "there is no section 'modle' of {tmp}/section.yaml; did you mean model?",
     "--config {tmp}/broken.yaml": "broken.yaml must be YAML, and is not: ",
     "digits": "digits belongs to no option; did you mean --config digits?",
     "--config digits --task sing": "task must be one of denoise, segment, autoencode, got sing",
@@ -649,10 +661,12 @@ MISSPELT = {
 @pytest.mark.parametrize("arguments", MISSPELT)
 def test_what_is_misspelt_is_told_in_a_line_with_what_was_meant(run_cli, tmp_path, arguments):
     (tmp_path / "misspelt.yaml").write_text("trainer:\n  max_stepz: 3\n")
+    (tmp_path / "section.yaml").write_text("modle:\n  lr: 3\n")
     (tmp_path / "broken.yaml").write_text("trainer: [\n")
     status, _, err = run_cli("fit", *arguments.format(tmp=tmp_path).split())
     (line,) = [line for line in err.splitlines() if not line.startswith(" ")]
-    assert (status, line.startswith("unet-diffusion: error: "), MISSPELT[arguments] in line) == (2, True, True), err
+    meant = MISSPELT[arguments].format(tmp=tmp_path)
+    assert (status, line.startswith("unet-diffusion: error: "), meant in line) == (2, True, True), err
 
 
 def test_option_before_the_command_is_told(run_cli):
@@ -720,6 +734,14 @@ def test_recipes_are_listed_shown_and_copied(run_cli, tmp_path):
     status, _, err = run_cli("recipes", "copy", "cells", tmp_path / "mine.yaml")
     assert (status, "mine.yaml exists and is not overwritten" in err) == (1, True)
     assert (tmp_path / "mine.yaml").read_bytes() == (CONFIGS / "digits.yaml").read_bytes()
+
+
+def test_file_comes_before_a_recipe_of_its_name_and_a_folder_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cells").mkdir()
+    assert recipe_path("cells") == CONFIGS / "cells.yaml"
+    (tmp_path / "digits").write_text("model:\n")
+    assert recipe_path("digits") == Path("digits")
 
 
 def test_options_of_fit_that_the_tab_key_completes_are_those_of_its_parser(run_cli, tmp_path):

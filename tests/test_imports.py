@@ -1,7 +1,11 @@
+import gc
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
+
+from unet_diffusion.quick_imports import quick_imports
 
 DRAWING = ["losses", "sampling", "sample_options", "drawing", "interop", "checkpoint", "pipelines.conditional"]
 SEGMENTING = [
@@ -116,6 +120,19 @@ def test_first_step_of_the_digits_imports_nothing_that_it_does_not_use(tmp_path)
     imported = imported_by(FIRST_STEP, "fit", "--config", "digits", *options.split(), run)
     assert "unet_diffusion.training.module" in imported
     assert not (HEAVY - {"s3fs"}) & imported  # which Lightning looks for where it is installed
+
+
+def test_garbage_is_collected_again_after_the_imports_even_if_they_fail():
+    try:
+        with quick_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        with pytest.raises(ModuleNotFoundError), quick_imports():
+            import_module("unet_diffusion.no_such_module")
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @pytest.mark.slow

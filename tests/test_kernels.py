@@ -257,6 +257,15 @@ def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch):
     assert "-fopenmp" not in linking
 
 
+def test_kernels_of_another_source_are_others(tmp_path, monkeypatch):
+    source = tmp_path / "kernels.cpp"
+    source.write_text("int one;")
+    monkeypatch.setattr(kernels, "SOURCE", source)
+    before = library_path()
+    source.write_text("int other;")
+    assert library_path() != before
+
+
 def test_kernels_are_compiled_for_what_torch_sees_of_the_processor(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(kernels, "cpu_has_bfloat16", lambda: True)

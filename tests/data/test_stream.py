@@ -205,6 +205,16 @@ def test_scaled_images_are_read_as_from_their_folder(images, run_cli):
         stream(folder, image_size=5)
 
 
+def test_no_image_is_enlarged_in_height_or_width(images, run_cli):
+    for number, (height, width) in enumerate(((6, 30), (20, 7))):
+        (images / "cat" / f"odd_{number}.png").write_bytes(encode(random_pixels(height, width, 3)))
+    assert run_cli("pack", images, images.parent / "odd", "--shard_images", 7)[0] == 0
+    stream(images.parent / "odd", image_size=(6, 7))
+    for more in ((7, 7), (6, 8)):
+        with pytest.raises(ValueError, match="image_size must be at most 6x7, as small as images in"):
+            stream(images.parent / "odd", image_size=more)
+
+
 def test_images_with_16_bits_keep_them(images, run_cli):
     deep = random_pixels(8, 8, 3, dtype=np.uint16)
     (images / "cat" / "deep.png").write_bytes(encode_16_bit_png(deep))

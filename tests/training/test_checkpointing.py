@@ -138,6 +138,8 @@ def test_last_is_the_newest_even_if_others_are_better(tiny_module, tiny_images, 
 def test_run_that_goes_on_with_other_steps_says_so(tiny_digits, run_cli, tmp_path):
     arguments = [*tiny_digits, "--trainer.default_root_dir", tmp_path / "run", "--samples.every_n_steps", 0]
     assert run_cli("fit", *arguments)[0] == 0
-    with pytest.warns(UserWarning, match="other settings than it had: trainer.accumulate_grad_batches was 1, is 2"):
-        status, _, err = run_cli("fit", *arguments, "--trainer.max_steps", 6, "--trainer.accumulate_grad_batches", 2)
+    arguments += ["--trainer.max_steps", 6, "--trainer.accumulate_grad_batches", 2, "--trainer.devices", 1]
+    changed = "trainer.accumulate_grad_batches was 1, is 2; trainer.devices was auto, is 1"
+    with pytest.warns(UserWarning, match=f"goes on with other settings than it had: {changed}$"):
+        status, _, err = run_cli("fit", *arguments)
     assert status == 0, err
