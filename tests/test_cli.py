@@ -15,6 +15,7 @@ from PIL import Image
 
 from unet_diffusion import cli, fit_arguments
 from unet_diffusion.checkpoint import read_checkpoint, write_initial_checkpoint
+from unet_diffusion.data import FolderDataModule
 from unet_diffusion.fit_arguments import check_arguments
 from unet_diffusion.interop import export_pipeline, import_pipeline, load_denoiser
 from unet_diffusion.recipes import recipe_path
@@ -654,6 +655,7 @@ MISSPELT = {
     "--config {tmp}/section.yaml": "there is no section 'modle' of {tmp}/section.yaml; did you mean model?",
     "--config {tmp}/broken.yaml": "broken.yaml must be YAML, and is not: ",
     "digits": "digits belongs to no option; did you mean --config digits?",
+    "--config digits --allow ../mine": "--allow takes the name of a module, such as mine or mine.networks, got '../",
     "--config digits --task sing": "task must be one of denoise, segment, autoencode, got sing",
 }
 
@@ -667,6 +669,16 @@ def test_what_is_misspelt_is_told_in_a_line_with_what_was_meant(run_cli, tmp_pat
     (line,) = [line for line in err.splitlines() if not line.startswith(" ")]
     meant = MISSPELT[arguments].format(tmp=tmp_path)
     assert (status, line.startswith("unet-diffusion: error: "), meant in line) == (2, True, True), err
+
+
+def test_names_of_files_do_not_reach_the_terminal_as_escapes(run_cli, tmp_path):
+    assert "got \\x1b[2Jred.ckpt" in run_cli("sample", "\x1b[2Jred.ckpt", "--output", tmp_path)[2]
+    (tmp_path / "\x1b[2Jred.png").write_text("no image")
+    (tmp_path / "images").mkdir()
+    data = FolderDataModule(tmp_path, image_size=8, batch_size=1)
+    with pytest.raises(ValueError, match=r"\\x1b\[2Jred\.png") as error:
+        data.setup("fit")
+    assert "\x1b" not in str(error.value)
 
 
 def test_option_before_the_command_is_told(run_cli):
@@ -691,9 +703,9 @@ def test_missing_folder_is_told_with_one_that_is_there(tmp_path, name):
     ],
 )
 def test_what_is_no_missing_path_is_left_to_the_parser(arguments):
-    checked, task = check_arguments(["fit", *arguments.split()])
-    assert checked[3:] == arguments.split()[2:]
-    assert task == ("segment" if "cells" in arguments else "denoise")
+    checked = check_arguments(["fit", *arguments.split()])
+    assert checked.words[3:] == arguments.split()[2:]
+    assert checked.task == ("segment" if "cells" in arguments else "denoise")
 
 
 def test_every_section_of_the_parsers_is_known():
@@ -709,6 +721,7 @@ def test_every_section_of_the_parsers_is_known():
     with pytest.raises(UsageError):
         Parsed(
             "denoise",
+            [],
             subclass_mode_data=True,
             args=["fit"],
             trainer_class=RunTrainer,
@@ -791,3 +804,13 @@ def test_version_and_module_are_those_of_the_installed_package():
     command = [sys.executable, "-m", "unet_diffusion", "--version"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert out == f"unet-diffusion {version('unet-diffusion')}\n"
+
+
+def test_module_of_the_current_folder_is_not_imported_in_place_of_one_of_ours(tmp_path):
+    """It may be the folder of somebody's images; python -m looks there first."""
+    for name in ("tqdm", "yaml", "torch", "argparse", "typing"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')\n")
+    command = [sys.executable, "-m", "unet_diffusion", "sample", "none.ckpt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "error: CHECKPOINT must exist, got none.ckpt" in done.stderr
+    assert not (tmp_path / "ran").exists()

@@ -73,7 +73,7 @@ def two_processes(tmp_path_factory, tiny_digits):
     arguments += ["--trainer.max_steps", str(NUM_STEPS), "--trainer.val_check_interval", str(NUM_STEPS)]
     arguments += ["--checkpoint.every_n_train_steps", "null", "--checkpoint.monitor", "val/loss"]
     arguments += ["--trainer.precision", "32-true"]
-    arguments += ["--trainer.default_root_dir", "run", "--trainer.callbacks+=recorder.Recorder"]
+    arguments += ["--trainer.default_root_dir", "run", "--allow=recorder", "--trainer.callbacks+=recorder.Recorder"]
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     whole = [sys.executable, *command, "fit", *tiny_digits, *arguments]
     done = run_python(whole, cwd=folder, env=environment, timeout=180)
@@ -252,7 +252,7 @@ def conditioned_ranks(tmp_path_factory):
         "samples": {"every_n_steps": 0, "num_images": 2, "num_inference_steps": 2},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", "--config", "config.yaml"]
+    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", "--config", "config.yaml", "--allow=watcher"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     done = run_python(command, cwd=folder, env=environment, timeout=180)
@@ -324,7 +324,7 @@ def autoencoder_folder(tmp_path_factory):
     noise_folder(folder / "images")
     (folder / "keeper.py").write_text(KEEPER)
     arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} {TWO} --model.discriminator_start 1 --trainer.max_steps 3 "
-    arguments += f"{CRITIC} --trainer.default_root_dir run --trainer.callbacks+=keeper.Keeper"
+    arguments += f"{CRITIC} --trainer.default_root_dir run --allow keeper --trainer.callbacks+=keeper.Keeper"
     with_autoencoder(folder, "fit", arguments)
     return folder
 
@@ -348,7 +348,7 @@ def test_autoencoder_is_validated_alike_on_one_process_and_on_two(autoencoder_fo
 
 def test_codebook_with_restarted_codes_is_equal_on_both_processes(autoencoder_folder):
     recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'} {TWO} --model.restart_codes_after 2 --trainer.max_steps 5 "
-    recipe += "--trainer.default_root_dir restarted --trainer.callbacks+=keeper.Keeper"
+    recipe += "--trainer.default_root_dir restarted --allow keeper --trainer.callbacks+=keeper.Keeper"
     with_autoencoder(autoencoder_folder, "fit", recipe)
     weights = [torch.load(autoencoder_folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
@@ -414,7 +414,7 @@ def trained_by(tmp_path_factory, tiny_digits):
         name = f"{begun}_{strategy}" if begun else strategy
         arguments = [*tiny_digits, *MOMENTUM, *STRATEGIES[strategy], "--trainer.max_steps", str(max_steps)]
         arguments += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
-        arguments += ["--trainer.callbacks+=noise.SameNoise", "--trainer.default_root_dir", name]
+        arguments += ["--allow=noise", "--trainer.callbacks+=noise.SameNoise", "--trainer.default_root_dir", name]
         if begun:
             shutil.copytree(folder / begun, folder / name)
             arguments += ["--ckpt_path", f"{name}/checkpoints/last.ckpt"]

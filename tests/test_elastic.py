@@ -52,7 +52,7 @@ def fit(folder: Path, arguments: list[str], name: str, *more: str) -> tuple[dict
 def test_processes_of_torchrun_start_again_and_end_as_if_untouched(tiny_digits, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     untouched, _ = fit(tmp_path, tiny_digits, "untouched")
-    restarted, said = fit(tmp_path, tiny_digits, "restarted", "--trainer.callbacks+=killed.Killed")
+    restarted, said = fit(tmp_path, tiny_digits, "restarted", "--allow=killed", "--trainer.callbacks+=killed.Killed")
     assert (tmp_path / "killed").exists()
     assert "restarted holds this run; it goes on from step 6 (last.ckpt)" in said
     assert "rank 1 (process" in said  # the other one says who is gone

@@ -152,14 +152,15 @@ def test_what_would_fail_late_is_refused_before_anything_is_written(ran, run_cli
 @pytest.mark.slow
 def test_a_folder_becomes_a_pipeline_by_way_of_a_kill_and_is_timed(command, small_recipes, tmp_path):
     """In processes of their own, the first of which is killed, with that of its stage, when its latents are there."""
-    (tmp_path / "killed.py").write_text(KILLED)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "killed.py").write_text(KILLED)
     recipe = yaml.safe_load(small_recipes[1].read_text())
     recipe["trainer"]["callbacks"] = [{"class_path": "killed.Killed"}]
     small_recipes[1].write_text(yaml.safe_dump(recipe))
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")])
 
     def run() -> subprocess.CompletedProcess:
-        arguments = [sys.executable, "-m", "unet_diffusion.cli", *command, "--captions"]
+        arguments = [sys.executable, "-m", "unet_diffusion.cli", *command, "--captions", "--allow", "killed"]
         return run_python(arguments, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
 
     assert run().returncode == -signal.SIGKILL

@@ -1,9 +1,7 @@
 """One U-Net, from segmentation to latent diffusion."""
 
-from typing import Any
 
-
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`__version__`, looked up when it is asked for."""
     if name == "__version__":
         from importlib.metadata import version

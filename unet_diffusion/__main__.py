@@ -1,6 +1,10 @@
 """`python -m unet_diffusion` is the command `unet-diffusion`."""
 
+import os
 import sys
+
+if not sys.flags.safe_path and sys.path[0] == os.getcwd():
+    sys.path.pop(0)  # the current folder, which may be that of somebody's images: none of its files is a module of ours
 
 from unet_diffusion.cli import main
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unet_diffusion.quick_imports import import_lightning, quick_imports
 from unet_diffusion.recipes import HEADINGS, all_recipes, recipe_path
 from unet_diffusion.schedulers import SCHEDULERS
-from unet_diffusion.usage import CommandParser, UsageError, did_you_mean, similar_paths
+from unet_diffusion.usage import CommandParser, UsageError, did_you_mean, printable, similar_paths
 from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         if show_traceback:
             raise
-        print(f"unet-diffusion: error: {error}", file=sys.stderr)
+        print(printable(f"unet-diffusion: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unet-diffusion: stopped", file=sys.stderr)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the one place where errors end: whatever it was, it is said in one message
         if show_traceback:
             raise
-        print(f"unet-diffusion: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(printable(f"unet-diffusion: error: {str(error) or type(error).__name__}"), file=sys.stderr)
         print("(--traceback shows where it came from)", file=sys.stderr)
         return 1
     return 0
@@ -199,12 +199,12 @@ def _copy_recipe(options: argparse.Namespace) -> None:
 def _train(arguments: list[str]) -> None:
     from unet_diffusion.fit_arguments import check_arguments
 
-    arguments, task = check_arguments(arguments)
+    checked = check_arguments(arguments)
     with quick_imports():  # the training stack takes seconds to import; the other commands do without it
         import_lightning()
         from unet_diffusion.training.cli import TrainingCLI
 
-    TrainingCLI.run(arguments, task)
+    TrainingCLI.run(checked.words, checked.task, checked.modules)
 
 
 # --------------------------------------------------------------------------------------------------------------- pack
@@ -400,6 +400,8 @@ def _add_two_stages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder", metavar="RECIPE", default="autoencoder_kl", help="recipe of the first stage")
     parser.add_argument("--denoiser", metavar="RECIPE",
                         help="recipe of the second; default: latents or latents_text")  # fmt: skip
+    parser.add_argument("--allow", metavar="MODULE", action="append", default=[],
+                        help="a module of your own, or of somebody you trust, that the recipes may name")  # fmt: skip
     parser.set_defaults(run=_two_stages)
 
 
@@ -410,7 +412,8 @@ def _two_stages(options: argparse.Namespace) -> None:
     from unet_diffusion.two_stages import TwoStages
 
     stages = TwoStages(options.images, options.output, autoencoder, denoiser, options.class_labels, options.captions)
-    stages.run(lambda line: print(line, flush=True), ["--traceback"] if options.traceback else [])
+    allowed = [f"--allow={module}" for module in options.allow]
+    stages.run(lambda line: print(line, flush=True), ["--traceback"] if options.traceback else [], allowed)
     captions = " --captions TEXT" if options.captions else ""
     print(f"{options.output / 'denoiser'} holds samples.png; to draw more: unet-diffusion sample "
           f"{options.output / 'denoiser'}{captions} --output DIR")  # fmt: skip
@@ -423,8 +426,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw images: DIR/000000.png, ... and DIR/grid.png. "
         "Image i depends on the seed and i alone, not on the batch size, nor on how many processes share the work "
-        "(torchrun --nproc_per_node 8 -m unet_diffusion sample ...). From noise; with --init from a picture, with "
-        "--init and --mask into the masked part of one; with --interpolate a sequence from one image to another."
+        "(torchrun --nproc_per_node 8 --no-python unet-diffusion sample ...). From noise; with --init from a picture, "
+        "with --init and --mask into the masked part of one; with --interpolate a sequence from one image to another."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     parser.add_argument("--num_images", type=int, default=64, help="images to draw")

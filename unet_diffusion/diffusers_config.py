@@ -13,6 +13,7 @@ import diffusers
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.usage import printable
 
 SHARED_FIELDS = (  # of the same name and meaning in DenoiserUNet, UNet2DModel and UNet2DConditionModel
     "in_channels",
@@ -214,7 +215,7 @@ def complete(diffusers_class: type, config: Mapping[str, Any]) -> dict[str, Any]
     unknown = [key for key in config if key not in defaults and not key.startswith("_")]
     if unknown:
         message = f"{diffusers_class.__name__} has no field {', '.join(unknown)}; ignored"
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(printable(message), stacklevel=4)
     return {key: config.get(key, default) for key, default in defaults.items()}
 
 

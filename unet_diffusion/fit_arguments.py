@@ -4,6 +4,7 @@ Whether options are known and values fit is told by the parser, which needs the 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,23 @@ TASKS = ("denoise", "segment", "autoencode")
 FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
 
 
-def check_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
-    """The arguments, with the path of each recipe in place of its name, and the task: what is trained.
+@dataclass
+class FitArguments:
+    """The arguments of fit or validate.
+
+    Args:
+        words: Those for the parser, with the path of each recipe in place of its name.
+        task: What is trained, one of TASKS.
+        modules: Modules that the configuration may name though they are not ours, by --allow.
+    """
+
+    words: list[str]
+    task: str = TASKS[0]
+    modules: list[str] = field(default_factory=list)
+
+
+def check_arguments(arguments: Sequence[str]) -> FitArguments:
+    """The arguments, looked at.
 
     Args:
         arguments: Those of the command, its name first.
@@ -30,7 +46,7 @@ def check_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
         UsageError: If there is no such recipe, section or task, or a file is not YAML.
         FileNotFoundError: If a file or folder is missing.
     """
-    checked, settings = [arguments[0]], dict[str, Any]()
+    checked, settings = FitArguments([arguments[0]]), dict[str, Any]()
     rest = list(arguments[1:])
     while rest:
         argument = rest.pop(0)
@@ -43,19 +59,28 @@ def check_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
             words.append(value)
         if name in ("--config", "-c") and value:
             path = recipe_path(value)
-            checked += ["--config", str(path)]
+            checked.words += ["--config", str(path)]
             _update(settings, _read(path))
             continue
-        checked += words
+        if name == "--allow":
+            _check_module(value)
+            checked.modules.append(value)
+            continue
+        checked.words += words
         if name.startswith("--"):
             _check_section(name.removeprefix("--"), f"option {name}")
             _update(settings, {name.removeprefix("--"): _value(value)})
-    if not any(argument in ("-h", "--help") or argument.startswith("--print_") for argument in checked):
+    if not any(argument in ("-h", "--help") or argument.startswith("--print_") for argument in checked.words):
         _check_paths(settings)
-    task = settings.get("task", TASKS[0])
-    if task not in TASKS:
-        raise UsageError(f"task must be one of {', '.join(TASKS)}, got {task}")
-    return checked, task
+    checked.task = settings.get("task", checked.task)
+    if checked.task not in TASKS:
+        raise UsageError(f"task must be one of {', '.join(TASKS)}, got {checked.task}")
+    return checked
+
+
+def _check_module(name: str) -> None:
+    if not name or not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"--allow takes the name of a module, such as mine or mine.networks, got {name!r}")
 
 
 def _as_recipe(word: str) -> str:

@@ -48,12 +48,13 @@ class TwoStages:
     class_labels: bool
     captions: bool
 
-    def run(self, say: Callable[[str], None], options: Sequence[str] = ()) -> None:
+    def run(self, say: Callable[[str], None], options: Sequence[str] = (), options_of_fit: Sequence[str] = ()) -> None:
         """Carry out what is not done yet.
 
         Args:
             say: called with a line before each stage.
-            options: of every stage, that do not change what it makes.
+            options: Options of every stage, that do not change what it makes.
+            options_of_fit: Likewise, of those that train.
 
         Raises:
             FileExistsError: if the folder holds something else.
@@ -69,7 +70,9 @@ class TwoStages:
             say(f"stage {number} of 3, {name}")
             start = time.monotonic()
             # -P: modules are not looked for in the current folder, which may be that of somebody's images.
-            status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion", *command(), *options])
+            stage = [*command(), *options]
+            stage += options_of_fit if stage[0] == "fit" else ()
+            status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion", *stage])
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.monotonic() - start, 1)
             record["done"] += [] if status else [name]
             self._write(record)

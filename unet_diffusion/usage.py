@@ -23,6 +23,14 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help says more")
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, such as escapes in the name of a file, spelt out: \\x1b[2J."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The known words that look like a misspelt one, as the end of an error message; "" without any."""
     close = get_close_matches(word, list(known), n=3, cutoff=0.6)

@@ -398,9 +398,10 @@ def test_missing_package_is_named(monkeypatch):
         ShardStore("s3://bucket/shards")
 
 
-def test_unknown_kind_of_address_is_refused():
-    with pytest.raises(ValueError, match="root must be a path, or an address that fsspec knows, got nope://shards"):
-        stream("nope://shards")
+@pytest.mark.parametrize("root", ["nope://shards", "reference://x", "reference::http://a/b", "simplecache::s3://a/b"])
+def test_addresses_but_of_plain_stores_are_refused(root):
+    with pytest.raises(ValueError, match=r"address that begins with one of file, http, .* and holds no ::, got"):
+        stream(root)
 
 
 def test_server_that_is_not_there_is_one_message(packed):

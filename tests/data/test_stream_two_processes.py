@@ -93,10 +93,17 @@ def runs(tmp_path_factory, streamed_digits):
         ]
         address += ["--data.init_args.batch_size", "40", "--trainer.max_steps", str(NUM_STEPS)]
         address += ["--trainer.val_check_interval", "10", "--samples.every_n_steps", "0"]
-        address += ["--checkpoint.every_n_train_steps", "3", "--trainer.callbacks+=recorder.Recorder"]
+        address += [
+            "--checkpoint.every_n_train_steps",
+            "3",
+            "--allow=recorder",
+            "--trainer.callbacks+=recorder.Recorder",
+        ]
         address += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.precision", "32-true"]
         untouched = Run(folder, "untouched", [*arguments, *address])
-        killed = Run(folder, "killed", [*arguments, *address, "--trainer.callbacks+=recorder.Killed"])
+        killed = Run(
+            folder, "killed", [*arguments, *address, "--allow=recorder", "--trainer.callbacks+=recorder.Killed"]
+        )
         server.faults = {f"shard_{number:05d}.tar": ["refuse"] for number in range(10, 20)}  # once, and then no more
         server.faults["shard_00007.tar"] = ["corrupt"] * 1000
         untouched.finish()

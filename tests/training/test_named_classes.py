@@ -1,12 +1,22 @@
 """What a configuration from anyone may name. Each attack would leave a file behind if it were carried out."""
 
+import contextlib
+import importlib
+import inspect
+import pkgutil
+import sys
 from typing import ClassVar
 
+import lightning.fabric
+import lightning.pytorch
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback
 
+import unet_diffusion
+from unet_diffusion.training.named_classes import FACTORIES, check_names, refuse_names_but
 from unet_diffusion.unet import DenoiserUNet
 
 RUNS_A_COMMAND = "torch.utils.collect_env.run"  # a function of a package that is there: subprocess.Popen(command)
@@ -57,9 +67,9 @@ COMMANDS = {
 def fit_with(run_cli, tiny_digits, tmp_path):
     """Runs one step of a configuration with these settings; its exit status, and what it wrote to stderr."""
 
-    def fit(settings) -> tuple[int, str]:
+    def fit(settings, *options) -> tuple[int, str]:
         (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
-        run = ("--trainer.fast_dev_run", 1, "--trainer.default_root_dir", tmp_path / "run")
+        run = (*options, "--trainer.fast_dev_run", 1, "--trainer.default_root_dir", tmp_path / "run")
         status, _, err = run_cli("fit", *tiny_digits, "--config", tmp_path / "settings.yaml", *run)
         return status, err
 
@@ -70,6 +80,131 @@ def assert_refused(status, err, marker, name):
     assert status != 0
     assert name in err
     assert not marker.exists()
+
+
+def test_module_that_is_not_allowed_is_not_imported(fit_with, tmp_path, monkeypatch):
+    (tmp_path / "harmful.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for settings in ({"data": "harmful.Data"}, {"model": {"optimizer": "harmful.run"}}):
+        status, err = fit_with(settings)
+        assert_refused(status, err, tmp_path / "ran", "harmful")
+
+
+def test_code_in_the_graph_of_a_network_is_not_run(fit_with, tmp_path):
+    """By a function of torch that is annotated to return a network, as the place asks for."""
+    marker = tmp_path / "ran"
+    graph = spec(
+        "torch.fx.graph_module.reduce_graph_module",
+        body={"_code": "forward = print"},
+        import_block=f"import os; os.system('touch {marker}')",
+    )
+    for place in ("unet", "optimizer"):
+        status, err = fit_with({"model": {place: graph}})
+        assert_refused(status, err, marker, "torch.fx.graph_module.reduce_graph_module is not of the packages")
+
+
+@pytest.fixture
+def by_default():
+    refuse_names_but([])
+
+
+def test_no_function_of_a_package_can_be_named_but_those_listed(by_default):
+    """Of all that are loaded, under the name of the module that defines them and of each that has them."""
+    for package in (lightning.pytorch, lightning.fabric, unet_diffusion):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):  # which would run
+                with contextlib.suppress(ImportError):  # of packages that are not installed
+                    importlib.import_module(module.name)
+    functions, named = 0, set()
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] not in (
+            "torch",
+            "lightning",
+            "diffusers",
+            "unet_diffusion",
+            "transformers",
+            "torchvision",
+        ):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if not inspect.isroutine(value):
+                continue
+            functions += 1
+            try:
+                check_names({"class_path": f"{name}.{attribute}"}, [])
+                named.add(f"{value.__module__}.{value.__qualname__}")
+            except ValueError:
+                pass
+    assert functions > 20_000
+    assert named == set(FACTORIES)
+
+
+def test_no_class_of_another_package_can_be_named(by_default):
+    for path in ("torch.nn.Linear", "torch.fx.GraphModule", "lightning.pytorch.Trainer", "diffusers.DDPMScheduler",
+                 "unet_diffusion.speed.ctypes.CDLL", "torch.optim.adam.Tensor", "subprocess.Popen"):  # fmt: skip
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--x", type=type)
+        with pytest.raises(ArgumentError, match=r"Importing '.*' is not allowed"):
+            parser.parse_args([f"--x={path}"])
+
+
+PRINTS = "builtins.print"
+OURS = "unet_diffusion.cli.main"  # of an allowed package
+
+
+@pytest.mark.parametrize("function", [PRINTS, OURS, "torch.optim.adamw.adamw"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(f"trainer.callbacks.{hook}" for hook in ("on_fit_start", "setup", "on_train_batch_end")),
+        "trainer.strategy.ddp_comm_hook",
+        "model.optimizer",
+        "model.unet",
+        "model.schedule",
+    ],
+)
+def test_function_that_a_file_names_is_not_handed_on(fit_with, function, place):
+    settings = {
+        "trainer.callbacks": lambda name: {"trainer": {"callbacks": [spec(LAMBDA, **{name: function})]}},
+        "trainer.strategy": lambda name: {
+            "trainer": {"strategy": spec("lightning.pytorch.strategies.DDPStrategy", **{name: function})}
+        },
+        "model": lambda name: {"model": {name: function}},
+    }
+    section, _, name = place.rpartition(".")
+    status, err = fit_with(settings[section](name))
+    assert (status, function in err or function.split(".")[-1] in err) == (2 if function == PRINTS else status, True)
+    assert status in (1, 2), err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"checkpoint": {"dirpath": "elsewhere"}},
+        {"checkpoint": {"filename": "../../x"}},
+        {"trainer": {"logger": spec(TENSORBOARD, save_dir="/elsewhere")}},
+        {"trainer": {"logger": spec(TENSORBOARD, save_dir=".", name="../../x")}},
+        {"trainer": {"callbacks": [spec("lightning.pytorch.callbacks.OnExceptionCheckpoint", dirpath="elsewhere")]}},
+        {"trainer": {"profiler": spec("lightning.pytorch.profilers.SimpleProfiler", dirpath="~/elsewhere")}},
+    ],
+    ids=str,
+)
+def test_configuration_cannot_write_outside_the_run_folder(fit_with, tmp_path, monkeypatch, settings):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    status, err = fit_with(settings)
+    assert status == 1, err
+    assert f"must lie in the run folder {tmp_path / 'run'}, got " in err
+    assert sorted(tmp_path.iterdir()) == [*before, tmp_path / "settings.yaml"]
+
+
+def test_writing_into_the_run_folder_is_allowed(fit_with, tmp_path):
+    settings = {
+        "checkpoint": {"dirpath": str(tmp_path / "run" / "mine")},
+        "trainer": {"logger": spec(TENSORBOARD, save_dir=".")},
+    }
+    status, err = fit_with(settings)
+    assert status == 0, err
 
 
 @pytest.mark.parametrize("place", ATTACKS)
@@ -119,7 +254,7 @@ def own_network(channels: int) -> DenoiserUNet:
     return DenoiserUNet(1, (channels,), norm_num_groups=4, layers_per_block=1, num_class_embeds=11)
 
 
-def test_classes_and_functions_of_ones_own_are_built(fit_with):
+def test_classes_and_functions_of_ones_own_are_built_once_they_are_allowed(fit_with):
     OwnCallback.made.clear()
     settings = {
         "model": {
@@ -129,5 +264,9 @@ def test_classes_and_functions_of_ones_own_are_built(fit_with):
         "trainer": {"callbacks": [spec(f"{__name__}.OwnCallback", word="hello")]},
     }
     status, err = fit_with(settings)
+    assert status != 0
+    assert f"if you trust it, add --allow {__name__} to the command line" in err
+    assert not OwnCallback.made
+    status, err = fit_with(settings, "--allow", __name__)
     assert status == 0, err
     assert set(OwnCallback.made) == {"hello", "8 channels"}

@@ -257,7 +257,7 @@ def assert_same(one: Run, other: Run) -> None:
 
 
 def test_run_that_is_killed_at_every_kind_of_moment_is_the_untouched_one(run, untouched):
-    killed = run("killed_run", 24, "--trainer.callbacks+=faults.Killed")
+    killed = run("killed_run", 24, "--allow=faults", "--trainer.callbacks+=faults.Killed")
     steps = []
     for _ in range(7):
         killed.start()
@@ -271,7 +271,7 @@ def test_run_that_is_killed_at_every_kind_of_moment_is_the_untouched_one(run, un
 
 
 def test_run_that_is_told_to_stop_saves_and_ends_with_the_status_of_the_signal(run, untouched):
-    stopped = run("stopped", 24, "--trainer.callbacks+=faults.Told")
+    stopped = run("stopped", 24, "--allow=faults", "--trainer.callbacks+=faults.Told")
     for step, signum in ((7, signal.SIGTERM), (10, signal.SIGINT), (14, signal.SIGINT)):  # where none is due
         stopped.start()
         assert stopped.status() == 128 + signum, stopped.log.read_text()
@@ -303,7 +303,8 @@ def test_streamed_run_that_is_stopped_and_killed_is_the_untouched_one(server, st
 
 def test_run_that_fails_goes_on_from_its_checkpoint(run, untouched):
     failed = run(
-        "failed_run", 24, "--trainer.callbacks+=faults.FullDisk", "--trainer.callbacks+=faults.FailsInValidation"
+        *("failed_run", 24, "--allow=faults", "--trainer.callbacks+=faults.FullDisk"),
+        "--trainer.callbacks+=faults.FailsInValidation",
     )
     full = "make room, and the same command goes on from the checkpoint before"
     for said, step in ((full, 6), ("the validation failed", 9)):
@@ -323,7 +324,7 @@ def test_slurm_job_is_requeued_once_each_time_and_goes_on(run, untouched, tmp_pa
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "called"}\n')
     scontrol.chmod(0o755)
     job = {**SLURM_JOB, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    preempted = run("preempted_run", 24, "--trainer.callbacks+=faults.PreemptedEarly")
+    preempted = run("preempted_run", 24, "--allow=faults", "--trainer.callbacks+=faults.PreemptedEarly")
     for step in (1, 2):
         process = preempted.start(**job)
         if step > 1:

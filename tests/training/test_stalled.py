@@ -72,7 +72,7 @@ def ended(how: str, tiny_digits, tmp_path) -> str:
     arguments = ["--config", str(CONFIGS / "trainer" / "ddp.yaml"), "--trainer.devices", "2"]
     arguments += ["--trainer.precision", "32-true"]
     arguments += ["--trainer.max_steps", "50", "--trainer.default_root_dir", "run", "--samples.every_n_steps", "0"]
-    arguments += ["--trainer.callbacks+=stalls.Stalls", "--trainer.callbacks.how", how]
+    arguments += ["--allow=stalls", "--trainer.callbacks+=stalls.Stalls", "--trainer.callbacks.how", how]
     arguments += ["--trainer.callbacks.timeout", str(TIMEOUT)]
     command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *tiny_digits, *arguments]
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"

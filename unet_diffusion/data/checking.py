@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
 from unet_diffusion.data.files import ImageFiles
+from unet_diffusion.usage import printable
 
 T = TypeVar("T")
 
@@ -114,7 +115,7 @@ def bad_files_message(bad_files: Sequence[str], num_files: int) -> str:
     lines = [f"{len(bad_files)} of {num_files} image files cannot be used:", *bad_files[:NUM_NAMED]]
     if len(bad_files) > NUM_NAMED:
         lines.append(f"... and {len(bad_files) - NUM_NAMED} more")
-    return "\n  ".join(lines)
+    return printable("\n  ".join(lines))
 
 
 def num_cpus() -> int:

@@ -28,12 +28,17 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
+from unet_diffusion.usage import printable
 
 T = TypeVar("T")
 
 INDEX = "index.json"
 FIRST_WAIT = 0.5  # seconds before a read is tried again, doubled each time: four retries take 7.5 s
 SILENCE = 30  # seconds without a byte over http, after which a read has failed
+# Addresses come from configurations: of fsspec's file systems those that only read. Others, or ones that are chained by
+# ::, take templates and settings from what they read, or run code of the place.
+PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "hf", "ftp", "sftp", "ssh", "smb",
+             "hdfs", "webhdfs", "webdav", "oss", "oci", "memory")  # fmt: skip
 MAX_BAD_SHARDS = 8  # one after the other: then it is not the shards, but what they lie on
 
 
@@ -204,6 +209,12 @@ class ShardStore:
         return self._files.cat_file(f"{self._path}/{name}")
 
     def _connect(self) -> None:
+        protocol, has_protocol, _ = self.root.partition("://")
+        if "::" in self.root or (has_protocol and protocol not in PROTOCOLS):
+            raise ValueError(
+                f"root must be a path, or an address that begins with one of {', '.join(PROTOCOLS)} and holds no ::, "
+                f"got {self.root}"
+            )
         try:
             self._files, self._path = fsspec.core.url_to_fs(self.root, **_options(self.root))
         except ImportError as error:
@@ -355,7 +366,7 @@ class ShardedImages:
             self._bad.add(shard)
             if shard not in self._told:
                 self._told.add(shard)
-                warnings.warn(f"{error}; images of other shards take the place of its own", stacklevel=2)
+                warnings.warn(printable(f"{error}; images of other shards take the place of its own"), stacklevel=2)
             return False
         return True
 

@@ -45,7 +45,7 @@ from unet_diffusion.training.callbacks import (
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
 from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
-from unet_diffusion.training.named_classes import check_named_classes, refuse_dangerous_modules
+from unet_diffusion.training.named_classes import check_names, check_written, refuse_names_but
 from unet_diffusion.training.precision import RunTrainer, smaller_precision
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
@@ -140,6 +140,11 @@ def _in_short(message: str, known: Iterable[str]) -> str:
         return f"there is no option {name}{similar}"
     if no_class := re.search(r'key "([^"]+)".*Expected a dot import path string: (\w+)', line):
         return f"{no_class[1]}: there is no class {no_class[2]}{did_you_mean(no_class[2], unet_diffusion.data.__all__)}"
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
+        return (
+            f"{denied[1]} is not of the packages that a configuration may name; if you trust it, add --allow "
+            f"{denied[1].rpartition('.')[0]} to the command line"
+        )
     for pattern, replacement in (
         (r'Parser key "([^"]+)":', r"\1:"),
         (r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: -", ""),
@@ -189,10 +194,12 @@ class TrainingCLI(LightningCLI):
 
     Args:
         task: what is trained; one of TASKS.
+        modules: Modules of the user's own that the configuration may name.
         options: those of LightningCLI.
     """
 
-    def __init__(self, task: str, **options: Any):
+    def __init__(self, task: str, modules: Sequence[str], **options: Any):
+        self.modules = modules
         self.task, self.pictures = task, Task.named(task).pictures
         try:
             super().__init__(Task.named(task).module, Task.named(task).data, **options)
@@ -209,12 +216,13 @@ class TrainingCLI(LightningCLI):
             raise MemoryError(memory_advice(error, batch_size, accumulated, precision)) from error
 
     @classmethod
-    def run(cls, arguments: Sequence[str], task: str) -> None:
+    def run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> None:
         """Parse and carry out `fit ...` or `validate ...`.
 
         Args:
             arguments: Those of the command, its name first, after `check_arguments`.
             task: What is trained, one of TASKS.
+            modules: Modules of the user's own that the configuration may name.
 
         Raises:
             ValueError: if the settings contradict each other.
@@ -224,7 +232,7 @@ class TrainingCLI(LightningCLI):
         """
         _silence_what_is_meant()
         try:
-            cls._run(arguments, task)
+            cls._run(arguments, task, modules)
         except SIGTERMException as error:  # before the first step, when Lightning has the signal
             raise Interrupted(signal.SIGTERM) from error
         except SystemExit as error:
@@ -233,10 +241,11 @@ class TrainingCLI(LightningCLI):
             raise
 
     @classmethod
-    def _run(cls, arguments: Sequence[str], task: str) -> None:
-        refuse_dangerous_modules()
+    def _run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> None:
+        refuse_names_but(modules)
         cls(
             task,
+            modules,
             trainer_class=RunTrainer,
             subclass_mode_data=True,
             args=list(arguments),
@@ -274,13 +283,14 @@ class TrainingCLI(LightningCLI):
             load_plain(file)
 
     def before_instantiate_classes(self) -> None:
-        check_named_classes(self.config)
+        check_names(self.config, self.modules)
         config = self.config[self.subcommand]
         root = _root(config)
         config.trainer.default_root_dir = str(root)
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
         config.trainer.logger = _loggers(config.trainer.logger, root)
+        check_written(config, root)
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
