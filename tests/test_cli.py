@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from unet_diffusion import cli, fit_arguments
@@ -287,6 +288,22 @@ def test_labels_are_numbers_or_names_by_turns(strong_run, draw, tmp_path):
     np.testing.assert_array_equal(by_name, by_number)
 
 
+def test_label_is_a_name_first_and_the_record_says_which_class_it_was(strong_run, draw, tmp_path):
+    """Of classes that are named by numbers: with the command, and with the exported pipeline."""
+    trained = load_denoiser(strong_run)
+    trained.class_names = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]
+    write_initial_checkpoint(trained, tmp_path / "named.ckpt")
+    by_name = draw("names", tmp_path / "named.ckpt", "--num_images", 3, "--labels", 10, 0, 3)
+    by_number = draw("numbers", strong_run, "--num_images", 3, "--labels", 9, 0, 2)
+    np.testing.assert_array_equal(pixels(by_name), pixels(by_number))
+    assert json.loads((by_name / "settings.json").read_text())["classes"] == ["9: 10", "0: 1", "2: 3"]
+    export_pipeline(trained, tmp_path / "pipeline")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", trust_remote_code=True)
+    assert pipeline._labels(["10", 10, 0, "3", 3]).tolist() == [9, 9, 0, 2, 2]
+    with pytest.raises(ValueError, match=r"class_labels must be names of classes \(1, 2, .* from 0 to 9, got 11"):
+        pipeline._labels(11)
+
+
 def test_labels_matter(strong_run, draw):
     one, other = (pixels(draw(f"{label}", strong_run, "--num_images", 2, "--labels", label)) for label in (1, 2))
     assert not np.array_equal(one, other)
@@ -538,7 +555,7 @@ ERRORS = {
     "missing checkpoint": ("sample {tmp}/none.ckpt", "none.ckpt"),
     "no checkpoint": ("sample {tmp}/text.ckpt", "text.ckpt is no checkpoint"),
     "bad scheduler": ("sample {run} --scheduler Euler", "scheduler must be one of"),
-    "unknown name": ("sample {run} --labels eleven", "--labels must be numbers from 0 to 9"),
+    "unknown name": ("sample {run} --labels eleven", "--labels must be names of classes (0, 1, 2"),
     "number out of range": ("sample {run} --labels 10", "got '10'"),
     "labels without classes": ("sample {unconditional} --labels 1", "trained without labels; leave --labels out"),
     "guidance without classes": ("sample {unconditional} --guidance_scale 2", "guidance_scale must be 1"),

@@ -542,6 +542,7 @@ def _sample(options: argparse.Namespace) -> None:
     options.device = own_device(options.device)
     options.precision = chosen_precision(options.precision, torch.device(options.device))
     drawing = Drawing.of(options)
+    options.classes = drawing.classes
     if torch.device(options.device).type == "cpu":
         keep_freed_memory()
     set_speed(drawing.trained.unet, options.speed or speed_for_use(drawing.trained.speed, torch.device(options.device)))

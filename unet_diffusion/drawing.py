@@ -83,6 +83,15 @@ class Drawing:
         return drawing
 
     @property
+    def classes(self) -> list[str] | None:
+        """Number and name of each class that is drawn, in turn; None of a model without classes."""
+        if "labels" not in self.given:
+            return None
+        names = self.trained.class_names or []
+        numbers = label_numbers(self.options.labels, self.trained)
+        return [f"{number}: {names[number]}" if names else str(number) for number in numbers]
+
+    @property
     def num_steps(self) -> int:
         """Calls of the network for a batch."""
         options = self.options
@@ -161,7 +170,7 @@ def _given(options: argparse.Namespace, trained: TrainedDenoiser) -> dict[str, T
     turns = torch.arange(options.num_images)
     given = {}
     if "labels" in takes:
-        labels = torch.tensor(_label_numbers(options.labels, trained))
+        labels = torch.tensor(label_numbers(options.labels, trained))
         given["labels"] = labels[turns % len(labels)]
     if text := trained.condition(TextTokens):
         if not options.captions:
@@ -170,13 +179,24 @@ def _given(options: argparse.Namespace, trained: TrainedDenoiser) -> dict[str, T
     return given
 
 
-def _label_numbers(wanted: list[str] | None, trained: TrainedDenoiser) -> list[int]:
+def label_numbers(labels: list[str] | None, trained: TrainedDenoiser) -> list[int]:
+    """The number of each class that is named; of all classes, where none is.
+
+    Args:
+        labels: Names of classes. What is no name but a number is that of a class.
+        trained: The denoiser.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
     num_classes, names, numbers = trained.num_classes, trained.class_names or [], []
-    for label in wanted or map(str, range(num_classes)):
-        number = int(label) if label.isdecimal() else names.index(label) if label in names else -1
+    if labels is None:
+        return list(range(num_classes))
+    for label in labels:
+        number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
         if not 0 <= number < num_classes:
-            known = f", or a name: {', '.join(names)}" if names else ""
-            raise ValueError(f"--labels must be numbers from 0 to {num_classes - 1}{known}; got {label!r}")
+            known = f"names of classes ({', '.join(names)}), or " if names else ""
+            raise ValueError(f"--labels must be {known}numbers from 0 to {num_classes - 1}; got {label!r}")
         numbers.append(number)
     return numbers
 

@@ -250,6 +250,16 @@ def test_classes_are_those_of_torchvisions_image_folder(tmp_path):
     assert data_module.image_set.labels.tolist() == reference.targets
 
 
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    names = [*map(str, range(12)), "010", "a2", "a10", "a10b"]
+    for name in names:
+        write_images(tmp_path / name, 1)
+    data_module = set_up(folder_module(tmp_path, class_labels=True))
+    assert data_module.class_names == [*map(str, range(10)), "010", "10", "11", "a2", "a10", "a10b"]
+    folders = [name.split("/")[0] for name in data_module.file_names]
+    assert [data_module.class_names[label] for label in data_module.image_set.labels] == folders
+
+
 def test_folder_without_classes_has_no_labels(tmp_path):
     data_module = set_up(folder_module(write_images(tmp_path, 5)))
     assert data_module.num_classes is data_module.class_names is None

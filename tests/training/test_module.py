@@ -458,6 +458,19 @@ def test_checkpoint_of_another_network_is_refused_with_what_differs(tiny_module,
     assert not re.search(r"size mismatch|Missing key", str(error.value))
 
 
+def test_checkpoint_of_other_classes_is_refused(tiny_module, tiny_images, quiet_trainer, tmp_path):
+    """A folder of a class that was renamed: its images would be trained as another class."""
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(tiny_module(num_class_embeds=3), tiny_images(class_names=["cat", "dog", "owl"]))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    other = quiet_trainer(max_steps=2, limit_val_batches=0)
+    data = tiny_images(class_names=["ant", "cat", "owl"])
+    with pytest.raises(
+        ValueError, match="classes of the checkpoint are cat, dog, owl, and those of the data ant, cat, "
+    ):
+        other.fit(tiny_module(num_class_embeds=3), data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+
+
 def test_checkpoint_of_another_prediction_type_is_refused(tiny_module, tiny_images, quiet_trainer, tmp_path):
     trainer = quiet_trainer(max_steps=1)
     trainer.fit(tiny_module(), tiny_images(class_names=None))

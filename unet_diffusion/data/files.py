@@ -5,6 +5,7 @@ archives. Which files are images is told from their extension; whether they can 
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -58,7 +59,7 @@ def find_images_or_one(root: str | Path) -> ImageFiles:
 
 
 def class_names_of(names: list[str], root: str | Path) -> list[str]:
-    """The folders directly below root, sorted.
+    """The folders directly below root, sorted, with 2 before 10.
 
     Raises:
         ValueError: if there are files outside of them, or fewer than two.
@@ -69,13 +70,19 @@ def class_names_of(names: list[str], root: str | Path) -> list[str]:
             f"with class_labels every image must lie in the folder of its class, but {len(loose)} lie directly in "
             f"{root}: {', '.join(loose[:3])}; move them or set class_labels to false"
         )
-    class_names = sorted({name.split("/")[0] for name in names})
+    class_names = sorted({name.split("/")[0] for name in names}, key=_in_natural_order)
     if len(class_names) < 2:
         raise ValueError(
             f"with class_labels there must be at least 2 class folders below {root}, found {class_names[0]!r} only; "
             f"is the root {root}/{class_names[0]}?"
         )
     return class_names
+
+
+def _in_natural_order(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+    """A key to sort by: runs of digits count as numbers, and of 1 and 01 one comes first."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts], name
 
 
 def labels_of(names: list[str], class_names: list[str]) -> list[int]:

@@ -324,11 +324,12 @@ class ConditionalPipeline(DiffusionPipeline):
         names, count = self.config.class_names or [], self._num_classes()
         labels = []
         for label in [class_labels] if isinstance(class_labels, int | str) else class_labels:
-            if isinstance(label, str) and label not in names:
-                raise ValueError(f"class_labels must be numbers or among {names}, got {label!r}")
-            labels.append(names.index(label) if isinstance(label, str) else int(label))
-            if not 0 <= labels[-1] < count:
-                raise ValueError(f"class_labels must be in [0, {count}), got {label}")
+            name = str(label)  # of folders 0 to 11, say: a number is that of a class only if it is no name
+            number = names.index(name) if name in names else int(name) if name.isdecimal() else -1
+            if not 0 <= number < count:
+                known = f"names of classes ({', '.join(names)}), or " if names else ""
+                raise ValueError(f"class_labels must be {known}numbers from 0 to {count - 1}, got {label!r}")
+            labels.append(number)
         return torch.tensor(labels, dtype=torch.int64)
 
     def _num_classes(self) -> int:

@@ -167,6 +167,12 @@ class DiffusionModule(NetworkModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        names = checkpoint[self.record_key]["class_names"]
+        if names and self.class_names and names != self.class_names:
+            raise ValueError(
+                f"the classes of the checkpoint are {', '.join(names)}, and those of the data "
+                f"{', '.join(self.class_names)}; give the folders of the data the names that they had"
+            )
         self._token_ids = {}  # the checkpoint has a tokenizer of its own
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
