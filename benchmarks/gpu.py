@@ -196,7 +196,7 @@ def fit(case: Case, folder: Path, options: argparse.Namespace) -> None:
         "model.unet": unet, "model.speed": case.speed, "data": data, "trainer.default_root_dir": folder / case.name,
         "trainer.accelerator": "cpu" if options.device.type == "cpu" else "gpu", "trainer.log_every_n_steps": FIT_STEPS
     }  # fmt: skip
-    arguments = [
+    arguments = ["--allow=ours"] + [
         f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in settings.items()
     ]
     turns = turns_of_fit(case, folder)

@@ -251,7 +251,7 @@ def fit(options: argparse.Namespace, name: str, recipe: Iterable[str], end: floa
     settings += [f"--trainer.val_check_interval={NEVER}", "--trainer.num_sanity_val_steps=0"]
     settings += ["--trainer.enable_progress_bar=false", f"--trainer.accelerator={accelerator}", "--trainer.devices=1"]
     settings += ["--samples.every_n_steps=0", "--samples.num_images=16", "--checkpoint.every_n_train_steps=null"]
-    settings += ["--trainer.callbacks+=until_time.UntilTime", f"--trainer.callbacks.end={end}"]
+    settings += ["--allow=until_time", "--trainer.callbacks+=until_time.UntilTime", f"--trainer.callbacks.end={end}"]
     settings += [f"--{field}={options.seed}" for field in ("seed_everything", "model.seed", "data.init_args.seed")]
     if name != "autoencoder":
         settings += [f"--model.speed={SIZES[options.size].speed}"]

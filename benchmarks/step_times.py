@@ -1,6 +1,6 @@
 """A callback for benchmarks: when each optimiser step ended.
 
-unet-diffusion fit ... --trainer.callbacks+=step_times.StepTimes
+unet-diffusion fit ... --allow step_times --trainer.callbacks+=step_times.StepTimes
 """
 
 import json

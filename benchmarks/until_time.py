@@ -1,6 +1,6 @@
 """A callback for benchmarks with a budget of time: a run that ends at a time, not after a number of steps.
 
-unet-diffusion fit ... --trainer.callbacks+=until_time.UntilTime --trainer.callbacks.end 1790000000
+unet-diffusion fit ... --allow until_time --trainer.callbacks+=until_time.UntilTime --trainer.callbacks.end 1790000000
 """
 
 import math

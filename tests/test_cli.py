@@ -698,6 +698,61 @@ def test_names_of_files_do_not_reach_the_terminal_as_escapes(run_cli, tmp_path):
     assert "\x1b" not in str(error.value)
 
 
+WITHOUT_EFFECT = {
+    "--trainer.max_steps 0": "trainer.max_steps must be 1 or more, or -1",
+    "--trainer.max_steps -2": "trainer.max_steps must be -1 or more, got -2",
+    "--trainer.gradient_clip_val -1": "trainer.gradient_clip_val must be 0 or more, got -1",
+    "--trainer.gradient_clip_val .nan": "trainer.gradient_clip_val must be 0 or more, got nan",
+    "--trainer.accumulate_grad_batches 0": "trainer.accumulate_grad_batches must be 1 or more, got 0",
+    "--trainer.log_every_n_steps -1": "trainer.log_every_n_steps must be 0 or more, got -1",
+    "--samples.every_n_steps -5": "samples.every_n_steps must be 0 or more, got -5",
+    "--checkpoint.filename=": "checkpoint.filename must not be empty",
+    "--model.schedule.init_args.num_train_timesteps 1000000000": "num_train_timesteps must be from 2 to 100000, got",
+}
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_EFFECT)
+def test_number_that_would_not_do_what_it_says_is_refused(run_cli, tiny_digits, tmp_path, arguments):
+    root = ("--trainer.default_root_dir", tmp_path / "run")
+    status, _, err = run_cli("fit", *tiny_digits, *root, *arguments.split())
+    assert (status != 0, WITHOUT_EFFECT[arguments] in err) == (True, True), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_weights_are_not_validated(run_cli, tiny_digits):
+    status, _, err = run_cli("validate", *tiny_digits)
+    assert (status, "--ckpt_path must name what is validated" in err) == (2, True), err
+
+
+GROWING = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: {max_steps: 1}\nmodel: {}\ntrainer: {max_steps: 2}\n", "trainer occurs twice, line 3, column 1"),
+        ("trainer:\n  max_steps: 1\n  max_steps: 2\n", "max_steps occurs twice, line 3, column 3"),
+        (GROWING, "must hold at most 100000 values"),
+        ("trainer: &a {x: *a}\n", "must hold at most 100000 values"),
+        (
+            "data: {class_path: FolderDataModule, init_args: {root: ''}}\n",
+            "data.root must be a folder or file, and is em",
+        ),
+        ("trainer: &a {max_steps: 1}\nmodel: {<<: *a, lr_warmup_steps: 1}\n", None),
+    ],
+)
+def test_file_that_says_a_thing_twice_or_grows_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    arguments = ["fit", "--config", str(tmp_path / "x.yaml")]
+    if message is None:
+        assert check_arguments(arguments).task == "denoise"
+        return
+    with pytest.raises(UsageError, match=message):
+        check_arguments(arguments)
+
+
 def test_option_before_the_command_is_told(run_cli):
     assert "options follow the command, got --device before it" in run_cli("--device", "cpu", "sample")[2]
 

@@ -346,24 +346,27 @@ def test_autoencoder_is_validated_alike_on_one_process_and_on_two(autoencoder_fo
     assert validated(autoencoder_folder / "run") == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
-def test_codebook_with_restarted_codes_is_equal_on_both_processes(autoencoder_folder):
+@pytest.fixture(scope="module")
+def restarted_folder(autoencoder_folder):
+    """What two processes trained with a codebook: restarted, and rank0.pt and rank1.pt beside it."""
     recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'} {TWO} --model.restart_codes_after 2 --trainer.max_steps 5 "
     recipe += "--trainer.default_root_dir restarted --allow keeper --trainer.callbacks+=keeper.Keeper"
     with_autoencoder(autoencoder_folder, "fit", recipe)
-    weights = [torch.load(autoencoder_folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return autoencoder_folder
+
+
+def test_codebook_with_restarted_codes_is_equal_on_both_processes(restarted_folder):
+    weights = [torch.load(restarted_folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
     assert weights[0]["autoencoder.quantize.embedding.weight"].abs().max() > 0.1  # 0.001 as made
 
 
-def test_use_of_the_codes_is_that_of_all_processes(autoencoder_folder):
-    recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'}"
-    with_autoencoder(autoencoder_folder, "validate", f"{recipe} {TWO} --trainer.default_root_dir codes_two")
-    with_autoencoder(
-        autoencoder_folder, "validate", f"{recipe} --trainer.devices 1 --trainer.default_root_dir codes_one"
-    )
-    one = validated(autoencoder_folder / "codes_one")
-    assert {"val/psnr", "val/codes_used", "val/code_perplexity"} <= one.keys()
-    assert validated(autoencoder_folder / "codes_two") == pytest.approx(one, rel=1e-4, abs=1e-5)
+def test_use_of_the_codes_is_that_of_all_processes(restarted_folder):
+    recipe = f"--config {CONFIGS / 'autoencoder_vq.yaml'} --ckpt_path restarted/checkpoints/last.ckpt "
+    with_autoencoder(restarted_folder, "validate", f"{recipe} --trainer.devices 1 --trainer.default_root_dir alone_vq")
+    alone = validated(restarted_folder / "alone_vq")
+    assert {"val/psnr", "val/codes_used", "val/code_perplexity"} <= alone.keys()
+    assert validated(restarted_folder / "restarted") == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
 SAME_NOISE = """

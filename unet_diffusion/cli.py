@@ -9,6 +9,7 @@ PyTorch takes seconds to import: a command does so once its arguments are known 
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None: those of this process.
     """
+    if arguments is None:
+        os.environ["PYTHONSAFEPATH"] = "1"  # processes that this one starts import nothing from the current folder
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]

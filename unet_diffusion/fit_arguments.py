@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 import unet_diffusion.data
-from unet_diffusion.recipes import all_recipes, recipe_path
+from unet_diffusion.recipes import all_recipes, read_settings, recipe_path
 from unet_diffusion.usage import UsageError, did_you_mean, similar_paths
 
 SECTIONS = ("model", "data", "trainer", "samples", "checkpoint", "task", "seed_everything", "ckpt_path", "weights_only",
@@ -72,6 +72,11 @@ def check_arguments(arguments: Sequence[str]) -> FitArguments:
             _update(settings, {name.removeprefix("--"): _value(value)})
     if not any(argument in ("-h", "--help") or argument.startswith("--print_") for argument in checked.words):
         _check_paths(settings)
+        if arguments[0] == "validate" and not settings.get("ckpt_path"):
+            raise UsageError(
+                "--ckpt_path must name what is validated: a file, or last or best of the run folder; without it these "
+                "are random weights"
+            )
     checked.task = settings.get("task", checked.task)
     if checked.task not in TASKS:
         raise UsageError(f"task must be one of {', '.join(TASKS)}, got {checked.task}")
@@ -99,16 +104,7 @@ def _value(text: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     """The settings in a file, by their names with dots."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(
-            f"{path} must be YAML, and is not: {getattr(error, 'problem', None) or error}{where}"
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold settings, such as `trainer:`, and holds {type(content).__name__}")
+    content = read_settings(path)
     for section in content:
         _check_section(str(section), f"section {section!r} of {path}")
     return _flat(content)
@@ -142,8 +138,10 @@ def _check_section(name: str, what: str) -> None:
 
 def _check_paths(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
-        if not isinstance(value, str) or not value or not _is_input(name, settings):
+        if not isinstance(value, str) or not _is_input(name, settings):
             continue
+        if not value:
+            raise UsageError(f"{name} must be a folder or file, and is empty; set --{name}")
         path = Path(value).expanduser()
         in_archive = any(parent.is_file() for parent in path.parents)
         if "://" not in value and not path.exists() and not in_archive:

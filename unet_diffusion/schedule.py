@@ -21,6 +21,8 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 MAX_BETA = 0.999  # cap of the cosine schedule, whose last betas would reach 1 (Nichol & Dhariwal 2021, section 3.2)
 COSINE_OFFSET = 0.008  # s in the cosine schedule: keeps the first betas from vanishing (same section)
 
+MAX_TIMESTEPS = 100_000  # a hundred times the papers' number; the tables of more take memory, and mean nothing
+
 
 class NoiseSchedule:
     """A table of a_t = alphas_cumprod[t], and the formulas of diffusion in terms of it.
@@ -52,8 +54,8 @@ class NoiseSchedule:
     ) -> None:
         _check_choice("beta_schedule", beta_schedule, get_args(BetaSchedule))
         _check_choice("prediction_type", prediction_type, get_args(PredictionType))
-        if num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}")
+        if not 2 <= num_train_timesteps <= MAX_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps must be from 2 to {MAX_TIMESTEPS}, got {num_train_timesteps}")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
         if rescale_betas_zero_snr and prediction_type == "epsilon":

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import find_images
 from unet_diffusion.interruption import Interrupted, handled
+from unet_diffusion.recipes import read_settings
 from unet_diffusion.whole_file import whole_file
 
 RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
@@ -101,7 +100,7 @@ class TwoStages:
         if self.class_labels:
             classes = json.loads((self.output / "latents" / "index.json").read_text())["class_names"]
             arguments.append(f"--model.unet.init_args.num_class_embeds={len(classes) + 1}")  # and the null label
-            if not _read(self.denoiser)["model"].get("label_dropout"):
+            if not read_settings(self.denoiser)["model"].get("label_dropout"):
                 arguments.append(f"--model.label_dropout={LABEL_DROPOUT}")
         return arguments
 
@@ -113,14 +112,14 @@ class TwoStages:
         return bool(self._data_of(self.denoiser).get("horizontal_flip"))
 
     def _data_of(self, recipe: Path) -> dict[str, Any]:
-        return _read(recipe).get("data", {}).get("init_args", {})
+        return read_settings(recipe).get("data", {}).get("init_args", {})
 
     def _check(self) -> None:
         """What would fail after the first stage, or be found to be missing after the last."""
         files = find_images(self.images)
         if self.captions:
             read_captions(files, files.names)
-            if not _read(self.denoiser)["model"].get("conditions"):
+            if not read_settings(self.denoiser)["model"].get("conditions"):
                 raise ValueError(f"the recipe {self.denoiser} must have conditions to take captions; use "
                                  "latents_text, or leave --captions out")  # fmt: skip
 
@@ -167,10 +166,6 @@ def _exit_status(command: list[str]) -> int:
     with handled((signal.SIGINT,), lambda *_: None), handled((signal.SIGTERM,), lambda *_: process.terminate()):
         status = process.wait()
     return status if status >= 0 else 128 - status
-
-
-def _read(recipe: Path) -> dict[str, Any]:
-    return yaml.safe_load(recipe.read_text())
 
 
 def _hash(recipe: Path) -> str:

@@ -243,6 +243,7 @@ def test_quarters_are_logged_though_an_epoch_is_shorter_than_the_log_interval(ti
     assert [row["step"] for row in rows if row["train/loss_q1"] and row["train/loss_q4"]] == ["2", "5"]
 
 
+@pytest.mark.filterwarnings("ignore:trainer.precision bf16-mixed is not in this machine")
 @pytest.mark.parametrize("fused", [False, True])
 def test_clipped_gradients_bound_the_step_in_bfloat16(tiny_module, tiny_images, quiet_trainer, fused):
     record = WeightRecord()
@@ -255,6 +256,7 @@ def test_clipped_gradients_bound_the_step_in_bfloat16(tiny_module, tiny_images, 
     assert step == pytest.approx(0.01, rel=1e-2)  # the gradient of an untrained network is longer than that
 
 
+@pytest.mark.filterwarnings("ignore:trainer.precision bf16-mixed is not in this machine")
 def test_weights_stay_float32_in_mixed_precision(tiny_module, tiny_images, quiet_trainer):
     module = tiny_module()
     quiet_trainer(max_steps=1, precision="bf16-mixed").fit(module, tiny_images(class_names=None))
@@ -456,6 +458,28 @@ def test_checkpoint_of_another_network_is_refused_with_what_differs(tiny_module,
     with pytest.raises(ValueError, match="num_class_embeds: None in the checkpoint, 2 here") as error:
         quiet_trainer(max_steps=2).fit(other, tiny_images(), ckpt_path=tmp_path / "one.ckpt")
     assert not re.search(r"size mismatch|Missing key", str(error.value))
+
+
+@pytest.mark.parametrize("lr_warmup_steps", [0, 4])
+def test_continued_run_takes_the_optimisers_new_settings(
+    tiny_module, tiny_images, quiet_trainer, tmp_path, lr_warmup_steps
+):
+    """Twice the rate takes a step twice as long, as gradients and moments are the same."""
+
+    def fitted(max_steps, lr, checkpoint=None, **options):
+        optimizer = functools.partial(torch.optim.SGD, lr=lr, **options)
+        module = tiny_module(optimizer=optimizer, lr_warmup_steps=lr_warmup_steps)
+        trainer = quiet_trainer(max_steps=max_steps, limit_val_batches=0)
+        trainer.fit(module, tiny_images(class_names=None), ckpt_path=checkpoint, weights_only=True)
+        return trainer, torch.cat([parameter.detach().flatten() for parameter in module.unet.parameters()])
+
+    trainer, before = fitted(2, 0.1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    as_before, twice = (fitted(3, lr, tmp_path / "x.ckpt")[1] - before for lr in (0.1, 0.2))
+    torch.testing.assert_close(twice, 2 * as_before, rtol=1e-3, atol=1e-6)  # differences of float32 weights near 1
+    assert as_before.abs().max() > 1e-3
+    (group,) = fitted(3, 0.1, tmp_path / "x.ckpt", weight_decay=0.5)[0].optimizers[0].param_groups
+    assert group["weight_decay"] == 0.5
 
 
 def test_checkpoint_of_other_classes_is_refused(tiny_module, tiny_images, quiet_trainer, tmp_path):

@@ -16,11 +16,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback
 
 import unet_diffusion
-from unet_diffusion.training.named_classes import FACTORIES, check_names, refuse_names_but
+from unet_diffusion.training.named_classes import ALLOWED, FACTORIES, check_names, refuse_names_but
 from unet_diffusion.unet import DenoiserUNet
 
 RUNS_A_COMMAND = "torch.utils.collect_env.run"  # a function of a package that is there: subprocess.Popen(command)
-LAMBDA = "lightning.pytorch.callbacks.LambdaCallback"
+DDP = "lightning.pytorch.strategies.DDPStrategy"
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 
@@ -44,7 +44,7 @@ ATTACKS = {  # where a class or a callable is asked for, and where anything goes
     },
     "data": lambda run: {"data": run},
     "callback": lambda run: {"trainer": {"callbacks": [run]}},
-    "function of a callback": lambda run: {"trainer": {"callbacks": [spec(LAMBDA, on_fit_start=run)]}},
+    "function of a strategy": lambda run: {"trainer": {"strategy": spec(DDP, ddp_comm_hook=run)}},
     "logger": lambda run: {"trainer": {"logger": run}},
     "argument of a logger": lambda run: {"trainer": {"logger": spec(TENSORBOARD, save_dir=".", comment=run)}},
     "plugin": lambda run: {"trainer": {"plugins": [run]}},
@@ -69,7 +69,7 @@ def fit_with(run_cli, tiny_digits, tmp_path):
 
     def fit(settings, *options) -> tuple[int, str]:
         (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
-        run = (*options, "--trainer.fast_dev_run", 1, "--trainer.default_root_dir", tmp_path / "run")
+        run = ("--trainer.fast_dev_run", 1, "--trainer.default_root_dir", tmp_path / "run", *options)
         status, _, err = run_cli("fit", *tiny_digits, "--config", tmp_path / "settings.yaml", *run)
         return status, err
 
@@ -100,7 +100,9 @@ def test_code_in_the_graph_of_a_network_is_not_run(fit_with, tmp_path):
     )
     for place in ("unet", "optimizer"):
         status, err = fit_with({"model": {place: graph}})
-        assert_refused(status, err, marker, "torch.fx.graph_module.reduce_graph_module is not of the packages")
+        assert_refused(
+            status, err, marker, "torch.fx.graph_module.reduce_graph_module is not among what a configuration may name"
+        )
 
 
 @pytest.fixture
@@ -153,34 +155,26 @@ OURS = "unet_diffusion.cli.main"  # of an allowed package
 
 
 @pytest.mark.parametrize("function", [PRINTS, OURS, "torch.optim.adamw.adamw"])
-@pytest.mark.parametrize(
-    "place",
-    [
-        *(f"trainer.callbacks.{hook}" for hook in ("on_fit_start", "setup", "on_train_batch_end")),
-        "trainer.strategy.ddp_comm_hook",
-        "model.optimizer",
-        "model.unet",
-        "model.schedule",
-    ],
-)
+@pytest.mark.parametrize("place", ["strategy", "optimizer", "unet", "schedule"])
 def test_function_that_a_file_names_is_not_handed_on(fit_with, function, place):
-    settings = {
-        "trainer.callbacks": lambda name: {"trainer": {"callbacks": [spec(LAMBDA, **{name: function})]}},
-        "trainer.strategy": lambda name: {
-            "trainer": {"strategy": spec("lightning.pytorch.strategies.DDPStrategy", **{name: function})}
-        },
-        "model": lambda name: {"model": {name: function}},
-    }
-    section, _, name = place.rpartition(".")
-    status, err = fit_with(settings[section](name))
-    assert (status, function in err or function.split(".")[-1] in err) == (2 if function == PRINTS else status, True)
-    assert status in (1, 2), err
+    """Each is of an allowed package, but the first."""
+    settings = {"model": {place: function}}
+    if place == "strategy":
+        settings = {"trainer": {"strategy": spec(DDP, ddp_comm_hook=function)}}
+    status, err = fit_with(settings)
+    assert status in (1, 2)
+    assert function in err
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"checkpoint": {"dirpath": "elsewhere"}},
+        {"checkpoint": {"dirpath": "local:///elsewhere"}},
+        {"checkpoint": {"dirpath": "reference::http://127.0.0.1:9/x.json"}},
+        {"checkpoint": {"filename": ".{step:c}/.{step:c}/x"}},
+        {"checkpoint": {"filename": "{step].__class__}"}},
+        {"trainer": {"logger": spec(TENSORBOARD, save_dir="", name="$HOME/x")}},
         {"checkpoint": {"filename": "../../x"}},
         {"trainer": {"logger": spec(TENSORBOARD, save_dir="/elsewhere")}},
         {"trainer": {"logger": spec(TENSORBOARD, save_dir=".", name="../../x")}},
@@ -196,6 +190,41 @@ def test_configuration_cannot_write_outside_the_run_folder(fit_with, tmp_path, m
     assert status == 1, err
     assert f"must lie in the run folder {tmp_path / 'run'}, got " in err
     assert sorted(tmp_path.iterdir()) == [*before, tmp_path / "settings.yaml"]
+
+
+def test_run_folder_is_a_folder_and_nothing_that_leads_to_one(fit_with, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, err = fit_with({}, "--trainer.default_root_dir", "reference::http:")
+    assert (status, "trainer.default_root_dir must be a folder, got reference::http:" in err) == (1, True), err
+
+
+def test_settings_of_wandb_are_those_that_do_no_harm(fit_with):
+    for name, value in {"settings": {"base_url": "http://127.0.0.1:9"}, "save_code": True}.items():
+        logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "dict_kwargs": {name: value}}
+        status, err = fit_with({"trainer": {"logger": logger}})
+        assert (status, f"trainer.logger must not set {name} of W&B" in err) == (1, True), err
+
+
+def test_what_was_allowed_once_is_not_allowed_afterwards():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=type)
+    refuse_names_but(["json"])
+    assert parser.parse_args(["--x=json.JSONDecoder"]).x.__name__ == "JSONDecoder"
+    refuse_names_but([])
+    with pytest.raises(ArgumentError, match=r"Importing 'json\.JSONDecoder' is not allowed"):
+        parser.parse_args(["--x=json.JSONDecoder"])
+
+
+@pytest.mark.parametrize("name", ["callbacks", "loggers", "profilers", "strategies"])
+def test_classes_of_lightning_that_are_promised_can_be_named(by_default, name):
+    promised = [
+        path for path in ALLOWED if path.startswith(f"lightning.pytorch.{name}.") and path.split(".")[3][0].isupper()
+    ]
+    assert promised
+    for path in promised:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--x", type=type)
+        assert parser.parse_args([f"--x={path}"]).x.__name__ == path.rpartition(".")[2]
 
 
 def test_writing_into_the_run_folder_is_allowed(fit_with, tmp_path):
@@ -214,7 +243,7 @@ def test_function_that_runs_commands_is_refused_before_it_is_called(fit_with, tm
     assert_refused(status, err, marker, RUNS_A_COMMAND)
 
 
-@pytest.mark.parametrize("place", ["optimizer that is a command", "argument of a logger", "function of a callback"])
+@pytest.mark.parametrize("place", ["optimizer that is a command", "argument of a logger", "function of a strategy"])
 @pytest.mark.parametrize("name", ["os.system", "subprocess.Popen", "builtins.eval"])
 def test_modules_that_run_commands_cannot_be_named(fit_with, tmp_path, place, name):
     marker = tmp_path / "ran"

@@ -35,8 +35,8 @@ T = TypeVar("T")
 INDEX = "index.json"
 FIRST_WAIT = 0.5  # seconds before a read is tried again, doubled each time: four retries take 7.5 s
 SILENCE = 30  # seconds without a byte over http, after which a read has failed
-# Addresses come from configurations: of fsspec's file systems those that only read. Others, or ones that are chained by
-# ::, take templates and settings from what they read, or run code of the place.
+# Addresses come from configurations: of fsspec's file systems plain stores. Others, and those chained by ::, take
+# templates and settings from what they read, or run code of the place.
 PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "hf", "ftp", "sftp", "ssh", "smb",
              "hdfs", "webhdfs", "webdav", "oss", "oci", "memory")  # fmt: skip
 MAX_BAD_SHARDS = 8  # one after the other: then it is not the shards, but what they lie on

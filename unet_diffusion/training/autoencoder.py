@@ -28,7 +28,7 @@ from unet_diffusion.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.latents import moment_sums
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import keep_freed_memory
-from unet_diffusion.training.base import LRDecay, check_choice, lr_factor
+from unet_diffusion.training.base import LRDecay, check_choice, lr_factor, put_hyperparameters
 from unet_diffusion.training.health import SkipBadSteps
 from unet_diffusion.training.precision import (
     possible_precisions,
@@ -223,20 +223,23 @@ class AutoencoderModule(LightningModule):
         return self
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
-        generator = self.optimizer_factory([*self.autoencoder.parameters(), self.log_variance])
-        critic = [] if self.discriminator is None else [
-            self.discriminator_optimizer_factory(self.discriminator.parameters())
-        ]  # fmt: skip
+        optimizers = self._new_optimizers()
 
         def factor(start: int, step: int) -> float:
             num_steps = self.trainer.max_steps - start if self.lr_decay == "cosine" else math.inf
             return lr_factor(step, self.lr_warmup_steps, num_steps)
 
-        optimizers = [generator, *critic]
         starts = (0, self.discriminator_start)[: len(optimizers)]
         return optimizers, [
             LambdaLR(one, partial(factor, start)) for one, start in zip(optimizers, starts, strict=True)
         ]
+
+    def _new_optimizers(self) -> list[Optimizer]:
+        """That of the autoencoder, and that of the discriminator, if there is one."""
+        generator = self.optimizer_factory([*self.autoencoder.parameters(), self.log_variance])
+        if self.discriminator is None:
+            return [generator]
+        return [generator, self.discriminator_optimizer_factory(self.discriminator.parameters())]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """A step of the autoencoder and, once it has started, one of the discriminator on the same reconstructions."""
@@ -338,6 +341,8 @@ class AutoencoderModule(LightningModule):
         if self._trainer is not None:
             before = precision_before(self.trainer, checkpoint, can_scale_losses=False)[-1]
             (settle_precision if self.trainer.training else set_precision)(self.trainer, before)
+            if self.trainer.training:
+                put_hyperparameters(checkpoint, self._new_optimizers())
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What the averaged autoencoder makes of images, (B, C, H, W) float32 in [-1, 1].

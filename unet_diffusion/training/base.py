@@ -6,7 +6,7 @@ https://arxiv.org/abs/2006.11239, appendix B).
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -42,6 +42,27 @@ Network = TypeVar("Network", bound=nn.Module)
 # What is gathered at once when networks are shared out. Not whole levels: those of the expanding path take their skips
 # off a list, of which FSDP2 hands on a copy.
 SHARDED = (DoubleConv, Downsample, ResidualBlock, SelfAttention, SpatialTransformer, Upsample)
+
+
+def put_hyperparameters(checkpoint: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
+    """Put the hyper-parameters of new optimisers in place of those that a checkpoint has, whose moments it keeps.
+
+    What is equal stays as it is, bit for bit. The factor that a schedule has reached stays, too.
+
+    Args:
+        checkpoint: What Lightning is about to restore; one without optimisers is left alone.
+        optimizers: As the settings of now make them.
+    """
+    schedules = checkpoint.get("lr_schedulers") or [{} for _ in optimizers]
+    for saved, schedule, optimizer in zip(checkpoint.get("optimizer_states", []), schedules, optimizers, strict=False):
+        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+            old |= {name: value for name, value in new.items() if name not in ("params", "lr", "initial_lr")}
+            before = old.get("initial_lr", old["lr"])
+            if new["lr"] != before:
+                old["lr"] = new["lr"] * (old["lr"] / before if before else 1.0)
+                old["initial_lr"] = new["lr"]
+        if "base_lrs" in schedule:
+            schedule["base_lrs"] = [group["initial_lr"] for group in saved["param_groups"]]
 
 
 def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
@@ -210,8 +231,7 @@ class NetworkModule(LightningModule):
         return self
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        networks = [network for _, network in self.averaged_pairs()]
-        optimizer = self.optimizer_factory([p for one in networks for p in one.parameters() if p.requires_grad])
+        optimizer = self._new_optimizer()
 
         def factor(step: int) -> float:
             # Not asked for before the first step: to answer, Lightning would set up the data, and then not resume them.
@@ -219,6 +239,10 @@ class NetworkModule(LightningModule):
             return lr_factor(step, self.lr_warmup_steps, num_steps)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def _new_optimizer(self) -> Optimizer:
+        networks = [network for _, network in self.averaged_pairs()]
+        return self.optimizer_factory([p for network in networks for p in network.parameters() if p.requires_grad])
 
     def configure_gradient_clipping(
         self,
@@ -308,6 +332,7 @@ class NetworkModule(LightningModule):
         if self.trainer.validating:
             set_precision(self.trainer, precisions[-1])
             return
+        put_hyperparameters(checkpoint, [self._new_optimizer()])
         speeds = self._possible_speeds()
         before = checkpoint.get("speed")
         before = "compiled" if before == "graphed" and not self._can_be_graphed else before

@@ -58,6 +58,21 @@ PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", 
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
+LEAST = {  # less is accepted by Lightning, which then does something else: it would climb the loss, or do nothing
+    "trainer.max_epochs": -1,
+    "trainer.max_steps": -1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.gradient_clip_val": 0,
+    "trainer.log_every_n_steps": 0,
+    "trainer.limit_train_batches": 0,
+    "trainer.limit_val_batches": 0,
+    "trainer.val_check_interval": 0,
+    "samples.every_n_steps": 0,
+    "samples.num_images": 1,
+    "checkpoint.every_n_train_steps": 0,
+    "checkpoint.save_top_k": -1,
+}
+DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
 AUTO = "auto"
 LEFT_TO_THE_MACHINE = ("model.speed", "trainer.precision")  # by "auto"
 COMMON = (  # of the trainer's options those that people set
@@ -140,11 +155,10 @@ def _in_short(message: str, known: Iterable[str]) -> str:
         return f"there is no option {name}{similar}"
     if no_class := re.search(r'key "([^"]+)".*Expected a dot import path string: (\w+)', line):
         return f"{no_class[1]}: there is no class {no_class[2]}{did_you_mean(no_class[2], unet_diffusion.data.__all__)}"
-    if denied := re.search(r"Importing '([\w.]+)' is not allowed", line):
-        return (
-            f"{denied[1]} is not of the packages that a configuration may name; if you trust it, add --allow "
-            f"{denied[1].rpartition('.')[0]} to the command line"
-        )
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", line):
+        refused = f"{denied[1]} is not among what a configuration may name"
+        module = denied[1].rpartition(".")[0]
+        return f"{refused}; if you trust it, add --allow {module} to the command line" if denied[2] == "*" else refused
     for pattern, replacement in (
         (r'Parser key "([^"]+)":', r"\1:"),
         (r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: -", ""),
@@ -285,12 +299,13 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         check_names(self.config, self.modules)
         config = self.config[self.subcommand]
+        _check_numbers(config)
         root = _root(config)
         config.trainer.default_root_dir = str(root)
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
-        config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
         config.trainer.logger = _loggers(config.trainer.logger, root)
         check_written(config, root)
+        config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
@@ -396,6 +411,24 @@ def _silence_what_is_meant() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def _check_numbers(config: Any) -> None:
+    """Refuse numbers that Lightning takes without doing what they say.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for name, least in LEAST.items():
+        value = config.get(name)
+        if isinstance(value, int | float) and not value >= least:
+            raise ValueError(f"{name} must be {least} or more, got {value}")
+    if config.trainer.max_steps == 0:
+        raise ValueError(
+            "trainer.max_steps must be 1 or more, or -1 for no end but that of max_epochs or max_time, got 0"
+        )
+    if config.checkpoint.filename is not None and not config.checkpoint.filename.strip():
+        raise ValueError("checkpoint.filename must not be empty; leave it out")
+
+
 def _root(config: Any) -> Path:
     """The run folder that the settings of a command name."""
     return Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
@@ -458,7 +491,7 @@ def _loggers(wanted: Any, root: Path) -> Any:
     }
     others = [] if wanted in (None, True) else wanted if isinstance(wanted, list) else [wanted]
     for logger in others:
-        if "save_dir" in logger.init_args and logger.init_args.save_dir in (None, "."):
+        if "save_dir" in logger.init_args and logger.init_args.save_dir in DEFAULT_FOLDERS:
             logger.init_args.save_dir = str(root)
         if logger.class_path.startswith("lightning.") and logger.class_path.endswith(".WandbLogger"):
             logger.class_path = f"{RunWandbLogger.__module__}.{RunWandbLogger.__name__}"
