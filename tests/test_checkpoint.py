@@ -210,6 +210,40 @@ def write_changed(path, change) -> None:
     torch.save(checkpoint, path)
 
 
+def test_one_flipped_bit_is_refused(tmp_path):
+    """In a weight, where the file stays a checkpoint, and the weight a number."""
+    path = tmp_path / "x.ckpt"
+    write_initial_checkpoint(tiny_denoiser(), path)
+    weight = tiny_denoiser().unet.mid_block.resnets[0].conv1.weight.detach().numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(weight) + 1] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["denoiser"]
+    with pytest.raises(ValueError, match=r"x\.ckpt is damaged \(the checksum of .* is wrong\)"):
+        read_checkpoint(path)
+
+
+WRONG_FIELDS = {
+    "weights must be numbers, and ema_unet.conv_in.bias is not": lambda checkpoint: checkpoint["state_dict"][
+        "ema_unet.conv_in.bias"
+    ].fill_(torch.nan),
+    "there must be 2 class_names, one a class, got 1": lambda checkpoint: checkpoint["denoiser"].update(
+        class_names=["cat"]
+    ),
+    "speed must be one of plain, .*, got 'warp'": lambda checkpoint: checkpoint.update(speed="warp"),
+    "null_label must be one of the 3 labels of the network, got 3": lambda checkpoint: checkpoint["denoiser"].update(
+        null_label=3
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_FIELDS)
+def test_checkpoint_with_a_wrong_field_is_refused(tmp_path, message):
+    write_changed(tmp_path / "x.ckpt", WRONG_FIELDS[message])
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
 @pytest.mark.parametrize(
     "class_path",
     [

@@ -342,6 +342,60 @@ def test_overwrite_replaces_images(strong_run, draw):
     assert not np.array_equal(before, after)
 
 
+def test_overwrite_removes_what_sample_drew_and_nothing_else(strong_run, draw, run_cli):
+    folder = draw("images", strong_run, "--num_images", 3)
+    for name in ("7.png", "000009.png", "notes.txt"):
+        (folder / name).write_text("mine")
+    (folder / ".000001.png.999999999.partial").write_text("of a process that was killed")
+    draw("images", strong_run, "--num_images", 2, "--seed", 5, "--overwrite")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("000000.png", "000001.png", "000009.png", "7.png", "grid.png", "notes.txt", "settings.json"),
+    ]
+    status, _, err = run_cli("sample", strong_run, "--output", folder, *SAMPLE, "--num_images", 10, "--overwrite")
+    assert (status, "holds 000009.png, which was not drawn there by sample" in err) == (1, True), err
+    assert (folder / "000009.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["mine", "[]", '{"seed": 3}'])
+def test_record_of_something_else_is_not_replaced(strong_run, run_cli, tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "settings.json").symlink_to(tmp_path / "mine.json")
+    status, _, err = run_cli("sample", strong_run, "--output", tmp_path / "images", *SAMPLE, "--overwrite")
+    assert (status, "was not written by sample and is not replaced" in err) == (1, True), err
+    assert (tmp_path / "mine.json").read_text() == content
+
+
+def test_overwriting_that_is_cut_off_leaves_none_of_the_old_images(strong_run, draw, monkeypatch, run_cli):
+    folder = draw("images", strong_run, "--num_images", 3)
+    monkeypatch.setattr("unet_diffusion.pictures.save_images", lambda *args, **options: 1 / 0)
+    options = ["--num_images", 3, "--seed", 5]
+    assert run_cli("sample", strong_run, "--output", folder, *SAMPLE, *options, "--overwrite")[0] == 1
+    monkeypatch.undo()
+    draw("images", strong_run, *options, "--resume")
+    np.testing.assert_array_equal(pixels(folder), pixels(draw("fresh", strong_run, *options)))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "samples.png", "pipeline"])
+def test_files_of_others_in_the_run_folder_are_found_before_training(run_cli, tiny_digits, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", tmp_path)
+    assert (status, f"{tmp_path} holds {name} that no run has written there" in err) == (1, True), err
+    assert (tmp_path / name).read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_files_of_others_in_the_pipeline_of_a_run_are_found_before_training_goes_on(
+    run_cli, tiny_digits, digits_run, tmp_path
+):
+    run = copy_of(digits_run, tmp_path)
+    (run / "pipeline" / "notes.txt").write_text("mine")
+    before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", run, "--trainer.max_steps", 9)
+    assert (status, "not exported there (notes.txt)" in err) == (1, True), err
+    assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
 def test_resume_draws_only_what_is_missing_as_it_was(strong_run, draw):
     folder = draw("images", strong_run, "--num_images", 4, "--scheduler", "DDPMScheduler")
     before, kept = pixels(folder), (folder / "000002.png").stat().st_mtime_ns

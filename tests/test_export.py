@@ -2,6 +2,8 @@ import functools
 import inspect
 import json
 import os
+import subprocess
+import sys
 
 import diffusers
 import numpy as np
@@ -307,7 +309,7 @@ def test_model_card_says_how_to_load_and_how_it_was_trained(tmp_path):
     assert yaml.safe_load(settings) == {"model": {"lr": 0.5}, "note": "größer"}
 
 
-@pytest.mark.parametrize("names", [None, ["a", "b"], ["one"], ["diffusers", "UNet2DModel"]])
+@pytest.mark.parametrize("names", [None, ["a", "b"], ["diffusers", "UNet2DModel"]])
 def test_class_names_are_not_taken_for_a_component(tmp_path, names):
     trained = tiny_denoiser(classes=True)
     trained.class_names = names
@@ -326,10 +328,46 @@ def test_existing_folder_is_not_overwritten(tmp_path):
     assert os.listdir(tmp_path) == ["pipeline"]
 
 
-def test_folder_that_is_no_pipeline_is_never_overwritten(tmp_path):
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(FileExistsError, match="only a folder of diffusers"):
-        export_pipeline(tiny_denoiser(classes=False), tmp_path / "photos", overwrite=True)
+def test_folder_with_files_of_others_is_never_overwritten(tmp_path):
+    trained, folder = tiny_denoiser(classes=False), tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"not exported there \(model_index\.json\)"):
+        export_pipeline(trained, folder, overwrite=True)
+    assert (folder / "model_index.json").read_text() == "mine"
+    (folder / "model_index.json").unlink()
+    export_pipeline(trained, folder, overwrite=True)
+    (folder / "unet" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"not exported there \(unet/notes\.txt\)"):
+        export_pipeline(trained, folder, overwrite=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="must be a folder to export to, and is a file"):
+        export_pipeline(trained, tmp_path / "file", overwrite=True)
+
+
+def test_exported_files_have_the_mode_of_all_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        export_pipeline(tiny_denoiser(classes=False), tmp_path / "pipeline")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
+def test_what_killed_exports_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead = int(ended.stdout)
+    for name in (f".pipeline.{dead}.partial", f".pipeline.{os.getppid()}.partial", f".pipelines.{dead}.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+    (tmp_path / f".pipeline.replaced.{dead}.partial").mkdir()
+    (tmp_path / f".pipeline.replaced.{dead}.partial" / "mine.txt").write_text("mine")  # killed between two renames
+    with pytest.raises(FileExistsError, match=r"not exported there \(mine\.txt\)"):
+        export_pipeline(tiny_denoiser(classes=False), tmp_path / "pipeline", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == [
+        f".pipeline.{os.getppid()}.partial", f".pipelines.{dead}.partial", "pipeline"
+    ]  # fmt: skip
 
 
 def test_folder_that_loads_as_something_else_does_not_get_its_name(tmp_path, monkeypatch):

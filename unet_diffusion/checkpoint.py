@@ -5,6 +5,7 @@ the network again is the plain dictionary `checkpoint["denoiser"]` (or "segmente
 weights that Lightning saves.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from unet_diffusion.conditioning import ClassLabels, Condition, network_inputs, null_inputs
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import Speed
+from unet_diffusion.speed import SPEEDS, Speed
 from unet_diffusion.unet import PixelNetwork
 from unet_diffusion.whole_file import whole_file
 
@@ -61,6 +62,13 @@ class TrainedDenoiser:
     latent_space: LatentSpace | None = None
     conditions: nn.ModuleList = field(default_factory=nn.ModuleList)
     speed: Speed = "plain"
+
+    def __post_init__(self) -> None:
+        rows = self.unet.config["num_class_embeds"]
+        if self.null_label is not None and not 0 <= self.null_label < (rows or 0):
+            raise ValueError(f"null_label must be one of the {rows or 0} labels of the network, got {self.null_label}")
+        if self.class_names is not None and self.num_classes and len(self.class_names) != self.num_classes:
+            raise ValueError(f"there must be {self.num_classes} class_names, one a class, got {len(self.class_names)}")
 
     @property
     def all_conditions(self) -> list[Condition]:
@@ -273,11 +281,14 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
             compressed, so that it could fill the memory.
     """
     with open(path, "rb") as file:
+        state = os.fstat(file.fileno())
         is_whole = zipfile.is_zipfile(file)  # the directory of a zip file is at its end: a cut file has none
         if is_whole and any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(file).infolist()):
             raise ValueError(
                 f"{path} was not loaded: it must be uncompressed, as torch.save writes it; save it so again"
             )
+    if is_whole:
+        _check_bytes(os.fspath(path), state.st_size, state.st_mtime_ns)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_whole)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
@@ -288,6 +299,22 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
         else:
             reason = "is damaged; copy or download it again"
         raise ValueError(f"{path} {reason}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _check_bytes(path: str, size: int, time: int) -> None:
+    """Compare all bytes of a file with their checksums; again only if its size or time is another.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again") from error
+    if bad is not None:
+        raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong); copy or download it again")
 
 
 def check_callbacks(checkpoint: Mapping[str, Any]) -> None:
@@ -356,7 +383,13 @@ def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[
         )
         raise ValueError(f"{path}: a checkpoint must have an entry {key!r} here, and {reason}")
     with _explained(path, key):
-        return record, checkpoint["state_dict"], checkpoint.get("speed", "plain")
+        weights, speed = checkpoint["state_dict"], checkpoint.get("speed", "plain")
+        if speed not in SPEEDS:
+            raise ValueError(f"{path}: speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
+        for name, weight in weights.items():
+            if name.startswith("ema_") and not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"{path}: weights must be numbers, and {name} is not; use an earlier checkpoint")
+        return record, weights, speed
 
 
 def _below(part: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

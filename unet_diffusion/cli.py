@@ -19,7 +19,7 @@ from unet_diffusion.quick_imports import import_lightning, quick_imports
 from unet_diffusion.recipes import HEADINGS, all_recipes, recipe_path
 from unet_diffusion.schedulers import SCHEDULERS
 from unet_diffusion.usage import CommandParser, UsageError, did_you_mean, printable, similar_paths
-from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
+from unet_diffusion.whole_file import SETTINGS, claim_folder, remove_left_behind, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from unet_diffusion.segmentation.predict import ImagesToSegment
 
 TRAINING_COMMANDS = ("fit", "validate")  # parsed by Lightning's command line
+NUM_DRAWN = "num_drawn"  # in the record of sample: how many images of its folder are its own
 MAX_GRID_IMAGES = 100  # more are written as files, but not into the grid
 SPEEDS = ("plain", "channels_last", "fused", "compiled", "graphed")  # those of `speed.py`, which imports PyTorch
 PRECISIONS = ("float32", "bfloat16", "float16")  # those of `precision.py`, likewise
@@ -566,16 +567,12 @@ def _draw_and_save(
         todo = all_of_them.share(all_of_them.by_the_first(lambda: _prepare_output(options)))
         with tqdm(total=len(todo) * num_steps, unit="image step", disable=all_of_them.rank > 0) as bar:
             for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:
-                save_images(draw(indices, bar.update), options.output, indices=indices, overwrite=options.overwrite)
+                save_images(draw(indices, bar.update), options.output, indices=indices)
         all_of_them.wait()
         if all_of_them.rank > 0:
             return
     first = [options.output / f"{i:06d}.png" for i in range(min(options.num_images, MAX_GRID_IMAGES))]
     save_grid(read_images(first), options.output / "grid.png")
-    if options.overwrite:  # what a longer run left would stand beside these under their settings
-        for path in options.output.glob("[0-9]*.png"):
-            if path.stem.isdecimal() and int(path.stem) >= options.num_images:
-                path.unlink()
     print(f"{options.num_images} images and grid.png in {options.output}")
 
 
@@ -591,24 +588,51 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
         if settings[name] is not None:
             settings[f"contents of {name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
     record = folder / SETTINGS
+    before = _drawn_before(record)
+    drawn = {f"{i:06d}.png" for i in range(before.get(NUM_DRAWN, 0))}
+    wanted = [f"{i:06d}.png" for i in range(options.num_images)]
     present = {path.name for path in folder.glob("*.png")} if folder.exists() else set()
-    if present and not (options.overwrite or options.resume):
+    if others := sorted(present & {*wanted, "grid.png"} - (drawn | {"grid.png"} if before else set())):
         raise FileExistsError(
-            f"{folder} holds {len(present)} images already; choose another --output, "
+            f"{folder} holds {others[0]}, which was not drawn there by sample; choose another --output"
+        )
+    if present & drawn and not (options.overwrite or options.resume):
+        raise FileExistsError(
+            f"{folder} holds {len(present & drawn)} images already; choose another --output, "
             "--resume to draw only the missing ones, or --overwrite"
         )
-    if options.resume and present and not record.exists():
-        raise ValueError(f"{folder} holds images but no settings.json, so --resume cannot tell how they were drawn")
-    if options.resume and record.exists():
-        before = json.loads(record.read_text())
-        differ = ", ".join(key for key in settings if before.get(key) != settings[key])
+    if options.resume and before:
+        differ = ", ".join(key for key in settings if before.get(key) != json.loads(json.dumps(settings[key])))
         if differ:
             raise ValueError(
                 f"the images in {folder} were drawn with other settings ({differ}); --resume needs the same"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=1))
-    return [i for i in range(options.num_images) if not (options.resume and f"{i:06d}.png" in present)]
+    if options.overwrite:  # first: if this run is cut off, none of the old ones stands under the new settings
+        for name in present & drawn:
+            (folder / name).unlink()
+        present -= drawn
+    remove_left_behind(folder)
+    num_drawn = options.num_images if options.overwrite else max(options.num_images, before.get(NUM_DRAWN, 0))
+    with whole_file(record) as partial:
+        partial.write_text(json.dumps({**settings, NUM_DRAWN: num_drawn}, indent=1))
+    return [i for i, name in enumerate(wanted) if name not in present]
+
+
+def _drawn_before(record: Path) -> dict[str, Any]:
+    """The settings that images of a folder were drawn with; {} if there are none.
+
+    Raises:
+        FileExistsError: If the file there is of something else.
+    """
+    if not record.exists():
+        return {}
+    try:
+        before = json.loads(record.read_text())
+    except (ValueError, OSError):
+        before = None
+    if not isinstance(before, dict) or not isinstance(before.get(NUM_DRAWN), int):
+        raise FileExistsError(f"{record} was not written by sample and is not replaced; choose another --output")
+    return before
 
 
 # ------------------------------------------------------------------------------------------------------------ segment
@@ -705,6 +729,7 @@ def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment") -> No
             (folder / mask).unlink(missing_ok=True)
         with whole_file(record) as partial:
             partial.write_text(json.dumps(settings, indent=1))
+    remove_left_behind(folder)
     claim_folder(folder, settings, "masks of this command", "choose another --output, or --overwrite")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 Inputs = Mapping[str, Tensor]
 """Arguments of a network beside x and t, (B, ...) each: any of "labels", "context", "vector" and "maps"."""
 
+MAX_GUIDANCE = 100.0  # more than that is noise
 Denoiser = Callable[..., Tensor]
 """denoiser(x, t, **inputs): the network's prediction (B, C, H, W) for x (B, C, H, W) and t (B,)."""
 
@@ -219,6 +220,10 @@ class Guidance:
     weaker: Denoiser | None = None
 
     def __post_init__(self) -> None:
+        if not abs(self.scale) <= MAX_GUIDANCE:  # nan neither
+            raise ValueError(
+                f"the scale of guidance must be at most {MAX_GUIDANCE}, got {self.scale}; 1 to 15 is usual"
+            )
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"the rescale of guidance must be in [0, 1], got {self.rescale}; 0.7 is usual")
         if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1]:

@@ -61,6 +61,7 @@ from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import set_speed
 from unet_diffusion.text import TextTokens, pretrained_text
 from unet_diffusion.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.whole_file import check_replaceable, put_folder
 
 StrPath = str | os.PathLike[str]
 
@@ -140,17 +141,17 @@ def export_pipeline(
     Args:
         trained: the network and its schedule.
         folder: appears whole or not at all.
-        overwrite: replace the folder if it is a pipeline already.
+        overwrite: Replace the folder, if all that it holds was exported there.
         autoencoder: folder of the one whose latents are denoised; None: where it was in training.
 
     Raises:
-        FileExistsError: if the folder exists and is not to be overwritten, or is no pipeline.
+        FileExistsError: If the folder exists and is not to be overwritten, or holds something else.
         FileNotFoundError: if the autoencoder is not there.
         ValueError: if there is no such pipeline (`why_not_exported`), or the autoencoder is another one.
         RuntimeError: if diffusers loads something else than was written.
     """
     folder = Path(folder).resolve()
-    _check_replaceable(folder, overwrite, "model_index.json")
+    check_replaceable(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         pipeline = _build_pipeline(trained, autoencoder)
@@ -159,7 +160,7 @@ def export_pipeline(
         if isinstance(pipeline, ConditionalPipeline):
             _ship_pipeline_code(partial)
         (partial / "README.md").write_text(model_card(trained, pipeline), encoding="utf-8")
-        _move_into_place(partial, folder)
+        put_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -182,14 +183,14 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
     Args:
         trained: the autoencoder and the scale of its latents.
         folder: appears whole or not at all.
-        overwrite: replace the folder if it is one of diffusers' models already.
+        overwrite: Replace the folder, if all that it holds was exported there.
 
     Raises:
-        FileExistsError: if the folder exists and is not to be overwritten, or is no model.
+        FileExistsError: If the folder exists and is not to be overwritten, or holds something else.
         RuntimeError: if diffusers loads something else than was written.
     """
     folder = Path(folder).resolve()
-    _check_replaceable(folder, overwrite, "config.json")
+    check_replaceable(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     _, height, width = trained.image_shape
     fields: dict[str, Any] = {"sample_size": height if height == width else [height, width]}
@@ -200,7 +201,7 @@ def export_autoencoder(trained: TrainedAutoencoder, folder: StrPath, *, overwrit
         autoencoder.save_pretrained(partial)
         _check_same_reconstruction(autoencoder, pretrained_autoencoder(partial))
         (partial / "README.md").write_text(autoencoder_card(trained), encoding="utf-8")
-        _move_into_place(partial, folder)
+        put_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -424,23 +425,6 @@ def _current_key(key: str) -> str:
     module, _, parameter = key.rpartition(".")
     parent, _, name = module.rpartition(".")
     return f"{parent}.{LEGACY_ATTENTION_KEYS[name]}.{parameter}" if name in LEGACY_ATTENTION_KEYS else key
-
-
-def _check_replaceable(folder: Path, overwrite: bool, index: str) -> None:
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists and is not overwritten; choose another folder, or pass overwrite=True")
-    if folder.exists() and not (folder / index).is_file():
-        raise FileExistsError(f"only a folder of diffusers is overwritten, and {folder} has no {index}")
-
-
-def _move_into_place(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        replaced = partial.with_suffix(".replaced")  # a folder cannot be moved onto another
-        os.replace(folder, replaced)
-        os.replace(partial, folder)
-        shutil.rmtree(replaced)
-    else:
-        os.replace(partial, folder)
 
 
 def _why_not_given(trained: TrainedDenoiser) -> str | None:

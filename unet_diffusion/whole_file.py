@@ -1,13 +1,17 @@
 """Files that appear whole or not at all, and folders for work that can be gone on with."""
 
+import glob
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 SETTINGS = "settings.json"
+EXPORTED = ".exported.json"  # in an exported folder: the names of its files, which may be replaced
+MOST_NAMED = 3  # files in an error
 MOST_SHOWN = 100  # characters of a setting in an error, which may be all captions
 
 
@@ -28,6 +32,90 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_left_behind(folder: Path, name: str | None = None) -> None:
+    """Remove partial files and folders of processes that were killed.
+
+    Args:
+        folder: Where they would be; one that is not there has none.
+        name: What they were to become, in this folder; None: anything, in folders below it, too.
+    """
+    left = folder.rglob(".*.partial") if name is None else folder.glob(f".{glob.escape(name)}.*.partial")
+    for path in left:
+        process = path.name.split(".")[-2]
+        if not process.isdecimal() or _runs(int(process)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check_replaceable(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to export into a place where something else is; remove what exports that were killed have left beside it.
+
+    Args:
+        folder: Where to export to.
+        overwrite: Whether an earlier export is to be replaced.
+
+    Raises:
+        FileExistsError: If there is a file, or an export that is not to be replaced, or a folder with other files.
+    """
+    for replaced in folder.parent.glob(f".{glob.escape(folder.name)}.replaced.*.partial"):
+        if not folder.exists():  # killed between two renames
+            os.replace(replaced, folder)
+    remove_left_behind(folder.parent, folder.name)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} must be a folder to export to, and is a file; choose another name")
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists and is not overwritten; choose another folder, or pass overwrite=True")
+    record = folder / EXPORTED
+    exported = {*json.loads(record.read_text()), EXPORTED} if record.is_file() else set()
+    if others := sorted({*_files_below(folder)} - exported):
+        shown = ", ".join(others[:MOST_NAMED]) + (", ..." if others[MOST_NAMED:] else "")
+        raise FileExistsError(
+            f"{folder} holds files that were not exported there ({shown}) and is not overwritten; choose another folder"
+        )
+
+
+def _files_below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def put_folder(partial: Path, folder: Path) -> None:
+    """Put a folder that is written in its place, after `check_replaceable`, with a note of what it holds.
+
+    Args:
+        partial: The folder, beside its place.
+        folder: Its place.
+    """
+    (partial / EXPORTED).write_text(json.dumps(sorted(_files_below(partial))))
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)  # as all files: safetensors makes its own for the owner alone
+    if folder.exists():
+        replaced = partial.with_name(f".{folder.name}.replaced.{os.getpid()}.partial")  # none is moved onto another
+        os.replace(folder, replaced)
+        os.replace(partial, folder)
+        shutil.rmtree(replaced)
+    else:
+        os.replace(partial, folder)
 
 
 def claim_folder(

@@ -24,7 +24,7 @@ from unet_diffusion.data.decoding import ImageFormat, decode_image, upright_size
 from unet_diffusion.data.files import ImageFiles, class_names_of, labels_of
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.whole_file import claim_folder, whole_file
+from unet_diffusion.whole_file import claim_folder, remove_left_behind, whole_file
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
@@ -96,8 +96,7 @@ def pack_images(
         "captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
     }
     claim_folder(folder, settings, "shards")
-    for partial in folder.rglob(".*.partial"):  # of a process that was killed
-        partial.unlink()
+    remove_left_behind(folder)
     order = torch.randperm(len(files.names), generator=keyed_generator(ORDER_KEY)).tolist()
     records = []
     for number, start in enumerate(range(0, len(order), shard_images)):

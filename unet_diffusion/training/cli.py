@@ -51,7 +51,7 @@ from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
 from unet_diffusion.usage import UsageError, did_you_mean
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.whole_file import check_replaceable, whole_file
 
 CHECKPOINTS = "checkpoints"
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
@@ -73,6 +73,7 @@ LEAST = {  # less is accepted by Lightning, which then does something else: it w
     "checkpoint.save_top_k": -1,
 }
 DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
+OURS = "# Settings of the run in this folder, written by unet-diffusion."  # first line of its config.yaml
 AUTO = "auto"
 LEFT_TO_THE_MACHINE = ("model.speed", "trainer.precision")  # by "auto"
 COMMON = (  # of the trainer's options those that people set
@@ -198,7 +199,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
         with whole_file(run_folder(trainer) / "config.yaml") as partial:
-            partial.write_text(text)
+            partial.write_text(f"{OURS}\n{text}")
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
 
@@ -309,6 +310,7 @@ class TrainingCLI(LightningCLI):
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
+            _check_run_folder(root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -366,6 +368,9 @@ class TrainingCLI(LightningCLI):
                 start_wandb_run(logger, run_folder(self.trainer))
 
     def before_fit(self) -> None:
+        if self.task != "segment" and self.trainer.is_global_zero:
+            name = "autoencoder" if self.task == "autoencode" else "pipeline"
+            check_replaceable(run_folder(self.trainer).resolve() / name, overwrite=True)
         self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
 
     def after_fit(self) -> None:
@@ -409,6 +414,24 @@ def _silence_what_is_meant() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _check_run_folder(root: Path) -> None:
+    """Refuse a folder in which training would replace files that no run has written.
+
+    Raises:
+        FileExistsError: If it holds such.
+    """
+    settings = root / "config.yaml"
+    if settings.is_file() and settings.read_text(encoding="utf-8", errors="replace").startswith(OURS):
+        return
+    names = ("config.yaml", "samples.png", "samples", "pipeline", "autoencoder")
+    others = [name for name in names if (root / name).exists()]
+    if others and not any((root / CHECKPOINTS).glob("*.ckpt")):
+        raise FileExistsError(
+            f"{root} holds {', '.join(others)} that no run has written there, and training would replace; choose "
+            "another --trainer.default_root_dir"
+        )
 
 
 def _check_numbers(config: Any) -> None:
