@@ -57,7 +57,8 @@ def pixels(folder, conditions, *, num_maps=0, **network) -> TrainedDenoiser:
 
 
 def with_classes(trained: TrainedDenoiser, null_label=2) -> TrainedDenoiser:
-    trained.null_label, trained.class_names = null_label, ["cat", "dog"]
+    trained.null_label = null_label
+    trained.class_names = ["cat", "dog"] if trained.num_classes == 2 else None  # not of an upscaler's levels of noise
     return trained
 
 

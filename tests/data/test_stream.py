@@ -287,7 +287,7 @@ def test_pack_goes_on_and_never_mixes(images, packed, run_cli, tmp_path):
     kept = (packed / "shard_00001.tar").stat().st_mtime_ns
     for gone in ("index.json", "records/00003.json", "shard_00004.tar", "records/00004.json"):
         (packed / gone).unlink()
-    (packed / ".shard_00004.tar.1.partial").touch()  # as a process that was killed would leave it
+    (packed / ".shard_00004.tar.999999999.partial").touch()  # as a process that was killed would leave it
     status, _, err = run_cli(*pack)
     assert status == 0, err
     assert {path.name: path.read_bytes() for path in packed.glob("*.*")} == before
