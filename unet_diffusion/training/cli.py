@@ -124,7 +124,10 @@ class RunParser(LightningArgumentParser):
     def format_help(self, *args: Any) -> str:
         if self.usage is None and any("trainer.max_steps" in _names(group) for group in self._action_groups):
             self._put_in_order()
-            self.usage = f"unet-diffusion {self.prog.split()[-1]} --config RECIPE [--config FILE] [--OPTION VALUE] ..."
+            command = self.prog.split()[-1]
+            options = "--config RECIPE [--config FILE] [--OPTION VALUE] ... [--allow MODULE]"
+            self.usage = f"unet-diffusion {command} {options}"
+            self.epilog = "--allow MODULE lets the configuration name classes and functions of a module of your own."
         return super().format_help(*args)
 
     def _put_in_order(self) -> None:
