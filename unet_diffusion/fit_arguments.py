@@ -37,7 +37,7 @@ class FitArguments:
 
 
 def check_arguments(arguments: Sequence[str]) -> FitArguments:
-    """The arguments, looked at.
+    """The arguments of fit or validate, after a look at the files, folders and sections that they name.
 
     Args:
         arguments: Those of the command, its name first.
@@ -148,9 +148,9 @@ def _check_paths(settings: dict[str, Any]) -> None:
             fix = similar_paths(path) or f"; set --{name}"
             raise FileNotFoundError(f"{name} must be an existing folder or file, got {value}{fix}")
     checkpoint = settings.get("ckpt_path")
-    if checkpoint and checkpoint not in FINDS_CHECKPOINTS and not Path(checkpoint).is_file():
+    if checkpoint and checkpoint not in FINDS_CHECKPOINTS and not Path(str(checkpoint)).is_file():
         words = ", ".join(FINDS_CHECKPOINTS)
-        similar = similar_paths(Path(checkpoint))
+        similar = similar_paths(Path(str(checkpoint)))
         raise FileNotFoundError(f"ckpt_path must be a file, or one of {words}, got {checkpoint}{similar}")
     root = settings.get("trainer.default_root_dir")
     if isinstance(root, str) and Path(root).expanduser().is_file():

@@ -54,6 +54,7 @@ def put_hyperparameters(checkpoint: dict[str, Any], optimizers: Sequence[Optimiz
         optimizers: As the settings of now make them.
     """
     schedules = checkpoint.get("lr_schedulers") or [{} for _ in optimizers]
+    # Not strict: a run that begins has no states yet, and other numbers of groups torch refuses when it restores them.
     for saved, schedule, optimizer in zip(checkpoint.get("optimizer_states", []), schedules, optimizers, strict=False):
         for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=False):
             old |= {name: value for name, value in new.items() if name not in ("params", "lr", "initial_lr")}
