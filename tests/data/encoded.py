@@ -25,15 +25,45 @@ def encode(image, file_format="PNG", **options) -> bytes:
 
 def encode_16_bit_png(pixels) -> bytes:
     """Pillow cannot write 16-bit colour."""
+    return encode_png(pixels, 16)
+
+
+def encode_png(pixels, bits, *, palette=None, transparent=None, orientation=None) -> bytes:
+    """A PNG of any depth, as its specification has it (https://www.w3.org/TR/png-3).
+
+    Args:
+        pixels: numbers, (H, W) or (H, W, C).
+        bits: 1, 2, 4, 8 or 16 a sample.
+        palette: colours (N, 3), of which pixels are indices.
+        transparent: a colour, or with a palette the alpha of its first colours.
+        orientation: of EXIF.
+    """
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     height, width, channels = pixels.shape
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, PNG_COLOUR_TYPE[channels], 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    colour_type = 3 if palette is not None else PNG_COLOUR_TYPE[channels]
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))]
+    if palette is not None:
+        chunks.append(chunk(b"PLTE", np.asarray(palette, np.uint8).tobytes()))
+    if transparent is not None:
+        size = ">u1" if palette is not None else ">u2"
+        chunks.append(chunk(b"tRNS", np.asarray(transparent, size).tobytes()))
+    rows = b"".join(b"\0" + _packed(row.ravel(), bits) for row in pixels)
+    chunks.append(chunk(b"IDAT", zlib.compress(rows)))
+    if orientation is not None:  # one entry: tag, type SHORT, count, value
+        chunks.append(
+            chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0))
+        )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def _packed(row, bits) -> bytes:
+    """Numbers of so many bits each, the first in the highest bits."""
+    digits = np.unpackbits(row.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)
+    return np.packbits(digits[:, 16 - bits :].ravel()).tobytes()
 
 
 def write_images(folder: Path, num_images, height=8, width=8, channels=3) -> Path:

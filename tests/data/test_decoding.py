@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from encoded import encode, encode_16_bit_png, random_pixels
-from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from unet_diffusion.data import ImageFormat, decode_image
 from unet_diffusion.data.decoding import decode_label_pages, decode_pages, to_depth, upright_size
@@ -219,7 +219,7 @@ def test_absurd_dimensions_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow itself refuses twice that
     with (
         pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(ValueError, match="10x11 must not be more than 60"),
+        pytest.raises(ValueError, match="must have at most 60 pixels, got 10x11"),
     ):
         decode_image(data, ImageFormat(2, 2))
 
@@ -228,7 +228,7 @@ def test_absurd_dimensions_are_refused(monkeypatch):
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 def test_file_of_a_few_bytes_that_decodes_to_gigabytes_is_refused_by_its_header(decode, file_format):
     side = 200_000
-    with pytest.raises(ValueError, match=r"exceeds limit of \d+ pixels.*raise PIL\.Image\.MAX_IMAGE_PIXELS"):
+    with pytest.raises(ValueError, match=r"must have at most \d+ pixels, got (200000x200000|more than twice as many)"):
         decode({"PNG": png_of_size, "TIFF": tiff_of_size}[file_format](side))
 
 
@@ -258,7 +258,7 @@ def test_postscript_is_not_run(decode, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looks for it again
     postscript = encode(random_pixels(8, 8, 3), "EPS")
-    with pytest.raises(UnidentifiedImageError):
+    with pytest.raises(ValueError, match="begins with b'%!PS-Ado'"):
         decode(postscript)
     assert not (tmp_path / "ran").exists()
     with contextlib.suppress(OSError):

@@ -152,7 +152,12 @@ def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | s
     try:
         return decode(files.read(name))
     except Exception as error:  # on damaged files decoders raise anything, down to SyntaxError
-        return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """What a decoder says is wrong with a file; its own words say little without their kind."""
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:

@@ -1,21 +1,20 @@
-"""From the bytes of an image file to a tensor of one shape, in 8 or 16 bits.
+"""From the bytes of an image file to a tensor of one shape, in 8 or 16 bits; and of a label file to its numbers.
 
-Pillow decodes, except for 16-bit PNG: Pillow reduces those with colour or alpha to 8 bits without a word, torchvision
-keeps them. All arithmetic is float32, rounded once at the end. Colours are resized multiplied by alpha, so that what is
-hidden under transparent pixels does not bleed into the visible ones (Porter & Duff 1984).
+`stored` says what a file holds. All arithmetic is float32, rounded once at the end. Colours are resized multiplied by
+alpha, so that what is hidden under transparent pixels does not bleed into the visible ones (Porter & Duff 1984).
 """
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageColor, ImageOps, ImageSequence
+from PIL import Image, ImageColor
 from torch import Tensor
+
+from unet_diffusion.data.stored import Stored, StoredImage, stored_images
 
 Pixels = NDArray[Any]  # (1 to 4, H, W) uint8, uint16 or float32: grey or RGB, alpha last
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -23,10 +22,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 UINT8_TO_UINT16 = 257  # 65535 / 255: white stays white
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # red, green, blue; ITU-R BT.601, as Pillow
 SMALLEST_ALPHA = 1 / 65535  # below one level of 16 bits there is no colour to recover
-# Pillow goes by the content, not by the name, and hands PostScript to Ghostscript, which is a programming language.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_REMEDY = "reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS"
-PNG_BIT_DEPTH = 24  # position of that byte: 8 of signature, 8 of chunk header, 8 of width and height
+WITHOUT_ALPHA = {"grey": 1, "RGB": 3, "palette": 1}  # numbers a pixel
 
 
 @dataclass(frozen=True)
@@ -61,39 +57,39 @@ class ImageFormat:
 def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
     """The image in a file: scaled to cover height x width, cut to its centre, (channels, height, width).
 
-    Reductions are antialiased. Nothing is enlarged. An EXIF orientation is applied. Of several frames the first counts.
+    Reductions are antialiased. Nothing is enlarged. The orientation that the file says is applied. Of several frames or
+    pages the first counts.
 
     Args:
         data: contents of an image file.
         image_format: what to turn it into.
 
     Returns:
-        uint8 in [0, 255], or uint16 in [0, 65535] if the file holds 16 bits a channel.
+        uint8 in [0, 255], or uint16 in [0, 65535] if the file holds more than 8 bits a channel.
 
     Raises:
         ValueError: if the image is smaller than asked for in either direction, has more pixels than
             PIL.Image.MAX_IMAGE_PIXELS, or holds numbers that are no 8 or 16-bit colours.
         Exception: whatever a decoder raises on a damaged file.
     """
-    pixels = _read_pixels(data, image_format)
-    height, width = pixels.shape[1:]
+    image = next(stored_images(data))
+    height, width = image.size
     if height < image_format.height or width < image_format.width:
         raise ValueError(f"too small: {height}x{width}, must be at least {image_format.height}x{image_format.width}")
+    pixels = _colours(image, reducible_to=max(image_format.height, image_format.width))
     fitted = _fit(pixels, image_format.height, image_format.width)
     converted = _convert_channels(fitted, image_format, white=np.iinfo(pixels.dtype).max)
     return torch.from_numpy(_round_to(converted, pixels.dtype))
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
-    """Height and width of the image in a file, with its EXIF orientation applied; only its header is read.
+    """Height and width of the image in a file, with its orientation applied.
 
     Raises:
         ValueError: if it has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
         Exception: whatever a decoder raises on a damaged file.
     """
-    with _opened(data) as image:
-        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
-        return (image.width, image.height) if is_turned else (image.height, image.width)
+    return next(stored_images(data)).size
 
 
 def decode_pages(data: bytes, channels: int) -> list[Tensor]:
@@ -108,26 +104,39 @@ def decode_pages(data: bytes, channels: int) -> list[Tensor]:
             colours.
         Exception: whatever a decoder raises on a damaged file.
     """
-    image_format = ImageFormat(1, 1, channels)
-    converted = [
-        _round_to(_convert_channels(pixels, image_format, white=np.iinfo(pixels.dtype).max), pixels.dtype)
-        for pixels in _read_all_pages(data)
-    ]
-    return [torch.from_numpy(pixels) for pixels in converted]
+    return [decode_page(image, channels) for image in stored_images(data)]
+
+
+def decode_page(image: StoredImage, channels: int) -> Tensor:
+    """An image at its own size, (channels, H, W) uint8 or uint16.
+
+    Args:
+        image: one of those of a file.
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+
+    Raises:
+        ValueError: if it holds numbers that are no 8 or 16-bit colours.
+        Exception: whatever a decoder raises on a damaged file.
+    """
+    pixels = _colours(image)
+    converted = _convert_channels(pixels, ImageFormat(1, 1, channels), white=np.iinfo(pixels.dtype).max)
+    return torch.from_numpy(_round_to(converted, pixels.dtype))
 
 
 def decode_label_pages(data: bytes) -> list[NDArray[np.int32]]:
-    """Every page of a label image, (H, W) each: the numbers that it holds, or the indices into its palette.
+    """Every page of a label image, (H, W) each: the numbers as they are stored, whatever the file calls white.
+
+    Of a file with a palette they are the indices, unless all colours of the palette are grey: then a grey picture was
+    stored that way, and its greys count. Alpha is left out.
 
     Args:
-        data: contents of an image file, grey (1 to 32 bits), with a palette, or colour whose channels are equal.
+        data: contents of an image file, grey, with a palette, or colour whose channels are equal; of any depth.
 
     Raises:
-        ValueError: if pixels are colours, or no whole numbers.
+        ValueError: if pixels are colours or no whole numbers of 32 bits, or the file is of a kind that changes them.
         Exception: whatever a decoder raises on a damaged file.
     """
-    with _opened(data) as image:
-        return [_numbers(np.asarray(page)) for page in _pages(image)]
+    return [_label(image) for image in stored_images(data)]
 
 
 def to_depth(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,90 +147,82 @@ def to_depth(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(torch.int16).mul_(UINT8_TO_UINT16).view(dtype)
 
 
-def _read_pixels(data: bytes, image_format: ImageFormat) -> Pixels:
-    """All pixels of an image, upright, uint8 or uint16."""
-    with _opened(data) as image:
-        if image.format == "PNG" and data[PNG_BIT_DEPTH] == 16:
-            return _read_16_bit_png(data)
-        # Lets JPEG decode to a half, quarter or eighth, but not below twice of what is needed.
-        twice = 2 * max(image_format.height, image_format.width)
-        image.draft(None, (twice, twice))
-        _check_mode(image)
-        return _pixels_of(ImageOps.exif_transpose(image))
+def _colours(image: StoredImage, reducible_to: int | None = None) -> Pixels:
+    """All pixels of an image, upright, uint8 or uint16: grey or RGB, with alpha if it has transparent pixels."""
+    if image.white is None:
+        raise ValueError(f"{image} have no range that is known; save the image in 8 or 16 bits")
+    if image.num_channels != WITHOUT_ALPHA[image.kind]:
+        raise ValueError(
+            f"an image must be grey or RGB, with alpha or without, and this file has {image.num_channels} "
+            f"{image.kind} channels; save those that are to be used as grey or RGB"
+        )
+    numbers = image.numbers(reducible_to)
+    white = 255 if image.white <= 255 else 65535
+    alpha = _to_white(numbers[..., -1:], image.white, white) if image.alpha is not None else None
+    colour = numbers if alpha is None else numbers[..., :-1]
+    if image.transparent is not None:
+        is_opaque = (colour != np.array(image.transparent)).any(axis=-1, keepdims=True)
+        alpha = (is_opaque * white).astype(np.uint16 if white > 255 else np.uint8)
+    if image.palette is not None:
+        colour = _of_palette(colour[..., 0], image.palette)
+        if colour.shape[-1] == 4:
+            colour, alpha = colour[..., :3], colour[..., 3:]
+    else:
+        colour = _to_white(colour, image.white, white)
+    if image.is_inverted:
+        colour = white - colour
+    if alpha is not None and image.alpha == "premultiplied":
+        whole = colour.astype(np.float32) * white / np.maximum(alpha, 1)
+        colour = np.clip(whole.round(), 0, white).astype(colour.dtype)
+    pixels = colour if alpha is None else np.concatenate([colour, alpha], axis=-1)
+    return pixels.transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
 
-def _read_all_pages(data: bytes) -> list[Pixels]:
-    with _opened(data) as image:
-        if image.format == "PNG" and data[PNG_BIT_DEPTH] == 16:
-            return [_read_16_bit_png(data)]
-        pages = []
-        for page in _pages(image):
-            _check_mode(page)
-            pages.append(_pixels_of(ImageOps.exif_transpose(page)))
-        return pages
+def _to_white(numbers: Stored, white: int, new_white: int) -> Stored:
+    """The numbers on a scale on which white is 255 or 65535."""
+    if white == new_white:
+        return numbers
+    if (largest := numbers.max(initial=0)) > white:
+        raise ValueError(f"numbers must be at most {white}, which the file says is white, got {largest}; save it again")
+    scaled = (numbers.astype(np.uint32) * new_white + white // 2) // white  # rounded
+    return scaled.astype(np.uint16 if new_white > 255 else np.uint8)
 
 
-def _pages(image: Image.Image) -> Iterator[Image.Image]:
-    """Those of a TIFF file; in other formats further frames are previews or animations, and the first counts."""
-    for page in ImageSequence.Iterator(image) if image.format == "TIFF" else [image]:
-        _check_dimensions(page)
-        yield page
+def _of_palette(indices: Stored, palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if (largest := int(indices.max(initial=0))) >= len(palette):
+        raise ValueError(f"indices must be less than the {len(palette)} colours of the palette, got {largest}; "
+                         "save the image again")  # fmt: skip
+    return palette[indices]
 
 
-def _numbers(page: NDArray[Any]) -> NDArray[np.int32]:
-    if page.dtype.kind == "f":
+def _label(image: StoredImage) -> NDArray[np.int32]:
+    if image.is_lossy:
+        raise ValueError(
+            f"a label must be of a format that keeps each number, and {image.file_format} blurs them; save it as PNG"
+        )
+    if image.is_inverted and image.bits == 1:
+        raise ValueError(
+            "a label of 1 bit must say that 1 is white, and in this file 0 is, so that objects might be either; "
+            "save it in 8 bits"
+        )
+    numbers = image.numbers()[..., : image.num_channels]
+    if image.palette is not None and (image.palette[:, :3] == image.palette[:, :1]).all():
+        numbers = _of_palette(numbers[..., 0], image.palette)[..., :1]
+    if numbers.shape[-1] > 1 and (numbers != numbers[..., :1]).any():
+        raise ValueError(
+            "a label must be one number a pixel, and this file holds colours; save class indices or a palette image"
+        )
+    return _as_int32(numbers[..., 0])
+
+
+def _as_int32(numbers: Stored) -> NDArray[np.int32]:
+    if numbers.dtype.kind == "c" or (numbers.dtype.kind == "f" and not (numbers == np.rint(numbers)).all()):
         raise ValueError("a label must be a whole number, and this file holds fractions; save it in 8 or 16 bits")
-    if page.ndim == 3:
-        colours = page[..., :3]
-        if not (colours == colours[..., :1]).all():
-            raise ValueError(
-                "a label must be one number a pixel, and this file holds colours; save class indices or a palette image"
-            )
-        page = colours[..., 0]
-    return page.astype(np.int32)
-
-
-@contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Pillow's image, of which nothing but the header has been read; too large a one is refused."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:  # of twice the pixels; below, Pillow only warns
-        raise ValueError(f"{error} {_REMEDY}") from error
-    with image:
-        _check_dimensions(image)
-        yield image
-
-
-def _check_dimensions(image: Image.Image) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"{image.height}x{image.width} must not be more than {limit} pixels; {_REMEDY}")
-
-
-def _check_mode(image: Image.Image) -> None:
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no range that is known; save the image in 8 or 16 bits")
-    tiles = getattr(image, "tile", [])  # how the file lays out its pixels, before Pillow converts them
-    if not image.mode.startswith("I;16") and any(";16" in str(tile[3]) for tile in tiles):
-        raise ValueError(f"16-bit colour in {image.format} cannot be read without loss; save the image as 16-bit PNG")
-
-
-def _read_16_bit_png(data: bytes) -> Pixels:
-    from torchvision.io import ImageReadMode, decode_png  # a second to import, and such files are rare
-
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return decode_png(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
-
-
-def _pixels_of(image: Image.Image) -> Pixels:
-    """Pillow's image as grey or RGB, with alpha if it has transparent pixels."""
-    if image.mode.startswith("I;16"):
-        return np.asarray(image)[None].astype(np.uint16)  # some are big-endian, which torch does not take
-    if image.mode in ("1", "L") and not image.has_transparency_data:
-        return np.asarray(image.convert("L"))[None]
-    mode = "RGBA" if image.has_transparency_data else "RGB"
-    return np.asarray(image.convert(mode)).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    limits = np.iinfo(np.int32)
+    for end in (numbers.min(), numbers.max()):
+        if not limits.min <= end <= limits.max:
+            raise ValueError(f"a label must be from {limits.min} to {limits.max}, got {end}; number the objects anew")
+    return numbers.astype(np.int32)
 
 
 def _fit(pixels: Pixels, height: int, width: int) -> Pixels:
@@ -234,22 +235,22 @@ def _fit(pixels: Pixels, height: int, width: int) -> Pixels:
         return pixels[:, int(top) : int(top) + height, int(left) : int(left) + width]
     box = (left, top, left + box_width, top + box_height)
     white = np.iinfo(pixels.dtype).max
-    resize = _resize_under_alpha if _has_alpha(pixels) else _resize
-    return resize(pixels.astype(np.float32, order="C") / np.float32(white), box, height, width) * np.float32(white)
+    planes = (plane.astype(np.float32, order="C") / np.float32(white) for plane in pixels)  # one in memory, not all
+    if not _has_alpha(pixels):
+        return np.stack([_resize(plane, box, height, width) for plane in planes]) * np.float32(white)
+    opacity = pixels[-1].astype(np.float32, order="C") / np.float32(white)
+    alpha = _resize(opacity, box, height, width)
+    colours = [
+        _resize(plane * opacity, box, height, width) / np.maximum(alpha, SMALLEST_ALPHA)
+        for plane in itertools.islice(planes, len(pixels) - 1)
+    ]
+    return np.clip(np.stack([*colours, alpha]), 0, 1) * np.float32(white)
 
 
-def _resize_under_alpha(pixels: Pixels, box: Box, height: int, width: int) -> Pixels:
-    """As `_resize`, each colour weighted by its alpha."""
-    premultiplied = np.concatenate([pixels[:-1] * pixels[-1:], pixels[-1:]])
-    resized = _resize(premultiplied, box, height, width)
-    colour = resized[:-1] / np.maximum(resized[-1:], SMALLEST_ALPHA)
-    return np.concatenate([np.clip(colour, 0, 1), resized[-1:]])
-
-
-def _resize(pixels: Pixels, box: Box, height: int, width: int) -> Pixels:
-    """A box of pixels in [0, 1], bicubic and antialiased, (C, height, width)."""
-    resized = [Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box) for plane in pixels]
-    return np.clip(np.stack([np.asarray(plane) for plane in resized]), 0, 1)  # bicubic overshoots
+def _resize(plane: Pixels, box: Box, height: int, width: int) -> Pixels:
+    """A box of a plane in [0, 1], bicubic and antialiased, (height, width)."""
+    resized = Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box)
+    return np.clip(np.asarray(resized), 0, 1)  # bicubic overshoots
 
 
 def _convert_channels(pixels: Pixels, image_format: ImageFormat, white: int) -> Pixels:

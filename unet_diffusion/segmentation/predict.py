@@ -1,6 +1,7 @@
 """Segments images with a trained network: class probabilities of an image, and masks for a folder of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,13 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tifffile import TiffWriter
 from torch import Tensor
 
 from unet_diffusion.checkpoint import TrainedSegmenter
-from unet_diffusion.data.checking import decoded
-from unet_diffusion.data.decoding import decode_pages
+from unet_diffusion.data.checking import decoded, reason
+from unet_diffusion.data.decoding import decode_page
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.data.stored import StoredImage, stored_images
 from unet_diffusion.pictures import write_png
 from unet_diffusion.processes import ALONE, Processes
 from unet_diffusion.segmentation.labels import instances_from, mask_from
@@ -111,10 +114,10 @@ class ImagesToSegment:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def pages(self, mask: str, channels: int) -> list[Tensor] | str:
-        """The pages of the image that the mask is of, uint8 or uint16 (channels, H, W) each, or why there are none."""
+    def pages(self, mask: str) -> list[StoredImage] | str:
+        """The pages of the image that the mask is of, or why there are none."""
         files, name = self.sources[mask]
-        return decoded(lambda data: decode_pages(data, channels), files, name)
+        return decoded(lambda data: list(stored_images(data)), files, name)
 
 
 def segment_images(
@@ -141,7 +144,7 @@ def segment_images(
     failed = []
     for mask in all_of_them.share(list(images.sources)):
         if not (outputs.folder / mask).exists():
-            pages = images.pages(mask, trained.unet.in_channels)
+            pages = images.pages(mask)
             if isinstance(pages, list):
                 try:
                     _segment_pages(trained, pages, mask, outputs, predict)
@@ -162,45 +165,60 @@ def mask_name(name: str) -> str:
 
 def _segment_pages(
     trained: TrainedSegmenter,
-    pages: list[Tensor],
+    pages: list[StoredImage],
     mask: str,
     outputs: Outputs,
     predict: Callable[[Tensor], Tensor],
 ) -> None:
-    """Writes what is asked for; the mask last, as it says that the image is done."""
-    images = [to_float(page, stretch=trained.stretch) for page in pages]
-    predictions = [predict(image).numpy() for image in images]
+    """Writes what is asked for, one page after the other; the mask last, as it says that the image is done."""
+    if len(pages) > 1 and PurePosixPath(mask).suffix.lower() not in TIFF:
+        raise ValueError(f"a file of {len(pages)} pages must be named .tif, for its masks to be pages too; rename it")
     stem = PurePosixPath(mask).with_suffix("")
     stems = [stem] if len(pages) == 1 else [stem / f"{number:04d}" for number in range(len(pages))]
-    wants_objects = trained.kind != "classes" and (outputs.instances or outputs.overlays)
-    objects = [instances_from(p, trained.kind) for p in predictions] if wants_objects else None
-    masks = [mask_from(p, trained.kind) for p in predictions]
-    outlines: Sequence[NDArray[Any]] = objects or masks
-    for image, prediction, stem, outline in zip(images, predictions, stems, outlines, strict=True):
-        if outputs.probabilities:
-            with whole_file(outputs.folder / "probabilities" / f"{stem}.npy") as partial:
-                _save_array(partial, prediction.astype(np.float16))
-        if outputs.overlays:
-            write_png(outlined(image, outline), outputs.folder / "overlays" / f"{stem}.png")
-    if outputs.instances and objects is not None:
-        _save_pages([_sixteen_bits(numbers) for numbers in objects], outputs.folder / "instances" / mask)
-    _save_pages([Image.fromarray(pixels) for pixels in masks], outputs.folder / mask)
+    has_objects = trained.kind != "classes"
+    with ExitStack() as files:
+        write_mask = files.enter_context(_whole_pages(outputs.folder / mask))
+        if outputs.instances and has_objects:
+            write_instances = files.enter_context(_whole_pages(outputs.folder / "instances" / mask))
+        for page, stem in zip(pages, stems, strict=True):
+            image = to_float(_decoded_page(page, trained.unet.in_channels), stretch=trained.stretch)
+            prediction = predict(image).numpy()
+            outline: NDArray[Any] = mask_from(prediction, trained.kind)
+            write_mask(outline)
+            if has_objects and (outputs.instances or outputs.overlays):
+                outline = instances_from(prediction, trained.kind)
+            if outputs.instances and has_objects:
+                write_instances(_sixteen_bits(outline))
+            if outputs.probabilities:
+                with whole_file(outputs.folder / "probabilities" / f"{stem}.npy") as partial:
+                    _save_array(partial, prediction.astype(np.float16))
+            if outputs.overlays:
+                write_png(outlined(image, outline), outputs.folder / "overlays" / f"{stem}.png")
 
 
-def _sixteen_bits(numbers: NDArray[np.int32]) -> Image.Image:
+def _decoded_page(page: StoredImage, channels: int) -> Tensor:
+    try:
+        return decode_page(page, channels)
+    except Exception as error:  # on damaged files decoders raise anything
+        raise ValueError(reason(error)) from error
+
+
+def _sixteen_bits(numbers: NDArray[np.int32]) -> NDArray[np.uint16]:
     limit = np.iinfo(np.uint16).max
     if numbers.max(initial=0) > limit:
         raise ValueError(f"instance numbers must fit 16 bits, got {numbers.max()} objects; cut the image into parts")
-    return Image.fromarray(numbers.astype(np.uint16))
+    return numbers.astype(np.uint16)
 
 
-def _save_pages(pages: list[Image.Image], path: Path) -> None:
-    image_format = "TIFF" if path.suffix.lower() in TIFF else "PNG"
-    more: dict[str, Any] = (
-        {"save_all": True, "append_images": pages[1:], "compression": "tiff_lzw"} if image_format == "TIFF" else {}
-    )
+@contextmanager
+def _whole_pages(path: Path) -> Iterator[Callable[[NDArray[Any]], object]]:
+    """Writes one page after the other to a file, which appears when all are written; of PNG there is one."""
     with whole_file(path) as partial:
-        pages[0].save(partial, format=image_format, **more)
+        if path.suffix.lower() in TIFF:
+            with TiffWriter(partial) as tiff:
+                yield lambda page: tiff.write(page, photometric="minisblack", compression="lzw", metadata=None)
+        else:
+            yield lambda page: Image.fromarray(page).save(partial, format="PNG")
 
 
 def _save_array(path: Path, array: NDArray[np.float16]) -> None:
