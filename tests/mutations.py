@@ -237,7 +237,7 @@ MUTATIONS = [
     Mutation("stored: depth of grey PNG", "data/stored.py",
              "        bits = data[PNG_BIT_DEPTH]", "        bits = 8", "data/test_stored.py"),
     Mutation("stored: planes of a TIFF", "data/stored.py",
-             "numbers.transpose(1, 2, 0, 3)", "numbers.transpose(1, 2, 3, 0)", "data/test_stored.py"),
+             "numbers.transpose(1, 2, 0, 3)", "numbers.transpose(0, 1, 2, 3)", "data/test_stored.py"),
     Mutation("stored: reduced pages", "data/stored.py",
              "page.is_mask or page.is_reduced", "page.is_mask", "data/test_stored.py"),
     Mutation("stored: colour maps of 8 bits", "data/stored.py",

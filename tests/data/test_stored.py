@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,7 @@ def test_webp_is_a_label_only_without_loss(options, is_label, has_metadata):
         (np.array([[2**32 - 1, 0]], np.uint32), "must be from -2147483648 to 2147483647, got 4294967295"),
         (np.array([[-(2**40), 0]], np.int64), "got -1099511627776"),
         (np.array([[0, 1]], np.complex64), "holds fractions"),
+        (np.array([[0, np.inf]], np.float16), "got inf"),
     ],
 )
 def test_label_that_is_no_whole_number_of_32_bits_is_refused(numbers, said):
@@ -395,9 +397,33 @@ def test_cut_tiff_is_refused_and_not_filled_with_black(compression):
             decode(content[:-100])
 
 
+@pytest.mark.parametrize(
+    ("rest", "said"), [(b"", "cut off before it"), (b"\0\0" + struct.pack("<I", 8), "one leads back")]
+)
+def test_tiff_without_pages_or_with_pages_in_a_circle_is_refused(rest, said):
+    with pytest.raises(ValueError, match=said):
+        decode_pages(b"II*\0" + struct.pack("<I", 8) + rest, 1)
+
+
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"not an image"])
 def test_what_is_no_image_is_named_by_how_it_begins(content):
     begins = "is empty" if not content else f"begins with {content[:8]!r}"
     rule = "a file must be a whole image of one of AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"
     with pytest.raises(ValueError, match=re.escape(f"{rule}, and this one {begins}")):
+        decode_pages(content, 1)
+
+
+def test_tiff_whose_width_is_a_text_is_refused_before_room_is_made_for_it():
+    content = tiff_of(random_pixels(8, 8, 1), photometric="minisblack")
+    width = struct.pack("<HHII", 256, 4, 1, 8)  # tag, type of 32 bits, count, value
+    assert content.count(width) == 1
+    text = struct.pack("<HHI4s", 256, 2, 4, b"wide")
+    with pytest.raises(ValueError, match="height and width must be whole numbers, got 8 and 'wide'"):
+        decode_pages(content.replace(width, text), 1)
+
+
+def test_tiff_of_absurd_tiles_is_refused(monkeypatch):
+    content = tiff_of(random_pixels(8, 8, 1), tile=(16, 16), photometric="minisblack")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="must have at most 100 pixels, got 16x16"):
         decode_pages(content, 1)

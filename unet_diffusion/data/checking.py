@@ -156,8 +156,8 @@ def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | s
 
 
 def reason(error: Exception) -> str:
-    """What a decoder says is wrong with a file; its own words say little without their kind."""
-    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    """What is wrong with a file; words of a decoder say little without their kind."""
+    return str(error) if type(error) is ValueError else f"it cannot be read ({type(error).__name__}: {error})"
 
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:

@@ -219,7 +219,7 @@ def _as_int32(numbers: Stored) -> NDArray[np.int32]:
     if numbers.dtype.kind == "c" or (numbers.dtype.kind == "f" and not (numbers == np.rint(numbers)).all()):
         raise ValueError("a label must be a whole number, and this file holds fractions; save it in 8 or 16 bits")
     limits = np.iinfo(np.int32)
-    for end in (numbers.min(), numbers.max()):
+    for end in (numbers.min().item(), numbers.max().item()):
         if not limits.min <= end <= limits.max:
             raise ValueError(f"a label must be from {limits.min} to {limits.max}, got {end}; number the objects anew")
     return numbers.astype(np.int32)

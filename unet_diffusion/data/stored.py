@@ -5,6 +5,7 @@ rest is read by Pillow, except where Pillow keeps 8 bits of 16: PNG with colours
 """
 
 import io
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # + is BigTIFF
 PNG_BIT_DEPTH = 24  # position of that byte: 8 of signature, 8 of chunk header, 8 of width and height
 PNG_SAMPLES = {2: 3, 4: 2, 6: 4}  # numbers a pixel by the byte after that, the colour type
 WEBP_LOSSLESS = b"VP8L"
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file its reader is told
 CONTIGUOUS = ("imagej", "shaped", "stk")  # kinds of stacks whose first page alone may have tags
 REDUCED_IMAGE = 2  # of tag 255, SubfileType, which is older than tag 254
 KINDS = {
@@ -309,11 +311,33 @@ def _stored_in_tiff(data: bytes) -> Iterator[StoredImage]:
     from tifffile import TiffFile  # other formats do without
 
     tiff = TiffFile(io.BytesIO(data))  # open for as long as an image may be decoded
-    pages = [page.aspage() for page in tiff.pages]
+    pages = list(_pages(tiff))
     whole = [page for page in pages if not (page.is_mask or page.is_reduced or _is_older_reduced(page))]
     for page in whole or pages:
-        check_dimensions(page.imagelength, page.imagewidth)
+        _check_tags(page)
         yield from _planes(_stored_in_page(page, data), page, tiff, data)
+
+
+def _pages(tiff: "TiffFile") -> Iterator["TiffPage"]:
+    offsets = set()
+    for page in tiff.pages:
+        if page.offset in offsets:
+            raise ValueError("pages must follow one another, and in this file one leads back; save the image again")
+        offsets.add(page.offset)
+        yield page.aspage()
+    if not offsets:
+        raise ValueError("a TIFF file must hold a page, and this one is cut off before it; copy it again")
+
+
+def _check_tags(page: "TiffPage") -> None:
+    """Of a damaged file tags may hold anything, and tifffile makes room for what they say."""
+    sides = (page.imagelength, page.imagewidth, page.tilelength, page.tilewidth)
+    if not all(isinstance(side, int) for side in sides) or min(sides[:2]) < 1:
+        raise ValueError(
+            f"height and width must be whole numbers, got {sides[0]!r} and {sides[1]!r}; copy the file again"
+        )
+    check_dimensions(*sides[:2])
+    check_dimensions(*sides[2:])
 
 
 def _is_older_reduced(page: "TiffPage") -> bool:
@@ -347,11 +371,17 @@ def _stored_in_page(page: "TiffPage", data: bytes) -> StoredImage:
     planar, depth, height, width, contiguous = page.shaped
     photometric, num_samples = page.photometric, planar * contiguous
     orientation = page.tags.valueof(274, default=1)
-    common: dict[str, Any] = {"file_format": "TIFF", "stored_size": (height, width), "orientation": orientation}
-    if page.dtype is None or depth != 1:
-        raise ValueError(f"a page must hold an image of integers, got {page.bitspersample} bits of sample format "
-                         f"{page.sampleformat} and depth {depth}; save it as 8 or 16-bit TIFF")  # fmt: skip
     is_jpeg = page.compression in (COMPRESSION.OJPEG, COMPRESSION.JPEG)
+    common: dict[str, Any] = {
+        "file_format": "JPEG in TIFF" if is_jpeg else "TIFF",
+        "stored_size": (height, width),
+        "orientation": orientation,
+    }
+    if page.dtype is None:
+        raise ValueError(f"numbers must be of 8, 16, 32 or 64 bits, got {page.bitspersample} of sample format "
+                         f"{page.sampleformat}; save the image in 8 or 16 bits")  # fmt: skip
+    if depth != 1:
+        raise ValueError(f"a page must hold one image, got a volume of {depth}; save them as pages")
     if photometric == PHOTOMETRIC.SEPARATED or (photometric == PHOTOMETRIC.YCBCR and not is_jpeg):
         image = _opened(data)
         image.seek(page.index)
