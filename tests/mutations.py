@@ -229,7 +229,7 @@ MUTATIONS = [
     Mutation("data: windows of the last image only", "data/segmentation.py",
              "(int(self.images[number % len(self.images)])", "(int(self.images[-1])", "data/test_labelled.py"),
     Mutation("decoding: colours bleed", "data/decoding.py",
-             "_resize(plane * opacity, box", "_resize(plane, box", "data/test_decoding.py"),
+             "        levels[:-1] *= levels[-1:]", "        pass", "data/test_decoding.py"),
     Mutation("stored: orientation", "data/stored.py",
              "numbers = numbers.swapaxes(0, 1)", "numbers = numbers", "data/test_stored.py"),
     Mutation("stored: white is zero", "data/stored.py",

@@ -4,7 +4,6 @@
 alpha, so that what is hidden under transparent pixels does not bleed into the visible ones (Porter & Duff 1984).
 """
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 UINT8_TO_UINT16 = 257  # 65535 / 255: white stays white
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # red, green, blue; ITU-R BT.601, as Pillow
+STRIP_ROWS = 256  # of a large image that are scaled at once
 SMALLEST_ALPHA = 1 / 65535  # below one level of 16 bits there is no colour to recover
 WITHOUT_ALPHA = {"grey": 1, "RGB": 3, "palette": 1}  # numbers a pixel
 
@@ -233,24 +233,32 @@ def _fit(pixels: Pixels, height: int, width: int) -> Pixels:
     top, left = (full_height - box_height) / 2, (full_width - box_width) / 2
     if scale == 1:  # cut at whole pixels: nothing is interpolated
         return pixels[:, int(top) : int(top) + height, int(left) : int(left) + width]
-    box = (left, top, left + box_width, top + box_height)
-    white = np.iinfo(pixels.dtype).max
-    planes = (plane.astype(np.float32, order="C") / np.float32(white) for plane in pixels)  # one in memory, not all
-    if not _has_alpha(pixels):
-        return np.stack([_resize(plane, box, height, width) for plane in planes]) * np.float32(white)
-    opacity = pixels[-1].astype(np.float32, order="C") / np.float32(white)
-    alpha = _resize(opacity, box, height, width)
-    colours = [
-        _resize(plane * opacity, box, height, width) / np.maximum(alpha, SMALLEST_ALPHA)
-        for plane in itertools.islice(planes, len(pixels) - 1)
-    ]
-    return np.clip(np.stack([*colours, alpha]), 0, 1) * np.float32(white)
+    strips = np.split(pixels, range(STRIP_ROWS, full_height, STRIP_ROWS), axis=1)
+    narrow = np.concatenate([_narrowed(strip, (left, left + box_width), width) for strip in strips], axis=1)
+    box = (0, top, width, top + box_height)
+    resized = np.clip([_resize(plane, box, height, width) for plane in narrow], 0, 1)  # bicubic overshoots
+    if _has_alpha(pixels):
+        colour = resized[:-1] / np.maximum(resized[-1:], SMALLEST_ALPHA)
+        resized = np.concatenate([np.clip(colour, 0, 1), resized[-1:]])
+    return resized * np.float32(np.iinfo(pixels.dtype).max)
+
+
+def _narrowed(rows: Pixels, ends: tuple[float, float], width: int) -> Pixels:
+    """Rows in [0, 1], each scaled to a width, (C, rows, width); colours multiplied by alpha.
+
+    Rows and columns can be scaled one after the other, as Pillow does: so a large image is never in memory as numbers
+    of 32 bits.
+    """
+    levels = rows.astype(np.float32, order="C") / np.float32(np.iinfo(rows.dtype).max)
+    if _has_alpha(rows):
+        levels[:-1] *= levels[-1:]
+    height = levels.shape[1]
+    return np.stack([_resize(plane, (ends[0], 0, ends[1], height), height, width) for plane in levels])
 
 
 def _resize(plane: Pixels, box: Box, height: int, width: int) -> Pixels:
-    """A box of a plane in [0, 1], bicubic and antialiased, (height, width)."""
-    resized = Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box)
-    return np.clip(np.asarray(resized), 0, 1)  # bicubic overshoots
+    """A box of a plane, bicubic and antialiased, (height, width)."""
+    return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box))
 
 
 def _convert_channels(pixels: Pixels, image_format: ImageFormat, white: int) -> Pixels:
