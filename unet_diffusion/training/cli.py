@@ -35,6 +35,7 @@ from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS, TASKS
 from unet_diffusion.interruption import Interrupted
 from unet_diffusion.training.callbacks import (
+    DataSummary,
     PictureGrid,
     ReconstructionGrid,
     RunProgressBar,
@@ -51,7 +52,7 @@ from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
 from unet_diffusion.usage import UsageError, did_you_mean
-from unet_diffusion.whole_file import check_replaceable, whole_file
+from unet_diffusion.whole_file import RUN_HEADER, check_replaceable, whole_file
 
 CHECKPOINTS = "checkpoints"
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
@@ -73,7 +74,6 @@ LEAST = {  # less is accepted by Lightning, which then does something else: it w
     "checkpoint.save_top_k": -1,
 }
 DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
-OURS = "# Settings of the run in this folder, written by unet-diffusion."  # first line of its config.yaml
 AUTO = "auto"
 LEFT_TO_THE_MACHINE = ("model.speed", "trainer.precision")  # by "auto"
 COMMON = (  # of the trainer's options those that people set
@@ -202,7 +202,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
         with whole_file(run_folder(trainer) / "config.yaml") as partial:
-            partial.write_text(f"{OURS}\n{text}")
+            partial.write_text(f"{RUN_HEADER}\n{text}")
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
 
@@ -314,6 +314,7 @@ class TrainingCLI(LightningCLI):
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
             _check_run_folder(root)
+            _refuse_images_in(config.data, root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -322,7 +323,7 @@ class TrainingCLI(LightningCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
-        watching = [NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
+        watching = [DataSummary(), NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
         self.trainer_defaults["callbacks"] = [*bar, *rates, *watching]
         if trainer.benchmark is None and not trainer.deterministic:
             kwargs["benchmark"] = True  # cuDNN tries convolutions, whose shapes are the same in each step
@@ -426,7 +427,7 @@ def _check_run_folder(root: Path) -> None:
         FileExistsError: If it holds such.
     """
     settings = root / "config.yaml"
-    if settings.is_file() and settings.read_text(encoding="utf-8", errors="replace").startswith(OURS):
+    if settings.is_file() and settings.read_text(encoding="utf-8", errors="replace").startswith(RUN_HEADER):
         return
     names = ("config.yaml", "samples.png", "samples", "pipeline", "autoencoder")
     others = [name for name in names if (root / name).exists()]
@@ -435,6 +436,20 @@ def _check_run_folder(root: Path) -> None:
             f"{root} holds {', '.join(others)} that no run has written there, and training would replace; choose "
             "another --trainer.default_root_dir"
         )
+
+
+def _refuse_images_in(data: Any, root: Path) -> None:
+    """Refuse to put a run's pictures among the images that it is trained on; folders of runs below them are left out.
+
+    Raises:
+        ValueError: If the images, or their labels, are in the run folder.
+    """
+    for name, value in data.items():
+        if name.rpartition(".")[2] not in ("root", "images", "labels") or not isinstance(value, str | Path):
+            continue
+        if Path(value).expanduser().resolve() == root.resolve():
+            raise ValueError(f"{name} and trainer.default_root_dir must be two folders, got {value} for both; the run "
+                             "would read its own pictures")  # fmt: skip
 
 
 def _check_numbers(config: Any) -> None:
