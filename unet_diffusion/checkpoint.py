@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.conditioning import ClassLabels, Condition, network_inputs, null_inputs
-from unet_diffusion.latents import LatentSpace
+from unet_diffusion.latents import LatentSpace, fingerprint
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.speed import SPEEDS, Speed
 from unet_diffusion.unet import PixelNetwork
@@ -138,6 +138,17 @@ class TrainedAutoencoder:
     image_shape: tuple[int, int, int]
     latent_std: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def contents_of(trained: TrainedDenoiser | TrainedSegmenter) -> str:
+    """A hash of all that decides what a network makes: averaged weights and configuration, whatever file they are in.
+
+    Args:
+        trained: On the CPU, as it was read.
+    """
+    record = denoiser_record(trained) if isinstance(trained, TrainedDenoiser) else segmenter_record(trained)
+    parts = nn.ModuleList([trained.unet, *getattr(trained, "conditions", [])])
+    return fingerprint(parts, {name: value for name, value in record.items() if name != "settings"})
 
 
 def autoencoder_record(trained: TrainedAutoencoder) -> dict[str, Any]:

@@ -30,6 +30,9 @@ class ImageFiles(Protocol):
     def read(self, name: str) -> bytes:
         """The encoded contents of one of the names."""
 
+    def stamp(self, name: str) -> str:
+        """What tells, without reading, that the contents of one of the names are others; see `fingerprints.py`."""
+
 
 def find_images(root: str | Path) -> ImageFiles:
     """The image files below a root, however deep.
@@ -107,6 +110,11 @@ class FolderFiles:
         """The encoded contents of one of the names."""
         return (self.root / name).read_bytes()
 
+    def stamp(self, name: str) -> str:
+        """Size, times and number of a file: a rename moves one of the last two, where a copy may keep the others."""
+        state = (self.root / name).stat()
+        return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+
 
 class OneFile(FolderFiles):
     """An image file by itself, whatever else lies in its folder.
@@ -159,6 +167,11 @@ class ZipFiles:
             raise ValueError(f"{name} in an archive must unpack to at most {MAX_FILE_BYTES} bytes, got {size}; "
                              "unpack it into a folder")  # fmt: skip
         return self._zip.read(self._prefix + name)
+
+    def stamp(self, name: str) -> str:
+        """Size and checksum of a member."""
+        member = self._zip.getinfo(self._prefix + name)
+        return f"{member.file_size} {member.CRC:08x}"
 
     def _open(self) -> None:
         try:
