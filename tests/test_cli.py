@@ -427,7 +427,9 @@ def train_on(run) -> None:
 @pytest.mark.parametrize("name", ["checkpoint", "guidance_weaker"])
 def test_resume_does_not_mix_two_models_behind_the_same_path(strong_run, draw, run_cli, tmp_path, name):
     run = shutil.copytree(strong_run, tmp_path / "run")
-    networks = {"checkpoint": [run], "guidance_weaker": [strong_run, "--guidance_scale", 2, "--guidance_weaker", run]}[name]
+    networks = {"checkpoint": [run], "guidance_weaker": [strong_run, "--guidance_scale", 2, "--guidance_weaker", run]}[
+        name
+    ]
     folder = draw("images", *networks, "--num_images", 2)
     before = pixels(folder)
     train_on(run)

@@ -256,7 +256,7 @@ def _pack(options: argparse.Namespace) -> None:
         bad_files = pack_images(
             files, options.folder, root=options.images, shard_images=options.shard_images, image_format=image_format,
             class_labels=options.class_labels, captions=options.captions,
-            skip_bad_files=options.on_bad_file == "skip", progress=bar.update,
+            skip_bad_files=options.on_bad_file == "skip", progress=bar.update, say=bar.write,
         )  # fmt: skip
     if bad_files:
         message = bad_files_message(bad_files, len(files.names))
@@ -333,8 +333,9 @@ def _encode(options: argparse.Namespace) -> None:
         share = settings["num_images"] // all_of_them.count
         with tqdm(total=share, unit="image", desc="encode", disable=all_of_them.rank > 0) as bar:
             encode_images(
-                options.output, images, encode, settings=settings, labels=data.image_set.labels,
-                batch_size=options.batch_size, progress=bar.update, all_of_them=all_of_them,
+                options.output, images, encode, settings=settings,
+                contents=data.image_set.contents or (), labels=data.image_set.labels,
+                batch_size=options.batch_size, progress=bar.update, say=bar.write, all_of_them=all_of_them,
             )  # fmt: skip
         if all_of_them.rank > 0:
             return
@@ -382,6 +383,7 @@ def _latents_settings(
         "has_codes": isinstance(autoencoder, VQModel),
         "class_names": data.class_names,
         "captions": data.captions,
+        "names": data.image_set.names,
         "images": str(options.images.resolve()),
         "background": options.background,
         "precision": options.precision,

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
 from unet_diffusion.data.files import ImageFiles
+from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.usage import printable
 
 T = TypeVar("T")
@@ -58,11 +59,13 @@ class CheckedImages:
         images: those that could be decoded, as a tensor (N, C, H, W) or streamed.
         names: the file of each image.
         bad_files: "name: reason" for each of the others.
+        contents: The hash of each image's file as it was decoded.
     """
 
     images: Tensor | StreamedImages
     names: list[str]
     bad_files: list[str]
+    contents: list[str]
 
 
 def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
@@ -77,16 +80,19 @@ def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool 
     images = torch.empty(len(files.names), *size, dtype=torch.uint8)
     names: list[str] = []
     bad_files: list[str] = []
+    contents: list[str] = []
     decode = _decoder(files, image_format)
-    for name, image in in_threads(decode, files.names, "loading images", progress):
-        if isinstance(image, str):
-            bad_files.append(f"{name}: {image}")
+    for name, outcome in in_threads(decode, files.names, "loading images", progress):
+        if isinstance(outcome, str):
+            bad_files.append(f"{name}: {outcome}")
             continue
+        image, content = outcome
         if image.dtype == torch.uint16:
             images = to_depth(images, torch.uint16)
         images[len(names)] = to_depth(image, images.dtype)
         names.append(name)
-    return CheckedImages(images[: len(names)], names, bad_files)
+        contents.append(content)
+    return CheckedImages(images[: len(names)], names, bad_files, contents)
 
 
 def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
@@ -99,15 +105,16 @@ def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool
     """
     decode = _decoder(files, image_format)
 
-    def depth(name: str) -> torch.dtype | str:
-        image = decode(name)
-        return image if isinstance(image, str) else image.dtype
+    def check(name: str) -> tuple[torch.dtype, str] | str:
+        outcome = decode(name)
+        return outcome if isinstance(outcome, str) else (outcome[0].dtype, outcome[1])
 
-    outcomes = list(in_threads(depth, files.names, "checking images", progress))
-    names = [name for name, outcome in outcomes if not isinstance(outcome, str)]
+    outcomes = list(in_threads(check, files.names, "checking images", progress))
+    good = [(name, *outcome) for name, outcome in outcomes if not isinstance(outcome, str)]
     bad_files = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
-    dtype = torch.uint16 if any(outcome == torch.uint16 for _, outcome in outcomes) else torch.uint8
-    return CheckedImages(StreamedImages(files, names, image_format, dtype), names, bad_files)
+    names, contents = [name for name, _, _ in good], [content for _, _, content in good]
+    dtype = torch.uint16 if any(dtype == torch.uint16 for _, dtype, _ in good) else torch.uint8
+    return CheckedImages(StreamedImages(files, names, image_format, dtype), names, bad_files, contents)
 
 
 def bad_files_message(bad_files: Sequence[str], num_files: int) -> str:
@@ -155,5 +162,10 @@ def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | s
         return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
-def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:
-    return lambda name: decoded(lambda data: decode_image(data, image_format), files, name)
+def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], tuple[Tensor, str] | str]:
+    """Gives an image and the hash of its file."""
+
+    def decode(content: bytes) -> tuple[Tensor, str]:
+        return decode_image(content, image_format), content_hash(content)
+
+    return lambda name: decoded(decode, files, name)

@@ -111,8 +111,11 @@ class FolderFiles:
         return (self.root / name).read_bytes()
 
     def stamp(self, name: str) -> str:
-        """Size, times and number of a file: a rename moves one of the last two, where a copy may keep the others."""
-        state = (self.root / name).stat()
+        """Size, times and number of a file, which even one that is moved here cannot share; "" if there is none."""
+        try:
+            state = (self.root / name).stat()
+        except OSError:
+            return ""
         return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
 
 

@@ -8,6 +8,7 @@ list of the two that JSON can hold.
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def fingerprint(files: ImageFiles, name: str) -> list[str]:
 
     The stamp comes first: a file that is replaced meanwhile has another one next time.
     """
-    return [files.stamp(name), content_hash(files.read(name))]
+    return [files.stamp(name), _hash_of(files, name)]
 
 
 def is_of(files: ImageFiles, name: str, before: Fingerprint | None) -> bool:
@@ -35,7 +36,7 @@ def is_of(files: ImageFiles, name: str, before: Fingerprint | None) -> bool:
     if before is None:
         return False
     stamp, known = before
-    return files.stamp(name) == stamp or content_hash(files.read(name)) == known
+    return files.stamp(name) == stamp or _hash_of(files, name) == known
 
 
 def fingerprints(files: ImageFiles, before: Mapping[str, Fingerprint]) -> dict[str, Fingerprint]:
@@ -48,6 +49,14 @@ def changes(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -
     """The names of files that are new or gone, or hold something else than before; sorted."""
     hashes, new_hashes = ({name: one[1] for name, one in those.items()} for those in (before, now))
     return sorted(name for name in {*hashes, *new_hashes} if hashes.get(name) != new_hashes.get(name))
+
+
+def _hash_of(files: ImageFiles, name: str) -> str:
+    """ "" if it cannot be read."""
+    try:
+        return content_hash(files.read(name))
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return ""
 
 
 class MadeOf:

@@ -112,10 +112,9 @@ class FolderDataModule(ImageDataModule):
         self._report(checked)
         self.file_names = checked.names
         captions = read_captions(files, checked.names) if self.has_captions else None
-        if not self.class_labels:
-            return ImageSet(checked.images, captions=captions)
-        class_names = class_names_of(checked.names, self.root)
-        return ImageSet(checked.images, torch.tensor(labels_of(checked.names, class_names)), class_names, captions)
+        class_names = class_names_of(checked.names, self.root) if self.class_labels else None
+        labels = torch.tensor(labels_of(checked.names, class_names)) if class_names else None
+        return ImageSet(checked.images, labels, class_names, captions, checked.names, checked.contents)
 
     def _report(self, checked: CheckedImages) -> None:
         if not checked.bad_files:

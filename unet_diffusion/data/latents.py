@@ -69,7 +69,8 @@ class LatentsDataModule(ImageDataModule):
                 "encode again with --horizontal_flip, or set it to false"
             )
         one_each = self.latents.mean[: len(self.latents)]
-        return ImageSet(one_each, self.latents.labels, self.latents.class_names, self.latents.captions)
+        latents = self.latents
+        return ImageSet(one_each, latents.labels, latents.class_names, latents.captions, latents.names)
 
     @property
     def latent_space(self) -> LatentSpace:

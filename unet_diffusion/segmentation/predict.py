@@ -15,7 +15,7 @@ from unet_diffusion.checkpoint import TrainedSegmenter
 from unet_diffusion.data.checking import decoded
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
-from unet_diffusion.data.fingerprints import Fingerprint, MadeOf, fingerprint, is_of
+from unet_diffusion.data.fingerprints import MadeOf, fingerprint, is_of
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.pictures import write_png
 from unet_diffusion.processes import ALONE, Processes
@@ -127,13 +127,6 @@ class ImagesToSegment:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def fingerprint(self, mask: str) -> Fingerprint | None:
-        """Of the image that the mask is of; None: it cannot be read."""
-        try:
-            return fingerprint(*self.sources[mask])
-        except (OSError, ValueError):
-            return None
-
     def changed(self, outputs: Outputs) -> list[str]:
         """The masks that are there, and not of their images as these are now, or were not ended."""
         made_of = outputs.made_of.read()
@@ -170,7 +163,7 @@ def segment_images(
     failed = []
     for mask in all_of_them.share(list(images.sources)):
         if not (outputs.folder / mask).exists():
-            made_of = images.fingerprint(mask)
+            made_of = fingerprint(*images.sources[mask])
             pages = images.pages(mask, trained.unet.in_channels)
             if isinstance(pages, list):
                 outputs.made_of.note(mask, None)
