@@ -45,7 +45,8 @@ class FolderDataModule(ImageDataModule):
         in_memory: keep the decoded images in memory; None: if they take up to 2 GiB. Otherwise they are decoded
             again every epoch.
         batch_size: images a batch and process.
-        num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        num_val: images kept apart for validation, chosen by their names; None: about a tenth, at most 1000. Files that
+            are added move none that was trained on.
         horizontal_flip: mirror every second training image, drawn at random.
         num_workers: processes that load batches; None: 0 if the images are in memory, otherwise one a processor core,
             at most 8.
@@ -137,8 +138,8 @@ class TilesDataModule(ImageDataModule):
         stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
         num_images: use the first so many images by name, such as those that are not to be tested on; None: all.
         batch_size: tiles a batch and process.
-        num_val: tiles kept apart for validation, the same for every seed; None: a tenth, at most 1000. They may be of
-            an image that others are trained on.
+        num_val: tiles kept apart for validation, chosen by the names of their files; None: about a tenth, at most 1000.
+            They may be of an image that others are trained on.
         horizontal_flip: mirror every second training tile, drawn at random.
         num_workers: processes that load batches; None: 0, the tiles are in memory.
         seed: of the order of the training tiles and their mirroring.
@@ -200,9 +201,12 @@ class TilesDataModule(ImageDataModule):
         bad = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
         if bad:
             raise ValueError(f"{bad_files_message(bad, len(names))}\nRemove them, or lower tile_size.")
-        return ImageSet(
-            torch.cat([tiles for _, outcome in outcomes if not isinstance(outcome, str) for tiles in outcome])
-        )
+        tiles, tile_names = list[Tensor](), list[str]()
+        for name, outcome in outcomes:
+            for page, cut_up in enumerate(outcome if isinstance(outcome, list) else []):
+                tiles.append(cut_up)
+                tile_names += [f"{name}, page {page}, tile {tile}" for tile in range(len(cut_up))]
+        return ImageSet(torch.cat(tiles), names=tile_names)
 
     def _as_bytes(self, page: Tensor) -> Tensor:
         """8 bits are enough for what is noised anyway; sets may mix depths."""
