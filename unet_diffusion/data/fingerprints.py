@@ -59,6 +59,17 @@ def _hash_of(files: ImageFiles, name: str) -> str:
         return ""
 
 
+def hash_of_all(hashes: Mapping[str, str]) -> str:
+    """One hash of the names and the hashes of several files."""
+    return content_hash(json.dumps(sorted(hashes.items())).encode())
+
+
+def folder_hash(folder: Path) -> str:
+    """One hash of the names and contents of all files in a folder; of one that is not there, that of an empty one."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return hash_of_all({path.relative_to(folder).as_posix(): content_hash(path.read_bytes()) for path in files})
+
+
 class MadeOf:
     """A journal of outputs, and the fingerprint of the input of each; the last line about an output counts.
 
