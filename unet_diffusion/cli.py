@@ -645,7 +645,8 @@ def _drawn_before(record: Path) -> dict[str, Any]:
 def _add_segment(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a mask for each image: DIR/NAME, 255 for foreground, or class indices. Images may have any size; the "
-        "pages of a TIFF file become pages of its mask. The same command again goes on where it was cut off. "
+        "pages of a TIFF file become pages of its mask. The same command again goes on where it was cut off, and makes "
+        "the masks of images again that have changed. "
         "Processes of torchrun share the work, as of sample."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file or a run folder, of a segmenter")

@@ -203,8 +203,8 @@ def split_by_name(names: Sequence[str], num_val: int | None = None) -> tuple[Ten
     if num_val is None:
         num_val = min(max(sum(number < VAL_SHARE for number in numbers), 1), MAX_NUM_VAL, max(len(names) - 1, 1))
     _check_split(len(names), num_val)
-    order = torch.tensor(sorted(range(len(names)), key=numbers.__getitem__))
-    return order[num_val:].sort().values, order[:num_val].sort().values
+    ranked = torch.tensor(sorted(range(len(names)), key=numbers.__getitem__))
+    return ranked[num_val:].sort().values, ranked[:num_val].sort().values
 
 
 def _number_of(name: str) -> float:
