@@ -625,6 +625,33 @@ def test_export_overwrites_only_when_asked(digits_run, run_cli, tmp_path):
     assert (tmp_path / "kept" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("num_moves", [0, 1])  # of the old folder away, and of the new one into its place
+def test_export_that_was_killed_and_is_given_again_after_more_training_is_a_fresh_one(
+    strong_run, run_cli, tmp_path, monkeypatch, num_moves
+):
+    run, moves, replace = shutil.copytree(strong_run, tmp_path / "run"), [], os.replace
+
+    def killed(source, place):
+        if Path(source).is_dir() and moves.append(place) is None and len(moves) > num_moves:
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    assert run_cli("export", run, tmp_path / "pipeline")[0] == 0
+    train_on(run)
+    monkeypatch.setattr("os.replace", killed)
+    assert run_cli("export", run, tmp_path / "pipeline", "--overwrite")[0] == 130
+    monkeypatch.undo()
+    train_on(run)
+    for options in ([tmp_path / "pipeline", "--overwrite"], [tmp_path / "fresh"]):
+        status, _, err = run_cli("export", run, *options)
+        assert status == 0, err
+    again, fresh = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "pipeline", tmp_path / "fresh")
+    )
+    assert again == fresh
+
+
 def test_imported_pipeline_is_trained_on(digits_run, run_cli, tmp_path, tiny_digits, monkeypatch):
     checkpoint = tmp_path / "imported" / "first.ckpt"
     status, out, err = run_cli("import", digits_run / "pipeline", checkpoint)

@@ -63,7 +63,8 @@ class KnownImages(LightningDataModule):
             return
         said = f"the images are not those that the checkpoint was trained on: {'; '.join(parts)}"
         if self.must_be_same and (replaced or num_gone or moved):
-            raise ValueError(f"{said}. Bring them back, or train on with these by --ckpt_path CHECKPOINT")
+            how = ", and a num_val that keeps apart what was kept apart" if moved else ""
+            raise ValueError(f"{said}. Bring them back, or train on with these by --ckpt_path CHECKPOINT{how}")
         if new or num_gone:
             said += ". The epoch that was begun goes on with these: some come twice in it, others not at all"
         rank_zero_warn(said)
