@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -469,6 +470,70 @@ def test_resume_with_other_settings_is_refused(strong_run, draw, run_cli):
     assert "drawn with other settings (seed); --resume needs the same" in err
 
 
+def train_on(run) -> None:
+    """Other weights in a run's checkpoint, as more steps would leave them."""
+    last = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["state_dict"] = {
+        name: value + 0.1 if value.is_floating_point() else value for name, value in checkpoint["state_dict"].items()
+    }
+    torch.save(checkpoint, last)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "guidance_weaker"])
+def test_resume_does_not_mix_two_models_behind_the_same_path(strong_run, draw, run_cli, tmp_path, name):
+    run = shutil.copytree(strong_run, tmp_path / "run")
+    networks = {"checkpoint": [run], "guidance_weaker": [strong_run, "--guidance_scale", 2, "--guidance_weaker", run]}[
+        name
+    ]
+    folder = draw("images", *networks, "--num_images", 2)
+    before = pixels(folder)
+    train_on(run)
+    command = ["sample", *networks, "--output", folder, *SAMPLE, "--num_images", 3]
+    status, _, err = run_cli(*command, "--resume")
+    assert (status, f"drawn with other settings (contents of {name}); --resume needs the same" in err) == (1, True), err
+    np.testing.assert_array_equal(pixels(folder), before)
+    assert run_cli(*command, "--overwrite")[0] == 0
+    np.testing.assert_array_equal(pixels(folder), pixels(draw("fresh", *networks, "--num_images", 3)))
+
+
+@pytest.mark.parametrize("moment", ["removing", "record", "first", "second", "third", "grid"])
+def test_overwriting_that_is_killed_at_any_moment_and_resumed_is_a_fresh_run_or_refused(
+    strong_run, draw, run_cli, monkeypatch, moment
+):
+    """None of the old images may stand under the new settings."""
+    folder = draw("images", strong_run, "--num_images", 3)
+    num_replaced = {"removing": 9, "record": 0, "first": 1, "second": 2, "third": 3, "grid": 4}[moment]
+    replaced, removed, replace, unlink = [], [], os.replace, Path.unlink
+
+    def killed_replace(source, place):
+        if len(replaced) == num_replaced:
+            raise KeyboardInterrupt
+        replaced.append(place)
+        replace(source, place)
+
+    def killed_unlink(path, missing_ok=False):
+        if moment == "removing" and len(removed) == 2:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr("os.replace", killed_replace)
+    monkeypatch.setattr(Path, "unlink", killed_unlink)
+    new = ["--num_images", 3, "--seed", 1, "--batch_size", 1]
+    assert run_cli("sample", strong_run, "--output", folder, *SAMPLE, *new, "--overwrite")[0] == 130
+    monkeypatch.undo()
+    status, _, err = run_cli("sample", strong_run, "--output", folder, *SAMPLE, *new, "--resume")
+    if moment in ("removing", "record"):  # what is left is of the old settings, as the record says
+        assert (status, "drawn with other settings (seed)" in err) == (1, True), err
+        new = ["--num_images", 3, "--batch_size", 1]
+        draw("images", strong_run, *new, "--resume")
+    else:
+        assert status == 0, err
+        assert json.loads((folder / "settings.json").read_text())["seed"] == 1
+    np.testing.assert_allclose(pixels(folder).astype(int), pixels(draw("fresh", strong_run, *new)), atol=1)
+
+
 def test_sample_in_bfloat16_is_near_the_one_in_float32(strong_run, draw):
     exact = pixels(draw("float32", strong_run, "--num_images", 2)).astype(int)
     rounded = pixels(draw("bfloat16", strong_run, "--num_images", 2, "--precision", "bfloat16")).astype(int)
@@ -614,6 +679,33 @@ def test_export_overwrites_only_when_asked(digits_run, run_cli, tmp_path):
     assert status == 1
     assert str(tmp_path / "kept") in err
     assert (tmp_path / "kept" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("num_moves", [0, 1])  # of the old folder away, and of the new one into its place
+def test_export_that_was_killed_and_is_given_again_after_more_training_is_a_fresh_one(
+    strong_run, run_cli, tmp_path, monkeypatch, num_moves
+):
+    run, moves, replace = shutil.copytree(strong_run, tmp_path / "run"), [], os.replace
+
+    def killed(source, place):
+        if Path(source).is_dir() and moves.append(place) is None and len(moves) > num_moves:
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    assert run_cli("export", run, tmp_path / "pipeline")[0] == 0
+    train_on(run)
+    monkeypatch.setattr("os.replace", killed)
+    assert run_cli("export", run, tmp_path / "pipeline", "--overwrite")[0] == 130
+    monkeypatch.undo()
+    train_on(run)
+    for options in ([tmp_path / "pipeline", "--overwrite"], [tmp_path / "fresh"]):
+        status, _, err = run_cli("export", run, *options)
+        assert status == 0, err
+    again, fresh = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "pipeline", tmp_path / "fresh")
+    )
+    assert again == fresh
 
 
 def test_imported_pipeline_is_trained_on(digits_run, run_cli, tmp_path, tiny_digits, monkeypatch):

@@ -148,6 +148,63 @@ def test_latents_of_another_autoencoder_are_refused(encoded, tmp_path, images, r
         autoencoder_of(read_latents(folder).space)
 
 
+def replace_image(path, seed) -> None:
+    Image.fromarray(np.random.default_rng(seed).integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
+
+
+@torch.no_grad()
+def latents_now(images) -> torch.Tensor:
+    return latent_moments(autoencoder(), pixels_of(images))[0]
+
+
+def test_latents_of_an_image_that_was_replaced_are_made_again_and_said(encoded, images, run_cli, tmp_path):
+    folder = encoded("--class_labels")
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    replace_image(images / "dog" / "0.png", 5)
+    arguments = [tmp_path / "autoencoder", images, "--output", folder, "--device=cpu", "--class_labels"]
+    status, out, err = run_cli("encode", *arguments)
+    assert (status, "latents_00001.safetensors is made again: images in it are others now" in out) == (0, True), err
+    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert [name for name in sorted(now) if now[name] != kept[name]] == ["latents_00001.safetensors"]
+    torch.testing.assert_close(read_latents(folder).mean.float(), latents_now(images), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_encoding_that_is_cut_off_and_goes_on_with_other_images_is_that_of_the_others(
+    encoded, images, run_cli, tmp_path, monkeypatch, done
+):
+    """Cut off when so many files of latents are there; then classes change their names, and an image is replaced."""
+    save, written = latents_module.save_file, []
+
+    def cut_off(tensors, path, metadata):
+        if len(written) == done:
+            raise KeyboardInterrupt
+        written.append(path)
+        save(tensors, path, metadata)
+
+    autoencoder().save_pretrained(tmp_path / "autoencoder")
+    folder = tmp_path / "latents"
+    arguments = [tmp_path / "autoencoder", images, "--output", folder, "--device=cpu", "--class_labels"]
+    monkeypatch.setattr(latents_module, "save_file", cut_off)
+    assert run_cli("encode", *arguments)[0] == 130
+    monkeypatch.setattr(latents_module, "save_file", save)
+    replace_image(images / "cat" / "0.png", 5)
+    for old, new in (("cat", "new"), ("dog", "cat"), ("new", "dog")):
+        (images / old).rename(images / new)
+    encoded("--class_labels")
+    found = read_latents(folder)
+    torch.testing.assert_close(found.mean.float(), latents_now(images), atol=2e-3, rtol=2e-3)
+    assert found.names == [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(5)]
+
+
+def test_latents_are_not_kept_under_the_old_name_of_a_class(encoded, images, run_cli, tmp_path):
+    folder = encoded("--class_labels")
+    (images / "cat").rename(images / "tiger")
+    arguments = [tmp_path / "autoencoder", images, "--output", folder, "--device=cpu", "--class_labels"]
+    status, _, err = run_cli("encode", *arguments)
+    assert (status, "class_names: ['cat', 'dog'] there, ['dog', 'tiger'] here" in err) == (1, True), err
+
+
 def test_stale_latents_are_refused_before_training(encoded, tmp_path, quiet_trainer, tiny_module, tiny_unet):
     folder = encoded()
     (tmp_path / "autoencoder" / "config.json").rename(tmp_path / "config.json")

@@ -1,5 +1,6 @@
 """`unet-diffusion segment`: masks of the same name and size, for files of any kind."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def images(tmp_path):
 
 def sizes(folder) -> dict:
     found = {}
-    for path in sorted(path for path in folder.rglob("*.*") if path.suffix != ".json"):
+    for path in sorted(path for path in folder.rglob("*.*") if path.suffix not in (".json", ".jsonl")):
         with Image.open(path) as image:
             found[path.relative_to(folder).as_posix()] = (image.height, image.width, getattr(image, "n_frames", 1))
     return found
@@ -176,7 +177,99 @@ def test_no_half_written_file_is_left(run_cli, run, images, tmp_path, monkeypatc
     status, _, err = run_cli("segment", run, images / "grey.png", "--output", tmp_path / "masks")
     assert status == 1
     assert "no space left on device" in err
-    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["settings.json"]
+    assert [path.name for path in (tmp_path / "masks").glob("*.*") if path.suffix[:5] != ".json"] == []
+
+
+def contents(folder) -> dict:
+    """Of all outputs."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if "json" not in path.suffix}
+
+
+def same_as_fresh(run_cli, checkpoint, images, folder, *options) -> bool:
+    """Whether the outputs are those that the command makes in an empty folder."""
+    assert run_cli("segment", checkpoint, images, "--output", folder.with_name("fresh"), *options)[0] == 0
+    return contents(folder) == contents(folder.with_name("fresh"))
+
+
+EXTRAS = ("--overlays", "--instances", "--probabilities")
+
+
+def test_mask_of_an_image_that_was_replaced_is_made_again_and_said(run_cli, run, images, tmp_path):
+    command = ["segment", run, images, "--output", tmp_path / "masks", *EXTRAS]
+    assert run_cli(*command)[0] == 0
+    kept = (tmp_path / "masks" / "grey.png").stat().st_mtime_ns
+    Image.fromarray(RNG.integers(65536, size=(33, 64), dtype=np.uint16)).save(images / "deep.tif")
+    Image.fromarray(RNG.integers(256, size=(40, 45), dtype=np.uint8)).save(images / "stack.tif")  # one page of three
+    status, out, err = run_cli(*command)
+    assert status == 0, err
+    assert "2 masks are of images that are others now, or were cut off; they are made again: deep.tif, stack.tif" in out
+    assert (tmp_path / "masks" / "grey.png").stat().st_mtime_ns == kept
+    assert same_as_fresh(run_cli, run, images, tmp_path / "masks", *EXTRAS)
+
+
+def test_masks_of_a_folder_that_was_copied_are_kept(run_cli, run, images, tmp_path):
+    assert run_cli("segment", run, images, "--output", tmp_path / "masks")[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "masks").rglob("*.*")}
+    images = shutil.copytree(images, tmp_path / "copy", copy_function=shutil.copyfile)  # with new times
+    status, out, err = run_cli("segment", run, images, "--output", tmp_path / "masks")
+    assert (status, "made again" in out) == (0, False), err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "masks").rglob("*.*")} == before
+
+
+def test_mask_of_a_member_of_an_archive_that_was_replaced_is_made_again(run_cli, run, images, tmp_path):
+    command = ["segment", run, tmp_path / "packed.zip", "--output", tmp_path / "masks"]
+    shutil.make_archive(str(tmp_path / "packed"), "zip", images)
+    assert run_cli(*command)[0] == 0
+    Image.fromarray(RNG.integers(256, size=(70, 51), dtype=np.uint8)).save(images / "grey.png")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", images)
+    status, out, err = run_cli(*command)
+    assert (status, "1 masks are of images that are others now" in out) == (0, True), err
+    assert same_as_fresh(run_cli, run, images, tmp_path / "masks")
+
+
+def test_segmenter_that_was_trained_on_does_not_keep_old_masks(run_cli, classes_checkpoint, images, tmp_path):
+    command = ["segment", classes_checkpoint, images, "--output", tmp_path / "masks"]
+    assert run_cli(*command)[0] == 0
+    before = contents(tmp_path / "masks")
+    checkpoint = torch.load(classes_checkpoint, weights_only=True)
+    for name, weight in checkpoint["state_dict"].items():
+        checkpoint["state_dict"][name] = weight + torch.randn_like(weight)
+    torch.save(checkpoint, classes_checkpoint)
+    status, _, err = run_cli(*command)
+    assert (status, "made with other settings (contents of checkpoint)" in err) == (1, True), err
+    assert contents(tmp_path / "masks") == before
+    one = images / "grey.png"
+    assert run_cli("segment", classes_checkpoint, one, "--output", tmp_path / "masks", "--overwrite")[0] == 0
+    status, out, err = run_cli(*command)  # the others were not overwritten, and are of the weights of before
+    assert (status, "3 masks are of images" in out) == (0, True), err
+    assert contents(tmp_path / "masks") != before
+    assert same_as_fresh(run_cli, classes_checkpoint, images, tmp_path / "masks")
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_segmenting_that_is_cut_off_and_goes_on_with_other_images_is_a_fresh_one(
+    run_cli, run, images, tmp_path, monkeypatch, written
+):
+    """Cut off when so many files of outputs have taken their place; then one image is replaced, and one exchanged."""
+    command, places = ["segment", run, images, "--output", tmp_path / "masks", "--overlays"], []
+    replace = os.replace
+
+    def cut_off(source, place):
+        if Path(place).suffix in (".png", ".tif"):
+            if len(places) == written:
+                raise KeyboardInterrupt
+            places.append(place)
+        replace(source, place)
+
+    monkeypatch.setattr("os.replace", cut_off)
+    assert run_cli(*command)[0] == 130
+    monkeypatch.undo()
+    Image.fromarray(RNG.integers(256, size=(33, 64), dtype=np.uint8)).save(images / "deep.tif")
+    (images / "grey.png").rename(images / "moved.png")
+    Image.fromarray(RNG.integers(256, size=(70, 51), dtype=np.uint8)).save(images / "grey.png")
+    status, _, err = run_cli(*command)
+    assert status == 0, err
+    assert same_as_fresh(run_cli, run, images, tmp_path / "masks", "--overlays")
 
 
 @pytest.fixture

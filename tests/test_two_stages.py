@@ -54,14 +54,25 @@ def command(images, small_recipes, tmp_path):
     return ["two-stages", images, "--output", tmp_path / "out", "--autoencoder", autoencoder, "--denoiser", denoiser]
 
 
+def first_file_of(command) -> Path:
+    """What a stage leaves as soon as it has something to go on from."""
+    if command[0] == "encode":
+        return Path(command[command.index("--output") + 1]) / "settings.json"
+    (run,) = (word.partition("=")[2] for word in command if word.startswith("--trainer.default_root_dir="))
+    return Path(run) / "checkpoints" / "last.ckpt"
+
+
 @pytest.fixture
 def ran(monkeypatch):
-    """Runs no stage, but keeps its command; a stage fails if told so."""
+    """Runs no stage, but keeps its command; a stage fails if told so, and but for status 2 leaves its first file."""
     commands, status = [], {}
 
     def exit_status(command):
         commands.append(command[command.index("unet_diffusion") + 1 :])
         assert "-P" in command  # in a folder with a torch.py of somebody else, that would be imported
+        if status.get(len(commands)) != 2:
+            first_file_of(commands[-1]).parent.mkdir(parents=True, exist_ok=True)
+            first_file_of(commands[-1]).touch()
         return status.get(len(commands), 0)
 
     monkeypatch.setattr(two_stages, "_exit_status", exit_status)
@@ -113,9 +124,8 @@ def test_classes_set_the_class_embedding(ran, run_cli, command, tmp_path):
     commands, _ = ran
     (tmp_path / "out" / "latents").mkdir(parents=True)
     (tmp_path / "out" / "latents" / "index.json").write_text(json.dumps({"class_names": ["cat", "dog"]}))
-    settings = two_stages.TwoStages(command[1], tmp_path / "out", command[5], command[7], True, False)
     (tmp_path / "out" / two_stages.RECORD).write_text(
-        json.dumps({"settings": settings.settings(), "seconds": {}, "done": []})
+        json.dumps({"settings": {}, "images": {}, "seconds": {}, "done": []})
     )
     status, _, err = run_cli(*command, "--class_labels")
     assert status == 0, err
@@ -127,12 +137,98 @@ def test_other_settings_and_other_folders_are_refused(ran, run_cli, command, tmp
     assert run_cli(*command)[0] == 0
     small_recipes[1].write_text(small_recipes[1].read_text() + "\n# changed\n")
     status, _, err = run_cli(*command, "--captions")
-    assert (status, "begun with other settings (captions, denoiser)" in err) == (1, True), err
+    said = "begun with other settings (captions, contents of captions, denoiser)"
+    assert (status, said in err) == (1, True), err
     status, _, err = run_cli("two-stages", tmp_path / "images", "--output", tmp_path / "images")
     assert (status, "holds files of something else" in err) == (1, True), err
     status, _, err = run_cli(*command[:2], "--output", tmp_path / "new", "--denoiser", tmp_path / "none.yaml")
     assert (status, "there is no recipe or file" in err) == (2, True), err
     assert not (tmp_path / "new").exists()
+
+
+def replace_image(path) -> None:
+    Image.fromarray(np.random.default_rng(9).integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
+
+
+def edit(path, old, new) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+CHANGES = {  # what is changed when so many stages were begun, and what the refusal names; None: it is not refused
+    "image": (lambda f: replace_image(f["images"] / "cat" / "0.png"), "contents of images: cat/0.png", None),
+    "image gone": (lambda f: (f["images"] / "cat" / "0.png").unlink(), "contents of images: cat/0.png", None),
+    "image added": (
+        lambda f: [replace_image(f["images"] / "cat" / "new.png"), edit(f["csv"], "text\n", "text\ncat/new.png,new\n")],
+        "contents of images: cat/new.png",
+        None,
+    ),
+    "folder renamed": (
+        lambda f: [(f["images"] / "cat").rename(f["images"] / "tom"), edit(f["csv"], "cat/", "tom/")],
+        "contents of images: cat/0.png, cat/1.png, cat/2.png, ...",
+        None,
+    ),
+    "caption": (lambda f: edit(f["csv"], "cat number 3", "a tiger"), "contents of captions", 2),
+    "autoencoder": (lambda f: edit(f["autoencoder"], "max_steps: 2", "max_steps: 3"), "autoencoder", None),
+    "denoiser": (lambda f: edit(f["denoiser"], "max_steps: 2", "max_steps: 3"), "denoiser", 3),
+    "mirrored": (
+        lambda f: edit(f["denoiser"], "horizontal_flip: true", "horizontal_flip: false"), "horizontal_flip", 2
+    ),
+    "nothing": (lambda f: os.utime(f["images"] / "cat" / "0.png"), None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("begun", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("change", CHANGES)
+def test_stages_that_have_begun_keep_their_images_and_settings_and_others_may_be_corrected(
+    ran, run_cli, command, images, small_recipes, begun, change
+):
+    """The last of so many stages fails; 4: all three are done."""
+    commands, fails = ran
+    fails |= {begun: 1} if 1 <= begun <= 3 else {}
+    files = {"images": images, "csv": images / "metadata.csv"}
+    files |= dict(zip(("autoencoder", "denoiser"), small_recipes, strict=True))
+    if begun:
+        assert run_cli(*command, "--captions")[0] == (0 if begun == 4 else 1)
+    make, named, kept_from = CHANGES[change]
+    make(files)
+    num_before, num_done = len(commands), max(begun - 1, 0)
+    status, out, err = run_cli(*command, "--captions")
+    if named is None or begun < (kept_from or 1):
+        assert status == 0, err
+        assert out.count("done before") == num_done
+        assert [one[0] for one in commands[num_before:]] == ["fit", "encode", "fit"][num_done:]
+    else:
+        assert status == 1
+        assert f"was begun with other settings ({named}" in err, err
+        assert "done before" not in out
+
+
+@pytest.mark.parametrize(("stage", "recipe"), [(1, "autoencoder"), (3, "denoiser")])
+def test_typo_that_a_stage_failed_of_can_be_mended(ran, run_cli, command, small_recipes, stage, recipe):
+    _, fails = ran
+    fails[stage] = 2
+    assert run_cli(*command)[0] == 1
+    edit(dict(zip(("autoencoder", "denoiser"), small_recipes, strict=True))[recipe], "max_steps: 2", "max_steps: 3")
+    status, out, err = run_cli(*command)
+    assert (status, out.count("done before")) == (0, stage - 1), err
+
+
+def test_stage_after_one_that_was_trained_on_by_hand_is_not_done_before(ran, run_cli, command, tmp_path):
+    assert run_cli(*command)[0] == 0
+    weights = tmp_path / "out" / "autoencoder" / "autoencoder" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("others")
+    status, _, err = run_cli(*command)
+    assert (status, "begun with other settings (contents of autoencoder)" in err) == (1, True), err
+
+
+def test_record_that_was_being_written_when_it_was_killed_is_no_file_of_something_else(ran, run_cli, command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{two_stages.RECORD}.999999999.partial").write_text("{")
+    status, _, err = run_cli(*command)
+    assert status == 0, err
 
 
 def test_what_would_fail_late_is_refused_before_anything_is_written(ran, run_cli, command, tmp_path):

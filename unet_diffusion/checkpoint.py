@@ -8,6 +8,7 @@ weights that Lightning saves.
 import functools
 import importlib.util
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.conditioning import ClassLabels, Condition, network_inputs, null_inputs
-from unet_diffusion.latents import LatentSpace
+from unet_diffusion.latents import LatentSpace, fingerprint
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.speed import SPEEDS, Speed
 from unet_diffusion.unet import PixelNetwork
@@ -138,6 +139,17 @@ class TrainedAutoencoder:
     image_shape: tuple[int, int, int]
     latent_std: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def contents_of(trained: TrainedDenoiser | TrainedSegmenter) -> str:
+    """A hash of all that decides what a network makes: averaged weights and configuration, whatever file they are in.
+
+    Args:
+        trained: On the CPU, as it was read.
+    """
+    record = denoiser_record(trained) if isinstance(trained, TrainedDenoiser) else segmenter_record(trained)
+    parts = nn.ModuleList([trained.unet, *getattr(trained, "conditions", [])])
+    return fingerprint(parts, {name: value for name, value in record.items() if name != "settings"})
 
 
 def autoencoder_record(trained: TrainedAutoencoder) -> dict[str, Any]:
@@ -280,17 +292,12 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
         ValueError: if the file is something else, is damaged, holds anything that could run code when loaded, or is
             compressed, so that it could fill the memory.
     """
-    with open(path, "rb") as file:
-        state = os.fstat(file.fileno())
-        is_whole = zipfile.is_zipfile(file)  # the directory of a zip file is at its end: a cut file has none
-        if is_whole and any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(file).infolist()):
-            raise ValueError(
-                f"{path} was not loaded: it must be uncompressed, as torch.save writes it; save it so again"
-            )
+    is_whole = _is_whole(path)
     if is_whole:
+        state = os.stat(path)
         _check_bytes(os.fspath(path), state.st_size, state.st_mtime_ns)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_whole)
+        return _unpickled(path, is_whole)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if not is_whole:
             reason = "is no checkpoint, or only a part of one: it must be a file written by torch.save"
@@ -299,6 +306,43 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
         else:
             reason = "is damaged; copy or download it again"
         raise ValueError(f"{path} {reason}") from error
+
+
+def step_of(path: str | os.PathLike[str]) -> float:
+    """The step that a checkpoint says it is of, without a look at its weights; infinity where none can be read."""
+    try:
+        return int(_unpickled(path, _is_whole(path))["global_step"])
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        OSError,
+    ):
+        return math.inf
+
+
+def _is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a zip file with its directory, which is at the end: a file that was cut off has none.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If it is compressed.
+    """
+    with open(path, "rb") as file:
+        is_whole = zipfile.is_zipfile(file)
+        if is_whole and any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(file).infolist()):
+            raise ValueError(
+                f"{path} was not loaded: it must be uncompressed, as torch.save writes it; save it so again"
+            )
+    return is_whole
+
+
+def _unpickled(path: str | os.PathLike[str], is_whole: bool) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_whole)
 
 
 @functools.lru_cache(maxsize=8)

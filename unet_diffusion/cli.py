@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 from unet_diffusion.quick_imports import import_lightning, quick_imports
 from unet_diffusion.recipes import HEADINGS, all_recipes, recipe_path
 from unet_diffusion.schedulers import SCHEDULERS
-from unet_diffusion.usage import CommandParser, UsageError, did_you_mean, printable, similar_paths
-from unet_diffusion.whole_file import SETTINGS, claim_folder, remove_left_behind, whole_file
+from unet_diffusion.usage import CommandParser, UsageError, did_you_mean, first_few, printable, similar_paths
+from unet_diffusion.whole_file import CONTENTS, SETTINGS, claim_folder, remove_left_behind, whole_file
 
 if TYPE_CHECKING:
     import torch
 
     from unet_diffusion.codecs import Autoencoder
     from unet_diffusion.data import FolderDataModule
-    from unet_diffusion.segmentation.predict import ImagesToSegment
+    from unet_diffusion.segmentation.predict import ImagesToSegment, Outputs
 
 TRAINING_COMMANDS = ("fit", "validate")  # parsed by Lightning's command line
 NUM_DRAWN = "num_drawn"  # in the record of sample: how many images of its folder are its own
@@ -257,7 +257,7 @@ def _pack(options: argparse.Namespace) -> None:
         bad_files = pack_images(
             files, options.folder, root=options.images, shard_images=options.shard_images, image_format=image_format,
             class_labels=options.class_labels, captions=options.captions,
-            skip_bad_files=options.on_bad_file == "skip", progress=bar.update,
+            skip_bad_files=options.on_bad_file == "skip", progress=bar.update, say=bar.write,
         )  # fmt: skip
     if bad_files:
         message = bad_files_message(bad_files, len(files.names))
@@ -342,8 +342,9 @@ def _encode(options: argparse.Namespace) -> None:
         share = settings["num_images"] // all_of_them.count
         with tqdm(total=share, unit="image", desc="encode", disable=all_of_them.rank > 0) as bar:
             encode_images(
-                options.output, images, encode, settings=settings, labels=data.image_set.labels,
-                batch_size=options.batch_size, progress=bar.update, all_of_them=all_of_them,
+                options.output, images, encode, settings=settings,
+                contents=data.image_set.contents or (), labels=data.image_set.labels,
+                batch_size=options.batch_size, progress=bar.update, say=bar.write, all_of_them=all_of_them,
             )  # fmt: skip
         if all_of_them.rank > 0:
             return
@@ -391,6 +392,7 @@ def _latents_settings(
         "has_codes": isinstance(autoencoder, VQModel),
         "class_names": data.class_names,
         "captions": data.captions,
+        "names": data.image_set.names,
         "images": str(options.images.resolve()),
         "background": options.background,
         "precision": options.precision,
@@ -556,6 +558,7 @@ def _sample(options: argparse.Namespace) -> None:
     options.precision = chosen_precision(options.precision, torch.device(options.device))
     drawing = Drawing.of(options)
     options.classes = drawing.classes
+    options.contents = drawing.contents
     if torch.device(options.device).type == "cpu":
         keep_freed_memory()
     set_speed(drawing.trained.unet, options.speed or speed_for_use(drawing.trained.speed, torch.device(options.device)))
@@ -593,9 +596,10 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
     if options.interpolate is not None:  # a frame depends on how many there are
         unasked -= {"num_images"}
     settings = {key: value for key, value in vars(options).items() if key not in unasked}
+    settings |= {f"{CONTENTS}{name}": contents for name, contents in settings.pop("contents").items()}
     for name in ("init", "mask"):  # a path may lead to another picture later
         if settings[name] is not None:
-            settings[f"contents of {name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
+            settings[f"{CONTENTS}{name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
     record = folder / SETTINGS
     before = _drawn_before(record)
     drawn = {f"{i:06d}.png" for i in range(before.get(NUM_DRAWN, 0))}
@@ -650,7 +654,8 @@ def _drawn_before(record: Path) -> dict[str, Any]:
 def _add_segment(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a mask for each image: DIR/NAME, 255 for foreground, or class indices. Images may have any size; the "
-        "pages of a TIFF file become pages of its mask. The same command again goes on where it was cut off. "
+        "pages of a TIFF file become pages of its mask. The same command again goes on where it was cut off, and makes "
+        "the masks of images again that have changed. "
         "Processes of torchrun share the work, as of sample."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file or a run folder, of a segmenter")
@@ -681,7 +686,7 @@ def _segment(options: argparse.Namespace) -> None:
         import torch
         from tqdm import tqdm
 
-        from unet_diffusion.checkpoint import read_segmenter
+        from unet_diffusion.checkpoint import contents_of, read_segmenter
         from unet_diffusion.precision import autocast, chosen_precision
         from unet_diffusion.processes import own_device, processes
         from unet_diffusion.segmentation.predict import ImagesToSegment, Outputs, class_probabilities, segment_images
@@ -690,6 +695,7 @@ def _segment(options: argparse.Namespace) -> None:
     options.device = own_device(options.device)
     options.precision = chosen_precision(options.precision, torch.device(options.device))
     trained = read_segmenter(options.checkpoint)
+    contents = contents_of(trained)
     if options.window_size is not None:
         if options.window_size < 1:
             raise ValueError(f"--window_size must be at least 1, got {options.window_size}")
@@ -711,7 +717,7 @@ def _segment(options: argparse.Namespace) -> None:
             return class_probabilities(trained, image, views=options.views, device=options.device)
 
     with processes() as all_of_them:
-        all_of_them.by_the_first(lambda: _prepare_masks(options, images))
+        all_of_them.by_the_first(lambda: _prepare_masks(options, images, outputs, contents))
         if all_of_them.rank == 0:
             _say_left_out(images.left_out)
         share = len(all_of_them.share(list(images.sources)))
@@ -726,22 +732,30 @@ def _segment(options: argparse.Namespace) -> None:
         raise ValueError("\n  ".join([f"{len(failed)} of {len(images)} images could not be segmented:", *failed]))
 
 
-def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment") -> None:
+def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment", outputs: "Outputs", contents: str) -> None:
     """Make the output folder; what lies there must be of the same command, which is then gone on with.
 
-    To overwrite them, the masks of these images are removed first.
+    Masks of images that have changed are removed, and so are, to overwrite them, those of all these images.
     """
     folder: Path = options.output
     unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
+    settings[f"{CONTENTS}checkpoint"] = contents
     record = folder / SETTINGS
     if options.overwrite and record.is_file() and json.loads(record.read_text()).keys() == settings.keys():
+        outputs.made_of.doubt()  # masks of other images stay, and are not counted as done with these settings
         for mask in images.sources:
-            (folder / mask).unlink(missing_ok=True)
+            outputs.remove(mask)
         with whole_file(record) as partial:
             partial.write_text(json.dumps(settings, indent=1))
     remove_left_behind(folder)
     claim_folder(folder, settings, "masks of this command", "choose another --output, or --overwrite")
+    changed = images.changed(outputs)
+    for mask in changed:
+        outputs.remove(mask)
+    if changed:
+        print(f"{len(changed)} masks are of images that are others now, or were cut off; they are made again: "
+              f"{first_few(changed)}", flush=True)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------- export, import

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unet_diffusion.checkpoint import TrainedDenoiser
+from unet_diffusion.checkpoint import TrainedDenoiser, contents_of
 from unet_diffusion.codecs import Autoencoder, autoencoder_of, decode_latents
 from unet_diffusion.conditioning import Denoiser, Guidance
 from unet_diffusion.interop import load_denoiser
@@ -45,6 +45,7 @@ class Drawing:
         picture: to start from, or to be seen by the network; None: there is none.
         start: where sampling starts; None: from noise.
         autoencoder: of the latents; None: images are denoised.
+        contents: hashes of the networks, by the options that name them.
     """
 
     options: argparse.Namespace
@@ -55,6 +56,7 @@ class Drawing:
     picture: Picture | None
     start: Start | None
     autoencoder: Autoencoder | None
+    contents: dict[str, str]
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Drawing":
@@ -67,6 +69,8 @@ class Drawing:
         trained = load_denoiser(options.checkpoint)
         check_options(options, trained)
         weaker = _weaker(options, trained)
+        networks = {"checkpoint": trained} if weaker is None else {"checkpoint": trained, "guidance_weaker": weaker}
+        contents = {name: contents_of(network) for name, network in networks.items()}
         given = _given(options, trained)
         shape = image_shape(options, trained)
         window_size(options, trained)
@@ -78,7 +82,7 @@ class Drawing:
             if one is not None:
                 one.unet.to(options.device)
                 one.conditions.to(options.device)
-        drawing = cls(options, trained, weaker, shape, given, picture, start, autoencoder)
+        drawing = cls(options, trained, weaker, shape, given, picture, start, autoencoder, contents)
         check_sampling(trained.schedule, (1, *shape), start=start, **drawing._inputs([0]), **drawing._settings)
         return drawing
 

@@ -7,14 +7,14 @@ from which each step of training draws anew. Unlike in their code the scale come
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from unet_diffusion.processes import ALONE, Processes
 from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
 
 INDEX = "index.json"
+MADE_OF = "images"  # in the metadata of a file: a hash of the files of its images
 MOMENTS = ("latents_mean", "latents_std")  # of each channel, in a configuration
 SHARD_IMAGES = 1024  # in a file, with their mirror images
 LEAST_STD = 1e-6  # of a channel
@@ -89,6 +90,7 @@ class LatentSet:
         class_names: name of each class, or None.
         has_mirrored: whether mirror images are there too.
         captions: of each image, or None.
+        names: Of each image's file, or None.
     """
 
     space: LatentSpace
@@ -98,6 +100,7 @@ class LatentSet:
     class_names: list[str] | None
     has_mirrored: bool
     captions: list[str] | None
+    names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.mean) // 2 if self.has_mirrored else len(self.mean)
@@ -126,9 +129,11 @@ def encode_images(
     encode: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     settings: dict[str, Any],
+    contents: Sequence[str] = (),
     labels: Tensor | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] = lambda num_images: None,
+    say: Callable[[str], object] = lambda line: None,
     all_of_them: Processes = ALONE,
 ) -> None:
     """Write the latents of all images to a folder, going on where an earlier call with the same settings was cut off.
@@ -141,16 +146,18 @@ def encode_images(
         encode: gives mean and standard deviation of their latents, (B, c, h, w) each.
         settings: plain values that decide what the latents are: "autoencoder", "fingerprint", "image_shape",
             "num_images", "has_mirrored" (each image's mirror image is encoded too), "has_codes" (all channels share a
-            scale), "class_names", "captions" (of each image, or None), and those of the images.
+            scale), "class_names", "captions" and "names" (of each image, or None), and those of the images.
+        contents: A hash of each image's file. Latents of other contents are made again.
         labels: class of each image, (N,) int64, or None.
         batch_size: images at once.
         progress: called with the number of images that were done.
+        say: Called with a line for each file of latents that is made again.
         all_of_them: the processes that share the files out.
 
     Raises:
         FileExistsError: if the folder holds something else, or latents with other settings.
     """
-    all_of_them.by_the_first(lambda: claim_folder(folder, settings, "latents"))
+    all_of_them.by_the_first(lambda: _begin(folder, settings, contents, say))
     for numbers, path in all_of_them.share(_shards(folder, settings["num_images"])):
         if not path.exists():
             parts = [
@@ -164,7 +171,7 @@ def encode_images(
             if labels is not None:
                 tensors["labels"] = labels[numbers.start : numbers.stop].clone()
             with whole_file(path) as partial:
-                save_file(tensors, partial)
+                save_file(tensors, partial, {MADE_OF: _digest(contents, numbers)})
         else:
             progress(len(numbers))
     all_of_them.wait()
@@ -205,6 +212,7 @@ def read_latents(folder: str | Path) -> LatentSet:
         class_names=index["class_names"],
         has_mirrored=index["has_mirrored"],
         captions=index.get("captions"),
+        names=index.get("names"),
     )
 
 
@@ -212,6 +220,30 @@ def read_latents(folder: str | Path) -> LatentSet:
 def _moments_on(space: LatentSpace, device: torch.device) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(one, device=device)[:, None, None] for one in (space.mean, space.std))
     return mean, std
+
+
+def _begin(folder: Path, settings: dict[str, Any], contents: Sequence[str], say: Callable[[str], object]) -> None:
+    """Claim the folder, and remove files of latents that are not of these images, the index first."""
+    claim_folder(folder, settings, "latents")
+    shards = [(numbers, path) for numbers, path in _shards(folder, settings["num_images"]) if path.exists()]
+    for path in (path for numbers, path in shards if _made_of(path) != _digest(contents, numbers)):
+        say(f"{path.name} is made again: images in it are others now, or it is damaged")
+        (folder / INDEX).unlink(missing_ok=True)
+        path.unlink()
+
+
+def _digest(contents: Sequence[str], numbers: range) -> str:
+    """Of the images of these numbers."""
+    return hashlib.sha256("\n".join(contents[numbers.start : numbers.stop]).encode()).hexdigest()
+
+
+def _made_of(path: Path) -> str | None:
+    """The digest of the images that a file of latents is of; None: it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(MADE_OF)
+    except SafetensorError:
+        return None
 
 
 def _encoded(
@@ -245,8 +277,8 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     mean, std = _moments(folder, settings["num_images"], shared=settings["has_codes"])
     fields = ("autoencoder", "fingerprint", "image_shape")
     space = LatentSpace.from_plain({**{field: settings[field] for field in fields}, "mean": mean, "std": std})
-    kept = ("num_images", "has_mirrored", "class_names", "captions")
-    index = {"space": space.plain(), **{key: settings[key] for key in kept}}
+    kept = ("num_images", "has_mirrored", "class_names", "captions", "names")
+    index = {"space": space.plain(), **{key: settings.get(key) for key in kept}}
     with whole_file(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1))
 

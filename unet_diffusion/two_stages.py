@@ -2,27 +2,36 @@
 
 Rombach et al. 2022 (https://arxiv.org/abs/2112.10752): an autoencoder, the latents of all images, a denoiser of them.
 Each stage runs in a process of its own, so that nothing of it stays in memory, and leaves what the same command
-would: runs of `fit`, latents of `encode`. Run again, it goes on where it was cut off, within a stage too.
+would: runs of `fit`, latents of `encode`. Run again, it goes on where it was cut off, within a stage too. A stage that
+has begun keeps its images and settings; those of one that has not may still be changed.
 """
 
-import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import find_images
+from unet_diffusion.data.fingerprints import (
+    Fingerprint,
+    changes,
+    content_hash,
+    fingerprints,
+    folder_hash,
+    hash_of_all,
+)
 from unet_diffusion.interruption import Interrupted, handled
 from unet_diffusion.recipes import read_settings
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.usage import first_few
+from unet_diffusion.whole_file import CONTENTS, SETTINGS, remove_left_behind, whole_file
 
-RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
+RECORD = "stages.json"  # settings of each stage that has begun, of which images, its seconds, and which are done
 INTERRUPTED = (130, 143)  # exit statuses of a stage that a signal ended
 LABEL_DROPOUT = 0.1  # of classes, for guidance
 
@@ -56,7 +65,8 @@ class TwoStages:
             options_of_fit: Likewise, of those that train.
 
         Raises:
-            FileExistsError: if the folder holds something else.
+            FileExistsError: if the folder holds something else, or the images or settings of a stage that has begun
+                were others.
             FileNotFoundError: if the images are not there.
             ValueError: if images lack captions, or the recipe takes none.
             RuntimeError: if a stage fails; its own error comes before.
@@ -67,6 +77,8 @@ class TwoStages:
                 say(f"stage {number} of 3, {name}: done before, in {record['seconds'][name]:.0f} s")
                 continue
             say(f"stage {number} of 3, {name}")
+            record["settings"][name] = self.settings(name, record["images"])
+            self._write(record)
             start = time.monotonic()
             # -P: modules are not looked for in the current folder, which may be that of somebody's images.
             stage = [*command(), *options]
@@ -123,34 +135,71 @@ class TwoStages:
                 raise ValueError(f"the recipe {self.denoiser} must have conditions to take captions; use "
                                  "latents_text, or leave --captions out")  # fmt: skip
 
-    def settings(self) -> dict[str, Any]:
-        """What may not change between calls, plain values."""
-        return {
+    def settings(self, stage: str, images: Mapping[str, Fingerprint]) -> dict[str, Any]:
+        """What may not change of a stage once it has begun, plain values.
+
+        Args:
+            stage: Its name.
+            images: The fingerprint of each image.
+        """
+        if stage == "denoiser":
+            return {
+                "denoiser": _hash(self.denoiser),
+                "class_labels": self.class_labels,
+                f"{CONTENTS}latents": _hash(self.output / "latents" / "index.json"),
+            }
+        settings: dict[str, Any] = {
             "images": str(self.images.resolve()),
-            "class_labels": self.class_labels,
-            "captions": self.captions,
+            f"{CONTENTS}images": hash_of_all({name: one[1] for name, one in images.items()}),
             "autoencoder": _hash(self.autoencoder),
-            "denoiser": _hash(self.denoiser),
         }
+        if stage == "latents":
+            files = find_images(self.images)
+            settings |= {
+                "class_labels": self.class_labels,
+                "captions": self.captions,
+                f"{CONTENTS}captions": _texts_hash(read_captions(files, files.names).texts if self.captions else []),
+                "horizontal_flip": self._flips(),
+                f"{CONTENTS}autoencoder": folder_hash(self.output / "autoencoder" / "autoencoder"),
+            }
+        return settings
 
     def _record(self) -> dict[str, Any]:
-        settings = self.settings()
+        """What is done, after a look whether it is what is asked for now."""
         path = self.output / RECORD
-        if not path.exists():
-            if self.output.exists() and any(self.output.iterdir()):
-                raise FileExistsError(f"{self.output} holds files of something else; choose another --output")
-            self._check()
-            record = {"settings": settings, "seconds": {}, "done": []}
-            self._write(record)
-            return record
-        record = json.loads(path.read_text())
-        differ = [name for name, value in settings.items() if record["settings"].get(name) != value]
+        remove_left_behind(self.output, RECORD)
+        if not path.exists() and self.output.exists() and any(self.output.iterdir()):
+            raise FileExistsError(f"{self.output} holds files of something else; choose another --output")
+        empty: dict[str, Any] = {"settings": {}, "images": {}, "seconds": {}, "done": []}
+        record = json.loads(path.read_text()) if path.exists() else empty
+        now = fingerprints(find_images(self.images), record["images"])
+        self._refuse_other_settings(record, now)
+        self._check()
+        record["images"] = now
+        self._write(record)
+        return record
+
+    def _has_begun(self, stage: str) -> bool:
+        """Whether it has left what it would go on from; one that failed before, as by a typo, has not."""
+        left = {"latents": SETTINGS}.get(stage, "checkpoints/*.ckpt")
+        return any((self.output / stage).glob(left))
+
+    def _refuse_other_settings(self, record: dict[str, Any], images: dict[str, Fingerprint]) -> None:
+        differ = {
+            name: ""
+            for stage, before in record["settings"].items()
+            if stage in record["done"] or self._has_begun(stage)
+            for name, value in self.settings(stage, images).items()
+            if before.get(name) != value
+        }
+        if f"{CONTENTS}images" in differ:
+            differ[f"{CONTENTS}images"] = f": {first_few(changes(record['images'], images))}"
         if differ:
             raise FileExistsError(
-                f"{self.output} was begun with other settings ({', '.join(differ)}); choose another --output, "
+                f"{self.output} was begun with other settings "
+                f"({', '.join(f'{name}{more}' for name, more in differ.items())}); choose another --output, "
                 "or the settings as they were"
             )
-        return record
 
     def _write(self, record: dict[str, Any]) -> None:
         with whole_file(self.output / RECORD) as partial:
@@ -168,5 +217,10 @@ def _exit_status(command: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _hash(recipe: Path) -> str:
-    return hashlib.sha256(recipe.read_bytes()).hexdigest()
+def _hash(file: Path) -> str:
+    """Of the contents of a file; "" if it is not there."""
+    return content_hash(file.read_bytes()) if file.is_file() else ""
+
+
+def _texts_hash(texts: list[str]) -> str:
+    return content_hash(json.dumps(texts).encode())

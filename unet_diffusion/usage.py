@@ -35,7 +35,7 @@ def printable(text: str) -> str:
 
 def first_few(names: Sequence[str]) -> str:
     """The first five names, and dots if there are more: a, b, c, d, e, ..."""
-    return ", ".join([*names[:MOST_NAMED], "..."] if len(names) > MOST_NAMED else names)
+    return printable(", ".join([*names[:MOST_NAMED], "..."] if len(names) > MOST_NAMED else names))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from unet_diffusion.usage import first_few
+
 SETTINGS = "settings.json"
 RUN_HEADER = "# Settings of the run in this folder, written by unet-diffusion."  # first line of a run's config.yaml
 EXPORTED = ".exported.json"  # in an exported folder: the names of its files, which may be replaced
-MOST_NAMED = 3  # files in an error
+CONTENTS = "contents of "  # begins the names of settings that are hashes, which say nothing to people
 MOST_SHOWN = 100  # characters of a setting in an error, which may be all captions
 
 
@@ -87,9 +89,9 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
     record = folder / EXPORTED
     exported = {*json.loads(record.read_text()), EXPORTED} if record.is_file() else set()
     if others := sorted({*_files_below(folder)} - exported):
-        shown = ", ".join(others[:MOST_NAMED]) + (", ..." if others[MOST_NAMED:] else "")
         raise FileExistsError(
-            f"{folder} holds files that were not exported there ({shown}) and is not overwritten; choose another folder"
+            f"{folder} holds files that were not exported there ({first_few(others)}) and is not overwritten; choose "
+            "another folder"
         )
 
 
@@ -140,7 +142,7 @@ def claim_folder(
             raise FileExistsError(f"{folder} holds files that are no {what}; choose another folder")
         before = json.loads((folder / SETTINGS).read_text())
         differ = [
-            f"{key}: {_short(before.get(key))} there, {_short(value)} here"
+            key if key.startswith(CONTENTS) else f"{key}: {_short(before.get(key))} there, {_short(value)} here"
             for key, value in plain.items()
             if before.get(key) != value
         ]

@@ -22,6 +22,7 @@ from unet_diffusion.data import (
     ShuffledBatches,
     TorchvisionDataModule,
     scale_to_unit_range,
+    split_by_name,
     split_indices,
 )
 
@@ -206,8 +207,57 @@ def test_a_tenth_at_most_1000_is_kept_apart_by_default(num_images, num_val):
 
 @pytest.mark.parametrize("num_val", [0, 5, 6, -1])
 def test_impossible_split_is_refused(num_val):
-    with pytest.raises(ValueError, match=f"less than the 5 images, got {num_val}"):
-        split_indices(5, num_val)
+    for split in (lambda: split_indices(5, num_val), lambda: split_by_name(list("abcde"), num_val)):
+        with pytest.raises(ValueError, match=f"less than the 5 images, got {num_val}"):
+            split()
+
+
+def sides(names, num_val=None) -> tuple[set[str], set[str]]:
+    """The names that are trained on, and those that are validated on."""
+    train, val = split_by_name(names, num_val)
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(len(names)))
+    return {names[i] for i in train.tolist()}, {names[i] for i in val.tolist()}
+
+
+@pytest.mark.parametrize("num_val", [None, 1, 7])
+def test_files_that_are_added_move_none_that_was_trained_on(num_val):
+    rng = np.random.default_rng(0)
+    names = [f"{folder}/{number:04}.png" for folder in ("cat", "dog") for number in range(700)]
+    for size in (20, 40, 200, 1000):
+        before = sides(sorted(rng.permutation(names)[:size].tolist()), num_val)
+        more = sorted({*before[0], *before[1], *rng.permutation(names)[: size // 2].tolist()})
+        _, val = sides(more, num_val)
+        assert not before[0] & val
+        assert num_val or before[1] <= val  # by default nobody moves at all
+
+
+def test_about_a_tenth_at_most_1000_is_kept_apart_by_name():
+    names = [str(number) for number in range(60_000)]
+    assert len(sides(names)[1]) == 1000
+    for size in (500, 5000):
+        deviation = (size * 0.1 * 0.9) ** 0.5  # of a binomial distribution
+        assert abs(len(sides(names[:size])[1]) - size / 10) < 4 * deviation
+    assert [len(sides(names[:size])[1]) for size in (2, 3)] == [1, 1]
+
+
+def test_num_val_is_kept_exactly_and_more_keep_those_of_fewer():
+    names = [f"{number}.jpg" for number in range(100)]
+    few, more = (sides(names, num_val)[1] for num_val in (20, 50))
+    assert (len(few), len(more)) == (20, 50)
+    assert few < more
+
+
+def test_split_is_by_name_whatever_the_place_the_seed_and_the_spelling(tmp_path):
+    root = write_images(tmp_path / "set", 30)
+    (root / "000.png").rename(root / "caf\u00e9.png")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", root)
+    (root / "caf\u00e9.png").rename(root / "cafe\u0301.png")  # as macOS has it
+    kept = []
+    for place, seed in ((root, 0), (tmp_path / "packed.zip", 1)):
+        data = set_up(folder_module(place, num_val=15, seed=seed))
+        names = [data.file_names[i].replace("e\u0301", "\u00e9") for i in data.val_indices.tolist()]
+        kept.append(sorted(names))
+    assert kept[0] == kept[1]
 
 
 def test_validation_is_never_mirrored(tmp_path):

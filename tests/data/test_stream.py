@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -299,7 +300,7 @@ def test_pack_goes_on_and_never_mixes(images, packed, run_cli, tmp_path):
     (images / "cat" / "000.png").unlink()
     status, _, err = run_cli("pack", images, packed, "--shard_images", 7, "--class_labels")
     assert status == 1
-    assert all(f"{name}: " in err for name in ("num_images", "names", "captions")), err
+    assert all(name in err for name in ("num_images: ", "contents of names", "contents of captions")), err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").touch()
     status, _, err = run_cli("pack", images, tmp_path / "other")
@@ -326,6 +327,66 @@ def test_pack_that_is_killed_goes_on(images, run_cli, tmp_path):
         {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("killed", "untouched")
     ]
     assert files[0] == files[1]
+
+
+def files_in(folder) -> dict[str, bytes]:
+    """But for what is noted of the times of images."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.name != "settings.json"}
+
+
+def replace_image(path, seed) -> None:
+    pixels = np.random.default_rng(seed).integers(256, size=(12, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("scaled", [[], ["--image_size", 8, "8"]])
+def test_shards_of_images_that_were_replaced_are_packed_again_and_said(images, run_cli, scaled):
+    pack = ["--shard_images", 7, "--class_labels", "--captions", *scaled]
+    assert run_cli("pack", images, images.parent / "shards", *pack)[0] == 0
+    before = files_in(images.parent / "shards")
+    replace_image(images / "cat" / "003.png", 100)
+    status, out, err = run_cli("pack", images, images.parent / "shards", *pack)
+    assert status == 0, err
+    said = re.search(r"(shard_\d+\.tar) is packed again, as images in it are others now: cat/003\.png\n", out)
+    assert said, out
+    assert run_cli("pack", images, images.parent / "fresh", *pack)[0] == 0
+    after = files_in(images.parent / "shards")
+    assert after == files_in(images.parent / "fresh")
+    assert {name for name in after if after[name] != before[name]} == {said[1], "index.json"}
+    assert "packed again" not in run_cli("pack", images, images.parent / "shards", *pack)[1]
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9, 13])
+def test_pack_that_is_cut_off_and_goes_on_with_other_images_is_a_fresh_one(images, run_cli, monkeypatch, after):
+    """Cut off when so many files have taken their place; then images are replaced, and classes change their names."""
+    pack, places, replace = ["--shard_images", 7, "--class_labels"], [], os.replace
+
+    def cut_off(source, place):
+        if len(places) == after:
+            raise KeyboardInterrupt
+        places.append(place)
+        replace(source, place)
+
+    monkeypatch.setattr("os.replace", cut_off)
+    assert run_cli("pack", images, images.parent / "shards", *pack)[0] == 130
+    monkeypatch.undo()
+    replace_image(images / "cat" / "003.png", 100)
+    (images / "cat").rename(images / "new")
+    (images / "dog").rename(images / "cat")
+    (images / "new").rename(images / "dog")
+    status, _, err = run_cli("pack", images, images.parent / "shards", *pack)
+    if status:
+        assert "were made with other settings (" in err, err
+        assert after > 0
+        return
+    assert run_cli("pack", images, images.parent / "fresh", *pack)[0] == 0
+    assert files_in(images.parent / "shards") == files_in(images.parent / "fresh")
+
+
+def test_pack_notices_that_a_class_folder_was_renamed(images, packed, run_cli):
+    (images / "cat").rename(images / "tiger")
+    status, _, err = run_cli("pack", images, packed, "--shard_images", 7, "--class_labels")
+    assert (status, "contents of names; class_names: ['cat', 'dog'] there, ['dog', 'tiger'] here" in err) == (1, True)
 
 
 def test_what_was_not_packed_is_refused(images, run_cli):

@@ -6,7 +6,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "base": ["ImageDataModule", "split_indices"],
+        "base": ["ImageDataModule", "split_by_name", "split_indices"],
         "batches": ["ImageBatches", "ImageSet", "OrderedBatches", "ResumableLoader", "ShuffledBatches"],
         "checking": ["StreamedImages", "check_images", "load_images"],
         "decoding": ["ImageFormat", "decode_image"],

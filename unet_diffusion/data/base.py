@@ -1,23 +1,27 @@
 """What all data modules share: the split and the batches, whose images are scaled to [-1, 1] here and nowhere else."""
 
+import hashlib
+import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.schedule import keyed_generator
 
 MAX_NUM_VAL = 1000  # by default: enough for a validation loss that is stable to about 1 %
+VAL_SHARE = 0.1  # by default
 MAX_NUM_WORKERS = 8  # by default, a process
 SPLIT_KEY = 0  # not the seed: runs that differ in their seed are validated on the same images
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(KnownImages):
     """Batches of images and class labels. A subclass says where the images come from, in `load`.
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "index": int64 (B,), position in the whole set} and, if
@@ -25,7 +29,8 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         batch_size: images a batch and process.
-        num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        num_val: images kept apart for validation, the same for every seed; None: about a tenth, at most 1000. Of
+            files the name decides, see `split_by_name`, so that files which are added move nobody.
         horizontal_flip: mirror every second training image, drawn at random.
         num_workers: processes that load batches; None: 0 if the images are in memory, otherwise one a processor core,
             at most 8.
@@ -62,9 +67,25 @@ class ImageDataModule(LightningDataModule):
         """All images and their labels; called once."""
         raise NotImplementedError(f"{type(self).__name__} must define load()")
 
-    def split(self, num_images: int) -> tuple[Tensor, Tensor]:
+    def split(self, image_set: ImageSet) -> tuple[Tensor, Tensor]:
         """Indices to train and to validate on, sorted."""
-        return split_indices(num_images, self.num_val)
+        if image_set.names is None:
+            return split_indices(len(image_set.images), self.num_val)
+        return split_by_name(image_set.names, self.num_val)
+
+    def names_and_contents(self) -> tuple[Sequence[str], Sequence[str]] | None:
+        """As `KnownImages` has it, with class and caption; None of images that are streamed, and known by shards."""
+        found = self.image_set
+        contents = found.contents
+        if contents is None:
+            if not isinstance(found.images, Tensor):
+                return None
+            contents = contents_of_pixels(found.images)
+        labels = [""] * len(contents)
+        if found.class_names is not None and found.labels is not None:
+            labels = [found.class_names[i] for i in found.labels.tolist()]
+        texts = zip(contents, labels, found.captions or labels, strict=True)
+        return found.names or [str(i) for i in range(len(contents))], ["\n".join(text) for text in texts]
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images, once, and split them.
@@ -77,7 +98,7 @@ class ImageDataModule(LightningDataModule):
         """
         if self._image_set is None:
             image_set = self.load()
-            self.train_indices, self.val_indices = self.split(len(image_set.images))
+            self.train_indices, self.val_indices = self.split(image_set)
             self._image_set = image_set
 
     def summary(self) -> list[str]:
@@ -198,8 +219,35 @@ def refuse_overfit_batches(trainer: Any) -> None:
         )
 
 
+def split_by_name(names: Sequence[str], num_val: int | None = None) -> tuple[Tensor, Tensor]:
+    """Indices to train and to validate on; sorted. A hash of its name gives each image a number in [0, 1).
+
+    The num_val images of the lowest numbers are validated on, by default those below 0.1. So none that was trained on
+    is validated on because others are added, though these may take the places of some that were validated on.
+
+    Args:
+        names: Of the images, each below the root.
+        num_val: Images to validate on; None: those below 0.1, at least 1 and at most 1000.
+
+    Raises:
+        ValueError: If that leaves none for either.
+    """
+    numbers = [_number_of(name) for name in names]
+    if num_val is None:
+        num_val = min(max(sum(number < VAL_SHARE for number in numbers), 1), MAX_NUM_VAL, max(len(names) - 1, 1))
+    _check_split(len(names), num_val)
+    ranked = torch.tensor(sorted(range(len(names)), key=numbers.__getitem__))
+    return ranked[num_val:].sort().values, ranked[:num_val].sort().values
+
+
+def _number_of(name: str) -> float:
+    """In [0, 1), of a name that systems spell with letters and accents apart or together."""
+    text = f"{SPLIT_KEY} {unicodedata.normalize('NFC', name)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
 def split_indices(num_images: int, num_val: int | None = None) -> tuple[Tensor, Tensor]:
-    """Indices to train and to validate on, drawn at random, a function of the two numbers alone; sorted.
+    """Indices to train and to validate on, of images without names, a function of the two numbers alone; sorted.
 
     Args:
         num_images: size of the whole set.
@@ -208,14 +256,18 @@ def split_indices(num_images: int, num_val: int | None = None) -> tuple[Tensor, 
     Raises:
         ValueError: if that leaves none for either.
     """
-    if num_images < 2:
-        raise ValueError(f"there must be at least 2 images, to train and to validate on, got {num_images}; add images")
     if num_val is None:
         num_val = min(max(num_images // 10, 1), MAX_NUM_VAL)
+    _check_split(num_images, num_val)
+    order = torch.randperm(num_images, generator=keyed_generator(SPLIT_KEY))
+    return order[num_val:].sort().values, order[:num_val].sort().values
+
+
+def _check_split(num_images: int, num_val: int) -> None:
+    if num_images < 2:
+        raise ValueError(f"there must be at least 2 images, to train and to validate on, got {num_images}; add images")
     if not 1 <= num_val < num_images:
         raise ValueError(
             f"num_val must be at least 1 and less than the {num_images} images, got {num_val}; "
             "leave it out to keep a tenth apart"
         )
-    order = torch.randperm(num_images, generator=keyed_generator(SPLIT_KEY))
-    return order[num_val:].sort().values, order[:num_val].sort().values

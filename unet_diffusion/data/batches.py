@@ -30,12 +30,16 @@ class ImageSet:
         labels: class of each image, (N,) int64, or None.
         class_names: name of each class, or None.
         captions: of each image, or None.
+        names: Of each image's file, by which the set is split; None: images have numbers only.
+        contents: A hash of each image's file; None: not known.
     """
 
     images: Tensor | StreamedImages | ShardedImages
     labels: Tensor | None = None
     class_names: list[str] | None = None
     captions: list[str] | None = None
+    names: list[str] | None = None
+    contents: list[str] | None = None
 
 
 class ImageBatches(Dataset[Batch]):

@@ -3,15 +3,17 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth, upright_size
+from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image, to_depth
 from unet_diffusion.data.files import ImageFiles
+from unet_diffusion.data.fingerprints import content_hash
+from unet_diffusion.data.stored import stored_images
 from unet_diffusion.usage import printable
 
 T = TypeVar("T")
@@ -59,12 +61,14 @@ class CheckedImages:
         names: the file of each image.
         bad_files: "name: reason" for each of the others.
         sizes: height and width of each image, upright, before it was scaled and cut.
+        contents: The hash of each image's file as it was decoded.
     """
 
     images: Tensor | StreamedImages
     names: list[str]
     bad_files: list[str]
     sizes: list[tuple[int, int]]
+    contents: list[str]
 
 
 def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
@@ -77,21 +81,18 @@ def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool 
     """
     size = (image_format.channels, image_format.height, image_format.width)
     images = torch.empty(len(files.names), *size, dtype=torch.uint8)
-    names: list[str] = []
-    bad_files: list[str] = []
-    sizes: list[tuple[int, int]] = []
+    checked = CheckedImages(images, [], [], [], [])
     decode = _decoder(files, image_format)
     for name, outcome in in_threads(decode, files.names, "loading images", progress):
         if isinstance(outcome, str):
-            bad_files.append(f"{name}: {outcome}")
+            checked.bad_files.append(f"{name}: {outcome}")
             continue
-        image, image_size = outcome
-        if image.dtype == torch.uint16:
+        if outcome.image.dtype == torch.uint16:
             images = to_depth(images, torch.uint16)
-        images[len(names)] = to_depth(image, images.dtype)
-        names.append(name)
-        sizes.append(image_size)
-    return CheckedImages(images[: len(names)], names, bad_files, sizes)
+        images[len(checked.names)] = to_depth(outcome.image, images.dtype)
+        _add(checked, name, outcome)
+    checked.images = images[: len(checked.names)]
+    return checked
 
 
 def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
@@ -104,16 +105,23 @@ def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool
     """
     decode = _decoder(files, image_format)
 
-    def depth_and_size(name: str) -> tuple[torch.dtype, tuple[int, int]] | str:
+    def check(name: str) -> _Decoded | str:
         outcome = decode(name)
-        return outcome if isinstance(outcome, str) else (outcome[0].dtype, outcome[1])
+        # Of the pixels only their depth matters from here on.
+        return (
+            outcome if isinstance(outcome, str) else replace(outcome, image=torch.empty(0, dtype=outcome.image.dtype))
+        )
 
-    outcomes = list(in_threads(depth_and_size, files.names, "checking images", progress))
-    good = {name: outcome for name, outcome in outcomes if not isinstance(outcome, str)}
-    bad_files = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
-    dtype = torch.uint16 if any(depth == torch.uint16 for depth, _ in good.values()) else torch.uint8
-    images = StreamedImages(files, list(good), image_format, dtype)
-    return CheckedImages(images, list(good), bad_files, [size for _, size in good.values()])
+    images = StreamedImages(files, [], image_format, torch.uint8)
+    checked = CheckedImages(images, images.names, [], [], [])
+    for name, outcome in in_threads(check, files.names, "checking images", progress):
+        if isinstance(outcome, str):
+            checked.bad_files.append(f"{name}: {outcome}")
+            continue
+        if outcome.image.dtype == torch.uint16:
+            images.dtype = torch.uint16
+        _add(checked, name, outcome)
+    return checked
 
 
 def bad_files_message(bad_files: Sequence[str], num_files: int) -> str:
@@ -166,6 +174,24 @@ def reason(error: Exception) -> str:
     return str(error) if type(error) is ValueError else f"it cannot be read ({type(error).__name__}: {error})"
 
 
-def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], tuple[Tensor, tuple[int, int]] | str]:
-    """From a name to the image and the size that it has in its file."""
-    return lambda name: decoded(lambda data: (decode_image(data, image_format), upright_size(data)), files, name)
+@dataclass
+class _Decoded:
+    """An image, its size before it was scaled and cut, and the hash of its file."""
+
+    image: Tensor
+    size: tuple[int, int]
+    content: str
+
+
+def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], _Decoded | str]:
+    def decode(data: bytes) -> _Decoded:
+        stored = next(stored_images(data))
+        return _Decoded(fitted_image(stored, image_format), stored.size, content_hash(data))
+
+    return lambda name: decoded(decode, files, name)
+
+
+def _add(checked: CheckedImages, name: str, outcome: _Decoded) -> None:
+    checked.names.append(name)
+    checked.sizes.append(outcome.size)
+    checked.contents.append(outcome.content)

@@ -72,7 +72,11 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
             PIL.Image.MAX_IMAGE_PIXELS, or holds numbers that are no 8 or 16-bit colours.
         Exception: whatever a decoder raises on a damaged file.
     """
-    image = next(stored_images(data))
+    return fitted_image(next(stored_images(data)), image_format)
+
+
+def fitted_image(image: StoredImage, image_format: ImageFormat) -> Tensor:
+    """As `decode_image`, of one of the images of a file."""
     height, width = image.size
     if height < image_format.height or width < image_format.width:
         raise ValueError(f"too small: {height}x{width}, must be at least {image_format.height}x{image_format.width}")

@@ -38,6 +38,9 @@ class ImageFiles(Protocol):
             max_bytes: more are refused; None: as many as are allowed in images.
         """
 
+    def stamp(self, name: str) -> str:
+        """What tells, without reading, that the contents of one of the names are others; see `fingerprints.py`."""
+
 
 def find_images(root: str | Path) -> ImageFiles:
     """The image files below a root, however deep.
@@ -137,6 +140,14 @@ class FolderFiles:
     def _read_text(self, name: str) -> bytes:
         return self.read(name, MAX_TEXT_BYTES)
 
+    def stamp(self, name: str) -> str:
+        """Size, times and number of a file, which even one that is moved here cannot share; "" if there is none."""
+        try:
+            state = (self.root / name).stat()
+        except OSError:
+            return ""
+        return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+
 
 class OneFile(FolderFiles):
     """An image file by itself, whatever else lies in its folder.
@@ -206,6 +217,11 @@ class ZipFiles:
 
     def _read_text(self, name: str) -> bytes:
         return self.read(name, MAX_TEXT_BYTES)
+
+    def stamp(self, name: str) -> str:
+        """Size and checksum of a member."""
+        member = self._zip.getinfo(self._prefix + name)
+        return f"{member.file_size} {member.CRC:08x}"
 
     def _open(self) -> None:
         try:

@@ -47,7 +47,8 @@ class FolderDataModule(ImageDataModule):
         in_memory: keep the decoded images in memory; None: if they take up to 2 GiB. Otherwise they are decoded
             again every epoch.
         batch_size: images a batch and process.
-        num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        num_val: images kept apart for validation, chosen by their names; None: about a tenth, at most 1000. Files that
+            are added move none that was trained on.
         horizontal_flip: mirror every second training image, drawn at random.
         num_workers: processes that load batches; None: 0 if the images are in memory, otherwise one a processor core,
             at most 8.
@@ -116,10 +117,9 @@ class FolderDataModule(ImageDataModule):
         self._left_out = _left_out(files, checked, written)
         self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
         captions = read_captions(files, checked.names).texts if self.has_captions else None
-        if not self.class_labels:
-            return ImageSet(checked.images, captions=captions)
-        class_names = class_names_of(checked.names, self.root)
-        return ImageSet(checked.images, torch.tensor(labels_of(checked.names, class_names)), class_names, captions)
+        class_names = class_names_of(checked.names, self.root) if self.class_labels else None
+        labels = torch.tensor(labels_of(checked.names, class_names)) if class_names else None
+        return ImageSet(checked.images, labels, class_names, captions, checked.names, checked.contents)
 
     def left_out(self) -> str:
         return self._left_out
@@ -171,8 +171,8 @@ class TilesDataModule(ImageDataModule):
         stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
         num_images: use the first so many images by name, such as those that are not to be tested on; None: all.
         batch_size: tiles a batch and process.
-        num_val: tiles kept apart for validation, the same for every seed; None: a tenth, at most 1000. They may be of
-            an image that others are trained on.
+        num_val: tiles kept apart for validation, chosen by the names of their files; None: about a tenth, at most 1000.
+            They may be of an image that others are trained on.
         horizontal_flip: mirror every second training tile, drawn at random.
         num_workers: processes that load batches; None: 0, the tiles are in memory.
         seed: of the order of the training tiles and their mirroring.
@@ -235,12 +235,16 @@ class TilesDataModule(ImageDataModule):
         bad = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
         if bad:
             raise ValueError(f"{bad_files_message(bad, len(names))}\nRemove them, or lower tile_size.")
-        tiles = torch.cat([tiles for _, outcome in outcomes if not isinstance(outcome, str) for tiles in outcome])
+        tiles, tile_names = list[Tensor](), list[str]()
+        for name, outcome in outcomes:
+            for page, cut_up in enumerate(outcome if isinstance(outcome, list) else []):
+                tiles.append(cut_up)
+                tile_names += [f"{name}, page {page}, tile {tile}" for tile in range(len(cut_up))]
         unasked = len(files.names) - len(names)
         more = f"{unasked} images beyond num_images" if unasked else ""
         self._left_out = "; ".join(filter(None, (files.left_out.described(), more))) or "nothing"
-        self._changed = f"{len(names)} images are cut into {len(tiles)} tiles, which overlap where they must"
-        return ImageSet(tiles)
+        self._changed = f"{len(names)} images are cut into {len(tile_names)} tiles, which overlap where they must"
+        return ImageSet(torch.cat(tiles), names=tile_names)
 
     def left_out(self) -> str:
         return self._left_out

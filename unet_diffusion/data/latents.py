@@ -24,7 +24,7 @@ class LatentsDataModule(ImageDataModule):
     Args:
         root: a folder that `unet-diffusion encode` wrote.
         batch_size: images a batch and process.
-        num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
+        num_val: images kept apart for validation, chosen by their names; None: about a tenth, at most 1000.
         horizontal_flip: use the mirror image of every second training image, drawn at random; it must have been
             encoded.
         scaling_factor: one scale for all channels in place of the measured moments, as a published model was trained
@@ -71,7 +71,8 @@ class LatentsDataModule(ImageDataModule):
                 "encode again with --horizontal_flip, or set it to false"
             )
         one_each = self.latents.mean[: len(self.latents)]
-        return ImageSet(one_each, self.latents.labels, self.latents.class_names, self.latents.captions)
+        latents = self.latents
+        return ImageSet(one_each, latents.labels, latents.class_names, latents.captions, latents.names)
 
     @property
     def latent_space(self) -> LatentSpace:

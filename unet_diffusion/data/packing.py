@@ -20,11 +20,14 @@ from torch import Tensor
 
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.checking import decoded, in_threads
-from unet_diffusion.data.decoding import ImageFormat, decode_image, upright_size
+from unet_diffusion.data.decoding import ImageFormat, fitted_image
 from unet_diffusion.data.files import ImageFiles, class_names_of, labels_of
+from unet_diffusion.data.fingerprints import content_hash, is_of
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
+from unet_diffusion.data.stored import stored_images
 from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.whole_file import claim_folder, remove_left_behind, whole_file
+from unet_diffusion.usage import first_few
+from unet_diffusion.whole_file import CONTENTS, claim_folder, remove_left_behind, whole_file
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
@@ -59,6 +62,7 @@ def pack_images(
     captions: bool = False,
     skip_bad_files: bool = False,
     progress: Callable[[int], object] = lambda num_images: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[str]:
     """Write shards of all images, going on where an earlier call with the same arguments was cut off.
 
@@ -72,6 +76,7 @@ def pack_images(
         captions: each image has a caption, see `captions.py`.
         skip_bad_files: leave out files that cannot be decoded or are too small; otherwise no index is written then.
         progress: called with the number of images that were done.
+        say: Called with a line for each shard that is packed again, as images in it are others now.
 
     Returns:
         "name: reason" for each file that cannot be used.
@@ -89,11 +94,11 @@ def pack_images(
     settings = {
         "images": str(Path(root).resolve()),
         "num_images": len(files.names),
-        "names": hashlib.sha256("\n".join(files.names).encode()).hexdigest(),
+        f"{CONTENTS}names": hashlib.sha256("\n".join(files.names).encode()).hexdigest(),
         "shard_images": shard_images,
         "image_format": str(image_format),
         "class_names": class_names,
-        "captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
+        f"{CONTENTS}captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
     }
     claim_folder(folder, settings, "shards")
     remove_left_behind(folder)
@@ -102,7 +107,10 @@ def pack_images(
     for number, start in enumerate(range(0, len(order), shard_images)):
         members = order[start : start + shard_images]
         record = _record(folder, number)
-        if record is None or (record["bad_files"] and not skip_bad_files):
+        changed = _changed(files, record) if record else []
+        if changed:
+            say(f"{shard_name(number)} is packed again, as images in it are others now: {first_few(changed)}")
+        if record is None or changed or (record["bad_files"] and not skip_bad_files):
             before = record["shard"]["sha256"] if record else None
             record = _write_shard(folder, number, files, members, image_format, labels, texts, before)
         progress(len(members))
@@ -111,6 +119,11 @@ def pack_images(
     if not bad_files or skip_bad_files:
         _write_index(folder, records, class_names, image_format.channels if image_format else None)
     return bad_files
+
+
+def _changed(files: ImageFiles, record: dict[str, Any]) -> list[str]:
+    """The images of a shard that are others now."""
+    return [name for name, before in record["made_of"].items() if not is_of(files, name, before)]
 
 
 def _record(folder: Path, number: int) -> dict[str, Any] | None:
@@ -136,9 +149,14 @@ def _write_shard(
     names = {files.names[i]: i for i in members}
     good: dict[int, Packed] = {}
     bad_files = []
+    made_of = {name: [files.stamp(name), ""] for name in names}
 
     def pack(name: str) -> Packed | str:
-        return decoded(lambda content: _packed(content, name, image_format), files, name)
+        def packed(content: bytes) -> Packed:
+            made_of[name][1] = content_hash(content)
+            return _packed(content, name, image_format)
+
+        return decoded(packed, files, name)
 
     for name, one in in_threads(pack, list(names), "pack", progress=False):
         if isinstance(one, str):
@@ -164,6 +182,7 @@ def _write_shard(
         "smallest": [min(sides) for sides in zip(*sizes, strict=True)] if sizes else None,
         "bits": max((one.bits for one in good.values()), default=8),
         "bad_files": bad_files,
+        "made_of": made_of,
     }
     with whole_file(_record_path(folder, number)) as partial:
         partial.write_text(json.dumps(record))
@@ -176,10 +195,11 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | None) -> Pack
     Raises:
         ValueError: if it cannot be used.
     """
-    pixels = decode_image(content, image_format or ImageFormat(1, 1))
+    stored = next(stored_images(content))
+    pixels = fitted_image(stored, image_format or ImageFormat(1, 1))
     bits = 16 if pixels.dtype == torch.uint16 else 8
     if image_format is None:
-        return Packed(content, PurePosixPath(name).suffix.lower(), upright_size(content), bits)
+        return Packed(content, PurePosixPath(name).suffix.lower(), stored.size, bits)
     if bits == 16:
         raise ValueError("16 bits a channel are not kept by --image_size; leave it out, or save the image in 8 bits")
     return Packed(_png(pixels), ".png", (image_format.height, image_format.width), bits)

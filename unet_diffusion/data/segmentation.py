@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unet_diffusion.data.base import refuse_overfit_batches, replica
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
 from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
 from unet_diffusion.schedule import keyed_generator
@@ -29,7 +29,7 @@ SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run 
 DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
 
-class SegmentationDataModule(LightningDataModule):
+class SegmentationDataModule(KnownImages):
     """Batches of images, their classes and the weight of each pixel.
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "classes": int64 (B, H, W), "weights": float32 (B, H, W), 0
@@ -41,7 +41,8 @@ class SegmentationDataModule(LightningDataModule):
         window_size: height and width of a training window, in pixels; the network must take it.
         batch_size: windows a batch and process.
         windows_per_image: drawn from each training image in an epoch.
-        num_val: images kept for validation: the last by name, as neighbours in a stack are alike; None: a fifth.
+        num_val: images kept for validation: the last by name, as neighbours in a stack are alike; None: a fifth. Files
+            that are added to a given number move none that was trained on; a fifth grows, and would.
         num_train: use only so many of the others, drawn by the seed; more draws keep those of fewer. None: all.
         augmentation: how windows are deformed; None: not at all.
         stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type; for
@@ -155,6 +156,12 @@ class SegmentationDataModule(LightningDataModule):
         if self._images is None:
             raise RuntimeError('the images are not loaded yet; call setup("fit") first')
         return self._images
+
+    def names_and_contents(self) -> tuple[list[str], list[str]]:
+        """As `KnownImages` has it: what an image and its label image hold."""
+        labels = contents_of_pixels([torch.from_numpy(one) for one in self.images.labels])
+        contents = contents_of_pixels(self.images.images)
+        return self.images.names, [f"{one}\n{label}" for one, label in zip(contents, labels, strict=True)]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -134,8 +134,9 @@ class StreamDataModule(ImageDataModule):
             index.captions if self.has_captions else None,
         )
 
-    def split(self, num_images: int) -> tuple[Tensor, Tensor]:
+    def split(self, image_set: ImageSet) -> tuple[Tensor, Tensor]:
         """The first images to validate on, which lie in few shards, and the others to train on."""
+        num_images = len(image_set.images)
         num_val = min(max(num_images // 10, 1), MAX_NUM_VAL) if self.num_val is None else self.num_val
         if not 1 <= num_val < num_images:
             raise ValueError(f"num_val must be at least 1 and less than the {num_images} images, got {num_val}")

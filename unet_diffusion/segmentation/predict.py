@@ -17,6 +17,7 @@ from unet_diffusion.checkpoint import TrainedSegmenter
 from unet_diffusion.data.checking import decoded, reason
 from unet_diffusion.data.decoding import decode_page
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
+from unet_diffusion.data.fingerprints import MadeOf, fingerprint, is_of
 from unet_diffusion.data.listing import TIFF_EXTENSIONS
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.stored import StoredImage, stored_images
@@ -30,6 +31,7 @@ from unet_diffusion.whole_file import whole_file
 
 PNG = ".png"  # of outputs whose input has a lossy or multi-purpose format
 EXTRAS = ("probabilities", "overlays", "instances")  # folders beside the masks
+INPUTS = "inputs.jsonl"  # beside the masks: which image each is of
 
 
 def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
@@ -81,6 +83,20 @@ class Outputs:
     overlays: bool = False
     instances: bool = False
 
+    @property
+    def made_of(self) -> MadeOf:
+        """Of which image each mask is."""
+        return MadeOf(self.folder / INPUTS)
+
+    def remove(self, mask: str) -> None:
+        """Remove a mask, and what was written with it."""
+        stem = PurePosixPath(mask).with_suffix("")
+        for folder in (self.folder / extra for extra in EXTRAS):
+            pages = [path for path in (folder / stem).glob("*") if path.stem.isdecimal() and path.is_file()]
+            for path in (folder / mask, folder / f"{stem}{PNG}", folder / f"{stem}.npy", *pages):
+                path.unlink(missing_ok=True)
+        (self.folder / mask).unlink(missing_ok=True)
+
 
 class ImagesToSegment:
     """Files, folders and zip archives of images, each with the name that its mask is to have.
@@ -121,6 +137,12 @@ class ImagesToSegment:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def changed(self, outputs: Outputs) -> list[str]:
+        """The masks that are there, and not of their images as these are now, or were not ended."""
+        made_of = outputs.made_of.read()
+        there = [mask for mask in self.sources if mask in made_of and (outputs.folder / mask).exists()]
+        return [mask for mask in there if not is_of(*self.sources[mask], made_of[mask])]
+
     def pages(self, mask: str) -> list[StoredImage] | str:
         """The pages of the image that the mask is of, or why there are none."""
         files, name = self.sources[mask]
@@ -151,10 +173,13 @@ def segment_images(
     failed = []
     for mask in all_of_them.share(list(images.sources)):
         if not (outputs.folder / mask).exists():
+            made_of = fingerprint(*images.sources[mask])
             pages = images.pages(mask)
             if isinstance(pages, list):
+                outputs.made_of.note(mask, None)
                 try:
                     _segment_pages(trained, pages, mask, outputs, predict)
+                    outputs.made_of.note(mask, made_of)
                 except (ValueError, RuntimeError, OSError) as error:  # out of memory, disk full: others may do
                     pages = str(error)
             if isinstance(pages, str):

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from unet_diffusion.checkpoint import load_plain
+from unet_diffusion.checkpoint import load_plain, step_of
 from unet_diffusion.whole_file import remove_left_behind, whole_file
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -172,12 +172,14 @@ def validation_follows(trainer: Trainer) -> bool:
 
 
 def newest_good(folder: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint of a folder that is whole, and its step; None if there are none. Warns of damaged ones.
+    """The checkpoint of the last step in a folder that is whole, and its step; None if there are none.
+
+    Times of files say nothing: a copy of the folder has them in any order. Warns of damaged ones.
 
     Raises:
         ValueError: if there are checkpoints, and all are damaged.
     """
-    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name == LAST))
+    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: (step_of(path), path.name == LAST))
     damaged = []
     for path in reversed(checkpoints):
         try:

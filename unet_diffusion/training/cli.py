@@ -30,6 +30,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import unet_diffusion.data
 from unet_diffusion.checkpoint import load_plain, read_checkpoint
 from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.known import KnownImages
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS, TASKS
@@ -55,6 +56,7 @@ from unet_diffusion.usage import UsageError, did_you_mean
 from unet_diffusion.whole_file import RUN_HEADER, check_replaceable, whole_file
 
 CHECKPOINTS = "checkpoints"
+RUN_SETTINGS = "run_settings"  # in a checkpoint: all settings, as config.yaml has them
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -192,12 +194,17 @@ class SaveRunConfig(SaveConfigCallback):
         if self.config.model.get("speed") == AUTO:
             self.config.model.speed = pl_module.chosen_speed
         settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        self.settings = settings
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
         wanted["trainer"] = {key: value for key, value in wanted["trainer"].items() if key != "logger"}
         pl_module.settings = _without(wanted, PATHS)
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint knows the settings that it was trained with: config.yaml may be edited to start another run."""
+        checkpoint[RUN_SETTINGS] = self.settings
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
@@ -215,6 +222,8 @@ class TrainingCLI(LightningCLI):
         modules: Modules of the user's own that the configuration may name.
         options: those of LightningCLI.
     """
+
+    goes_on_by_itself = False  # from a checkpoint that was found in the run folder, and not asked for
 
     def __init__(self, task: str, modules: Sequence[str], **options: Any):
         self.modules = modules
@@ -354,15 +363,16 @@ class TrainingCLI(LightningCLI):
         asked = self.written[self.subcommand].ckpt_path
         if asked and (not Path(asked).is_file() or root.resolve() in Path(asked).resolve().parents):
             return asked  # one of its own, or a word of Lightning's, like last
-        if not any((root / CHECKPOINTS).glob("*.ckpt")):
+        found = newest_good(root / CHECKPOINTS)
+        if found is None:
             return asked
-        before = _refuse_other_settings(root, self._settings())
+        path, step = found
+        before = load_plain(path).get(RUN_SETTINGS, {})
+        _refuse_other_settings(root, before, self._settings())
         changed = _differences(_of_steps(before.get("trainer")), _of_steps(self._settings()["trainer"]), "trainer")
         if changed:
             rank_zero_warn(f"{root} goes on with other settings than it had: {'; '.join(changed)}")
-        found = newest_good(root / CHECKPOINTS)
-        assert found is not None
-        path, step = found
+        self.goes_on_by_itself = True
         rank_zero_info(f"{root} holds this run; it goes on from step {step} ({path.name})")
         return str(path)
 
@@ -372,6 +382,8 @@ class TrainingCLI(LightningCLI):
                 start_wandb_run(logger, run_folder(self.trainer))
 
     def before_fit(self) -> None:
+        if isinstance(self.datamodule, KnownImages):
+            self.datamodule.must_be_same = self.goes_on_by_itself
         if self.task != "segment" and self.trainer.is_global_zero:
             name = "autoencoder" if self.task == "autoencode" else "pipeline"
             check_replaceable(run_folder(self.trainer).resolve() / name, overwrite=True)
@@ -492,10 +504,8 @@ def _of_steps(trainer: Any) -> dict[str, Any]:
     return {name: trainer.get(name) for name in MAKE_STEPS} if isinstance(trainer, dict) else {}
 
 
-def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the run had, if they train the same."""
-    file = root / "config.yaml"
-    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
+def _refuse_other_settings(root: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises FileExistsError if the settings that a run had before train something else."""
     wanted = {key: settings[key] for key in WHAT_IS_TRAINED}
     if settings["ckpt_path"]:
         wanted["ckpt_path"] = settings["ckpt_path"]
@@ -507,7 +517,6 @@ def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> dict[str, An
             f"Train it on with these by --ckpt_path {root / CHECKPOINTS / LAST}, or start another with "
             "--trainer.default_root_dir DIR"
         )
-    return before
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

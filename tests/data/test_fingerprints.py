@@ -1,0 +1,84 @@
+"""When a file counts as another one, and what a journal of outputs tells after its writer was killed."""
+
+import os
+import shutil
+
+import pytest
+
+from unet_diffusion.data.files import find_images
+from unet_diffusion.data.fingerprints import MadeOf, changes, fingerprint, fingerprints, is_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).write_text(f"of {name}")  # equally long
+    return tmp_path / "images"
+
+
+def put(path, text):
+    """Another file in the place, as editors and rsync do it."""
+    path.with_name("new").write_text(text)
+    os.replace(path.with_name("new"), path)
+
+
+def test_file_is_another_if_its_contents_are_whatever_its_size_and_time(folder):
+    before = fingerprint(find_images(folder), "a.png")
+    times = (folder / "a.png").stat()
+    put(folder / "a.png", "of c.png")
+    os.utime(folder / "a.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not is_of(find_images(folder), "a.png", before)
+
+
+def test_file_with_other_times_and_the_same_contents_is_the_same(folder, tmp_path):
+    before = fingerprint(find_images(folder), "a.png")
+    copy = find_images(shutil.copytree(folder, tmp_path / "copy"))
+    assert copy.stamp("a.png") != before[0]
+    assert is_of(copy, "a.png", before)
+
+
+def test_files_that_change_places_are_found_though_written_at_the_same_moment(folder):
+    for name in ("a.png", "b.png"):
+        os.utime(folder / name, ns=(0, 0))
+    before = fingerprints(find_images(folder), {})
+    (folder / "a.png").rename(folder / "c.png")
+    (folder / "b.png").rename(folder / "a.png")
+    (folder / "c.png").rename(folder / "b.png")
+    assert changes(before, fingerprints(find_images(folder), before)) == ["a.png", "b.png"]
+
+
+def test_changes_are_the_names_of_new_gone_and_other_files(folder):
+    before = fingerprints(find_images(folder), {})
+    assert changes(before, fingerprints(find_images(folder), before)) == []
+    (folder / "a.png").rename(folder / "c.png")
+    put(folder / "b.png", "others")
+    assert changes(before, fingerprints(find_images(folder), before)) == ["a.png", "b.png", "c.png"]
+
+
+def test_nothing_is_read_while_stamps_are_the_same(folder, monkeypatch):
+    before = fingerprints(find_images(folder), {})
+    monkeypatch.setattr("unet_diffusion.data.files.FolderFiles.read", None)
+    assert fingerprints(find_images(folder), before) == before
+
+
+def test_members_of_an_archive_are_told_apart_by_their_checksums(folder, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+    before = fingerprints(find_images(archive), {})
+    put(folder / "a.png", "of c.png")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+    assert changes(before, fingerprints(find_images(archive), before)) == ["a.png"]
+
+
+def test_journal_tells_the_last_of_each_output_and_passes_over_what_was_cut_off(tmp_path):
+    journal = MadeOf(tmp_path / "inputs.jsonl")
+    assert journal.read() == {}
+    journal.note("a.png", None)
+    journal.note("a.png", ["stamp", "hash"])
+    journal.note("b.png", None)
+    with open(journal.path, "a") as file:
+        file.write('\n["b.png", ["st')  # a process was killed
+    journal.note("c.png", ["stamp", "hash"])
+    assert journal.read() == {"a.png": ["stamp", "hash"], "b.png": None, "c.png": ["stamp", "hash"]}
+    journal.doubt()
+    assert journal.read() == {"a.png": None, "b.png": None, "c.png": None}

@@ -1,0 +1,96 @@
+"""Whether the images of a run that is continued are those that it was trained on.
+
+A checkpoint holds, for each image, 8 bytes of a hash of its name and 8 of one of its contents, with its class, label
+image and caption. A run that goes on by itself goes on with the same images, or with new ones beside them, which it
+says: it would not be the run that it was if others took their places under the same names, or if some were gone, and
+it is never validated on what it was trained on.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from unet_diffusion.data.fingerprints import content_hash
+from unet_diffusion.usage import first_few
+
+
+class KnownImages(LightningDataModule):
+    """A data module whose images are compared with those that a checkpoint was trained on.
+
+    It defines `names_and_contents`, and has `val_indices` once it is set up.
+    """
+
+    must_be_same = False  # set for a run that goes on by itself: other images are an error, not a warning
+    val_indices: Tensor
+    _known: dict[str, Tensor] | None = None
+
+    def names_and_contents(self) -> tuple[Sequence[str], Sequence[str]] | None:
+        """The name of each image, and a text that is another one if the image is; None: others look after that."""
+        raise NotImplementedError(f"{type(self).__name__} must define names_and_contents()")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hashes of names and of contents, (N,) int64 each, and which images are validated on, (N,) bool."""
+        if self._known is None:
+            known = self.names_and_contents()
+            if known is None:
+                return {}
+            names, contents = (torch.tensor([_number(text) for text in texts]) for texts in known)
+            is_val = torch.zeros(len(names), dtype=torch.bool)
+            is_val[self.val_indices] = True
+            self._known = {"names": names, "contents": contents, "is_val": is_val}
+        return self._known
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare the images with those of a checkpoint that is trained on, and say what is different.
+
+        Raises:
+            ValueError: If images were replaced, are gone, or were trained on and would be validated on now, and
+                `must_be_same` is set.
+        """
+        known = self.names_and_contents()
+        if known is None or (self.trainer is not None and not self.trainer.training):
+            return
+        replaced, new, num_gone, moved = _differences(state, self.state_dict(), known[0])
+        parts = [f"{len(names)} {what} ({first_few(names)})" for names, what in (
+            (replaced, "replaced"), (new, "new"), (moved, "trained on that would be validated on now")
+        ) if names] + ([f"{num_gone} gone"] if num_gone else [])  # fmt: skip
+        if not parts:
+            return
+        said = f"the images are not those that the checkpoint was trained on: {'; '.join(parts)}"
+        if self.must_be_same and (replaced or num_gone or moved):
+            how = ", and a num_val that keeps apart what was kept apart" if moved else ""
+            raise ValueError(f"{said}. Bring them back, or train on with these by --ckpt_path CHECKPOINT{how}")
+        if new or num_gone:
+            said += ". The epoch that was begun goes on with these: some come twice in it, others not at all"
+        rank_zero_warn(said)
+
+
+def contents_of_pixels(images: Sequence[Tensor] | Tensor) -> list[str]:
+    """A hash of each of the images that are in memory."""
+    return [content_hash(image.numpy().tobytes()) for image in images]
+
+
+def _differences(
+    before: dict[str, Tensor], now: dict[str, Tensor], names: Sequence[str]
+) -> tuple[list[str], list[str], int, list[str]]:
+    """The names of images that were replaced, that are new, how many are gone, and who moved to the validation."""
+    then = dict(zip(before["names"].tolist(), before["contents"].tolist(), strict=True))
+    numbers, contents = now["names"].tolist(), now["contents"].tolist()
+    validated = set(before["contents"][before["is_val"]].tolist())
+    trained = set(before["contents"].tolist()) - validated
+    rows = list(zip(names, numbers, contents, now["is_val"].tolist(), strict=True))
+    return (
+        [name for name, number, content, _ in rows if then.get(number, content) != content],
+        [name for name, number, _, _ in rows if number not in then],
+        len(then.keys() - set(numbers)),
+        [name for name, _, content, is_val in rows if is_val and content in trained],
+    )
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
