@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Any
 from unet_diffusion.quick_imports import import_lightning, quick_imports
 from unet_diffusion.recipes import HEADINGS, all_recipes, recipe_path
 from unet_diffusion.schedulers import SCHEDULERS
-from unet_diffusion.usage import CommandParser, UsageError, did_you_mean, printable, similar_paths
-from unet_diffusion.whole_file import SETTINGS, claim_folder, remove_left_behind, whole_file
+from unet_diffusion.usage import (
+    CommandParser,
+    UsageError,
+    did_you_mean,
+    in_words,
+    path_argument,
+    printable,
+    similar_paths,
+)
+from unet_diffusion.whole_file import SETTINGS, claim_folder, read_json, remove_left_behind, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the one place where errors end: whatever it was, it is said in one message
         if show_traceback:
             raise
-        print(printable(f"unet-diffusion: error: {str(error) or type(error).__name__}"), file=sys.stderr)
+        print(printable(f"unet-diffusion: error: {in_words(error)}"), file=sys.stderr)
         print("(--traceback shows where it came from)", file=sys.stderr)
         return 1
     return 0
@@ -172,7 +180,7 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(run=lambda options: print(recipe_path(options.name).read_text(encoding="utf-8"), end=""))
     copy = actions.add_parser("copy", help="write a recipe to a file")
     copy.add_argument("name", metavar="NAME", help="such as digits")
-    copy.add_argument("file", metavar="FILE", type=Path, help="file to make")
+    copy.add_argument("file", metavar="FILE", type=path_argument, help="file to make")
     copy.set_defaults(run=_copy_recipe)
     parser.set_defaults(run=_list_recipes)
 
@@ -221,8 +229,10 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "are, in an order drawn at random, unless they are to be scaled. The same command again goes on where it was "
         "cut off."
     )
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder for the shards")
+    parser.add_argument(
+        "images", metavar="IMAGES", type=path_argument, help="a folder, archive.zip, or archive.zip/folder"
+    )
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="folder for the shards")
     parser.add_argument("--shard_images", type=int, default=1024,
                         help="images a shard; in training, a process holds 16 of them in memory, as files, and one "
                         "more for each worker (2 * window * num_lanes + num_workers)")  # fmt: skip
@@ -279,9 +289,13 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
         "are scaled and cut to the autoencoder's size. The same command again goes on where it was cut off. "
         "Processes of torchrun share the work, as of sample."
     )
-    parser.add_argument("autoencoder", metavar="AUTOENCODER", type=Path, help="a run folder, or a diffusers folder")
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the latents")
+    parser.add_argument(
+        "autoencoder", metavar="AUTOENCODER", type=path_argument, help="a run folder, or a diffusers folder"
+    )
+    parser.add_argument(
+        "images", metavar="IMAGES", type=path_argument, help="a folder, archive.zip, or archive.zip/folder"
+    )
+    parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder for the latents")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="default: the autoencoder's")
     parser.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
     parser.add_argument("--captions", action="store_true", help="keep captions: metadata.csv, .jsonl or NAME.txt")
@@ -396,8 +410,12 @@ def _add_two_stages(parser: argparse.ArgumentParser) -> None:
         "Latent diffusion in one command: train an autoencoder, encode the images, train a denoiser of the latents. "
         "DIR/denoiser then holds samples.png and the pipeline. The same command again goes on where it was cut off."
     )
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs and latents")
+    parser.add_argument(
+        "images", metavar="IMAGES", type=path_argument, help="a folder, archive.zip, or archive.zip/folder"
+    )
+    parser.add_argument(
+        "--output", type=path_argument, required=True, metavar="DIR", help="folder for runs and latents"
+    )
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--captions", action="store_true", help="text to image: metadata.csv, .jsonl or NAME.txt")
     known.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
@@ -463,7 +481,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     _add_size_and_start(parser)
     parser.add_argument("--autoencoder", metavar="DIR", help=_AUTOENCODER_HELP)
-    parser.add_argument("--output", type=Path, default=Path("generated"), metavar="DIR", help="folder for the images")
+    parser.add_argument(
+        "--output", type=path_argument, default=Path("generated"), metavar="DIR", help="folder for the images"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace images that are in DIR")
     existing.add_argument("--resume", action="store_true", help="keep images that are in DIR and draw the missing ones")
@@ -627,8 +647,8 @@ def _drawn_before(record: Path) -> dict[str, Any]:
     if not record.exists():
         return {}
     try:
-        before = json.loads(record.read_text())
-    except (ValueError, OSError):
+        before = read_json(record)
+    except ValueError:
         before = None
     if not isinstance(before, dict) or not isinstance(before.get(NUM_DRAWN), int):
         raise FileExistsError(f"{record} was not written by sample and is not replaced; choose another --output")
@@ -645,8 +665,10 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
         "Processes of torchrun share the work, as of sample."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file or a run folder, of a segmenter")
-    parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="image files, folders or zip archives")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks")
+    parser.add_argument(
+        "images", metavar="IMAGES", nargs="+", type=path_argument, help="image files, folders or zip archives"
+    )
+    parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder for the masks")
     parser.add_argument("--instances", action="store_true", help="also DIR/instances/NAME: a number for each object")
     parser.add_argument("--overlays", action="store_true", help="also DIR/overlays/NAME.png: outlines on the image")
     parser.add_argument(
@@ -724,7 +746,7 @@ def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment") -> No
     unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
     record = folder / SETTINGS
-    if options.overwrite and record.is_file() and json.loads(record.read_text()).keys() == settings.keys():
+    if options.overwrite and record.is_file() and read_json(record).keys() == settings.keys():
         for mask in images.sources:
             (folder / mask).unlink(missing_ok=True)
         with whole_file(record) as partial:
@@ -742,7 +764,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "before saying done. Where no pipeline of diffusers draws the same, the folder holds one of its own."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.add_argument("--autoencoder", metavar="DIR", help=_AUTOENCODER_HELP)
     parser.set_defaults(run=_export)
@@ -767,8 +789,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "Make a checkpoint of a diffusers pipeline, exported or such as Stable Diffusion 1, and a configuration for "
         "fit --config RECIPE --config CHECKPOINT.yaml --ckpt_path CHECKPOINT."
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="diffusers pipeline folder")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".ckpt file to make")
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="diffusers pipeline folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_argument, help=".ckpt file to make")
     parser.set_defaults(run=_import)
 
 
@@ -780,6 +802,9 @@ def _import(options: argparse.Namespace) -> None:
     from unet_diffusion.interop import DROPOUT, import_pipeline
 
     recipe = options.checkpoint.with_suffix(".yaml")
+    if recipe == options.checkpoint:
+        raise UsageError(f"CHECKPOINT must not end in .yaml, as the configuration beside it does, got {recipe}; "
+                         "name it .ckpt")  # fmt: skip
     if recipe.exists():
         raise FileExistsError(f"{recipe} exists and is not overwritten; choose another path, or remove it")
     trained = import_pipeline(options.folder)

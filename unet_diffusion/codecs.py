@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unet_diffusion.checkpoint import check_safetensors
 from unet_diffusion.latents import MOMENTS, LatentSpace, fingerprint
+from unet_diffusion.whole_file import read_json
 
 Autoencoder: TypeAlias = AutoencoderKL | VQModel
 CLASSES: dict[str, type[Autoencoder]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
@@ -106,7 +107,7 @@ def autoencoder_class(folder: str | os.PathLike[str]) -> tuple[type[Autoencoder]
     """
     for candidate in (Path(folder), *(Path(folder) / name for name in ("autoencoder", "vae", "vqvae"))):
         if (candidate / "config.json").is_file():
-            name = AutoencoderKL.load_config(candidate).get("_class_name")
+            name = read_json(candidate / "config.json").get("_class_name")
             if name not in CLASSES:
                 raise ValueError(f"{candidate} must hold an AutoencoderKL or a VQModel, and holds {name}")
             return CLASSES[name], candidate

@@ -20,7 +20,7 @@ from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import find_images
 from unet_diffusion.interruption import Interrupted, handled
 from unet_diffusion.recipes import read_settings
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.whole_file import field_of, read_json, whole_file
 
 RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
 INTERRUPTED = (130, 143)  # exit statuses of a stage that a signal ended
@@ -98,7 +98,7 @@ class TwoStages:
     def _denoiser(self) -> list[str]:
         arguments = self._fit("denoiser", self.denoiser, self.output / "latents")
         if self.class_labels:
-            classes = json.loads((self.output / "latents" / "index.json").read_text())["class_names"]
+            classes = read_json(self.output / "latents" / "index.json")["class_names"]
             arguments.append(f"--model.unet.init_args.num_class_embeds={len(classes) + 1}")  # and the null label
             if not read_settings(self.denoiser)["model"].get("label_dropout"):
                 arguments.append(f"--model.label_dropout={LABEL_DROPOUT}")
@@ -143,7 +143,9 @@ class TwoStages:
             record = {"settings": settings, "seconds": {}, "done": []}
             self._write(record)
             return record
-        record = json.loads(path.read_text())
+        record = read_json(path)
+        for field in ("settings", "seconds", "done"):
+            field_of(record, field, path)
         differ = [name for name, value in settings.items() if record["settings"].get(name) != value]
         if differ:
             raise FileExistsError(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
 from unet_diffusion.data.files import ImageFiles
-from unet_diffusion.usage import printable
+from unet_diffusion.usage import in_words, printable
 
 T = TypeVar("T")
 
@@ -152,7 +153,11 @@ def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | s
     try:
         return decode(files.read(name))
     except Exception as error:  # on damaged files decoders raise anything, down to SyntaxError
-        return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):
+            return "no image of a format that can be read, or its beginning is damaged"
+        return (
+            in_words(error) if isinstance(error, ValueError | OSError) else f"damaged ({type(error).__name__}: {error})"
+        )
 
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from unet_diffusion.data.base import refuse_overfit_batches, replica
+from unet_diffusion.data.base import bounded_batch_size, refuse_overfit_batches, replica
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
 from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
@@ -112,6 +112,7 @@ class SegmentationDataModule(LightningDataModule):
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
+        self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices))
         self._images = loaded
 
     @property

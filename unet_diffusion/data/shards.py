@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
-from unet_diffusion.usage import printable
+from unet_diffusion.usage import in_words, printable
 
 T = TypeVar("T")
 
@@ -95,6 +95,9 @@ class ShardIndex:
         """
         try:
             fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place} must hold JSON, and does not; it is damaged: pack the images again") from error
+        try:
             height, width = map(int, fields.pop("smallest"))
             index = cls(shards=[Shard(**one) for one in fields.pop("shards")], smallest=(height, width), **fields)
             counts = [[len(known) for known in (s.labels, s.captions) if known is not None] for s in index.shards]
@@ -103,7 +106,8 @@ class ShardIndex:
             if index.class_names is not None and any(shard.labels is None for shard in index.shards):
                 raise ValueError("there are class_names, but a shard has no labels")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{place} is no index of shards ({error}); pack the images again") from error
+            reason = error if type(error) is ValueError else "its fields are not those that pack writes"
+            raise ValueError(f"{place} is no index of shards ({reason}); pack the images again") from error
         return index
 
     @property
@@ -423,4 +427,4 @@ def _members(content: bytes) -> list[bytes]:
 
 
 def _said(error: Exception) -> str:
-    return "it is not there" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+    return "it is not there" if isinstance(error, FileNotFoundError) else in_words(error)

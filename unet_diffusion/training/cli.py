@@ -11,7 +11,7 @@ import atexit
 import re
 import signal
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,10 +24,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import unet_diffusion.data
 from unet_diffusion.checkpoint import load_plain, read_checkpoint
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.segmentation import SegmentationDataModule
@@ -46,32 +45,37 @@ from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeChec
 from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.named_classes import check_names, check_written, refuse_names_but
+from unet_diffusion.training.parser_errors import TRIED_ALL, in_short
 from unet_diffusion.training.precision import RunTrainer, smaller_precision
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
 from unet_diffusion.usage import UsageError, did_you_mean
-from unet_diffusion.whole_file import check_replaceable, whole_file
+from unet_diffusion.whole_file import ClaimedFolder, check_replaceable, whole_file
 
 CHECKPOINTS = "checkpoints"
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
-LEAST = {  # less is accepted by Lightning, which then does something else: it would climb the loss, or do nothing
+# Less is accepted by Lightning, which then does something else: it would climb the loss, or do nothing.
+LEAST = {
     "trainer.max_epochs": -1,
     "trainer.max_steps": -1,
     "trainer.accumulate_grad_batches": 1,
     "trainer.gradient_clip_val": 0,
     "trainer.log_every_n_steps": 0,
-    "trainer.limit_train_batches": 0,
     "trainer.limit_val_batches": 0,
-    "trainer.val_check_interval": 0,
+    "trainer.check_val_every_n_epoch": 1,
+    "trainer.num_sanity_val_steps": -1,
+    "trainer.num_nodes": 1,
     "samples.every_n_steps": 0,
     "samples.num_images": 1,
     "checkpoint.every_n_train_steps": 0,
     "checkpoint.save_top_k": -1,
 }
+NOT_NOTHING = ("trainer.val_check_interval", "trainer.limit_train_batches")  # a share, or a number of batches
+MOST_PICTURES = 1000  # in a grid
 DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
 OURS = "# Settings of the run in this folder, written by unet-diffusion."  # first line of its config.yaml
 AUTO = "auto"
@@ -83,7 +87,6 @@ COMMON = (  # of the trainer's options those that people set
     *("enable_progress_bar", "fast_dev_run"),
 )
 HELP_ORDER = ("help", "model", "data", "trainer", "samples", "checkpoint", "ckpt_path")  # of the help, in this order
-MAX_MESSAGE = 500  # characters of an error: jsonargparse tells of each type that it tried
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class RunParser(LightningArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError(_in_short(message, self._option_string_actions)) from ex
+        raise UsageError(in_short(message, self._option_string_actions)) from ex
 
     def format_help(self, *args: Any) -> str:
         if self.usage is None and any("trainer.max_steps" in _names(group) for group in self._action_groups):
@@ -148,33 +151,6 @@ class RunParser(LightningArgumentParser):
 
 def _names(group: Any) -> list[str]:
     return [action.dest for action in group._group_actions]
-
-
-def _in_short(message: str, known: Iterable[str]) -> str:
-    """What jsonargparse says, without the types that it tried, and with the name that was meant."""
-    line = " ".join(message.split())
-    if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", line):
-        name = unknown[1] or unknown[2]
-        similar = did_you_mean(name, (option.removeprefix("--") for option in known)) or "; --help lists the options"
-        return f"there is no option {name}{similar}"
-    if no_class := re.search(r'key "([^"]+)".*Expected a dot import path string: (\w+)', line):
-        return f"{no_class[1]}: there is no class {no_class[2]}{did_you_mean(no_class[2], unet_diffusion.data.__all__)}"
-    if denied := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", line):
-        refused = f"{denied[1]} is not among what a configuration may name"
-        module = denied[1].rpartition(".")[0]
-        return f"{refused}; if you trust it, add --allow {module} to the command line" if denied[2] == "*" else refused
-    for pattern, replacement in (
-        (r'Parser key "([^"]+)":', r"\1:"),
-        (r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: -", ""),
-        (r"(?<= )- Expected a NoneType", ""),
-        (r"Given value type: .*?Given value: ", "Got value: "),
-        (r"Got value: NestedArg\(.*\)|<class '|(?<=\w)'>|typing\.", ""),
-    ):
-        line = re.sub(pattern, replacement, line)
-    line = " ".join(line.split())
-    if len(line) <= MAX_MESSAGE:
-        return line
-    return f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"  # the value stands at the end
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -219,9 +195,16 @@ class TrainingCLI(LightningCLI):
     def __init__(self, task: str, modules: Sequence[str], **options: Any):
         self.modules = modules
         self.task, self.pictures = task, Task.named(task).pictures
+        self.claimed: ClaimedFolder | None = None  # the run folder, on the first process
         try:
             super().__init__(Task.named(task).module, Task.named(task).data, **options)
         except BaseException as error:
+            if (
+                self.claimed
+                and isinstance(error, Exception)
+                and not (hasattr(self, "trainer") and self.trainer.global_step)
+            ):
+                self.claimed.clear()  # nothing was trained
             launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
             if isinstance(launcher, _SubprocessScriptLauncher):
                 # The other processes would wait for this one. Last, as Lightning ends this one soon after another.
@@ -232,6 +215,9 @@ class TrainingCLI(LightningCLI):
             accumulated = self.trainer.accumulate_grad_batches if hasattr(self, "trainer") else 1
             precision = smaller_precision(self.trainer) if hasattr(self, "trainer") else None
             raise MemoryError(memory_advice(error, batch_size, accumulated, precision)) from error
+        finally:
+            if self.claimed:
+                self.claimed.close()
 
     @classmethod
     def run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> None:
@@ -256,6 +242,10 @@ class TrainingCLI(LightningCLI):
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning ends with status 1
                 raise KeyboardInterrupt from None
+            raise
+        except (TypeError, ValueError) as error:
+            if TRIED_ALL in str(error):  # of a class that refuses its arguments
+                raise ValueError(in_short(str(error), [])) from error
             raise
 
     @classmethod
@@ -298,7 +288,9 @@ class TrainingCLI(LightningCLI):
         else:
             files = [Path(config.ckpt_path)] if config.ckpt_path else []
         for file in files:
-            load_plain(file)
+            checkpoint = load_plain(file)
+            if not (isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint):
+                raise ValueError(f"{file} must be a checkpoint of a run of fit, or made by import, and is neither")
 
     def before_instantiate_classes(self) -> None:
         check_names(self.config, self.modules)
@@ -314,6 +306,8 @@ class TrainingCLI(LightningCLI):
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
             _check_run_folder(root)
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                self.claimed = ClaimedFolder(root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -371,6 +365,7 @@ class TrainingCLI(LightningCLI):
                 start_wandb_run(logger, run_folder(self.trainer))
 
     def before_fit(self) -> None:
+        _check_monitors(self.trainer, self.model.logged)
         if self.task != "segment" and self.trainer.is_global_zero:
             name = "autoencoder" if self.task == "autoencode" else "pipeline"
             check_replaceable(run_folder(self.trainer).resolve() / name, overwrite=True)
@@ -447,12 +442,38 @@ def _check_numbers(config: Any) -> None:
         value = config.get(name)
         if isinstance(value, int | float) and not value >= least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
+    for name in NOT_NOTHING:
+        value = config.get(name)
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} must be more than 0, got {value}; leave it out for all")
+    if config.trainer.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches must be 0, got {config.trainer.overfit_batches}; to overfit, train on a folder "
+            "with a few images"
+        )
+    if config.samples.get("num_images", 0) > MOST_PICTURES:
+        raise ValueError(f"samples.num_images must be at most {MOST_PICTURES}, got {config.samples.num_images}")
     if config.trainer.max_steps == 0:
         raise ValueError(
             "trainer.max_steps must be 1 or more, or -1 for no end but that of max_epochs or max_time, got 0"
         )
     if config.checkpoint.filename is not None and not config.checkpoint.filename.strip():
         raise ValueError("checkpoint.filename must not be empty; leave it out")
+
+
+def _check_monitors(trainer: Trainer, logged: Sequence[str]) -> None:
+    """Refuse callbacks that wait for what is never logged: Lightning finds out after an epoch, or not at all.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in logged:
+            similar = did_you_mean(monitor, logged)
+            raise ValueError(
+                f"monitor of {type(callback).__name__} must be one of {', '.join(logged)}, got {monitor!r}{similar}"
+            )
 
 
 def _root(config: Any) -> Path:
