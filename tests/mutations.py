@@ -209,7 +209,7 @@ MUTATIONS = [
              "int(label) if label.isdecimal() else names.index(label) if label in names else -1", "test_cli.py"),
     Mutation("named classes: chained addresses", "data/shards.py",
              'if "::" in self.root or (has', "if (has", "data/test_stream.py"),
-    Mutation("checkpoint: weights that are no numbers", "checkpoint.py",
+    Mutation("checkpoint: weights that are no numbers", "checkpoint_checks.py",
              'name.startswith("ema_") and not', 'name.startswith("ema ") and not', "test_checkpoint.py"),
     Mutation("export: files of others are replaced", "whole_file.py",
              "if others := sorted({*_files_below(folder)} - exported):", "if others := []:", "test_export.py"),

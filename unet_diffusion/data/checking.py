@@ -155,9 +155,8 @@ def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | s
     except Exception as error:  # on damaged files decoders raise anything, down to SyntaxError
         if isinstance(error, UnidentifiedImageError):
             return "no image of a format that can be read, or its beginning is damaged"
-        return (
-            in_words(error) if isinstance(error, ValueError | OSError) else f"damaged ({type(error).__name__}: {error})"
-        )
+        is_sentence = isinstance(error, ValueError | OSError)
+        return in_words(error) if is_sentence else f"damaged ({type(error).__name__}: {error})"
 
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:
