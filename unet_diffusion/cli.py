@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,16 +59,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         os.environ["PYTHONSAFEPATH"] = "1"  # processes that this one starts import nothing from the current folder
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell does not end a run
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    try:
+
+    def run() -> None:
         if arguments and arguments[0] in TRAINING_COMMANDS:
             _train(arguments)
         else:
             options = _parse(arguments)
             options.traceback = show_traceback
             options.run(options)
+
+    return exit_status(run, show_traceback=show_traceback)
+
+
+def exit_status(run: Callable[[], None], *, show_traceback: bool) -> int:
+    """Carry out a command; its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+        run: The command.
+        show_traceback: Raise errors, in place of printing what they say.
+    """
+    try:
+        run()
     except UsageError as error:
         if show_traceback:
             raise
@@ -818,7 +836,7 @@ def _import(options: argparse.Namespace) -> None:
         settings["model"]["label_dropout"] = DROPOUT
     if trained.latent_space is not None and trained.latent_space.scaling_factor is not None:
         settings["data"] = {"init_args": {"scaling_factor": trained.latent_space.scaling_factor}}
-    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
           f"--ckpt_path {options.checkpoint}")  # fmt: skip
 

@@ -7,6 +7,7 @@ would: runs of `fit`, latents of `encode`. Run again, it goes on where it was cu
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from unet_diffusion.data.captions import read_captions
-from unet_diffusion.data.files import find_images
+from unet_diffusion.data.files import class_names_of, find_images
 from unet_diffusion.interruption import Interrupted, handled
 from unet_diffusion.recipes import read_settings
+from unet_diffusion.usage import UsageError
 from unet_diffusion.whole_file import field_of, read_json, whole_file
 
 RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
@@ -61,7 +63,7 @@ class TwoStages:
             ValueError: if images lack captions, or the recipe takes none.
             RuntimeError: if a stage fails; its own error comes before.
         """
-        record = self._record()
+        record = self._record(options_of_fit)
         for number, (name, command) in enumerate(self._stages().items(), start=1):
             if name in record["done"]:
                 say(f"stage {number} of 3, {name}: done before, in {record['seconds'][name]:.0f} s")
@@ -77,6 +79,8 @@ class TwoStages:
             self._write(record)
             if status in INTERRUPTED:
                 raise Interrupted(status - 128)
+            if not record["done"] and list(self.output.iterdir()) == [self.output / RECORD]:
+                shutil.rmtree(self.output)  # nothing was made
             if status:
                 raise RuntimeError(f"stage {number}, {name}, failed; the same command again goes on from there")
 
@@ -98,11 +102,16 @@ class TwoStages:
     def _denoiser(self) -> list[str]:
         arguments = self._fit("denoiser", self.denoiser, self.output / "latents")
         if self.class_labels:
-            classes = read_json(self.output / "latents" / "index.json")["class_names"]
-            arguments.append(f"--model.unet.init_args.num_class_embeds={len(classes) + 1}")  # and the null label
-            if not read_settings(self.denoiser)["model"].get("label_dropout"):
-                arguments.append(f"--model.label_dropout={LABEL_DROPOUT}")
+            arguments += self._of_classes(len(read_json(self.output / "latents" / "index.json")["class_names"]))
         return arguments
+
+    def _of_classes(self, num_classes: int) -> list[str]:
+        """Arguments of the denoiser's run; none without classes."""
+        if not self.class_labels:
+            return []
+        dropout = read_settings(self.denoiser).get("model", {}).get("label_dropout") or LABEL_DROPOUT
+        return [f"--model.unet.init_args.num_class_embeds={num_classes + 1}",  # and the null label
+                f"--model.label_dropout={dropout}"]  # fmt: skip
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
         run = self.output / name
@@ -114,14 +123,18 @@ class TwoStages:
     def _data_of(self, recipe: Path) -> dict[str, Any]:
         return read_settings(recipe).get("data", {}).get("init_args", {})
 
-    def _check(self) -> None:
+    def _check(self, options: Sequence[str]) -> None:
         """What would fail after the first stage, or be found to be missing after the last."""
         files = find_images(self.images)
+        num_classes = len(class_names_of(files.names, self.images)) if self.class_labels else 0
         if self.captions:
             read_captions(files, files.names)
             if not read_settings(self.denoiser)["model"].get("conditions"):
                 raise ValueError(f"the recipe {self.denoiser} must have conditions to take captions; use "
                                  "latents_text, or leave --captions out")  # fmt: skip
+        autoencoder = self._fit("autoencoder", self.autoencoder, self.images)
+        denoiser = [*self._fit("denoiser", self.denoiser, self.images), *self._of_classes(num_classes)]
+        check_runs({"autoencoder": [*autoencoder, *options], "denoiser": [*denoiser, *options]})
 
     def settings(self) -> dict[str, Any]:
         """What may not change between calls, plain values."""
@@ -133,13 +146,13 @@ class TwoStages:
             "denoiser": _hash(self.denoiser),
         }
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, options_of_fit: Sequence[str]) -> dict[str, Any]:
         settings = self.settings()
         path = self.output / RECORD
         if not path.exists():
             if self.output.exists() and any(self.output.iterdir()):
                 raise FileExistsError(f"{self.output} holds files of something else; choose another --output")
-            self._check()
+            self._check(options_of_fit)
             record = {"settings": settings, "seconds": {}, "done": []}
             self._write(record)
             return record
@@ -157,6 +170,21 @@ class TwoStages:
     def _write(self, record: dict[str, Any]) -> None:
         with whole_file(self.output / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1))
+
+
+def check_runs(runs: dict[str, list[str]]) -> None:
+    """See whether the runs of fit can begin, before the first of them is trained.
+
+    Args:
+        runs: The arguments of fit, by stage.
+
+    Raises:
+        UsageError: If a recipe is wrong.
+    """
+    command = [sys.executable, "-P", "-m", "unet_diffusion.training.check_runs", json.dumps(runs)]
+    done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode:
+        raise UsageError(done.stderr.rpartition("unet-diffusion: error: ")[2].partition("\n(--traceback")[0].strip())
 
 
 def _exit_status(command: list[str]) -> int:

@@ -50,8 +50,10 @@ def printable(text: str) -> str:
     )
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
     """The message of an error: the system's with the name of the file, and of errors of the program that it is one."""
+    if worker := re.match(r"Caught (\w+) in DataLoader worker process", str(error)):
+        return str(error).rpartition(f"{worker[1]}: ")[2].strip()  # after its traceback
     if isinstance(error, OSError) and error.errno is not None:
         reason = OF_FILES.get(error.errno, error.strerror or "cannot be read or written")
         return f"{error.filename or 'a file'} {reason}"

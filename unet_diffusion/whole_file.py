@@ -176,7 +176,7 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
     if not folder.is_dir():
         raise FileExistsError(f"{folder} must be a folder to export to, and is a file; choose another name")
     if not overwrite:
-        raise FileExistsError(f"{folder} exists and is not overwritten; choose another folder, or pass overwrite=True")
+        raise FileExistsError(f"{folder} exists and is not overwritten; choose another folder, or give --overwrite")
     record = folder / EXPORTED
     exported = {*map(str, read_json(record, list)), EXPORTED} if record.is_file() else set()
     if others := sorted({*_files_below(folder)} - exported):

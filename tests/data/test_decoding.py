@@ -228,7 +228,7 @@ def test_absurd_dimensions_are_refused(monkeypatch):
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 def test_file_of_a_few_bytes_that_decodes_to_gigabytes_is_refused_by_its_header(decode, file_format):
     side = 200_000
-    with pytest.raises(ValueError, match=r"exceeds limit of \d+ pixels.*raise PIL\.Image\.MAX_IMAGE_PIXELS"):
+    with pytest.raises(ValueError, match=r"exceeds limit of \d+ pixels.*cut it into parts"):
         decode({"PNG": png_of_size, "TIFF": tiff_of_size}[file_format](side))
 
 

@@ -47,8 +47,14 @@ class StreamedImages:
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """The images at index (B,), (B, C, H, W); called as a tensor's, so dim must be 0."""
         assert dim == 0
-        read = (self.files.read(self.names[i]) for i in index.tolist())
-        return torch.stack([to_depth(decode_image(data, self.image_format), self.dtype) for data in read])
+        return torch.stack([to_depth(self._image(self.names[i]), self.dtype) for i in index.tolist()])
+
+    def _image(self, name: str) -> Tensor:
+        image = decoded(lambda data: decode_image(data, self.image_format), self.files, name)
+        if isinstance(image, str):
+            raise ValueError(f"{name} could be read before, and cannot be now: {image}; put it back as it was, and run "
+                             "the same command again")  # fmt: skip
+        return image
 
 
 @dataclass

@@ -25,7 +25,7 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # red, green, blue; IT
 SMALLEST_ALPHA = 1 / 65535  # below one level of 16 bits there is no colour to recover
 # Pillow goes by the content, not by the name, and hands PostScript to Ghostscript, which is a programming language.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_REMEDY = "reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+_REMEDY = "reduce it, or cut it into parts"
 PNG_BIT_DEPTH = 24  # position of that byte: 8 of signature, 8 of chunk header, 8 of width and height
 
 

@@ -33,6 +33,7 @@ from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS, TASKS
 from unet_diffusion.interruption import Interrupted
+from unet_diffusion.recipes import read_settings
 from unet_diffusion.training.callbacks import (
     PictureGrid,
     ReconstructionGrid,
@@ -178,7 +179,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
         with whole_file(run_folder(trainer) / "config.yaml") as partial:
-            partial.write_text(f"{OURS}\n{text}")
+            partial.write_text(f"{OURS}\n{text}", encoding="utf-8")
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
 
@@ -220,7 +221,7 @@ class TrainingCLI(LightningCLI):
                 self.claimed.close()
 
     @classmethod
-    def run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> None:
+    def run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> "TrainingCLI":
         """Parse and carry out `fit ...` or `validate ...`.
 
         Args:
@@ -236,7 +237,7 @@ class TrainingCLI(LightningCLI):
         """
         _silence_what_is_meant()
         try:
-            cls._run(arguments, task, modules)
+            return cls._run(arguments, task, modules)
         except SIGTERMException as error:  # before the first step, when Lightning has the signal
             raise Interrupted(signal.SIGTERM) from error
         except SystemExit as error:
@@ -249,9 +250,9 @@ class TrainingCLI(LightningCLI):
             raise
 
     @classmethod
-    def _run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> None:
+    def _run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> "TrainingCLI":
         refuse_names_but(modules)
-        cls(
+        return cls(
             task,
             modules,
             trainer_class=RunTrainer,
@@ -293,9 +294,8 @@ class TrainingCLI(LightningCLI):
                 raise ValueError(f"{file} must be a checkpoint of a run of fit, or made by import, and is neither")
 
     def before_instantiate_classes(self) -> None:
-        check_names(self.config, self.modules)
+        check_settings(self.config, self.modules)
         config = self.config[self.subcommand]
-        _check_numbers(config)
         root = _root(config)
         config.trainer.default_root_dir = str(root)
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
@@ -432,6 +432,20 @@ def _check_run_folder(root: Path) -> None:
         )
 
 
+def check_settings(config: Any, modules: Sequence[str]) -> None:
+    """Refuse what a configuration may not name, and numbers that Lightning takes without doing what they say.
+
+    Args:
+        config: All settings, of a command.
+        modules: Modules of the user's own that it may name.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    check_names(config, modules)
+    _check_numbers(config[config.subcommand])
+
+
 def _check_numbers(config: Any) -> None:
     """Refuse numbers that Lightning takes without doing what they say.
 
@@ -501,7 +515,7 @@ def _of_steps(trainer: Any) -> dict[str, Any]:
 def _refuse_other_settings(root: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that the run had, if they train the same."""
     file = root / "config.yaml"
-    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    before = read_settings(file) if file.is_file() else {}
     wanted = {key: settings[key] for key in WHAT_IS_TRAINED}
     if settings["ckpt_path"]:
         wanted["ckpt_path"] = settings["ckpt_path"]
