@@ -229,7 +229,7 @@ MUTATIONS = [
     Mutation("data: windows of the last image only", "data/segmentation.py",
              "(int(self.images[number % len(self.images)])", "(int(self.images[-1])", "data/test_labelled.py"),
     Mutation("decoding: colours bleed", "data/decoding.py",
-             "[pixels[:-1] * pixels[-1:], pixels[-1:]]", "[pixels[:-1], pixels[-1:]]", "data/test_decoding.py"),
+             "(*(colour * alpha for colour in colours), alpha)", "(*colours, alpha)", "data/test_decoding.py"),
     Mutation("decoding: orientation", "data/decoding.py",
              "return _pixels_of(ImageOps.exif_transpose(image))", "return _pixels_of(image)", "data/test_decoding.py"),
     Mutation("decoding: white in 16 bits", "data/decoding.py",

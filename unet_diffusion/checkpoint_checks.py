@@ -41,6 +41,10 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+def _is_classes(value: Any) -> bool:
+    return _is_names(value) and len(set(value)) == len(value)
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -72,7 +76,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "schedule": _DICT,
         "image_shape": _SHAPE,
         "null_label": _NUMBER_OR_NONE,
-        "class_names": ("a list of texts, or None", lambda value: value is None or _is_names(value)),
+        "class_names": ("a list of different texts, or None", lambda value: value is None or _is_classes(value)),
         "settings": _DICT,
         "latent_space": ("a latent space, or None", lambda value: value is None or _is_space(value)),
         "conditions": (
@@ -86,7 +90,7 @@ RULES: dict[str, dict[str, Rule]] = {
             "binary, classes or instances",
             lambda value: isinstance(value, str) and value in ("binary", "classes", "instances"),
         ),
-        "class_names": ("a list of texts", _is_names),
+        "class_names": ("a list of different texts", _is_classes),
         "timestep": _NUMBER_OR_NONE,
         "stretch": ("True or False", lambda value: isinstance(value, bool)),
         "window_size": ("a whole number from 1", is_count),

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
@@ -279,13 +280,15 @@ def _pack(options: argparse.Namespace) -> None:
     if options.image_size is not None:
         height, width = options.image_size
         image_format = ImageFormat(height, width, options.channels, options.background)
-    files = find_images(options.images)
+    files, is_new = find_images(options.images), not options.folder.exists()
     with tqdm(total=len(files.names), unit="image", desc="pack") as bar:
         bad_files = pack_images(
             files, options.folder, root=options.images, shard_images=options.shard_images, image_format=image_format,
             class_labels=options.class_labels, captions=options.captions,
             skip_bad_files=options.on_bad_file == "skip", progress=bar.update,
         )  # fmt: skip
+    if is_new and len(bad_files) == len(files.names):
+        shutil.rmtree(options.folder)  # it would hold nothing but their names
     if bad_files:
         message = bad_files_message(bad_files, len(files.names))
         if options.on_bad_file == "error":
@@ -447,7 +450,8 @@ def _add_two_stages(parser: argparse.ArgumentParser) -> None:
 
 def _two_stages(options: argparse.Namespace) -> None:
     autoencoder = recipe_path(options.autoencoder)
-    denoiser = recipe_path(options.denoiser or ("latents_text" if options.captions else "latents"))
+    default = "latents_text" if options.captions else "latents"
+    denoiser = recipe_path(default if options.denoiser is None else options.denoiser)
     _check_exists("IMAGES", options.images)
     from unet_diffusion.two_stages import TwoStages
 
@@ -741,6 +745,7 @@ def _segment(options: argparse.Namespace) -> None:
         with autocast(device_type, getattr(torch, options.precision)):
             return class_probabilities(trained, image, views=options.views, device=options.device)
 
+    is_new = not options.output.exists()
     with processes() as all_of_them:
         all_of_them.by_the_first(lambda: _prepare_masks(options, images))
         share = len(all_of_them.share(list(images.sources)))
@@ -750,6 +755,8 @@ def _segment(options: argparse.Namespace) -> None:
             )
         if all_of_them.rank > 0:
             return
+    if is_new and len(failed) == len(images):
+        shutil.rmtree(options.output)
     print(f"{len(images) - len(failed)} masks in {options.output}")
     if failed:
         raise ValueError("\n  ".join([f"{len(failed)} of {len(images)} images could not be segmented:", *failed]))

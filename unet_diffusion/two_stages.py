@@ -19,6 +19,7 @@ from typing import Any
 
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import class_names_of, find_images
+from unet_diffusion.fit_arguments import check_arguments
 from unet_diffusion.interruption import Interrupted, handled
 from unet_diffusion.recipes import read_settings
 from unet_diffusion.usage import UsageError
@@ -26,6 +27,7 @@ from unet_diffusion.whole_file import field_of, read_json, whole_file
 
 RECORD = "stages.json"  # settings, the seconds of each stage, and which are done
 INTERRUPTED = (130, 143)  # exit statuses of a stage that a signal ended
+TASKS = {"autoencoder": "autoencode", "denoiser": "denoise"}  # of the stages
 LABEL_DROPOUT = 0.1  # of classes, for guidance
 
 
@@ -134,7 +136,11 @@ class TwoStages:
                                  "latents_text, or leave --captions out")  # fmt: skip
         autoencoder = self._fit("autoencoder", self.autoencoder, self.images)
         denoiser = [*self._fit("denoiser", self.denoiser, self.images), *self._of_classes(num_classes)]
-        check_runs({"autoencoder": [*autoencoder, *options], "denoiser": [*denoiser, *options]})
+        runs = {"autoencoder": [*autoencoder, *options], "denoiser": [*denoiser, *options]}
+        for stage, words in runs.items():
+            if (task := check_arguments(words).task) != TASKS[stage]:
+                raise UsageError(f"the recipe of the {stage} must have task {TASKS[stage]}, got {task}")
+        check_runs(runs)
 
     def settings(self) -> dict[str, Any]:
         """What may not change between calls, plain values."""

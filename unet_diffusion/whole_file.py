@@ -57,7 +57,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{path} must hold JSON, and does not{where}; it is damaged: make it again") from error
     if not isinstance(content, kind):
-        wanted, got = ("fields" if one is dict else f"a {one.__name__}" for one in (kind, type(content)))
+        names: dict[type, str] = {dict: "fields", list: "a list", type(None): "nothing"}
+        wanted, got = (names.get(one, f"a {one.__name__}") for one in (kind, type(content)))
         raise ValueError(f"{path} must hold {wanted}, and holds {got}; it is another file: make it again")
     return content
 

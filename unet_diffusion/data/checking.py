@@ -1,9 +1,12 @@
 """Every file is decoded once before training, so that a damaged one is found in a minute and not in the tenth hour."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -11,13 +14,15 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
+from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth, upright_size
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.usage import in_words, printable
 
 T = TypeVar("T")
 
 NUM_NAMED = 5  # bad files named in a message
+LARGE_IMAGE = 2**24  # pixels: one of nine times as many takes a gigabyte to decode and scale
+_one_at_a_time = Lock()
 
 
 @dataclass
@@ -166,4 +171,8 @@ def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | s
 
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:
-    return lambda name: decoded(lambda data: decode_image(data, image_format), files, name)
+    def decode(data: bytes) -> Tensor:
+        with _one_at_a_time if math.prod(upright_size(data)) > LARGE_IMAGE else nullcontext():
+            return decode_image(data, image_format)
+
+    return lambda name: decoded(decode, files, name)

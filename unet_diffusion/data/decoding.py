@@ -6,7 +6,7 @@ hidden under transparent pixels does not bleed into the visible ones (Porter & D
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -233,22 +233,26 @@ def _fit(pixels: Pixels, height: int, width: int) -> Pixels:
     if scale == 1:  # cut at whole pixels: nothing is interpolated
         return pixels[:, int(top) : int(top) + height, int(left) : int(left) + width]
     box = (left, top, left + box_width, top + box_height)
-    white = np.iinfo(pixels.dtype).max
     resize = _resize_under_alpha if _has_alpha(pixels) else _resize
-    return resize(pixels.astype(np.float32, order="C") / np.float32(white), box, height, width) * np.float32(white)
+    # One plane at a time: in float32, all of a large image take gigabytes.
+    return resize(map(_in_unit_range, pixels), box, height, width) * np.float32(np.iinfo(pixels.dtype).max)
 
 
-def _resize_under_alpha(pixels: Pixels, box: Box, height: int, width: int) -> Pixels:
+def _in_unit_range(plane: Pixels) -> Pixels:
+    return plane.astype(np.float32, order="C") / np.float32(np.iinfo(plane.dtype).max)
+
+
+def _resize_under_alpha(planes: Iterable[Pixels], box: Box, height: int, width: int) -> Pixels:
     """As `_resize`, each colour weighted by its alpha."""
-    premultiplied = np.concatenate([pixels[:-1] * pixels[-1:], pixels[-1:]])
-    resized = _resize(premultiplied, box, height, width)
+    *colours, alpha = planes
+    resized = _resize((*(colour * alpha for colour in colours), alpha), box, height, width)
     colour = resized[:-1] / np.maximum(resized[-1:], SMALLEST_ALPHA)
     return np.concatenate([np.clip(colour, 0, 1), resized[-1:]])
 
 
-def _resize(pixels: Pixels, box: Box, height: int, width: int) -> Pixels:
-    """A box of pixels in [0, 1], bicubic and antialiased, (C, height, width)."""
-    resized = [Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box) for plane in pixels]
+def _resize(planes: Iterable[Pixels], box: Box, height: int, width: int) -> Pixels:
+    """A box of the planes of an image, (H, W) each in [0, 1], bicubic and antialiased, (C, height, width)."""
+    resized = [Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box) for plane in planes]
     return np.clip(np.stack([np.asarray(plane) for plane in resized]), 0, 1)  # bicubic overshoots
 
 

@@ -35,6 +35,7 @@ T = TypeVar("T")
 INDEX = "index.json"
 FIRST_WAIT = 0.5  # seconds before a read is tried again, doubled each time: four retries take 7.5 s
 SILENCE = 30  # seconds without a byte over http, after which a read has failed
+WHOLE = 300  # seconds of a whole read over http: 200 MB at less than a megabyte a second
 # Addresses come from configurations: of fsspec's file systems plain stores. Others, and those chained by ::, take
 # templates and settings from what they read, or run code of the place.
 PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "hf", "ftp", "sftp", "ssh", "smb",
@@ -417,7 +418,7 @@ def _options(root: str) -> dict[str, Any]:
     if root.startswith(("http://", "https://")):
         from aiohttp import ClientTimeout
 
-        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=WHOLE, sock_connect=SILENCE, sock_read=SILENCE)}
     return options
 
 

@@ -11,63 +11,50 @@ from collections.abc import Sequence
 from typing import Any
 
 from unet_diffusion.cli import exit_status
-from unet_diffusion.codecs import downsampling, num_latent_channels
-from unet_diffusion.data import LatentsDataModule
 from unet_diffusion.fit_arguments import check_arguments
-from unet_diffusion.training.cli import TrainingCLI, check_settings
+from unet_diffusion.quick_imports import import_lightning, quick_imports
 from unet_diffusion.usage import UsageError, in_words
-
-TASKS = {"autoencoder": "autoencode", "denoiser": "denoise"}  # of the stages
-
-
-class BuildOnly(TrainingCLI):
-    """fit, but it ends when everything is built."""
-
-    def before_instantiate_classes(self) -> None:
-        check_settings(self.config, self.modules)
-        config = self.config[self.subcommand]
-        config.trainer.logger = False
-        self.written = self.config.clone()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Trains nothing."""
 
 
 def check_runs(runs: dict[str, Sequence[str]]) -> None:
     """Build what the stages would train, and see whether they fit each other.
 
     Args:
-        runs: The arguments of fit, its name first, of each of TASKS.
+        runs: The arguments of fit, its name first, of "autoencoder" and "denoiser".
 
     Raises:
         UsageError: If a recipe is wrong; it names the stage.
     """
-    built = {stage: _built(stage, words) for stage, words in runs.items()}
-    autoencoder, unet = built["autoencoder"].model.autoencoder, built["denoiser"].model.unet
-    _, height, width = built["autoencoder"].datamodule.image_shape
-    factor, channels = downsampling(autoencoder), num_latent_channels(autoencoder)
-    if unet.in_channels != channels:
+    with quick_imports():
+        import_lightning()
+        from unet_diffusion.codecs import downsampling, num_latent_channels
+        from unet_diffusion.data import LatentsDataModule
+
+    first, second = (_built(stage, runs[stage]) for stage in ("autoencoder", "denoiser"))
+    autoencoder, unet = first.model.autoencoder, second.model.unet
+    if not isinstance(second.datamodule, LatentsDataModule):
+        got = type(second.datamodule).__name__
+        raise UsageError(f"the recipe of the denoiser must have LatentsDataModule for its data, got {got}")
+    if unet.in_channels != num_latent_channels(autoencoder):
         raise UsageError(
-            f"the recipe of the denoiser must have in_channels {channels}, as latents of the autoencoder have, got "
-            f"{unet.in_channels}"
+            f"the recipe of the denoiser must have in_channels {num_latent_channels(autoencoder)}, as latents of the "
+            f"autoencoder have, got {unet.in_channels}"
         )
+    _, height, width = first.datamodule.image_shape
     try:
-        unet.check_size(height // factor, width // factor)
+        unet.check_size(height // downsampling(autoencoder), width // downsampling(autoencoder))
     except ValueError as error:
         raise UsageError(f"the denoiser must take latents of images of {height} x {width}: {error}") from error
 
 
 def _built(stage: str, words: Sequence[str]) -> Any:
+    from unet_diffusion.training.cli import BuildOnly
+
     checked = check_arguments(words)
-    if checked.task != TASKS[stage]:
-        raise UsageError(f"the recipe of the {stage} must have task {TASKS[stage]}, got {checked.task}")
     try:
-        built: Any = BuildOnly.run(checked.words, checked.task, checked.modules)
+        return BuildOnly.run(checked.words, checked.task, checked.modules)
     except (Exception, SystemExit) as error:
         raise UsageError(f"recipe of the {stage}: {in_words(error)}") from error
-    if stage == "denoiser" and not isinstance(built.datamodule, LatentsDataModule):
-        raise UsageError(f"the recipe of the denoiser must have data of latents, got {type(built.datamodule).__name__}")
-    return built
 
 
 if __name__ == "__main__":

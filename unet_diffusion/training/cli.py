@@ -400,6 +400,18 @@ class TrainingCLI(LightningCLI):
         return "pipeline/, which diffusers loads"
 
 
+class BuildOnly(TrainingCLI):
+    """fit, but it ends when everything is built: nothing is trained or written."""
+
+    def before_instantiate_classes(self) -> None:
+        check_settings(self.config, self.modules)
+        self.config[self.subcommand].trainer.logger = False
+        self.written = self.config.clone()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
 def _silence_what_is_meant() -> None:
     """Hides Lightning's warnings about things that are as they should be here."""
     for message in (
