@@ -11,7 +11,9 @@ are those of the processor, unless a command waits for something else.
 """
 
 import argparse
+import gc
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -20,10 +22,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -476,6 +476,9 @@ RAW = re.compile(  # words that are Python's, torch's or the system's
 )
 
 
+work: Callable[[int], dict[str, Any]]  # of the processes of `outcomes`
+
+
 class Case(NamedTuple):
     """A bad input.
 
@@ -504,7 +507,7 @@ class Outcome:
     @property
     def faults(self) -> list[str]:
         """The rules that it breaks."""
-        lines = self.said.strip().splitlines()
+        lines = (self.message or self.said.strip()).splitlines()
         rules = {
             "accepted": self.status == 0 or self.status == -signal.SIGKILL,
             "slow": self.seconds > MAX_SECONDS < max(self.cpu_seconds, self.seconds - MAX_SHARE * self.cpu_seconds),
@@ -512,14 +515,14 @@ class Outcome:
             "left": bool(self.left),
             "traceback": "Traceback (most recent call last)" in self.said,
             "raw": bool(RAW.search(self.message)) or re.fullmatch(r"'?[\w/]*'?", self.message) is not None,
-            "long": len(lines) > MAX_LINES,
+            "long": len(lines) > MAX_LINES or "usage:" in self.said,
         }
         return [rule for rule, is_broken in rules.items() if is_broken and (self.status or rule != "raw")]
 
     @property
     def message(self) -> str:
         """The error, without the name of the program."""
-        return self.said.partition("unet-diffusion: error: ")[2].partition("\n(--traceback")[0].strip()
+        return self.said.rpartition("unet-diffusion: error: ")[2].partition("\n(--traceback")[0].strip()
 
 
 def all_cases() -> Iterator[Case]:
@@ -612,36 +615,99 @@ def changed(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
-def run(case: Case, inputs: dict[str, Path]) -> Outcome:
-    """Carry out a case in a process of its own."""
+def run(case: Case, inputs: dict[str, Path], start: Callable[[list[str], Path, Path], int]) -> Outcome:
+    """Carry out a case in a process of its own.
+
+    Args:
+        case: What to run.
+        inputs: See `make_inputs`.
+        start: Starts the process, `started` or `forked_off`.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        folder = Path(name) / "work"
+        folder, said = Path(name) / "work", Path(name) / "said"
         folder.mkdir()
         words = words_of(case, folder, inputs)
-        before = contents(folder)
-        start = time.monotonic()
-        with open(Path(name) / "said", "w+b") as said:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "unet_diffusion", *words],
-                cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
-                env=ENVIRONMENT,
-            )  # fmt: skip
-            stop = threading.Timer(PATIENCE, lambda: os.killpg(process.pid, signal.SIGKILL))
-            stop.start()
-            _, status, usage = os.wait4(process.pid, 0)
-            stop.cancel()
-            process.returncode = os.waitstatus_to_exitcode(status)
-            seconds = time.monotonic() - start
-            said.seek(0)
-            text = said.read().decode(errors="replace")
+        before, began = contents(folder), time.monotonic()
+        process = start(words, folder, said)
+        status, usage = waited_for(process)
         return Outcome(
-            process.returncode,
-            round(seconds, 1),
+            os.waitstatus_to_exitcode(status),
+            round(time.monotonic() - began, 1),
             round(usage.ru_utime + usage.ru_stime, 1),
             round(usage.ru_maxrss / 2**20, 2),
             changed(before, contents(folder)),
-            text,
+            said.read_text(errors="replace"),
         )
+
+
+def started(words: list[str], folder: Path, said: Path) -> int:
+    """The command in a new process, as a user starts it; its number."""
+    with open(said, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "unet_diffusion", *words],
+            cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, env=ENVIRONMENT,
+        )  # fmt: skip
+    process.returncode = 0  # it is waited for elsewhere
+    return process.pid
+
+
+def forked_off(words: list[str], folder: Path, said: Path) -> int:
+    """The command in a copy of this process, which has imported everything; its number."""
+    import forked
+
+    number = os.fork()
+    if number:
+        return number
+    os.setsid()
+    os.chdir(folder)
+    file = os.open(said, os.O_RDWR | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    forked._become(["-P", "-m", "unet_diffusion", *words], ENVIRONMENT)
+    raise AssertionError("it has ended")
+
+
+def waited_for(process: int) -> tuple[int, Any]:
+    """Status and use of a process, which is stopped when it takes too long."""
+    ends = time.monotonic() + PATIENCE
+    while True:
+        number, status, usage = os.wait4(process, os.WNOHANG)
+        if number:
+            return status, usage
+        if time.monotonic() > ends:
+            os.killpg(process, signal.SIGKILL)
+            ends = float("inf")
+        time.sleep(0.02)
+
+
+def record_of(case: Case, inputs: dict[str, Path], start: Callable[[list[str], Path, Path], int]) -> dict[str, Any]:
+    """What became of a case, plain."""
+    outcome = run(case, inputs, start)
+    if outcome.faults == ["slow"]:  # others may have been busy
+        outcome = min(outcome, run(case, inputs, start), key=lambda one: one.seconds)
+    folder = str(inputs["run"].parent)
+    said = (outcome.message or outcome.said.strip()).replace(folder, "DIR").splitlines()
+    return {
+        "status": outcome.status,
+        "seconds": outcome.seconds,
+        "cpu_seconds": outcome.cpu_seconds,
+        "gib": outcome.gib,
+        "left": outcome.left[:5],
+        "said": (said or [""])[0][:300],
+        "faults": outcome.faults,
+    }
+
+
+def import_everything() -> None:
+    """So that a copy of this process need not."""
+    sys.path.append(str(ROOT / "tests"))
+    import forked
+    import torch
+
+    forked.import_everything()
+    torch.set_num_threads(1)  # before there are any: a copy has one
+    gc.collect()
+    gc.freeze()
 
 
 def main() -> int:
@@ -649,15 +715,18 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression: the cases whose names match it")
     parser.add_argument("--failed", action="store_true", help="only those that broke a rule when they last ran")
     parser.add_argument("--resume", action="store_true", help="only those that have not run yet")
+    parser.add_argument("--every", type=int, default=1, help="only every so many of them")
+    parser.add_argument("--forked", action="store_true",
+                        help="in copies of a process that has imported everything, much faster: the seconds are "
+                        "without those of the start, two to five on a machine that does nothing else")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the cases and run none")
     parser.add_argument("--output", help="JSON file; default: benchmarks/results/bad_inputs.json")
     options = parser.parse_args()
     path = Path(options.output) if options.output else RESULTS / "bad_inputs.json"
-    names = [case.name for case in all_cases()]
-    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
+    cases = list(all_cases())
     kept = json.loads(path.read_text())["cases"] if path.exists() else {}
-    kept = {name: record for name, record in kept.items() if name in names}
-    todo = [case for case in all_cases() if re.search(options.only, case.name)]
+    kept = {case.name: kept[case.name] for case in cases if case.name in kept}
+    todo = [case for case in cases if re.search(options.only, case.name)][:: options.every]
     if options.failed:
         todo = [case for case in todo if kept.get(case.name, {}).get("faults")]
     if options.resume:
@@ -667,37 +736,37 @@ def main() -> int:
         return 0
     machine = environment()
     print(describe(machine), flush=True)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+    if options.forked:
+        import_everything()
+    start = forked_off if options.forked else started
+    with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "benchmarks" / "bad_files.py", folder], check=True, env=ENVIRONMENT)
         inputs = make_inputs(Path(folder))  # they are there
         before = contents(Path(folder))
-
-        def record_of(case: Case) -> dict[str, Any]:
-            outcome = run(case, inputs)
-            if outcome.faults == ["slow"]:  # others may have been busy
-                again = run(case, inputs)
-                outcome = min(outcome, again, key=lambda one: one.seconds)
-            fields = {
-                "status": outcome.status,
-                "seconds": outcome.seconds,
-                "cpu_seconds": outcome.cpu_seconds,
-                "gib": outcome.gib,
-                "left": outcome.left[:5],
-            }
-            said = (outcome.message or outcome.said.strip()).replace(folder, "DIR").splitlines()
-            return {**fields, "said": (said or [""])[0][:300], "faults": outcome.faults}
-
-        for number, (case, record) in enumerate(zip(todo, pool.map(record_of, todo), strict=True), start=1):
-            kept[case.name] = record
+        for number, (case, record) in enumerate(outcomes(todo, inputs, start), start=1):
+            kept[case.name] = {**record, "forked": options.forked}
             faults = ", ".join(record["faults"]) or "well"
             print(f"{number}/{len(todo)} {case.name} | {faults} | {record['seconds']} s | {record['said']}", flush=True)
             if number % 10 == 0 or number == len(todo):
-                write_json(
-                    path, {"environment": machine, "cases": {name: kept[name] for name in names if name in kept}}
-                )
+                ordered = {case.name: kept[case.name] for case in cases if case.name in kept}
+                write_json(path, {"environment": machine, "cases": ordered})
         if touched := changed(before, contents(Path(folder))):
             print(f"inputs were changed: {', '.join(touched)}")
-    return report(kept, len(names), bool(touched))
+    return report(kept, len(cases), bool(touched))
+
+
+def outcomes(
+    cases: list[Case], inputs: dict[str, Path], start: Callable[[list[str], Path, Path], int]
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Each case with its record, by processes of which each has one thread, so that they can be forked."""
+    global work
+    work = lambda number: record_of(cases[number], inputs, start)  # noqa: E731  # a fork knows it
+    with multiprocessing.get_context("fork").Pool(AT_ONCE, maxtasksperchild=50) as pool:
+        yield from zip(cases, pool.imap(_done, range(len(cases))), strict=True)
+
+
+def _done(number: int) -> dict[str, Any]:
+    return work(number)
 
 
 def report(records: dict[str, dict[str, Any]], num_cases: int, touched: bool) -> int:
