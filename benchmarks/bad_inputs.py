@@ -32,7 +32,7 @@ from bad_files import make_inputs, write_damaged
 from measure import RESULTS, describe, environment, table, write_json
 
 ROOT = Path(__file__).parents[1]
-MAX_SECONDS, MAX_GIB, MAX_LINES = 10, 2, 10
+MAX_SECONDS, MAX_GIB, MAX_LINES = 10, 2, 15
 MAX_SHARE = 4  # programs on a core: what waits longer than it computes times that does not wait for them
 PATIENCE = 60  # seconds, after which a command is stopped: it has accepted its input
 AT_ONCE = 2

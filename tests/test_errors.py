@@ -156,6 +156,20 @@ def test_name_that_the_locale_cannot_spell_does_not_end_a_command(inputs, tmp_pa
     assert "8 images in " in done.stdout
 
 
+@pytest.mark.slow
+def test_interrupt_while_modules_are_imported_is_no_traceback(tmp_path):
+    (tmp_path / "argparse.py").write_text("import os, time\nos.write(1, b'here')\ntime.sleep(60)\n")  # of cli's first
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "unet_diffusion"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"here"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (-signal.SIGINT, b"")
+
+
 # ------------------------------------------------------------------------------------------- memory, and what is built
 
 
@@ -269,6 +283,7 @@ def fit(run_cli, tiny_digits, run, *options):
         (("--trainer.overfit_batches", 1), "trainer.overfit_batches must be 0, got 1"),
         (("--trainer.val_check_interval", 0), "trainer.val_check_interval must be more than 0, got 0"),
         (("--trainer.check_val_every_n_epoch", 0), "trainer.check_val_every_n_epoch must be 1 or more, got 0"),
+        (("--trainer.devices", "x"), "trainer.devices must be numbers, or auto, got 'x'"),
         (("--trainer.limit_train_batches", 0), "trainer.limit_train_batches must be more than 0, got 0"),
         (("--trainer.num_sanity_val_steps", -2), "trainer.num_sanity_val_steps must be -1 or more, got -2"),
         (("--samples.num_images", 10**9), "samples.num_images must be at most 1000, got 1000000000"),

@@ -77,7 +77,7 @@ class ImageDataModule(LightningDataModule):
         if self._image_set is None:
             image_set = self.load()
             self.train_indices, self.val_indices = self.split(len(image_set.images))
-            self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices))
+            self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices), self.trainer)
             self._image_set = image_set
 
     @property
@@ -158,9 +158,9 @@ def replica(trainer: Any) -> dict[str, int]:
     return distributed or {"num_replicas": 1, "rank": 0}
 
 
-def bounded_batch_size(batch_size: int, num_images: int) -> int:
-    """The size of a batch that is asked for, but no more than there are images to train on, which is said."""
-    if batch_size > num_images:
+def bounded_batch_size(batch_size: int, num_images: int, trainer: Any) -> int:
+    """The size of a batch that is asked for, but no more than there are images to train on, which is said in a run."""
+    if batch_size > num_images and trainer is not None:
         rank_zero_info(
             f"batch_size is {batch_size}, and a batch has all {num_images} images that there are to train on"
         )

@@ -112,7 +112,7 @@ class SegmentationDataModule(LightningDataModule):
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
-        self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices))
+        self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices), self.trainer)
         self._images = loaded
 
     @property

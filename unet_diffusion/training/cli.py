@@ -472,6 +472,11 @@ def _check_numbers(config: Any) -> None:
         value = config.get(name)
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{name} must be more than 0, got {value}; leave it out for all")
+    devices = config.trainer.devices
+    if devices in (0, "0") or (isinstance(devices, int) and devices < -1):
+        raise ValueError(f"trainer.devices must be a number from 1, or -1 or auto for all, got {devices}")
+    if isinstance(devices, str) and devices != "auto" and not re.fullmatch(r"-?\d+(,\d+)*,?", devices):
+        raise ValueError(f"trainer.devices must be numbers, or auto, got {devices!r}")
     if config.trainer.overfit_batches:
         raise ValueError(
             f"trainer.overfit_batches must be 0, got {config.trainer.overfit_batches}; to overfit, train on a folder "
