@@ -174,7 +174,7 @@ def read_autoencoder(path: str | os.PathLike[str]) -> TrainedAutoencoder:
     from unet_diffusion.codecs import CLASSES  # imports diffusers, which only this needs
 
     record, weights, _ = _read(_file_of(path), "autoencoder")
-    with _explained(path, "autoencoder"), no_larger_than(weights):
+    with explained(path, "autoencoder"), no_larger_than(weights):
         autoencoder = built(CLASSES[record["class_name"]], record["config"])
         autoencoder.load_state_dict(_below("autoencoder", weights))
         channels, height, width = record["image_shape"]
@@ -202,7 +202,7 @@ def read_segmenter(path: str | os.PathLike[str]) -> TrainedSegmenter:
     """
     path = _file_of(path)
     record, weights, speed = _read(path, "segmenter")
-    with _explained(path, "segmenter"), no_larger_than(weights):
+    with explained(path, "segmenter"), no_larger_than(weights):
         fields = {name: record[name] for name in SEGMENTER_FIELDS}
         return TrainedSegmenter(unet=_network_with_weights(record["unet"], weights), **fields, speed=speed)
 
@@ -244,7 +244,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
     record, weights, speed = _read(path, "denoiser")
-    with _explained(path, "denoiser"), no_larger_than(weights):
+    with explained(path, "denoiser"), no_larger_than(weights):
         channels, height, width = record["image_shape"]
         conditions = nn.ModuleList(
             built(_class_in_package(one["class_path"], Condition), one["init_args"]) for one in record["conditions"]
@@ -413,7 +413,7 @@ def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[
             "for another program's weights, convert them to a diffusers folder and import that"
         )
         raise ValueError(f"{path}: a checkpoint must have an entry {key!r} here, and {reason}")
-    with _explained(path, key):
+    with explained(path, key):
         weights, speed = checkpoint.get("state_dict"), checkpoint.get("speed", "plain")
         if speed not in SPEEDS:
             raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
@@ -429,8 +429,16 @@ def _below(part: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
-    """Says of which file it is, if a record or its weights are not as they must be."""
+def explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
+    """Within it, what is wrong with a record or its weights is said of their file.
+
+    Args:
+        path: The file.
+        key: Of what it is a checkpoint.
+
+    Raises:
+        ValueError: If something is.
+    """
     try:
         yield
     # A class of a module that is not there; an ImportError is of a package that is to be installed, and says so.

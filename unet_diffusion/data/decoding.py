@@ -221,7 +221,8 @@ def _pixels_of(image: Image.Image) -> Pixels:
     if image.mode in ("1", "L") and not image.has_transparency_data:
         return np.asarray(image.convert("L"))[None]
     mode = "RGBA" if image.has_transparency_data else "RGB"
-    return np.asarray(image.convert(mode)).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    image = image if image.mode == mode else image.convert(mode)  # which copies, whatever the mode
+    return np.asarray(image).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
 
 def _fit(pixels: Pixels, height: int, width: int) -> Pixels:
@@ -239,7 +240,9 @@ def _fit(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def _in_unit_range(plane: Pixels) -> Pixels:
-    return plane.astype(np.float32, order="C") / np.float32(np.iinfo(plane.dtype).max)
+    scaled = plane.astype(np.float32, order="C")
+    scaled /= np.float32(np.iinfo(plane.dtype).max)  # in place
+    return scaled
 
 
 def _resize_under_alpha(planes: Iterable[Pixels], box: Box, height: int, width: int) -> Pixels:

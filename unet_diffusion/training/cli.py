@@ -27,7 +27,8 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from unet_diffusion.checkpoint import load_plain, read_checkpoint
+from unet_diffusion.checkpoint import explained, load_plain, read_checkpoint
+from unet_diffusion.checkpoint_checks import check_weights
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
@@ -292,6 +293,8 @@ class TrainingCLI(LightningCLI):
             checkpoint = load_plain(file)
             if not (isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint):
                 raise ValueError(f"{file} must be a checkpoint of a run of fit, or made by import, and is neither")
+            with explained(file, "run"):
+                check_weights(checkpoint.get("state_dict"))
 
     def before_instantiate_classes(self) -> None:
         check_settings(self.config, self.modules)
