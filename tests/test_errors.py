@@ -18,6 +18,7 @@ from PIL import Image
 
 from unet_diffusion.checkpoint_checks import built, check_weights, no_larger_than
 from unet_diffusion.data import DigitsDataModule, FolderDataModule
+from unet_diffusion.diffusers_config import schedule_from_diffusers
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.training.parser_errors import in_short
 from unet_diffusion.unet import DenoiserUNet
@@ -36,6 +37,10 @@ SAMPLE = (  # of the cases of benchmarks/bad_inputs.py: of each command, and of 
     *("import, index of a pipeline: cut", "import, scheduler of a pipeline: null", "encode, settings of latents: cut"),
     *("export, list of exports: null", "encode, autoencoder: null", "import into the name of its configuration"),
     *("fit --config with a null byte", "two-stages of a text", "encode --device cuda:0", "segment a text"),
+    *("fit, index of shards: null", "fit --config with no section", "fit --config with a class that is a list"),
+    *("fit a checkpoint of digits: nan weights", "fit a checkpoint of digits: no weights"),
+    *("segment a cells whose timestep is -1", "sample a denoiser whose image_shape is [1, 7, 8]"),
+    *("sample a denoiser whose schedule is {}", "fit --config digits --trainer.default_root_dir {text}/out"),
 )
 CASES = {case.name: case for case in bad_inputs.all_cases()}
 
@@ -115,6 +120,12 @@ def test_errors_of_the_system_name_the_file_and_what_to_do(tmp_path):
         with pytest.raises(OSError, match="Errno") as raised:
             wrong.mkdir()
         assert re.fullmatch(rf"{re.escape(str(wrong))} .*; choose another path", in_words(raised.value))
+
+
+def test_scheduler_whose_noise_is_not_known_is_refused_by_name():
+    config = {"_class_name": "UnCLIPScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
+    with pytest.raises(ValueError, match="got UnCLIPScheduler without beta_start, beta_end"):
+        schedule_from_diffusers(config)
 
 
 def test_errors_of_weights_name_a_few_of_them():
@@ -283,7 +294,7 @@ def fit(run_cli, tiny_digits, run, *options):
         (("--trainer.overfit_batches", 1), "trainer.overfit_batches must be 0, got 1"),
         (("--trainer.val_check_interval", 0), "trainer.val_check_interval must be more than 0, got 0"),
         (("--trainer.check_val_every_n_epoch", 0), "trainer.check_val_every_n_epoch must be 1 or more, got 0"),
-        (("--trainer.devices", "x"), "trainer.devices must be numbers, or auto, got 'x'"),
+        (("--trainer.devices", "x"), "trainer.devices must be a number from 1, or -1 or auto for all, got x"),
         (("--trainer.limit_train_batches", 0), "trainer.limit_train_batches must be more than 0, got 0"),
         (("--trainer.num_sanity_val_steps", -2), "trainer.num_sanity_val_steps must be -1 or more, got -2"),
         (("--samples.num_images", 10**9), "samples.num_images must be at most 1000, got 1000000000"),

@@ -78,6 +78,7 @@ LEAST = {
 }
 NOT_NOTHING = ("trainer.val_check_interval", "trainer.limit_train_batches")  # a share, or a number of batches
 MOST_PICTURES = 1000  # in a grid
+DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+(,\d+)*,|\d+(,\d+)+")  # how many, or their numbers with commas
 DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
 OURS = "# Settings of the run in this folder, written by unet-diffusion."  # first line of its config.yaml
 AUTO = "auto"
@@ -476,10 +477,8 @@ def _check_numbers(config: Any) -> None:
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{name} must be more than 0, got {value}; leave it out for all")
     devices = config.trainer.devices
-    if devices in (0, "0") or (isinstance(devices, int) and devices < -1):
+    if isinstance(devices, int | str) and not DEVICES.fullmatch(str(devices)):
         raise ValueError(f"trainer.devices must be a number from 1, or -1 or auto for all, got {devices}")
-    if isinstance(devices, str) and devices != "auto" and not re.fullmatch(r"-?\d+(,\d+)*,?", devices):
-        raise ValueError(f"trainer.devices must be numbers, or auto, got {devices!r}")
     if config.trainer.overfit_batches:
         raise ValueError(
             f"trainer.overfit_batches must be 0, got {config.trainer.overfit_batches}; to overfit, train on a folder "
