@@ -320,7 +320,7 @@ def test_class_names_are_not_taken_for_a_component(tmp_path, names):
 def test_existing_folder_is_not_overwritten(tmp_path):
     folder = tmp_path / "pipeline"
     export_pipeline(tiny_denoiser(classes=False), folder)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
+    with pytest.raises(FileExistsError, match="--overwrite"):
         export_pipeline(tiny_denoiser(classes=True), folder)
     assert import_pipeline(folder).class_names is None
     export_pipeline(tiny_denoiser(classes=True), folder, overwrite=True)

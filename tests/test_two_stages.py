@@ -76,6 +76,7 @@ def ran(monkeypatch):
         return status.get(len(commands), 0)
 
     monkeypatch.setattr(two_stages, "_exit_status", exit_status)
+    monkeypatch.setattr(two_stages, "check_runs", lambda runs: None)  # which builds them, in a process of its own
     return commands, status
 
 
@@ -243,6 +244,40 @@ def test_what_would_fail_late_is_refused_before_anything_is_written(ran, run_cli
     assert (status, "none" in err) == (1, True), err
     assert not (tmp_path / "out").exists()
     assert commands == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "place", "value", "said"),
+    [
+        (0, ("autoencoder", "init_args", "chanels"), [32], "recipe of the autoencoder: "),
+        (1, ("unet", "init_args", "chanels"), [32], "recipe of the denoiser: "),
+        (1, ("unet", "init_args", "channels"), [31, 32], "recipe of the denoiser: "),
+        (1, ("unet", "init_args", "in_channels"), 3, "must have in_channels 4, as latents of the autoencoder have"),
+    ],
+)
+def test_recipes_of_all_stages_are_checked_before_the_first_is_trained(
+    run_cli, command, small_recipes, tmp_path, number, place, value, said
+):
+    recipe = yaml.safe_load(small_recipes[number].read_text())
+    settings = recipe["model"]
+    for name in place[:-1]:
+        settings = settings[name]
+    settings[place[-1]] = value
+    small_recipes[number].write_text(yaml.safe_dump(recipe))
+    status, out, err = run_cli(*command, "--captions")
+    assert status == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert "stage 1" not in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_recipe_of_another_task_is_refused(run_cli, images, tmp_path):
+    status, _, err = run_cli("two-stages", images, "--output", tmp_path / "out", "--autoencoder", "cells")
+    assert (status, "the recipe of the autoencoder must have task autoencode, got segment" in err) == (2, True), err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

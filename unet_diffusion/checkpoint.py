@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from unet_diffusion.checkpoint_checks import built, check_pickle, check_record, check_weights, no_larger_than
 from unet_diffusion.conditioning import ClassLabels, Condition, network_inputs, null_inputs
 from unet_diffusion.latents import LatentSpace, fingerprint
 from unet_diffusion.schedule import NoiseSchedule
 from unet_diffusion.speed import SPEEDS, Speed
 from unet_diffusion.unet import PixelNetwork
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.usage import in_words
+from unet_diffusion.whole_file import field_of, read_json, whole_file
 
 if TYPE_CHECKING:  # it imports diffusers, which most of this module does not need
     from unet_diffusion.codecs import Autoencoder
@@ -122,6 +124,17 @@ class TrainedSegmenter:
     settings: dict[str, Any] = field(default_factory=dict)
     speed: Speed = "plain"
 
+    def __post_init__(self) -> None:
+        num_scores = self.unet.config["out_channels"] or self.unet.in_channels
+        wanted = {"binary": 2, "instances": 3}.get(self.kind, num_scores)
+        if num_scores != wanted or len(self.class_names) != num_scores:
+            raise ValueError(
+                f"there must be {wanted} class_names, one a score of the network, got {len(self.class_names)} and "
+                f"{num_scores} scores"
+            )
+        if (self.timestep is None) != (self.unet.time_embedding is None):
+            raise ValueError(f"timestep must be given if the network takes one, and only then, got {self.timestep}")
+
 
 @dataclass
 class TrainedAutoencoder:
@@ -173,10 +186,16 @@ def read_autoencoder(path: str | os.PathLike[str]) -> TrainedAutoencoder:
     from unet_diffusion.codecs import CLASSES  # imports diffusers, which only this needs
 
     record, weights, _ = _read(_file_of(path), "autoencoder")
-    with _explained(path, "autoencoder"):
-        autoencoder = CLASSES[record["class_name"]](**record["config"])
+    with explained(path, "autoencoder"), no_larger_than(weights):
+        autoencoder = built(CLASSES[record["class_name"]], record["config"])
         autoencoder.load_state_dict(_below("autoencoder", weights))
         channels, height, width = record["image_shape"]
+        step = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+        if channels != autoencoder.config["in_channels"] or height % step or width % step:
+            raise ValueError(
+                f"image_shape in its record must have {autoencoder.config['in_channels']} channels and sides that are "
+                f"multiples of {step}, got {record['image_shape']}"
+            )
         return TrainedAutoencoder(autoencoder.eval(), (channels, height, width), settings=record["settings"])
 
 
@@ -195,7 +214,7 @@ def read_segmenter(path: str | os.PathLike[str]) -> TrainedSegmenter:
     """
     path = _file_of(path)
     record, weights, speed = _read(path, "segmenter")
-    with _explained(path, "segmenter"):
+    with explained(path, "segmenter"), no_larger_than(weights):
         fields = {name: record[name] for name in SEGMENTER_FIELDS}
         return TrainedSegmenter(unet=_network_with_weights(record["unet"], weights), **fields, speed=speed)
 
@@ -237,15 +256,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
         ValueError: if the file is no checkpoint, is damaged, holds code, or was not written by this package.
     """
     record, weights, speed = _read(path, "denoiser")
-    with _explained(path, "denoiser"):
+    with explained(path, "denoiser"), no_larger_than(weights):
         channels, height, width = record["image_shape"]
         conditions = nn.ModuleList(
-            _class_in_package(one["class_path"], Condition)(**one["init_args"]) for one in record["conditions"]
+            built(_class_in_package(one["class_path"], Condition), one["init_args"]) for one in record["conditions"]
         )
         conditions.load_state_dict(_below("conditions", weights))
+        unet = _network_with_weights(record["unet"], weights)
+        in_maps = sum(one.config["channels"] for one in cast(list[Condition], list(conditions)) if one.given == "maps")
+        if unet.in_channels != channels + in_maps:
+            raise ValueError(
+                f"image_shape in its record must have the {unet.in_channels - in_maps} channels that the network "
+                f"takes, got {record['image_shape']}"
+            )
+        unet.check_size(height, width)
         return TrainedDenoiser(
-            unet=_network_with_weights(record["unet"], weights),
-            schedule=NoiseSchedule(**record["schedule"]),
+            unet=unet,
+            schedule=_schedule(record["schedule"]),
             image_shape=(channels, height, width),
             null_label=record["null_label"],
             class_names=record["class_names"],
@@ -296,6 +323,7 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
     if is_whole:
         state = os.stat(path)
         _check_bytes(os.fspath(path), state.st_size, state.st_mtime_ns)
+    check_pickle(Path(path))
     try:
         return _unpickled(path, is_whole)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
@@ -397,7 +425,7 @@ def check_safetensors(folder: Path, stem: str) -> None:
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = field_of(read_json(index), "weight_map", index).values()
         if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
             raise ValueError(f"{index} must name .safetensors files beside it, got {wrong[0]!r}; download it again")
     elif not (folder / f"{stem}.safetensors").is_file():
@@ -409,7 +437,10 @@ def check_safetensors(folder: Path, stem: str) -> None:
 
 def _file_of(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    return path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} must be a checkpoint file, or a run folder with checkpoints/last.ckpt")
+    return file
 
 
 def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[str, Tensor], Speed]:
@@ -426,13 +457,12 @@ def _read(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[
             "for another program's weights, convert them to a diffusers folder and import that"
         )
         raise ValueError(f"{path}: a checkpoint must have an entry {key!r} here, and {reason}")
-    with _explained(path, key):
-        weights, speed = checkpoint["state_dict"], checkpoint.get("speed", "plain")
+    with explained(path, key):
+        weights, speed = checkpoint.get("state_dict"), checkpoint.get("speed", "plain")
         if speed not in SPEEDS:
-            raise ValueError(f"{path}: speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
-        for name, weight in weights.items():
-            if name.startswith("ema_") and not bool(torch.isfinite(weight).all()):
-                raise ValueError(f"{path}: weights must be numbers, and {name} is not; use an earlier checkpoint")
+            raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
+        check_weights(weights)
+        check_record(record, key)
         return record, weights, speed
 
 
@@ -443,13 +473,21 @@ def _below(part: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
-    """Says of which file it is, if a record or its weights are not as they must be."""
+def explained(path: str | os.PathLike[str], key: str) -> Iterator[None]:
+    """Within it, what is wrong with a record or its weights is said of their file.
+
+    Args:
+        path: The file.
+        key: Of what it is a checkpoint.
+
+    Raises:
+        ValueError: If something is.
+    """
     try:
         yield
     # A class of a module that is not there; an ImportError is of a package that is to be installed, and says so.
-    except (KeyError, TypeError, RuntimeError, ModuleNotFoundError) as error:
-        raise ValueError(f"{path} must hold a whole {key} of this version, and does not: {error}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+        raise ValueError(f"{path} must hold a whole {key} of this version, and does not: {in_words(error)}") from error
 
 
 def _network_with_weights(record: dict[str, Any], weights: dict[str, Tensor]) -> PixelNetwork:
@@ -465,8 +503,15 @@ def _build(record: dict[str, Any]) -> PixelNetwork:
         if isinstance(value, dict) and "class_path" in value:
             arguments[name] = _build(value)
         elif name == "schedule":
-            arguments[name] = NoiseSchedule(**value)
-    return _class_in_package(record["class_path"], PixelNetwork)(**arguments)
+            arguments[name] = _schedule(value)
+    return built(_class_in_package(record["class_path"], PixelNetwork), arguments)
+
+
+def _schedule(record: dict[str, Any]) -> NoiseSchedule:
+    schedule = built(NoiseSchedule, record)
+    if missing := schedule.config.keys() - record.keys():
+        raise ValueError(f"schedule in its record must have {', '.join(sorted(missing))}, and has not")
+    return schedule
 
 
 def _class_in_package(class_path: str, base: type[Part]) -> type[Part]:

@@ -10,16 +10,27 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet_diffusion.quick_imports import import_lightning, quick_imports
 from unet_diffusion.recipes import HEADINGS, all_recipes, recipe_path
 from unet_diffusion.schedulers import SCHEDULERS
-from unet_diffusion.usage import CommandParser, UsageError, did_you_mean, first_few, printable, similar_paths
-from unet_diffusion.whole_file import CONTENTS, SETTINGS, claim_folder, remove_left_behind, whole_file
+from unet_diffusion.usage import (
+    CommandParser,
+    UsageError,
+    did_you_mean,
+    first_few,
+    in_words,
+    path_argument,
+    printable,
+    similar_paths,
+)
+from unet_diffusion.whole_file import CONTENTS, SETTINGS, claim_folder, read_json, remove_left_behind, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -50,16 +61,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         os.environ["PYTHONSAFEPATH"] = "1"  # processes that this one starts import nothing from the current folder
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell does not end a run
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    try:
+
+    def run() -> None:
         if arguments and arguments[0] in TRAINING_COMMANDS:
             _train(arguments)
         else:
             options = _parse(arguments)
             options.traceback = show_traceback
             options.run(options)
+
+    return exit_status(run, show_traceback=show_traceback)
+
+
+def exit_status(run: Callable[[], None], *, show_traceback: bool) -> int:
+    """Carry out a command; its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+        run: The command.
+        show_traceback: Raise errors, in place of printing what they say.
+    """
+    try:
+        run()
     except UsageError as error:
         if show_traceback:
             raise
@@ -71,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the one place where errors end: whatever it was, it is said in one message
         if show_traceback:
             raise
-        print(printable(f"unet-diffusion: error: {str(error) or type(error).__name__}"), file=sys.stderr)
+        print(printable(f"unet-diffusion: error: {in_words(error)}"), file=sys.stderr)
         print("(--traceback shows where it came from)", file=sys.stderr)
         return 1
     return 0
@@ -172,7 +200,7 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(run=lambda options: print(recipe_path(options.name).read_text(encoding="utf-8"), end=""))
     copy = actions.add_parser("copy", help="write a recipe to a file")
     copy.add_argument("name", metavar="NAME", help="such as digits")
-    copy.add_argument("file", metavar="FILE", type=Path, help="file to make")
+    copy.add_argument("file", metavar="FILE", type=path_argument, help="file to make")
     copy.set_defaults(run=_copy_recipe)
     parser.set_defaults(run=_list_recipes)
 
@@ -221,8 +249,10 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "are, in an order drawn at random, unless they are to be scaled. The same command again goes on where it was "
         "cut off."
     )
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder for the shards")
+    parser.add_argument(
+        "images", metavar="IMAGES", type=path_argument, help="a folder, archive.zip, or archive.zip/folder"
+    )
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="folder for the shards")
     parser.add_argument("--shard_images", type=int, default=1024,
                         help="images a shard; in training, a process holds 16 of them in memory, as files, and one "
                         "more for each worker (2 * window * num_lanes + num_workers)")  # fmt: skip
@@ -251,7 +281,7 @@ def _pack(options: argparse.Namespace) -> None:
     if options.image_size is not None:
         height, width = options.image_size
         image_format = ImageFormat(height, width, options.channels, options.background)
-    files = find_images(options.images)
+    files, is_new = find_images(options.images), not options.folder.exists()
     _say_left_out(files.left_out.described())
     with tqdm(total=len(files.names), unit="image", desc="pack") as bar:
         bad_files = pack_images(
@@ -259,6 +289,8 @@ def _pack(options: argparse.Namespace) -> None:
             class_labels=options.class_labels, captions=options.captions,
             skip_bad_files=options.on_bad_file == "skip", progress=bar.update, say=bar.write,
         )  # fmt: skip
+    if is_new and len(bad_files) == len(files.names):
+        shutil.rmtree(options.folder)  # it would hold nothing but their names
     if bad_files:
         message = bad_files_message(bad_files, len(files.names))
         if options.on_bad_file == "error":
@@ -286,9 +318,13 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
         "are scaled and cut to the autoencoder's size. The same command again goes on where it was cut off. "
         "Processes of torchrun share the work, as of sample."
     )
-    parser.add_argument("autoencoder", metavar="AUTOENCODER", type=Path, help="a run folder, or a diffusers folder")
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the latents")
+    parser.add_argument(
+        "autoencoder", metavar="AUTOENCODER", type=path_argument, help="a run folder, or a diffusers folder"
+    )
+    parser.add_argument(
+        "images", metavar="IMAGES", type=path_argument, help="a folder, archive.zip, or archive.zip/folder"
+    )
+    parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder for the latents")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="default: the autoencoder's")
     parser.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
     parser.add_argument("--captions", action="store_true", help="keep captions: metadata.csv, .jsonl or NAME.txt")
@@ -407,8 +443,12 @@ def _add_two_stages(parser: argparse.ArgumentParser) -> None:
         "Latent diffusion in one command: train an autoencoder, encode the images, train a denoiser of the latents. "
         "DIR/denoiser then holds samples.png and the pipeline. The same command again goes on where it was cut off."
     )
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder, archive.zip, or archive.zip/folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs and latents")
+    parser.add_argument(
+        "images", metavar="IMAGES", type=path_argument, help="a folder, archive.zip, or archive.zip/folder"
+    )
+    parser.add_argument(
+        "--output", type=path_argument, required=True, metavar="DIR", help="folder for runs and latents"
+    )
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--captions", action="store_true", help="text to image: metadata.csv, .jsonl or NAME.txt")
     known.add_argument("--class_labels", action="store_true", help="folders below IMAGES are classes")
@@ -422,7 +462,8 @@ def _add_two_stages(parser: argparse.ArgumentParser) -> None:
 
 def _two_stages(options: argparse.Namespace) -> None:
     autoencoder = recipe_path(options.autoencoder)
-    denoiser = recipe_path(options.denoiser or ("latents_text" if options.captions else "latents"))
+    default = "latents_text" if options.captions else "latents"
+    denoiser = recipe_path(default if options.denoiser is None else options.denoiser)
     _check_exists("IMAGES", options.images)
     from unet_diffusion.two_stages import TwoStages
 
@@ -474,7 +515,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     _add_size_and_start(parser)
     parser.add_argument("--autoencoder", metavar="DIR", help=_AUTOENCODER_HELP)
-    parser.add_argument("--output", type=Path, default=Path("generated"), metavar="DIR", help="folder for the images")
+    parser.add_argument(
+        "--output", type=path_argument, default=Path("generated"), metavar="DIR", help="folder for the images"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace images that are in DIR")
     existing.add_argument("--resume", action="store_true", help="keep images that are in DIR and draw the missing ones")
@@ -640,8 +683,8 @@ def _drawn_before(record: Path) -> dict[str, Any]:
     if not record.exists():
         return {}
     try:
-        before = json.loads(record.read_text())
-    except (ValueError, OSError):
+        before = read_json(record)
+    except ValueError:
         before = None
     if not isinstance(before, dict) or not isinstance(before.get(NUM_DRAWN), int):
         raise FileExistsError(f"{record} was not written by sample and is not replaced; choose another --output")
@@ -659,8 +702,10 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
         "Processes of torchrun share the work, as of sample."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file or a run folder, of a segmenter")
-    parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="image files, folders or zip archives")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks")
+    parser.add_argument(
+        "images", metavar="IMAGES", nargs="+", type=path_argument, help="image files, folders or zip archives"
+    )
+    parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder for the masks")
     parser.add_argument("--instances", action="store_true", help="also DIR/instances/NAME: a number for each object")
     parser.add_argument("--overlays", action="store_true", help="also DIR/overlays/NAME.png: outlines on the image")
     parser.add_argument(
@@ -716,6 +761,7 @@ def _segment(options: argparse.Namespace) -> None:
         with autocast(device_type, getattr(torch, options.precision)):
             return class_probabilities(trained, image, views=options.views, device=options.device)
 
+    is_new = not options.output.exists()
     with processes() as all_of_them:
         all_of_them.by_the_first(lambda: _prepare_masks(options, images, outputs, contents))
         if all_of_them.rank == 0:
@@ -727,6 +773,8 @@ def _segment(options: argparse.Namespace) -> None:
             )
         if all_of_them.rank > 0:
             return
+    if is_new and len(failed) == len(images):
+        shutil.rmtree(options.output)
     print(f"{len(images) - len(failed)} masks in {options.output}")
     if failed:
         raise ValueError("\n  ".join([f"{len(failed)} of {len(images)} images could not be segmented:", *failed]))
@@ -742,7 +790,7 @@ def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment", outpu
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
     settings[f"{CONTENTS}checkpoint"] = contents
     record = folder / SETTINGS
-    if options.overwrite and record.is_file() and json.loads(record.read_text()).keys() == settings.keys():
+    if options.overwrite and record.is_file() and read_json(record).keys() == settings.keys():
         outputs.made_of.doubt()  # masks of other images stay, and are not counted as done with these settings
         for mask in images.sources:
             outputs.remove(mask)
@@ -767,7 +815,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "before saying done. Where no pipeline of diffusers draws the same, the folder holds one of its own."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.add_argument("--autoencoder", metavar="DIR", help=_AUTOENCODER_HELP)
     parser.set_defaults(run=_export)
@@ -792,8 +840,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "Make a checkpoint of a diffusers pipeline, exported or such as Stable Diffusion 1, and a configuration for "
         "fit --config RECIPE --config CHECKPOINT.yaml --ckpt_path CHECKPOINT."
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="diffusers pipeline folder")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".ckpt file to make")
+    parser.add_argument("folder", metavar="DIR", type=path_argument, help="diffusers pipeline folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_argument, help=".ckpt file to make")
     parser.set_defaults(run=_import)
 
 
@@ -805,6 +853,9 @@ def _import(options: argparse.Namespace) -> None:
     from unet_diffusion.interop import DROPOUT, import_pipeline
 
     recipe = options.checkpoint.with_suffix(".yaml")
+    if recipe == options.checkpoint:
+        raise UsageError(f"CHECKPOINT must not end in .yaml, as the configuration beside it does, got {recipe}; "
+                         "name it .ckpt")  # fmt: skip
     if recipe.exists():
         raise FileExistsError(f"{recipe} exists and is not overwritten; choose another path, or remove it")
     trained = import_pipeline(options.folder)
@@ -818,7 +869,7 @@ def _import(options: argparse.Namespace) -> None:
         settings["model"]["label_dropout"] = DROPOUT
     if trained.latent_space is not None and trained.latent_space.scaling_factor is not None:
         settings["data"] = {"init_args": {"scaling_factor": trained.latent_space.scaling_factor}}
-    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
           f"--ckpt_path {options.checkpoint}")  # fmt: skip
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from unet_diffusion.checkpoint import check_safetensors
 from unet_diffusion.latents import MOMENTS, LatentSpace, fingerprint
+from unet_diffusion.whole_file import read_json
 
 Autoencoder: TypeAlias = AutoencoderKL | VQModel
+MOST_LAYERS = 100  # blocks a level
 CLASSES: dict[str, type[Autoencoder]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 
@@ -106,7 +108,7 @@ def autoencoder_class(folder: str | os.PathLike[str]) -> tuple[type[Autoencoder]
     """
     for candidate in (Path(folder), *(Path(folder) / name for name in ("autoencoder", "vae", "vqvae"))):
         if (candidate / "config.json").is_file():
-            name = AutoencoderKL.load_config(candidate).get("_class_name")
+            name = read_json(candidate / "config.json").get("_class_name")
             if name not in CLASSES:
                 raise ValueError(f"{candidate} must hold an AutoencoderKL or a VQModel, and holds {name}")
             return CLASSES[name], candidate
@@ -244,6 +246,11 @@ def _config(
 ) -> dict[str, Any]:
     if not channels:
         raise ValueError("channels must hold the width of at least one level, got none")
+    if min(*channels, in_channels, norm_num_groups) < 1 or not 1 <= layers_per_block <= MOST_LAYERS:
+        raise ValueError(
+            "in_channels, channels and norm_num_groups must be at least 1, and layers_per_block from 1 to "
+            f"{MOST_LAYERS}, got {in_channels}, {list(channels)}, {norm_num_groups} and {layers_per_block}"
+        )
     for width in channels:
         if width % norm_num_groups:
             raise ValueError(f"every width in channels must be a multiple of norm_num_groups {norm_num_groups}, "

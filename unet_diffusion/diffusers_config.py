@@ -194,8 +194,11 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     """
     name = config.get("_class_name", "DDPMScheduler")
     fields = {**_defaults(getattr(diffusers, name, object)), **config}
-    if "beta_schedule" not in fields:
-        raise ValueError(f"_class_name must be a scheduler with a beta_schedule, such as DDPMScheduler, got {name}")
+    if missing := [field for field in ("beta_schedule", "beta_start", "beta_end") if fields.get(field) is None]:
+        raise ValueError(
+            f"_class_name must be a scheduler with a beta_schedule, such as DDPMScheduler, got {name} without "
+            f"{', '.join(missing)}"
+        )
     _check_fields(name, fields, SUPPORTED_SCHEDULER_FIELDS)
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
     # schedulers without these fields have them off: they predict noise, and do not rescale

@@ -16,6 +16,7 @@ from unet_diffusion.usage import UsageError, did_you_mean, similar_paths
 
 SECTIONS = ("model", "data", "trainer", "samples", "checkpoint", "task", "seed_everything", "ckpt_path", "weights_only",
             "verbose")  # fmt: skip
+NESTED = ("model", "trainer", "samples", "checkpoint")  # of them, those that hold settings of their own
 FLAGS = ("config", "print_config", "print_shtab", "help")
 TASKS = ("denoise", "segment", "autoencode")
 FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
@@ -105,9 +106,15 @@ def _value(text: str) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     """The settings in a file, by their names with dots."""
     content = read_settings(path)
-    for section in content:
+    for section, settings in content.items():
         _check_section(str(section), f"section {section!r} of {path}")
-    return _flat(content)
+        if section in NESTED and not isinstance(settings, dict | None):
+            raise UsageError(f"section {section} of {path} must hold settings, and holds {settings!r}")
+    flat = _flat(content)
+    for name, value in flat.items():
+        if name.endswith("class_path") and not isinstance(value, str):
+            raise UsageError(f"{name} in {path} must be the name of a class, got {value!r}")
+    return flat
 
 
 def _flat(content: Any, name: str = "") -> dict[str, Any]:

@@ -61,7 +61,8 @@ from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.speed import set_speed
 from unet_diffusion.text import TextTokens, pretrained_text
 from unet_diffusion.unet import DenoiserUNet, PixelNetwork
-from unet_diffusion.whole_file import check_replaceable, put_folder
+from unet_diffusion.usage import in_words
+from unet_diffusion.whole_file import check_replaceable, field_of, put_folder, read_json
 
 StrPath = str | os.PathLike[str]
 
@@ -150,6 +151,8 @@ def export_pipeline(
         ValueError: if there is no such pipeline (`why_not_exported`), or the autoencoder is another one.
         RuntimeError: if diffusers loads something else than was written.
     """
+    if autoencoder is not None and trained.latent_space is None:
+        raise ValueError("an autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
     folder = Path(folder).resolve()
     check_replaceable(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -218,9 +221,13 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     """
     folder = Path(folder)
     index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    if (folder / "model_index.json").is_file():
+        field_of(index, "_class_name", folder / "model_index.json")
     parts = _parts(index)
     config = _network_config(folder, has_tokens=not parts.isdisjoint({*TEXT, CLASS_TOKENS}))
-    scheduler_config = _read_json(_scheduler_file(folder))
+    scheduler_file = _scheduler_file(folder)
+    scheduler_config = _read_json(scheduler_file)
+    field_of(scheduler_config, "_class_name", scheduler_file)
     image_shape = _image_shape(config)
     nulls = index.get("nulls", {"prompt": ""})  # Stable Diffusion names none
     maps = _maps(index, parts, drawn=image_shape[0], taken=config["in_channels"], dropout=DROPOUT * ("maps" in nulls))
@@ -384,7 +391,8 @@ def _scheduler_file(folder: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(path)
+    return config
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -403,7 +411,7 @@ def _load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the weights must be those of the configuration, and are not: {error}") from error
+        raise ValueError(in_words(error)) from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

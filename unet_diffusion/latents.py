@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unet_diffusion.processes import ALONE, Processes
-from unet_diffusion.whole_file import SETTINGS, claim_folder, whole_file
+from unet_diffusion.whole_file import SETTINGS, claim_folder, field_of, read_json, whole_file
 
 INDEX = "index.json"
 MADE_OF = "images"  # in the metadata of a file: a hash of the files of its images
@@ -200,7 +200,9 @@ def read_latents(folder: str | Path) -> LatentSet:
     if not (folder / INDEX).is_file():
         reason = "were not finished" if (folder / SETTINGS).is_file() else "are not there"
         raise FileNotFoundError(f"the latents in {folder} {reason}; run unet-diffusion encode, which goes on by itself")
-    index = json.loads((folder / INDEX).read_text())
+    index = read_json(folder / INDEX)
+    for name in ("num_images", "has_mirrored", "space", "class_names"):
+        field_of(index, name, folder / INDEX)
     shards = [_read_shard(path) for _, path in _shards(folder, index["num_images"])]
     copies = ("", "_mirrored") if index["has_mirrored"] else ("",)
     mean, std = (torch.cat([shard[name + copy] for copy in copies for shard in shards]) for name in ("mean", "std"))

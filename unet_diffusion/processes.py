@@ -75,7 +75,16 @@ def own_device(device: str) -> str:
 
     Args:
         device: A device of PyTorch, or "auto": the first of cuda, mps and cpu that is there.
+
+    Raises:
+        ValueError: If there is no such device.
     """
+    gpus = (
+        ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    )
+    known = ["auto", "cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    if device not in known:
+        raise ValueError(f"--device must be one of {', '.join(known)} on this machine, got {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

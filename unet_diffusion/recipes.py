@@ -81,11 +81,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(
-            f"{path} must be YAML, and is not: {getattr(error, 'problem', None) or error}{where}"
-        ) from error
+        reason = getattr(error, "problem", None) or "it is no text in UTF-8, or too deep"
+        raise UsageError(f"{path} must be YAML, and is not: {reason}{where}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold settings, such as `trainer:`, and holds {type(content).__name__}")
+        got = "nothing" if content is None else f"a {type(content).__name__}"
+        raise UsageError(f"{path} must hold settings, such as `trainer:`, and holds {got}")
     return content
 
 

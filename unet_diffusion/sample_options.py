@@ -32,6 +32,8 @@ from unet_diffusion.start import Start, interpolated_noise
 
 NOISE_LEVEL = 20  # of a picture to enlarge, as in diffusers' pipeline for that
 OVERLAP = 0.5  # of windows
+MOST_IMAGES = 1_000_000
+MOST_PIXELS = 2**26  # 8192 x 8192: a float32 channel takes 256 MiB, and a layer of a network many times as much
 STRENGTH = 0.8  # of a picture without a mask, as in diffusers' image-to-image pipeline
 
 
@@ -56,6 +58,9 @@ def check_options(options: argparse.Namespace, trained: TrainedDenoiser) -> None
     for name in ("num_images", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.num_images > MOST_IMAGES:
+        raise ValueError(f"--num_images must be at most {MOST_IMAGES}, whose names have six digits, got "
+                         f"{options.num_images}; draw more with another --seed into another --output")  # fmt: skip
     for name in ("mask", "strength"):
         if getattr(options, name) is not None and options.init is None:
             raise ValueError(f"--{name} must come with a picture to start from; add --init FILE")
@@ -78,12 +83,15 @@ def image_shape(options: argparse.Namespace, trained: TrainedDenoiser) -> tuple[
     Raises:
         ValueError: if the network does not take that size; it names the next one.
     """
-    if options.image_size is None and _enlarges(trained):
-        height, width = (_largest_size(side, trained) for side in _size_of("init", options.init))
+    if options.image_size is None and not _enlarges(trained):
+        height, width = trained.image_shape[1:]
     elif options.image_size is None:
-        return trained.image_shape
+        height, width = (_largest_size(side, trained) for side in _size_of("init", options.init))
     else:
         height, width = _network_sizes("image_size", options.image_size, trained)
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"images must have at most {MOST_PIXELS} values a channel where the network sees them, got "
+                         f"{height} x {width}; draw smaller ones with --image_size")  # fmt: skip
     return trained.image_shape[0], height, width
 
 

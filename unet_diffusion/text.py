@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unet_diffusion.checkpoint import check_safetensors
 from unet_diffusion.conditioning import Condition
+from unet_diffusion.whole_file import read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -168,7 +169,7 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
     if not config_file.is_file() or not (folder / "tokenizer").is_dir():
         raise FileNotFoundError(f"{folder} must be a local folder with text_encoder/config.json and tokenizer/")
     transformers = _transformers()
-    config = json.loads(config_file.read_text())
+    config = read_json(config_file)
     _check_build(config, config_file)
     check_safetensors(config_file.parent, "model")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)

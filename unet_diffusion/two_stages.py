@@ -7,6 +7,7 @@ has begun keeps its images and settings; those of one that has not may still be 
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unet_diffusion.data.captions import read_captions
-from unet_diffusion.data.files import find_images
+from unet_diffusion.data.files import class_names_of, find_images
 from unet_diffusion.data.fingerprints import (
     Fingerprint,
     changes,
@@ -26,13 +27,15 @@ from unet_diffusion.data.fingerprints import (
     folder_hash,
     hash_of_all,
 )
+from unet_diffusion.fit_arguments import check_arguments
 from unet_diffusion.interruption import Interrupted, handled
 from unet_diffusion.recipes import read_settings
-from unet_diffusion.usage import first_few
-from unet_diffusion.whole_file import CONTENTS, SETTINGS, remove_left_behind, whole_file
+from unet_diffusion.usage import UsageError, first_few
+from unet_diffusion.whole_file import CONTENTS, SETTINGS, field_of, read_json, remove_left_behind, whole_file
 
 RECORD = "stages.json"  # settings of each stage that has begun, of which images, its seconds, and which are done
 INTERRUPTED = (130, 143)  # exit statuses of a stage that a signal ended
+TASKS = {"autoencoder": "autoencode", "denoiser": "denoise"}  # of the stages
 LABEL_DROPOUT = 0.1  # of classes, for guidance
 
 
@@ -71,7 +74,7 @@ class TwoStages:
             ValueError: if images lack captions, or the recipe takes none.
             RuntimeError: if a stage fails; its own error comes before.
         """
-        record = self._record()
+        record = self._record(options_of_fit)
         for number, (name, command) in enumerate(self._stages().items(), start=1):
             if name in record["done"]:
                 say(f"stage {number} of 3, {name}: done before, in {record['seconds'][name]:.0f} s")
@@ -89,6 +92,8 @@ class TwoStages:
             self._write(record)
             if status in INTERRUPTED:
                 raise Interrupted(status - 128)
+            if not record["done"] and list(self.output.iterdir()) == [self.output / RECORD]:
+                shutil.rmtree(self.output)  # nothing was made
             if status:
                 raise RuntimeError(f"stage {number}, {name}, failed; the same command again goes on from there")
 
@@ -110,11 +115,16 @@ class TwoStages:
     def _denoiser(self) -> list[str]:
         arguments = self._fit("denoiser", self.denoiser, self.output / "latents")
         if self.class_labels:
-            classes = json.loads((self.output / "latents" / "index.json").read_text())["class_names"]
-            arguments.append(f"--model.unet.init_args.num_class_embeds={len(classes) + 1}")  # and the null label
-            if not read_settings(self.denoiser)["model"].get("label_dropout"):
-                arguments.append(f"--model.label_dropout={LABEL_DROPOUT}")
+            arguments += self._of_classes(len(read_json(self.output / "latents" / "index.json")["class_names"]))
         return arguments
+
+    def _of_classes(self, num_classes: int) -> list[str]:
+        """Arguments of the denoiser's run; none without classes."""
+        if not self.class_labels:
+            return []
+        dropout = read_settings(self.denoiser).get("model", {}).get("label_dropout") or LABEL_DROPOUT
+        return [f"--model.unet.init_args.num_class_embeds={num_classes + 1}",  # and the null label
+                f"--model.label_dropout={dropout}"]  # fmt: skip
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
         run = self.output / name
@@ -126,14 +136,22 @@ class TwoStages:
     def _data_of(self, recipe: Path) -> dict[str, Any]:
         return read_settings(recipe).get("data", {}).get("init_args", {})
 
-    def _check(self) -> None:
+    def _check(self, options: Sequence[str]) -> None:
         """What would fail after the first stage, or be found to be missing after the last."""
         files = find_images(self.images)
+        num_classes = len(class_names_of(files.names, self.images)) if self.class_labels else 0
         if self.captions:
             read_captions(files, files.names)
             if not read_settings(self.denoiser)["model"].get("conditions"):
                 raise ValueError(f"the recipe {self.denoiser} must have conditions to take captions; use "
                                  "latents_text, or leave --captions out")  # fmt: skip
+        autoencoder = self._fit("autoencoder", self.autoencoder, self.images)
+        denoiser = [*self._fit("denoiser", self.denoiser, self.images), *self._of_classes(num_classes)]
+        runs = {"autoencoder": [*autoencoder, *options], "denoiser": [*denoiser, *options]}
+        for stage, words in runs.items():
+            if (task := check_arguments(words).task) != TASKS[stage]:
+                raise UsageError(f"the recipe of the {stage} must have task {TASKS[stage]}, got {task}")
+        check_runs(runs)
 
     def settings(self, stage: str, images: Mapping[str, Fingerprint]) -> dict[str, Any]:
         """What may not change of a stage once it has begun, plain values.
@@ -164,17 +182,19 @@ class TwoStages:
             }
         return settings
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, options_of_fit: Sequence[str]) -> dict[str, Any]:
         """What is done, after a look whether it is what is asked for now."""
         path = self.output / RECORD
         remove_left_behind(self.output, RECORD)
         if not path.exists() and self.output.exists() and any(self.output.iterdir()):
             raise FileExistsError(f"{self.output} holds files of something else; choose another --output")
         empty: dict[str, Any] = {"settings": {}, "images": {}, "seconds": {}, "done": []}
-        record = json.loads(path.read_text()) if path.exists() else empty
+        record = read_json(path) if path.exists() else empty
+        for field in empty:
+            field_of(record, field, path)
         now = fingerprints(find_images(self.images), record["images"])
         self._refuse_other_settings(record, now)
-        self._check()
+        self._check(options_of_fit)
         record["images"] = now
         self._write(record)
         return record
@@ -204,6 +224,21 @@ class TwoStages:
     def _write(self, record: dict[str, Any]) -> None:
         with whole_file(self.output / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1))
+
+
+def check_runs(runs: dict[str, list[str]]) -> None:
+    """See whether the runs of fit can begin, before the first of them is trained.
+
+    Args:
+        runs: The arguments of fit, by stage.
+
+    Raises:
+        UsageError: If a recipe is wrong.
+    """
+    command = [sys.executable, "-P", "-m", "unet_diffusion.training.check_runs", json.dumps(runs)]
+    done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode:
+        raise UsageError(done.stderr.rpartition("unet-diffusion: error: ")[2].partition("\n(--traceback")[0].strip())
 
 
 def _exit_status(command: list[str]) -> int:

@@ -42,6 +42,9 @@ Norm = Literal["batch", "group"]
 NORM_NUM_GROUPS = 32  # at most, of a SegmentationUNet's group norms (Wu & He 2018)
 
 
+MOST_LAYERS = 100  # blocks a level; published networks have 4 at most
+
+
 class UNet(nn.Module):
     """The wiring: every map made on the way down is a skip connection on the way up.
 
@@ -509,8 +512,10 @@ def _check_denoiser(config: dict[str, Any]) -> None:
         raise ValueError(f"resample must be 'conv' or 'resnet', got {config['resample']!r}")
     if config["downsample_padding"] not in (0, 1):
         raise ValueError(f"downsample_padding must be 0 or 1, got {config['downsample_padding']}")
-    if config["layers_per_block"] < 1:
-        raise ValueError(f"layers_per_block must be at least 1, got {config['layers_per_block']}")
+    if not 1 <= config["layers_per_block"] <= MOST_LAYERS:
+        raise ValueError(f"layers_per_block must be from 1 to {MOST_LAYERS}, got {config['layers_per_block']}")
+    if not 0 <= config["dropout"] <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {config['dropout']}")
     for name in ("attention_levels", "cross_only_levels"):
         for level in config[name]:
             if not 0 <= level < num_levels:
@@ -522,6 +527,8 @@ def _check_denoiser(config: dict[str, Any]) -> None:
 def _check_widths(channels: Sequence[int], norm_num_groups: int) -> None:
     if not channels:
         raise ValueError("channels must hold the width of at least one level, got none")
+    if min(*channels, norm_num_groups) < 1:
+        raise ValueError(f"channels and norm_num_groups must be at least 1, got {list(channels)} and {norm_num_groups}")
     if channels[0] % 2:
         raise ValueError(f"channels[0] must be even, as half of the timestep embedding is sines, got {channels[0]}")
     for width in channels:
@@ -613,6 +620,8 @@ def _check_segmentation(
 ) -> None:
     if len(channels) < 2:
         raise ValueError(f"channels must hold the widths of at least 2 levels, got {list(channels)}")
+    if min(channels) < 1:
+        raise ValueError(f"channels must be at least 1, got {list(channels)}")
     if padding not in get_args(Padding):
         raise ValueError(f"padding must be 'valid' or 'same', got {padding!r}")
     if norm is not None and norm not in get_args(Norm):

@@ -5,14 +5,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from unet_diffusion.usage import first_few
 
 SETTINGS = "settings.json"
 RUN_HEADER = "# Settings of the run in this folder, written by unet-diffusion."  # first line of a run's config.yaml
+LOCK = ".lock"  # in a folder in which a process is at work
 EXPORTED = ".exported.json"  # in an exported folder: the names of its files, which may be replaced
 CONTENTS = "contents of "  # begins the names of settings that are hashes, which say nothing to people
 MOST_SHOWN = 100  # characters of a setting in an error, which may be all captions
@@ -35,6 +41,95 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: The file.
+        kind: What it must hold, a dict or a list.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path} must hold JSON, and does not{where}; it is damaged: make it again") from error
+    if not isinstance(content, kind):
+        names: dict[type, str] = {dict: "fields", list: "a list", type(None): "nothing"}
+        wanted, got = (names.get(one, f"a {one.__name__}") for one in (kind, type(content)))
+        raise ValueError(f"{path} must hold {wanted}, and holds {got}; it is another file: make it again")
+    return content
+
+
+def field_of(record: dict[str, Any], name: str, path: Path) -> Any:
+    """A field of a JSON file.
+
+    Args:
+        record: What the file holds.
+        name: The field.
+        path: The file.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if name not in record:
+        raise ValueError(f"{path} must have the field {name}, and has {', '.join(record) or 'none'}; make it again")
+    return record[name]
+
+
+class ClaimedFolder:
+    """A folder in which one process at a time is at work; released when it is closed or the process dies.
+
+    Args:
+        folder: Made if it is not there.
+
+    Raises:
+        FileExistsError: If another process is at work there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._was_empty = not folder.exists() or not any(folder.iterdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = open(folder / LOCK, "ab")  # noqa: SIM115  # open as long as the folder is claimed
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(self._file.fileno()), (folder / LOCK).stat())  # not just given up
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        except OSError:  # a file system without locks
+            return
+        if not is_ours:
+            self._file.close()
+            raise FileExistsError(
+                f"another process is at work in {folder}; wait until it has ended, or choose another folder"
+            )
+
+    def close(self) -> None:
+        """Release it."""
+        (self.folder / LOCK).unlink(missing_ok=True)
+        self._file.close()
+
+    def clear(self) -> None:
+        """Remove what was made since, if there was nothing before."""
+        if not self._was_empty:
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        with suppress(OSError):  # somebody has put something there meanwhile
+            for path in self._missing:
+                path.rmdir()
 
 
 def remove_left_behind(folder: Path, name: str | None = None) -> None:
@@ -85,9 +180,9 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
     if not folder.is_dir():
         raise FileExistsError(f"{folder} must be a folder to export to, and is a file; choose another name")
     if not overwrite:
-        raise FileExistsError(f"{folder} exists and is not overwritten; choose another folder, or pass overwrite=True")
+        raise FileExistsError(f"{folder} exists and is not overwritten; choose another folder, or give --overwrite")
     record = folder / EXPORTED
-    exported = {*json.loads(record.read_text()), EXPORTED} if record.is_file() else set()
+    exported = {*map(str, read_json(record, list)), EXPORTED} if record.is_file() else set()
     if others := sorted({*_files_below(folder)} - exported):
         raise FileExistsError(
             f"{folder} holds files that were not exported there ({first_few(others)}) and is not overwritten; choose "
@@ -140,7 +235,7 @@ def claim_folder(
     if folder.exists() and not all(path.match(f".{SETTINGS}.*.partial") for path in folder.iterdir()):
         if not (folder / SETTINGS).is_file():
             raise FileExistsError(f"{folder} holds files that are no {what}; choose another folder")
-        before = json.loads((folder / SETTINGS).read_text())
+        before = read_json(folder / SETTINGS)
         differ = [
             key if key.startswith(CONTENTS) else f"{key}: {_short(before.get(key))} there, {_short(value)} here"
             for key, value in plain.items()

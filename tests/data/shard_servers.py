@@ -1,5 +1,7 @@
 """An object store on this machine, which fails when it is told to."""
 
+import time
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +18,7 @@ class FaultyServer:
 
     Attributes:
         faults: for a file name what to do at each time that it is asked for: "refuse" (503), "truncate", "corrupt",
-            "hang_up".
+            "hang_up", "trickle" (ten bytes a second).
         asked: names of the files, in order.
     """
 
@@ -66,8 +68,14 @@ class _Handler(SimpleHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
             self.close_connection = True
+            if fault == "trickle":
+                with suppress(ConnectionError):  # the client has enough
+                    for byte in content:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(0.1)
+                return
+            self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
 
     def _list_objects(self, prefix: str) -> None:
         bucket = Path(self.translate_path(self.path))

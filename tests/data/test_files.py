@@ -91,7 +91,7 @@ def test_missing_root_is_named(tmp_path):
 
 def test_file_that_is_no_zip_is_named(tmp_path):
     (tmp_path / "set.zip").write_bytes(b"not a zip")
-    with pytest.raises(ValueError, match=r"set\.zip is neither; give its folder"):
+    with pytest.raises(ValueError, match=r"set\.zip is no zip archive, or only a part of one"):
         find_images(tmp_path / "set.zip")
 
 

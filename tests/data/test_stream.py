@@ -614,6 +614,18 @@ def test_faults_that_pass_leave_no_trace(packed, monkeypatch, fault):
         assert not any(server.faults.values())
 
 
+def test_server_that_sends_a_byte_now_and_then_is_asked_again_and_then_given_up(packed, monkeypatch):
+    monkeypatch.setattr(shards, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(shards, "WHOLE", 0.5)  # seconds
+    with FaultyServer(packed) as server:
+        server.faults = {"index.json": ["trickle"], "shard_00000.tar": ["trickle"] * 3}
+        store = ShardStore(server.address, num_retries=1)
+        index = store.index()
+        assert server.asked == ["index.json"] * 2
+        with pytest.raises(ShardError, match=r"shard_00000\.tar cannot be read: "):
+            store.images_of(0, index.shards[0])
+
+
 def test_retries_wait_longer_each_time(packed, monkeypatch):
     waits = []
     monkeypatch.setattr(shards.time, "sleep", waits.append)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,7 +29,7 @@ class ImageDataModule(KnownImages):
     there are classes, "labels": int64 (B,).
 
     Args:
-        batch_size: images a batch and process.
+        batch_size: images a batch and process; no more than there are to train on.
         num_val: images kept apart for validation, the same for every seed; None: about a tenth, at most 1000. Of
             files the name decides, see `split_by_name`, so that files which are added move nobody.
         horizontal_flip: mirror every second training image, drawn at random.
@@ -99,6 +100,7 @@ class ImageDataModule(KnownImages):
         if self._image_set is None:
             image_set = self.load()
             self.train_indices, self.val_indices = self.split(image_set)
+            self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices), self.trainer)
             self._image_set = image_set
 
     def summary(self) -> list[str]:
@@ -208,6 +210,33 @@ def replica(trainer: Any) -> dict[str, int]:
     """Which of how many processes this one is, as samplers take it."""
     distributed = trainer.distributed_sampler_kwargs if trainer is not None else None
     return distributed or {"num_replicas": 1, "rank": 0}
+
+
+def bounded_batch_size(batch_size: int, num_images: int, trainer: Any) -> int:
+    """The size of a batch that is asked for, but no more than there are images to train on, which is said in a run."""
+    if batch_size > num_images and trainer is not None:
+        rank_zero_info(
+            f"batch_size is {batch_size}, and a batch has all {num_images} images that there are to train on"
+        )
+    return min(batch_size, num_images)
+
+
+def refuse_unused(datamodule: Any, taken: set[str]) -> None:
+    """Refuse data that are asked for and that nothing would be made of.
+
+    Args:
+        datamodule: May have the attributes class_labels and has_captions.
+        taken: What is used, of "class_labels" and "captions".
+
+    Raises:
+        ValueError: If there are such.
+    """
+    for option, attribute in (("class_labels", "class_labels"), ("captions", "has_captions")):
+        if getattr(datamodule, attribute, False) and option not in taken:
+            raise ValueError(
+                f"data.init_args.{option} is true, and what is trained takes no {option}; set it to false, or train a "
+                "network that takes them (num_class_embeds for classes, model.conditions for captions)"
+            )
 
 
 def refuse_overfit_batches(trainer: Any) -> None:

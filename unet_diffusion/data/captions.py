@@ -83,7 +83,7 @@ def _content(files: ImageFiles, path: str) -> str | None:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, and is not ({error}); save it as such") from error
+        raise ValueError(f"{path} must be text in UTF-8, and is not; save it as such") from error
 
 
 def _rows_below(files: ImageFiles, folder: str, images: set[str]) -> Iterator[tuple[str, str, str]]:

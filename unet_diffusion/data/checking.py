@@ -1,9 +1,12 @@
 """Every file is decoded once before training, so that a damaged one is found in a minute and not in the tenth hour."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -14,11 +17,13 @@ from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.data.stored import stored_images
-from unet_diffusion.usage import printable
+from unet_diffusion.usage import in_words, printable
 
 T = TypeVar("T")
 
 NUM_NAMED = 5  # bad files named in a message
+LARGE_IMAGE = 2**24  # pixels: one of nine times as many takes a gigabyte to decode and scale
+_one_at_a_time = Lock()
 
 
 @dataclass
@@ -48,8 +53,14 @@ class StreamedImages:
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """The images at index (B,), (B, C, H, W); called as a tensor's, so dim must be 0."""
         assert dim == 0
-        read = (self.files.read(self.names[i]) for i in index.tolist())
-        return torch.stack([to_depth(decode_image(data, self.image_format), self.dtype) for data in read])
+        return torch.stack([to_depth(self._image(self.names[i]), self.dtype) for i in index.tolist()])
+
+    def _image(self, name: str) -> Tensor:
+        image = decoded(lambda data: decode_image(data, self.image_format), self.files, name)
+        if isinstance(image, str):
+            raise ValueError(f"{name} could be read before, and cannot be now: {image}; put it back as it was, and run "
+                             "the same command again")  # fmt: skip
+        return image
 
 
 @dataclass
@@ -171,7 +182,8 @@ def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | s
 
 def reason(error: Exception) -> str:
     """What is wrong with a file; words of a decoder say little without their kind."""
-    return str(error) if type(error) is ValueError else f"it cannot be read ({type(error).__name__}: {error})"
+    is_sentence = isinstance(error, ValueError | OSError)
+    return in_words(error) if is_sentence else f"damaged ({type(error).__name__}: {error})"
 
 
 @dataclass
@@ -186,7 +198,8 @@ class _Decoded:
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], _Decoded | str]:
     def decode(data: bytes) -> _Decoded:
         stored = next(stored_images(data))
-        return _Decoded(fitted_image(stored, image_format), stored.size, content_hash(data))
+        with _one_at_a_time if math.prod(stored.size) > LARGE_IMAGE else nullcontext():
+            return _Decoded(fitted_image(stored, image_format), stored.size, content_hash(data))
 
     return lambda name: decoded(decode, files, name)
 

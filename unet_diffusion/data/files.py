@@ -282,6 +282,8 @@ def _split_at_archive(root: Path) -> tuple[Path, str]:
     for path in (root, *root.parents):
         if path.is_file():
             if not zipfile.is_zipfile(path):
+                if path.suffix.lower() == ".zip":
+                    raise ValueError(f"{path} is no zip archive, or only a part of one; copy or download it again")
                 raise ValueError(f"root must be a folder or a zip archive, but {path} is neither; give its folder")
             return path, root.relative_to(path).as_posix().removeprefix(".")
     raise FileNotFoundError(f"root must be an existing folder or zip archive, got {root}, looked for {root.absolute()}")

@@ -27,7 +27,7 @@ from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.data.stored import stored_images
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.usage import first_few
-from unet_diffusion.whole_file import CONTENTS, claim_folder, remove_left_behind, whole_file
+from unet_diffusion.whole_file import CONTENTS, claim_folder, read_json, remove_left_behind, whole_file
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
@@ -128,7 +128,7 @@ def _changed(files: ImageFiles, record: dict[str, Any]) -> list[str]:
 
 def _record(folder: Path, number: int) -> dict[str, Any] | None:
     path = _record_path(folder, number)
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _record_path(folder: Path, number: int) -> Path:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from unet_diffusion.data.base import refuse_overfit_batches, replica
+from unet_diffusion.data.base import bounded_batch_size, refuse_overfit_batches, replica
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
@@ -116,6 +116,7 @@ class SegmentationDataModule(KnownImages):
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
+        self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices), self.trainer)
         self._images = loaded
 
     def summary(self) -> list[str]:

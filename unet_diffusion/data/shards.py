@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
-from unet_diffusion.usage import printable
+from unet_diffusion.usage import in_words, printable
 
 T = TypeVar("T")
 
 INDEX = "index.json"
 FIRST_WAIT = 0.5  # seconds before a read is tried again, doubled each time: four retries take 7.5 s
 SILENCE = 30  # seconds without a byte over http, after which a read has failed
+WHOLE = 300  # seconds of a whole read over http: 200 MB at less than a megabyte a second
 # Addresses come from configurations: of fsspec's file systems plain stores. Others, and those chained by ::, take
 # templates and settings from what they read, or run code of the place.
 PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "hf", "ftp", "sftp", "ssh", "smb",
@@ -95,6 +96,9 @@ class ShardIndex:
         """
         try:
             fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place} must hold JSON, and does not; it is damaged: pack the images again") from error
+        try:
             height, width = map(int, fields.pop("smallest"))
             index = cls(shards=[Shard(**one) for one in fields.pop("shards")], smallest=(height, width), **fields)
             counts = [[len(known) for known in (s.labels, s.captions) if known is not None] for s in index.shards]
@@ -103,7 +107,8 @@ class ShardIndex:
             if index.class_names is not None and any(shard.labels is None for shard in index.shards):
                 raise ValueError("there are class_names, but a shard has no labels")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{place} is no index of shards ({error}); pack the images again") from error
+            reason = error if type(error) is ValueError else "its fields are not those that pack writes"
+            raise ValueError(f"{place} is no index of shards ({reason}); pack the images again") from error
         return index
 
     @property
@@ -413,7 +418,7 @@ def _options(root: str) -> dict[str, Any]:
     if root.startswith(("http://", "https://")):
         from aiohttp import ClientTimeout
 
-        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=WHOLE, sock_connect=SILENCE, sock_read=SILENCE)}
     return options
 
 
@@ -423,4 +428,4 @@ def _members(content: bytes) -> list[bytes]:
 
 
 def _said(error: Exception) -> str:
-    return "it is not there" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+    return "it is not there" if isinstance(error, FileNotFoundError) else in_words(error)

@@ -24,6 +24,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unet_diffusion.checkpoint import TrainedAutoencoder, autoencoder_record, check_callbacks, load_plain
 from unet_diffusion.codecs import decode_codes, downsampling, latent_moments, num_latent_channels, quantize, reconstruct
+from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.latents import moment_sums
 from unet_diffusion.schedule import keyed_generator
@@ -97,6 +98,12 @@ class AutoencoderModule(LightningModule):
     """
 
     image_shape: tuple[int, int, int] | None = None  # (C, H, W); known with the data
+
+    logged = (  # the last of those with their part only
+        *("train/loss", "train/fidelity", "train/skipped_steps", "val/psnr", "val/latent_mean", "val/latent_std"),
+        *("val/ssim", "val/latent_signal", "val/codes_used", "val/code_perplexity", "train/kl", "train/codebook"),
+        *("train/adversarial", "train/adversarial_weight", "train/discriminator"),
+    )
 
     def __init__(
         self,
@@ -194,6 +201,7 @@ class AutoencoderModule(LightningModule):
             settle_precision(self.trainer, precision)
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
+            refuse_unused(datamodule, set())
             self._meet_data(tuple(datamodule.image_shape))
         if self.trainer.strategy.root_device.type != "cpu":  # there group norms go backward in it at half the speed
             for network in (self.autoencoder, self.ema_autoencoder, self.discriminator):

@@ -95,6 +95,7 @@ class NetworkModule(LightningModule):
 
     image_shape: tuple[int, int, int] | None = None  # (C, H, W) of a training input; known with the data
     record_key: str  # of `record` in a checkpoint
+    logged: tuple[str, ...]  # what callbacks may monitor
     gradient_norm: Tensor | None = None  # of this step, before clipping, if a callback needed it
 
     def __init__(

@@ -11,7 +11,7 @@ import atexit
 import re
 import signal
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,11 +24,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import unet_diffusion.data
-from unet_diffusion.checkpoint import load_plain, read_checkpoint
+from unet_diffusion.checkpoint import explained, load_plain, read_checkpoint
+from unet_diffusion.checkpoint_checks import check_weights
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.known import KnownImages
 from unet_diffusion.data.segmentation import SegmentationDataModule
@@ -48,12 +48,13 @@ from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeChec
 from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.named_classes import check_names, check_written, refuse_names_but
+from unet_diffusion.training.parser_errors import TRIED_ALL, in_short
 from unet_diffusion.training.precision import RunTrainer, smaller_precision
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
 from unet_diffusion.usage import UsageError, did_you_mean
-from unet_diffusion.whole_file import RUN_HEADER, check_replaceable, whole_file
+from unet_diffusion.whole_file import RUN_HEADER, ClaimedFolder, check_replaceable, whole_file
 
 CHECKPOINTS = "checkpoints"
 RUN_SETTINGS = "run_settings"  # in a checkpoint: all settings, as config.yaml has them
@@ -61,20 +62,25 @@ PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", 
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
-LEAST = {  # less is accepted by Lightning, which then does something else: it would climb the loss, or do nothing
+# Less is accepted by Lightning, which then does something else: it would climb the loss, or do nothing.
+LEAST = {
     "trainer.max_epochs": -1,
     "trainer.max_steps": -1,
     "trainer.accumulate_grad_batches": 1,
     "trainer.gradient_clip_val": 0,
     "trainer.log_every_n_steps": 0,
-    "trainer.limit_train_batches": 0,
     "trainer.limit_val_batches": 0,
-    "trainer.val_check_interval": 0,
+    "trainer.check_val_every_n_epoch": 1,
+    "trainer.num_sanity_val_steps": -1,
+    "trainer.num_nodes": 1,
     "samples.every_n_steps": 0,
     "samples.num_images": 1,
     "checkpoint.every_n_train_steps": 0,
     "checkpoint.save_top_k": -1,
 }
+NOT_NOTHING = ("trainer.val_check_interval", "trainer.limit_train_batches")  # a share, or a number of batches
+MOST_PICTURES = 1000  # in a grid
+DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+(,\d+)*,|\d+(,\d+)+")  # how many, or their numbers with commas
 DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
 AUTO = "auto"
 LEFT_TO_THE_MACHINE = ("model.speed", "trainer.precision")  # by "auto"
@@ -85,7 +91,6 @@ COMMON = (  # of the trainer's options those that people set
     *("enable_progress_bar", "fast_dev_run"),
 )
 HELP_ORDER = ("help", "model", "data", "trainer", "samples", "checkpoint", "ckpt_path")  # of the help, in this order
-MAX_MESSAGE = 500  # characters of an error: jsonargparse tells of each type that it tried
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class RunParser(LightningArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError(_in_short(message, self._option_string_actions)) from ex
+        raise UsageError(in_short(message, self._option_string_actions)) from ex
 
     def format_help(self, *args: Any) -> str:
         if self.usage is None and any("trainer.max_steps" in _names(group) for group in self._action_groups):
@@ -150,33 +155,6 @@ class RunParser(LightningArgumentParser):
 
 def _names(group: Any) -> list[str]:
     return [action.dest for action in group._group_actions]
-
-
-def _in_short(message: str, known: Iterable[str]) -> str:
-    """What jsonargparse says, without the types that it tried, and with the name that was meant."""
-    line = " ".join(message.split())
-    if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", line):
-        name = unknown[1] or unknown[2]
-        similar = did_you_mean(name, (option.removeprefix("--") for option in known)) or "; --help lists the options"
-        return f"there is no option {name}{similar}"
-    if no_class := re.search(r'key "([^"]+)".*Expected a dot import path string: (\w+)', line):
-        return f"{no_class[1]}: there is no class {no_class[2]}{did_you_mean(no_class[2], unet_diffusion.data.__all__)}"
-    if denied := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", line):
-        refused = f"{denied[1]} is not among what a configuration may name"
-        module = denied[1].rpartition(".")[0]
-        return f"{refused}; if you trust it, add --allow {module} to the command line" if denied[2] == "*" else refused
-    for pattern, replacement in (
-        (r'Parser key "([^"]+)":', r"\1:"),
-        (r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: -", ""),
-        (r"(?<= )- Expected a NoneType", ""),
-        (r"Given value type: .*?Given value: ", "Got value: "),
-        (r"Got value: NestedArg\(.*\)|<class '|(?<=\w)'>|typing\.", ""),
-    ):
-        line = re.sub(pattern, replacement, line)
-    line = " ".join(line.split())
-    if len(line) <= MAX_MESSAGE:
-        return line
-    return f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"  # the value stands at the end
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -209,7 +187,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
         with whole_file(run_folder(trainer) / "config.yaml") as partial:
-            partial.write_text(f"{RUN_HEADER}\n{text}")
+            partial.write_text(f"{RUN_HEADER}\n{text}", encoding="utf-8")
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
 
@@ -228,9 +206,16 @@ class TrainingCLI(LightningCLI):
     def __init__(self, task: str, modules: Sequence[str], **options: Any):
         self.modules = modules
         self.task, self.pictures = task, Task.named(task).pictures
+        self.claimed: ClaimedFolder | None = None  # the run folder, on the first process
         try:
             super().__init__(Task.named(task).module, Task.named(task).data, **options)
         except BaseException as error:
+            if (
+                self.claimed
+                and isinstance(error, Exception)
+                and not (hasattr(self, "trainer") and self.trainer.global_step)
+            ):
+                self.claimed.clear()  # nothing was trained
             launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
             if isinstance(launcher, _SubprocessScriptLauncher):
                 # The other processes would wait for this one. Last, as Lightning ends this one soon after another.
@@ -241,9 +226,12 @@ class TrainingCLI(LightningCLI):
             accumulated = self.trainer.accumulate_grad_batches if hasattr(self, "trainer") else 1
             precision = smaller_precision(self.trainer) if hasattr(self, "trainer") else None
             raise MemoryError(memory_advice(error, batch_size, accumulated, precision)) from error
+        finally:
+            if self.claimed:
+                self.claimed.close()
 
     @classmethod
-    def run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> None:
+    def run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> "TrainingCLI":
         """Parse and carry out `fit ...` or `validate ...`.
 
         Args:
@@ -259,18 +247,22 @@ class TrainingCLI(LightningCLI):
         """
         _silence_what_is_meant()
         try:
-            cls._run(arguments, task, modules)
+            return cls._run(arguments, task, modules)
         except SIGTERMException as error:  # before the first step, when Lightning has the signal
             raise Interrupted(signal.SIGTERM) from error
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning ends with status 1
                 raise KeyboardInterrupt from None
             raise
+        except (TypeError, ValueError) as error:
+            if TRIED_ALL in str(error):  # of a class that refuses its arguments
+                raise ValueError(in_short(str(error), [])) from error
+            raise
 
     @classmethod
-    def _run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> None:
+    def _run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> "TrainingCLI":
         refuse_names_but(modules)
-        cls(
+        return cls(
             task,
             modules,
             trainer_class=RunTrainer,
@@ -307,12 +299,15 @@ class TrainingCLI(LightningCLI):
         else:
             files = [Path(config.ckpt_path)] if config.ckpt_path else []
         for file in files:
-            load_plain(file)
+            checkpoint = load_plain(file)
+            if not (isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint):
+                raise ValueError(f"{file} must be a checkpoint of a run of fit, or made by import, and is neither")
+            with explained(file, "run"):
+                check_weights(checkpoint.get("state_dict"))
 
     def before_instantiate_classes(self) -> None:
-        check_names(self.config, self.modules)
+        check_settings(self.config, self.modules)
         config = self.config[self.subcommand]
-        _check_numbers(config)
         root = _root(config)
         config.trainer.default_root_dir = str(root)
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
@@ -324,6 +319,8 @@ class TrainingCLI(LightningCLI):
         elif self.subcommand == "fit":
             _check_run_folder(root)
             _refuse_images_in(config.data, root)
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                self.claimed = ClaimedFolder(root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -384,6 +381,7 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         if isinstance(self.datamodule, KnownImages):
             self.datamodule.must_be_same = self.goes_on_by_itself
+        _check_monitors(self.trainer, self.model.logged)
         if self.task != "segment" and self.trainer.is_global_zero:
             name = "autoencoder" if self.task == "autoencode" else "pipeline"
             check_replaceable(run_folder(self.trainer).resolve() / name, overwrite=True)
@@ -416,6 +414,18 @@ class TrainingCLI(LightningCLI):
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
         export_pipeline(trained, folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"
+
+
+class BuildOnly(TrainingCLI):
+    """fit, but it ends when everything is built: nothing is trained or written."""
+
+    def before_instantiate_classes(self) -> None:
+        check_settings(self.config, self.modules)
+        self.config[self.subcommand].trainer.logger = False
+        self.written = self.config.clone()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
 
 
 def _silence_what_is_meant() -> None:
@@ -464,6 +474,20 @@ def _refuse_images_in(data: Any, root: Path) -> None:
                              "would read its own pictures")  # fmt: skip
 
 
+def check_settings(config: Any, modules: Sequence[str]) -> None:
+    """Refuse what a configuration may not name, and numbers that Lightning takes without doing what they say.
+
+    Args:
+        config: All settings, of a command.
+        modules: Modules of the user's own that it may name.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    check_names(config, modules)
+    _check_numbers(config[config.subcommand])
+
+
 def _check_numbers(config: Any) -> None:
     """Refuse numbers that Lightning takes without doing what they say.
 
@@ -474,12 +498,41 @@ def _check_numbers(config: Any) -> None:
         value = config.get(name)
         if isinstance(value, int | float) and not value >= least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
+    for name in NOT_NOTHING:
+        value = config.get(name)
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} must be more than 0, got {value}; leave it out for all")
+    devices = config.trainer.devices
+    if isinstance(devices, int | str) and not DEVICES.fullmatch(str(devices)):
+        raise ValueError(f"trainer.devices must be a number from 1, or -1 or auto for all, got {devices}")
+    if config.trainer.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches must be 0, got {config.trainer.overfit_batches}; to overfit, train on a folder "
+            "with a few images"
+        )
+    if config.samples.get("num_images", 0) > MOST_PICTURES:
+        raise ValueError(f"samples.num_images must be at most {MOST_PICTURES}, got {config.samples.num_images}")
     if config.trainer.max_steps == 0:
         raise ValueError(
             "trainer.max_steps must be 1 or more, or -1 for no end but that of max_epochs or max_time, got 0"
         )
     if config.checkpoint.filename is not None and not config.checkpoint.filename.strip():
         raise ValueError("checkpoint.filename must not be empty; leave it out")
+
+
+def _check_monitors(trainer: Trainer, logged: Sequence[str]) -> None:
+    """Refuse callbacks that wait for what is never logged: Lightning finds out after an epoch, or not at all.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in logged:
+            similar = did_you_mean(monitor, logged)
+            raise ValueError(
+                f"monitor of {type(callback).__name__} must be one of {', '.join(logged)}, got {monitor!r}{similar}"
+            )
 
 
 def _root(config: Any) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, network_record
 from unet_diffusion.conditioning import ClassLabels, ClassTokens, Condition, Inputs, Maps, network_inputs
+from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.data.maps import ImagesWithMaps
 from unet_diffusion.latents import LatentSpace
 from unet_diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
@@ -56,6 +57,11 @@ class DiffusionModule(NetworkModule):
     """
 
     record_key = "denoiser"
+
+    logged = (
+        *("train/loss", "val/loss", "train/skipped_steps"),
+        *(f"{stage}/loss_q{quarter}" for stage in ("train", "val") for quarter in range(1, NUM_QUARTERS + 1)),
+    )
 
     def __init__(
         self,
@@ -137,6 +143,8 @@ class DiffusionModule(NetworkModule):
         self.class_names = datamodule.class_names
         self.latent_space = getattr(datamodule, "latent_space", None)
         self._check_data(datamodule.num_classes)
+        names = {"labels": "class_labels", "captions": "captions"}
+        refuse_unused(datamodule, {names.get(one.given, "") for one in self.all_conditions})
         _check_maps(self.all_conditions, datamodule)
         self._meet_captions(datamodule)
 

@@ -47,6 +47,8 @@ class SegmentationModule(NetworkModule):
 
     record_key = "segmenter"
 
+    logged = ("train/loss", "train/skipped_steps", "val/dice", "val/iou", "val/pixel_error")
+
     def __init__(
         self,
         unet: PixelNetwork,
