@@ -124,7 +124,7 @@ def test_unreadable_file_is_reported_at_the_end_and_the_rest_is_done(run_cli, ru
 def test_pages_of_a_large_tiff_are_pages_of_its_mask(run_cli, run, tmp_path):
     pixels = RNG.integers(256, size=(3, 40, 45), dtype=np.uint8)
     (tmp_path / "images").mkdir()
-    tifffile.imwrite(tmp_path / "images" / "a.btf", pixels, bigtiff=True)
+    tifffile.imwrite(tmp_path / "images" / "a.btf", pixels, bigtiff=True, photometric="minisblack")
     status, _, err = run_cli("segment", run, tmp_path / "images", "--output", tmp_path / "masks")
     assert status == 0, err
     assert sizes(tmp_path / "masks") == {"a.btf": (40, 45, 3)}
