@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = "settings.json"
+RUN_HEADER = "# Settings of the run in this folder, written by unet-diffusion."  # first line of a run's config.yaml
 EXPORTED = ".exported.json"  # in an exported folder: the names of its files, which may be replaced
 MOST_NAMED = 3  # files in an error
 MOST_SHOWN = 100  # characters of a setting in an error, which may be all captions

@@ -1,4 +1,8 @@
+import json
+import os
 import pickle
+import shutil
+import unicodedata
 import zipfile
 from unittest import mock
 
@@ -6,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from encoded import encode, encode_16_bit_png, random_pixels, write_images
+from PIL import Image
 
 from unet_diffusion.data import ImageFormat, check_images, find_images, load_images
 from unet_diffusion.data import files as files_module
+from unet_diffusion.data.decoding import FORMATS
+from unet_diffusion.data.listing import IMAGE_EXTENSIONS
+from unet_diffusion.whole_file import RUN_HEADER
 
 PNG = encode(random_pixels(8, 8, 3))
 
@@ -118,3 +126,163 @@ def test_set_with_one_16_bit_file_is_16_bit(tmp_path, load):
     first = images.index_select(0, torch.tensor([0]))
     assert first.dtype == torch.uint16
     np.testing.assert_array_equal(first[0, 0].numpy(), pixels.astype(np.uint16) * 257)
+
+
+# ------------------------------------------------------------------------------------------------- what is left out
+
+OTHER_SPELLINGS = {".btf": "TIFF", ".tf2": "TIFF", ".tf8": "TIFF", ".jif": "JPEG", ".dib": "BMP", ".mpo": "JPEG"}
+NO_IMAGES_TO_TRAIN_ON = {".pfm"}  # distances and other floats, beside images
+
+
+def spellings() -> dict[str, str]:
+    """Extensions of the formats that are read, by Pillow's own list and those that its list lacks."""
+    registered = Image.registered_extensions()
+    return {name: kind for name, kind in registered.items() if kind in FORMATS} | OTHER_SPELLINGS
+
+
+def test_all_spellings_of_the_formats_that_are_read_are_images(tmp_path):
+    assert {*spellings()} - NO_IMAGES_TO_TRAIN_ON == {*IMAGE_EXTENSIONS}
+    for extension in IMAGE_EXTENSIONS:
+        encoded = encode(random_pixels(8, 8, 3), spellings()[extension])
+        (tmp_path / f"a{extension.upper()}").write_bytes(encoded)
+    checked = load_images(find_images(tmp_path), ImageFormat(8, 8), progress=False)
+    assert checked.bad_files == []
+    assert len(checked.names) == len(IMAGE_EXTENSIONS)
+
+
+def test_other_files_are_counted_by_extension(tmp_path):
+    for name in ("a.png", "b.heic", "c.HEIC", "d.jp2", "e", "f.txt"):
+        (tmp_path / name).write_bytes(PNG)
+    files = find_images(tmp_path)
+    assert files.names == ["a.png"]
+    counts = files.left_out.described().split("; ")
+    assert counts[0] == "2 .heic"  # the most
+    assert sorted(counts[1:]) == ["1 .jp2", "1 .txt", "1 without an extension"]
+    assert "txt" not in files.left_out.described(but=[".txt"])
+
+
+def test_files_of_the_shared_set_are_used_or_counted(shared_data):
+    folder = shared_data("odd_files/sets/extensions")
+    files = find_images(folder)
+    assert files.names == ["a.png", "b.jfif", "c.jpe", "d.pnm"]
+    assert sum(files.left_out.extensions.values()) == len(os.listdir(folder)) - len(files.names)
+
+
+def test_no_images_at_all_is_an_error_that_says_what_is_there(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"heic")
+    with pytest.raises(ValueError, match=r"found none below .* \(1 \.heic\); expected"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["@eaDir", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", ".thumbnails"])
+def test_folders_of_systems_are_skipped_and_named(tmp_path, folder):
+    (tmp_path / "images" / "sub" / folder).mkdir(parents=True)
+    for name in ("a.png", f"sub/{folder}/a.png", f"sub/{folder}/b.png", "Thumbs.db"):
+        (tmp_path / "images" / name).write_bytes(PNG)
+    shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "images")
+    for root in (tmp_path / "images", tmp_path / "set.zip"):
+        files = find_images(root)
+        assert files.names == ["a.png"]
+        assert files.left_out.described() == f"2 hidden or of the system (Thumbs.db, sub/{folder})"
+
+
+RECORDS = {
+    "run": ("config.yaml", RUN_HEADER + "\nmodel: {}"),
+    "run of no settings": ("checkpoints/last.ckpt", ""),
+    "samples": ("settings.json", json.dumps({"seed": 0, "num_drawn": 4})),
+    "masks": ("settings.json", json.dumps({"probabilities": "False", "overlays": "True", "instances": "False"})),
+    "pipeline": ("model_index.json", json.dumps({"_class_name": "DDPMPipeline"})),
+}
+
+
+@pytest.mark.parametrize(("file", "content"), RECORDS.values(), ids=RECORDS)
+def test_outputs_among_the_images_are_not_read(tmp_path, file, content):
+    images = write_images(tmp_path / "images", 2)
+    write_images(images / "mine" / "samples", 2)
+    (images / "mine" / file).parent.mkdir(exist_ok=True)
+    (images / "mine" / file).write_text(content)
+    shutil.make_archive(str(tmp_path / "set"), "zip", images)
+    for root in (images, tmp_path / "set.zip"):
+        files = find_images(root)
+        assert files.names == ["000.png", "001.png"]
+        assert "1 written by unet-diffusion (mine)" in files.left_out.described()
+
+
+def test_folder_whose_settings_are_of_another_program_is_read(tmp_path):
+    images = write_images(tmp_path / "images" / "photos", 2)
+    (images / "settings.json").write_text(json.dumps({"window": [3, 4]}))
+    (images / "config.yaml").write_text("model: {}")
+    (images / "model_index.json").write_text("[]")
+    assert find_images(tmp_path / "images").names == ["photos/000.png", "photos/001.png"]
+
+
+def test_folder_of_a_run_is_no_root(tmp_path):
+    write_images(tmp_path / "samples", 2)
+    (tmp_path / "config.yaml").write_text(RUN_HEADER)
+    with pytest.raises(ValueError, match="is the folder of a run; give theirs"):
+        find_images(tmp_path)
+    assert len(find_images(tmp_path / "samples").names) == 2  # asked for by name
+
+
+def test_only_regular_files_are_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    (tmp_path / "d.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "e.png").symlink_to(tmp_path / "e.png")
+    (tmp_path / "f.png").symlink_to(tmp_path / "a.png")
+    files = find_images(tmp_path)
+    assert files.names == ["a.png", "f.png"]
+    assert "4 no files: pipes, devices or broken links (b.png, c.png, d.png, e.png)" in files.left_out.described()
+    with pytest.raises(ValueError, match=r"b\.png must be a file, and is a folder, a pipe or a device"):
+        files.read("b.png")
+
+
+def test_links_to_what_holds_the_root_are_not_followed(tmp_path):
+    root = write_images(tmp_path / "around" / "images", 1)
+    write_images(tmp_path / "around" / "others", 1)
+    write_images(tmp_path / "elsewhere", 1)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
+    for name, target in (("all", "/"), ("up", root.parent), ("self", root), ("else", tmp_path / "elsewhere")):
+        (root / name).symlink_to(target, target_is_directory=True)
+    files = find_images(root)
+    assert files.names == ["000.png", "else/000.png"]
+    assert "4 links to a folder that they lie in (all, else/back, self, up)" in files.left_out.described()
+
+
+# -------------------------------------------------------------------------------------------------------------- names
+
+COMPOSED, APART = (unicodedata.normalize(form, "Caf\u00e9") for form in ("NFC", "NFD"))
+
+
+def test_names_are_composed_and_read_however_they_are_stored(tmp_path):
+    (tmp_path / "images" / APART).mkdir(parents=True)
+    (tmp_path / "images" / APART / f"{APART}.png").write_bytes(PNG)
+    shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "images")
+    for root in (tmp_path / "images", tmp_path / "set.zip", tmp_path / "set.zip" / COMPOSED):
+        files = pickle.loads(pickle.dumps(find_images(root)))
+        assert files.names[0].removeprefix(f"{COMPOSED}/") == f"{COMPOSED}.png"
+        assert files.read(files.names[0]) == PNG
+
+
+def test_names_that_differ_only_in_their_encoding_are_refused(tmp_path):
+    for name in (COMPOSED, APART):
+        (tmp_path / f"{name}.png").write_bytes(PNG)
+    if len(os.listdir(tmp_path)) == 1:
+        pytest.skip("this file system takes them for one name")
+    with pytest.raises(ValueError, match=rf"holds two files named {COMPOSED}\.png, or names that differ only in how"):
+        find_images(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile's
+@pytest.mark.parametrize("again", ["top/a.png", "top\\a.png"])
+def test_name_twice_in_a_zip_is_refused(tmp_path, again):
+    archive = write_zip(tmp_path / "set.zip", ["top/a.png", "b.png", again])
+    with pytest.raises(ValueError, match=r"set\.zip holds two files named top/a\.png"):
+        find_images(archive)
+
+
+def test_backslashes_in_a_zip_are_slashes(tmp_path):
+    files = find_images(write_zip(tmp_path / "set.zip", ["top\\a.png", "top\\deep\\b.png"]))
+    assert files.names == ["top/a.png", "top/deep/b.png"]
+    assert files.read("top/deep/b.png") == PNG

@@ -1,34 +1,42 @@
 """Finding image files: in a folder, in a zip archive, or in a folder inside a zip archive.
 
-A listing is sorted by name, so it is the same on every machine, and leaves out hidden files and what macOS adds to
-archives. Which files are images is told from their extension; whether they can be decoded `checking` finds out.
+A listing is sorted by name, so it is the same on every machine; what it leaves out, `listing` says. Which files are
+images is told from their extension; whether they can be decoded `checking` finds out.
 """
 
 import os
 import re
+import stat
 import zipfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterable
+from pathlib import Path, PureWindowsPath
 from typing import Protocol
 
+from unet_diffusion.data.listing import IMAGE_EXTENSIONS, LeftOut, composed, image_names, walk
+from unet_diffusion.whole_file import RUN_HEADER
+
 MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
-IMAGE_EXTENSIONS = (
-    *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pbm"),
-    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
-)
+MAX_TEXT_BYTES = 256 * 1024**2  # of a table of captions, or a record: it is read whole
 
 
 class ImageFiles(Protocol):
     """Image files below a root, by name.
 
     Attributes:
-        names: paths relative to the root, with forward slashes, sorted.
+        names: paths relative to the root, composed (see `listing`), with forward slashes, sorted.
+        left_out: the other files.
     """
 
     names: list[str]
+    left_out: LeftOut
 
-    def read(self, name: str) -> bytes:
-        """The encoded contents of one of the names."""
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """The encoded contents of one of the names, or of another file below the root.
+
+        Args:
+            name: of the file.
+            max_bytes: more are refused; None: as many as are allowed in images.
+        """
 
 
 def find_images(root: str | Path) -> ImageFiles:
@@ -39,13 +47,16 @@ def find_images(root: str | Path) -> ImageFiles:
 
     Raises:
         FileNotFoundError: if the root does not exist.
-        ValueError: if the root is a file but not a zip archive, or holds no images.
+        ValueError: if the root is a file but not a zip archive, is a run folder, or holds no images.
     """
     root = Path(root).expanduser()
+    _refuse_run_folder(root)
     files = FolderFiles(root) if root.is_dir() else ZipFiles(*_split_at_archive(root))
     if not files.names:
+        others = f" ({others})" if (others := files.left_out.described()) else ""
         raise ValueError(
-            f"root must hold images, found none below {root}; expected files that end in {', '.join(IMAGE_EXTENSIONS)}"
+            f"root must hold images, found none below {root}{others}; expected files that end in "
+            f"{', '.join(IMAGE_EXTENSIONS)}"
         )
     return files
 
@@ -96,16 +107,35 @@ class FolderFiles:
 
     Args:
         root: an existing folder.
+
+    Raises:
+        ValueError: if two names differ only in how accents are encoded.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        paths = (path.relative_to(root).as_posix() for path in _walk(root, frozenset()))
-        self.names = _image_names(paths)
+        self.left_out = LeftOut()
+        stored = [path.relative_to(root).as_posix() for path in walk(root, self.left_out)]
+        self._stored = _stored_by_name(((composed(name), name) for name in stored), root)
+        self.names = image_names(map(composed, stored), self._read_text, self.left_out)
 
-    def read(self, name: str) -> bytes:
-        """The encoded contents of one of the names."""
-        return (self.root / name).read_bytes()
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """The encoded contents of one of the names, or of another file below the root.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            ValueError: if it is no regular file, or too large.
+        """
+        path = self.root / self._stored.get(name, name)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} must be a file, and is a folder, a pipe or a device; remove it")
+        if max_bytes is not None:
+            _check_size(name, status.st_size, max_bytes)
+        return path.read_bytes()
+
+    def _read_text(self, name: str) -> bytes:
+        return self.read(name, MAX_TEXT_BYTES)
 
 
 class OneFile(FolderFiles):
@@ -117,6 +147,8 @@ class OneFile(FolderFiles):
 
     def __init__(self, path: Path) -> None:
         self.root = path.parent
+        self.left_out = LeftOut()
+        self._stored = {}
         self.names = [path.name]
 
 
@@ -128,37 +160,52 @@ class ZipFiles:
         folder: a folder inside it, or "" for all of it.
 
     Raises:
-        ValueError: if the archive is damaged, holds no such folder, or has files that would lie outside of it.
+        ValueError: if the archive is damaged, holds no such folder, has files that would lie outside of it, or two of
+            a name.
     """
 
     def __init__(self, archive: Path, folder: str = "") -> None:
         self.archive = archive
         self.folder = folder
-        self._prefix = f"{folder}/" if folder else ""
+        self._prefix = f"{composed(folder)}/" if folder else ""
         self._open()
-        members = [name for name in self._zip.namelist() if name.startswith(self._prefix)]
+        members = [name for name in self._zip.namelist() if _in_archive(name).startswith(self._prefix)]
         if not members:
             raise ValueError(f"no folder {folder!r} in {archive}; at its top are {_top_level(self._zip)}")
         if outside := [name for name in members if _leads_outside(name)]:  # outputs are named after inputs
             raise ValueError(f"names in {archive} must be paths within it, got {outside[0]!r}; pack the images again")
-        self.names = _image_names(name.removeprefix(self._prefix) for name in members)
+        stored = [(_in_archive(name).removeprefix(self._prefix), name) for name in members]
+        stored = [(name, member) for name, member in stored if name and not name.endswith("/")]  # no folders
+        self._stored = _stored_by_name(stored, archive)
+        self.left_out = LeftOut()
+        self.names = image_names((name for name, _ in stored), self._read_text, self.left_out)
 
     def __reduce__(self) -> tuple[type["ZipFiles"], tuple[Path, str]]:
         return ZipFiles, (self.archive, self.folder)
 
-    def read(self, name: str) -> bytes:
-        """The encoded contents of one of the names; may be called from several threads.
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """The encoded contents of one of the names, or of another file there; may be called from several threads.
 
         Raises:
-            ValueError: if they unpack to more than 1 GiB.
+            FileNotFoundError: if it is not there.
+            ValueError: if it unpacks to more than 1 GiB, or max_bytes.
         """
         if self._process != os.getpid():  # a forked process would share, and move, the position in the file
             self._open()
-        size = self._zip.getinfo(self._prefix + name).file_size  # no more is read, whatever is packed
+        member = self._stored.get(name, self._prefix + name)
+        try:
+            size = self._zip.getinfo(member).file_size  # no more is read, whatever is packed
+        except KeyError as error:
+            raise FileNotFoundError(f"there is no {name} in {self.archive}") from error
+        if max_bytes is not None:
+            _check_size(name, size, max_bytes)
         if size > MAX_FILE_BYTES:
             raise ValueError(f"{name} in an archive must unpack to at most {MAX_FILE_BYTES} bytes, got {size}; "
                              "unpack it into a folder")  # fmt: skip
-        return self._zip.read(self._prefix + name)
+        return self._zip.read(member)
+
+    def _read_text(self, name: str) -> bytes:
+        return self.read(name, MAX_TEXT_BYTES)
 
     def _open(self) -> None:
         try:
@@ -168,30 +215,50 @@ class ZipFiles:
         self._process = os.getpid()
 
 
-def _walk(folder: Path, ancestors: frozenset[Path]) -> Iterator[Path]:
-    """Every file below a folder; a link back to a folder that it lies in is not followed."""
-    real = folder.resolve()
-    if real in ancestors:
+def _refuse_run_folder(root: Path) -> None:
+    settings = root / "config.yaml"
+    if not settings.is_file():
         return
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _walk(path, ancestors | {real})
-        else:
-            yield path
+    with open(settings, "rb") as file:
+        begins = file.read(len(RUN_HEADER))
+    if begins == RUN_HEADER.encode():
+        raise ValueError(f"root must hold images of yours, and {root} is the folder of a run; give theirs")
 
 
-def _image_names(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not _is_hidden(name))
+def _stored_by_name(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
+    """How files are stored, by their names in a listing, of those that are stored otherwise.
+
+    Raises:
+        ValueError: if two have the same name in it.
+    """
+    stored: dict[str, str] = {}
+    seen = set()
+    for name, as_stored in pairs:
+        if name in seen:
+            raise ValueError(
+                f"{where} holds two files named {name}, or names that differ only in how accents or slashes are "
+                "encoded; remove or rename one"
+            )
+        seen.add(name)
+        if name != as_stored:
+            stored[name] = as_stored
+    return stored
+
+
+def _in_archive(name: str) -> str:
+    """The name of a file in an archive, composed; some programs of Windows write backslashes."""
+    return composed(name).replace("\\", "/")
+
+
+def _check_size(name: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ValueError(f"{name} must be at most {max_bytes} bytes, got {size}; split it")
 
 
 def _leads_outside(name: str) -> bool:
     """Whether a name in an archive, joined to a folder, would leave it; on Windows too."""
     path = PureWindowsPath(name)  # takes both kinds of slashes
     return bool(path.anchor) or ".." in path.parts
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _split_at_archive(root: Path) -> tuple[Path, str]:

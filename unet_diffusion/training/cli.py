@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -51,7 +52,7 @@ from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
 from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
 from unet_diffusion.usage import UsageError, did_you_mean
-from unet_diffusion.whole_file import check_replaceable, whole_file
+from unet_diffusion.whole_file import RUN_HEADER, check_replaceable, whole_file
 
 CHECKPOINTS = "checkpoints"
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
@@ -73,7 +74,6 @@ LEAST = {  # less is accepted by Lightning, which then does something else: it w
     "checkpoint.save_top_k": -1,
 }
 DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
-OURS = "# Settings of the run in this folder, written by unet-diffusion."  # first line of its config.yaml
 AUTO = "auto"
 LEFT_TO_THE_MACHINE = ("model.speed", "trainer.precision")  # by "auto"
 COMMON = (  # of the trainer's options those that people set
@@ -202,7 +202,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
         with whole_file(run_folder(trainer) / "config.yaml") as partial:
-            partial.write_text(f"{OURS}\n{text}")
+            partial.write_text(f"{RUN_HEADER}\n{text}")
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
 
@@ -314,6 +314,7 @@ class TrainingCLI(LightningCLI):
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
             _check_run_folder(root)
+            _refuse_images_in(config.get("data"), root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -426,7 +427,7 @@ def _check_run_folder(root: Path) -> None:
         FileExistsError: If it holds such.
     """
     settings = root / "config.yaml"
-    if settings.is_file() and settings.read_text(encoding="utf-8", errors="replace").startswith(OURS):
+    if settings.is_file() and settings.read_text(encoding="utf-8", errors="replace").startswith(RUN_HEADER):
         return
     names = ("config.yaml", "samples.png", "samples", "pipeline", "autoencoder")
     others = [name for name in names if (root / name).exists()]
@@ -435,6 +436,21 @@ def _check_run_folder(root: Path) -> None:
             f"{root} holds {', '.join(others)} that no run has written there, and training would replace; choose "
             "another --trainer.default_root_dir"
         )
+
+
+def _refuse_images_in(data: Any, root: Path) -> None:
+    """Refuse to put a run's pictures among the images that it is trained on; folders of runs below them are left out.
+
+    Raises:
+        ValueError: If the images, or their labels, are in the run folder.
+    """
+    for key, value in data.items() if isinstance(data, dict | Namespace) else ():
+        if key in ("root", "images", "labels") and isinstance(value, str | Path):
+            if Path(value).expanduser().resolve() == root.resolve():
+                raise ValueError(f"{key} and trainer.default_root_dir must be two folders, got {value} for both; the "
+                                 "run would read its own pictures")  # fmt: skip
+        else:
+            _refuse_images_in(value, root)
 
 
 def _check_numbers(config: Any) -> None:
