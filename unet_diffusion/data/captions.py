@@ -1,56 +1,79 @@
 """Captions of image files: metadata.csv or metadata.jsonl in a folder of theirs or above, or a text file beside each.
 
-The tables are those of Hugging Face's image folders: file_name, relative to the table, and text.
+The tables are those of Hugging Face's image folders: file_name, relative to the table, and text. An image has one
+caption: of two rows for it that differ neither is taken. A text file counts where no table has a row for its image.
 """
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from posixpath import join, normpath
 from typing import Any
 
 from unet_diffusion.data.checking import NUM_NAMED
-from unet_diffusion.data.files import ImageFiles
+from unet_diffusion.data.files import MAX_TEXT_BYTES, ImageFiles
+from unet_diffusion.data.listing import composed
 
 TABLES = ("metadata.csv", "metadata.jsonl")
+COLUMNS = ("file_name", "text")
 
 
-def read_captions(files: ImageFiles, names: Sequence[str]) -> list[str]:
-    """The caption of each image, without white space around it.
+@dataclass(frozen=True)
+class Captions:
+    """The captions of images.
+
+    Args:
+        texts: of each image, without white space around it.
+        unused: "where: file_name" of each row in a table whose image is not there.
+    """
+
+    texts: list[str]
+    unused: list[str]
+
+
+def read_captions(files: ImageFiles, names: Sequence[str]) -> Captions:
+    """The caption of each image.
 
     Args:
         files: where the images are.
         names: of the images.
 
     Raises:
-        ValueError: listing images without a caption, or if a table is not as it must be.
+        ValueError: listing images without a caption, or if a table is not as it must be, or too large.
     """
-    folders = sorted({str(folder) for name in names for folder in PurePosixPath(name).parents})
-    captions: dict[str, str] = {}
-    for folder in folders:
-        for table in TABLES:
-            path = str(PurePosixPath(folder) / table)
-            content = _content(files, path)
-            if content is not None:
-                captions |= {str(PurePosixPath(folder) / name): text for name, text in _rows(content, path)}
+    images = set(names)
+    captions: dict[str, tuple[str, str]] = {}  # and where it stands
+    unused = []
+    for folder in sorted({str(folder) for name in names for folder in PurePosixPath(name).parents}):
+        for where, name, text in _rows_below(files, folder, images):
+            if name not in images:
+                unused.append(f"{where}: {name}")
+                continue
+            before, first = captions.setdefault(name, (text, where))
+            if before != text:
+                raise ValueError(f"an image must have one caption, and {name} has one in {first} and another in "
+                                 f"{where}; remove one")  # fmt: skip
+    texts = {name: text for name, (text, _) in captions.items()}
     for name in names:
-        if name not in captions and (text := _content(files, str(PurePosixPath(name).with_suffix(".txt")))) is not None:
-            captions[name] = text.strip()
-    missing = [name for name in names if name not in captions]
+        if name not in texts and (beside := _content(files, str(PurePosixPath(name).with_suffix(".txt")))) is not None:
+            texts[name] = beside.strip()
+    missing = [name for name in names if name not in texts]
     if missing:
         more = ", ..." if len(missing) > NUM_NAMED else ""
         raise ValueError(
             f"{len(missing)} of {len(names)} images have no caption: {', '.join(missing[:NUM_NAMED])}{more}; each "
             "needs a row (file_name,text) in metadata.csv, a line in metadata.jsonl, or a text file of its name"
         )
-    return [captions[name] for name in names]
+    return Captions([texts[name] for name in names], unused)
 
 
 def _content(files: ImageFiles, path: str) -> str | None:
     try:
-        content = files.read(path)
-    except (FileNotFoundError, KeyError):  # of a folder; of a zip archive
+        content = files.read(path, MAX_TEXT_BYTES)
+    except FileNotFoundError:
         return None
     try:
         return content.decode("utf-8-sig")
@@ -58,19 +81,68 @@ def _content(files: ImageFiles, path: str) -> str | None:
         raise ValueError(f"{path} must be text in UTF-8, and is not ({error}); save it as such") from error
 
 
-def _rows(content: str, path: str) -> Iterable[tuple[str, str]]:
-    rows = enumerate(csv.DictReader(io.StringIO(content)), start=2) if path.endswith(".csv") else _lines(content, path)
-    for number, row in rows:
-        if not (isinstance(row, dict) and row.get("file_name") and isinstance(row.get("text"), str)):
-            raise ValueError(f"{path} must have file_name and text in each row, and line {number} has {row}")
-        yield row["file_name"], row["text"].strip()
+def _rows_below(files: ImageFiles, folder: str, images: set[str]) -> Iterator[tuple[str, str, str]]:
+    """Where it stands, the image and the caption of each row in the tables of a folder."""
+    for path in (str(PurePosixPath(folder) / table) for table in TABLES):
+        content = _content(files, path)
+        if content is None:
+            continue
+        rows = _csv_rows(content, path) if path.endswith(".csv") else _lines(content, path)
+        for number, row in rows:
+            if not (
+                isinstance(row, dict) and all(isinstance(row.get(key), str) for key in COLUMNS) and row[COLUMNS[0]]
+            ):
+                raise ValueError(f"{path} must have file_name and text in each row, and line {number} has {row}")
+            where, text = f"{path} line {number}", row["text"].strip()
+            for line in text.splitlines()[1:]:
+                if "," in line and _image(line.split(",")[0], folder, where, images) in images:
+                    raise ValueError(f"{where} has a quote that goes on over the rows of other images; close it")
+            yield where, _image(row["file_name"], folder, where, images), text
 
 
-def _lines(content: str, path: str) -> Iterable[tuple[int, Any]]:
+def _image(file_name: str, folder: str, where: str, images: set[str]) -> str:
+    """The name of the image that a row is of; backslashes are taken for slashes where they are not in its name."""
+    name = normpath(join(folder, composed(file_name.strip())))
+    if name in images:
+        return name
+    if PureWindowsPath(file_name).root:
+        raise ValueError(f"{where} must have the path of an image from its table on, got {file_name}")
+    return normpath(join(folder, composed(file_name.strip()).replace("\\", "/")))
+
+
+def _csv_rows(content: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file below its head, with the numbers of the lines in which they begin.
+
+    Raises:
+        ValueError: if one has more fields than the head, or quotes that do not fit.
+    """
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True, skipinitialspace=True)
+    head: list[str] = []
+    number = 1
+    try:
+        for row in reader:
+            if not head:
+                head = [name.strip() for name in row]
+                if any(head.count(name) > 1 for name in COLUMNS):
+                    raise ValueError(
+                        f"{path} must have one column file_name and one column text, got {', '.join(head)}"
+                    )
+            elif len(row) > len(head):
+                raise ValueError(f"{path} line {number} has {len(row)} fields for {len(head)} columns; put double "
+                                 "quotes around a text with a comma")  # fmt: skip
+            elif row:
+                yield number, dict(zip(head, row, strict=False))  # what it lacks, whoever reads it misses
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path} line {number} has a double quote that is not closed, or not doubled within others "
+                         f"({error})") from error  # fmt: skip
+
+
+def _lines(content: str, path: str) -> Iterator[tuple[int, Any]]:
     """The values in a JSON lines file, with the numbers of their lines."""
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path} must hold JSON in each line, and line {number} does not: {error}") from error

@@ -111,7 +111,7 @@ class FolderDataModule(ImageDataModule):
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
         self.file_names = checked.names
-        captions = read_captions(files, checked.names) if self.has_captions else None
+        captions = read_captions(files, checked.names).texts if self.has_captions else None
         if not self.class_labels:
             return ImageSet(checked.images, captions=captions)
         class_names = class_names_of(checked.names, self.root)

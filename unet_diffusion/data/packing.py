@@ -85,7 +85,7 @@ def pack_images(
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
     class_names = class_names_of(files.names, root) if class_labels else None
     labels = labels_of(files.names, class_names) if class_names else None
-    texts = read_captions(files, files.names) if captions else None
+    texts = read_captions(files, files.names).texts if captions else None
     settings = {
         "images": str(Path(root).resolve()),
         "num_images": len(files.names),
