@@ -1,11 +1,24 @@
 """Label images become classes and weights; predictions become masks and instance numbers."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import ndimage
 
 from unet_diffusion.segmentation.border_weights import border_weights
-from unet_diffusion.segmentation.labels import BORDER, CELL, NO_VALUE, Targets, instances_from, mask_from
+from unet_diffusion.segmentation.labels import (
+    BORDER,
+    CELL,
+    NO_VALUE,
+    Targets,
+    edge_pieces,
+    instances_from,
+    mask_from,
+)
+from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 TWO_SQUARES = np.zeros((20, 30), dtype=np.int32)  # that touch
 TWO_SQUARES[4:16, 4:14] = 7
@@ -40,6 +53,87 @@ def test_right_values_pass(label_format, values):
 )
 def test_wrong_values_are_shown(options, values, message):
     assert message in Targets(**options).check(np.array([list(values)]))
+
+
+INSTANCES = Targets(label_format="instances")
+RESAMPLED = [
+    (filter_name, scale)
+    for filter_name in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX")
+    for scale in (0.3, 0.5, 0.8, 1.3, 2, 4)
+    if (filter_name, scale) not in (("BOX", 1.3), ("BOX", 2), ("BOX", 4))  # repeats pixels
+]
+
+
+def resampled(numbers: np.ndarray, filter_name: str, scale: float) -> np.ndarray:
+    image = Image.fromarray(numbers.astype(np.float32))
+    size = [round(side * scale) for side in image.size]
+    return np.asarray(image.resize(size, Image.Resampling[filter_name])).clip(0).round().astype(np.int32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_of_objects_that_touch_pass_at_any_scale(seed):
+    cells = synthetic_cells((128, 128), seed=seed)[1]
+    for scale in (0.25, 0.5, 1, 3):
+        assert INSTANCES.check(resampled(cells, "NEAREST", scale)) is None
+
+
+def test_objects_in_pieces_and_single_pixels_pass():
+    labels = np.zeros((40, 40), dtype=np.int32)
+    labels[::4, ::4] = np.arange(1, 101).reshape(10, 10)  # spots of a pixel
+    assert INSTANCES.check(labels) is None
+    assert INSTANCES.check(np.arange(1, 26).reshape(5, 5).repeat(3, axis=0).repeat(3, axis=1)) is None  # superpixels
+    labels[2::4] = 7  # an object in ten pieces
+    assert INSTANCES.check(labels) is None
+
+
+@pytest.mark.parametrize(("filter_name", "scale"), RESAMPLED)
+@pytest.mark.parametrize("kind", ["numbers", "mask"])
+def test_numbers_that_were_interpolated_are_refused(kind, filter_name, scale):
+    cells = synthetic_cells((128, 128), seed=0)[1]
+    smooth = resampled(cells if kind == "numbers" else 255 * (cells > 0), filter_name, scale)
+    problem = INSTANCES.check(smooth)
+    assert "each number must be an object" in problem
+    assert "scale them without interpolation" in problem
+    classes = Targets(label_format="classes", num_classes=256)
+    assert classes.check(smooth.clip(0, 255)) is None  # said of objects alone
+
+
+def test_numbers_out_of_a_jpeg_are_refused_with_one_of_them_and_its_place():
+    buffer = io.BytesIO()
+    Image.fromarray(255 * (synthetic_cells((128, 128), seed=0)[1] > 0).astype(np.uint8)).save(buffer, "JPEG")
+    labels = np.asarray(Image.open(buffer)).astype(np.int32)
+    problem = INSTANCES.check(labels)
+    num_pieces = sum(ndimage.label(labels == number, np.ones((3, 3)))[1] for number in np.unique(labels) if number)
+    assert f"found {num_pieces} pieces" in problem
+    _, edges = edge_pieces(labels)
+    y, x = edges[0]
+    assert f"such as {labels[y, x]} in row {y}, column {x};" in problem
+
+
+def test_edges_are_thin_and_lie_against_other_numbers():
+    labels = np.zeros((12, 20), dtype=np.int32)
+    labels[2:8, 2:8] = 90
+    labels[2:8, 8] = 40  # an edge of 90
+    labels[1, 2:8] = 120  # another, larger number
+    labels[10, 2:8] = 55  # thin, and by itself
+    labels[2:8, 12:18] = 30
+    num_pieces, edges = edge_pieces(labels)
+    assert num_pieces == 5
+    assert {labels[y, x] for y, x in edges.tolist()} == {40, 120}
+
+
+def test_real_nuclei_pass(shared_labels):
+    for path in shared_labels:
+        assert INSTANCES.check(np.asarray(Image.open(path)).astype(np.int32)) is None
+
+
+@pytest.fixture
+def shared_labels():
+    """Files of real labels next to the repository."""
+    paths = sorted((Path(__file__).parents[3] / "shared" / "data" / "nuclei" / "label").glob("*.png"))
+    if not paths:
+        pytest.skip("real data is not there")
+    return paths
 
 
 def test_ignored_value_is_no_wrong_value_and_is_not_learnt():
