@@ -1,10 +1,12 @@
 """What is wrong with a command line, in one message, without a page of usage."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
+
+MOST_NAMED = 5  # in a line
 
 
 class UsageError(Exception):
@@ -29,6 +31,11 @@ def printable(text: str) -> str:
         letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
         for letter in text
     )
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first five names, and dots if there are more: a, b, c, d, e, ..."""
+    return ", ".join([*names[:MOST_NAMED], "..."] if len(names) > MOST_NAMED else names)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

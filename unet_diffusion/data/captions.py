@@ -13,9 +13,9 @@ from pathlib import PurePosixPath, PureWindowsPath
 from posixpath import join, normpath
 from typing import Any
 
-from unet_diffusion.data.checking import NUM_NAMED
 from unet_diffusion.data.files import MAX_TEXT_BYTES, ImageFiles
 from unet_diffusion.data.listing import composed
+from unet_diffusion.usage import first_few
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 COLUMNS = ("file_name", "text")
@@ -62,9 +62,8 @@ def read_captions(files: ImageFiles, names: Sequence[str]) -> Captions:
             texts[name] = beside.strip()
     missing = [name for name in names if name not in texts]
     if missing:
-        more = ", ..." if len(missing) > NUM_NAMED else ""
         raise ValueError(
-            f"{len(missing)} of {len(names)} images have no caption: {', '.join(missing[:NUM_NAMED])}{more}; each "
+            f"{len(missing)} of {len(names)} images have no caption: {first_few(missing)}; each "
             "needs a row (file_name,text) in metadata.csv, a line in metadata.jsonl, or a text file of its name"
         )
     return Captions([texts[name] for name in names], unused)

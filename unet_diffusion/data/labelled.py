@@ -29,11 +29,13 @@ class LabelledImages:
         images: uint8 or uint16 (C, H, W) each.
         labels: whole numbers, (H, W) each.
         names: of each, without an extension; pages of a file end in their number.
+        left_out: what else there was, in a line; "" if there was nothing.
     """
 
     images: list[Tensor]
     labels: list[NDArray[np.int32]]
     names: list[str]
+    left_out: str = ""
 
 
 class LabelledSource:
@@ -90,7 +92,7 @@ class PairedFiles(LabelledSource):
                 return pages if isinstance(pages, str) else f"its label {label_name}: {label_pages}"
             return _mismatch(pages, label_pages) or (pages, label_pages)
 
-        loaded, bad = LabelledImages([], [], []), []
+        loaded, bad = LabelledImages([], [], [], self._left_out(image_files, label_files)), []
         for name, outcome in in_threads(read, list(pairs), "loading images and labels", progress):
             if isinstance(outcome, str):
                 bad.append(f"{name}: {outcome}")
@@ -102,6 +104,15 @@ class PairedFiles(LabelledSource):
         if bad:
             raise ValueError(f"{len(bad)} of {len(pairs)} images cannot be used:{listed(bad)}")
         return loaded
+
+    def _left_out(self, images: ImageFiles, labels: ImageFiles) -> str:
+        others = sum(not _stem(name).endswith(self.label_suffix) for name in labels.names)
+        parts = {
+            "beside the images": images.left_out.described(),
+            "beside the labels": labels.left_out.described(),
+            f"images without {self.label_suffix} among the labels": str(others or ""),
+        }
+        return "; ".join(f"{what} {where}" for where, what in parts.items() if what)
 
 
 class SyntheticCells(LabelledSource):

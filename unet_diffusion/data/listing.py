@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from unet_diffusion.usage import printable
+from unet_diffusion.usage import MOST_NAMED, first_few, printable
 from unet_diffusion.whole_file import RUN_HEADER, SETTINGS
 
 IMAGE_EXTENSIONS = (
@@ -28,7 +28,6 @@ OF_SYSTEMS = {  # files and folders, in lower case, beside those that begin with
 RUN, PIPELINE = "config.yaml", "model_index.json"  # of a run, and of an exported pipeline
 DRAWN, SEGMENTED = {"num_drawn"}, {"probabilities", "overlays", "instances"}  # in records of sample, and of segment
 HIDDEN = "hidden or of the system"
-MOST_NAMED = 5  # kinds, or names, in a line
 
 
 class LeftOut:
@@ -54,8 +53,7 @@ class LeftOut:
         if rest := sum(others.values()) - sum(count for _, count in others.most_common(MOST_NAMED)):
             parts.append(f"{rest} of other kinds")
         for reason, names in self.names.items():
-            shown = ", ".join(sorted(names)[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
-            parts.append(f"{len(names)} {reason} ({shown})")
+            parts.append(f"{len(names)} {reason} ({first_few(sorted(names))})")
         return printable("; ".join(parts))
 
 

@@ -5,6 +5,7 @@ section 3.1), and reaches beyond the image's border where it must, into its mirr
 (seed, epoch, number of the draw) alone: workers decide nothing, and a resumed run sees what an uninterrupted one would.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,8 @@ from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
 from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
 from unet_diffusion.schedule import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
-from unet_diffusion.segmentation.labels import Targets
+from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, Targets
+from unet_diffusion.usage import first_few
 
 VAL_SHARE = 5  # by default a fifth of the images is kept for validation
 SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number
@@ -107,12 +109,45 @@ class SegmentationDataModule(LightningDataModule):
         train, self.val_indices = self._split(len(loaded.images))
         balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
         self._classes = [torch.from_numpy(self.targets.classes(labels)) for labels in loaded.labels]
+        self._check_classes(train, self.val_indices)
         self._weights = {i: torch.from_numpy(self.targets.weights(loaded.labels[i], balance)) for i in train.tolist()}
         self._ends = [percentiles(image) for image in loaded.images] if self.stretch else []
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
         self._images = loaded
+
+    def summary(self) -> list[str]:
+        """What was found, what is left out, what the labels hold and how images are split, a line each."""
+        images = self.images.images
+        sizes = sorted({(image.shape[1], image.shape[2]) for image in images}, key=math.prod)
+        smallest, largest = (f"{height}x{width}" for height, width in (sizes[0], sizes[-1]))
+        size = smallest if len(sizes) == 1 else f"{smallest} to {largest}"
+        bits = " and ".join(str(8 * one) for one in sorted({image.element_size() for image in images}))
+        chosen = f", {len(self.train_images)} of them" if self.num_train is not None else ""
+        return [
+            f"found: {len(images)} labelled images, {len(images[0])} channels, {size} pixels, {bits} bits",
+            f"left out: {self.images.left_out or 'nothing'}",
+            f"labels: {self._labels_described()}",
+            f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
+            "epoch; whole images to validate on",
+            f"split: {len(images) - len(self.val_indices)} to train on{chosen}, the last {len(self.val_indices)} by "
+            "name to validate on",
+        ]
+
+    def _labels_described(self) -> str:
+        """The share of each class, and how many labels hold no object, or nothing that is to be learnt."""
+        counts = torch.stack([torch.bincount(one[one != NO_VALUE].long(), minlength=MAX_CLASSES)
+                              for one in map(torch.flatten, self._classes)])  # fmt: skip
+        totals = counts.sum(dim=0)
+        shares = zip(self.targets.class_names, (totals / totals.sum()).tolist(), strict=False)
+        parts = [", ".join(f"{name} {100 * share:.3g} %" for name, share in shares)]
+        is_ignored = counts.sum(dim=1) == 0
+        is_background = ~is_ignored & (counts[:, 1:].sum(dim=1) == 0)
+        for what, which in (("background alone", is_background), ("nothing but ignore_label", is_ignored)):
+            names = [self.images.names[i] for i in which.nonzero().flatten().tolist()]
+            parts += [f"{len(names)} hold {what} ({first_few(names)})"] if names else []
+        return "; ".join(parts)
 
     @property
     def images(self) -> LabelledImages:
@@ -214,6 +249,20 @@ class SegmentationDataModule(LightningDataModule):
                 f"{len(wrong)} of {len(loaded.names)} label images do not fit targets:{listed(wrong)}\n"
                 "set label_format, num_classes or ignore_label to what the files hold"
             )
+
+    def _check_classes(self, train: Tensor, val: Tensor) -> None:
+        """Refuse labels of which nothing can be learnt, or on which nothing can be measured."""
+        for what, indices in (("train", train), ("validate", val)):
+            held = {number for i in indices.tolist() for number in self._classes[i].unique().tolist()} - {NO_VALUE}
+            if not held:
+                raise ValueError(f"all pixels of the {len(indices)} labels to {what} on are of ignore_label "
+                                 f"{self.targets.ignore_label}; leave it out, or add labels")  # fmt: skip
+            if what == "train" and len(held) == 1:
+                (only,) = held
+                raise ValueError(
+                    f"labels to train on must hold two classes or more, and all pixels of the {len(indices)} are of "
+                    f"class {self.targets.class_names[only]}; check the files of labels and label_format"
+                )
 
 
 class WindowBatches(ShuffledBatches):
