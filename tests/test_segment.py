@@ -119,6 +119,15 @@ def test_unreadable_file_is_reported_at_the_end_and_the_rest_is_done(run_cli, ru
     assert len(sizes(tmp_path / "masks")) == 4
 
 
+def test_masks_and_overlays_among_the_images_are_not_segmented(run_cli, run, images):
+    (images / "notes.txt").write_text("of the images")
+    for left_out in ("left out: 1 .txt\n", "left out: 1 .txt; 1 written by unet-diffusion (masks)\n"):
+        status, out, err = run_cli("segment", run, images, "--output", images / "masks", "--overlays")
+        assert status == 0, err
+        assert "4 masks in" in out
+        assert left_out in err
+
+
 def test_masks_that_are_there_are_left_alone_unless_told(run_cli, run, images, tmp_path):
     run_cli("segment", run, images / "stack.tif", "--output", tmp_path / "masks")
     Image.new("L", (1, 1)).save(tmp_path / "masks" / "grey.png")  # as if it had been done

@@ -57,6 +57,14 @@ def test_long_captions_are_cut_and_keep_their_end(taught):
     assert ids[0, -1] == taught.tokenizer.eos_token_id
 
 
+def test_captions_that_are_cut_and_become_equal_are_counted(taught):
+    long = [f"red heart {'red ' * 10}{end}" for end in ("heart", "star")]  # the first six words are the same
+    captions = ["red heart", *long, "blue " * 9, "red heart", "Red heart " * 9, "red heart " * 9]
+    lengths = [len(ids) for ids in taught.tokenizer(captions, truncation=False).input_ids]
+    assert taught.cut(captions) == (sum(length > SMALL["max_length"] for length in lengths), 2) == (5, 2)
+    assert taught.cut(["red heart", "red heart", "blue star"]) == (0, 0)
+
+
 @pytest.mark.slow
 def test_every_process_learns_the_same_words():
     code = f"""

@@ -252,6 +252,7 @@ def _pack(options: argparse.Namespace) -> None:
         height, width = options.image_size
         image_format = ImageFormat(height, width, options.channels, options.background)
     files = find_images(options.images)
+    _say_left_out(files.left_out.described())
     with tqdm(total=len(files.names), unit="image", desc="pack") as bar:
         bad_files = pack_images(
             files, options.folder, root=options.images, shard_images=options.shard_images, image_format=image_format,
@@ -268,6 +269,12 @@ def _pack(options: argparse.Namespace) -> None:
         print(f"{message}\nThe others are used.", file=sys.stderr)
     print(f"{len(files.names) - len(bad_files)} images in {options.folder}; to train on them: unet-diffusion fit "
           f"--config stream --data.init_args.root {options.folder}")  # fmt: skip
+
+
+def _say_left_out(line: str) -> None:
+    """Says which files are not used, if there are any."""
+    if line not in ("", "nothing"):
+        print(printable(f"left out: {line}"), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- encode
@@ -330,6 +337,8 @@ def _encode(options: argparse.Namespace) -> None:
             return latent_moments(autoencoder, pixels.to(options.device))
 
     with processes() as all_of_them:
+        if all_of_them.rank == 0:
+            _say_left_out(data.left_out())
         share = settings["num_images"] // all_of_them.count
         with tqdm(total=share, unit="image", desc="encode", disable=all_of_them.rank > 0) as bar:
             encode_images(
@@ -703,6 +712,8 @@ def _segment(options: argparse.Namespace) -> None:
 
     with processes() as all_of_them:
         all_of_them.by_the_first(lambda: _prepare_masks(options, images))
+        if all_of_them.rank == 0:
+            _say_left_out(images.left_out)
         share = len(all_of_them.share(list(images.sources)))
         with tqdm(total=share, unit="image", disable=all_of_them.rank > 0) as bar:
             failed = segment_images(

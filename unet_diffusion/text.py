@@ -101,6 +101,22 @@ class TextTokens(Condition):
         encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
         return encoded.input_ids
 
+    def cut(self, captions: Sequence[str]) -> tuple[int, int]:
+        """How many captions have more than max_length tokens, and how many of these become equal to another by the cut.
+
+        Raises:
+            RuntimeError: if there is no tokenizer yet.
+        """
+        if self.tokenizer is None:
+            raise RuntimeError("the tokenizer must be trained first: call learn_words")
+        whole = [tuple(ids) for ids in self.tokenizer(list(captions), verbose=False).input_ids]
+        is_long = [len(ids) > self.config["max_length"] for ids in whole]
+        meant: dict[tuple[int, ...], set[tuple[int, ...]]] = {}  # by what is left of them
+        left = [tuple(ids) for ids in self.token_ids(captions).tolist()]
+        for before, after in zip(whole, left, strict=True):
+            meant.setdefault(after, set()).add(before)
+        return sum(is_long), sum(long and len(meant[after]) > 1 for long, after in zip(is_long, left, strict=True))
+
     def null(self, given: Tensor) -> Tensor:
         return self.empty_caption.expand_as(given)
 

@@ -136,6 +136,63 @@ def test_wrong_values_are_shown_with_the_file_before_training(tmp_path):
         data(pairs(tmp_path), Targets(label_format="0/1"))
 
 
+def test_anti_aliased_numbers_are_refused_with_the_file(tmp_path):
+    source = pairs(tmp_path, size=(64, 64))
+    y, x = np.mgrid[:64, :64]
+    disc = (10.5 - np.hypot(y - 32, x - 32)).clip(0, 1)
+    write(tmp_path / "label" / "2.png", (255 * disc).round().astype(np.uint8))
+    with pytest.raises(ValueError, match=r"1 of 5 label .*\n  2: with label_format instances each number must be an"):
+        data(source, Targets(label_format="instances"))
+
+
+def set_labels(source, labels):
+    for number, label in labels.items():
+        write(source.labels / f"{number}.png", label)
+
+
+@pytest.mark.parametrize(("value", "name"), [(0, "background"), (255, "cell")])
+def test_labels_of_one_class_are_refused_before_training(tmp_path, value, name):
+    source = pairs(tmp_path)
+    set_labels(source, dict.fromkeys(range(4), np.full((24, 30), value, np.uint8)))  # all but the one to validate on
+    with pytest.raises(ValueError, match=f"two classes or more, and all pixels of the 4 are of class {name}; check"):
+        data(source)
+
+
+@pytest.mark.parametrize(("numbers", "what"), [(range(4), "4 labels to train"), ([4], "1 labels to validate")])
+def test_labels_that_are_ignored_as_a_whole_are_refused(tmp_path, numbers, what):
+    source = pairs(tmp_path)
+    set_labels(source, dict.fromkeys(numbers, np.full((24, 30), 7, np.uint8)))
+    with pytest.raises(ValueError, match=f"all pixels of the {what} on are of ignore_label 7; leave it out"):
+        data(source, Targets(label_format="0/255", ignore_label=7))
+
+
+def test_summary_says_what_labels_hold_and_what_is_left_out(tmp_path):
+    source = pairs(tmp_path, num=6)
+    set_labels(source, {1: np.zeros((24, 30), np.uint8), 3: np.full((24, 30), 7, np.uint8)})
+    write(tmp_path / "image" / "0.png", RNG.integers(65536, size=(30, 40), dtype=np.uint16))
+    write(tmp_path / "label" / "0.png", np.zeros((30, 40), np.uint8))
+    (tmp_path / "label" / "notes.txt").write_text("labels")
+    made = data(source, Targets(label_format="0/255", ignore_label=7), num_train=3)
+    known = sum(24 * 30 for number in range(6) if number not in (0, 3)) + 30 * 40
+    cell = 100 * 3 * 8 * 10 / known  # squares of 8 by 10 in 2, 4 and 5
+    assert made.summary() == [
+        "found: 6 labelled images, 1 channels, 24x30 to 30x40 pixels, 8 and 16 bits",
+        "left out: 1 .txt beside the labels",
+        f"labels: background {100 - cell:.3g} %, cell {cell:.3g} %; 2 hold background alone (0, 1); "
+        "1 hold nothing but ignore_label (3)",
+        "cut: windows of 16x16 pixels, 16 an image and epoch; whole images to validate on",
+        "split: 5 to train on, 3 of them, the last 1 by name to validate on",
+    ]
+
+
+def test_images_that_are_no_labels_by_their_suffix_are_counted(tmp_path):
+    write(tmp_path / "images" / "a.png", np.zeros((4, 4), np.uint8))
+    for name in ("a_mask.png", "a_edges.png"):
+        write(tmp_path / "labels" / name, np.ones((4, 4), np.uint8))
+    loaded = PairedFiles(tmp_path / "images", tmp_path / "labels", label_suffix="_mask").load(progress=False)
+    assert loaded.left_out == "1 images without _mask among the labels"
+
+
 # ------------------------------------------------------------------------------------------------------------- windows
 
 
@@ -284,6 +341,10 @@ def test_tiles_of_a_folder_are_a_data_set(tmp_path):
     first = TilesDataModule(tmp_path, tile_size=16, channels=1, num_images=2, num_val=1)
     first.setup()
     assert len(first.image_set.images) == 4
+    assert first.summary()[1:3] == [
+        "left out: 1 images beyond num_images",
+        "changed: 2 images are cut into 4 tiles, which overlap where they must",
+    ]
 
 
 def test_images_smaller_than_a_tile_are_listed(tmp_path):

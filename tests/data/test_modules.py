@@ -316,6 +316,57 @@ def test_bad_files_are_skipped_with_one_warning(folder_with_bad_files, in_memory
     assert len(next(iter(data_module.train_dataloader()))["images"]) == 4
 
 
+# ------------------------------------------------------------------------------------------------------------ summary
+
+
+def area_left(height, width, wanted_height, wanted_width) -> float:
+    """The share of an image that the largest part of the wanted aspect covers."""
+    ratio = (width / height) / (wanted_width / wanted_height)
+    return min(ratio, 1 / ratio)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_summary_counts_what_is_found_left_out_and_changed(tmp_path, in_memory):
+    sizes = [(8, 8), (8, 8), (16, 16), (8, 20), (40, 16)]
+    for number, (height, width) in enumerate(sizes):
+        path = tmp_path / ("cat" if number < 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(random_pixels(height, width, 3)))
+    rows = [f"{path.relative_to(tmp_path)},an animal" for path in sorted(tmp_path.rglob("*.png"))[1:]]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", "cat/0.png,", *rows, "gone.png,x"]))
+    (tmp_path / "cat" / "x.heic").write_bytes(b"heic")
+    (tmp_path / "cat" / "bad.png").write_bytes(b"no image")
+    (tmp_path / "cat" / "bad.txt").write_text("a caption")
+    data_module = folder_module(
+        tmp_path, class_labels=True, captions=True, on_bad_file="skip", in_memory=in_memory, num_val=2
+    )
+    with pytest.warns(UserWarning, match="1 of 6 image files cannot be used"):
+        data_module.setup("fit")
+    lost = 100 * (1 - min(area_left(*size, 8, 8) for size in sizes))
+    scale = max(min(height, width) / 8 for height, width in sizes)
+    assert data_module.summary() == [
+        f"found: 5 images of 3x8x8 (uint8) in {tmp_path}; 2 classes of 2 to 3; captions, 2 of them different, 1 empty",
+        "left out: 1 .heic; 1 images that cannot be used; 1 captions of images that are not there "
+        "(metadata.csv line 7: gone.png)",
+        f"changed: 2 images scaled down, up to {scale:.3g} times, 2 cropped to their centre, which cuts off up to "
+        f"{lost:.0f} %",
+        "split: 3 to train on, 2 to validate on",
+    ]
+
+
+def test_summary_of_images_that_come_as_they_are_says_so(tmp_path):
+    data_module = set_up(folder_module(write_images(tmp_path, 4)))
+    assert data_module.summary()[1:3] == ["left out: nothing", "changed: nothing"]
+
+
+def test_summary_of_the_digits_counts_its_classes():
+    counts = np.bincount(load_digits().target)
+    assert set_up(DigitsDataModule(num_val=97)).summary() == [
+        f"found: 1797 images of 1x8x8 (uint8); 10 classes of {min(counts)} to {max(counts)}",
+        "split: 1700 to train on, 97 to validate on",
+    ]
+
+
 def test_nothing_is_left_to_skip_to(tmp_path):
     with pytest.raises(ValueError, match="3 of 3 image files cannot be used"):
         folder_module(write_images(tmp_path, 3), image_size=9, on_bad_file="skip").setup("fit")

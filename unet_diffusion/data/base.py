@@ -35,6 +35,8 @@ class ImageDataModule(LightningDataModule):
         ValueError: if a number is out of range.
     """
 
+    kind = "images"  # as they are called in `summary`
+
     def __init__(
         self,
         *,
@@ -77,6 +79,37 @@ class ImageDataModule(LightningDataModule):
             image_set = self.load()
             self.train_indices, self.val_indices = self.split(len(image_set.images))
             self._image_set = image_set
+
+    def summary(self) -> list[str]:
+        """What was found, what is left out and what is changed of it, and how it is split, a line each."""
+        lines = {
+            "found": self._found(),
+            "left out": self.left_out(),
+            "changed": self.changed(),
+            "split": f"{len(self.train_indices)} to train on, {len(self.val_indices)} to validate on",
+        }
+        return [f"{name}: {line}" for name, line in lines.items() if line]
+
+    def left_out(self) -> str:
+        """What there is beside the images, in a line; "" if that is not known."""
+        return ""
+
+    def changed(self) -> str:
+        """What of the images does not come into batches, in a line; "" if that is not known."""
+        return ""
+
+    def _found(self) -> str:
+        images, labels, captions = self.image_set.images, self.image_set.labels, self.captions
+        size, depth = "x".join(map(str, images.shape[1:])), str(images.dtype).removeprefix("torch.")
+        where = f" in {self.root}" if hasattr(self, "root") else ""
+        parts = [f"{len(images)} {self.kind} of {size} ({depth}){where}"]
+        if labels is not None and self.class_names is not None:
+            counts = torch.bincount(labels, minlength=len(self.class_names))
+            parts.append(f"{len(self.class_names)} classes of {counts.min()} to {counts.max()}")
+        if captions is not None:
+            empty = sum(not text for text in captions)
+            parts.append(f"captions, {len(set(captions))} of them different" + (f", {empty} empty" if empty else ""))
+        return "; ".join(parts)
 
     @property
     def image_set(self) -> ImageSet:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
+from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth, upright_size
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.usage import printable
 
@@ -58,11 +58,13 @@ class CheckedImages:
         images: those that could be decoded, as a tensor (N, C, H, W) or streamed.
         names: the file of each image.
         bad_files: "name: reason" for each of the others.
+        sizes: height and width of each image, upright, before it was scaled and cut.
     """
 
     images: Tensor | StreamedImages
     names: list[str]
     bad_files: list[str]
+    sizes: list[tuple[int, int]]
 
 
 def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
@@ -77,16 +79,19 @@ def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool 
     images = torch.empty(len(files.names), *size, dtype=torch.uint8)
     names: list[str] = []
     bad_files: list[str] = []
+    sizes: list[tuple[int, int]] = []
     decode = _decoder(files, image_format)
-    for name, image in in_threads(decode, files.names, "loading images", progress):
-        if isinstance(image, str):
-            bad_files.append(f"{name}: {image}")
+    for name, outcome in in_threads(decode, files.names, "loading images", progress):
+        if isinstance(outcome, str):
+            bad_files.append(f"{name}: {outcome}")
             continue
+        image, image_size = outcome
         if image.dtype == torch.uint16:
             images = to_depth(images, torch.uint16)
         images[len(names)] = to_depth(image, images.dtype)
         names.append(name)
-    return CheckedImages(images[: len(names)], names, bad_files)
+        sizes.append(image_size)
+    return CheckedImages(images[: len(names)], names, bad_files, sizes)
 
 
 def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
@@ -99,15 +104,16 @@ def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool
     """
     decode = _decoder(files, image_format)
 
-    def depth(name: str) -> torch.dtype | str:
-        image = decode(name)
-        return image if isinstance(image, str) else image.dtype
+    def depth_and_size(name: str) -> tuple[torch.dtype, tuple[int, int]] | str:
+        outcome = decode(name)
+        return outcome if isinstance(outcome, str) else (outcome[0].dtype, outcome[1])
 
-    outcomes = list(in_threads(depth, files.names, "checking images", progress))
-    names = [name for name, outcome in outcomes if not isinstance(outcome, str)]
+    outcomes = list(in_threads(depth_and_size, files.names, "checking images", progress))
+    good = {name: outcome for name, outcome in outcomes if not isinstance(outcome, str)}
     bad_files = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
-    dtype = torch.uint16 if any(outcome == torch.uint16 for _, outcome in outcomes) else torch.uint8
-    return CheckedImages(StreamedImages(files, names, image_format, dtype), names, bad_files)
+    dtype = torch.uint16 if any(depth == torch.uint16 for depth, _ in good.values()) else torch.uint8
+    images = StreamedImages(files, list(good), image_format, dtype)
+    return CheckedImages(images, list(good), bad_files, [size for _, size in good.values()])
 
 
 def bad_files_message(bad_files: Sequence[str], num_files: int) -> str:
@@ -160,5 +166,6 @@ def reason(error: Exception) -> str:
     return str(error) if type(error) is ValueError else f"it cannot be read ({type(error).__name__}: {error})"
 
 
-def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], Tensor | str]:
-    return lambda name: decoded(lambda data: decode_image(data, image_format), files, name)
+def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], tuple[Tensor, tuple[int, int]] | str]:
+    """From a name to the image and the size that it has in its file."""
+    return lambda name: decoded(lambda data: (decode_image(data, image_format), upright_size(data)), files, name)

@@ -20,11 +20,14 @@ from unet_diffusion.data.checking import (
     load_images,
 )
 from unet_diffusion.data.decoding import ImageFormat, decode_pages
-from unet_diffusion.data.files import class_names_of, find_images, labels_of
+from unet_diffusion.data.files import ImageFiles, class_names_of, find_images, labels_of
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.usage import first_few
 
 OnBadFile = Literal["error", "skip"]
 
+LEAST_LOST = 0.01  # of an image's pixels: less is that of rounding
+TEXT_EXTENSIONS = (".csv", ".jsonl", ".txt")  # of captions
 IN_MEMORY_BYTES = 2 * 1024**3  # a set up to 2 GiB, at 8 bits, is kept in memory: 170,000 RGB images of 64x64
 
 
@@ -84,6 +87,7 @@ class FolderDataModule(ImageDataModule):
         self.has_captions = captions
         self.on_bad_file = on_bad_file
         self.in_memory = in_memory
+        self._left_out = self._changed = ""
         self.file_names: list[str] = []
 
     @property
@@ -102,8 +106,7 @@ class FolderDataModule(ImageDataModule):
         files = find_images(self.root)
         if self.class_labels:
             class_names_of(files.names, self.root)  # fails before the files are decoded, not after
-        if self.has_captions:
-            read_captions(files, files.names)
+        unused = read_captions(files, files.names).unused if self.has_captions else []
         in_memory = self.in_memory
         if in_memory is None:
             in_memory = len(files.names) * math.prod(self.image_shape) <= IN_MEMORY_BYTES
@@ -111,11 +114,19 @@ class FolderDataModule(ImageDataModule):
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
         self.file_names = checked.names
+        self._left_out = _left_out(files, checked, unused, has_captions=self.has_captions)
+        self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
         captions = read_captions(files, checked.names).texts if self.has_captions else None
         if not self.class_labels:
             return ImageSet(checked.images, captions=captions)
         class_names = class_names_of(checked.names, self.root)
         return ImageSet(checked.images, torch.tensor(labels_of(checked.names, class_names)), class_names, captions)
+
+    def left_out(self) -> str:
+        return self._left_out
+
+    def changed(self) -> str:
+        return self._changed
 
     def _report(self, checked: CheckedImages) -> None:
         if not checked.bad_files:
@@ -124,6 +135,26 @@ class FolderDataModule(ImageDataModule):
         if self.on_bad_file == "error" or not checked.names:
             raise ValueError(f'{message}\nRemove them, lower image_size, or set on_bad_file to "skip".')
         rank_zero_warn(f"{message}\nThe others are used.")
+
+
+def _left_out(files: ImageFiles, checked: CheckedImages, unused: list[str], *, has_captions: bool) -> str:
+    """The files that are not used, and the rows of tables, in a line."""
+    parts = [files.left_out.described(but=TEXT_EXTENSIONS if has_captions else ())]
+    if checked.bad_files:
+        parts.append(f"{len(checked.bad_files)} images that cannot be used")
+    if unused:
+        parts.append(f"{len(unused)} captions of images that are not there ({first_few(unused)})")
+    return "; ".join(filter(None, parts)) or "nothing"
+
+
+def _changed(sizes: list[tuple[int, int]], size: tuple[int, int]) -> str:
+    """How many images are scaled, and cropped, to a size, in a line."""
+    scales = [min(one / other for one, other in zip(before, size, strict=True)) for before in sizes]
+    lost = [1 - scale**2 * math.prod(size) / math.prod(before) for scale, before in zip(scales, sizes, strict=True)]
+    scaled, cropped = sum(scale > 1 for scale in scales), sum(one > LEAST_LOST for one in lost)
+    parts = [f"{scaled} images scaled down, up to {max(scales):.3g} times"] if scaled else []
+    parts += [f"{cropped} cropped to their centre, which cuts off up to {100 * max(lost):.0f} %"] if cropped else []
+    return ", ".join(parts) or "nothing"
 
 
 class TilesDataModule(ImageDataModule):
@@ -175,6 +206,7 @@ class TilesDataModule(ImageDataModule):
         self.channels = channels
         self.stretch = stretch
         self.num_images = num_images
+        self._left_out = self._changed = ""
 
     def load(self) -> ImageSet:
         """Decode all images and cut them.
@@ -201,9 +233,18 @@ class TilesDataModule(ImageDataModule):
         bad = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
         if bad:
             raise ValueError(f"{bad_files_message(bad, len(names))}\nRemove them, or lower tile_size.")
-        return ImageSet(
-            torch.cat([tiles for _, outcome in outcomes if not isinstance(outcome, str) for tiles in outcome])
-        )
+        tiles = torch.cat([tiles for _, outcome in outcomes if not isinstance(outcome, str) for tiles in outcome])
+        unasked = len(files.names) - len(names)
+        more = f"{unasked} images beyond num_images" if unasked else ""
+        self._left_out = "; ".join(filter(None, (files.left_out.described(), more))) or "nothing"
+        self._changed = f"{len(names)} images are cut into {len(tiles)} tiles, which overlap where they must"
+        return ImageSet(tiles)
+
+    def left_out(self) -> str:
+        return self._left_out
+
+    def changed(self) -> str:
+        return self._changed
 
     def _as_bytes(self, page: Tensor) -> Tensor:
         """8 bits are enough for what is noised anyway; sets may mix depths."""

@@ -35,6 +35,8 @@ class LatentsDataModule(ImageDataModule):
         ValueError: if a number is out of range.
     """
 
+    kind = "latents"
+
     def __init__(
         self,
         root: str | Path,

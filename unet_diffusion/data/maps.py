@@ -113,6 +113,12 @@ class ImagesWithMaps(ImageDataModule):
             )
         return image_set
 
+    def left_out(self) -> str:
+        return self.images.left_out()
+
+    def changed(self) -> str:
+        return self.images.changed()
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what is denoised."""

@@ -106,6 +106,9 @@ class TorchvisionDataModule(ImageDataModule):
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         return ImageSet(images, torch.as_tensor(dataset.targets), list(dataset.classes))
 
+    def left_out(self) -> str:
+        return "the test images of the set"
+
     def _expected_folder(self) -> Path:
         return self.root / getattr(self._dataset_class(), "base_folder", f"{self.dataset}/raw")
 

@@ -88,6 +88,10 @@ class ImagesToSegment:
     Args:
         roots: an image file, a folder, archive.zip or archive.zip/folder each.
 
+    Attributes:
+        sources: where the image of each mask is, and its name there.
+        left_out: what else there is, in a line; "" if there is nothing.
+
     Raises:
         FileNotFoundError: if one does not exist.
         ValueError: if one holds no images, or two outputs would have the same name.
@@ -96,8 +100,10 @@ class ImagesToSegment:
     def __init__(self, roots: list[Path]):
         self.sources: dict[str, tuple[ImageFiles, str]] = {}
         stems: dict[str, str] = {}
+        others = []
         for root in roots:
             files = find_images_or_one(root)
+            others.append(files.left_out.described())
             for name in files.names:
                 mask = mask_name(name)
                 stem = str(PurePosixPath(name).with_suffix(""))
@@ -110,6 +116,7 @@ class ImagesToSegment:
                     raise ValueError(f"{name} would lie among other outputs; rename its folder")
                 stems[stem] = name
                 self.sources[mask] = (files, name)
+        self.left_out = "; ".join(filter(None, others))
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -146,6 +146,10 @@ class NetworkModule(LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define meet_data()")
 
+    def data_notes(self) -> list[str]:
+        """What the module cuts of the data that it has met, a line each."""
+        return []
+
     def record(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights, plain values, to build and use the averaged network again."""
         raise NotImplementedError(f"{type(self).__name__} must define record()")

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +26,8 @@ from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.pictures import image_grid, write_png
 from unet_diffusion.schedulers import SchedulerName
 from unet_diffusion.segmentation.pictures import comparison
+from unet_diffusion.training.base import NetworkModule
+from unet_diffusion.usage import printable
 from unet_diffusion.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -37,6 +41,27 @@ ALWAYS_DRAWS = [  # scheduler, its steps, those of training: known to be possibl
     ("DPMSolverMultistepScheduler", 25, 1000),
 ]
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
+
+
+class DataSummary(Callback):
+    """Says, before training or measuring, what the data are: what was found, left out and cut, and how it is split.
+
+    The data module says it, in `summary`, and the module what it cuts itself.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # by itself, not within fit
+            self._say(trainer, pl_module)
+
+    def _say(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        notes = module.data_notes() if isinstance(module, NetworkModule) else []
+        for line in [*trainer.datamodule.summary(), *notes]:  # type: ignore[attr-defined]  # set at runtime
+            rank_zero_info(printable(line))
 
 
 class PictureGrid(Callback):

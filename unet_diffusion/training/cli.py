@@ -36,6 +36,7 @@ from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS, TASKS
 from unet_diffusion.interruption import Interrupted
 from unet_diffusion.training.callbacks import (
+    DataSummary,
     PictureGrid,
     ReconstructionGrid,
     RunProgressBar,
@@ -323,7 +324,7 @@ class TrainingCLI(LightningCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if trainer.logger is False else [LearningRateMonitor()]
-        watching = [NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
+        watching = [DataSummary(), NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
         self.trainer_defaults["callbacks"] = [*bar, *rates, *watching]
         if trainer.benchmark is None and not trainer.deterministic:
             kwargs["benchmark"] = True  # cuDNN tries convolutions, whose shapes are the same in each step

@@ -258,6 +258,15 @@ class DiffusionModule(NetworkModule):
                 text.learn_words([self.captions[i] for i in datamodule.train_indices.tolist()])
                 average.set_extra_state(text.get_extra_state())
 
+    def data_notes(self) -> list[str]:
+        if self.captions is None:
+            return []
+        text = next(one for one in self.conditions if isinstance(one, TextTokens))
+        num_cut, num_equal = text.cut(self.captions)
+        equal = f", by which {num_equal} become equal to another" if num_equal else ""
+        length = f"max_length {text.config['max_length']}"
+        return [f"captions: {num_cut} of {len(self.captions)} cut to the tokens of {length}{equal}"]
+
     def _log_quarters(self, errors: Tensor, t: Tensor) -> None:
         """Logs the error in each quarter of the noise range, for the step at which Lightning writes its log."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it at runtime
