@@ -155,17 +155,18 @@ def test_validate_gives_the_loss_of_the_run(digits_run, run_cli):
     assert f"{float(during_fit):.6f}"[:7] in out
 
 
-def test_fit_and_validate_begin_with_what_the_data_are(digits_run, tmp_path, run_cli, tiny_digits):
-    arguments = ["--trainer.default_root_dir", tmp_path / "run", "--trainer.enable_progress_bar", "true"]
-    _, _, err = run_cli("fit", *tiny_digits, *arguments, "--trainer.fast_dev_run", "1")
+def test_fit_and_validate_begin_with_what_the_data_are(digits_run, tmp_path, run_cli, tiny_digits, caplog):
+    run_cli("fit", *tiny_digits, "--trainer.default_root_dir", tmp_path / "run", "--trainer.max_steps", 1)
     counts = np.bincount(load_digits().target)
-    found = f"found: 1797 images of 1x8x8 (uint8); 10 classes of {min(counts)} to {max(counts)}\n"
-    split = "split: 1777 to train on, 20 to validate on\n"
-    assert err.count(found) == 1
-    assert err.index(found) < err.index(split) < err.index("fit:")
+    found = f"found: 1797 images of 1x8x8 (uint8); 10 classes of {min(counts)} to {max(counts)}"
+    split = "split: 1777 to train on, 20 to validate on"
+    said = caplog.messages
+    assert said.count(found) == said.count(split) == 1
+    assert said.index(found) < said.index(split) < said.index("`Trainer.fit` stopped: `max_steps=1` reached.")
+    caplog.clear()
     arguments = ["--config", digits_run / "config.yaml", "--ckpt_path", digits_run / "checkpoints" / "last.ckpt"]
-    _, _, err = run_cli("validate", *arguments, "--trainer.logger", "false")
-    assert err.count(found) == err.count(split) == 1
+    run_cli("validate", *arguments, "--trainer.logger", "false")
+    assert caplog.messages.count(found) == caplog.messages.count(split) == 1
 
 
 @pytest.fixture
@@ -177,16 +178,19 @@ def few_images(tmp_path):
     return tmp_path / "images"
 
 
-def test_run_among_its_images_does_not_train_on_its_own_pictures(few_images, run_cli, tiny_digits):
+def test_run_among_its_images_does_not_train_on_its_own_pictures(few_images, run_cli, tiny_digits, caplog):
     data = ["--data", "FolderDataModule", "--data.init_args.root", few_images, "--data.init_args.image_size", 8]
     data += ["--data.init_args.channels", 1, "--data.init_args.num_val", 2, "--data.init_args.batch_size", 2]
-    arguments = ["fit", *tiny_digits, *data, "--model.unet.init_args.num_class_embeds", "null",
-                 "--model.label_dropout", 0, "--trainer.default_root_dir", few_images / "run"]  # fmt: skip
+    data += ["--model.unet.init_args.num_class_embeds", "null", "--model.label_dropout", 0]
+    arguments = ["fit", *tiny_digits, *data, "--samples.guidance_scale", 1]
+    arguments += ["--trainer.default_root_dir", few_images / "run"]
     for max_steps, left_out in ((2, "nothing"), (4, "1 written by unet-diffusion (run)")):
         status, _, err = run_cli(*arguments, "--trainer.max_steps", max_steps)
         assert status == 0, err
         assert (few_images / "run" / "samples.png").is_file()
-        assert f"found: 6 images of 1x8x8 (uint8) in {few_images}\nleft out: {left_out}\n" in err
+        said = caplog.messages
+        assert said[said.index(f"found: 6 images of 1x8x8 (uint8) in {few_images}") + 1] == f"left out: {left_out}"
+        caplog.clear()
 
 
 @pytest.mark.parametrize("name", ["images", "images/../images"])
@@ -195,7 +199,7 @@ def test_run_folder_that_is_the_folder_of_its_images_is_refused(few_images, run_
     status, _, err = run_cli("fit", "--config", "folder", "--data.init_args.root", root,
                              "--trainer.default_root_dir", few_images)  # fmt: skip
     assert status == 1
-    assert f"root and trainer.default_root_dir must be two folders, got {root} for both" in err
+    assert f"init_args.root and trainer.default_root_dir must be two folders, got {root} for both" in err
     assert sorted(path.name for path in few_images.iterdir()) == [f"{number}.png" for number in range(6)]
 
 

@@ -201,11 +201,14 @@ def test_outputs_among_the_images_are_not_read(tmp_path, file, content):
     write_images(images / "mine" / "samples", 2)
     (images / "mine" / file).parent.mkdir(exist_ok=True)
     (images / "mine" / file).write_text(content)
+    (images / "mine" / ".hidden.json").write_text("{}")
+    (images / "mine" / "pipeline").mkdir()
+    (images / "mine" / "pipeline" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     shutil.make_archive(str(tmp_path / "set"), "zip", images)
     for root in (images, tmp_path / "set.zip"):
         files = find_images(root)
         assert files.names == ["000.png", "001.png"]
-        assert "1 written by unet-diffusion (mine)" in files.left_out.described()
+        assert files.left_out.described() == "1 written by unet-diffusion (mine)"
 
 
 def test_folder_whose_settings_are_of_another_program_is_read(tmp_path):

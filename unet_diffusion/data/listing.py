@@ -70,17 +70,14 @@ def image_names(names: Iterable[str], read: Callable[[str], bytes], left_out: Le
         read: The contents of one of them.
         left_out: The others are added to it.
     """
-    visible = []
-    for name in names:
-        if hidden := _of_a_system(name):
-            left_out.names[HIDDEN].add(hidden)
-        else:
-            visible.append(name)
-    outputs = tuple(f"{folder}/" for folder in _output_folders(visible, read))
+    names = list(names)
+    outputs = tuple(f"{folder}/" for folder in _output_folders(names, read))
     images = []
-    for name in visible:
+    for name in names:
         if name.startswith(outputs):
             left_out.names["written by unet-diffusion"].add(next(one[:-1] for one in outputs if name.startswith(one)))
+        elif hidden := _of_a_system(name):
+            left_out.names[HIDDEN].add(hidden)
         elif name.lower().endswith(IMAGE_EXTENSIONS):
             images.append(name)
         else:
@@ -128,8 +125,8 @@ def _of_a_system(name: str) -> str | None:
     return next(("/".join(parts[: i + 1]) for i, part in enumerate(parts) if _is_of_a_system(part)), None)
 
 
-def _output_folders(names: Iterable[str], read: Callable[[str], bytes]) -> set[str]:
-    """Folders below the root in which a record, or a checkpoint, says that this package has written them."""
+def _output_folders(names: Iterable[str], read: Callable[[str], bytes]) -> list[str]:
+    """Folders below the root that this package has written, as a record or a checkpoint there says; none in another."""
     outputs = set()
     for name in names:
         folder, _, file = name.rpartition("/")
@@ -137,7 +134,11 @@ def _output_folders(names: Iterable[str], read: Callable[[str], bytes]) -> set[s
             outputs.add(folder)
         elif file.endswith(".ckpt") and folder.endswith("/checkpoints"):
             outputs.add(folder.removesuffix("/checkpoints"))
-    return outputs - {""}
+    outermost: list[str] = []
+    for folder in sorted(outputs - {""}):
+        if not folder.startswith(tuple(f"{one}/" for one in outermost)):
+            outermost.append(folder)
+    return outermost
 
 
 def _is_a_record(file: str, read: Callable[[str], bytes], name: str) -> bool:

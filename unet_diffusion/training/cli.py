@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -315,7 +314,7 @@ class TrainingCLI(LightningCLI):
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
             _check_run_folder(root)
-            _refuse_images_in(config.get("data"), root)
+            _refuse_images_in(config.data, root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -445,13 +444,12 @@ def _refuse_images_in(data: Any, root: Path) -> None:
     Raises:
         ValueError: If the images, or their labels, are in the run folder.
     """
-    for key, value in data.items() if isinstance(data, dict | Namespace) else ():
-        if key in ("root", "images", "labels") and isinstance(value, str | Path):
-            if Path(value).expanduser().resolve() == root.resolve():
-                raise ValueError(f"{key} and trainer.default_root_dir must be two folders, got {value} for both; the "
-                                 "run would read its own pictures")  # fmt: skip
-        else:
-            _refuse_images_in(value, root)
+    for name, value in data.items():
+        if name.rpartition(".")[2] not in ("root", "images", "labels") or not isinstance(value, str | Path):
+            continue
+        if Path(value).expanduser().resolve() == root.resolve():
+            raise ValueError(f"{name} and trainer.default_root_dir must be two folders, got {value} for both; the run "
+                             "would read its own pictures")  # fmt: skip
 
 
 def _check_numbers(config: Any) -> None:
