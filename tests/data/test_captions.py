@@ -3,6 +3,7 @@ import json
 import os
 import unicodedata
 import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -182,6 +183,6 @@ def test_table_without_end_is_refused_before_it_is_read(images):
     ("name", "message"),
     [("comma", "metadata.csv line 2 has 3 fields"), ("two_captions", "a.png has one in metadata.csv line 2")],
 )
-def test_tables_of_the_shared_set_are_refused(shared_data, name, message):
+def test_tables_as_people_have_them_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
-        captions(shared_data(f"odd_files/sets/{name}"))
+        captions(Path(__file__).parent / "odd_files" / "sets" / name)

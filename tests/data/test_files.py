@@ -4,6 +4,7 @@ import pickle
 import shutil
 import unicodedata
 import zipfile
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -14,8 +15,8 @@ from PIL import Image
 
 from unet_diffusion.data import ImageFormat, check_images, find_images, load_images
 from unet_diffusion.data import files as files_module
-from unet_diffusion.data.decoding import FORMATS
 from unet_diffusion.data.listing import IMAGE_EXTENSIONS
+from unet_diffusion.data.stored import FORMATS
 from unet_diffusion.whole_file import RUN_HEADER
 
 PNG = encode(random_pixels(8, 8, 3))
@@ -130,6 +131,7 @@ def test_set_with_one_16_bit_file_is_16_bit(tmp_path, load):
 
 # ------------------------------------------------------------------------------------------------- what is left out
 
+SETS = Path(__file__).parent / "odd_files" / "sets"
 OTHER_SPELLINGS = {".btf": "TIFF", ".tf2": "TIFF", ".tf8": "TIFF", ".jif": "JPEG", ".dib": "BMP", ".mpo": "JPEG"}
 NO_IMAGES_TO_TRAIN_ON = {".pfm"}  # distances and other floats, beside images
 
@@ -161,8 +163,8 @@ def test_other_files_are_counted_by_extension(tmp_path):
     assert "txt" not in files.left_out.described(but=[".txt"])
 
 
-def test_files_of_the_shared_set_are_used_or_counted(shared_data):
-    folder = shared_data("odd_files/sets/extensions")
+def test_files_of_a_folder_are_used_or_counted():
+    folder = SETS / "extensions"
     files = find_images(folder)
     assert files.names == ["a.png", "b.jfif", "c.jpe", "d.pnm"]
     assert sum(files.left_out.extensions.values()) == len(os.listdir(folder)) - len(files.names)

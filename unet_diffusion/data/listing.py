@@ -2,7 +2,7 @@
 
 Names come out composed (Unicode's NFC), so that a name from macOS, whose accents are characters of their own, and one
 from anywhere else are the same name. What is an image is told from the extension: all spellings of the formats in
-`decoding.FORMATS`. Left out are files of other kinds, what systems put beside files of people, and folders that this
+`stored.FORMATS`. Left out are files of other kinds, what systems put beside files of people, and folders that this
 package has written.
 """
 
