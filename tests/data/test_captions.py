@@ -152,7 +152,12 @@ def test_names_with_backslashes_and_of_other_encodings_are_those_of_images(image
 def test_rows_without_an_image_are_told(images):
     write_table(images, [("a.png", "ant"), ("b.png", "bee"), ("gone.png", "x"), ("more/c.png", "cat")])
     files = find_images(images)
-    assert read_captions(files, files.names).unused == ["metadata.csv line 4: gone.png"]
+    read = read_captions(files, files.names)
+    assert (read.num_unused, read.unused) == (1, ["metadata.csv line 4: gone.png"])
+    write_table(images, [*((f"{number}.png", "x") for number in range(9)), ("a.png", "ant"), ("b.png", "bee")])
+    write_table(images / "more", [("c.png", "cat")])
+    read = read_captions(files, files.names)
+    assert (read.num_unused, read.unused) == (9, [f"metadata.csv line {n + 2}: {n}.png" for n in range(5)])
 
 
 def test_table_that_is_too_large_is_refused_before_it_is_read(images, tmp_path, monkeypatch):

@@ -7,18 +7,20 @@ caption: of two rows for it that differ neither is taken. A text file counts whe
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath
 from posixpath import join, normpath
 from typing import Any
 
 from unet_diffusion.data.files import MAX_TEXT_BYTES, ImageFiles
 from unet_diffusion.data.listing import composed
-from unet_diffusion.usage import first_few
+from unet_diffusion.usage import MOST_NAMED, first_few
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 COLUMNS = ("file_name", "text")
+IS_ABSOLUTE = re.compile(r"([A-Za-z]:)?[/\\]")  # on Windows too
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,12 @@ class Captions:
 
     Args:
         texts: of each image, without white space around it.
-        unused: "where: file_name" of each row in a table whose image is not there.
+        num_unused: rows in tables whose image is not there.
+        unused: "where: file_name" of the first of them.
     """
 
     texts: list[str]
+    num_unused: int
     unused: list[str]
 
 
@@ -46,11 +50,13 @@ def read_captions(files: ImageFiles, names: Sequence[str]) -> Captions:
     """
     images = set(names)
     captions: dict[str, tuple[str, str]] = {}  # and where it stands
-    unused = []
+    num_unused = 0
+    unused: list[str] = []
     for folder in sorted({str(folder) for name in names for folder in PurePosixPath(name).parents}):
         for where, name, text in _rows_below(files, folder, images):
             if name not in images:
-                unused.append(f"{where}: {name}")
+                num_unused += 1
+                unused += [f"{where}: {name}"] if num_unused <= MOST_NAMED else []
                 continue
             before, first = captions.setdefault(name, (text, where))
             if before != text:
@@ -66,7 +72,7 @@ def read_captions(files: ImageFiles, names: Sequence[str]) -> Captions:
             f"{len(missing)} of {len(names)} images have no caption: {first_few(missing)}; each "
             "needs a row (file_name,text) in metadata.csv, a line in metadata.jsonl, or a text file of its name"
         )
-    return Captions([texts[name] for name in names], unused)
+    return Captions([texts[name] for name in names], num_unused, unused)
 
 
 def _content(files: ImageFiles, path: str) -> str | None:
@@ -101,12 +107,13 @@ def _rows_below(files: ImageFiles, folder: str, images: set[str]) -> Iterator[tu
 
 def _image(file_name: str, folder: str, where: str, images: set[str]) -> str:
     """The name of the image that a row is of; backslashes are taken for slashes where they are not in its name."""
-    name = normpath(join(folder, composed(file_name.strip())))
+    file_name = composed(file_name.strip())
+    name = normpath(join(folder, file_name))
     if name in images:
         return name
-    if PureWindowsPath(file_name).root:
+    if IS_ABSOLUTE.match(file_name):
         raise ValueError(f"{where} must have the path of an image from its table on, got {file_name}")
-    return normpath(join(folder, composed(file_name.strip()).replace("\\", "/")))
+    return normpath(join(folder, file_name.replace("\\", "/")))
 
 
 def _csv_rows(content: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -115,7 +122,7 @@ def _csv_rows(content: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
     Raises:
         ValueError: if one has more fields than the head, or quotes that do not fit.
     """
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True, skipinitialspace=True)
+    reader = csv.reader(_text_lines(content, newline=""), strict=True, skipinitialspace=True)
     head: list[str] = []
     number = 1
     try:
@@ -139,9 +146,14 @@ def _csv_rows(content: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _lines(content: str, path: str) -> Iterator[tuple[int, Any]]:
     """The values in a JSON lines file, with the numbers of their lines."""
-    for number, line in enumerate(content.split("\n"), start=1):
+    for number, line in enumerate(_text_lines(content, newline="\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path} must hold JSON in each line, and line {number} does not: {error}") from error
+
+
+def _text_lines(content: str, newline: str) -> Iterator[str]:
+    """The lines one by one; all of them at once, and io.StringIO too, take many times the memory of the file."""
+    return io.TextIOWrapper(io.BytesIO(content.encode()), encoding="utf-8", newline=newline)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageSet
-from unet_diffusion.data.captions import read_captions
+from unet_diffusion.data.captions import Captions, read_captions
 from unet_diffusion.data.checking import (
     CheckedImages,
     bad_files_message,
@@ -22,7 +22,6 @@ from unet_diffusion.data.checking import (
 from unet_diffusion.data.decoding import ImageFormat, decode_pages
 from unet_diffusion.data.files import ImageFiles, class_names_of, find_images, labels_of
 from unet_diffusion.data.scaling import to_float
-from unet_diffusion.usage import first_few
 
 OnBadFile = Literal["error", "skip"]
 
@@ -106,7 +105,7 @@ class FolderDataModule(ImageDataModule):
         files = find_images(self.root)
         if self.class_labels:
             class_names_of(files.names, self.root)  # fails before the files are decoded, not after
-        unused = read_captions(files, files.names).unused if self.has_captions else []
+        written = read_captions(files, files.names) if self.has_captions else None
         in_memory = self.in_memory
         if in_memory is None:
             in_memory = len(files.names) * math.prod(self.image_shape) <= IN_MEMORY_BYTES
@@ -114,7 +113,7 @@ class FolderDataModule(ImageDataModule):
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
         self.file_names = checked.names
-        self._left_out = _left_out(files, checked, unused, has_captions=self.has_captions)
+        self._left_out = _left_out(files, checked, written)
         self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
         captions = read_captions(files, checked.names).texts if self.has_captions else None
         if not self.class_labels:
@@ -137,13 +136,16 @@ class FolderDataModule(ImageDataModule):
         rank_zero_warn(f"{message}\nThe others are used.")
 
 
-def _left_out(files: ImageFiles, checked: CheckedImages, unused: list[str], *, has_captions: bool) -> str:
+def _left_out(files: ImageFiles, checked: CheckedImages, captions: Captions | None) -> str:
     """The files that are not used, and the rows of tables, in a line."""
-    parts = [files.left_out.described(but=TEXT_EXTENSIONS if has_captions else ())]
+    parts = [files.left_out.described(but=TEXT_EXTENSIONS if captions else ())]
     if checked.bad_files:
         parts.append(f"{len(checked.bad_files)} images that cannot be used")
-    if unused:
-        parts.append(f"{len(unused)} captions of images that are not there ({first_few(unused)})")
+    if captions and captions.num_unused:
+        more = ", ..." if captions.num_unused > len(captions.unused) else ""
+        parts.append(
+            f"{captions.num_unused} captions of images that are not there ({', '.join(captions.unused)}{more})"
+        )
     return "; ".join(filter(None, parts)) or "nothing"
 
 
