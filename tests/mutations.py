@@ -411,7 +411,7 @@ MUTATIONS = [
     Mutation("segment: other settings go on", "whole_file.py",
              "if differ:\n", "if False:\n", "test_segment.py test_latents.py"),
     Mutation("segment: masks as JPEG", "segmentation/predict.py",
-             "keeps = path.suffix.lower() in (PNG, *TIFF)", "keeps = True", "test_segment.py"),
+             "keeps = path.suffix.lower() in (PNG, *TIFF_EXTENSIONS)", "keeps = True", "test_segment.py"),
     Mutation("two stages: done ones again", "two_stages.py",
              'record["done"] += [] if status else [name]', 'record["done"] += []', "test_two_stages.py"),
     Mutation("processes: all do the same", "processes.py",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -119,6 +120,15 @@ def test_unreadable_file_is_reported_at_the_end_and_the_rest_is_done(run_cli, ru
     assert len(sizes(tmp_path / "masks")) == 4
 
 
+def test_pages_of_a_large_tiff_are_pages_of_its_mask(run_cli, run, tmp_path):
+    pixels = RNG.integers(256, size=(3, 40, 45), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    tifffile.imwrite(tmp_path / "images" / "a.btf", pixels, bigtiff=True, photometric="minisblack")
+    status, _, err = run_cli("segment", run, tmp_path / "images", "--output", tmp_path / "masks")
+    assert status == 0, err
+    assert sizes(tmp_path / "masks") == {"a.btf": (40, 45, 3)}
+
+
 def test_masks_and_overlays_among_the_images_are_not_segmented(run_cli, run, images):
     (images / "notes.txt").write_text("of the images")
     for left_out in ("left out: 1 .txt\n", "left out: 1 .txt; 1 written by unet-diffusion (masks)\n"):
@@ -227,7 +237,8 @@ def test_bad_input_gets_one_message(run_cli, run, images, digits_run, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "mask"), [("a.png", "a.png"), ("a.TIF", "a.TIF"), ("b/a.jpeg", "b/a.png"), ("a.webp", "a.png")]
+    ("name", "mask"),
+    [("a.png", "a.png"), ("a.TIF", "a.TIF"), ("b/a.jpeg", "b/a.png"), ("a.webp", "a.png"), ("a.tf8", "a.tf8")],
 )
 def test_mask_keeps_the_name_unless_its_format_would_spoil_it(name, mask):
     assert mask_name(name) == mask

@@ -16,9 +16,10 @@ from pathlib import Path, PurePosixPath
 from unet_diffusion.usage import MOST_NAMED, first_few, printable
 from unet_diffusion.whole_file import RUN_HEADER, SETTINGS
 
+TIFF_EXTENSIONS = (".btf", ".tf2", ".tf8", ".tif", ".tiff")
 IMAGE_EXTENSIONS = (
-    *(".apng", ".avif", ".avifs", ".bmp", ".btf", ".dib", ".gif", ".jfif", ".jif", ".jpe", ".jpeg", ".jpg"),
-    *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tf2", ".tf8", ".tif", ".tiff", ".webp"),
+    *(".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".jfif", ".jif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm"),
+    *(".pgm", ".png", ".pnm", ".ppm", *TIFF_EXTENSIONS, ".webp"),
 )
 OF_SYSTEMS = {  # files and folders, in lower case, beside those that begin with a dot
     *("__macosx", "lost+found", "desktop.ini", "thumbs.db", "ehthumbs.db"),

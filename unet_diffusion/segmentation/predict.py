@@ -17,6 +17,7 @@ from unet_diffusion.checkpoint import TrainedSegmenter
 from unet_diffusion.data.checking import decoded, reason
 from unet_diffusion.data.decoding import decode_page
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
+from unet_diffusion.data.listing import TIFF_EXTENSIONS
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.stored import StoredImage, stored_images
 from unet_diffusion.pictures import write_png
@@ -28,7 +29,6 @@ from unet_diffusion.unet import PixelNetwork
 from unet_diffusion.whole_file import whole_file
 
 PNG = ".png"  # of outputs whose input has a lossy or multi-purpose format
-TIFF = (".tif", ".tiff")
 EXTRAS = ("probabilities", "overlays", "instances")  # folders beside the masks
 
 
@@ -166,7 +166,7 @@ def segment_images(
 def mask_name(name: str) -> str:
     """The name of the mask of an image: the same, or with .png where the image's format would spoil a mask."""
     path = PurePosixPath(name)
-    keeps = path.suffix.lower() in (PNG, *TIFF)
+    keeps = path.suffix.lower() in (PNG, *TIFF_EXTENSIONS)
     return str(path if keeps else path.with_suffix(PNG))
 
 
@@ -178,7 +178,7 @@ def _segment_pages(
     predict: Callable[[Tensor], Tensor],
 ) -> None:
     """Writes what is asked for, one page after the other; the mask last, as it says that the image is done."""
-    if len(pages) > 1 and PurePosixPath(mask).suffix.lower() not in TIFF:
+    if len(pages) > 1 and PurePosixPath(mask).suffix.lower() not in TIFF_EXTENSIONS:
         raise ValueError(f"a file of {len(pages)} pages must be named .tif, for its masks to be pages too; rename it")
     stem = PurePosixPath(mask).with_suffix("")
     stems = [stem] if len(pages) == 1 else [stem / f"{number:04d}" for number in range(len(pages))]
@@ -221,7 +221,7 @@ def _sixteen_bits(numbers: NDArray[np.int32]) -> NDArray[np.uint16]:
 def _whole_pages(path: Path) -> Iterator[Callable[[NDArray[Any]], object]]:
     """Writes one page after the other to a file, which appears when all are written; of PNG there is one."""
     with whole_file(path) as partial:
-        if path.suffix.lower() in TIFF:
+        if path.suffix.lower() in TIFF_EXTENSIONS:
             with TiffWriter(partial) as tiff:
                 yield lambda page: tiff.write(page, photometric="minisblack", compression="lzw", metadata=None)
         else:
