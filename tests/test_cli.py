@@ -205,9 +205,12 @@ def test_run_folder_that_is_the_folder_of_its_images_is_refused(few_images, run_
 
 def test_pack_says_what_is_left_out(few_images, run_cli, tmp_path):
     (few_images / "a.heic").write_bytes(b"heic")
-    status, _, err = run_cli("pack", few_images, tmp_path / "shards")
-    assert status == 0, err
-    assert "left out: 1 .heic\n" in err
+    for number in range(6):
+        (few_images / f"{number}.txt").write_text("a caption")
+    for captions, left_out in (([], "left out: 6 .txt; 1 .heic\n"), (["--captions"], "left out: 1 .heic\n")):
+        status, _, err = run_cli("pack", few_images, tmp_path / f"shards{len(captions)}", *captions)
+        assert status == 0, err
+        assert left_out in err
 
 
 def test_fast_dev_run_trains_and_leaves_nothing(tmp_path, run_cli, tiny_digits):

@@ -244,6 +244,7 @@ def _pack(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from unet_diffusion.data import ImageFormat, find_images, pack_images
+    from unet_diffusion.data.captions import TEXT_EXTENSIONS
     from unet_diffusion.data.checking import bad_files_message
     from unet_diffusion.data.shards import INDEX
 
@@ -252,7 +253,7 @@ def _pack(options: argparse.Namespace) -> None:
         height, width = options.image_size
         image_format = ImageFormat(height, width, options.channels, options.background)
     files = find_images(options.images)
-    _say_left_out(files.left_out.described())
+    _say_left_out(files.left_out.described(but=TEXT_EXTENSIONS if options.captions else ()))
     with tqdm(total=len(files.names), unit="image", desc="pack") as bar:
         bad_files = pack_images(
             files, options.folder, root=options.images, shard_images=options.shard_images, image_format=image_format,

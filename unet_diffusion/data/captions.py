@@ -19,6 +19,7 @@ from unet_diffusion.data.listing import composed
 from unet_diffusion.usage import MOST_NAMED, first_few
 
 TABLES = ("metadata.csv", "metadata.jsonl")
+TEXT_EXTENSIONS = (".csv", ".jsonl", ".txt")
 COLUMNS = ("file_name", "text")
 IS_ABSOLUTE = re.compile(r"([A-Za-z]:)?[/\\]")  # on Windows too
 

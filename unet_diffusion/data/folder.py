@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageSet
-from unet_diffusion.data.captions import Captions, read_captions
+from unet_diffusion.data.captions import TEXT_EXTENSIONS, Captions, read_captions
 from unet_diffusion.data.checking import (
     CheckedImages,
     bad_files_message,
@@ -26,7 +26,6 @@ from unet_diffusion.data.scaling import to_float
 OnBadFile = Literal["error", "skip"]
 
 LEAST_LOST = 0.01  # of an image's pixels: less is that of rounding
-TEXT_EXTENSIONS = (".csv", ".jsonl", ".txt")  # of captions
 IN_MEMORY_BYTES = 2 * 1024**3  # a set up to 2 GiB, at 8 bits, is kept in memory: 170,000 RGB images of 64x64
 
 

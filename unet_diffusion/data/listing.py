@@ -23,7 +23,7 @@ IMAGE_EXTENSIONS = (
 )
 OF_SYSTEMS = {  # files and folders, in lower case, beside those that begin with a dot
     *("__macosx", "lost+found", "desktop.ini", "thumbs.db", "ehthumbs.db"),
-    *("$recycle.bin", "recycler", "system volume information"),  # Windows
+    *("$recycle.bin", "system volume information"),  # Windows
     *("@eadir", "@tmp", "#recycle", "#snapshot"),  # network drives of Synology
 }
 RUN, PIPELINE = "config.yaml", "model_index.json"  # of a run, and of an exported pipeline
