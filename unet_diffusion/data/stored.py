@@ -27,7 +27,6 @@ TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # + is BigTIFF
 PNG_BIT_DEPTH = 24  # position of that byte: 8 of signature, 8 of chunk header, 8 of width and height
 PNG_SAMPLES = {2: 3, 4: 2, 6: 4}  # numbers a pixel by the byte after that, the colour type
 WEBP_LOSSLESS = b"VP8L"
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file its reader is told
 CONTIGUOUS = ("imagej", "shaped", "stk")  # kinds of stacks whose first page alone may have tags
 REDUCED_IMAGE = 2  # of tag 255, SubfileType, which is older than tag 254
 KINDS = {
@@ -37,26 +36,28 @@ KINDS = {
     "c": "{}-bit complex numbers",
 }
 
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file its reader is told
+
 
 @dataclass(frozen=True)
 class StoredImage:
     """One image of a file, of which nothing but the header has been read.
 
     Args:
-        file_format: such as "PNG".
-        stored_size: height and width before it is turned upright.
-        kind: what the numbers of a pixel are; with "palette" the first is an index.
-        num_samples: numbers a pixel, alpha included.
-        dtype: of the numbers.
-        bits: of a number; may be fewer than the dtype has.
-        decode: reads the numbers, (H, W, S); it may reduce the image to no less than twice the side it is given.
-        white: number of full brightness, or 0 if that is black and `is_inverted`; None: the numbers have no range.
-        is_inverted: whether 0 is white.
-        alpha: whether the last number is alpha, and whether colours are stored multiplied by it.
-        transparent: the colour that stands for transparent pixels, one number for each sample.
-        palette: colours, (N, 3) or with alpha (N, 4), uint8.
+        file_format: Its name, such as "PNG".
+        stored_size: Height and width before it is turned upright.
+        kind: What the numbers of a pixel are; with "palette" the first is an index.
+        num_samples: Numbers a pixel, alpha included.
+        dtype: Type of the numbers.
+        bits: Bits of a number; the type may have more.
+        decode: Reads the numbers, (H, W, S); it may reduce the image to no less than twice the side it is given.
+        white: The number of full brightness, or of black if `is_inverted`; None: the numbers have no range.
+        is_inverted: Whether 0 is white.
+        alpha: Whether the last number is alpha, and whether colours are stored multiplied by it.
+        transparent: The colour that stands for transparent pixels, one number for each sample.
+        palette: Colours, (N, 3) or with alpha (N, 4), uint8.
         orientation: 1 to 8, as in EXIF and TIFF.
-        is_lossy: whether numbers were changed when the file was written.
+        is_lossy: Whether numbers may have been changed when the file was written.
     """
 
     file_format: str
@@ -93,7 +94,7 @@ class StoredImage:
         """The numbers as they are stored, upright, (H, W, S) in the byte order of the machine.
 
         Args:
-            reducible_to: the image may come smaller, but no side less than twice this; None: it comes whole.
+            reducible_to: The image may come smaller, but no side less than twice this; None: it comes whole.
         """
         numbers = self.decode(reducible_to)
         return _upright(numbers, self.orientation).astype(numbers.dtype.newbyteorder("="), copy=False)
@@ -106,12 +107,12 @@ def stored_images(data: bytes) -> Iterator[StoredImage]:
     further frames are previews or animations.
 
     Args:
-        data: contents of an image file.
+        data: Contents of an image file.
 
     Raises:
-        ValueError: if the file is none, has an image of more than PIL.Image.MAX_IMAGE_PIXELS, or one that cannot be
+        ValueError: If the file is none, has an image of more than PIL.Image.MAX_IMAGE_PIXELS, or one that cannot be
             read.
-        Exception: whatever a decoder raises on a damaged file.
+        Exception: Whatever a decoder raises on a damaged file.
     """
     if data[:4] in TIFF_SIGNATURES:
         yield from _stored_in_tiff(data)
@@ -124,7 +125,7 @@ def check_dimensions(height: int, width: int) -> None:
     """Refuses more pixels than PIL.Image.MAX_IMAGE_PIXELS.
 
     Raises:
-        ValueError: if there are more.
+        ValueError: If there are more.
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > limit:
