@@ -49,20 +49,20 @@ class KnownImages(LightningDataModule):
         """Compare the images with those of a checkpoint that is trained on, and say what is different.
 
         Raises:
-            ValueError: If images were replaced, are gone, or were trained on and would be validated on now, and
+            ValueError: If images are others now, are gone, or were trained on and would be validated on now, and
                 `must_be_same` is set.
         """
         known = self.names_and_contents()
         if known is None or (self.trainer is not None and not self.trainer.training):
             return
-        replaced, new, num_gone, moved = _differences(state, self.state_dict(), known[0])
+        changed, new, num_gone, moved = _differences(state, self.state_dict(), known[0])
         parts = [f"{len(names)} {what} ({few(names)})" for names, what in (
-            (replaced, "replaced"), (new, "new"), (moved, "trained on that would be validated on now")
+            (changed, "changed"), (new, "new"), (moved, "trained on that would be validated on now")
         ) if names] + ([f"{num_gone} gone"] if num_gone else [])  # fmt: skip
         if not parts:
             return
         said = f"the images are not those that the checkpoint was trained on: {'; '.join(parts)}"
-        if self.must_be_same and (replaced or num_gone or moved):
+        if self.must_be_same and (changed or num_gone or moved):
             how = ", and a num_val that keeps apart what was kept apart" if moved else ""
             raise ValueError(f"{said}. Bring them back, or train on with these by --ckpt_path CHECKPOINT{how}")
         if new or num_gone:
@@ -78,7 +78,7 @@ def contents_of_pixels(images: Sequence[Tensor] | Tensor) -> list[str]:
 def _differences(
     before: dict[str, Tensor], now: dict[str, Tensor], names: Sequence[str]
 ) -> tuple[list[str], list[str], int, list[str]]:
-    """The names of images that were replaced, that are new, how many are gone, and who moved to the validation."""
+    """The names of images that are others now, that are new, how many are gone, and who moved to the validation."""
     then = dict(zip(before["names"].tolist(), before["contents"].tolist(), strict=True))
     numbers, contents = now["names"].tolist(), now["contents"].tolist()
     validated = set(before["contents"][before["is_val"]].tolist())
