@@ -149,6 +149,34 @@ def test_label_image_that_was_replaced_is_named(tmp_path):
         go_on(state, data(), must_be_same=True)
 
 
+@pytest.mark.parametrize("num_val", [2, None])
+def test_labelled_images_that_are_added_are_validated_on_or_trained_on_and_move_none(tmp_path, num_val):
+    """Of ten images a fifth is two, of twenty four: the default would move one that was trained on."""
+    rng = np.random.default_rng(0)
+
+    def data(names):
+        for name in names:
+            for kind in ("images", "labels"):
+                (tmp_path / kind).mkdir(exist_ok=True)
+                pixels = rng.integers(2, size=(16, 16), dtype=np.uint8) * 255
+                Image.fromarray(pixels).save(tmp_path / kind / f"{name}.png")
+        source = PairedFiles(tmp_path / "images", tmp_path / "labels")
+        made = SegmentationDataModule(source, Targets("0/255"), window_size=16, num_val=num_val)
+        made.setup()
+        return made
+
+    before, after = data("bcdefghijk"), data([f"a{number}" for number in range(9)] + ["z"])
+    if num_val is None:
+        with pytest.raises(
+            ValueError, match=r"10 new .* 1 trained on that would be validated on now \(i\).*num_val"
+        ):
+            go_on(before.state_dict(), after, must_be_same=True)
+    else:
+        with pytest.warns(UserWarning, match="10 new"):
+            go_on(before.state_dict(), after, must_be_same=True)
+        assert [after.images.names[i] for i in after.val_indices] == ["k", "z"]
+
+
 def test_tiles_are_split_by_the_names_of_their_files(tmp_path):
     def data():
         made = TilesDataModule(tmp_path, tile_size=8, channels=3, num_val=4)
