@@ -550,7 +550,7 @@ MUTATIONS = [
              "before = load_plain(path).get(RUN_SETTINGS, {})",
              'before = yaml.safe_load((root / "config.yaml").read_text())', "training/test_continued.py"),
     Mutation("resume: images that were replaced", "data/known.py",
-             "if self.must_be_same and (replaced or num_gone or moved):",
+             "if self.must_be_same and (changed or num_gone or moved):",
              "if self.must_be_same and (num_gone or moved):", "data/test_known.py training/test_continued.py"),
     Mutation("resume: never by itself", "training/cli.py",
              "self.datamodule.must_be_same = self.goes_on_by_itself", "pass", "training/test_continued.py"),

@@ -197,6 +197,19 @@ def test_encoding_that_is_cut_off_and_goes_on_with_other_images_is_that_of_the_o
     assert found.names == [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(5)]
 
 
+def test_image_and_caption_that_are_others_are_named(encoded, images, run_cli, tmp_path):
+    for path in list(images.rglob("*.png")):
+        path.with_suffix(".txt").write_text(f"{path.parent.name} number {path.stem}")
+    folder = encoded("--captions")
+    (images / "dog" / "4.txt").write_text("a wolf")
+    (images / "cat" / "2.png").rename(images / "cat" / "7.png")
+    (images / "cat" / "2.txt").rename(images / "cat" / "7.txt")
+    arguments = [tmp_path / "autoencoder", images, "--output", folder, "--device=cpu", "--captions"]
+    status, _, err = run_cli("encode", *arguments)
+    said = "were made with other settings (captions: a wolf, dog number 4; names: cat/2.png, cat/7.png)"
+    assert (status, said in err) == (1, True), err
+
+
 def test_latents_are_not_kept_under_the_old_name_of_a_class(encoded, images, run_cli, tmp_path):
     folder = encoded("--class_labels")
     (images / "cat").rename(images / "tiger")

@@ -236,16 +236,23 @@ def claim_folder(
         if not (folder / SETTINGS).is_file():
             raise FileExistsError(f"{folder} holds files that are no {what}; choose another folder")
         before = read_json(folder / SETTINGS)
-        differ = [
-            key if key.startswith(CONTENTS) else f"{key}: {_short(before.get(key))} there, {_short(value)} here"
-            for key, value in plain.items()
-            if before.get(key) != value
-        ]
+        differ = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
         if differ:
             raise FileExistsError(f"the {what} in {folder} were made with other settings ({'; '.join(differ)}); {fix}")
         return
     with whole_file(folder / SETTINGS) as partial:
         partial.write_text(json.dumps(plain, indent=1))
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What a setting was and is; of a long list what is in one of the two only; of hashes nothing."""
+    if name.startswith(CONTENTS):
+        return name
+    if isinstance(before, list) and isinstance(now, list) and len(str(now)) > MOST_SHOWN:
+        in_one = sorted({*map(str, before)} ^ {*map(str, now)})
+        if in_one:
+            return f"{name}: {few(in_one)}"
+    return f"{name}: {_short(before)} there, {_short(now)} here"
 
 
 def _short(value: Any) -> str:

@@ -55,7 +55,7 @@ def test_state_is_tensors_of_24_bytes_an_image_or_fewer(root):
 def test_image_that_was_replaced_under_its_name_is_refused_by_it_or_said(root, in_memory):
     state = folder_data(root, in_memory=in_memory).state_dict()
     replace(root / "007.png")
-    said = r"not those that the checkpoint was trained on: 1 replaced \(007\.png\)"
+    said = r"not those that the checkpoint was trained on: 1 changed \(007\.png\)"
     data = folder_data(root, in_memory=in_memory)
     with pytest.raises(ValueError, match=rf"{said}\. Bring them back, or train on with these by --ckpt_path"):
         go_on(state, data, must_be_same=True)
@@ -96,7 +96,7 @@ def test_renamed_image_that_was_trained_on_is_known_in_the_validation(root):
     trained, kept = (before.file_names[int(i[0])] for i in (before.train_indices, before.val_indices))
     (root / kept).unlink()
     (root / trained).rename(root / kept)
-    with pytest.raises(ValueError, match=f"1 replaced .*1 trained on that would be validated on now .{kept}"):
+    with pytest.raises(ValueError, match=f"1 changed .*1 trained on that would be validated on now .{kept}"):
         go_on(before.state_dict(), folder_data(root), must_be_same=True)
 
 
@@ -110,7 +110,7 @@ def test_other_words_and_classes_are_other_contents(tmp_path, what):
     state = folder_data(tmp_path / "set", **options).state_dict()
     if what == "captions":
         (tmp_path / "set" / "dog" / "001.txt").write_text("a wolf")
-        said = r"1 replaced \(dog/001\.png\)"
+        said = r"1 changed \(dog/001\.png\)"
     else:
         (tmp_path / "set" / "dog").rename(tmp_path / "set" / "wolf")
         said = r"4 new \(wolf/000\.png, .*4 gone"
@@ -145,8 +145,34 @@ def test_label_image_that_was_replaced_is_named(tmp_path):
     state = data().state_dict()
     go_on(state, data(), must_be_same=True)
     Image.fromarray(rng.integers(2, size=(16, 16), dtype=np.uint8) * 255).save(tmp_path / "labels" / "1.png")
-    with pytest.raises(ValueError, match=r"1 replaced \(1\)"):
+    with pytest.raises(ValueError, match=r"1 changed \(1\)"):
         go_on(state, data(), must_be_same=True)
+
+
+@pytest.mark.parametrize("num_val", [2, None])
+def test_labelled_images_that_are_added_are_validated_on_or_trained_on_and_move_none(tmp_path, num_val):
+    """Of ten images a fifth is two, of twenty four: the default would move one that was trained on."""
+    rng = np.random.default_rng(0)
+
+    def data(names):
+        for name in names:
+            for kind in ("images", "labels"):
+                (tmp_path / kind).mkdir(exist_ok=True)
+                pixels = rng.integers(2, size=(16, 16), dtype=np.uint8) * 255
+                Image.fromarray(pixels).save(tmp_path / kind / f"{name}.png")
+        source = PairedFiles(tmp_path / "images", tmp_path / "labels")
+        made = SegmentationDataModule(source, Targets("0/255"), window_size=16, num_val=num_val)
+        made.setup()
+        return made
+
+    before, after = data("bcdefghijk"), data([f"a{number}" for number in range(9)] + ["z"])
+    if num_val is None:
+        with pytest.raises(ValueError, match=r"10 new .* 1 trained on that would be validated on now \(i\).*num_val"):
+            go_on(before.state_dict(), after, must_be_same=True)
+    else:
+        with pytest.warns(UserWarning, match="10 new"):
+            go_on(before.state_dict(), after, must_be_same=True)
+        assert [after.images.names[i] for i in after.val_indices] == ["k", "z"]
 
 
 def test_tiles_are_split_by_the_names_of_their_files(tmp_path):
@@ -178,5 +204,5 @@ def test_images_in_memory_are_known_by_their_pixels(tiny_images):
     data = tiny_images()
     data.setup()
     data.image_set.images[3] = torch.zeros_like(data.image_set.images[3])
-    with pytest.raises(ValueError, match=r"1 replaced \(3\)"):
+    with pytest.raises(ValueError, match=r"1 changed \(3\)"):
         go_on(state, data, must_be_same=True)

@@ -81,9 +81,9 @@ def test_run_does_not_go_on_with_another_image_under_the_same_name_unless_told(f
     before = (killed / "checkpoints" / "last.ckpt").read_bytes()
     draw_image(images / "03.png")
     status, err = fit("run")
-    assert (status, "trained on: 1 replaced (03.png). Bring them back, or train on" in err) == (1, True), err
+    assert (status, "trained on: 1 changed (03.png). Bring them back, or train on" in err) == (1, True), err
     assert (killed / "checkpoints" / "last.ckpt").read_bytes() == before
-    with pytest.warns(UserWarning, match=r"1 replaced \(03\.png\)$"):
+    with pytest.warns(UserWarning, match=r"1 changed \(03\.png\)$"):
         status, err = fit("run", "--ckpt_path", killed / "checkpoints" / "last.ckpt")
     assert status == 0, err
     status, err = fit("run")  # whose images they are now

@@ -27,7 +27,8 @@ class KnownImages(LightningDataModule):
 
     must_be_same = False  # set for a run that goes on by itself: other images are an error, not a warning
     val_indices: Tensor
-    _known: dict[str, Tensor] | None = None
+    _names: Sequence[str] = ()
+    _hashes: dict[str, Tensor] | None = None
 
     def names_and_contents(self) -> tuple[Sequence[str], Sequence[str]] | None:
         """The name of each image, and a text that is another one if the image is; None: others look after that."""
@@ -35,34 +36,35 @@ class KnownImages(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Hashes of names and of contents, (N,) int64 each, and which images are validated on, (N,) bool."""
-        if self._known is None:
+        if self._hashes is None:
             known = self.names_and_contents()
             if known is None:
                 return {}
+            self._names = known[0]
             names, contents = (torch.tensor([_number(text) for text in texts]) for texts in known)
             is_val = torch.zeros(len(names), dtype=torch.bool)
             is_val[self.val_indices] = True
-            self._known = {"names": names, "contents": contents, "is_val": is_val}
-        return self._known
+            self._hashes = {"names": names, "contents": contents, "is_val": is_val}
+        return self._hashes
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare the images with those of a checkpoint that is trained on, and say what is different.
 
         Raises:
-            ValueError: If images were replaced, are gone, or were trained on and would be validated on now, and
+            ValueError: If images are others now, are gone, or were trained on and would be validated on now, and
                 `must_be_same` is set.
         """
-        known = self.names_and_contents()
-        if known is None or (self.trainer is not None and not self.trainer.training):
+        now = self.state_dict()
+        if not now or (self.trainer is not None and not self.trainer.training):
             return
-        replaced, new, num_gone, moved = _differences(state, self.state_dict(), known[0])
-        parts = [f"{len(names)} {what} ({first_few(names)})" for names, what in (
-            (replaced, "replaced"), (new, "new"), (moved, "trained on that would be validated on now")
-        ) if names] + ([f"{num_gone} gone"] if num_gone else [])  # fmt: skip
+        changed, new, num_gone, moved = _differences(state, now, self._names)
+        named = {"changed": changed, "new": new, "trained on that would be validated on now": moved}
+        parts = [f"{len(names)} {what} ({first_few(names)})" for what, names in named.items() if names]
+        parts += [f"{num_gone} gone"] if num_gone else []
         if not parts:
             return
         said = f"the images are not those that the checkpoint was trained on: {'; '.join(parts)}"
-        if self.must_be_same and (replaced or num_gone or moved):
+        if self.must_be_same and (changed or num_gone or moved):
             how = ", and a num_val that keeps apart what was kept apart" if moved else ""
             raise ValueError(f"{said}. Bring them back, or train on with these by --ckpt_path CHECKPOINT{how}")
         if new or num_gone:
@@ -78,7 +80,7 @@ def contents_of_pixels(images: Sequence[Tensor] | Tensor) -> list[str]:
 def _differences(
     before: dict[str, Tensor], now: dict[str, Tensor], names: Sequence[str]
 ) -> tuple[list[str], list[str], int, list[str]]:
-    """The names of images that were replaced, that are new, how many are gone, and who moved to the validation."""
+    """The names of images that are others now, that are new, how many are gone, and who moved to the validation."""
     then = dict(zip(before["names"].tolist(), before["contents"].tolist(), strict=True))
     numbers, contents = now["names"].tolist(), now["contents"].tolist()
     validated = set(before["contents"][before["is_val"]].tolist())
