@@ -298,8 +298,8 @@ def test_bad_files_are_listed_with_reason_count_and_fix(folder_with_bad_files, i
     with pytest.raises(ValueError, match="6 of 12 image files cannot be used") as raised:
         folder_module(folder_with_bad_files, in_memory=in_memory).setup("fit")
     message = str(raised.value)
-    assert "a_cut.jpg: OSError: image file is truncated" in message
-    assert "b_text.png: UnidentifiedImageError" in message
+    assert "a_cut.jpg: image file is truncated" in message
+    assert "b_text.png: no image of a format that can be read" in message
     assert "c_small.png: too small: 4x16, must be at least 8x8" in message
     assert "d_cut.png: " in message
     assert "... and 1 more" in message
