@@ -16,6 +16,7 @@ import torch
 from bad_files import HUGE, make_inputs
 from PIL import Image
 
+from unet_diffusion.checkpoint import load_plain
 from unet_diffusion.checkpoint_checks import built, check_weights, no_larger_than
 from unet_diffusion.data import DigitsDataModule, FolderDataModule
 from unet_diffusion.diffusers_config import schedule_from_diffusers
@@ -198,6 +199,20 @@ def test_weights_that_claim_more_than_they_have_are_refused():
     with pytest.raises(ValueError, match=r"x \(6000000000,\) is not"):
         check_weights({"x": torch.zeros(1).expand(HUGE)})
     check_weights({"x": torch.zeros(4, 4)[:, :2], "tied": torch.zeros(2, 3).T})
+
+
+class Allocates:
+    """Makes a tensor of any size when it is unpickled."""
+
+    def __reduce__(self):
+        return torch.FloatTensor, (HUGE,)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_pickle_that_makes_a_tensor_of_any_size_is_not_loaded(tmp_path, is_zip):
+    torch.save({"x": Allocates()}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ValueError, match=r"got torch FloatTensor, which can have any size"):
+        load_plain(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("arguments", [{"nothing": 1}, {"num_train_timesteps": "x"}])

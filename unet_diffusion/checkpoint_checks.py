@@ -6,6 +6,7 @@ view that is larger than what it is of, and the description of a network for one
 
 import inspect
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +24,8 @@ NUM_PICKLES = 5  # in a file as torch wrote them before it wrote zip archives
 LARGEST = 2  # times as many parameters as there are weights: some are made and put aside
 SPARE_PARAMETERS = 2**20
 MAX_SHOWN = 80  # characters of a value
-ALLOCATE = ("__builtin__ bytearray", "builtins bytearray")  # in a pickle
+# Names in a pickle of what torch would make of any size, which no checkpoint has: tensors are rebuilt of their storage.
+ALLOCATE = re.compile(r"(?:__builtin__|builtins) bytearray|torch[\w.]* (?:\w*Tensor|TypedStorage|UntypedStorage)")
 
 
 def is_count(value: Any) -> bool:
@@ -152,9 +154,9 @@ def check_pickle(path: Path) -> None:
         ValueError: If so.
     """
     for _, argument, _ in _operations(path):
-        if argument in ALLOCATE:
+        if isinstance(argument, str) and ALLOCATE.fullmatch(argument):
             raise ValueError(
-                f"{path} was not loaded: it must hold only tensors and plain values, got a bytearray, which can have "
+                f"{path} was not loaded: it must hold only tensors and plain values, got {argument}, which can have "
                 "any size"
             )
 

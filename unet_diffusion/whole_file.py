@@ -251,7 +251,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, list) and isinstance(now, list) and len(str(now)) > MOST_SHOWN:
         in_one = sorted({*map(str, before)} ^ {*map(str, now)})
         if in_one:
-            return f"{name}: {few(in_one)}"
+            return f"{name}: {first_few(in_one)}"
     return f"{name}: {_short(before)} there, {_short(now)} here"
 
 

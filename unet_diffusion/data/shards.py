@@ -97,7 +97,7 @@ class ShardIndex:
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} must hold JSON, and does not; it is damaged: pack the images again") from error
+            raise ValueError(f"{place} is no index of shards (it is no JSON); pack the images again") from error
         try:
             height, width = map(int, fields.pop("smallest"))
             index = cls(shards=[Shard(**one) for one in fields.pop("shards")], smallest=(height, width), **fields)

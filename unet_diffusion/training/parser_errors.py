@@ -72,6 +72,7 @@ def _of_values(message: str) -> str:
     name = ".".join(keys)
     if reasons:
         said = " ".join(" ".join(reasons).split())
+        said = f"{said}, got {value}" if value is not None and ", got " not in said else said
         return f"{name}: {said}" if name and not said.startswith(name) else said
     if not kinds:
         return " ".join(message.split())
