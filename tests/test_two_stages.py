@@ -167,7 +167,7 @@ CHANGES = {  # what is changed when so many stages were begun, and what the refu
     ),
     "folder renamed": (
         lambda f: [(f["images"] / "cat").rename(f["images"] / "tom"), edit(f["csv"], "cat/", "tom/")],
-        "contents of images: cat/0.png, cat/1.png, cat/2.png, ...",
+        "contents of images: cat/0.png, cat/1.png, cat/2.png, cat/3.png, cat/4.png, ...",
         None,
     ),
     "caption": (lambda f: edit(f["csv"], "cat number 3", "a tiger"), "contents of captions", 2),

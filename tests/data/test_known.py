@@ -79,7 +79,10 @@ def test_images_that_are_added_are_said_and_move_none(root, num_val):
     for number in range(30):
         replace(root / f"new_{number}.png", number)
     after = folder_data(root, num_val=num_val)
-    with pytest.warns(UserWarning, match=r"30 new \(new_0\.png, new_1\.png, new_10\.png, \.\.\.\)\. The epoch"):
+    with pytest.warns(
+        UserWarning,
+        match=r"30 new \(new_0\.png, new_1\.png, new_10\.png, new_11\.png, new_12\.png, \.\.\.\)\. The epoch",
+    ):
         go_on(before.state_dict(), after, must_be_same=True)
     trained = {before.file_names[i] for i in before.train_indices.tolist()}
     assert not trained & {after.file_names[i] for i in after.val_indices.tolist()}

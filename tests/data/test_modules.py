@@ -348,13 +348,8 @@ def test_bad_files_are_listed_with_reason_count_and_fix(folder_with_bad_files, i
     with pytest.raises(ValueError, match="6 of 12 image files cannot be used") as raised:
         folder_module(folder_with_bad_files, in_memory=in_memory).setup("fit")
     message = str(raised.value)
-<<<<<<< HEAD
-    assert "a_cut.jpg: it cannot be read (OSError: image file is truncated" in message
-    assert "b_text.png: a file must be a whole image of one of" in message
-=======
     assert "a_cut.jpg: image file is truncated" in message
-    assert "b_text.png: no image of a format that can be read" in message
->>>>>>> errors
+    assert "b_text.png: a file must be a whole image of one of" in message
     assert "c_small.png: too small: 4x16, must be at least 8x8" in message
     assert "d_cut.png: " in message
     assert "... and 1 more" in message

@@ -113,7 +113,7 @@ def test_run_goes_on_with_more_images_says_so_and_validates_on_none_that_it_was_
     trained = {f"{i:02}.png" for i, is_val in enumerate(state["is_val"].tolist()) if not is_val}
     for number in range(20):
         draw_image(images / f"{number:02}b.png")  # between the others
-    with pytest.warns(UserWarning, match=r"20 new \(00b\.png, 01b\.png, 02b\.png, \.\.\.\)"):
+    with pytest.warns(UserWarning, match=r"20 new \(00b\.png, 01b\.png, 02b\.png, 03b\.png, 04b\.png, \.\.\.\)"):
         status, err = fit("run")
     assert status == 0, err
     assert len(seen["validation_step"]) == 4

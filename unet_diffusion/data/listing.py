@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from unet_diffusion.usage import MOST_NAMED, first_few, printable
-from unet_diffusion.whole_file import RUN_HEADER, SETTINGS
+from unet_diffusion.whole_file import LOCK, RUN_HEADER, SETTINGS
 
 TIFF_EXTENSIONS = (".btf", ".tf2", ".tf8", ".tif", ".tiff")
 IMAGE_EXTENSIONS = (
@@ -77,6 +77,8 @@ def image_names(names: Iterable[str], read: Callable[[str], bytes], left_out: Le
     for name in names:
         if name.startswith(outputs):
             left_out.names["written by unet-diffusion"].add(next(one[:-1] for one in outputs if name.startswith(one)))
+        elif name.rpartition("/")[2] == LOCK:  # of a run that begins below the images
+            continue
         elif hidden := _of_a_system(name):
             left_out.names[HIDDEN].add(hidden)
         elif name.lower().endswith(IMAGE_EXTENSIONS):

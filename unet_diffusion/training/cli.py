@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from unet_diffusion.checkpoint import explained, load_plain, read_checkpoint
@@ -35,6 +35,7 @@ from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS, TASKS
 from unet_diffusion.interruption import Interrupted
+from unet_diffusion.processes import is_first
 from unet_diffusion.training.callbacks import (
     DataSummary,
     PictureGrid,
@@ -319,7 +320,7 @@ class TrainingCLI(LightningCLI):
         elif self.subcommand == "fit":
             _check_run_folder(root)
             _refuse_images_in(config.data, root)
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            if is_first():
                 self.claimed = ClaimedFolder(root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
