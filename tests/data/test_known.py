@@ -167,9 +167,7 @@ def test_labelled_images_that_are_added_are_validated_on_or_trained_on_and_move_
 
     before, after = data("bcdefghijk"), data([f"a{number}" for number in range(9)] + ["z"])
     if num_val is None:
-        with pytest.raises(
-            ValueError, match=r"10 new .* 1 trained on that would be validated on now \(i\).*num_val"
-        ):
+        with pytest.raises(ValueError, match=r"10 new .* 1 trained on that would be validated on now \(i\).*num_val"):
             go_on(before.state_dict(), after, must_be_same=True)
     else:
         with pytest.warns(UserWarning, match="10 new"):
