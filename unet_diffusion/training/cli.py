@@ -58,7 +58,7 @@ from unet_diffusion.usage import UsageError, did_you_mean
 from unet_diffusion.whole_file import RUN_HEADER, ClaimedFolder, check_replaceable, whole_file
 
 CHECKPOINTS = "checkpoints"
-RUN_SETTINGS = "run_settings"  # in a checkpoint: all settings, as config.yaml has them
+RUN_SETTINGS = "run_settings"  # in a checkpoint: those that a run which goes on by itself is compared in
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
 MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -173,7 +173,8 @@ class SaveRunConfig(SaveConfigCallback):
         if self.config.model.get("speed") == AUTO:
             self.config.model.speed = pl_module.chosen_speed
         settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        self.settings = settings
+        kept = {key: settings[key] for key in (*WHAT_IS_TRAINED, "ckpt_path")}
+        self.kept_settings = {**kept, "trainer": _of_steps(settings["trainer"])}
         # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
         wanted["trainer"] = {key: value for key, value in wanted["trainer"].items() if key != "logger"}
@@ -183,7 +184,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint knows the settings that it was trained with: config.yaml may be edited to start another run."""
-        checkpoint[RUN_SETTINGS] = self.settings
+        checkpoint[RUN_SETTINGS] = self.kept_settings
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
