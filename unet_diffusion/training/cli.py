@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from unet_diffusion.checkpoint import explained, load_plain, read_checkpoint
@@ -195,6 +195,8 @@ class TrainingCLI(LightningCLI):
         options: those of LightningCLI.
     """
 
+    writes = True  # into the run folder, which it claims
+
     def __init__(self, task: str, modules: Sequence[str], **options: Any):
         self.modules = modules
         self.task, self.pictures = task, Task.named(task).pictures
@@ -310,8 +312,6 @@ class TrainingCLI(LightningCLI):
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
             _check_run_folder(root)
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-                self.claimed = ClaimedFolder(root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -325,6 +325,8 @@ class TrainingCLI(LightningCLI):
         if trainer.benchmark is None and not trainer.deterministic:
             kwargs["benchmark"] = True  # cuDNN tries convolutions, whose shapes are the same in each step
         made = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit" and made.is_global_zero and not trainer.fast_dev_run and self.writes:
+            self.claimed = ClaimedFolder(Path(trainer.default_root_dir))
         made.strategy.checkpoint_io = WholeCheckpoints()
         cluster = made._accelerator_connector.cluster_environment
         if isinstance(cluster, SLURMEnvironment):
@@ -406,6 +408,8 @@ class TrainingCLI(LightningCLI):
 
 class BuildOnly(TrainingCLI):
     """fit, but it ends when everything is built: nothing is trained or written."""
+
+    writes = False
 
     def before_instantiate_classes(self) -> None:
         check_settings(self.config, self.modules)
