@@ -689,14 +689,15 @@ def record_of(case: Case, inputs: dict[str, Path], start: Callable[[list[str], P
     if outcome.faults == ["slow"]:  # others may have been busy
         outcome = min(outcome, run(case, inputs, start), key=lambda one: one.seconds)
     folder = str(inputs["run"].parent)
-    said = (outcome.message or outcome.said.strip()).replace(folder, "DIR").splitlines()
+    said = (outcome.message or outcome.said.strip()).replace(folder, "DIR")
+    lines = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/work", "WORK", said).splitlines()
     return {
         "status": outcome.status,
         "seconds": outcome.seconds,
         "cpu_seconds": outcome.cpu_seconds,
         "gib": outcome.gib,
         "left": outcome.left[:5],
-        "said": (said or [""])[0][:300],
+        "said": (lines or [""])[0][:300],
         "faults": outcome.faults,
     }
 

@@ -274,6 +274,13 @@ def test_recipes_of_all_stages_are_checked_before_the_first_is_trained(
 
 
 @pytest.mark.slow
+def test_what_is_only_looked_at_leaves_nothing(command, tmp_path):
+    stages = two_stages.TwoStages(command[1], tmp_path / "out", command[5], command[7], False, True)
+    stages._check([])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_recipe_of_another_task_is_refused(run_cli, images, tmp_path):
     status, _, err = run_cli("two-stages", images, "--output", tmp_path / "out", "--autoencoder", "cells")
     assert (status, "the recipe of the autoencoder must have task autoencode, got segment" in err) == (2, True), err

@@ -236,7 +236,7 @@ def _train(arguments: list[str]) -> None:
         import_lightning()
         from unet_diffusion.training.cli import TrainingCLI
 
-    TrainingCLI.run(checked.words, checked.task, checked.modules)
+    TrainingCLI.run(checked)
 
 
 # --------------------------------------------------------------------------------------------------------------- pack

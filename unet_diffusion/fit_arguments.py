@@ -30,11 +30,13 @@ class FitArguments:
         words: Those for the parser, with the path of each recipe in place of its name.
         task: What is trained, one of TASKS.
         modules: Modules that the configuration may name though they are not ours, by --allow.
+        data_classes: Our classes of data that it names without their package; the parser knows them once imported.
     """
 
     words: list[str]
     task: str = TASKS[0]
     modules: list[str] = field(default_factory=list)
+    data_classes: list[str] = field(default_factory=list)
 
 
 def check_arguments(arguments: Sequence[str]) -> FitArguments:
@@ -78,6 +80,7 @@ def check_arguments(arguments: Sequence[str]) -> FitArguments:
                 "--ckpt_path must name what is validated: a file, or last or best of the run folder; without it these "
                 "are random weights"
             )
+    checked.data_classes = [value for value in settings.values() if value in unet_diffusion.data.__all__]
     checked.task = settings.get("task", checked.task)
     if checked.task not in TASKS:
         raise UsageError(f"task must be one of {', '.join(TASKS)}, got {checked.task}")

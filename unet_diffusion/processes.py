@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
@@ -90,8 +88,3 @@ def own_device(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-def is_first() -> bool:
-    """Whether this is the first process of its run, by the variables with which launchers number them."""
-    return all(os.environ.get(name, "0") == "0" for name in RANKS)

@@ -101,9 +101,9 @@ class ClaimedFolder:
         if fcntl is None:
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's is kept by workers of a killed process
             is_ours = os.path.samestat(os.fstat(self._file.fileno()), (folder / LOCK).stat())  # not just given up
-        except (BlockingIOError, FileNotFoundError):
+        except (BlockingIOError, PermissionError, FileNotFoundError):
             is_ours = False
         except OSError:  # a file system without locks
             return

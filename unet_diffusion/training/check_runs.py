@@ -52,7 +52,7 @@ def _built(stage: str, words: Sequence[str]) -> Any:
 
     checked = check_arguments(words)
     try:
-        return BuildOnly.run(checked.words, checked.task, checked.modules)
+        return BuildOnly.run(checked)
     except (Exception, SystemExit) as error:
         raise UsageError(f"recipe of the {stage}: {in_words(error)}") from error
 

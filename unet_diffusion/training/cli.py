@@ -27,15 +27,15 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+import unet_diffusion.data
 from unet_diffusion.checkpoint import explained, load_plain, read_checkpoint
 from unet_diffusion.checkpoint_checks import check_weights
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.known import KnownImages
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
-from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS, TASKS
+from unet_diffusion.fit_arguments import FINDS_CHECKPOINTS, TASKS, FitArguments
 from unet_diffusion.interruption import Interrupted
-from unet_diffusion.processes import is_first
 from unet_diffusion.training.callbacks import (
     DataSummary,
     PictureGrid,
@@ -204,6 +204,7 @@ class TrainingCLI(LightningCLI):
     """
 
     goes_on_by_itself = False  # from a checkpoint that was found in the run folder, and not asked for
+    writes = True  # into the run folder, which it claims
 
     def __init__(self, task: str, modules: Sequence[str], **options: Any):
         self.modules = modules
@@ -233,13 +234,11 @@ class TrainingCLI(LightningCLI):
                 self.claimed.close()
 
     @classmethod
-    def run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> "TrainingCLI":
+    def run(cls, arguments: FitArguments) -> "TrainingCLI":
         """Parse and carry out `fit ...` or `validate ...`.
 
         Args:
             arguments: Those of the command, its name first, after `check_arguments`.
-            task: What is trained, one of TASKS.
-            modules: Modules of the user's own that the configuration may name.
 
         Raises:
             ValueError: if the settings contradict each other.
@@ -249,7 +248,7 @@ class TrainingCLI(LightningCLI):
         """
         _silence_what_is_meant()
         try:
-            return cls._run(arguments, task, modules)
+            return cls._run(arguments)
         except SIGTERMException as error:  # before the first step, when Lightning has the signal
             raise Interrupted(signal.SIGTERM) from error
         except SystemExit as error:
@@ -262,14 +261,16 @@ class TrainingCLI(LightningCLI):
             raise
 
     @classmethod
-    def _run(cls, arguments: Sequence[str], task: str, modules: Sequence[str]) -> "TrainingCLI":
-        refuse_names_but(modules)
+    def _run(cls, arguments: FitArguments) -> "TrainingCLI":
+        refuse_names_but(arguments.modules)
+        for name in arguments.data_classes:
+            getattr(unet_diffusion.data, name)  # imports it
         return cls(
-            task,
-            modules,
+            arguments.task,
+            arguments.modules,
             trainer_class=RunTrainer,
             subclass_mode_data=True,
-            args=list(arguments),
+            args=arguments.words,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=SaveRunConfig,
@@ -321,8 +322,6 @@ class TrainingCLI(LightningCLI):
         elif self.subcommand == "fit":
             _check_run_folder(root)
             _refuse_images_in(config.data, root)
-            if is_first():
-                self.claimed = ClaimedFolder(root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -336,6 +335,8 @@ class TrainingCLI(LightningCLI):
         if trainer.benchmark is None and not trainer.deterministic:
             kwargs["benchmark"] = True  # cuDNN tries convolutions, whose shapes are the same in each step
         made = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit" and made.is_global_zero and not trainer.fast_dev_run and self.writes:
+            self.claimed = ClaimedFolder(Path(trainer.default_root_dir))
         made.strategy.checkpoint_io = WholeCheckpoints()
         cluster = made._accelerator_connector.cluster_environment
         if isinstance(cluster, SLURMEnvironment):
@@ -420,6 +421,8 @@ class TrainingCLI(LightningCLI):
 
 class BuildOnly(TrainingCLI):
     """fit, but it ends when everything is built: nothing is trained or written."""
+
+    writes = False
 
     def before_instantiate_classes(self) -> None:
         check_settings(self.config, self.modules)
