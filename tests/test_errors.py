@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import bad_inputs
@@ -227,7 +228,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     for number in range(4):
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / f"{number}.png")
     underway, most = [0], [0]
-    decode = checking.decode_image
+    decode = checking.fitted_image
 
     def slowly(*arguments):
         underway[0] += 1
@@ -236,7 +237,7 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
         underway[0] -= 1
         return decode(*arguments)
 
-    monkeypatch.setattr(checking, "decode_image", slowly)
+    monkeypatch.setattr(checking, "fitted_image", slowly)
     monkeypatch.setattr(checking, "num_cpus", lambda: 4)
     for limit, together in ((10**9, 4), (10, 1)):
         monkeypatch.setattr(checking, "LARGE_IMAGE", limit)
@@ -260,21 +261,30 @@ def test_folder_that_is_released_is_empty_and_can_be_claimed_again(tmp_path):
         assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_folder_is_claimed_by_one_process_and_released_when_it_dies_though_its_worker_lives(tmp_path):
+@contextmanager
+def claimed_elsewhere(folder):
+    """By a process that has a worker, and is killed at the end."""
     program = (
-        f"from unet_diffusion.whole_file import *; c = ClaimedFolder(Path({str(tmp_path)!r})); print(1, flush=True); "
-        "os.fork()"
+        f"from unet_diffusion.whole_file import *; import time; c = ClaimedFolder(Path({str(folder)!r})); "
+        "os.fork(); print(1, flush=True); time.sleep(10)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{program}; import time; time.sleep(10)"], stdout=subprocess.PIPE, env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     process.stdout.readline()
-    with pytest.raises(FileExistsError, match="another process is at work in"):
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_folder_is_claimed_by_one_process_and_released_when_it_dies_though_its_worker_lives(tmp_path):
+    with (
+        claimed_elsewhere(tmp_path),
+        pytest.raises(FileExistsError, match="another process is at work in"),
+    ):
         ClaimedFolder(tmp_path)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     assert (tmp_path / LOCK).exists()
     ClaimedFolder(tmp_path).close()
 
@@ -328,12 +338,11 @@ def test_run_that_cannot_begin_says_so_and_leaves_no_folder(run_cli, tiny_digits
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(run_cli, tiny_digits, tmp_path):
-    other = ClaimedFolder(tmp_path / "run")
-    (tmp_path / "run" / "theirs").touch()
-    status, _, err = fit(run_cli, tiny_digits, tmp_path / "run")
-    assert (status, "another process is at work in" in err) == (1, True), err
-    assert (tmp_path / "run" / "theirs").exists()
-    other.close()
+    with claimed_elsewhere(tmp_path / "run"):
+        (tmp_path / "run" / "theirs").touch()
+        status, _, err = fit(run_cli, tiny_digits, tmp_path / "run")
+        assert (status, "another process is at work in" in err) == (1, True), err
+        assert (tmp_path / "run" / "theirs").exists()
 
 
 def test_everything_that_is_logged_can_be_monitored(digits_run):

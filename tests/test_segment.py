@@ -202,7 +202,10 @@ def test_mask_of_an_image_that_was_replaced_is_made_again_and_said(run_cli, run,
     Image.fromarray(RNG.integers(256, size=(40, 45), dtype=np.uint8)).save(images / "stack.tif")  # one page of three
     status, out, err = run_cli(*command)
     assert status == 0, err
-    assert "2 masks are of images that are others now, or were cut off; they are made again: deep.tif, stack.tif" in out
+    assert (
+        "2 masks are made again, because their images have changed or they were not finished: deep.tif, stack.tif"
+        in out
+    )
     assert (tmp_path / "masks" / "grey.png").stat().st_mtime_ns == kept
     assert same_as_fresh(run_cli, run, images, tmp_path / "masks", *EXTRAS)
 
@@ -223,7 +226,7 @@ def test_mask_of_a_member_of_an_archive_that_was_replaced_is_made_again(run_cli,
     Image.fromarray(RNG.integers(256, size=(70, 51), dtype=np.uint8)).save(images / "grey.png")
     shutil.make_archive(str(tmp_path / "packed"), "zip", images)
     status, out, err = run_cli(*command)
-    assert (status, "1 masks are of images that are others now" in out) == (0, True), err
+    assert (status, "1 masks are made again, because their images have changed" in out) == (0, True), err
     assert same_as_fresh(run_cli, run, images, tmp_path / "masks")
 
 
@@ -241,7 +244,7 @@ def test_segmenter_that_was_trained_on_does_not_keep_old_masks(run_cli, classes_
     one = images / "grey.png"
     assert run_cli("segment", classes_checkpoint, one, "--output", tmp_path / "masks", "--overwrite")[0] == 0
     status, out, err = run_cli(*command)  # the others were not overwritten, and are of the weights of before
-    assert (status, "3 masks are of images" in out) == (0, True), err
+    assert (status, "3 masks are made again" in out) == (0, True), err
     assert contents(tmp_path / "masks") != before
     assert same_as_fresh(run_cli, classes_checkpoint, images, tmp_path / "masks")
 

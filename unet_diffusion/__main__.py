@@ -7,10 +7,12 @@ import sys
 
 def main() -> int:
     """The command line of this process; its exit status. Interrupted while it is imported, it ends without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # and not ignored, as in the background of a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from unet_diffusion.cli import main as run
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, before)
     return run()
 
 

@@ -339,8 +339,11 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
 def step_of(path: str | os.PathLike[str]) -> float:
     """The step that a checkpoint says it is of, without a look at its weights; infinity where none can be read."""
     try:
+        check_pickle(Path(path))
         return int(_unpickled(path, _is_whole(path))["global_step"])
     except (
+        MemoryError,
+        OverflowError,
         pickle.UnpicklingError,
         zipfile.BadZipFile,
         RuntimeError,

@@ -797,13 +797,13 @@ def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment", outpu
             outputs.remove(mask)
         with whole_file(record) as partial:
             partial.write_text(json.dumps(settings, indent=1))
-    remove_left_behind(folder)
     claim_folder(folder, settings, "masks of this command", "choose another --output, or --overwrite")
+    remove_left_behind(folder)
     changed = images.changed(outputs)
     for mask in changed:
         outputs.remove(mask)
     if changed:
-        print(f"{len(changed)} masks are of images that are others now, or were cut off; they are made again: "
+        print(f"{len(changed)} masks are made again, because their images have changed or they were not finished: "
               f"{first_few(changed)}", flush=True)  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unet_diffusion.processes import ALONE, Processes
-from unet_diffusion.whole_file import SETTINGS, claim_folder, field_of, read_json, whole_file
+from unet_diffusion.whole_file import SETTINGS, claim_folder, field_of, read_json, remove_left_behind, whole_file
 
 INDEX = "index.json"
 MADE_OF = "images"  # in the metadata of a file: a hash of the files of its images
@@ -227,9 +227,10 @@ def _moments_on(space: LatentSpace, device: torch.device) -> tuple[Tensor, Tenso
 def _begin(folder: Path, settings: dict[str, Any], contents: Sequence[str], say: Callable[[str], object]) -> None:
     """Claim the folder, and remove files of latents that are not of these images, the index first."""
     claim_folder(folder, settings, "latents")
+    remove_left_behind(folder)
     shards = [(numbers, path) for numbers, path in _shards(folder, settings["num_images"]) if path.exists()]
     for path in (path for numbers, path in shards if _made_of(path) != _digest(contents, numbers)):
-        say(f"{path.name} is made again: images in it are others now, or it is damaged")
+        say(f"{path.name} is made again, because images in it have changed or it is damaged")
         (folder / INDEX).unlink(missing_ok=True)
         path.unlink()
 

@@ -238,7 +238,8 @@ def check_runs(runs: dict[str, list[str]]) -> None:
     command = [sys.executable, "-P", "-m", "unet_diffusion.training.check_runs", json.dumps(runs)]
     done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
-        raise UsageError(done.stderr.rpartition("unet-diffusion: error: ")[2].partition("\n(--traceback")[0].strip())
+        said = done.stderr.rpartition("unet-diffusion: error: ")[2].partition("\n(--traceback")[0].strip()
+        raise UsageError(said or f"the recipes could not be built: their process ended with status {done.returncode}")
 
 
 def _exit_status(command: list[str]) -> int:

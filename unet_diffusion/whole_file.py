@@ -18,6 +18,7 @@ from unet_diffusion.usage import first_few
 
 SETTINGS = "settings.json"
 RUN_HEADER = "# Settings of the run in this folder, written by unet-diffusion."  # first line of a run's config.yaml
+OF_RUNS = ("config.yaml", "checkpoints", "logs", "samples", "samples.png", "wandb")  # what a run writes into its folder
 LOCK = ".lock"  # in a folder in which a process is at work
 EXPORTED = ".exported.json"  # in an exported folder: the names of its files, which may be replaced
 CONTENTS = "contents of "  # begins the names of settings that are hashes, which say nothing to people
@@ -38,9 +39,17 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        _open_to_others(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file the mode that files have for this user: safetensors makes its own for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -115,18 +124,23 @@ class ClaimedFolder:
 
     def close(self) -> None:
         """Release it."""
+        if fcntl is None:
+            self._file.close()  # Windows removes no file that is open
         (self.folder / LOCK).unlink(missing_ok=True)
         self._file.close()
 
     def clear(self) -> None:
-        """Remove what was made since, if there was nothing before."""
+        """Remove what the run has made since, if there was nothing before."""
         if not self._was_empty:
             return
-        for path in self.folder.iterdir():
+        for path in (self.folder / name for name in OF_RUNS):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            else:
+            elif path.exists() and path.name != LOCK:
                 path.unlink()
+        if [path.name for path in self.folder.iterdir()] != [LOCK]:
+            return
+        self.close()
         with suppress(OSError):  # somebody has put something there meanwhile
             for path in self._missing:
                 path.rmdir()
@@ -151,10 +165,12 @@ def remove_left_behind(folder: Path, name: str | None = None) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether there is such a process on this machine."""
+    """Whether there is such a process on this machine; on Windows, where asking would end it, it counts as there."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -202,11 +218,9 @@ def put_folder(partial: Path, folder: Path) -> None:
         folder: Its place.
     """
     (partial / EXPORTED).write_text(json.dumps(sorted(_files_below(partial))))
-    mask = os.umask(0)
-    os.umask(mask)
     for path in partial.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~mask)  # as all files: safetensors makes its own for the owner alone
+            _open_to_others(path)
     if folder.exists():
         replaced = partial.with_name(f".{folder.name}.replaced.{os.getpid()}.partial")  # none is moved onto another
         os.replace(folder, replaced)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import unicodedata
+import zipfile
 
 import pytest
 
@@ -82,3 +84,34 @@ def test_journal_tells_the_last_of_each_output_and_passes_over_what_was_cut_off(
     assert journal.read() == {"a.png": ["stamp", "hash"], "b.png": None, "c.png": ["stamp", "hash"]}
     journal.doubt()
     assert journal.read() == {"a.png": None, "b.png": None, "c.png": None}
+
+
+@pytest.mark.parametrize("in_archive", [False, True])
+def test_file_whose_name_is_stored_otherwise_is_known_by_content(tmp_path, in_archive):
+    stored = unicodedata.normalize("NFD", "caf\u00e9.png")  # as macOS writes it
+    root = tmp_path / "images.zip" if in_archive else tmp_path / "images"
+
+    def write(text):
+        if in_archive:
+            with zipfile.ZipFile(root, "w") as archive:
+                archive.writestr(f"in\\{stored}", text)  # as some programs of Windows write it
+        else:
+            root.mkdir(exist_ok=True)
+            put(root / stored, text)
+
+    write("one")
+    files = find_images(root)
+    before = fingerprints(files, {})
+    (name,) = files.names
+    assert is_of(files, name, before[name])
+    write("two")
+    files = find_images(root)
+    assert not is_of(files, name, before[name])
+    assert changes(before, fingerprints(files, before)) == [name]
+
+
+def test_file_that_cannot_be_read_is_of_nothing(folder):
+    files = find_images(folder)
+    (folder / "a.png").unlink()
+    gone = fingerprint(files, "a.png")
+    assert not is_of(files, "a.png", gone)

@@ -520,3 +520,12 @@ def test_real_archive_is_read_without_its_captions(shared_data, tmp_path):
     assert data_module.image_set.images.shape == (20, 4, 64, 64)
     corners = data_module.image_set.images[:, 3, 0, 0]
     assert (corners == 0).any()  # transparent
+
+
+def test_name_that_is_no_text_is_split_and_known_like_others(tmp_path):
+    write_images(tmp_path / "images", 6)
+    os.rename(tmp_path / "images" / "000.png", os.fsencode(tmp_path / "images") + b"/caf\xe9.png")
+    module = FolderDataModule(tmp_path / "images", image_size=8)
+    module.setup("fit")
+    assert len(module.train_indices) + len(module.val_indices) == 6
+    assert len(module.state_dict()["names"]) == 6

@@ -427,3 +427,34 @@ def test_tiff_of_absurd_tiles_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="must have at most 100 pixels, got 16x16"):
         decode_pages(content, 1)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000", "jpegxl", "jpegxr", "webp"])
+def test_label_in_a_compression_of_tiff_that_may_blur_it_is_refused(compression):
+    content = tiff_of(random_pixels(16, 16, 3), photometric="rgb", compression=compression)
+    assert len(decode_pages(content, 3)) == 1
+    with pytest.raises(ValueError, match="in TIFF blurs them"):
+        decode_label_pages(content)
+
+
+def test_stack_that_says_more_images_than_it_holds_is_refused_before_they_are_listed():
+    content = tiff_of(random_pixels(8, 8, 1), photometric="minisblack", description='{"shape": [2000000000, 8, 8]}')
+    with pytest.raises(ValueError, match="the file is cut off: 128000000000 bytes"):
+        list(stored_images(content))
+
+
+def test_16_bit_colours_of_print_are_refused():
+    content = tiff_of(random_pixels(8, 8, 4, np.uint16), photometric="separated")
+    with pytest.raises(ValueError, match="CMYK and YCbCr must have 8 bits, got 16"):
+        decode_pages(content, 3)
+
+
+def test_cut_map_of_16_bit_colours_is_refused():
+    with pytest.raises(ValueError, match="the file is cut off: 192 numbers of 16 bits"):
+        decode_pages(b"P6 8 8 65535\n" + bytes(100), 3)
+
+
+def test_label_of_many_samples_is_refused_before_it_is_decoded():
+    content = tiff_of(np.zeros((8, 8, 9), np.uint8), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(ValueError, match="one number a pixel, and this file has 9"):
+        decode_label_pages(content)

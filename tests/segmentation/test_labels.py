@@ -105,7 +105,7 @@ def test_numbers_out_of_a_jpeg_are_refused_with_one_of_them_and_its_place():
     problem = INSTANCES.check(labels)
     num_pieces = sum(ndimage.label(labels == number, np.ones((3, 3)))[1] for number in np.unique(labels) if number)
     assert f"found {num_pieces} pieces" in problem
-    _, edges = edge_pieces(labels)
+    _, edges, _ = edge_pieces(labels)
     y, x = edges[0]
     assert f"such as {labels[y, x]} in row {y}, column {x};" in problem
 
@@ -117,9 +117,10 @@ def test_edges_are_thin_and_lie_against_other_numbers():
     labels[1, 2:8] = 120  # another, larger number
     labels[10, 2:8] = 55  # thin, and by itself
     labels[2:8, 12:18] = 30
-    num_pieces, edges = edge_pieces(labels)
+    num_pieces, edges, is_between = edge_pieces(labels)
     assert num_pieces == 5
-    assert {labels[y, x] for y, x in edges.tolist()} == {40, 120}
+    found = {int(labels[y, x]): bool(between) for (y, x), between in zip(edges, is_between, strict=True)}
+    assert found == {40: True, 120: False}
 
 
 def test_real_nuclei_pass(shared_labels):
@@ -259,3 +260,15 @@ def test_instances_of_classes_are_refused():
 def test_settings_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Targets(**options)
+
+
+def test_small_objects_that_touch_are_right_labels():
+    labels = np.zeros((60, 60), np.int32)
+    for number in range(100):
+        y, x = divmod(number, 10)
+        labels[6 * y : 6 * y + 2, 6 * x : 6 * x + 2] = 2 * number + 1
+        labels[6 * y : 6 * y + 2, 6 * x + 2 : 6 * x + 4] = 2 * number + 2
+    assert Targets("instances").check(labels) is None
+    bundles = np.zeros((60, 63), np.int32)  # of three fibres each
+    bundles[5:55] = np.where(np.arange(63) % 9 < 3, np.arange(63) + 1, 0)
+    assert Targets("instances").check(bundles) is None

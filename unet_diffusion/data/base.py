@@ -1,6 +1,5 @@
 """What all data modules share: the split and the batches, whose images are scaled to [-1, 1] here and nowhere else."""
 
-import hashlib
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.fingerprints import text_digest
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.schedule import keyed_generator
@@ -272,7 +272,7 @@ def split_by_name(names: Sequence[str], num_val: int | None = None) -> tuple[Ten
 def _number_of(name: str) -> float:
     """In [0, 1), of a name that systems spell with letters and accents apart or together."""
     text = f"{SPLIT_KEY} {unicodedata.normalize('NFC', name)}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(text_digest(text)[:8], "big") / 2**64
 
 
 def split_indices(num_images: int, num_val: int | None = None) -> tuple[Tensor, Tensor]:

@@ -100,8 +100,8 @@ def _rows_below(files: ImageFiles, folder: str, images: set[str]) -> Iterator[tu
             ):
                 raise ValueError(f"{path} must have file_name and text in each row, and line {number} has {row}")
             where, text = f"{path} line {number}", row["text"].strip()
-            for line in text.splitlines()[1:]:
-                if "," in line and _image(line.split(",")[0], folder, where, images) in images:
+            for line in text.splitlines()[1:] if path.endswith(".csv") else ():
+                if "," in line and normpath(join(folder, composed(line.split(",")[0].strip()))) in images:
                     raise ValueError(f"{where} has a quote that goes on over the rows of other images; close it")
             yield where, _image(row["file_name"], folder, where, images), text
 

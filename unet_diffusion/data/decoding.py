@@ -22,6 +22,7 @@ UINT8_TO_UINT16 = 257  # 65535 / 255: white stays white
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # red, green, blue; ITU-R BT.601, as Pillow
 STRIP_ROWS = 256  # of a large image that are scaled at once
 SMALLEST_ALPHA = 1 / 65535  # below one level of 16 bits there is no colour to recover
+MOST_SAMPLES = 4  # numbers a pixel of a label: RGB and alpha
 WITHOUT_ALPHA = {"grey": 1, "RGB": 3, "palette": 1}  # numbers a pixel
 
 
@@ -209,6 +210,8 @@ def _label(image: StoredImage) -> NDArray[np.int32]:
             "a label of 1 bit must say that 1 is white, and in this file 0 is, so that objects might be either; "
             "save it in 8 bits"
         )
+    if image.num_samples > MOST_SAMPLES:
+        raise ValueError(f"a label must be one number a pixel, and this file has {image.num_samples}; save one of them")
     numbers = image.numbers()[..., : image.num_channels]
     if image.palette is not None and (image.palette[:, :3] == image.palette[:, :1]).all():
         numbers = _of_palette(numbers[..., 0], image.palette)[..., :1]

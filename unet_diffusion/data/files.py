@@ -143,7 +143,7 @@ class FolderFiles:
     def stamp(self, name: str) -> str:
         """Size, times and number of a file, which even one that is moved here cannot share; "" if there is none."""
         try:
-            state = (self.root / name).stat()
+            state = (self.root / self._stored.get(name, name)).stat()
         except OSError:
             return ""
         return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
@@ -220,7 +220,7 @@ class ZipFiles:
 
     def stamp(self, name: str) -> str:
         """Size and checksum of a member."""
-        member = self._zip.getinfo(self._prefix + name)
+        member = self._zip.getinfo(self._stored.get(name, self._prefix + name))
         return f"{member.file_size} {member.CRC:08x}"
 
     def _open(self) -> None:

@@ -23,10 +23,15 @@ def content_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def text_digest(text: str) -> bytes:
+    """The hash of a text, in bytes; a name that is no text in its file system has one, too."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
 def fingerprint(files: ImageFiles, name: str) -> list[str]:
     """The stamp and the hash of a file as it is now. It is to be taken before the file is used.
 
-    The stamp comes first: a file that is replaced meanwhile has another one next time.
+    The stamp comes first: if the file is replaced while it is read, its stamp will not fit the next time.
     """
     return [files.stamp(name), _hash_of(files, name)]
 
@@ -36,13 +41,13 @@ def is_of(files: ImageFiles, name: str, before: Fingerprint | None) -> bool:
     if before is None:
         return False
     stamp, known = before
-    return files.stamp(name) == stamp or _hash_of(files, name) == known
+    return files.stamp(name) == stamp != "" or _hash_of(files, name) == known != ""
 
 
 def fingerprints(files: ImageFiles, before: Mapping[str, Fingerprint]) -> dict[str, Fingerprint]:
     """The fingerprint of each file; those of before are kept, unread, where stamps are the same."""
     now = {name: before.get(name, ["", ""]) for name in files.names}
-    return {name: old if files.stamp(name) == old[0] else fingerprint(files, name) for name, old in now.items()}
+    return {name: old if files.stamp(name) == old[0] != "" else fingerprint(files, name) for name, old in now.items()}
 
 
 def changes(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> list[str]:

@@ -1,12 +1,11 @@
 """Whether the images of a run that is continued are those that it was trained on.
 
 A checkpoint holds, for each image, 8 bytes of a hash of its name and 8 of one of its contents, with its class, label
-image and caption. A run that goes on by itself goes on with the same images, or with new ones beside them, which it
-says: it would not be the run that it was if others took their places under the same names, or if some were gone, and
-it is never validated on what it was trained on.
+image and caption. A run that goes on by itself needs the images that it was trained on. New ones are allowed, and the
+run says so. Images that were replaced or are missing are an error, and so is one that was trained on and would be
+validated on now.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.data.fingerprints import content_hash
+from unet_diffusion.data.fingerprints import content_hash, text_digest
 from unet_diffusion.usage import first_few
 
 
@@ -31,7 +30,7 @@ class KnownImages(LightningDataModule):
     _hashes: dict[str, Tensor] | None = None
 
     def names_and_contents(self) -> tuple[Sequence[str], Sequence[str]] | None:
-        """The name of each image, and a text that is another one if the image is; None: others look after that."""
+        """The name of each image, and a text that changes with what it holds; None: the images are streamed."""
         raise NotImplementedError(f"{type(self).__name__} must define names_and_contents()")
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,7 +50,7 @@ class KnownImages(LightningDataModule):
         """Compare the images with those of a checkpoint that is trained on, and say what is different.
 
         Raises:
-            ValueError: If images are others now, are gone, or were trained on and would be validated on now, and
+            ValueError: If images have changed, are gone, or were trained on and would be validated on now, and
                 `must_be_same` is set.
         """
         now = self.state_dict()
@@ -65,7 +64,7 @@ class KnownImages(LightningDataModule):
             return
         said = f"the images are not those that the checkpoint was trained on: {'; '.join(parts)}"
         if self.must_be_same and (changed or num_gone or moved):
-            how = ", and a num_val that keeps apart what was kept apart" if moved else ""
+            how = ", and set num_val so that the same images are validated on" if moved else ""
             raise ValueError(f"{said}. Bring them back, or train on with these by --ckpt_path CHECKPOINT{how}")
         if new or num_gone:
             said += ". The epoch that was begun goes on with these: some come twice in it, others not at all"
@@ -80,7 +79,7 @@ def contents_of_pixels(images: Sequence[Tensor] | Tensor) -> list[str]:
 def _differences(
     before: dict[str, Tensor], now: dict[str, Tensor], names: Sequence[str]
 ) -> tuple[list[str], list[str], int, list[str]]:
-    """The names of images that are others now, that are new, how many are gone, and who moved to the validation."""
+    """The names of images that have changed, that are new, how many are gone, and who moved to the validation."""
     then = dict(zip(before["names"].tolist(), before["contents"].tolist(), strict=True))
     numbers, contents = now["names"].tolist(), now["contents"].tolist()
     validated = set(before["contents"][before["is_val"]].tolist())
@@ -95,4 +94,4 @@ def _differences(
 
 
 def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+    return int.from_bytes(text_digest(text)[:8], "little", signed=True)

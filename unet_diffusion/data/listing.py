@@ -9,6 +9,8 @@ package has written.
 import json
 import os
 import unicodedata
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -149,7 +151,8 @@ def _is_a_record(file: str, read: Callable[[str], bytes], name: str) -> bool:
     try:
         content = read(name).decode()
         return content.startswith(RUN_HEADER) if file == RUN else _is_ours(file, json.loads(content))
-    except (OSError, ValueError):  # too large, no text, no JSON
+    except (OSError, ValueError, RecursionError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        # Too large, no text, no JSON, or encrypted or damaged in an archive.
         return False
 
 

@@ -22,7 +22,7 @@ from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.checking import decoded, in_threads
 from unet_diffusion.data.decoding import ImageFormat, fitted_image
 from unet_diffusion.data.files import ImageFiles, class_names_of, labels_of
-from unet_diffusion.data.fingerprints import content_hash, is_of
+from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.data.stored import stored_images
 from unet_diffusion.schedule import keyed_generator
@@ -76,7 +76,7 @@ def pack_images(
         captions: each image has a caption, see `captions.py`.
         skip_bad_files: leave out files that cannot be decoded or are too small; otherwise no index is written then.
         progress: called with the number of images that were done.
-        say: Called with a line for each shard that is packed again, as images in it are others now.
+        say: Called with a line for each shard that is packed again, because images in it have changed.
 
     Returns:
         "name: reason" for each file that cannot be used.
@@ -94,11 +94,11 @@ def pack_images(
     settings = {
         "images": str(Path(root).resolve()),
         "num_images": len(files.names),
-        f"{CONTENTS}names": hashlib.sha256("\n".join(files.names).encode()).hexdigest(),
+        f"{CONTENTS}names": text_digest("\n".join(files.names)).hex(),
         "shard_images": shard_images,
         "image_format": str(image_format),
         "class_names": class_names,
-        f"{CONTENTS}captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
+        f"{CONTENTS}captions": text_digest("\n".join(texts)).hex() if texts else None,
     }
     claim_folder(folder, settings, "shards")
     remove_left_behind(folder)
@@ -109,7 +109,7 @@ def pack_images(
         record = _record(folder, number)
         changed = _changed(files, record) if record else []
         if changed:
-            say(f"{shard_name(number)} is packed again, as images in it are others now: {first_few(changed)}")
+            say(f"{shard_name(number)} is packed again, because images in it have changed: {first_few(changed)}")
         if record is None or changed or (record["bad_files"] and not skip_bad_files):
             before = record["shard"]["sha256"] if record else None
             record = _write_shard(folder, number, files, members, image_format, labels, texts, before)
@@ -122,7 +122,7 @@ def pack_images(
 
 
 def _changed(files: ImageFiles, record: dict[str, Any]) -> list[str]:
-    """The images of a shard that are others now."""
+    """The images of a shard that have changed."""
     return [name for name, before in record["made_of"].items() if not is_of(files, name, before)]
 
 

@@ -7,6 +7,7 @@ section 3.1), and reaches beyond the image's border where it must, into its mirr
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unet_diffusion.data.base import bounded_batch_size, refuse_overfit_batches, replica
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.checking import num_cpus
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
 from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
@@ -247,11 +249,10 @@ class SegmentationDataModule(KnownImages):
         return order[: self.num_train].sort().values, torch.arange(rest, num_images)
 
     def _check_labels(self, loaded: LabelledImages) -> None:
-        wrong = []
-        for name, labels in zip(loaded.names, loaded.labels, strict=True):
-            problem = self.targets.check(labels)
-            if problem is not None:
-                wrong.append(f"{name}: {problem}")
+        with ThreadPoolExecutor(num_cpus()) as pool:
+            problems = pool.map(self.targets.check, loaded.labels)
+            pairs = zip(loaded.names, problems, strict=True)
+            wrong = [f"{name}: {problem}" for name, problem in pairs if problem is not None]
         if wrong:
             raise ValueError(
                 f"{len(wrong)} of {len(loaded.names)} label images do not fit targets:{listed(wrong)}\n"

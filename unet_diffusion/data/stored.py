@@ -28,6 +28,9 @@ PNG_BIT_DEPTH = 24  # position of that byte: 8 of signature, 8 of chunk header, 
 PNG_SAMPLES = {2: 3, 4: 2, 6: 4}  # numbers a pixel by the byte after that, the colour type
 WEBP_LOSSLESS = b"VP8L"
 CONTIGUOUS = ("imagej", "shaped", "stk")  # kinds of stacks whose first page alone may have tags
+# Compressions of TIFF that keep every number: none, CCITT, LZW, Deflate, PackBits, LZMA, Zstandard and PNG. Others,
+# such as JPEG 2000, may or may not, and do not say so.
+LOSSLESS = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 34926, 34933, 50000)
 REDUCED_IMAGE = 2  # of tag 255, SubfileType, which is older than tag 254
 KINDS = {
     "u": "{}-bit integers",
@@ -162,7 +165,9 @@ def _upright(numbers: Stored, orientation: int) -> Stored:
 
 
 def _stored_in_pillow(image: Image.Image, data: bytes) -> StoredImage:
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # PNG is read whole for it: it may come last
+    # For EXIF Pillow reads the whole of a PNG, where it may come last.
+    may_have_exif = image.format != "PNG" or any(mark in data for mark in (b"eXIf", b"xmp", b"Raw profile type exif"))
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if may_have_exif else 1
     common: dict[str, Any] = {
         "file_format": image.format or "",
         "stored_size": (image.height, image.width),
@@ -301,6 +306,8 @@ def _stored_in_ppm(image: Image.Image, data: bytes, common: dict[str, Any]) -> S
 def _pixel_map(data: bytes, offset: int, size: tuple[int, int], *, is_plain: bool) -> Stored:
     """RGB of 16 bits, of which Pillow keeps 8."""
     count = 3 * size[0] * size[1]
+    if not is_plain and len(data) < offset + 2 * count:
+        raise ValueError(f"the file is cut off: {count} numbers of 16 bits must follow its header; copy it again")
     if is_plain:
         numbers = np.array(re.sub(rb"#[^\r\n]*", b"", data[offset:]).split()[:count], dtype=np.uint16)
     else:
@@ -356,6 +363,9 @@ def _planes(image: StoredImage, page: "TiffPage", tiff: "TiffFile", data: bytes)
         raise ValueError(f"a stack of {num_planes} images with one page must be uncompressed; save it with a page each")
     _, _, height, width, num_samples = page.shaped
     dtype = np.dtype(tiff.byteorder + image.dtype.char)
+    num_bytes = num_planes * height * width * num_samples * dtype.itemsize
+    if page.dataoffsets[0] + num_bytes > len(data):
+        raise ValueError(f"the file is cut off: {num_bytes} bytes of {num_planes} images must be in it; copy it again")
     for plane in range(num_planes):
         offset = page.dataoffsets[0] + plane * height * width * num_samples * dtype.itemsize
 
@@ -373,8 +383,10 @@ def _stored_in_page(page: "TiffPage", data: bytes) -> StoredImage:
     photometric, num_samples = page.photometric, planar * contiguous
     orientation = page.tags.valueof(274, default=1)
     is_jpeg = page.compression in (COMPRESSION.OJPEG, COMPRESSION.JPEG)
+    is_lossy = page.compression not in LOSSLESS
+    name = getattr(page.compression, "name", page.compression)
     common: dict[str, Any] = {
-        "file_format": "JPEG in TIFF" if is_jpeg else "TIFF",
+        "file_format": f"{name} in TIFF" if is_lossy else "TIFF",
         "stored_size": (height, width),
         "orientation": orientation,
     }
@@ -384,6 +396,8 @@ def _stored_in_page(page: "TiffPage", data: bytes) -> StoredImage:
     if depth != 1:
         raise ValueError(f"a page must hold one image, got a volume of {depth}; save them as pages")
     if photometric == PHOTOMETRIC.SEPARATED or (photometric == PHOTOMETRIC.YCBCR and not is_jpeg):
+        if page.bitspersample != 8:
+            raise ValueError(f"CMYK and YCbCr must have 8 bits, got {page.bitspersample}; save the image as RGB")
         image = _opened(data)
         image.seek(page.index)
         return _as_rgb(image, {**common, "orientation": 1, "stored_size": (image.height, image.width)})
@@ -413,7 +427,7 @@ def _stored_in_page(page: "TiffPage", data: bytes) -> StoredImage:
         is_inverted=photometric == PHOTOMETRIC.MINISWHITE,
         alpha="premultiplied" if extra == associated else "straight" if extra == straight else None,
         palette=_colour_map(page) if kinds[photometric] == "palette" else None,
-        is_lossy=is_jpeg,
+        is_lossy=is_lossy,
     )
 
 

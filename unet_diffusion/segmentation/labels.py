@@ -19,7 +19,8 @@ BACKGROUND, CELL, BORDER = 0, 1, 2  # the classes of kind "instances"; those of 
 NO_VALUE = -1  # of pixels that are not to be learnt
 MAX_CLASSES = 256  # predictions are written as 8-bit images
 NUM_SHOWN = 12  # values in an error message
-FEW_EDGES, MOST_EDGES = 10, 0.5  # pieces of labels that are edges of others, and their share of all: more are no labels
+FEW_EDGES, MOST_EDGES = 10, 0.5  # pieces of labels that are edges of others, and their share of all: fewer are right
+MOST_PIECES, MOST_BETWEEN = 2, 0.75  # edges of a number, and share of those between others, of objects that touch
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,16 @@ class Targets:
         """What is wrong with instance numbers that shade into each other, as a smoothed or a lossy picture does.
 
         Of 400 labelled images of nuclei (BBBC038) no object is a mere edge of another; once they are scaled with
-        interpolation, or stored as JPEG, more than four in five pieces are.
+        interpolation, or stored as JPEG, more than four in five pieces are. Small objects that touch are edges by that
+        measure, too, but each has a number of its own, and most have none that is larger on one side and smaller on
+        the other.
         """
-        num_pieces, edges = edge_pieces(self.instances(labels))
+        instances = self.instances(labels)
+        num_pieces, edges, is_between = edge_pieces(instances)
         if len(edges) < FEW_EDGES or len(edges) <= MOST_EDGES * num_pieces:
+            return None
+        num_numbers = len(np.unique(instances[tuple(edges.T)]))
+        if len(edges) <= MOST_PIECES * num_numbers and is_between.mean() <= MOST_BETWEEN:
             return None
         y, x = edges[0]
         return (
@@ -176,14 +183,18 @@ class Targets:
         return (labels > 0) & (depth < self.border_width) & (depth < deepest[compact])
 
 
-def edge_pieces(instances: NDArray[np.int32]) -> tuple[int, NDArray[np.int64]]:
-    """How many pieces numbers make, and of those that are thin edges of others a pixel each, row and column (N, 2).
+def edge_pieces(instances: NDArray[np.int32]) -> tuple[int, NDArray[np.int64], NDArray[np.bool_]]:
+    """How many pieces numbers make, and which are thin edges of others.
 
     A piece is what is 8-connected and of one number. A thin edge has no pixel whose four neighbours are of its number,
     and lies against another number.
 
     Args:
         instances: 0 for background, (H, W).
+
+    Returns:
+        The number of pieces; of each edge a pixel, row and column (N, 2); whether it lies between a larger number and a
+        smaller one, which may be that of the background, (N,).
     """
     pieces = skimage.measure.label(instances, connectivity=2, background=0)
     num_pieces = int(pieces.max(initial=0))
@@ -192,17 +203,22 @@ def edge_pieces(instances: NDArray[np.int32]) -> tuple[int, NDArray[np.int64]]:
         one(instances, footprint=cross, mode="nearest")
         for one in (scipy.ndimage.minimum_filter, scipy.ndimage.maximum_filter)
     )
-    nearest_below = np.where(instances > 0, instances, np.iinfo(np.int32).max)
-    is_against = (scipy.ndimage.maximum_filter(instances, 3) > instances) | (
-        scipy.ndimage.minimum_filter(nearest_below, 3) < instances
+    objects = np.where(instances > 0, instances, np.iinfo(np.int32).max)
+    has_larger, has_smaller, has_smaller_object = (
+        np.isin(np.arange(num_pieces + 1), pieces[is_against])
+        for is_against in (
+            scipy.ndimage.maximum_filter(instances, 3) > instances,
+            scipy.ndimage.minimum_filter(instances, 3) < instances,
+            scipy.ndimage.minimum_filter(objects, 3) < instances,
+        )
     )
-    is_edge = np.zeros(num_pieces + 1, dtype=bool)
-    is_edge[pieces[is_against]] = True
+    is_edge = has_larger | has_smaller_object
     is_edge[pieces[least == most]] = False
     is_edge[0] = False
     numbers, first = np.unique(pieces, return_index=True)
-    places = np.unravel_index(first[is_edge[numbers]], instances.shape)
-    return num_pieces, np.stack(places, axis=1)
+    numbers, first = numbers[is_edge[numbers]], first[is_edge[numbers]]
+    places = np.unravel_index(first, instances.shape)
+    return num_pieces, np.stack(places, axis=1), (has_larger & has_smaller)[numbers]
 
 
 def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: int = 16) -> NDArray[np.int32]:

@@ -116,6 +116,7 @@ class ImagesToSegment:
     def __init__(self, roots: list[Path]):
         self.sources: dict[str, tuple[ImageFiles, str]] = {}
         stems: dict[str, str] = {}
+        folders: dict[str, str] = {}
         others = []
         for root in roots:
             files = find_images_or_one(root)
@@ -131,14 +132,18 @@ class ImagesToSegment:
                 if PurePosixPath(name).parts[0] in EXTRAS:
                     raise ValueError(f"{name} would lie among other outputs; rename its folder")
                 stems[stem] = name
+                folders.update({str(folder): name for folder in PurePosixPath(stem).parents})
                 self.sources[mask] = (files, name)
+        if both := next((stem for stem in stems if stem in folders), None):  # of a stack's pages, too
+            raise ValueError(f"{stems[both]} and {folders[both]} would both have outputs in a folder {both}; rename "
+                             "one, or segment them into different folders")  # fmt: skip
         self.left_out = "; ".join(filter(None, others))
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def changed(self, outputs: Outputs) -> list[str]:
-        """The masks that are there, and not of their images as these are now, or were not ended."""
+        """Masks whose image has changed since, or that were not finished."""
         made_of = outputs.made_of.read()
         there = [mask for mask in self.sources if mask in made_of and (outputs.folder / mask).exists()]
         return [mask for mask in there if not is_of(*self.sources[mask], made_of[mask])]

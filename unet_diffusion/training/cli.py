@@ -3,8 +3,8 @@
 What is trained is the configuration's `task`: "denoise", the default, "segment" or "autoencode".
 
 The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png,
-checkpoints/ and the exported pipeline/ or autoencoder/. The same command again goes on from the newest checkpoint that
-is whole; a folder that holds a run of other settings is never trained into, except to continue it by name.
+checkpoints/ and the exported pipeline/ or autoencoder/. The same command again goes on from the last checkpoint that is
+whole; a folder that holds a run of other settings is never trained into, except to continue it by name.
 """
 
 import atexit
@@ -367,7 +367,12 @@ class TrainingCLI(LightningCLI):
         if found is None:
             return asked
         path, step = found
-        before = load_plain(path).get(RUN_SETTINGS, {})
+        before = load_plain(path).get(RUN_SETTINGS)
+        if before is None:
+            raise FileExistsError(
+                f"{root} holds a run whose checkpoint does not say its settings; train it on by --ckpt_path {path}, or "
+                "start another with --trainer.default_root_dir DIR"
+            )
         _refuse_other_settings(root, before, self._settings())
         changed = _differences(_of_steps(before.get("trainer")), _of_steps(self._settings()["trainer"]), "trainer")
         if changed:
