@@ -547,6 +547,8 @@ MUTATIONS = [
     Mutation("resume: the newest file and not the last step", "training/checkpointing.py",
              "(step_of(path), path.name == LAST)", "(path.stat().st_mtime_ns, path.name == LAST)",
              "training/test_continued.py"),
+    Mutation("two-stages: a killed one leaves its stage", "two_stages.py",
+             "preexec_fn=_stopped_with_its_parent()", "preexec_fn=None", "test_two_stages.py"),
     Mutation("resume: settings compared with themselves", "training/cli.py",
              "before = load_plain(path).get(RUN_SETTINGS)",
              'before = yaml.safe_load((root / "config.yaml").read_text())', "training/test_continued.py"),

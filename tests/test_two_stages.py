@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +287,27 @@ def test_recipe_of_another_task_is_refused(run_cli, images, tmp_path):
     status, _, err = run_cli("two-stages", images, "--output", tmp_path / "out", "--autoencoder", "cells")
     assert (status, "the recipe of the autoencoder must have task autoencode, got segment" in err) == (2, True), err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent was killed")
+def test_stage_is_stopped_when_two_stages_is_killed():
+    stage = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    command = f"[sys.executable, '-c', {stage!r}]"
+    program = f"import sys; from unet_diffusion.two_stages import _exit_status; _exit_status({command})"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    state = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+    assert state.exists()
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if state.read_text().rpartition(")")[2].split()[0] != "Z":  # nobody may have asked for its status
+                time.sleep(0.1)
+                continue
+        return
+    pytest.fail("it goes on")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ would: runs of `fit`, latents of `encode`. Run again, it goes on where it was cu
 has begun keeps its images and settings; those of one that has not may still be changed.
 """
 
+import ctypes
 import json
 import shutil
 import signal
@@ -34,6 +35,7 @@ from unet_diffusion.usage import UsageError, first_few
 from unet_diffusion.whole_file import CONTENTS, SETTINGS, field_of, read_json, remove_left_behind, whole_file
 
 RECORD = "stages.json"  # settings of each stage that has begun, of which images, its seconds, and which are done
+PR_SET_PDEATHSIG = 1  # of Linux: sys/prctl.h
 INTERRUPTED = (130, 143)  # exit statuses of a stage that a signal ended
 TASKS = {"autoencoder": "autoencode", "denoiser": "denoise"}  # of the stages
 LABEL_DROPOUT = 0.1  # of classes, for guidance
@@ -247,10 +249,18 @@ def _exit_status(command: list[str]) -> int:
 
     Of one that a signal ended, as shells report it: 128 and the number of the signal.
     """
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=_stopped_with_its_parent())
     with handled((signal.SIGINT,), lambda *_: None), handled((signal.SIGTERM,), lambda *_: process.terminate()):
         status = process.wait()
     return status if status >= 0 else 128 - status
+
+
+def _stopped_with_its_parent() -> Callable[[], object] | None:
+    """What a new process calls first to be sent SIGTERM when this one is killed, and can pass nothing on; on Linux."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)  # that of C
+    return lambda: library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _hash(file: Path) -> str:
