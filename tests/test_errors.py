@@ -174,7 +174,11 @@ def test_interrupt_while_modules_are_imported_is_no_traceback(tmp_path):
     (tmp_path / "argparse.py").write_text("import os, time\nos.write(1, b'here')\ntime.sleep(60)\n")  # of cli's first
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "unet_diffusion"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-P", "-m", "unet_diffusion"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # these tests may run where it is ignored
     )
     assert process.stdout is not None
     assert process.stdout.read(4) == b"here"
