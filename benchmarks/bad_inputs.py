@@ -484,7 +484,7 @@ class Case(NamedTuple):
         name: Its name.
         command: Words of the command, with the names of inputs in braces.
         prepare: Called with the folder of the case and the inputs, makes {file}; None: there is none.
-        may_pass: Whether it may be carried out, within the time and the memory.
+        may_pass: Whether it may be carried out, within the memory.
     """
 
     name: str
@@ -508,12 +508,14 @@ class Outcome:
     @property
     def faults(self) -> list[str]:
         """The rules that it breaks."""
+        if self.may_pass and self.status == 0:
+            return ["memory"] if self.gib > MAX_GIB else []
         lines = (self.message or self.said.strip()).splitlines()
         rules = {
-            "accepted": self.status == -signal.SIGKILL or (self.status == 0 and not self.may_pass),
+            "accepted": self.status in (0, -signal.SIGKILL),
             "slow": self.seconds > MAX_SECONDS < max(self.cpu_seconds, self.seconds - MAX_SHARE * self.cpu_seconds),
             "memory": self.gib > MAX_GIB,
-            "left": bool(self.left) and not (self.may_pass and self.status == 0),
+            "left": bool(self.left),
             "traceback": "Traceback (most recent call last)" in self.said,
             "raw": bool(RAW.search(self.message)) or re.fullmatch(r"'?[\w/]*'?", self.message) is not None,
             "long": len(lines) > MAX_LINES or "usage:" in self.said,

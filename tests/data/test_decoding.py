@@ -272,7 +272,13 @@ def test_numbers_without_a_range_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((0, 8), "at least 1"), ((8, 8, 2), "got 2"), ((8, 8, 3, "nope"), "nope")]
+    ("arguments", "message"),
+    [
+        ((0, 8), "at least 1"),
+        ((8, 8, 2), "got 2"),
+        ((8, 8, 3, "nope"), "nope"),
+        ((8, 8, 3, None), "background must be"),
+    ],
 )
 def test_impossible_format_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

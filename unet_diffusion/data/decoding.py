@@ -51,6 +51,8 @@ class ImageFormat:
             raise ValueError(f"height and width of images must be at least 1, got {self.height}x{self.width}")
         if self.channels not in (1, 3, 4):
             raise ValueError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGB and alpha), got {self.channels}")
+        if not isinstance(self.background, str):
+            raise ValueError(f'background must be the name of a colour or "#rrggbb", in quotes, got {self.background}')
         rgb = ImageColor.getrgb(self.background)[:3]  # its ValueError names the value
         object.__setattr__(self, "background_rgb", tuple(level / 255 for level in rgb))
 
