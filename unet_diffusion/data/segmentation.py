@@ -144,7 +144,8 @@ class SegmentationDataModule(KnownImages):
         counts = torch.stack([torch.bincount(one[one != NO_VALUE].long(), minlength=MAX_CLASSES)
                               for one in map(torch.flatten, self._classes)])  # fmt: skip
         totals = counts.sum(dim=0)
-        shares = zip(self.targets.class_names, (totals / totals.sum()).tolist(), strict=False)
+        class_names = self.targets.class_names
+        shares = zip(class_names, (totals / totals.sum())[: len(class_names)].tolist(), strict=True)
         parts = [", ".join(f"{name} {100 * share:.3g} %" for name, share in shares)]
         is_ignored = counts.sum(dim=1) == 0
         is_background = ~is_ignored & (counts[:, 1:].sum(dim=1) == 0)

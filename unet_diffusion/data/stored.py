@@ -124,12 +124,7 @@ def stored_images(data: bytes) -> Iterator[StoredImage]:
         yield _stored_in_pillow(image, data)
 
 
-def check_dimensions(height: int, width: int) -> None:
-    """Refuses more pixels than PIL.Image.MAX_IMAGE_PIXELS.
-
-    Raises:
-        ValueError: If there are more.
-    """
+def _check_dimensions(height: int, width: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > limit:
         raise ValueError(_too_large(f"{height}x{width}"))
@@ -149,7 +144,7 @@ def _opened(data: bytes) -> Image.Image:
         begins = f"begins with {data[:8]!r}" if data else "is empty"
         raise ValueError(f"a file must be a whole image of one of {', '.join(FORMATS)}, and this one {begins}; "
                          "copy it again, or save the image as PNG") from None  # fmt: skip
-    check_dimensions(image.height, image.width)
+    _check_dimensions(image.height, image.width)
     return image
 
 
@@ -344,8 +339,8 @@ def _check_tags(page: "TiffPage") -> None:
         raise ValueError(
             f"height and width must be whole numbers, got {sides[0]!r} and {sides[1]!r}; copy the file again"
         )
-    check_dimensions(*sides[:2])
-    check_dimensions(*sides[2:])
+    _check_dimensions(*sides[:2])
+    _check_dimensions(*sides[2:])
 
 
 def _is_older_reduced(page: "TiffPage") -> bool:
