@@ -85,7 +85,9 @@ def _pictures(at: dict[str, Path]) -> None:
 
 
 def _checkpoints(at: dict[str, Path]) -> None:
-    from unet_diffusion.checkpoint import (
+    from unet_diffusion.diffusers_io.interop import export_autoencoder, export_pipeline
+    from unet_diffusion.diffusion.schedule import NoiseSchedule
+    from unet_diffusion.inference.record import (
         TrainedAutoencoder,
         TrainedDenoiser,
         TrainedSegmenter,
@@ -93,10 +95,8 @@ def _checkpoints(at: dict[str, Path]) -> None:
         segmenter_record,
         write_initial_checkpoint,
     )
-    from unet_diffusion.codecs import kl_autoencoder
-    from unet_diffusion.interop import export_autoencoder, export_pipeline
-    from unet_diffusion.schedule import NoiseSchedule
-    from unet_diffusion.unet import DenoiserUNet, SegmentationUNet
+    from unet_diffusion.models.autoencoders import kl_autoencoder
+    from unet_diffusion.models.unet import DenoiserUNet, SegmentationUNet
 
     torch.manual_seed(0)
     schedule = NoiseSchedule(1000, "squaredcos_cap_v2", prediction_type="v_prediction")
@@ -123,7 +123,7 @@ def _save(key: str, record: dict[str, Any], part: str, network: torch.nn.Module,
 
 
 def _made_by_commands(at: dict[str, Path]) -> None:
-    from unet_diffusion.cli import main
+    from unet_diffusion.commands.main import main
 
     cells, run = at["cells"].with_suffix(".ckpt"), at["run"]
     for command in (

@@ -20,7 +20,7 @@ from measure import MIB, describe, environment, table, write_json
 from peers import NETWORKS
 
 from unet_diffusion.data import ImageDataModule, ImageSet
-from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.training import DiffusionModule
 from unet_diffusion.training.checkpointing import WholeCheckpoints
 

@@ -26,12 +26,12 @@ from pathlib import Path
 import torch
 from measure import RESULTS, environment, fastest_autocast, process_seconds, table, write_json
 
-from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import PairedFiles
 from unet_diffusion.data.scaling import to_float
-from unet_diffusion.segmentation.predict import class_probabilities
+from unet_diffusion.inference.record import read_segmenter
+from unet_diffusion.models.speed import keep_freed_memory
+from unet_diffusion.segmentation.prediction import class_probabilities
 from unet_diffusion.segmentation.scores import membrane_scores
-from unet_diffusion.speed import keep_freed_memory
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NUM_TEST = 6  # slices, the last

@@ -20,9 +20,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 
-from unet_diffusion.conditioning import Guidance
-from unet_diffusion.interop import load_denoiser
-from unet_diffusion.sampling import sample
+from unet_diffusion.diffusers_io.interop import load_denoiser
+from unet_diffusion.diffusion.guidance import Guidance
+from unet_diffusion.diffusion.sampling import sample
 
 NUM_UNGUIDED = 500  # samples without guidance, and without label
 

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from measure import RESULTS, environment, fastest_autocast, process_seconds, table, write_json
 
-from unet_diffusion.checkpoint import read_segmenter
 from unet_diffusion.data import PairedFiles
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.inference.record import read_segmenter
+from unet_diffusion.models.speed import keep_freed_memory, set_speed
 from unet_diffusion.segmentation.labels import instances_from
-from unet_diffusion.segmentation.predict import class_probabilities
+from unet_diffusion.segmentation.prediction import class_probabilities
 from unet_diffusion.segmentation.scores import average_precisions
-from unet_diffusion.speed import keep_freed_memory, set_speed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 METHODS = {"scratch": "nuclei_segment.yaml", "finetuned": "nuclei_finetune.yaml", "features": "nuclei_features.yaml"}

@@ -16,14 +16,16 @@ import torch
 from measure import RESULTS, Step, alternate, environment, fastest_autocast, table, write_json
 from torch import Tensor
 
-from unet_diffusion.checkpoint import TrainedDenoiser
-from unet_diffusion.codecs import autoencoder_of, latent_moments
 from unet_diffusion.data import FolderDataModule, scale_to_unit_range
-from unet_diffusion.interop import load_denoiser
-from unet_diffusion.latents import LatentSpace, read_latents
-from unet_diffusion.losses import squared_error
-from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.speed import keep_freed_memory
+from unet_diffusion.diffusers_io.interop import load_denoiser
+from unet_diffusion.diffusion.losses import squared_error
+from unet_diffusion.inference.record import TrainedDenoiser
+from unet_diffusion.latents.codec import autoencoder_of
+from unet_diffusion.latents.space import LatentSpace
+from unet_diffusion.latents.store import read_latents
+from unet_diffusion.models.autoencoders import latent_moments
+from unet_diffusion.models.speed import keep_freed_memory
+from unet_diffusion.runtime.randomness import keyed_generator
 
 Moments = Callable[[Tensor], tuple[Tensor, Tensor]]  # mean and standard deviation of the latents of these images
 

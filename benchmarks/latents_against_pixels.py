@@ -38,14 +38,16 @@ from measure import RESULTS, environment, fastest_autocast, process_seconds, tab
 from torch import Tensor
 from until_time import STEPS
 
-from unet_diffusion.codecs import autoencoder_of, decode_latents, downsampling, kl_autoencoder
-from unet_diffusion.conditioning import Guidance
 from unet_diffusion.data import FolderDataModule, scale_to_unit_range
-from unet_diffusion.interop import load_denoiser
-from unet_diffusion.latents import encode_images, fingerprint
-from unet_diffusion.pictures import save_grid
-from unet_diffusion.sampling import sample
-from unet_diffusion.speed import Speed
+from unet_diffusion.diffusers_io.interop import load_denoiser
+from unet_diffusion.diffusion.guidance import Guidance
+from unet_diffusion.diffusion.sampling import sample
+from unet_diffusion.latents.codec import autoencoder_of, decode_latents
+from unet_diffusion.latents.space import fingerprint
+from unet_diffusion.latents.store import encode_images
+from unet_diffusion.models.autoencoders import downsampling, kl_autoencoder
+from unet_diffusion.models.speed import Speed
+from unet_diffusion.runtime.pictures import save_grid
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 AUTOENCODER, DENOISER = CONFIGS / "autoencoder_kl.yaml", CONFIGS / "latents_text.yaml"

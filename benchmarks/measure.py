@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unet_diffusion.precision import autocast, precision_name, precisions_for
+from unet_diffusion.runtime.precision import autocast, precision_name, precisions_for
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "lightning", "denoising_diffusion_pytorch")

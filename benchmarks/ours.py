@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.data import ImageDataModule, ImageSet
-from unet_diffusion.losses import squared_error
-from unet_diffusion.precision import precisions_for
-from unet_diffusion.schedule import NoiseSchedule, keyed_generator
-from unet_diffusion.speed import Speed, fastest_setting, keep_freed_memory, set_speed, speeds_for
+from unet_diffusion.diffusion.losses import squared_error
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.models.speed import Speed, fastest_setting, keep_freed_memory, set_speed, speeds_for
+from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.runtime.precision import precisions_for
+from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.training.module import stratified_timesteps
-from unet_diffusion.unet import DenoiserUNet
 
 EMA_DECAY = 0.9999
 NUM_IMAGES = 50_000  # as CIFAR-10
@@ -35,7 +36,7 @@ def our_step(
     Args:
         unet: on the device of x0; its speed is set here.
         x0: images, (B, C, H, W) float32.
-        speed: one of unet_diffusion.speed.SPEEDS.
+        speed: one of unet_diffusion.models.speed.SPEEDS.
         labels: (B,) int64, for a network with classes.
         dtype: of autocast; float32 is off.
     """

@@ -5,7 +5,7 @@
 First, our trajectory is asserted to be diffusers' own in float32: the loop of its pipelines, given the noise that our
 images start from. Then both are timed from noise to images on the CPU. "As shipped" is float32 and eager; "tuned" is
 channels_last, compilation and inference mode, and autocast to bfloat16 where that is in hardware; ours is
-`unet_diffusion.sampling.sample` at the chosen speed, under the same autocast.
+`unet_diffusion.diffusion.sampling.sample` at the chosen speed, under the same autocast.
 
 With fewer --time_steps than the trajectory has, a shorter trajectory is timed, and the rate of the whole one follows
 from the time a network step: batch size / (seconds a network step x steps of the whole).
@@ -36,11 +36,11 @@ from measure import (
 from peers import NETWORKS, diffusers_network, our_network
 from torch import Tensor
 
-from unet_diffusion.precision import precisions_for
-from unet_diffusion.sampling import build_scheduler, image_generators, sample
-from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed
-from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.diffusion.sampling import build_scheduler, image_generators, sample
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.models.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed
+from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.runtime.precision import precisions_for
 
 SCHEDULERS = {"DPMSolverMultistepScheduler": 20, "DDIMScheduler": 50, "UniPCMultistepScheduler": 10}  # steps of each
 CPU_TIME_STEPS = 4

@@ -19,10 +19,10 @@ from measure import RESULTS, environment, fastest_autocast, table, write_json
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unet_diffusion.precision import precisions_for
+from unet_diffusion.models.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
+from unet_diffusion.models.unet import SegmentationUNet
+from unet_diffusion.runtime.precision import precisions_for
 from unet_diffusion.segmentation.tiles import predict_tiled
-from unet_diffusion.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
-from unet_diffusion.unet import SegmentationUNet
 
 
 def main() -> None:

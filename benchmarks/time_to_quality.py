@@ -113,7 +113,7 @@ def parse_options() -> argparse.Namespace:
 
 def measured(options: argparse.Namespace, name: str, minutes: float, seed: int) -> Result:
     """A contender trained in a process of its own, sampled and judged; its picture is written."""
-    from unet_diffusion.pictures import save_grid
+    from unet_diffusion.runtime.pictures import save_grid
 
     folder = run_folder(options, name, minutes, seed)
     shutil.rmtree(folder, ignore_errors=True)
@@ -238,7 +238,7 @@ class Denoiser:
 
 def drawn(denoiser: Denoiser, num_images: int, seed: int) -> Tensor:
     """Samples in [-1, 1]; image i starts from the same noise for every contender."""
-    from unet_diffusion.sampling import denoise, image_generators
+    from unet_diffusion.diffusion.sampling import denoise, image_generators
 
     labels = random_labels(denoiser.num_classes, num_images, seed)
     batches = []
@@ -319,7 +319,7 @@ def our_pace(name: str, root: Path, work: Path, short: int, long: int, given: tu
 
 def our_speed() -> str:
     """That of all runs, short and long."""
-    from unet_diffusion.speed import speed_for_use
+    from unet_diffusion.models.speed import speed_for_use
 
     return speed_for_use("fused", torch.device("cpu"))
 
@@ -334,8 +334,8 @@ def fit_seconds(name: str, root: Path, folder: Path, max_steps: int, *options: s
 
 
 def our_denoiser(folder: Path) -> Denoiser:
-    from unet_diffusion.interop import load_denoiser
-    from unet_diffusion.sampling import build_scheduler
+    from unet_diffusion.diffusers_io.interop import load_denoiser
+    from unet_diffusion.diffusion.sampling import build_scheduler
 
     trained = load_denoiser(folder)
     rows = trained.unet.config["num_class_embeds"]

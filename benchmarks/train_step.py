@@ -52,8 +52,8 @@ from peers import (
     tuned_diffusers_step,
 )
 
-from unet_diffusion.precision import precisions_for
-from unet_diffusion.speed import SPEEDS
+from unet_diffusion.models.speed import SPEEDS
+from unet_diffusion.runtime.precision import precisions_for
 
 OURS = "unet_diffusion"
 PEERS = {

@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from unet_diffusion.cli import main
+from unet_diffusion.commands.main import main
 from unet_diffusion.data import ImageDataModule, ImageSet, find_images, pack_images
-from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.models.unet import DenoiserUNet
 from unet_diffusion.training import DiffusionModule
-from unet_diffusion.unet import DenoiserUNet
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
-from unet_diffusion.checkpoint import TrainedDenoiser
-from unet_diffusion.codecs import kl_autoencoder, vq_autoencoder
-from unet_diffusion.latents import LatentSpace, fingerprint
-from unet_diffusion.maps import LowResolution, MaskedImage
-from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.text import TextTokens
-from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
+from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
+from unet_diffusion.diffusion.conditions.text import TextTokens
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.record import TrainedDenoiser
+from unet_diffusion.latents.space import LatentSpace, fingerprint
+from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
+from unet_diffusion.models.unet import DenoiserUNet
 
 CAPTIONS = ["a red cat", "two blue dogs on a sofa"]
 WORDS = [*CAPTIONS, "a green cat on a red sofa"]

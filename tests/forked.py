@@ -124,8 +124,8 @@ def _execute(arguments: list[str]) -> None:
 
 def import_everything() -> None:
     """What programs import where they use it."""
-    parts = ("cli", "data.standard", "interop", "text", "training.autoencoder", "training.cli", "training.module")
-    for part in (*parts, "training.segmentation"):
+    parts = ("commands.main", "commands.training_cli", "data.standard", "diffusers_io.interop")
+    for part in (*parts, "training.autoencoder", "training.module", "training.segmentation"):
         importlib.import_module(f"unet_diffusion.{part}")
     import torch.distributed.run
     import transformers
@@ -147,7 +147,7 @@ def _serve() -> None:
     import_everything()
     import torch
 
-    from unet_diffusion.precision import cpu_has_bfloat16
+    from unet_diffusion.runtime.precision import cpu_has_bfloat16
 
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # of runpy, about what is imported
     if not cpu_has_bfloat16():

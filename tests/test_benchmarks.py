@@ -19,9 +19,9 @@ from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import NUCLEI, write_fashion_mnist, write_pairs
 from until_time import STEPS, UntilTime
 
-from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
-from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.record import TrainedDenoiser, write_initial_checkpoint
+from unet_diffusion.models.unet import DenoiserUNet
 
 ROOT = Path(__file__).parents[1]
 TINY_FIT = [

@@ -10,11 +10,11 @@ import yaml
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 
-from unet_diffusion.checkpoint import TrainedDenoiser, write_initial_checkpoint
-from unet_diffusion.codecs import kl_autoencoder
 from unet_diffusion.data import find_images, pack_images
-from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.unet import DenoiserUNet
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.record import TrainedDenoiser, write_initial_checkpoint
+from unet_diffusion.models.autoencoders import kl_autoencoder
+from unet_diffusion.models.unet import DenoiserUNet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -231,7 +231,7 @@ def test_recipe_with_maps_trains_and_leaves_a_pipeline(run_cli, tmp_path, name):
 def test_pretrained_autoencoder_is_trained_on_by_the_command_line(run_cli, tmp_path):
     write_folder(tmp_path / "data", None)
     kl_autoencoder(3, (32, 32), layers_per_block=1).save_pretrained(tmp_path / "vae")
-    arguments = ["--task=autoencode", "--model.autoencoder=unet_diffusion.codecs.pretrained_autoencoder"]
+    arguments = ["--task=autoencode", "--model.autoencoder=unet_diffusion.models.autoencoders.pretrained_autoencoder"]
     arguments += ["--model.autoencoder.init_args.folder", tmp_path / "vae", "--data=FolderDataModule"]
     arguments += ["--data.root", tmp_path / "data", "--data.image_size=16", "--data.batch_size=4"]
     arguments += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--samples.num_images=2"]

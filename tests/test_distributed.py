@@ -14,11 +14,11 @@ import yaml
 from forked import run_python
 from PIL import Image
 
-from unet_diffusion.checkpoint import read_segmenter
-from unet_diffusion.codecs import kl_autoencoder
 from unet_diffusion.data import SyntheticCells, scale_to_unit_range
-from unet_diffusion.latents import read_latents
-from unet_diffusion.segmentation.predict import class_probabilities
+from unet_diffusion.inference.record import read_segmenter
+from unet_diffusion.latents.store import read_latents
+from unet_diffusion.models.autoencoders import kl_autoencoder
+from unet_diffusion.segmentation.prediction import class_probabilities
 from unet_diffusion.segmentation.scores import dice
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -68,7 +68,7 @@ def two_processes(tmp_path_factory, tiny_digits):
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "recorder.py").write_text(RECORDER)
     program = Path(sys.executable).parent / "unet-diffusion"
-    command = [str(program)] if program.exists() else ["-m", "unet_diffusion.cli"]
+    command = [str(program)] if program.exists() else ["-m", "unet_diffusion"]
     arguments = ["--config", str(CONFIGS / "trainer" / "ddp.yaml"), "--trainer.devices", "2"]
     arguments += ["--trainer.max_steps", str(NUM_STEPS), "--trainer.val_check_interval", str(NUM_STEPS)]
     arguments += ["--checkpoint.every_n_train_steps", "null", "--checkpoint.monitor", "val/loss"]
@@ -147,7 +147,7 @@ def segmenter_run(tmp_path_factory):
     arguments += "--data.init_args.batch_size 2 --trainer.max_steps 2 --trainer.val_check_interval 2 "
     arguments += "--samples.every_n_steps 0 --checkpoint.every_n_train_steps 2 --trainer.log_every_n_steps 1 "
     arguments += "--trainer.default_root_dir run"
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments.split()]
+    command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments.split()]
     done = run_python(command, cwd=folder, timeout=180)
     assert done.returncode == 0, done.stderr
     return folder / "run"
@@ -220,14 +220,14 @@ def conditioned_ranks(tmp_path_factory):
     config = {
         "model": {
             "unet": {
-                "class_path": "unet_diffusion.unet.DenoiserUNet",
+                "class_path": "unet_diffusion.models.unet.DenoiserUNet",
                 "init_args": {**unet, "context_dim": 8, "norm_num_groups": 4},
             },
-            "schedule": {"class_path": "unet_diffusion.schedule.NoiseSchedule"},
+            "schedule": {"class_path": "unet_diffusion.diffusion.schedule.NoiseSchedule"},
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
             "conditions": [
-                {"class_path": "unet_diffusion.text.TextTokens", "init_args": text},
-                {"class_path": "unet_diffusion.conditioning.ClassTokens", "init_args": tokens},
+                {"class_path": "unet_diffusion.diffusion.conditions.text.TextTokens", "init_args": text},
+                {"class_path": "unet_diffusion.diffusion.conditions.class_tokens.ClassTokens", "init_args": tokens},
             ],
         },
         "data": {
@@ -252,7 +252,15 @@ def conditioned_ranks(tmp_path_factory):
         "samples": {"every_n_steps": 0, "num_images": 2, "num_inference_steps": 2},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", "--config", "config.yaml", "--allow=watcher"]
+    command = [
+        sys.executable,
+        "-m",
+        "unet_diffusion",
+        "fit",
+        "--config",
+        "config.yaml",
+        "--allow=watcher",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     done = run_python(command, cwd=folder, env=environment, timeout=180)
@@ -311,7 +319,7 @@ def noise_folder(folder: Path) -> None:
 
 def with_autoencoder(folder: Path, command: str, arguments: str) -> None:
     """Runs a command of ours on those images, in a process of its own."""
-    whole = [sys.executable, "-m", "unet_diffusion.cli", command, *arguments.split(), *AUTOENCODER.split()]
+    whole = [sys.executable, "-m", "unet_diffusion", command, *arguments.split(), *AUTOENCODER.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
     done = run_python(whole, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
@@ -373,8 +381,8 @@ SAME_NOISE = """
 import torch
 from lightning.pytorch import Callback
 
-from unet_diffusion.conditioning import network_inputs
-from unet_diffusion.sampling import image_generators
+from unet_diffusion.diffusion.guidance import network_inputs
+from unet_diffusion.diffusion.sampling import image_generators
 
 
 class SameNoise(Callback):
@@ -421,7 +429,7 @@ def trained_by(tmp_path_factory, tiny_digits):
         if begun:
             shutil.copytree(folder / begun, folder / name)
             arguments += ["--ckpt_path", f"{name}/checkpoints/last.ckpt"]
-        command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *arguments]
+        command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments]
         done = run_python(command, cwd=folder, env=environment, timeout=180)
         assert done.returncode == 0, done.stderr
         assert (folder / name / "pipeline" / "model_index.json").is_file()
@@ -458,10 +466,10 @@ import sys
 
 import torch.distributed as dist
 
-import unet_diffusion.latents
-from unet_diffusion.cli import main
+import unet_diffusion.latents.store
+from unet_diffusion.commands.main import main
 
-unet_diffusion.latents.SHARD_IMAGES = 5
+unet_diffusion.latents.store.SHARD_IMAGES = 5
 dist.init_process_group("gloo")  # once for all commands: torchrun's store knows of one meeting
 dist.init_process_group = lambda *args, **options: None
 dist.destroy_process_group = lambda: None

@@ -32,7 +32,7 @@ class Killed(Callback):
 def fit(folder: Path, arguments: list[str], name: str, *more: str) -> tuple[dict, str]:
     """The last checkpoint, and what was said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--max_restarts", "1", "-m", "unet_diffusion.cli", "fit", *arguments]
+    command += ["--max_restarts", "1", "-m", "unet_diffusion", "fit", *arguments]
     command += [
         "--config",
         str(CONFIGS / "trainer" / "ddp.yaml"),

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Callback
 from ours import our_step
 
-from unet_diffusion.sampling import build_scheduler, denoise, image_generators
-from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import set_speed, speeds_for
+from unet_diffusion.diffusion.sampling import build_scheduler, denoise, image_generators
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.models.speed import set_speed, speeds_for
 from unet_diffusion.training.health import SkipBadSteps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

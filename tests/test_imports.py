@@ -5,20 +5,23 @@ from importlib import import_module
 
 import pytest
 
-from unet_diffusion.quick_imports import quick_imports
+from unet_diffusion.runtime.imports import quick_imports
 
-DRAWING = ["losses", "sampling", "sample_options", "drawing", "interop", "checkpoint", "pipelines.conditional"]
+DRAWING = [
+    *("diffusion.losses", "diffusion.sampling", "diffusers_io.interop", "diffusers_io.pipelines.conditional"),
+    *("inference.drawing", "inference.record", "inference.sample_options", "inference.segment_files"),
+]
 SEGMENTING = [
     "augmentation",
     "border_weights",
-    "bridge",
     "features",
     "labels",
     "losses",
-    "predict",
+    "prediction",
     "scores",
     "synthetic",
     "tiles",
+    "transfer",
 ]
 FORBIDDEN = [  # what a module must not pull in, however indirectly
     pytest.param(
@@ -26,7 +29,14 @@ FORBIDDEN = [  # what a module must not pull in, however indirectly
         [*DRAWING, *(f"segmentation.{name}" for name in SEGMENTING), "data.packing"],
         marks=pytest.mark.slow,
     ),
-    ("diffusers", ["blocks", "unet", "schedule", "conditioning", "losses", "checkpoint", "speed", "start", "windows"]),
+    (
+        "diffusers",
+        [
+            *("models.blocks", "models.speed", "models.unet", "inference.record"),
+            *("diffusion.conditions.condition", "diffusion.image_to_image", "diffusion.losses", "diffusion.schedule"),
+            "diffusion.tiling",
+        ],
+    ),
 ]
 HEAVY = {  # each takes from half a second to several
     *("transformers", "diffusers", "accelerate", "sklearn", "torchvision", "wandb", "tensorboard", "s3fs"),
@@ -34,7 +44,7 @@ HEAVY = {  # each takes from half a second to several
     "torch._inductor.compile_fx",
 }
 RUN = """
-from unet_diffusion.cli import main
+from unet_diffusion.commands.main import main
 try:
     main(sys.argv[1:])
 except SystemExit:
@@ -42,7 +52,7 @@ except SystemExit:
 """
 FIRST_STEP = (
     """
-from unet_diffusion.quick_imports import import_lightning
+from unet_diffusion.runtime.imports import import_lightning
 import_lightning()
 from unet_diffusion.training.base import NetworkModule
 step = NetworkModule.optimizer_step
@@ -138,7 +148,7 @@ def test_garbage_is_collected_again_after_the_imports_even_if_they_fail():
 @pytest.mark.slow
 def test_torchmetrics_is_whole_when_it_is_asked_for():
     code = """
-from unet_diffusion.quick_imports import import_lightning
+from unet_diffusion.runtime.imports import import_lightning
 import_lightning()
 assert "torchmetrics.classification" not in sys.modules
 import torchmetrics

@@ -50,7 +50,7 @@ def test_wheel_holds_every_file_of_the_package_and_every_recipe(wheel):
         for path in (REPOSITORY / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 files[f"{target}/{path.relative_to(REPOSITORY / folder).as_posix()}"] = path.read_bytes()
-    assert {"unet_diffusion/configs/digits.yaml", "unet_diffusion/kernels.cpp"} <= files.keys()
+    assert {"unet_diffusion/configs/digits.yaml", "unet_diffusion/models/kernels.cpp"} <= files.keys()
     inside = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
     assert inside == files
 

@@ -10,7 +10,7 @@ import torch
 from forked import run_python
 from torchvision.io import write_png
 
-from unet_diffusion.cli import main
+from unet_diffusion.commands.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

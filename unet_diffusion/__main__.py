@@ -10,7 +10,7 @@ def main() -> int:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # and not ignored, as in the background of a script
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from unet_diffusion.cli import main as run
+    from unet_diffusion.commands.main import main as run
 
     signal.signal(signal.SIGINT, before)
     return run()

@@ -8,12 +8,7 @@ import torch
 from encoded import write_images
 from PIL import Image
 
-from unet_diffusion.data import (
-    FolderDataModule,
-    PairedFiles,
-    SegmentationDataModule,
-    TilesDataModule,
-)
+from unet_diffusion.data import FolderDataModule, PairedFiles, SegmentationDataModule, TilesDataModule
 from unet_diffusion.segmentation.labels import Targets
 
 

@@ -23,7 +23,7 @@ from fsspec.registry import _registry as fsspec_implementations
 from PIL import Image
 from shard_servers import FaultyServer
 
-from unet_diffusion.cli import main
+from unet_diffusion.commands.main import main
 from unet_diffusion.data import FolderDataModule, ShardError, ShardStore, ShuffledShards, StreamDataModule, shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")

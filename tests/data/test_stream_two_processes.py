@@ -53,7 +53,7 @@ class Run:
     def start(self) -> int:
         """The exit status."""
         path = os.pathsep.join([str(self.parent), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "unet_diffusion.cli", *self.arguments]
+        command = [sys.executable, "-m", "unet_diffusion", *self.arguments]
         done = run_python(command, cwd=self.parent, env={**os.environ, "PYTHONPATH": path}, timeout=180)
         self.log += done.stderr
         return done.returncode

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from scipy.stats import kstest
 
-from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, elastic_displacement, sample_at
 
 OFF = Augmentation(flip=False, rotation=0.0, scale=0.0, elastic_sd=0.0)

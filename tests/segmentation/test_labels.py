@@ -9,15 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from unet_diffusion.segmentation.border_weights import border_weights
-from unet_diffusion.segmentation.labels import (
-    BORDER,
-    CELL,
-    NO_VALUE,
-    Targets,
-    edge_pieces,
-    instances_from,
-    mask_from,
-)
+from unet_diffusion.segmentation.labels import BORDER, CELL, NO_VALUE, Targets, edge_pieces, instances_from, mask_from
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 TWO_SQUARES = np.zeros((20, 30), dtype=np.int32)  # that touch

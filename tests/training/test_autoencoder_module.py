@@ -15,10 +15,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.distributions import Normal, kl_divergence
 from torchvision.models import squeezenet1_1
 
-from unet_diffusion.checkpoint import read_autoencoder, read_checkpoint
-from unet_diffusion.codecs import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
-from unet_diffusion.discriminator import PatchDiscriminator, hinge_loss
-from unet_diffusion.interop import export_autoencoder
+from unet_diffusion.diffusers_io.interop import export_autoencoder
+from unet_diffusion.inference.record import read_autoencoder, read_checkpoint
+from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
+from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.training import AutoencoderModule
 from unet_diffusion.training import autoencoder as training
 

@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from unet_diffusion.conditioning import Guidance
-from unet_diffusion.sampling import check_sampling, sample
-from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.guidance import Guidance
+from unet_diffusion.diffusion.sampling import check_sampling, sample
+from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.training import SampleGrid
 from unet_diffusion.training.callbacks import ALWAYS_DRAWS
 

@@ -6,14 +6,14 @@ from functools import partial
 import pytest
 import torch
 
-from unet_diffusion.codecs import kl_autoencoder
 from unet_diffusion.data import SegmentationDataModule, SyntheticCells
-from unet_diffusion.discriminator import PatchDiscriminator
+from unet_diffusion.models.autoencoders import kl_autoencoder
+from unet_diffusion.models.discriminator import PatchDiscriminator
+from unet_diffusion.models.unet import SegmentationUNet
 from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.training import AutoencoderModule, SegmentationModule, health
 from unet_diffusion.training.checkpointing import num_bytes
 from unet_diffusion.training.health import SkipBadSteps
-from unet_diffusion.unet import SegmentationUNet
 
 
 class Spoilt(torch.nn.Module):

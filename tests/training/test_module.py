@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from unet_diffusion.checkpoint import read_checkpoint
 from unet_diffusion.data import DigitsDataModule
-from unet_diffusion.schedule import NoiseSchedule
-from unet_diffusion.speed import SPEEDS
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.record import read_checkpoint
+from unet_diffusion.models.speed import SPEEDS
 from unet_diffusion.training import DiffusionModule
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -283,7 +283,7 @@ def test_cosine_decay_without_an_end_is_refused(tiny_module, tiny_images, quiet_
 def test_compiled_network_trains_as_the_plain_one_under_plain_names(
     tiny_module, tiny_images, quiet_trainer, monkeypatch
 ):
-    monkeypatch.setattr("unet_diffusion.speed.speeds_for", lambda device: SPEEDS)
+    monkeypatch.setattr("unet_diffusion.models.speed.speeds_for", lambda device: SPEEDS)
     plain, compiled = tiny_module(optimizer=SGD), tiny_module(optimizer=SGD, speed="compiled")
     calls = []
 

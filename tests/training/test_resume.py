@@ -23,8 +23,8 @@ import json, os, subprocess, sys
 import forked
 subprocess.Popen = forked.Forked  # of second processes, which Lightning starts
 
-import unet_diffusion.cli
-from unet_diffusion.cli import main
+import unet_diffusion.commands.main
+from unet_diffusion.commands.main import main
 
 forked.import_everything()
 
@@ -34,7 +34,7 @@ for line in sys.stdin:
     if child == 0:
         os.setsid()
         os.environ.update(environment)
-        sys.argv = [unet_diffusion.cli.__file__, *arguments]
+        sys.argv = [unet_diffusion.commands.main.__file__, *arguments]
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(2, 1)
         sys.exit(main(arguments))

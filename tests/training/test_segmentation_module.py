@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from unet_diffusion.checkpoint import TrainedDenoiser, read_checkpoint, read_segmenter, write_initial_checkpoint
 from unet_diffusion.data import DigitsDataModule, SegmentationDataModule, SyntheticCells
-from unet_diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.record import TrainedDenoiser, read_checkpoint, read_segmenter, write_initial_checkpoint
+from unet_diffusion.models.unet import DenoiserUNet, SegmentationUNet
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.segmentation.scores import dice, iou, pixel_error
 from unet_diffusion.training import DiffusionModule, SegmentationModule
-from unet_diffusion.unet import DenoiserUNet, SegmentationUNet
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
 ADAM = functools.partial(torch.optim.Adam, lr=1.0e-3)

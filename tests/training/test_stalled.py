@@ -74,7 +74,7 @@ def ended(how: str, tiny_digits, tmp_path) -> str:
     arguments += ["--trainer.max_steps", "50", "--trainer.default_root_dir", "run", "--samples.every_n_steps", "0"]
     arguments += ["--allow=stalls", "--trainer.callbacks+=stalls.Stalls", "--trainer.callbacks.how", how]
     arguments += ["--trainer.callbacks.timeout", str(TIMEOUT)]
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *tiny_digits, *arguments]
+    command = [sys.executable, "-m", "unet_diffusion", "fit", *tiny_digits, *arguments]
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     # The pipe stays open as long as any process holds it: none is left behind.
     done = run_python(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, timeout=120)

@@ -181,14 +181,23 @@ def test_upload_of_checkpoints_without_a_network_is_refused_before_training(fit,
 
 
 def test_wandb_is_imported_only_where_it_is_used():
-    code = "import sys, unet_diffusion.training.cli; assert 'wandb' not in sys.modules"
+    code = "import sys, unet_diffusion.commands.training_cli; assert 'wandb' not in sys.modules"
     assert run_python([sys.executable, "-c", code]).returncode == 0
 
 
 def test_two_processes_log_one_run(tiny_digits, tmp_path):
     run = tmp_path / "run"
     devices = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.default_root_dir", str(run))
-    command = [sys.executable, "-m", "unet_diffusion.cli", "fit", *tiny_digits, "--config", str(OVERLAY), *devices]
+    command = [
+        sys.executable,
+        "-m",
+        "unet_diffusion",
+        "fit",
+        *tiny_digits,
+        "--config",
+        str(OVERLAY),
+        *devices,
+    ]
     done = run_python(command, env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     assert done.returncode == 0, done.stderr
     (kept,) = kept_runs(run)

@@ -14,7 +14,7 @@ from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBa
 from unet_diffusion.data.fingerprints import text_digest
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.scaling import scale_to_unit_range
-from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.runtime.randomness import keyed_generator
 
 MAX_NUM_VAL = 1000  # by default: enough for a validation loss that is stable to about 1 %
 VAL_SHARE = 0.1  # by default

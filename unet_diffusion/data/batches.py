@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from unet_diffusion.data.checking import StreamedImages
 from unet_diffusion.data.shards import ShardedImages
-from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.runtime.randomness import keyed_generator
 
 Batch = dict[str, Tensor]
 

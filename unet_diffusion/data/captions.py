@@ -16,7 +16,7 @@ from typing import Any
 
 from unet_diffusion.data.files import MAX_TEXT_BYTES, ImageFiles
 from unet_diffusion.data.listing import composed
-from unet_diffusion.usage import MOST_NAMED, first_few
+from unet_diffusion.runtime.messages import MOST_NAMED, first_few
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 TEXT_EXTENSIONS = (".csv", ".jsonl", ".txt")

@@ -17,7 +17,7 @@ from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.data.stored import stored_images
-from unet_diffusion.usage import in_words, printable
+from unet_diffusion.runtime.messages import in_words, printable
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unet_diffusion.data.files import ImageFiles
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.runtime.atomic_files import whole_file
 
 Fingerprint = Sequence[str]
 

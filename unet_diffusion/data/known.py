@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from unet_diffusion.data.fingerprints import content_hash, text_digest
-from unet_diffusion.usage import first_few
+from unet_diffusion.runtime.messages import first_few
 
 
 class KnownImages(LightningDataModule):

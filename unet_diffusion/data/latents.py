@@ -9,8 +9,9 @@ from torch.utils.data import Dataset
 
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import Batch, ImageSet
-from unet_diffusion.latents import LatentSet, LatentSpace, read_latents
-from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.latents.space import LatentSpace
+from unet_diffusion.latents.store import LatentSet, read_latents
+from unet_diffusion.runtime.randomness import keyed_generator
 
 LATENT_KEY = 1  # keeps the draws of latents apart from those of noise, which have the same seed
 

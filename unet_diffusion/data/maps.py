@@ -11,27 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from unet_diffusion.conditioning import Maps
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.stream import StreamDataModule
-from unet_diffusion.latents import LatentSpace
-from unet_diffusion.maps import (
-    LOW_RES_SCHEDULE,
-    MAPS_KEY,
-    MAX_NOISE_LEVEL,
-    Encode,
-    LowResolution,
-    MaskedImage,
-    draw_masks,
-    masked_image_maps,
-    shrink,
-)
-from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution, shrink
+from unet_diffusion.diffusion.conditions.maps import MAPS_KEY, Encode, Maps
+from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, draw_masks, masked_image_maps
+from unet_diffusion.latents.space import LatentSpace
+from unet_diffusion.runtime.randomness import keyed_generator
 
 if TYPE_CHECKING:  # it imports diffusers, which the other data modules do without
-    from unet_diffusion.codecs import Autoencoder
+    from unet_diffusion.models.autoencoders import Autoencoder
 
 
 class ImagesWithMaps(ImageDataModule):
@@ -104,7 +95,8 @@ class ImagesWithMaps(ImageDataModule):
         self.images.trainer = self.trainer
         image_set = self.images.load()
         if self.autoencoder_folder is not None:
-            from unet_diffusion.codecs import latent_space_of, pretrained_autoencoder
+            from unet_diffusion.latents.codec import latent_space_of
+            from unet_diffusion.models.autoencoders import pretrained_autoencoder
 
             self._autoencoder = pretrained_autoencoder(self.autoencoder_folder).eval()
             _, *image_shape = image_set.images.shape
@@ -125,7 +117,7 @@ class ImagesWithMaps(ImageDataModule):
         channels, height, width = super().image_shape
         if self._autoencoder is None or self.latent_space is None:
             return channels, height, width
-        from unet_diffusion.codecs import downsampling
+        from unet_diffusion.models.autoencoders import downsampling
 
         factor = downsampling(self._autoencoder)
         return len(self.latent_space.std), height // factor, width // factor
@@ -172,7 +164,7 @@ class ImagesWithMaps(ImageDataModule):
         """Normalised latents, (B, c, h, w) float32: drawn from their distribution, or without a generator its mean."""
         if self._autoencoder is None or self.latent_space is None:
             return pixels
-        from unet_diffusion.codecs import latent_moments
+        from unet_diffusion.models.autoencoders import latent_moments
 
         with nullcontext() if self.trainer is None else self.trainer.precision_plugin.forward_context():
             mean, std = (one.float() for one in latent_moments(self._autoencoder.to(pixels.device), pixels))

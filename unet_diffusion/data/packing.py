@@ -25,9 +25,9 @@ from unet_diffusion.data.files import ImageFiles, class_names_of, labels_of
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.data.stored import stored_images
-from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.usage import first_few
-from unet_diffusion.whole_file import CONTENTS, claim_folder, read_json, remove_left_behind, whole_file
+from unet_diffusion.runtime.atomic_files import CONTENTS, claim_folder, read_json, remove_left_behind, whole_file
+from unet_diffusion.runtime.messages import first_few
+from unet_diffusion.runtime.randomness import keyed_generator
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent

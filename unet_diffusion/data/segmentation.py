@@ -20,10 +20,10 @@ from unet_diffusion.data.checking import num_cpus
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
 from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
-from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.runtime.messages import first_few
+from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
 from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, Targets
-from unet_diffusion.usage import first_few
 
 VAL_SHARE = 5  # by default a fifth of the images is kept for validation
 SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number

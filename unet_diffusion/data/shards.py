@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
-from unet_diffusion.usage import in_words, printable
+from unet_diffusion.runtime.messages import in_words, printable
 
 T = TypeVar("T")
 

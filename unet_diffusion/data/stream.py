@@ -18,7 +18,7 @@ from unet_diffusion.data.base import MAX_NUM_VAL, ImageDataModule, refuse_overfi
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.decoding import ImageFormat
 from unet_diffusion.data.shards import ShardedImages, ShardError, ShardStore
-from unet_diffusion.schedule import keyed_generator
+from unet_diffusion.runtime.randomness import keyed_generator
 
 OnBadShard = Literal["error", "skip"]
 

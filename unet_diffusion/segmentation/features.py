@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_diffusion.blocks import UpBlock
-from unet_diffusion.schedule import NoiseSchedule, keyed_generator
-from unet_diffusion.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.models.blocks import UpBlock
+from unet_diffusion.models.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.runtime.randomness import keyed_generator
 
 NOISE_SEED = 0  # the same noise for every image, as in the paper
 

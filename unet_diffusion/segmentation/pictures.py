@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from unet_diffusion.pictures import GRID_GREY, GRID_PADDING, picture_of, to_uint8
+from unet_diffusion.runtime.pictures import GRID_GREY, GRID_PADDING, picture_of, to_uint8
 
 # Okabe & Ito's colours, told apart by the colour-blind too; the background is black and the first class white.
 PALETTE = np.array(

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from unet_diffusion.unet import PixelNetwork
-from unet_diffusion.windows import blend_weights, window_starts
+from unet_diffusion.diffusion.tiling import blend_weights, window_starts
+from unet_diffusion.models.unet import PixelNetwork
 
 Predictor = Callable[[Tensor], Tensor]  # (1, C, h, w) -> (1, K, h - 2 margin, w - 2 margin)
 

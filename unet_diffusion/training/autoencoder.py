@@ -22,13 +22,21 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from unet_diffusion.checkpoint import TrainedAutoencoder, autoencoder_record, check_callbacks, load_plain
-from unet_diffusion.codecs import decode_codes, downsampling, latent_moments, num_latent_channels, quantize, reconstruct
 from unet_diffusion.data.base import refuse_unused
-from unet_diffusion.discriminator import PatchDiscriminator, hinge_loss
-from unet_diffusion.latents import moment_sums
-from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.speed import keep_freed_memory
+from unet_diffusion.inference.record import TrainedAutoencoder, autoencoder_record, check_callbacks
+from unet_diffusion.latents.space import moment_sums
+from unet_diffusion.models.autoencoders import (
+    decode_codes,
+    downsampling,
+    latent_moments,
+    num_latent_channels,
+    quantize,
+    reconstruct,
+)
+from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
+from unet_diffusion.models.speed import keep_freed_memory
+from unet_diffusion.runtime.randomness import keyed_generator
+from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.training.base import LRDecay, check_choice, lr_factor, put_hyperparameters
 from unet_diffusion.training.health import SkipBadSteps
 from unet_diffusion.training.precision import (

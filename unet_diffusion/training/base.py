@@ -20,11 +20,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from unet_diffusion.blocks import DoubleConv, Downsample, ResidualBlock, SelfAttention, SpatialTransformer, Upsample
-from unet_diffusion.checkpoint import check_callbacks
-from unet_diffusion.precision import precision_name
-from unet_diffusion.schedule import keyed_generator
-from unet_diffusion.speed import SPEEDS, Speed, fastest_setting, keep_freed_memory, set_speed, speeds_for
+from unet_diffusion.inference.record import check_callbacks
+from unet_diffusion.models.blocks import (
+    DoubleConv,
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    SpatialTransformer,
+    Upsample,
+)
+from unet_diffusion.models.speed import SPEEDS, Speed, fastest_setting, keep_freed_memory, set_speed, speeds_for
+from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.runtime.precision import precision_name
+from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.training.precision import (
     possible_precisions,
     precision_before,
@@ -33,7 +41,6 @@ from unet_diffusion.training.precision import (
     settle_precision,
     warn_of_emulation,
 )
-from unet_diffusion.unet import PixelNetwork
 
 DROPOUT_KEY = 3  # keeps dropout apart from noise, which has the same seed
 LRDecay = Literal["constant", "cosine"]

@@ -17,18 +17,18 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_diffusion.conditioning import Guidance
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageBatches
 from unet_diffusion.data.maps import ImagesWithMaps
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.segmentation import SegmentationDataModule
-from unet_diffusion.pictures import image_grid, write_png
-from unet_diffusion.schedulers import SchedulerName
+from unet_diffusion.diffusion.guidance import Guidance
+from unet_diffusion.diffusion.schedulers import SchedulerName
+from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.messages import printable
+from unet_diffusion.runtime.pictures import image_grid, write_png
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.base import NetworkModule
-from unet_diffusion.usage import printable
-from unet_diffusion.whole_file import whole_file
 
 if TYPE_CHECKING:
     from unet_diffusion.training.autoencoder import AutoencoderModule
@@ -155,7 +155,7 @@ class SampleGrid(PictureGrid):
             return
         space = getattr(trainer.datamodule, "latent_space", None)  # type: ignore[attr-defined]  # set at runtime
         if space is not None:
-            from unet_diffusion.codecs import autoencoder_of
+            from unet_diffusion.latents.codec import autoencoder_of
 
             autoencoder_of(space)
         has_maps = any(one.given == "maps" for one in pl_module.all_conditions)
@@ -169,7 +169,7 @@ class SampleGrid(PictureGrid):
             )
         if (self.scheduler, self.num_inference_steps, pl_module.schedule.num_train_timesteps) in ALWAYS_DRAWS:
             return
-        from unet_diffusion.sampling import check_sampling
+        from unet_diffusion.diffusion.sampling import check_sampling
 
         check_sampling(
             pl_module.schedule,
@@ -182,7 +182,7 @@ class SampleGrid(PictureGrid):
         num_classes = module.trained.num_classes
         images = self.sample(trainer, module, num_classes)
         if module.latent_space is not None:  # the autoencoder takes memory only while it is needed
-            from unet_diffusion.codecs import autoencoder_of, decode_latents
+            from unet_diffusion.latents.codec import autoencoder_of, decode_latents
 
             autoencoder = autoencoder_of(module.latent_space).to(module.device)
             images = decode_latents(autoencoder, module.latent_space, images)
@@ -197,7 +197,7 @@ class SampleGrid(PictureGrid):
 
     def sample(self, trainer: Trainer, module: "DiffusionModule", num_classes: int) -> Tensor:
         """The grid's images in [-1, 1], or latents, (num_images, C, H, W) float32, in the trainer's precision."""
-        from unet_diffusion.sampling import sample
+        from unet_diffusion.diffusion.sampling import sample
 
         trained, given = module.trained, self.given(trainer, module, num_classes)
         with trainer.precision_plugin.forward_context(), torch.no_grad():

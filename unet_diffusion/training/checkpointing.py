@@ -19,8 +19,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from unet_diffusion.checkpoint import load_plain, step_of
-from unet_diffusion.whole_file import remove_left_behind, whole_file
+from unet_diffusion.runtime.atomic_files import remove_left_behind, whole_file
+from unet_diffusion.runtime.safe_loading import load_plain, step_of
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 

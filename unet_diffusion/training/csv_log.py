@@ -8,7 +8,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.runtime.atomic_files import whole_file
 
 
 class RunCSVLogger(CSVLogger):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.runtime.atomic_files import whole_file
 
 MAX_BAD_STEPS = 10  # in a row; one outlier is skipped, a run of them is no outlier
 MAX_BAD_STEPS_IN_FLOAT16 = 30  # in a row: each halves the scale of the losses, from 2^16 until gradients fit

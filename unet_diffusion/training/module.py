@@ -13,17 +13,21 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from unet_diffusion.checkpoint import TrainedDenoiser, denoiser_record, network_record
-from unet_diffusion.conditioning import ClassLabels, ClassTokens, Condition, Inputs, Maps, network_inputs
 from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.data.maps import ImagesWithMaps
-from unet_diffusion.latents import LatentSpace
-from unet_diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
-from unet_diffusion.schedule import NoiseSchedule, image_generators, keyed_generator
-from unet_diffusion.speed import Speed
-from unet_diffusion.text import TextTokens
+from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
+from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
+from unet_diffusion.diffusion.conditions.condition import Condition, Inputs, network_inputs
+from unet_diffusion.diffusion.conditions.maps import Maps
+from unet_diffusion.diffusion.conditions.text import TextTokens
+from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, network_record
+from unet_diffusion.latents.space import LatentSpace
+from unet_diffusion.models.speed import Speed
+from unet_diffusion.models.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 from unet_diffusion.training.base import LRDecay, NetworkModule, averaged_copy, check_choice, default_optimizer
-from unet_diffusion.unet import DenoiserUNet, PixelNetwork
 
 FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly however many there are

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from unet_diffusion.precision import precisions_for
+from unet_diffusion.runtime.precision import precisions_for
 
 TrainingPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 NAMES: dict[torch.dtype, TrainingPrecision] = {

@@ -12,15 +12,15 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.checkpoint import TrainedSegmenter, segmenter_record
-from unet_diffusion.segmentation.bridge import take_over
+from unet_diffusion.inference.record import TrainedSegmenter, segmenter_record
+from unet_diffusion.models.speed import Speed
+from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, NO_VALUE
 from unet_diffusion.segmentation.losses import SegmentationLoss, segmentation_loss
-from unet_diffusion.segmentation.predict import class_probabilities, class_scores
-from unet_diffusion.speed import Speed
+from unet_diffusion.segmentation.prediction import class_probabilities, class_scores
+from unet_diffusion.segmentation.transfer import take_over
 from unet_diffusion.training.base import LRDecay, NetworkModule, check_choice, default_optimizer
-from unet_diffusion.unet import PixelNetwork
 
 
 class SegmentationModule(NetworkModule):
@@ -125,7 +125,7 @@ class SegmentationModule(NetworkModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.init_from is not None and not self.is_continued:
-            from unet_diffusion.interop import load_denoiser  # imports diffusers, which only this needs
+            from unet_diffusion.diffusers_io.interop import load_denoiser  # imports diffusers, which only this needs
 
             denoiser = load_denoiser(self.init_from)
             take_over(self.ema_unet, denoiser)

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from unet_diffusion.interruption import Interrupted
+from unet_diffusion.runtime.signals import Interrupted
 from unet_diffusion.training.checkpointing import RunCheckpoint, is_within_step, validation_follows
 from unet_diffusion.training.stalled import strategy_timeout
 

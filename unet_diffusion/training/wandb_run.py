@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from unet_diffusion.whole_file import whole_file
+from unet_diffusion.runtime.atomic_files import whole_file
 
 ID_FILE = "wandb_id.txt"  # in the run folder
 PATIENCE = {  # seconds to wait for the network, unless these variables are set; W&B's own are 90, and for ever

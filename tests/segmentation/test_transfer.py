@@ -1,0 +1,171 @@
+"""A denoiser becomes a segmenter: its weights taken over, or its features classified."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.record import TrainedDenoiser
+from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.runtime.randomness import keyed_generator
+from unet_diffusion.segmentation.features import NOISE_SEED, FeatureClassifier
+from unet_diffusion.segmentation.transfer import take_over
+
+SMALL = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon"}
+
+
+def denoiser(**options) -> TrainedDenoiser:
+    torch.manual_seed(1)
+    unet = DenoiserUNet(**{**SMALL, **options}).eval()
+    for parameter in unet.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return TrainedDenoiser(unet=unet, schedule=NoiseSchedule(**SCHEDULE), image_shape=(1, 8, 8))
+
+
+def classifier(**options) -> FeatureClassifier:
+    torch.manual_seed(2)
+    unet = DenoiserUNet(**SMALL)
+    return FeatureClassifier(
+        unet, NoiseSchedule(**SCHEDULE), **{"levels": [0, 1], "hidden_channels": [6, 5], **options}
+    )
+
+
+def test_all_but_the_head_is_taken_over():
+    segmenter, trained = DenoiserUNet(**SMALL, out_channels=3), denoiser()
+    head = {name: value.clone() for name, value in segmenter.state_dict().items() if name.startswith("conv_out.")}
+    take_over(segmenter, trained)
+    for name, value in segmenter.state_dict().items():
+        expected = head[name] if name in head else trained.unet.state_dict()[name]
+        assert torch.equal(value, expected), name
+
+
+def test_denoiser_with_classes_gives_all_but_their_embedding():
+    segmenter, trained = DenoiserUNet(**SMALL, out_channels=3), denoiser(num_class_embeds=4)
+    report = take_over(segmenter, trained)
+    assert report.endswith("not taken over: class_embedding.weight, conv_out.bias, conv_out.weight")
+
+
+def test_report_names_what_was_and_was_not_taken_over():
+    report = take_over(DenoiserUNet(**SMALL, out_channels=3), denoiser())
+    assert "weights of the denoiser; new: conv_out.bias, conv_out.weight; not taken over: conv_out" in report
+
+
+def test_maps_before_the_head_are_the_denoisers():
+    segmenter, trained = DenoiserUNet(**SMALL, out_channels=3).eval(), denoiser()
+    take_over(segmenter, trained)
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([0])
+    torch.testing.assert_close(segmenter.wire(x, segmenter.embed(t)), trained.unet.wire(x, trained.unet.embed(t)))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"channels": [16, 16]}, "tensors differ, such as conv_in.bias: 8 in the denoiser, 16 here"),
+        ({"layers_per_block": 2}, "none in the denoiser"),
+        ({"in_channels": 3}, "conv_in.weight: 8x1x3x3 in the denoiser, 8x3x3x3 here"),
+    ],
+)
+def test_another_network_is_refused_and_left_as_it_was(options, named):
+    segmenter = DenoiserUNet(**{**SMALL, "out_channels": 3, **options})
+    before = {name: value.clone() for name, value in segmenter.state_dict().items()}
+    with pytest.raises(ValueError, match=named):
+        take_over(segmenter, denoiser())
+    assert all(torch.equal(value, before[name]) for name, value in segmenter.state_dict().items())
+
+
+def test_classifier_takes_over_the_whole_denoiser_and_refuses_another_schedule():
+    network, trained = classifier(), denoiser()
+    assert "frozen" in take_over(network, trained)
+    for name, value in network.denoiser.state_dict().items():
+        assert torch.equal(value, trained.unet.state_dict()[name])
+    trained.schedule = NoiseSchedule(**{**SCHEDULE, "prediction_type": "v_prediction"})
+    with pytest.raises(ValueError, match="the schedule must be the denoiser's"):
+        take_over(network, trained)
+
+
+def test_maps_are_what_the_expanding_path_makes_of_the_noised_image():
+    network = classifier().eval()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([50, 50])
+    noise = torch.randn(1, 8, 8, generator=keyed_generator(NOISE_SEED))
+    unet, schedule = network.denoiser, network.schedule
+    x_t = schedule.add_noise(x, noise.expand_as(x), t)
+    tops = []
+    hook = unet.conv_norm_out.register_forward_hook(lambda module, args, output: tops.append(args[0]))
+    unet(x_t, t)
+    hook.remove()
+    finest, coarse = network.maps(x, 50)
+    torch.testing.assert_close(finest, tops[0])  # the map that the head is given
+    assert coarse.shape == (2, 16, 4, 4)
+
+
+def test_first_layer_before_enlarging_is_the_papers_on_the_enlarged_maps():
+    network = classifier(timesteps=[50, 150]).eval()
+    for norm, _ in network.projections:
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 1, 8, 8)
+    maps = [features for t in (50, 150) for features in network.maps(x, t)]
+    scaled = [norm(features) for (norm, _), features in zip(network.projections, maps, strict=True)]
+    enlarged = torch.cat([F.interpolate(features, size=(8, 8), mode="bilinear") for features in scaled], dim=1)
+    weight = torch.cat([conv.weight for _, conv in network.projections], dim=1)
+    bias = torch.stack([conv.bias for _, conv in network.projections]).sum(dim=0)
+    expected = network.classifier(F.conv2d(enlarged, weight, bias))
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_classifier_is_trained():
+    network = classifier().train()
+    assert not network.denoiser.training
+    network(torch.randn(2, 1, 8, 8)).sum().backward()
+    trained = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in network.named_parameters() if not name.startswith("denoiser.")}
+
+
+def test_prediction_repeats():
+    network, x = classifier().eval(), torch.randn(1, 1, 8, 8)
+    assert torch.equal(network(x), network(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timesteps": [1000]}, "timesteps must be in \\[0, 1000\\), got \\[1000\\]"),
+        ({"levels": [2]}, "levels must be in \\[0, 2\\), got \\[2\\]"),
+        ({"levels": []}, "levels must be in"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(**options)
+
+
+MEMORY = """
+import resource, torch
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.segmentation.features import FeatureClassifier
+from unet_diffusion.segmentation.losses import weighted_cross_entropy
+from unet_diffusion.models.unet import DenoiserUNet
+unet = DenoiserUNet(3, [32, 64, 128, 256], layers_per_block=1, mid_attention=False, norm_num_groups=8)
+network = FeatureClassifier(unet, NoiseSchedule(1000, "linear")).train()
+optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])
+images = torch.randint(256, (50, 3, 128, 128), dtype=torch.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for batch in images.split(4)[:3]:
+    x = batch.float() / 127.5 - 1
+    loss = weighted_cross_entropy(network(x), (x[:, 0] > 0).long(), torch.ones(x[:, 0].shape))
+    loss.backward()
+    optimizer.step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024**2)
+"""
+
+
+@pytest.mark.slow
+def test_training_on_50_images_of_256_x_256_needs_less_than_4_gib():
+    """Four times what 128 x 128 take: three of the 13 batches, and ten more that add what the third did."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    _, second, third = map(float, done.stdout.split())
+    assert 4 * (third + 10 * (third - second)) < 2.5, done.stdout  # beside torch and the network

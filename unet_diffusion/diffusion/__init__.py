@@ -1,0 +1,1 @@
+"""Diffusion: schedule, losses, sampling, guidance, and what images are conditioned on."""

@@ -1,0 +1,68 @@
+"""What a mask leaves of an image, to paint the rest.
+
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.5), laid out as in Stable Diffusion's network for
+inpainting.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from unet_diffusion.diffusion.conditions.maps import Encode, Maps
+
+MOST_BOXES = 4  # of a mask
+SMALLEST_SIDE, LARGEST_SIDE = 0.2, 0.6  # of a box, as a share of the image's
+COVERS_ALL = 0.25  # share of the masks, as in the training of Stable Diffusion's networks for inpainting
+
+
+class MaskedImage(Maps):
+    """A mask, 1 where to paint, and the image or its latents without what it covers: (B, 1 + C, H, W).
+
+    Args:
+        channels: 1 + C.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.config = {"channels": channels}
+
+
+def masked_image_maps(images: Tensor, mask: Tensor, encode: Encode) -> Tensor:
+    """What `MaskedImage` is given, (B, 1 + C, h, w): the mask at the latents' size, and those of the image under it.
+
+    What is covered is grey, 0, and a latent is covered where its first pixel is, both as in diffusers.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        mask: 1 where to paint, 0 elsewhere, (B, 1, H, W) float32.
+        encode: of images.
+    """
+    latents = encode(images * (1 - mask))
+    return torch.cat([interpolate(mask, latents.shape[2:]), latents], dim=1)
+
+
+def draw_masks(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Masks to train on, (count, 1, H, W) float32: 1 in one to four boxes, or everywhere, 0 elsewhere.
+
+    Boxes may reach beyond the border, or nothing would be learnt of it.
+
+    Args:
+        count: how many.
+        size: H and W.
+        generator: of the boxes; the masks are on its device.
+    """
+    device = generator.device
+    y, x, height, width = torch.rand(4, count, MOST_BOXES, 1, generator=generator, device=device)
+    rows, columns = _within(y, height, size[0]), _within(x, width, size[1])  # (count, boxes, H) and (count, boxes, W)
+    num_boxes = torch.randint(1, MOST_BOXES + 1, (count, 1), generator=generator, device=device)
+    is_used = torch.arange(MOST_BOXES, device=device) < num_boxes
+    boxes = rows[..., :, None] & columns[..., None, :] & is_used[..., None, None]
+    covers_all = torch.rand(count, 1, 1, 1, generator=generator, device=device) < COVERS_ALL
+    return (boxes.any(dim=1, keepdim=True) | covers_all).float()
+
+
+def _within(centre: Tensor, share: Tensor, side: int) -> Tensor:
+    """Which pixels of a side boxes cover, (..., side) bool, where centre and share, in [0, 1], say where they lie."""
+    extent = SMALLEST_SIDE + (LARGEST_SIDE - SMALLEST_SIDE) * share
+    pixels = (torch.arange(side, device=centre.device) + 0.5) / side
+    return (pixels - centre).abs() <= extent / 2

@@ -1,0 +1,250 @@
+"""Captions as a condition: a BPE tokenizer and a transformer, CLIP's text encoder in build, trained or taken as it is.
+
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.3.1) train a transformer on the captions together with
+the denoiser; Stable Diffusion keeps CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020) as it is. Both are
+the same class here, of the package transformers, so that either kind of model is a stock StableDiffusionPipeline.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.runtime.atomic_files import read_json
+from unet_diffusion.runtime.safe_loading import check_safetensors
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+SPECIAL = {"<|startoftext|>": 0, "<|endoftext|>": 1}  # of a tokenizer of one's own
+WORD_END = "</w>"
+SMALLEST_VOCAB = len(SPECIAL) + 2 * 256
+FIXED = {  # of a text encoder's config.json: what is as in CLIP, and no argument here
+    "attention_dropout": 0.0,
+    "layer_norm_eps": 1e-5,
+}
+
+
+class TextTokens(Condition):
+    """A caption for each image as tokens to attend to: token ids (B, L) int64 become (B, L, context_dim).
+
+    L is max_length. The null is the empty caption. The tokenizer is trained by `learn_words`, and is part of the state.
+
+    Args:
+        context_dim: width of the transformer, and context_dim of the network.
+        vocab_size: most tokens that the tokenizer may have.
+        max_length: tokens of a caption, its beginning and end included; longer ones are cut off.
+        num_layers: of the transformer.
+        num_heads: of its attention.
+        hidden_act: "quick_gelu" as in CLIP, or "gelu".
+        frozen: keep the transformer's weights as they are.
+        dropout: probability of the empty caption in training; 0: there is no null.
+
+    Raises:
+        ImportError: without the package transformers.
+        ValueError: if the width cannot be divided into heads.
+    """
+
+    given, enters = "captions", "context"
+
+    def __init__(
+        self,
+        context_dim: int,
+        *,
+        vocab_size: int = 4096,
+        max_length: int = 32,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu",
+        frozen: bool = False,
+        dropout: float = 0.1,
+    ):
+        super().__init__(dropout)
+        if context_dim % num_heads:
+            raise ValueError(f"context_dim must be a multiple of num_heads, got {context_dim} and {num_heads}")
+        self.config = {
+            "context_dim": context_dim,
+            "vocab_size": vocab_size,
+            "max_length": max_length,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "hidden_act": hidden_act,
+            "frozen": frozen,
+            "dropout": dropout,
+        }
+        self.encoder = _text_model(self.config).requires_grad_(not frozen)
+        self.tokenizer: CLIPTokenizer | None = None
+        self.empty_caption: Tensor  # token ids, (L,), kept on the device: a step would wait for a copy
+        self.register_buffer("empty_caption", torch.zeros(max_length, dtype=torch.int64), persistent=False)
+
+    def learn_words(self, captions: Sequence[str]) -> None:
+        """Train the tokenizer (byte pair encoding, as CLIP's) on captions, unless there is one.
+
+        Raises:
+            ValueError: if vocab_size has no room for the 256 bytes, within a word and at its end.
+        """
+        if self.tokenizer is None:
+            self._take(_tokenizer_of(captions, self.config["vocab_size"]))
+
+    def token_ids(self, captions: Sequence[str]) -> Tensor:
+        """The tokens of captions, (N, max_length) int64, filled up at the end.
+
+        Raises:
+            RuntimeError: if there is no tokenizer yet.
+        """
+        if self.tokenizer is None:
+            raise RuntimeError("the tokenizer must be trained first: call learn_words")
+        encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+        return encoded.input_ids
+
+    def cut(self, captions: Sequence[str]) -> tuple[int, int]:
+        """How many captions have more than max_length tokens, and how many of these become equal to another by the cut.
+
+        Raises:
+            RuntimeError: if there is no tokenizer yet.
+        """
+        if self.tokenizer is None:
+            raise RuntimeError("the tokenizer must be trained first: call learn_words")
+        whole = [tuple(ids) for ids in self.tokenizer(list(captions), verbose=False).input_ids]
+        is_long = [len(ids) > self.config["max_length"] for ids in whole]
+        meant: dict[tuple[int, ...], set[tuple[int, ...]]] = {}  # by what is left of them
+        left = [tuple(ids) for ids in self.token_ids(captions).tolist()]
+        for before, after in zip(whole, left, strict=True):
+            meant.setdefault(after, set()).add(before)
+        return sum(is_long), sum(long and len(meant[after]) > 1 for long, after in zip(is_long, left, strict=True))
+
+    def null(self, given: Tensor) -> Tensor:
+        return self.empty_caption.expand_as(given)
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.encoder(input_ids=given).last_hidden_state
+
+    def get_extra_state(self) -> Tensor:
+        """The tokenizer as the bytes of its JSON, which a checkpoint may hold; empty without one."""
+        if self.tokenizer is None:
+            return torch.zeros(0, dtype=torch.uint8)
+        model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
+        kept = {"vocab": model["vocab"], "merges": model["merges"], "pad_token": self.tokenizer.pad_token}
+        return torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The counterpart of `get_extra_state`."""
+        if len(state):
+            kept = json.loads(bytes(state.tolist()))
+            merges = [tuple(one) for one in kept["merges"]]
+            tokenizer_class = _transformers().CLIPTokenizer
+            self._take(tokenizer_class(vocab=kept["vocab"], merges=merges, pad_token=kept["pad_token"]))
+
+    def _take(self, tokenizer: "CLIPTokenizer") -> None:
+        num_tokens, most = len(tokenizer), self.config["vocab_size"]
+        if num_tokens > most:
+            raise ValueError(f"the tokenizer has {num_tokens} tokens, and vocab_size is {most}; raise it")
+        tokenizer.model_max_length = self.config["max_length"]
+        self.tokenizer = tokenizer
+        self.empty_caption.copy_(self.token_ids([""])[0])
+        config = self.encoder.config  # goes out with a pipeline
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = True) -> TextTokens:
+    """A text encoder of CLIP's build and its tokenizer, from a local pipeline folder of diffusers.
+
+    Args:
+        folder: holds text_encoder/ and tokenizer/, as Stable Diffusion 1 and 2 do.
+        dropout: probability of the empty caption in training.
+        frozen: keep the weights as they are.
+
+    Raises:
+        FileNotFoundError: if they are not there, or the weights are not safetensors.
+        ValueError: if the encoder is of another build.
+    """
+    folder = Path(folder)
+    config_file = folder / "text_encoder" / "config.json"
+    if not config_file.is_file() or not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(f"{folder} must be a local folder with text_encoder/config.json and tokenizer/")
+    transformers = _transformers()
+    config = read_json(config_file)
+    _check_build(config, config_file)
+    check_safetensors(config_file.parent, "model")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    text = TextTokens(
+        config["hidden_size"],
+        vocab_size=config["vocab_size"],
+        max_length=config["max_position_embeddings"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        hidden_act=config["hidden_act"],
+        frozen=frozen,
+        dropout=dropout,
+    )
+    # By the configuration made here, not by the file's, which may ask for kernels to be downloaded and run.
+    model = transformers.CLIPTextModel.from_pretrained(
+        config_file.parent,
+        config=copy.deepcopy(text.encoder.config),
+        use_safetensors=True,
+        local_files_only=True,
+        dtype=torch.float32,
+    )
+    text.encoder.load_state_dict(model.state_dict())
+    text._take(tokenizer)
+    return text
+
+
+def _tokenizer_of(captions: Sequence[str], vocab_size: int) -> "CLIPTokenizer":
+    """Trained on captions; as in CLIP every byte is a token, within a word and at its end, whether seen or not."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+
+    if vocab_size < SMALLEST_VOCAB:
+        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB}, for single bytes, got {vocab_size}")
+    alphabet = sorted(ByteLevel.alphabet())
+    single = [*SPECIAL, *alphabet, *(one + WORD_END for one in alphabet)]
+    tokenizer_class = _transformers().CLIPTokenizer
+    backend = tokenizer_class(vocab=dict(SPECIAL), merges=[]).backend_tokenizer
+    # The trainer settles ties by number, and numbers what it meets in the order of a hash, but "special" tokens first.
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=single, end_of_word_suffix=WORD_END, show_progress=False)
+    backend.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    tokens = [*single, *("".join(pair) for pair in merges)]
+    return tokenizer_class(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+
+
+def _check_build(config: dict[str, Any], path: Path) -> None:
+    expected = {"model_type": "clip_text_model", "intermediate_size": 4 * config["hidden_size"], **FIXED}
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} of a text encoder must be {value}, got {config[name]} in {path}")
+
+
+def _text_model(config: dict[str, Any]) -> "CLIPTextModel":
+    transformers = _transformers()
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=config["context_dim"],
+            intermediate_size=4 * config["context_dim"],
+            projection_dim=config["context_dim"],
+            num_hidden_layers=config["num_layers"],
+            num_attention_heads=config["num_heads"],
+            max_position_embeddings=config["max_length"],
+            vocab_size=config["vocab_size"],
+            hidden_act=config["hidden_act"],
+            bos_token_id=SPECIAL["<|startoftext|>"],
+            eos_token_id=SPECIAL["<|endoftext|>"],
+            pad_token_id=SPECIAL["<|endoftext|>"],
+            **FIXED,
+        )
+    )
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("captions need the package transformers; pip install unet-diffusion[text]") from error
+    return transformers

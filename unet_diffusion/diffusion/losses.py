@@ -1,0 +1,57 @@
+"""The training loss: squared error of the prediction, weighted by noise level.
+
+Min-SNR weighting is that of Hang et al. 2023 (https://arxiv.org/abs/2303.09556, section 3.4): the error of x0, which is
+SNR times the error of epsilon and 1 / (SNR + 1) times that of v, is weighted by min(SNR, gamma).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+
+LossWeighting = Literal["uniform", "min_snr"]
+
+NUM_QUARTERS = 4  # the range of t is logged in quarters
+
+
+def loss_weights(schedule: NoiseSchedule, t: Tensor, weighting: LossWeighting, gamma: float = 5.0) -> Tensor:
+    """The weight of each sample's squared error, (B,) float32.
+
+    Args:
+        schedule: gives the signal-to-noise ratio, and the prediction type, whose form of the weight is used.
+        t: timesteps, (B,) int64.
+        weighting: "uniform" (1 everywhere) or "min_snr".
+        gamma: where min-SNR stops growing; 5 in the paper.
+    """
+    if weighting == "uniform":
+        return torch.ones_like(t, dtype=torch.float32)
+    snr = schedule.snr(t)
+    clipped = snr.clamp(max=gamma)
+    if schedule.prediction_type == "epsilon":
+        return clipped / snr
+    if schedule.prediction_type == "v_prediction":
+        return clipped / (snr + 1)
+    return clipped
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample in float32: (B, C, H, W) twice -> (B,)."""
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+
+def sums_by_quarter(errors: Tensor, t: Tensor, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
+    """Sums of errors and counts in each quarter of the range of t, from least to most noise; on the device.
+
+    Args:
+        errors: one for each sample, (B,).
+        t: timesteps, (B,) int64 in [0, num_train_timesteps).
+        num_train_timesteps: T.
+
+    Returns:
+        (4,) sums and (4,) counts: a mean over several batches or processes is the ratio of their totals.
+    """
+    quarter = F.one_hot(t * NUM_QUARTERS // num_train_timesteps, NUM_QUARTERS).to(errors.dtype)  # (B, 4)
+    return errors @ quarter, quarter.sum(0)

@@ -1,0 +1,431 @@
+"""Sampling: images from noise, with a denoiser and one of diffusers' schedulers for variance-preserving diffusion.
+
+The loop is that of diffusers' pipelines (Ho et al. 2020, algorithm 2, https://arxiv.org/abs/2006.11239, and the solvers
+that followed). It differs in three ways. Each image has a generator of its own, so that image i of a seed does not
+depend on the batch it is drawn in. The scheduler and its timesteps stay on the CPU, where reading them does not stall a
+GPU. And combinations of scheduler, schedule and steps for which diffusers returns wrong images, or none, are refused.
+
+Given a denoiser that knows x0, every scheduler returns x0 up to rounding, but for DEISMultistepScheduler, which ends at
+timestep 0 and returns sqrt(a_0) x0 + sqrt(1 - a_0) noise: 1 % noise with the linear schedule. A single step from noise
+multiplies rounding by 1 / sqrt(a_T), 160 with the linear schedule and 20 000 with the cosine one. With the cosine
+schedule HeunDiscreteScheduler needs about 100 steps: the slope at the end of its first, wide step is badly placed.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.utils import is_torchsde_available
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from unet_diffusion.diffusion.conditions.condition import Inputs
+from unet_diffusion.diffusion.guidance import Denoiser, Guidance, Predictor, check_guidance, guide
+from unet_diffusion.diffusion.image_to_image import Start, begin, check_start, num_steps_from, put_back_known
+from unet_diffusion.diffusion.linear_solver import LinearSolver, linear_steps
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.schedulers import SCHEDULERS
+from unet_diffusion.runtime.randomness import image_generators, keyed_generator
+
+NO_SAMPLE_PREDICTION = (  # their step raises NotImplementedError or ValueError
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "PNDMScheduler",
+)
+STOCHASTIC = (  # they add noise at each step
+    "DDPMScheduler",
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+)
+NO_GUIDANCE = Guidance()
+MIN_PNDM_SIGNAL = 1e-5  # a_T below which PNDM misses x0 by more than 1e-5 (measured; the linear schedule has 4e-5)
+MIN_PNDM_STEPS = 4  # its Runge-Kutta start takes the first four steps
+
+BEYOND_DDPM: dict[str, dict[str, Any]] = {  # fields that DDPMScheduler lacks and whose defaults are wrong here
+    "DPMSolverSinglestepScheduler": {"lower_order_final": True},  # it sets this itself, with a warning
+    "PNDMScheduler": {"set_alpha_to_one": True},  # else it stops at timestep 0, still noisy, as DEIS does
+}
+
+
+def sample(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    *,
+    scheduler: str = "DDIMScheduler",
+    num_inference_steps: int = 50,
+    seed: int = 0,
+    indices: Iterable[int] | None = None,
+    inputs: Inputs | None = None,
+    nulls: Inputs | None = None,
+    guidance: Guidance = NO_GUIDANCE,
+    noise: Tensor | None = None,
+    start: Start | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    clip_sample: bool = True,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Images drawn from noise, (N, C, H, W) float32 on the CPU; about [-1, 1], where the denoiser was trained on that.
+
+    Image i is a function of (seed, indices[i]) and its conditions, up to floating-point rounding: neither the batch
+    size nor how many processes share the indices matters.
+
+    Args:
+        denoiser: called as denoiser(x, t, **inputs) with float32 x (B, C, H, W) and t (B,).
+        schedule: the noise schedule that the denoiser was trained with.
+        shape: (N, C, H, W) of all images; H and W need not be those of training.
+        scheduler: name of a diffusers scheduler, one of `supported_schedulers(schedule)`.
+        num_inference_steps: in [1, num_train_timesteps]; schedulers of second order call the denoiser twice a step.
+        seed: of the noise, any integer.
+        indices: N numbers of the images among all of this seed; default 0 to N - 1.
+        inputs: what else the denoiser is called with, (N, ...) each (`conditioning.network_inputs`); None: nothing.
+        nulls: the same without conditions (`conditioning.null_inputs`); None if it was not trained without.
+        guidance: off by default (`conditioning.guide`).
+        noise: standard normal, of that shape, to begin with; None: that of the seed. What a scheduler adds is always
+            that of the seed.
+        start: an image to begin with, or of which a part is known (`start.Start`); None: begin with noise alone.
+        batch_size: images at once; guidance doubles what the denoiser sees.
+        device: where the denoiser is.
+        clip_sample: clip each estimate of x0 to [-1, 1], as DDPM, DDIM and Heun can: right for pixels, not for latents.
+        progress: called after each call of the denoiser with the number of images that took a step, as tqdm's update;
+            the sum is N * num_network_steps(...).
+
+    Raises:
+        ValueError: before the denoiser is first called, if the request cannot be met; see `check_sampling`.
+    """
+    check_sampling(
+        schedule,
+        shape,
+        scheduler=scheduler,
+        num_inference_steps=num_inference_steps,
+        inputs=inputs,
+        nulls=nulls,
+        guidance=guidance,
+        start=start,
+    )
+    if noise is not None and noise.shape != tuple(shape):
+        raise ValueError(f"noise must have the shape {tuple(shape)}, got {tuple(noise.shape)}")
+    numbers = _image_numbers(shape[0], indices)
+    on_step = None if progress is None else lambda t, x: progress(len(x))
+    batches = []
+    for part in _batches(shape[0], batch_size):
+        part_inputs = {name: value[part].to(device) for name, value in (inputs or {}).items()}
+        part_nulls = None if nulls is None else {name: value[part].to(device) for name, value in nulls.items()}
+        images = denoise(
+            guide(denoiser, part_inputs, part_nulls, guidance),
+            build_scheduler(schedule, scheduler, clip_sample=clip_sample),
+            image_generators(seed, numbers[part]),
+            (len(numbers[part]), *shape[1:]),
+            num_inference_steps=num_inference_steps,
+            noise=None if noise is None else noise[part].to(device),
+            start=None if start is None else start.part(part, device),
+            device=device,
+            on_step=on_step,
+        )
+        batches.append(images.cpu())
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def denoise(
+    predictor: Predictor,
+    scheduler: Any,
+    generators: Sequence[torch.Generator],
+    shape: Sequence[int],
+    *,
+    num_inference_steps: int = 50,
+    noise: Tensor | None = None,
+    start: Start | None = None,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[Tensor, Tensor], object] | None = None,
+) -> Tensor:
+    """One batch's way from noise to images, (B, C, H, W) float32 on the device.
+
+    Args:
+        predictor: called as predictor(x, t) with float32 x (B, C, H, W) and t (B,) in the scheduler's type: int64, or
+            float where a scheduler visits fractional timesteps.
+        scheduler: a diffusers scheduler of its own for this batch, not used before.
+        generators: B generators; each gives its image's initial noise and then what a stochastic scheduler adds.
+        shape: (B, C, H, W).
+        num_inference_steps: in [1, num_train_timesteps].
+        noise: standard normal, of that shape, on the device, to begin with; None: that of the generators.
+        start: an image to begin with, on the device; None: begin with noise alone.
+        device: where the predictor is.
+        on_step: called as on_step(t, x) after each call of the predictor, with the timestep of the call, 0-d on the
+            CPU, and the state it led to; a scheduler in terms of sigma has x = image + sigma * noise.
+
+    Raises:
+        ValueError: if the scheduler cannot make so many steps, or shapes do not agree.
+    """
+    if len(generators) != shape[0]:
+        raise ValueError(f"there must be a generator for each of {shape[0]} images, got {len(generators)}")
+    _check_num_inference_steps(scheduler, num_inference_steps)
+    scheduler.set_timesteps(num_inference_steps, device="cpu")
+    if noise is None:
+        noise = randn_tensor(tuple(shape), generator=list(generators), device=torch.device(device), dtype=torch.float32)
+    first, x = begin(scheduler, noise, start, num_inference_steps)
+    options = _step_options(scheduler, generators)
+    solver = _linear_solver(scheduler, num_inference_steps) if start is None and x.is_cuda else None
+    for number, t in enumerate(scheduler.timesteps[first:], start=first + 1):
+        x = _step(predictor, scheduler, t, x, options) if solver is None else _linear_step(predictor, solver, t, x)
+        if start is not None:
+            x = put_back_known(x, start, noise, scheduler, number)
+        if on_step is not None:
+            on_step(t, x)
+    return x
+
+
+def scheduler_config(schedule: NoiseSchedule, *, clip_sample: bool = True) -> dict[str, Any]:
+    """Every field of diffusers' DDPMScheduler for this schedule.
+
+    Each is written out, since diffusers' `from_config` drops fields left at their default when it crosses from one
+    class to another. "trailing" starts at the last timestep, the noisiest trained (Lin et al. 2023,
+    https://arxiv.org/abs/2305.08891, section 3.3).
+
+    Args:
+        schedule: the noise schedule.
+        clip_sample: clip each estimate of x0 to [-1, 1]: right for pixels, not for latents.
+    """
+    return {
+        **schedule.config,
+        "trained_betas": None,
+        "variance_type": "fixed_small",
+        "clip_sample": clip_sample,
+        "clip_sample_range": 1.0,
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,  # this and the next: not used without thresholding
+        "sample_max_value": 1.0,
+        "timestep_spacing": "trailing",
+        "steps_offset": 0,
+    }
+
+
+def build_scheduler(schedule: NoiseSchedule, name: str = "DDIMScheduler", *, clip_sample: bool = True) -> Any:
+    """A new diffusers scheduler of this name for this schedule, with timesteps not yet set.
+
+    Args:
+        schedule: the noise schedule.
+        name: a class of diffusers.
+        clip_sample: clip each estimate of x0 to [-1, 1], where the scheduler can.
+
+    Raises:
+        ValueError: if there is no such scheduler, or it is not valid for the schedule; it says why.
+    """
+    valid = ", ".join(supported_schedulers(schedule))
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler must be one of {valid}, got {name!r}")
+    reason = refusal(schedule, name)
+    if reason is not None:
+        raise ValueError(f"{name} cannot sample this model: {reason}; use one of {valid}")
+    fields = scheduler_config(schedule, clip_sample=clip_sample) | BEYOND_DDPM.get(name, {})
+    scheduler_class = getattr(diffusers, name)
+    accepted = inspect.signature(scheduler_class).parameters
+    return scheduler_class(**{field: value for field, value in fields.items() if field in accepted})
+
+
+def supported_schedulers(schedule: NoiseSchedule) -> list[str]:
+    """Names of the schedulers that are valid for this schedule, in alphabetical order."""
+    return [name for name in SCHEDULERS if refusal(schedule, name) is None]
+
+
+def refusal(schedule: NoiseSchedule, name: str) -> str | None:
+    """Why this scheduler, one of SCHEDULERS, is not valid for the schedule; None if it is."""
+    if name == "EDMEulerScheduler":
+        return "it is for networks with EDM's preconditioning, which are told log(sigma) / 4 in place of a timestep"
+    if name == "DPMSolverSDEScheduler" and not is_torchsde_available():
+        return "it needs the package torchsde (pip install torchsde)"
+    if schedule.prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
+        return "it does not implement prediction_type sample"
+    fields = inspect.signature(getattr(diffusers, name)).parameters
+    if schedule.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in fields:
+        return "it ignores rescale_betas_zero_snr, and would take the noise for less than it is"
+    return _pndm_refusal(schedule) if name == "PNDMScheduler" else None
+
+
+def num_network_steps(schedule: NoiseSchedule, name: str, num_inference_steps: int, start: Start | None = None) -> int:
+    """How often sampling calls the denoiser for a batch: num_inference_steps, or up to twice that with some schedulers.
+
+    From an image of less strength than 1 it is called less often.
+
+    Raises:
+        ValueError: if the scheduler is not valid or cannot make so many steps.
+    """
+    scheduler = build_scheduler(schedule, name)
+    _check_num_inference_steps(scheduler, num_inference_steps)
+    scheduler.set_timesteps(num_inference_steps, device="cpu")
+    skipped = num_inference_steps - num_steps_from(start, num_inference_steps)
+    return len(scheduler.timesteps) - skipped * scheduler.order
+
+
+def check_sampling(
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    *,
+    scheduler: str = "DDIMScheduler",
+    num_inference_steps: int = 50,
+    inputs: Inputs | None = None,
+    nulls: Inputs | None = None,
+    guidance: Guidance = NO_GUIDANCE,
+    start: Start | None = None,
+) -> None:
+    """Refuses what `sample` cannot do, within half a second and without the denoiser.
+
+    Arguments are those of `sample`.
+
+    Raises:
+        ValueError: if the scheduler is not valid for the schedule or the number of steps, if inputs or the
+            image to start from do not fit, or if guidance is asked for without conditions, without a null or beyond
+            the last timestep.
+    """
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"shape must be (N, C, H, W), each at least 1, got {tuple(shape)}")
+    _check_inputs(inputs or {}, nulls if guidance.weaker is None else None, shape[0])
+    check_guidance(inputs or {}, nulls, guidance)
+    last = schedule.num_train_timesteps - 1
+    if guidance.interval is not None and guidance.interval[0] > last:
+        low, high = guidance.interval
+        raise ValueError(f"the interval of guidance must hold timesteps of 0 to {last}, got {low} to {high}; lower it")
+    if start is not None:
+        check_start(start, shape, scheduler, num_inference_steps)
+    _check_finite(schedule, scheduler, num_inference_steps)
+
+
+def _image_numbers(count: int, indices: Iterable[int] | None) -> list[int]:
+    numbers = list(range(count) if indices is None else indices)
+    if len(numbers) != count:
+        raise ValueError(f"indices must number each of the {count} images of shape, got {len(numbers)}")
+    return numbers
+
+
+def _batches(count: int, batch_size: int) -> list[slice]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+
+
+def _step(predictor: Predictor, scheduler: Any, t: Tensor, x: Tensor, options: dict[str, Any]) -> Tensor:
+    """The state that one call of the predictor leads to, (B, C, H, W) float32."""
+    prediction = _prediction(predictor, scheduler.scale_model_input(x, t), t)
+    with torch.autocast(x.device.type, enabled=False):  # some solvers use einsum, which autocast would round
+        return scheduler.step(prediction, t, x, **options).prev_sample
+
+
+def _linear_step(predictor: Predictor, solver: LinearSolver, t: Tensor, x: Tensor) -> Tensor:
+    """The same, by weights that are known."""
+    return solver.step(_prediction(predictor, solver.scaled(x), t), x)
+
+
+def _prediction(predictor: Predictor, x: Tensor, t: Tensor) -> Tensor:
+    """What the predictor says at a timestep, 0-d on the CPU; float32."""
+    prediction = predictor(x, torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device))
+    if prediction.shape != x.shape:  # some shapes would broadcast
+        raise ValueError(f"a prediction must have the shape of x, {tuple(x.shape)}, got {tuple(prediction.shape)}")
+    return prediction.float()
+
+
+def _linear_solver(scheduler: Any, num_inference_steps: int) -> LinearSolver | None:
+    """What takes the scheduler's place on a GPU, which some schedulers wait for; None where nothing can."""
+    steps = None if type(scheduler).__name__ in STOCHASTIC else linear_steps(scheduler, num_inference_steps)
+    return None if steps is None else LinearSolver(steps)
+
+
+def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:
+    """What `scheduler.step` takes for its noise, so that each image's comes from the image's generator alone."""
+    if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDE: a Brownian path for each seed of the list
+        scheduler.noise_sampler_seed = [int(torch.randint(2**62, (), generator=g)) for g in generators]
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": list(generators)} if takes_generator else {}
+
+
+def _pndm_refusal(schedule: NoiseSchedule) -> str | None:
+    if schedule.prediction_type == "v_prediction":
+        return "it averages the predictions of several timesteps, and v means something else at each"
+    signal = float(schedule.alphas_cumprod[-1])
+    if signal < MIN_PNDM_SIGNAL:
+        return (
+            f"its Runge-Kutta start amplifies rounding by powers of 1 / sqrt(alphas_cumprod[-1]), "
+            f"which must be at least {MIN_PNDM_SIGNAL} for it and is {signal:.1e}"
+        )
+    return None
+
+
+def _check_inputs(inputs: Inputs, nulls: Inputs | None, count: int) -> None:
+    for name, value in inputs.items():
+        if len(value) != count:
+            raise ValueError(f"{name} must have an entry for each of {count} images, got shape {tuple(value.shape)}")
+        if nulls is not None and (name not in nulls or nulls[name].shape != value.shape):
+            got = tuple(nulls[name].shape) if name in nulls else "none"
+            raise ValueError(f"{name} without conditions must have the shape {tuple(value.shape)}, got {got}")
+    if "labels" in inputs:
+        _check_labels(inputs["labels"], None if nulls is None else int(nulls["labels"].max()))
+
+
+def _check_labels(labels: Tensor, null_label: int | None) -> None:
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 classes, (N,), got shape {tuple(labels.shape)} of {labels.dtype}")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or (null_label is not None and highest > null_label):
+        rule = "at least 0" if null_label is None else f"in [0, {null_label}], where {null_label} is the null label"
+        raise ValueError(f"labels must be {rule}, got {lowest if lowest < 0 else highest}")
+
+
+def _check_num_inference_steps(scheduler: Any, num_steps: int) -> None:
+    """Refuses a number of steps at which the scheduler's timesteps and the noise levels it steps to disagree."""
+    num_train = scheduler.config.num_train_timesteps
+    if not 1 <= num_steps <= num_train:
+        raise ValueError(f"num_inference_steps must be in [1, num_train_timesteps] = [1, {num_train}], got {num_steps}")
+    if scheduler.config.get("timestep_spacing") != "trailing":
+        return
+    rule, fits = _trailing_rule(type(scheduler).__name__, num_train)
+    if fits(num_steps):
+        return
+    fitting = [k for k in range(1, num_train + 1) if fits(k)]
+    near = [str(k) for k in (*[k for k in fitting if k < num_steps][-1:], *[k for k in fitting if k > num_steps][:1])]
+    fix = f"use {' or '.join(near)}, or another scheduler" if near else "use another scheduler"
+    raise ValueError(f"num_inference_steps must {rule} (num_train_timesteps is {num_train}), got {num_steps}; {fix}")
+
+
+def _trailing_rule(name: str, num_train: int) -> tuple[str, Callable[[int], bool]]:
+    """What a number of steps must satisfy for diffusers to space timesteps as "trailing", in words and as a test."""
+    if name == "DDIMScheduler":  # it steps to t - num_train // n, not to the next timestep: 60 steps leave 5 % noise
+        return "divide num_train_timesteps for DDIMScheduler, whose steps are all equal", lambda n: num_train % n == 0
+    if name == "PNDMScheduler":  # likewise, and by half of it in its Runge-Kutta start
+        return (
+            f"be at least {MIN_PNDM_STEPS} and divide half of num_train_timesteps for PNDMScheduler, "
+            "whose steps are all equal and begin with half steps",
+            lambda n: n >= MIN_PNDM_STEPS and num_train % (2 * n) == 0,
+        )
+    # diffusers spaces them so; where rounding makes one timestep too many, the last is -1
+    return "not make the trailing timesteps end below 0", lambda n: len(np.arange(num_train, 0, -num_train / n)) == n
+
+
+@lru_cache(maxsize=64)  # a trajectory takes as long as that of one image on a GPU
+def _check_finite(schedule: NoiseSchedule, name: str, num_steps: int) -> None:
+    """Refuses a number of steps at which a scheduler's own coefficients are not numbers.
+
+    Found by a trajectory of one pixel with a prediction of zero. Ancestral schedulers split a step's noise by the root
+    of a difference, which rounding can make negative where a step spans a large range of noise.
+    """
+    scheduler, generators = build_scheduler(schedule, name), [keyed_generator(0)]
+    try:
+        pixel = denoise(_predict_zero, scheduler, generators, (1, 1, 1, 1), num_inference_steps=num_steps)
+        finite = bool(pixel.isfinite())
+    except IndexError:  # KDPM2Ancestral looks up the timestep of a noise level that is nan
+        finite = False
+    if not finite:
+        raise ValueError(
+            f"num_inference_steps must keep {name} finite on this schedule, got {num_steps}, at which float32 rounds "
+            "its split of the noise to nan; use another number, or EulerDiscreteScheduler"
+        )
+
+
+def _predict_zero(x: Tensor, t: Tensor) -> Tensor:
+    return torch.zeros_like(x)

@@ -1,0 +1,1 @@
+"""What a user holds: trained models, and the checkpoints that hold them."""

@@ -1,0 +1,226 @@
+"""Latents of a set of images, made once and kept on disk, and the space they lie in.
+
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 3.1): the autoencoder is done before diffusion in its
+latents begins, so each image, and its mirror image, is encoded once. What is kept is the distribution of its latents,
+from which each step of training draws anew. Unlike in their code the scale comes from all images, not from one batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unet_diffusion.latents.space import LEAST_STD, LatentSpace, moment_sums
+from unet_diffusion.runtime.atomic_files import (
+    SETTINGS,
+    claim_folder,
+    field_of,
+    read_json,
+    remove_left_behind,
+    whole_file,
+)
+from unet_diffusion.runtime.processes import ALONE, Processes
+
+INDEX = "index.json"
+MADE_OF = "images"  # in the metadata of a file: a hash of the files of its images
+SHARD_IMAGES = 1024  # in a file, with their mirror images
+
+
+@dataclass
+class LatentSet:
+    """The latents of N images, before they are normalised.
+
+    Args:
+        space: what they are of.
+        mean: of the distribution of each latent, (N, C, h, w) float16; with mirror images (2N, C, h, w), those last.
+        std: its standard deviation, of the same shape; 0 for a codebook.
+        labels: class of each image, (N,) int64, or None.
+        class_names: name of each class, or None.
+        has_mirrored: whether mirror images are there too.
+        captions: of each image, or None.
+        names: Of each image's file, or None.
+    """
+
+    space: LatentSpace
+    mean: Tensor
+    std: Tensor
+    labels: Tensor | None
+    class_names: list[str] | None
+    has_mirrored: bool
+    captions: list[str] | None
+    names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.mean) // 2 if self.has_mirrored else len(self.mean)
+
+
+def encode_images(
+    folder: Path,
+    images: Callable[[range], Tensor],
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    settings: dict[str, Any],
+    contents: Sequence[str] = (),
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], object] = lambda num_images: None,
+    say: Callable[[str], object] = lambda line: None,
+    all_of_them: Processes = ALONE,
+) -> None:
+    """Write the latents of all images to a folder, going on where an earlier call with the same settings was cut off.
+
+    A file appears whole or not at all, and index.json, which makes the folder a set of latents, comes last.
+
+    Args:
+        folder: made if it is not there.
+        images: gives the images of these numbers, (B, C, H, W) in [-1, 1].
+        encode: gives mean and standard deviation of their latents, (B, c, h, w) each.
+        settings: plain values that decide what the latents are: "autoencoder", "fingerprint", "image_shape",
+            "num_images", "has_mirrored" (each image's mirror image is encoded too), "has_codes" (all channels share a
+            scale), "class_names", "captions" and "names" (of each image, or None), and those of the images.
+        contents: A hash of each image's file. Latents of other contents are made again.
+        labels: class of each image, (N,) int64, or None.
+        batch_size: images at once.
+        progress: called with the number of images that were done.
+        say: Called with a line for each file of latents that is made again.
+        all_of_them: the processes that share the files out.
+
+    Raises:
+        FileExistsError: if the folder holds something else, or latents with other settings.
+    """
+    all_of_them.by_the_first(lambda: _begin(folder, settings, contents, say))
+    for numbers, path in all_of_them.share(_shards(folder, settings["num_images"])):
+        if not path.exists():
+            parts = [
+                range(i, min(i + batch_size, numbers.stop)) for i in range(numbers.start, numbers.stop, batch_size)
+            ]
+            done = []
+            for part in parts:
+                done.append(_encoded(images(part), encode, settings["has_mirrored"]))
+                progress(len(part))
+            tensors = {name: torch.cat([one[name] for one in done]) for name in done[0]}
+            if labels is not None:
+                tensors["labels"] = labels[numbers.start : numbers.stop].clone()
+            with whole_file(path) as partial:
+                save_file(tensors, partial, {MADE_OF: _digest(contents, numbers)})
+        else:
+            progress(len(numbers))
+    all_of_them.wait()
+    all_of_them.by_the_first(lambda: _write_index(folder, settings))
+
+
+def read_latents(folder: str | Path) -> LatentSet:
+    """The latents in a folder that `encode_images` wrote, all in memory.
+
+    Raises:
+        FileNotFoundError: if there are none, or they were not finished.
+        ValueError: if a file is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
+        reason = "were not finished" if (folder / SETTINGS).is_file() else "are not there"
+        raise FileNotFoundError(f"the latents in {folder} {reason}; run unet-diffusion encode, which goes on by itself")
+    index = read_json(folder / INDEX)
+    for name in ("num_images", "has_mirrored", "space", "class_names"):
+        field_of(index, name, folder / INDEX)
+    shards = [_read_shard(path) for _, path in _shards(folder, index["num_images"])]
+    copies = ("", "_mirrored") if index["has_mirrored"] else ("",)
+    mean, std = (torch.cat([shard[name + copy] for copy in copies for shard in shards]) for name in ("mean", "std"))
+    return LatentSet(
+        space=LatentSpace.from_plain(index["space"]),
+        mean=mean,
+        std=std,
+        labels=torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None,
+        class_names=index["class_names"],
+        has_mirrored=index["has_mirrored"],
+        captions=index.get("captions"),
+        names=index.get("names"),
+    )
+
+
+def _begin(folder: Path, settings: dict[str, Any], contents: Sequence[str], say: Callable[[str], object]) -> None:
+    """Claim the folder, and remove files of latents that are not of these images, the index first."""
+    claim_folder(folder, settings, "latents")
+    remove_left_behind(folder)
+    shards = [(numbers, path) for numbers, path in _shards(folder, settings["num_images"]) if path.exists()]
+    for path in (path for numbers, path in shards if _made_of(path) != _digest(contents, numbers)):
+        say(f"{path.name} is made again, because images in it have changed or it is damaged")
+        (folder / INDEX).unlink(missing_ok=True)
+        path.unlink()
+
+
+def _digest(contents: Sequence[str], numbers: range) -> str:
+    """Of the images of these numbers."""
+    return hashlib.sha256("\n".join(contents[numbers.start : numbers.stop]).encode()).hexdigest()
+
+
+def _made_of(path: Path) -> str | None:
+    """The digest of the images that a file of latents is of; None: it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(MADE_OF)
+    except SafetensorError:
+        return None
+
+
+def _encoded(
+    images: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]], has_mirrored: bool
+) -> dict[str, Tensor]:
+    copies = {"": images, "_mirrored": images.flip(3)} if has_mirrored else {"": images}
+    tensors: dict[str, Tensor] = {}
+    for copy, pixels in copies.items():
+        mean, std = encode(pixels)
+        tensors |= {f"mean{copy}": mean.half().cpu().contiguous(), f"std{copy}": std.half().cpu().contiguous()}
+    return tensors
+
+
+def _shards(folder: Path, num_images: int) -> list[tuple[range, Path]]:
+    """The images in each file, and its path."""
+    starts = range(0, num_images, SHARD_IMAGES)
+    return [
+        (range(start, min(start + SHARD_IMAGES, num_images)), folder / f"latents_{number:05d}.safetensors")
+        for number, start in enumerate(starts)
+    ]
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors ({error}); remove it and encode again") from error
+
+
+def _write_index(folder: Path, settings: dict[str, Any]) -> None:
+    mean, std = _moments(folder, settings["num_images"], shared=settings["has_codes"])
+    fields = ("autoencoder", "fingerprint", "image_shape")
+    space = LatentSpace.from_plain({**{field: settings[field] for field in fields}, "mean": mean, "std": std})
+    kept = ("num_images", "has_mirrored", "class_names", "captions", "names")
+    index = {"space": space.plain(), **{key: settings.get(key) for key in kept}}
+    with whole_file(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1))
+
+
+def _moments(folder: Path, num_images: int, *, shared: bool) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all images, as training draws the latents.
+
+    Shared: of all channels together, and no mean is taken off, since the decoder looks for the nearest code.
+    """
+    sums = torch.zeros(4, 1, dtype=torch.float64)
+    for _, path in _shards(folder, num_images):
+        shard = _read_shard(path)
+        for name in shard:
+            if name.startswith("mean"):
+                std = shard["std" + name.removeprefix("mean")]
+                sums = sums + moment_sums(shard[name].double(), std.double())
+    sums = sums.sum(dim=1, keepdim=True).expand_as(sums) if shared else sums
+    count, total, squares, variances = sums
+    mean = torch.zeros_like(total) if shared else total / count
+    std = ((squares + variances) / count - (total / count).square()).clamp(min=LEAST_STD**2).sqrt()
+    return mean.tolist(), std.tolist()

@@ -1,0 +1,1 @@
+"""The U-Net and its blocks, autoencoders, a discriminator, and how they run."""

@@ -1,0 +1,141 @@
+"""Pictures: tensors as PNG files, and grids of them to look at.
+
+torchvision takes a second to import: only the functions that need it do so.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unet_diffusion.runtime.atomic_files import whole_file
+
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+GRID_PADDING = 2  # pixels between tiles
+GRID_GREY = 128  # of the padding: stands out against black digits and white sprites
+CHECKERBOARD = (255, 224)  # the two greys behind what is transparent
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images as bytes, (N, C, H, W) uint8: -1 is 0, 1 is 255, rounded to nearest, as diffusers' pipelines do.
+
+    Args:
+        images: (N, C, H, W) float with C of 1, 3 or 4; values outside [-1, 1] are clipped.
+
+    Raises:
+        ValueError: if the images have another type or shape.
+    """
+    if images.ndim != 4 or images.shape[1] not in CHANNELS or not images.is_floating_point():
+        raise ValueError(
+            f"images must be float (N, C, H, W) with C of 1, 3 or 4, got {images.dtype} {tuple(images.shape)}"
+        )
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    """The picture of bytes (C, H, W) with C of 1, 3 or 4."""
+    from torchvision.transforms.functional import to_pil_image
+
+    return to_pil_image(pixels)
+
+
+def save_images(
+    images: Tensor, folder: str | Path, *, indices: Iterable[int] | None = None, overwrite: bool = False
+) -> list[Path]:
+    """Paths of the images as written: folder/000000.png and so on.
+
+    A file appears whole or not at all.
+
+    Args:
+        images: (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4.
+        folder: made if it is not there.
+        indices: N numbers for the file names; default 0 to N - 1.
+        overwrite: replace files that exist.
+
+    Raises:
+        FileExistsError: if a file exists and is not to be replaced; nothing is written then.
+        ValueError: if the images or the number of indices do not fit.
+    """
+    pixels = to_uint8(images).cpu()
+    paths = [Path(folder) / f"{index:06d}.png" for index in (range(len(images)) if indices is None else indices)]
+    if len(paths) != len(images):
+        raise ValueError(f"indices must number each of {len(images)} images, got {len(paths)}")
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(
+            f"images must not replace others, and {len(existing)} of {len(paths)} exist, such as {existing[0]}; "
+            "choose another folder or set overwrite"
+        )
+    for image, path in zip(pixels, paths, strict=True):
+        write_png(picture_of(image), path)
+    return paths
+
+
+def read_images(paths: Sequence[str | Path]) -> Tensor:
+    """The images in these PNG files, (N, C, H, W) float32 in [-1, 1]: the inverse of `save_images`.
+
+    Raises:
+        ValueError: if there are none, or sizes or channels differ.
+    """
+    from torchvision.transforms.functional import pil_to_tensor
+
+    if not paths:
+        raise ValueError("paths must name at least one image, got none")
+    pixels = []
+    for path in paths:
+        with Image.open(path, formats=["PNG"]) as image:
+            pixels.append(pil_to_tensor(image))
+        if pixels[-1].shape != pixels[0].shape:
+            shapes = f"{tuple(pixels[0].shape)} in {paths[0]} and {tuple(pixels[-1].shape)} in {path}"
+            raise ValueError(f"images must have the same (C, H, W), got {shapes}; read them apart")
+    return torch.stack(pixels).float() / 127.5 - 1
+
+
+def image_grid(images: Tensor, columns: int | None = None, min_tile: int = 64) -> Image.Image:
+    """The images side by side, row by row, as an RGB picture.
+
+    Small images are enlarged by a whole factor, so that each of their pixels is a square. What is transparent shows a
+    light checkerboard.
+
+    Args:
+        images: (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4, N at least 1.
+        columns: images in a row; default: about as many as rows.
+        min_tile: least side of an image in the grid, in pixels.
+
+    Raises:
+        ValueError: if the images do not fit, or there are none.
+    """
+    from torchvision.utils import make_grid
+
+    pixels = to_uint8(images).cpu()
+    if not len(pixels) or (columns is not None and columns < 1):
+        raise ValueError(f"a grid must have at least one image and one column, got {len(pixels)} and {columns}")
+    factor = max(1, math.ceil(min_tile / min(pixels.shape[2:])))
+    pixels = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    if pixels.shape[1] == 4:
+        pixels = _over_checkerboard(pixels, square=max(1, min(pixels.shape[2:]) // 8))
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
+    return picture_of(make_grid(pixels, nrow=columns, padding=GRID_PADDING, pad_value=GRID_GREY))
+
+
+def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None, min_tile: int = 64) -> None:
+    """Writes `image_grid` to a PNG file, in place of one that exists; its folder is made if it is not there."""
+    write_png(image_grid(images, columns, min_tile), Path(path))
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG file, whole or not at all, in place of one that exists."""
+    with whole_file(path) as partial:
+        picture.save(partial, format="PNG")
+
+
+def _over_checkerboard(pixels: Tensor, square: int) -> Tensor:
+    """(N, 4, H, W) -> (N, 3, H, W), uint8: blended by the alpha channel onto squares of that side in pixels."""
+    height, width = pixels.shape[2:]
+    odd = (torch.arange(height)[:, None] // square + torch.arange(width) // square) % 2  # (H, W)
+    board = torch.tensor(CHECKERBOARD, dtype=torch.float32)[odd]
+    alpha = pixels[:, 3:].float() / 255
+    return (alpha * pixels[:, :3] + (1 - alpha) * board).round().to(torch.uint8)

@@ -1,0 +1,159 @@
+"""Files of weights from anyone: read as tensors and plain values, never as code, and refused where they are damaged.
+
+A file of a few bytes can ask for any amount of memory: its pickle may name an array of any size.
+"""
+
+import functools
+import math
+import os
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unet_diffusion.runtime.atomic_files import field_of, read_json
+
+NUM_PICKLES = 5  # in a file as torch wrote them before it wrote zip archives
+# Names in a pickle of what torch would make of any size, which no checkpoint has: tensors are rebuilt of their storage.
+ALLOCATE = re.compile(r"(?:__builtin__|builtins) bytearray|torch[\w.]* (?:\w*Tensor|TypedStorage|UntypedStorage)")
+
+
+def load_plain(path: str | os.PathLike[str]) -> Any:
+    """Tensors and plain values from a file written by `torch.save`, on the CPU.
+
+    Raises:
+        OSError: if the file is missing or cannot be opened.
+        ValueError: if the file is something else, is damaged, holds anything that could run code when loaded, or is
+            compressed, so that it could fill the memory.
+    """
+    is_whole = _is_whole(path)
+    if is_whole:
+        state = os.stat(path)
+        _check_bytes(os.fspath(path), state.st_size, state.st_mtime_ns)
+    check_pickle(Path(path))
+    try:
+        return _unpickled(path, is_whole)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if not is_whole:
+            reason = "is no checkpoint, or only a part of one: it must be a file written by torch.save"
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "was not loaded: it must hold only tensors and plain values, got objects that could run code"
+        else:
+            reason = "is damaged; copy or download it again"
+        raise ValueError(f"{path} {reason}") from error
+
+
+def step_of(path: str | os.PathLike[str]) -> float:
+    """The step that a checkpoint says it is of, without a look at its weights; infinity where none can be read."""
+    try:
+        check_pickle(Path(path))
+        return int(_unpickled(path, _is_whole(path))["global_step"])
+    except (
+        MemoryError,
+        OverflowError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        OSError,
+    ):
+        return math.inf
+
+
+def _is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a zip file with its directory, which is at the end: a file that was cut off has none.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If it is compressed.
+    """
+    with open(path, "rb") as file:
+        is_whole = zipfile.is_zipfile(file)
+        if is_whole and any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(file).infolist()):
+            raise ValueError(
+                f"{path} was not loaded: it must be uncompressed, as torch.save writes it; save it so again"
+            )
+    return is_whole
+
+
+def _unpickled(path: str | os.PathLike[str], is_whole: bool) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_whole)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_bytes(path: str, size: int, time: int) -> None:
+    """Compare all bytes of a file with their checksums; again only if its size or time is another.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again") from error
+    if bad is not None:
+        raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong); copy or download it again")
+
+
+def check_safetensors(folder: Path, stem: str) -> None:
+    """Refuses weights that are not safetensors in that folder: the older format is a pickle, which can run code.
+
+    Args:
+        folder: of a model of diffusers or transformers.
+        stem: of the names of its weights.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if the index of several files names anything but safetensors beside it.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        names = field_of(read_json(index), "weight_map", index).values()
+        if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(f"{index} must name .safetensors files beside it, got {wrong[0]!r}; download it again")
+    elif not (folder / f"{stem}.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold {stem}.safetensors, and does not; a file in the older format .bin can run code: have "
+            "whoever made it save it as safetensors (save_pretrained of diffusers does)"
+        )
+
+
+def check_pickle(path: Path) -> None:
+    """Refuse a file of torch.save whose pickle would fill the memory.
+
+    Args:
+        path: Of the file, a zip archive or as torch wrote them before.
+
+    Raises:
+        ValueError: If so.
+    """
+    for _, argument, _ in _operations(path):
+        if isinstance(argument, str) and ALLOCATE.fullmatch(argument):
+            raise ValueError(
+                f"{path} was not loaded: it must hold only tensors and plain values, got {argument}, which can have "
+                "any size"
+            )
+
+
+def _operations(path: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """Of the pickles in a file, as far as they can be read."""
+    with suppress(ValueError, zipfile.BadZipFile, EOFError), open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            for _ in range(NUM_PICKLES):
+                yield from pickletools.genops(file)
+            return
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    yield from pickletools.genops(archive.read(name))
