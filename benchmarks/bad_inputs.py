@@ -85,7 +85,7 @@ VALUES = {
         "--guidance_scale": "nan inf -inf 1e30 x ''",
         "--guidance_rescale": "-0.1 1.1 nan x",
         "--guidance_interval": "'5 1' '-1 5' 'x y' 1 '0 2000'",
-        "--guidance_weaker": "nowhere {images} {cells}.ckpt {text} {empty}",
+        "--autoguidance": "nowhere {images} {cells}.ckpt {text} {empty}",
         "--seed": "x 1.5 ''",
         "--image_size": "'0 0' '-8 8' 8 '7 9' 'x y' '1000000 1000000'",
         "--window": "0 -8 x 7",

@@ -51,16 +51,19 @@ def main() -> None:
     for guidance_scale, asked in ((1.0, few), (options.guidance_scale, labels)):
         start = time.perf_counter()
         with fastest_autocast():
-            inputs, nulls = trained.inputs({"labels": asked})
+            inputs, unconditional = trained.inputs({"labels": asked})
             images = draw(
-                (len(asked), *trained.image_shape), inputs=inputs, nulls=nulls, guidance=Guidance(guidance_scale)
+                (len(asked), *trained.image_shape),
+                inputs=inputs,
+                unconditional=unconditional,
+                guidance=Guidance(guidance_scale),
             )
         seconds = time.perf_counter() - start
         agreement = (classify(images.clamp(-1, 1)) == asked).float().mean()
         print(f"guidance {guidance_scale}: {agreement:.1%} of {len(asked)} are what was asked for ({seconds:.0f} s)")
     with fastest_autocast():
-        _, nulls = trained.inputs({"labels": few})
-        images = draw((len(few), *trained.image_shape), inputs=nulls)
+        _, unconditional = trained.inputs({"labels": few})
+        images = draw((len(few), *trained.image_shape), inputs=unconditional)
     counts = classify(images.clamp(-1, 1)).bincount(minlength=10)
     print(f"unconditional samples found in each class: {counts.tolist()}")
 

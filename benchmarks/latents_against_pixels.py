@@ -372,7 +372,7 @@ def drawn(options: argparse.Namespace, name: str, captions: list[str]) -> Tensor
     trained.unet.to(options.device)
     trained.conditions.to(options.device)
     text = trained.conditions[0]
-    inputs, nulls = trained.inputs({"captions": text.token_ids(captions).to(options.device)})
+    inputs, unconditional = trained.inputs({"captions": text.token_ids(captions).to(options.device)})
     space = trained.latent_space
     with fastest_autocast(options.device):
         images = sample(
@@ -383,7 +383,7 @@ def drawn(options: argparse.Namespace, name: str, captions: list[str]) -> Tensor
             num_inference_steps=NUM_INFERENCE_STEPS,
             seed=options.seed,
             inputs=inputs,
-            nulls=nulls,
+            unconditional=unconditional,
             guidance=Guidance(GUIDANCE_SCALE),
             batch_size=SAMPLE_BATCH_SIZE,
             device=options.device,

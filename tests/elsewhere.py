@@ -50,7 +50,7 @@ def _called(pipeline: diffusers.DiffusionPipeline, options: dict, seeds: list[in
     read = {
         "image": Image.open,
         "mask_image": Image.open,
-        "maps": lambda path: torch.from_numpy(np.load(path)),
+        "concat": lambda path: torch.from_numpy(np.load(path)),
         "latents": lambda path: torch.from_numpy(np.load(path)),
     }
     options = {name: read[name](value) if name in read else value for name, value in options.items()}

@@ -305,10 +305,10 @@ def test_weaker_checkpoint_of_other_classes_is_refused(strong_run, run_cli, tmp_
     other = load_denoiser(strong_run)
     other.class_names = [f"digit {label}" for label in range(10)]
     write_initial_checkpoint(other, tmp_path / "other.ckpt")
-    options = ["--guidance_weaker", tmp_path / "other.ckpt", "--guidance_scale", 2, "--labels", 3]
+    options = ["--autoguidance", tmp_path / "other.ckpt", "--guidance_scale", 2, "--labels", 3]
     status, _, err = run_cli("sample", strong_run, *options, "--output", tmp_path / "drawn")
     assert status == 1
-    assert f"--guidance_weaker must have the same classes and words; {tmp_path / 'other.ckpt'} has not" in err
+    assert f"--autoguidance must have the same classes and words; {tmp_path / 'other.ckpt'} has not" in err
 
 
 def test_sample_writes_images_a_grid_and_the_settings(strong_run, draw):
@@ -484,12 +484,10 @@ def train_on(run) -> None:
     torch.save(checkpoint, last)
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "guidance_weaker"])
+@pytest.mark.parametrize("name", ["checkpoint", "autoguidance"])
 def test_resume_does_not_mix_two_models_behind_the_same_path(strong_run, draw, run_cli, tmp_path, name):
     run = shutil.copytree(strong_run, tmp_path / "run")
-    networks = {"checkpoint": [run], "guidance_weaker": [strong_run, "--guidance_scale", 2, "--guidance_weaker", run]}[
-        name
-    ]
+    networks = {"checkpoint": [run], "autoguidance": [strong_run, "--guidance_scale", 2, "--autoguidance", run]}[name]
     folder = draw("images", *networks, "--num_images", 2)
     before = pixels(folder)
     train_on(run)

@@ -26,8 +26,8 @@ from PIL import Image
 from unet_diffusion.diffusers_io import interop
 from unet_diffusion.diffusers_io.interop import export_pipeline, import_pipeline
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
+from unet_diffusion.diffusion.conditions.concat import MAPS_KEY, Concat
 from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE, LowResolution
-from unet_diffusion.diffusion.conditions.maps import MAPS_KEY, Maps
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, masked_image_maps
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import image_generators, sample
@@ -110,7 +110,7 @@ MADE = {
     "small picture": lambda folder: upscaler(folder, conditions=[LowResolution(3)], **NO_TOKENS),
     "small picture and captions, level dropped": lambda folder: with_classes(upscaler(folder), null_label=999),
     "maps and captions": lambda folder: text_denoiser(
-        folder, conditions=[text_tokens(), Maps(2, dropout=0.1)], in_channels=6, out_channels=4
+        folder, conditions=[text_tokens(), Concat(2, dropout=0.1)], in_channels=6, out_channels=4
     ),
 }
 
@@ -150,9 +150,9 @@ def call_of(trained: TrainedDenoiser) -> dict:
         call["class_labels"] = LABELS
     if trained.condition(MaskedImage):
         call |= {"image": "image.png", "mask_image": "mask.png"}
-    elif trained.condition(Maps) and not trained.condition(LowResolution):
-        call["maps"] = "maps.npy"
-    return call | ({"prompt": CAPTIONS} if any(one.given == "captions" for one in trained.all_conditions) else {})
+    elif trained.condition(Concat) and not trained.condition(LowResolution):
+        call["concat"] = "maps.npy"
+    return call | ({"prompt": CAPTIONS} if any(one.batch_key == "captions" for one in trained.all_conditions) else {})
 
 
 @torch.no_grad()
@@ -163,23 +163,23 @@ def drawn_here(trained: TrainedDenoiser, folder, guidance_scale: float) -> np.nd
     picture = (picture[..., None] if picture.ndim == 2 else picture).permute(2, 0, 1)[None] * 2 - 1
     space, paints = trained.latent_space, trained.condition(MaskedImage) is not None
     autoencoder = None if space is None else autoencoder_of(space)
-    given, noise = {"labels": torch.tensor(LABELS), "maps": torch.from_numpy(np.load(folder / "maps.npy"))}, None
-    if any(one.given == "captions" for one in trained.all_conditions):
-        given["captions"] = next(one for one in trained.conditions if one.given == "captions").token_ids(CAPTIONS)
+    given, noise = {"labels": torch.tensor(LABELS), "concat": torch.from_numpy(np.load(folder / "maps.npy"))}, None
+    if any(one.batch_key == "captions" for one in trained.all_conditions):
+        given["captions"] = next(one for one in trained.conditions if one.batch_key == "captions").token_ids(CAPTIONS)
     if paints:
         maps = masked_image_maps(
             picture,
             mask[None, None],
             lambda images: images if space is None else space.normalise(latent_moments(autoencoder, images)[0]),
         )
-        given["maps"] = maps.expand(2, -1, -1, -1)
+        given["concat"] = maps.expand(2, -1, -1, -1)
     if trained.condition(LowResolution):
         generators = [keyed_generator(SEED, MAPS_KEY, index) for index in range(2)]
         small_noise = torch.stack([torch.randn(picture.shape[1:], generator=one) for one in generators])
         given["labels"] = torch.full((2,), NOISE_LEVEL)
-        given["maps"] = LOW_RES_SCHEDULE.add_noise(picture.expand_as(small_noise), small_noise, given["labels"])
+        given["concat"] = LOW_RES_SCHEDULE.add_noise(picture.expand_as(small_noise), small_noise, given["labels"])
         noise = torch.from_numpy(np.load(folder / "latents.npy"))
-    inputs, nulls = trained.inputs(given)
+    inputs, unconditional = trained.inputs(given)
     images = sample(
         trained.unet,
         trained.schedule,
@@ -188,7 +188,7 @@ def drawn_here(trained: TrainedDenoiser, folder, guidance_scale: float) -> np.nd
         num_inference_steps=STEPS,
         seed=SEED,
         inputs=inputs,
-        nulls=nulls,
+        unconditional=unconditional,
         guidance=Guidance(guidance_scale),
         noise=noise,
         clip_sample=space is None,
@@ -348,7 +348,11 @@ def test_folder_that_takes_a_mask_must_have_a_network_that_does(exported, tmp_pa
         ("small picture", {"image": "image", "noise_level": 351}, r"noise_level must be in \[0, 350\], got 351"),
         ("small picture", {"image": "image", "height": 32}, "height and width must be left out, as the size of image"),
         ("small picture", {"image": "odd"}, "2 times those of image, must be multiples of 4, got 10 and 12"),
-        ("maps and captions", {"prompt": "x", "maps": torch.zeros(1, 1, 8, 8)}, r"maps must be \(N, 2, 8, 8\), got"),
+        (
+            "maps and captions",
+            {"prompt": "x", "concat": torch.zeros(1, 1, 8, 8)},
+            r"concat must be \(N, 2, 8, 8\), got",
+        ),
         ("nothing, not square", {"guidance_scale": 2.0}, "guidance_scale must be 1, got 2.0"),
     ],
 )

@@ -30,7 +30,7 @@ NUM_IMAGES = 3
 LABELS = [0, 1, 1]
 NAMES = ["cat", "dog"]
 NULL_LABEL = 2
-BOTH = {"inputs": {"labels": torch.tensor(LABELS)}, "nulls": {"labels": torch.full((3,), NULL_LABEL)}}
+BOTH = {"inputs": {"labels": torch.tensor(LABELS)}, "unconditional": {"labels": torch.full((3,), NULL_LABEL)}}
 
 
 def tiny_denoiser(*, classes: bool, **options) -> TrainedDenoiser:
@@ -197,7 +197,7 @@ def load_here(folder) -> ConditionalPipeline:
         UNet2DModel.from_pretrained(folder / "unet"),
         DDPMScheduler.from_pretrained(folder / "scheduler"),
         class_names=index["class_names"],
-        nulls=index["nulls"],
+        unconditional=index["unconditional"],
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -205,7 +205,7 @@ def load_here(folder) -> ConditionalPipeline:
 
 def tiny_pipeline(**changes) -> ConditionalPipeline:
     trained = tiny_denoiser(classes=True)
-    options = {"nulls": {"class_labels": NULL_LABEL}, "class_names": NAMES, **changes}
+    options = {"unconditional": {"class_labels": NULL_LABEL}, "class_names": NAMES, **changes}
     unet = interop.to_diffusers(trained.unet, sample_size=(8, 4))
     pipeline = ConditionalPipeline(unet, DDPMScheduler(**interop.scheduler_config(trained.schedule)), **options)
     pipeline.set_progress_bar_config(disable=True)
@@ -249,7 +249,7 @@ def test_pipeline_refuses_what_it_does_not_know(message, options):
 
 def test_pipeline_without_nulls_refuses_guidance():
     with pytest.raises(ValueError, match=r"guidance_scale must be 1, got 2\.0"):
-        tiny_pipeline(nulls=None)(class_labels=0, guidance_scale=2.0)
+        tiny_pipeline(unconditional=None)(class_labels=0, guidance_scale=2.0)
 
 
 def test_pipeline_draws_other_sizes_and_many_of_one_class():

@@ -22,7 +22,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpai
 from PIL import Image
 
 from unet_diffusion.diffusers_io.interop import export_pipeline, import_pipeline, load_denoiser, why_not_exported
-from unet_diffusion.diffusion.conditions.maps import MAPS_KEY, Maps
+from unet_diffusion.diffusion.conditions.concat import MAPS_KEY, Concat
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.guidance import Guidance
@@ -131,8 +131,8 @@ def their_images(pipeline: StableDiffusionPipeline, guidance_scale=3.0) -> np.nd
 def our_images(trained: TrainedDenoiser, guidance_scale=3.0) -> np.ndarray:
     text = trained.conditions[0]
     with torch.no_grad():
-        inputs, nulls = trained.inputs({"captions": text.token_ids(CAPTIONS)})
-    options = {"inputs": inputs, "nulls": nulls, "guidance": Guidance(guidance_scale)}
+        inputs, unconditional = trained.inputs({"captions": text.token_ids(CAPTIONS)})
+    options = {"inputs": inputs, "unconditional": unconditional, "guidance": Guidance(guidance_scale)}
     shape = (len(CAPTIONS), *trained.image_shape)
     latents = sample(
         trained.unet, trained.schedule, shape, num_inference_steps=4, seed=SEED, clip_sample=False, **options
@@ -228,7 +228,7 @@ def a_condition_of_ones_own(folder):
 
 
 def maps_twice(folder):
-    return text_denoiser(folder, conditions=[text_tokens(), Maps(2), MaskedImage(5)])
+    return text_denoiser(folder, conditions=[text_tokens(), Concat(2), MaskedImage(5)])
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def maps_twice(folder):
             r"this denoiser has no condition with them; .*unet_diffusion.diffusion.sampling",
         ),
         (a_condition_of_ones_own, r"can have ClassLabels, .*, and this denoiser has Words"),
-        (maps_twice, r"one condition of a kind, and this denoiser has Maps 2 times"),
+        (maps_twice, r"one condition of a kind, and this denoiser has Concat 2 times"),
         (lambda folder: text_denoiser(folder, vector_dim=8), r"the network has vector_dim 8"),
         (
             lambda folder: text_denoiser(folder, mid_attention=False),

@@ -1,4 +1,4 @@
-"""Guidance against its algebra by hand and against diffusers; conditions against their probabilities and nulls."""
+"""Guidance against its algebra by hand and against diffusers; conditions against their probabilities."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
-from unet_diffusion.diffusion.conditions.condition import network_inputs, null_inputs
-from unet_diffusion.diffusion.conditions.maps import Maps
+from unet_diffusion.diffusion.conditions.concat import Concat
+from unet_diffusion.diffusion.conditions.condition import network_inputs, unconditional_inputs
 from unet_diffusion.diffusion.guidance import Guidance, guide
 
 NULL = 10
@@ -98,13 +98,13 @@ def test_only_timesteps_of_the_interval_are_guided():
     assert torch.equal(prediction[1], whole[1])  # timestep 7
 
 
-@pytest.mark.parametrize("weaker", [None, Recorder()])
-def test_nothing_more_than_one_prediction_is_computed_outside_of_the_interval(weaker):
+@pytest.mark.parametrize("autoguidance", [None, Recorder()])
+def test_nothing_more_than_one_prediction_is_computed_outside_of_the_interval(autoguidance):
     x, t, inputs = arguments()
     denoiser = Recorder()
-    prediction = guide(denoiser, inputs, NULLS, Guidance(2.0, interval=(8, 9), weaker=weaker))(x, t)
+    prediction = guide(denoiser, inputs, NULLS, Guidance(2.0, interval=(8, 9), autoguidance=autoguidance))(x, t)
     assert [len(call[0]) for call in denoiser.calls] == [2]
-    assert weaker is None or weaker.calls == []
+    assert autoguidance is None or autoguidance.calls == []
     assert torch.equal(prediction, Recorder()(x, t, **inputs))
 
 
@@ -112,27 +112,27 @@ def test_a_weaker_denoiser_is_led_away_from_with_its_own_conditions():
     x, t, inputs = arguments()
     its_own = {"labels": torch.tensor([2, 2])}
 
-    def weaker(x, t, labels):
+    def autoguidance(x, t, labels):
         return 0.5 * Recorder()(x, t, labels)
 
-    prediction = guide(Recorder(), inputs, its_own, Guidance(3.0, weaker=weaker))(x, t)
-    strong, weak = Recorder()(x, t, **inputs), weaker(x, t, **its_own)
+    prediction = guide(Recorder(), inputs, its_own, Guidance(3.0, autoguidance=autoguidance))(x, t)
+    strong, weak = Recorder()(x, t, **inputs), autoguidance(x, t, **its_own)
     torch.testing.assert_close(prediction, weak + 3 * (strong - weak))
-    unconditional = guide(Recorder(), {}, None, Guidance(3.0, weaker=lambda x, t: 0 * x))(x, t)
+    unconditional = guide(Recorder(), {}, None, Guidance(3.0, autoguidance=lambda x, t: 0 * x))(x, t)
     torch.testing.assert_close(unconditional, 3 * Recorder()(x, t))
 
 
 @pytest.mark.parametrize(
-    ("inputs", "nulls", "guidance", "message"),
+    ("inputs", "unconditional", "guidance", "message"),
     [
         ({}, None, Guidance(2.0), r"must be 1 without labels or captions, got 2\.0"),
         ({"labels": torch.tensor([0])}, None, Guidance(2.0), r"must be 1 without a null, got 2\.0"),
         ({}, None, Guidance(1.0, rescale=0.5), "guidance is off"),
     ],
 )
-def test_guidance_with_nothing_to_guide_between_is_refused(inputs, nulls, guidance, message):
+def test_guidance_with_nothing_to_guide_between_is_refused(inputs, unconditional, guidance, message):
     with pytest.raises(ValueError, match=message):
-        guide(Recorder(), inputs, nulls, guidance)
+        guide(Recorder(), inputs, unconditional, guidance)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_same_generator_state_drops_the_same_labels():
 
 def test_whole_maps_are_dropped_not_pixels():
     maps = torch.ones(200, 2, 4, 4)
-    sums = Maps(2, dropout=0.5).drop(maps, torch.Generator().manual_seed(0)).sum(dim=(1, 2, 3))
+    sums = Concat(2, dropout=0.5).drop(maps, torch.Generator().manual_seed(0)).sum(dim=(1, 2, 3))
     assert set(sums.tolist()) == {0.0, 32.0}
     assert 70 < (sums == 0).sum() < 130  # 100 +- four standard errors of 7
 
@@ -184,22 +184,22 @@ def test_dropout_that_is_no_probability_is_refused(dropout):
 
 def test_conditions_of_any_combination_enter_each_by_its_own_way():
     tokens, more = ClassTokens(8, 3), ClassTokens(8, 3)
-    given = {"labels": torch.tensor([0, 2]), "maps": torch.randn(2, 5, 4, 4)}
-    inputs = network_inputs([ClassLabels(3, 0.1), tokens, more, Maps(5)], given)
+    given = {"labels": torch.tensor([0, 2]), "concat": torch.randn(2, 5, 4, 4)}
+    inputs = network_inputs([ClassLabels(3, 0.1), tokens, more, Concat(5)], given)
     assert torch.equal(inputs["labels"], given["labels"])
-    assert torch.equal(inputs["maps"], given["maps"])
+    assert torch.equal(inputs["concat"], given["concat"])
     expected = torch.stack([tokens.embedding.weight[[0, 2]], more.embedding.weight[[0, 2]]], dim=1)
     assert torch.equal(inputs["context"], expected)  # (B, tokens, context_dim)
 
 
 def test_nulls_replace_only_what_has_one():
     tokens = ClassTokens(8, 3)
-    given = {"labels": torch.tensor([0, 2]), "maps": torch.randn(2, 5, 4, 4)}
-    nulls = null_inputs([tokens, Maps(5)], given)
-    assert torch.equal(nulls["context"], tokens.embedding.weight[[3, 3], None])
-    assert torch.equal(nulls["maps"], given["maps"])
-    assert null_inputs([Maps(5)], given) is None
-    assert not null_inputs([Maps(5, dropout=0.1)], given)["maps"].any()
+    given = {"labels": torch.tensor([0, 2]), "concat": torch.randn(2, 5, 4, 4)}
+    unconditional = unconditional_inputs([tokens, Concat(5)], given)
+    assert torch.equal(unconditional["context"], tokens.embedding.weight[[3, 3], None])
+    assert torch.equal(unconditional["concat"], given["concat"])
+    assert unconditional_inputs([Concat(5)], given) is None
+    assert not unconditional_inputs([Concat(5, dropout=0.1)], given)["concat"].any()
 
 
 def test_each_condition_is_dropped_by_itself():

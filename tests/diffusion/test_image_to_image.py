@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unet_diffusion.diffusion import image_to_image as start_module
-from unet_diffusion.diffusion.image_to_image import NO_START_MIDWAY, Start, interpolated_noise
+from unet_diffusion.diffusion.image_to_image import NO_START_MIDWAY, InitImage, interpolated_noise
 from unet_diffusion.diffusion.sampling import (
     BEYOND_DDPM,
     STOCHASTIC,
@@ -70,7 +70,7 @@ def drawn(denoiser, schedule=SHORT, shape=SHAPE, **options):
 # ------------------------------------------------------------------------------------------------------ from a picture
 
 
-def diffusers_loop(name, image, strength, generators, known=None):
+def diffusers_loop(name, image, strength, generators, keep_mask=None):
     """StableDiffusionImg2ImgPipeline without the autoencoder, with the blending of StableDiffusionInpaintPipeline."""
     scheduler = getattr(diffusers, name).from_config(scheduler_config(SHORT), **BEYOND_DDPM.get(name, {}))
     scheduler.set_timesteps(10)
@@ -84,10 +84,10 @@ def diffusers_loop(name, image, strength, generators, known=None):
     for i, t in enumerate(timesteps):
         prediction = curved(scheduler.scale_model_input(x, t), t.expand(len(x)))
         x = scheduler.step(prediction, t, x, **options).prev_sample
-        if known is not None:
+        if keep_mask is not None:
             last = i == len(timesteps) - 1
             proper = image if last else scheduler.add_noise(image, noise, timesteps[i + 1 : i + 2])
-            x = torch.where(known, proper, x)
+            x = torch.where(keep_mask, proper, x)
     return x
 
 
@@ -97,7 +97,7 @@ def test_trajectory_from_a_picture_is_that_of_diffusers(name, strength):
     if name == "DPMSolverSDEScheduler":
         pytest.skip("its noise takes seeds, not generators")
     expected = diffusers_loop(name, pictures(), strength, image_generators(0, range(3)))
-    assert torch.equal(drawn(curved, scheduler=name, start=Start(pictures(), strength)), expected)
+    assert torch.equal(drawn(curved, scheduler=name, init_image=InitImage(pictures(), strength)), expected)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_trajectory_from_a_picture_is_that_of_diffusers(name, strength):
 )
 def test_painting_is_that_of_diffusers(name):
     expected = diffusers_loop(name, pictures(), 0.8, image_generators(0, range(3)), checkerboard())
-    assert torch.equal(drawn(curved, scheduler=name, start=Start(pictures(), 0.8, checkerboard())), expected)
+    assert torch.equal(drawn(curved, scheduler=name, init_image=InitImage(pictures(), 0.8, checkerboard())), expected)
 
 
 @every_scheduler
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_denoiser_that_knows_x0_gives_x0_whatever_the_picture(name, strength):
     x0 = pictures()
-    images = drawn(oracle(x0), SHORT_V, scheduler=name, start=Start(pictures(seed=6), strength))
+    images = drawn(oracle(x0), SHORT_V, scheduler=name, init_image=InitImage(pictures(seed=6), strength))
     atol = 0.05 if name == "DEISMultistepScheduler" else 1e-5  # it ends at timestep 0, still noisy
     torch.testing.assert_close(images, x0, rtol=0, atol=atol)
 
@@ -126,13 +126,13 @@ def test_what_is_refused_does_miss_x0_in_diffusers(name, monkeypatch):
         a = SHORT.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
         return (x - a.sqrt() * x0) / (1 - a).sqrt()
 
-    images = drawn(knows_x0, scheduler=name, start=Start(x0, 0.5))
+    images = drawn(knows_x0, scheduler=name, init_image=InitImage(x0, 0.5))
     assert (images - x0).abs().max() > 1e-3  # where this fails, diffusers mended it: lift the refusal
 
 
 def test_less_strength_leaves_more_of_the_picture():
     little, all_steps = (
-        (drawn(curved, start=Start(pictures(), strength)) - pictures()).abs().mean() for strength in (0.1, 1.0)
+        (drawn(curved, init_image=InitImage(pictures(), strength)) - pictures()).abs().mean() for strength in (0.1, 1.0)
     )
     assert 0 < little < all_steps / 2
 
@@ -145,8 +145,8 @@ def test_denoiser_is_called_for_the_steps_that_are_left(name):
         calls.append(len(x))
         return curved(x, t)
 
-    start = Start(pictures(count=1), 0.35)
-    drawn(spy, scheduler=name, start=start, shape=(1, *SHAPE[1:]))
+    start = InitImage(pictures(count=1), 0.35)
+    drawn(spy, scheduler=name, init_image=start, shape=(1, *SHAPE[1:]))
     order = build_scheduler(SHORT, name).order
     assert len(calls) == num_network_steps(SHORT, name, 10, start)
     assert len(calls) in (3 * order, 3 * order - 1)  # 0.35 of 10 steps is 3; Heun's last is of first order
@@ -158,15 +158,15 @@ def test_denoiser_is_called_for_the_steps_that_are_left(name):
 @every_scheduler
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_known_pixels_come_back_exactly_and_others_do_not(name, strength):
-    known = checkerboard().expand(SHAPE)
-    images = drawn(curved, scheduler=name, start=Start(pictures(), strength, checkerboard()))
-    assert torch.equal(images[known], pictures()[known])
-    assert ((images - pictures())[~known].abs() > 1e-3).float().mean() > 0.9  # a few pixels may be drawn alike
+    keep_mask = checkerboard().expand(SHAPE)
+    images = drawn(curved, scheduler=name, init_image=InitImage(pictures(), strength, checkerboard()))
+    assert torch.equal(images[keep_mask], pictures()[keep_mask])
+    assert ((images - pictures())[~keep_mask].abs() > 1e-3).float().mean() > 0.9  # a few pixels may be drawn alike
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STOCHASTIC])
 def test_known_part_is_put_back_at_the_level_of_the_state(name):
-    def states(known):
+    def states(keep_mask):
         seen = []
         denoise(
             oracle(pictures()),
@@ -174,7 +174,7 @@ def test_known_part_is_put_back_at_the_level_of_the_state(name):
             image_generators(0, range(3)),
             SHAPE,
             num_inference_steps=10,
-            start=Start(pictures(), 1.0, known),
+            init_image=InitImage(pictures(), 1.0, keep_mask),
             on_step=lambda t, x: seen.append(x),
         )
         return seen[:-1]  # DEIS ends at another level than the picture's
@@ -185,24 +185,24 @@ def test_known_part_is_put_back_at_the_level_of_the_state(name):
 
 def test_everything_unknown_is_the_way_from_the_picture():
     unknown = torch.zeros(1, 1, 6, 6).bool()
-    painted = drawn(curved, start=Start(pictures(), 0.7, unknown))
-    assert torch.equal(painted, drawn(curved, start=Start(pictures(), 0.7)))
+    painted = drawn(curved, init_image=InitImage(pictures(), 0.7, unknown))
+    assert torch.equal(painted, drawn(curved, init_image=InitImage(pictures(), 0.7)))
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
 def test_painted_image_does_not_depend_on_the_batch(name):
-    known = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.5
-    start = Start(pictures(), 0.8, known)
-    together, alone = (drawn(curved, scheduler=name, start=start, batch_size=size) for size in (3, 1))
+    keep_mask = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    start = InitImage(pictures(), 0.8, keep_mask)
+    together, alone = (drawn(curved, scheduler=name, init_image=start, batch_size=size) for size in (3, 1))
     torch.testing.assert_close(together, alone)
-    last = Start(pictures()[2:], 0.8, known[2:])
-    one = drawn(curved, scheduler=name, start=last, shape=(1, *SHAPE[1:]), indices=[2])
+    last = InitImage(pictures()[2:], 0.8, keep_mask[2:])
+    one = drawn(curved, scheduler=name, init_image=last, shape=(1, *SHAPE[1:]), indices=[2])
     torch.testing.assert_close(together[2:], one)
 
 
 def test_one_picture_serves_all_images():
-    start, repeated = (Start(pictures()[:1].expand(n, -1, -1, -1), 0.6, checkerboard()) for n in (1, 3))
-    assert torch.equal(drawn(curved, start=start, batch_size=2), drawn(curved, start=repeated, batch_size=2))
+    start, repeated = (InitImage(pictures()[:1].expand(n, -1, -1, -1), 0.6, checkerboard()) for n in (1, 3))
+    assert torch.equal(drawn(curved, init_image=start, batch_size=2), drawn(curved, init_image=repeated, batch_size=2))
 
 
 # ------------------------------------------------------------------------------------------------------- interpolation
@@ -259,25 +259,31 @@ def test_network_draws_any_size_that_it_takes(tiny_unet, size):
     [
         ({"strength": 0.0}, r"strength must be in \(0, 1\], got 0.0"),
         ({"strength": 1.5}, "got 1.5"),
-        ({"known": torch.zeros(1, 1, 6, 6)}, r"bool, \(N, 1, 6, 6\), got torch.float32"),
-        ({"known": torch.zeros(1, 1, 5, 6).bool()}, r"got torch.bool \(1, 1, 5, 6\)"),
+        ({"keep_mask": torch.zeros(1, 1, 6, 6)}, r"bool, \(N, 1, 6, 6\), got torch.float32"),
+        ({"keep_mask": torch.zeros(1, 1, 5, 6).bool()}, r"got torch.bool \(1, 1, 5, 6\)"),
     ],
 )
 def test_start_out_of_range_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        Start(pictures(), **wrong)
+        InitImage(pictures(), **wrong)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": Start(pictures()[:2])}, r"for 1 or 3 images of 6 x 6, got shape \(2, 1, 6, 6\)"),
-        ({"start": Start(pictures()[..., :5])}, "for 1 or 3 images of 6 x 6"),
-        ({"start": Start(pictures(), known=checkerboard().repeat(2, 1, 1, 1))}, "the known to start from"),
-        ({"start": Start(pictures().repeat(1, 3, 1, 1))}, "must have 1 channels, got 3"),
-        ({"start": Start(pictures(), 0.05)}, "0.05 of 10 steps is none; raise strength"),
-        ({"start": Start(pictures()), "scheduler": "PNDMScheduler"}, "PNDMScheduler cannot start from an image"),
-        ({"start": Start(pictures()), "scheduler": "LMSDiscreteScheduler"}, "cannot start from an image"),
+        ({"init_image": InitImage(pictures()[:2])}, r"for 1 or 3 images of 6 x 6, got shape \(2, 1, 6, 6\)"),
+        ({"init_image": InitImage(pictures()[..., :5])}, "for 1 or 3 images of 6 x 6"),
+        (
+            {"init_image": InitImage(pictures(), keep_mask=checkerboard().repeat(2, 1, 1, 1))},
+            "the keep_mask to start from",
+        ),
+        ({"init_image": InitImage(pictures().repeat(1, 3, 1, 1))}, "must have 1 channels, got 3"),
+        ({"init_image": InitImage(pictures(), 0.05)}, "0.05 of 10 steps is none; raise strength"),
+        (
+            {"init_image": InitImage(pictures()), "scheduler": "PNDMScheduler"},
+            "PNDMScheduler cannot start from an image",
+        ),
+        ({"init_image": InitImage(pictures()), "scheduler": "LMSDiscreteScheduler"}, "cannot start from an image"),
         ({"noise": pictures()[:2]}, r"noise must have the shape \(3, 1, 6, 6\), got \(2, 1, 6, 6\)"),
     ],
 )

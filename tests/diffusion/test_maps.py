@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from unet_diffusion.data import ImagesWithMaps, InpaintingDataModule, UpscalingDataModule, scale_to_unit_range
+from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
-from unet_diffusion.diffusion.conditions.maps import Maps
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, draw_masks, masked_image_maps
 from unet_diffusion.diffusion.sampling import sample
 from unet_diffusion.models.autoencoders import kl_autoencoder
@@ -104,9 +104,9 @@ def fitted(trainer, module, data) -> Batches:
 def test_maps_in_training_are_of_the_images_and_drawn_anew(painter, tiny_images, quiet_trainer):
     data = InpaintingDataModule(tiny_images(class_names=None, horizontal_flip=True))
     seen = fitted(quiet_trainer(max_steps=8, limit_val_batches=0), painter(), data).trained
-    masks = torch.cat([batch["maps"][:, :1] for batch in seen])
+    masks = torch.cat([batch["concat"][:, :1] for batch in seen])
     for batch in seen:
-        mask, rest = batch["maps"].split([1, 1], dim=1)
+        mask, rest = batch["concat"].split([1, 1], dim=1)
         assert torch.equal(rest, batch["images"] * (1 - mask))
     assert len({mask.numpy().tobytes() for mask in masks if mask.mean() < 1}) > 16  # of 32
 
@@ -121,7 +121,7 @@ def test_images_become_latents_and_so_do_masked_images(painter, tiny_images, qui
     encode = data._autoencoder.encode
     pixels = scale_to_unit_range(data.image_set.images[batch["index"]])
     torch.testing.assert_close(batch["images"], 0.5 * encode(pixels).latent_dist.mean)
-    mask, latents = batch["maps"].split([1, 2], dim=1)
+    mask, latents = batch["concat"].split([1, 2], dim=1)
     assert mask.shape == (4, 1, 4, 4)
     full_size = torch.cat([data.draw((1, 1, 8, 8), key)["mask"] for key in map(data_key, batch["index"].tolist())])
     assert torch.equal(mask, full_size[..., ::2, ::2])
@@ -154,10 +154,10 @@ def test_validation_maps_stay_the_same_whatever_the_batches(painter, tiny_images
         data = InpaintingDataModule(tiny_images(class_names=None, batch_size=batch_size))
         seen = Batches()
         quiet_trainer(callbacks=[seen]).validate(painter(), data, verbose=False)
-        maps.append(torch.cat([batch["maps"] for batch in seen.validated]))
+        maps.append(torch.cat([batch["concat"] for batch in seen.validated]))
     assert torch.equal(*maps)
-    assert torch.equal(data.examples(3, "cpu")["maps"], maps[0][:3])
-    assert torch.equal(data.examples(6, "cpu")["maps"][4:], maps[0][:2])
+    assert torch.equal(data.examples(3, "cpu")["concat"], maps[0][:3])
+    assert torch.equal(data.examples(6, "cpu")["concat"][4:], maps[0][:2])
 
 
 def test_resumed_run_draws_the_masks_of_the_uninterrupted_one(painter, tiny_images, quiet_trainer, tmp_path):
@@ -182,7 +182,7 @@ def test_network_learns_to_copy_what_the_mask_leaves(painter, tiny_images, quiet
     images = scale_to_unit_range(data.image_set.images[data.val_indices])
     mask = torch.zeros(4, 1, 8, 8)
     mask[..., :4] = 1
-    inputs = {"maps": masked_image_maps(images, mask, lambda pixels: pixels)}
+    inputs = {"concat": masked_image_maps(images, mask, lambda pixels: pixels)}
     error = (
         sample(module.ema_unet, module.schedule, images.shape, num_inference_steps=10, inputs=inputs) - images
     ).abs()
@@ -216,7 +216,7 @@ def test_small_images_are_noised_to_the_level_that_is_their_label(
         pixels = data.image_set.images[batch["index"]]
         small = F.interpolate(scale_to_unit_range(pixels), (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
         a = theirs.alphas_cumprod[batch["labels"]].view(-1, 1, 1, 1)
-        candidates = [(batch["maps"] - a.sqrt() * one) / (1 - a).sqrt() for one in (small, small.flip(3))]
+        candidates = [(batch["concat"] - a.sqrt() * one) / (1 - a).sqrt() for one in (small, small.flip(3))]
         # of the image and its mirror image, the one that it is leaves noise
         noise += [min(pair, key=lambda one: one.square().sum()) for pair in zip(*candidates, strict=True)]
     flat = torch.stack(noise).flatten()
@@ -234,9 +234,9 @@ def test_grid_of_an_upscaler_is_of_validation_images(
     assert (tmp_path / "samples.png").is_file()
     given = grid.given(module.trainer, module, 1000)
     examples = data.examples(6, "cpu")
-    assert torch.equal(given["maps"], examples["maps"])
+    assert torch.equal(given["concat"], examples["concat"])
     assert torch.equal(given["labels"], examples["labels"])
-    small = examples["maps"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    small = examples["concat"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.equal(examples["seen"], small)  # at twice its size
 
 
@@ -248,7 +248,7 @@ def test_grid_of_a_painter_shows_what_the_mask_leaves_above_what_is_painted(
     trainer = quiet_trainer(max_steps=1, callbacks=[grid])
     trainer.fit(module, data)
     examples = data.examples(10, "cpu")
-    mask, masked = examples["maps"].split([1, 1], dim=1)
+    mask, masked = examples["concat"].split([1, 1], dim=1)
     assert torch.equal(examples["seen"], masked)
     assert torch.equal(masked, examples["images"] * (1 - mask))
     painted = grid.sample(trainer, module, 0)
@@ -278,7 +278,7 @@ def test_grid_and_command_paint_into_pictures(painter, tiny_images, quiet_traine
     image, white = (torch.from_numpy(one)[None, None] for one in (pixels, mask))
     image, white = scale_to_unit_range(image), (white == 255).float()
     maps = torch.cat([white, image * (1 - white)], dim=1).expand(2, -1, -1, -1)
-    inputs = {"maps": maps}
+    inputs = {"concat": maps}
     images = sample(module.ema_unet, module.schedule, (2, 1, 8, 8), num_inference_steps=2, inputs=inputs)
     expected = torch.where(white == 1, images.clamp(-1, 1), image)
     drawn = read_images([tmp_path / "out" / f"{i:06d}.png" for i in range(2)])
@@ -303,5 +303,5 @@ def test_autoencoder_that_does_not_take_the_images_is_refused(tiny_images, autoe
 
 def test_every_kind_of_maps_is_a_condition_on_maps():
     for module in ImagesWithMaps.__subclasses__():
-        assert issubclass(module.gives, Maps)
-        assert module.gives(3).enters == "maps"
+        assert issubclass(module.gives, Concat)
+        assert module.gives(3).network_argument == "concat"

@@ -463,13 +463,13 @@ def test_guidance_pushes_away_from_the_null_label():
         return means[labels].view(-1, 1, 1, 1).expand_as(x)
 
     labels = torch.tensor([0, 1, 1, 0, 2])
-    nulls = {"labels": torch.full_like(labels, 2)}
+    unconditional = {"labels": torch.full_like(labels, 2)}
     images = sample(
         denoiser,
         LINEAR_SAMPLE,
         (5, 1, 4, 4),
         inputs={"labels": labels},
-        nulls=nulls,
+        unconditional=unconditional,
         guidance=Guidance(2.0),
         batch_size=2,
     )
@@ -489,14 +489,14 @@ def labels(values: torch.Tensor) -> dict:
         (labels(torch.tensor([0, 1, 2])), "for each of 2 images"),
         (labels(torch.tensor([0.0, 1.0])), "int64"),
         (labels(torch.tensor([-1, 1])), "at least 0, got -1"),
-        ({**labels(torch.tensor([0, 4])), "nulls": {"labels": torch.tensor([3, 3])}}, r"in \[0, 3\].* got 4"),
-        ({**labels(torch.tensor([0, 1])), "nulls": {}}, r"must have the shape \(2,\), got none"),
+        ({**labels(torch.tensor([0, 4])), "unconditional": {"labels": torch.tensor([3, 3])}}, r"in \[0, 3\].* got 4"),
+        ({**labels(torch.tensor([0, 1])), "unconditional": {}}, r"must have the shape \(2,\), got none"),
         ({"guidance": Guidance(2.0)}, "without labels"),
         ({**labels(torch.tensor([0, 1])), "guidance": Guidance(2.0)}, "without a null"),
         (
             {
                 **labels(torch.tensor([0, 1])),
-                "nulls": {"labels": torch.tensor([2, 2])},
+                "unconditional": {"labels": torch.tensor([2, 2])},
                 "guidance": Guidance(2.0, interval=(1000, 2000)),
             },
             "must hold timesteps of 0 to 999, got 1000 to 2000",

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from unet_diffusion.data.batches import ImageSet
-from unet_diffusion.diffusion.conditions.maps import Maps
+from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.text import TextTokens, pretrained_text
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import sample
@@ -277,10 +277,10 @@ def test_command_draws_what_the_captions_say_in_turn(trained_run, run_cli, tmp_p
         "sample", path, "--num_images=3", *options, "--captions", *wanted, "--output", tmp_path / "out"
     )
     assert status == 0, err
-    inputs, nulls = module.trained.inputs(module.caption_tokens([wanted[0], wanted[1], wanted[0]]))
+    inputs, unconditional = module.trained.inputs(module.caption_tokens([wanted[0], wanted[1], wanted[0]]))
     images = sample(
-        module.ema_unet, module.schedule, (3, 1, 8, 8), num_inference_steps=2, inputs=inputs, nulls=nulls,
-        guidance=Guidance(3.0),
+        module.ema_unet, module.schedule, (3, 1, 8, 8), num_inference_steps=2, inputs=inputs,
+        unconditional=unconditional, guidance=Guidance(3.0),
     )  # fmt: skip
     drawn = read_images([tmp_path / "out" / f"{i:06d}.png" for i in range(3)])
     torch.testing.assert_close(drawn, images.clamp(-1, 1), atol=1 / 127, rtol=0)  # 8 bits
@@ -292,7 +292,7 @@ def test_an_earlier_checkpoint_leads_away(trained_run, run_cli, tmp_path, text_m
     trainer.fit(earlier, captioned())
     trainer.save_checkpoint(tmp_path / "earlier.ckpt")
     options = ["--num_images=2", "--num_inference_steps=2", "--scheduler=DDIMScheduler", "--captions", "red star"]
-    options += ["--guidance_scale=2", "--guidance_weaker", tmp_path / "earlier.ckpt"]
+    options += ["--guidance_scale=2", "--autoguidance", tmp_path / "earlier.ckpt"]
     status, _, err = run_cli("sample", path, *options, "--device=cpu", "--output", tmp_path / "out")
     assert status == 0, err
     inputs, weaker_inputs = (one.trained.inputs(one.caption_tokens(["red star"] * 2))[0] for one in (module, earlier))
@@ -344,7 +344,7 @@ def test_network_and_conditions_must_have_the_same_context(tiny_module, tiny_une
 
 
 def test_maps_count_among_the_channels_of_the_network(tiny_module, tiny_unet, tiny_images, quiet_trainer):
-    module = tiny_module(unet=tiny_unet(in_channels=4, out_channels=1), conditions=[Maps(2)])
+    module = tiny_module(unet=tiny_unet(in_channels=4, out_channels=1), conditions=[Concat(2)])
     with pytest.raises(ValueError, match="images have 1 channels with 2 of maps and the network takes 4"):
         quiet_trainer(max_steps=1).fit(module, tiny_images(class_names=None))
 

@@ -52,13 +52,13 @@ def test_denoiser_that_knows_x0_gives_x0_through_windows(scheduler):
     x0 = noise(1, 1, 20, 28).clamp(-1, 1)
     places = torch.stack(torch.meshgrid(torch.arange(20.0), torch.arange(28.0), indexing="ij"))[None]
 
-    def oracle(x, t, maps):
+    def oracle(x, t, concat):
         """Knows x0 at the places that it is told."""
-        part = x0[:, :, maps[0, 0].long(), maps[0, 1].long()].view(1, 1, *x.shape[2:])
+        part = x0[:, :, concat[0, 0].long(), concat[0, 1].long()].view(1, 1, *x.shape[2:])
         a = SCHEDULE.alphas_cumprod.double()[t.long()].view(-1, 1, 1, 1)
         return ((x - a.sqrt() * part) / (1 - a).sqrt()).float()
 
-    images = sampled(windowed(oracle, (8, 8), batch_size=1), x0.shape, scheduler=scheduler, inputs={"maps": places})
+    images = sampled(windowed(oracle, (8, 8), batch_size=1), x0.shape, scheduler=scheduler, inputs={"concat": places})
     torch.testing.assert_close(images, x0, atol=1e-5, rtol=0)  # as without windows
 
 
@@ -91,7 +91,7 @@ def test_guidance_is_wrapped_around_windows():
     def denoiser(x, t, labels):
         return bordered(x, t) * (1 + labels.view(-1, 1, 1, 1))
 
-    conditions = {"inputs": {"labels": torch.tensor([0, 1])}, "nulls": {"labels": torch.tensor([2, 2])}}
+    conditions = {"inputs": {"labels": torch.tensor([0, 1])}, "unconditional": {"labels": torch.tensor([2, 2])}}
     images = sampled(windowed(denoiser, (8, 8)), (2, 1, 8, 8), guidance=Guidance(2.0), **conditions)
     assert torch.equal(images, sampled(denoiser, (2, 1, 8, 8), guidance=Guidance(2.0), **conditions))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from unet_diffusion.data import FolderDataModule, LatentsDataModule, scale_to_unit_range
 from unet_diffusion.diffusers_io.interop import export_pipeline, import_pipeline, normalised_autoencoder
-from unet_diffusion.diffusion.image_to_image import Start
+from unet_diffusion.diffusion.image_to_image import InitImage
 from unet_diffusion.diffusion.sampling import image_generators, sample
 from unet_diffusion.inference.record import read_checkpoint
 from unet_diffusion.latents import store as latents_module
@@ -406,7 +406,7 @@ def test_painting_of_latents_keeps_the_picture_where_the_mask_is_black(trained, 
     known = torch.zeros(1, 1, 8, 12, dtype=torch.bool)
     known[..., :6] = True
     options = {"scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 2, "clip_sample": False}
-    drawn = sample(read.unet, read.schedule, (2, 4, 8, 12), start=Start(latents, 1.0, known), **options)
+    drawn = sample(read.unet, read.schedule, (2, 4, 8, 12), init_image=InitImage(latents, 1.0, known), **options)
     with torch.no_grad():
         decoded = autoencoder().decode(read.latent_space.denormalise(drawn)).sample
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()

@@ -32,7 +32,7 @@ COMMANDS = {
     "fit": "fit {tiny} --trainer.default_root_dir {tmp}/run --ckpt_path {file}",
     "validate": "validate {tiny} --trainer.default_root_dir {tmp}/run --ckpt_path {file}",
     "sample": "sample {file} --output {tmp}/drawn",
-    "sample from the weaker": "sample {run} --output {tmp}/drawn --guidance_scale 2 --guidance_weaker {file}",
+    "sample from the weaker": "sample {run} --output {tmp}/drawn --guidance_scale 2 --autoguidance {file}",
     "segment": "segment {file} {run}/samples --output {tmp}/masks",
     "export": "export {file} {tmp}/pipeline",
     "fit from a denoiser": "fit --config {configs}/cells.yaml --trainer.default_root_dir {tmp}/run "

@@ -12,7 +12,7 @@ from unet_diffusion.inference.record import TrainedDenoiser
 from unet_diffusion.models.unet import DenoiserUNet
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import NOISE_SEED, FeatureClassifier
-from unet_diffusion.segmentation.transfer import take_over
+from unet_diffusion.segmentation.transfer import load_denoiser_weights
 
 SMALL = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon"}
@@ -37,7 +37,7 @@ def classifier(**options) -> FeatureClassifier:
 def test_all_but_the_head_is_taken_over():
     segmenter, trained = DenoiserUNet(**SMALL, out_channels=3), denoiser()
     head = {name: value.clone() for name, value in segmenter.state_dict().items() if name.startswith("conv_out.")}
-    take_over(segmenter, trained)
+    load_denoiser_weights(segmenter, trained)
     for name, value in segmenter.state_dict().items():
         expected = head[name] if name in head else trained.unet.state_dict()[name]
         assert torch.equal(value, expected), name
@@ -45,18 +45,18 @@ def test_all_but_the_head_is_taken_over():
 
 def test_denoiser_with_classes_gives_all_but_their_embedding():
     segmenter, trained = DenoiserUNet(**SMALL, out_channels=3), denoiser(num_class_embeds=4)
-    report = take_over(segmenter, trained)
+    report = load_denoiser_weights(segmenter, trained)
     assert report.endswith("not taken over: class_embedding.weight, conv_out.bias, conv_out.weight")
 
 
 def test_report_names_what_was_and_was_not_taken_over():
-    report = take_over(DenoiserUNet(**SMALL, out_channels=3), denoiser())
+    report = load_denoiser_weights(DenoiserUNet(**SMALL, out_channels=3), denoiser())
     assert "weights of the denoiser; new: conv_out.bias, conv_out.weight; not taken over: conv_out" in report
 
 
 def test_maps_before_the_head_are_the_denoisers():
     segmenter, trained = DenoiserUNet(**SMALL, out_channels=3).eval(), denoiser()
-    take_over(segmenter, trained)
+    load_denoiser_weights(segmenter, trained)
     x, t = torch.randn(1, 1, 8, 8), torch.tensor([0])
     torch.testing.assert_close(segmenter.wire(x, segmenter.embed(t)), trained.unet.wire(x, trained.unet.embed(t)))
 
@@ -73,18 +73,18 @@ def test_another_network_is_refused_and_left_as_it_was(options, named):
     segmenter = DenoiserUNet(**{**SMALL, "out_channels": 3, **options})
     before = {name: value.clone() for name, value in segmenter.state_dict().items()}
     with pytest.raises(ValueError, match=named):
-        take_over(segmenter, denoiser())
+        load_denoiser_weights(segmenter, denoiser())
     assert all(torch.equal(value, before[name]) for name, value in segmenter.state_dict().items())
 
 
 def test_classifier_takes_over_the_whole_denoiser_and_refuses_another_schedule():
     network, trained = classifier(), denoiser()
-    assert "frozen" in take_over(network, trained)
+    assert "frozen" in load_denoiser_weights(network, trained)
     for name, value in network.denoiser.state_dict().items():
         assert torch.equal(value, trained.unet.state_dict()[name])
     trained.schedule = NoiseSchedule(**{**SCHEDULE, "prediction_type": "v_prediction"})
     with pytest.raises(ValueError, match="the schedule must be the denoiser's"):
-        take_over(network, trained)
+        load_denoiser_weights(network, trained)
 
 
 def test_maps_are_what_the_expanding_path_makes_of_the_noised_image():

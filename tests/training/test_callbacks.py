@@ -100,8 +100,8 @@ def test_grids_of_a_network_that_does_not_change_are_the_same(fit_with_grid, tin
 def test_grid_follows_guidance(fit_with_grid, tiny_module, shown):
     module = tiny_module(**TWO_CLASSES)
     fit_with_grid(tiny_grid(every_n_steps=0, scheduler="DDIMScheduler", guidance_scale=3.0), module=module)
-    inputs, nulls = ({"labels": one} for one in (torch.arange(6) % 2, torch.full((6,), 2)))
-    options = {"num_inference_steps": 2, "inputs": inputs, "nulls": nulls, "guidance": Guidance(3.0)}
+    inputs, unconditional = ({"labels": one} for one in (torch.arange(6) % 2, torch.full((6,), 2)))
+    options = {"num_inference_steps": 2, "inputs": inputs, "unconditional": unconditional, "guidance": Guidance(3.0)}
     torch.testing.assert_close(
         shown, [sample(module.ema_unet, module.schedule, (6, 1, 8, 8), **options)], rtol=0, atol=0
     )

@@ -22,10 +22,10 @@ from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.atomic_files import (
     CONTENTS,
     SETTINGS,
-    claim_folder,
+    atomic_write,
     read_json,
     remove_left_behind,
-    whole_file,
+    require_same_settings,
 )
 from unet_diffusion.runtime.imports import import_lightning, quick_imports
 from unet_diffusion.runtime.messages import (
@@ -324,7 +324,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write the latents of images to DIR, for fit --config latents --data.init_args.root DIR. Images "
         "are scaled and cut to the autoencoder's size. The same command again goes on where it was cut off. "
-        "Processes of torchrun share the work, as of sample."
+        "ProcessGroup of torchrun share the work, as of sample."
     )
     parser.add_argument(
         "autoencoder", metavar="AUTOENCODER", type=path_argument, help="a run folder, or a diffusers folder"
@@ -360,7 +360,7 @@ def _encode(options: argparse.Namespace) -> None:
         from unet_diffusion.models.autoencoders import latent_moments, pretrained_autoencoder
         from unet_diffusion.models.speed import keep_freed_memory
         from unet_diffusion.runtime.precision import autocast, chosen_precision
-        from unet_diffusion.runtime.processes import own_device, processes
+        from unet_diffusion.runtime.processes import own_device, process_group
 
     options.device = own_device(options.device)
     options.precision = chosen_precision(options.precision, torch.device(options.device))
@@ -380,17 +380,17 @@ def _encode(options: argparse.Namespace) -> None:
         with autocast(device_type, getattr(torch, options.precision)):
             return latent_moments(autoencoder, pixels.to(options.device))
 
-    with processes() as all_of_them:
-        if all_of_them.rank == 0:
+    with process_group() as group:
+        if group.rank == 0:
             _say_left_out(data.left_out())
-        share = settings["num_images"] // all_of_them.count
-        with tqdm(total=share, unit="image", desc="encode", disable=all_of_them.rank > 0) as bar:
+        share = settings["num_images"] // group.count
+        with tqdm(total=share, unit="image", desc="encode", disable=group.rank > 0) as bar:
             encode_images(
                 options.output, images, encode, settings=settings,
                 contents=data.image_set.contents or (), labels=data.image_set.labels,
-                batch_size=options.batch_size, progress=bar.update, say=bar.write, all_of_them=all_of_them,
+                batch_size=options.batch_size, progress=bar.update, say=bar.write, group=group,
             )  # fmt: skip
-        if all_of_them.rank > 0:
+        if group.rank > 0:
             return
     recipe = "latents_text" if options.captions else "latents"
     print(f"latents of {settings['num_images']} images in {options.output}; to train on them: unet-diffusion fit "
@@ -516,7 +516,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         help="timesteps that are guided; default: all",
     )
     parser.add_argument(
-        "--guidance_weaker",
+        "--autoguidance",
         metavar="CHECKPOINT",
         help="guide away from this earlier checkpoint (fit keeps them with --checkpoint.save_top_k -1)",
     )
@@ -624,15 +624,15 @@ def _draw_and_save(
     from tqdm import tqdm
 
     from unet_diffusion.runtime.pictures import read_images, save_grid, save_images
-    from unet_diffusion.runtime.processes import processes
+    from unet_diffusion.runtime.processes import process_group
 
-    with processes() as all_of_them:
-        todo = all_of_them.share(all_of_them.by_the_first(lambda: _prepare_output(options)))
-        with tqdm(total=len(todo) * num_steps, unit="image step", disable=all_of_them.rank > 0) as bar:
+    with process_group() as group:
+        todo = group.shard(group.on_rank_zero(lambda: _prepare_output(options)))
+        with tqdm(total=len(todo) * num_steps, unit="image step", disable=group.rank > 0) as bar:
             for indices in [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]:
                 save_images(draw(indices, bar.update), options.output, indices=indices)
-        all_of_them.wait()
-        if all_of_them.rank > 0:
+        group.barrier()
+        if group.rank > 0:
             return
     first = [options.output / f"{i:06d}.png" for i in range(min(options.num_images, MAX_GRID_IMAGES))]
     save_grid(read_images(first), options.output / "grid.png")
@@ -677,7 +677,7 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
         present -= drawn
     remove_left_behind(folder)
     num_drawn = options.num_images if options.overwrite else max(options.num_images, before.get(NUM_DRAWN, 0))
-    with whole_file(record) as partial:
+    with atomic_write(record) as partial:
         partial.write_text(json.dumps({**settings, NUM_DRAWN: num_drawn}, indent=1))
     return [i for i, name in enumerate(wanted) if name not in present]
 
@@ -707,7 +707,7 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
         "Write a mask for each image: DIR/NAME, 255 for foreground, or class indices. Images may have any size; the "
         "pages of a TIFF file become pages of its mask. The same command again goes on where it was cut off, and makes "
         "the masks of images again that have changed. "
-        "Processes of torchrun share the work, as of sample."
+        "ProcessGroup of torchrun share the work, as of sample."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file or a run folder, of a segmenter")
     parser.add_argument(
@@ -743,7 +743,7 @@ def _segment(options: argparse.Namespace) -> None:
         from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
         from unet_diffusion.models.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
         from unet_diffusion.runtime.precision import autocast, chosen_precision
-        from unet_diffusion.runtime.processes import own_device, processes
+        from unet_diffusion.runtime.processes import own_device, process_group
         from unet_diffusion.segmentation.prediction import class_probabilities
 
     options.device = own_device(options.device)
@@ -771,16 +771,14 @@ def _segment(options: argparse.Namespace) -> None:
             return class_probabilities(trained, image, views=options.views, device=options.device)
 
     is_new = not options.output.exists()
-    with processes() as all_of_them:
-        all_of_them.by_the_first(lambda: _prepare_masks(options, images, outputs, contents))
-        if all_of_them.rank == 0:
+    with process_group() as group:
+        group.on_rank_zero(lambda: _prepare_masks(options, images, outputs, contents))
+        if group.rank == 0:
             _say_left_out(images.left_out)
-        share = len(all_of_them.share(list(images.sources)))
-        with tqdm(total=share, unit="image", disable=all_of_them.rank > 0) as bar:
-            failed = segment_images(
-                trained, images, outputs, predict=predict, progress=bar.update, all_of_them=all_of_them
-            )
-        if all_of_them.rank > 0:
+        share = len(group.shard(list(images.sources)))
+        with tqdm(total=share, unit="image", disable=group.rank > 0) as bar:
+            failed = segment_images(trained, images, outputs, predict=predict, progress=bar.update, group=group)
+        if group.rank > 0:
             return
     if is_new and len(failed) == len(images):
         shutil.rmtree(options.output)
@@ -803,9 +801,9 @@ def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment", outpu
         outputs.made_of.doubt()  # masks of other images stay, and are not counted as done with these settings
         for mask in images.sources:
             outputs.remove(mask)
-        with whole_file(record) as partial:
+        with atomic_write(record) as partial:
             partial.write_text(json.dumps(settings, indent=1))
-    claim_folder(folder, settings, "masks of this command", "choose another --output, or --overwrite")
+    require_same_settings(folder, settings, "masks of this command", "choose another --output, or --overwrite")
     remove_left_behind(folder)
     changed = images.changed(outputs)
     for mask in changed:

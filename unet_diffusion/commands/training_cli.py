@@ -37,7 +37,7 @@ from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.inference.record import explained, read_checkpoint
 from unet_diffusion.inference.record_checks import check_weights
-from unet_diffusion.runtime.atomic_files import RUN_HEADER, ClaimedFolder, check_replaceable, whole_file
+from unet_diffusion.runtime.atomic_files import RUN_HEADER, ClaimedFolder, atomic_write, check_replaceable
 from unet_diffusion.runtime.messages import UsageError, did_you_mean
 from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.runtime.signals import Interrupted
@@ -62,7 +62,7 @@ CHECKPOINTS = "checkpoints"
 RUN_SETTINGS = "run_settings"  # in a checkpoint: those that a run which goes on by itself is compared in
 PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
-MAKE_STEPS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
+STEP_SETTINGS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
 # Less is accepted by Lightning, which then does something else: it would climb the loss, or do nothing.
 LEAST = {
@@ -189,7 +189,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_unset=False)
-        with whole_file(run_folder(trainer) / "config.yaml") as partial:
+        with atomic_write(run_folder(trainer) / "config.yaml") as partial:
             partial.write_text(f"{RUN_HEADER}\n{text}", encoding="utf-8")
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
@@ -565,7 +565,7 @@ def _without(settings: Any, keys: set[str]) -> Any:
 
 def _of_steps(trainer: Any) -> dict[str, Any]:
     """Of the trainer's settings those that make other steps of the same images."""
-    return {name: trainer.get(name) for name in MAKE_STEPS} if isinstance(trainer, dict) else {}
+    return {name: trainer.get(name) for name in STEP_SETTINGS} if isinstance(trainer, dict) else {}
 
 
 def _refuse_other_settings(root: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:

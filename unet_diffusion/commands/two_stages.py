@@ -23,7 +23,14 @@ from unet_diffusion.commands.recipes import read_settings
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import class_names_of, find_images
 from unet_diffusion.data.fingerprints import Fingerprint, changes, content_hash, fingerprints, folder_hash, hash_of_all
-from unet_diffusion.runtime.atomic_files import CONTENTS, SETTINGS, field_of, read_json, remove_left_behind, whole_file
+from unet_diffusion.runtime.atomic_files import (
+    CONTENTS,
+    SETTINGS,
+    atomic_write,
+    field_of,
+    read_json,
+    remove_left_behind,
+)
 from unet_diffusion.runtime.messages import UsageError, first_few
 from unet_diffusion.runtime.signals import Interrupted, handled
 
@@ -217,7 +224,7 @@ class TwoStages:
             )
 
     def _write(self, record: dict[str, Any]) -> None:
-        with whole_file(self.output / RECORD) as partial:
+        with atomic_write(self.output / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1))
 
 

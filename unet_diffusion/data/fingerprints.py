@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unet_diffusion.data.files import ImageFiles
-from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write
 
 Fingerprint = Sequence[str]
 
@@ -103,7 +103,7 @@ class MadeOf:
 
     def doubt(self) -> None:
         """Note that it is not known any more what the outputs were made of: they count as begun."""
-        with whole_file(self.path) as partial:
+        with atomic_write(self.path) as partial:
             partial.write_text("\n".join(json.dumps([output, None]) for output in self.read()), encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """Data modules for networks with maps beside the noised image: parts to paint, and small images to enlarge.
 
-Maps are drawn anew in each step, so that what is denoised is encoded in each step too, with the autoencoder in memory.
+Concat are drawn anew in each step, so that what is denoised is encoded in each step too, with the autoencoder in
+memory.
 """
 
 import os
@@ -15,8 +16,8 @@ from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.stream import StreamDataModule
+from unet_diffusion.diffusion.conditions.concat import MAPS_KEY, Concat, Encode
 from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution, shrink
-from unet_diffusion.diffusion.conditions.maps import MAPS_KEY, Encode, Maps
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, draw_masks, masked_image_maps
 from unet_diffusion.latents.space import LatentSpace
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # it imports diffusers, which the other data modules do witho
 class ImagesWithMaps(ImageDataModule):
     """Images of another data module, and maps made of them; of latents, if there is an autoencoder.
 
-    Batches are those of `ImageDataModule`, with normalised latents as "images", and "maps" (B, K, h, w). To train on,
+    Batches are those of `ImageDataModule`, with normalised latents as "images", and "concat" (B, K, h, w). To train on,
     maps and latents are drawn in each step; to validate on, each image's maps stay the same and latents are means.
     A subclass defines `draw`, `entries` and `seen`.
 
@@ -44,7 +45,7 @@ class ImagesWithMaps(ImageDataModule):
         ValueError: if the scale is out of range, or the images are streamed.
     """
 
-    gives: ClassVar[type[Maps]]
+    gives: ClassVar[type[Concat]]
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class ImagesWithMaps(ImageDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define draw()")
 
     def entries(self, images: Tensor, drawn: dict[str, Tensor], encode: Encode) -> dict[str, Tensor]:
-        """Entries of a batch: "maps", and what else comes of images (B, C, H, W) in [-1, 1] and of what was drawn."""
+        """Entries of a batch: "concat", and what else comes of images (B, C, H, W) in [-1, 1] and of what was drawn."""
         raise NotImplementedError(f"{type(self).__name__} must define entries()")
 
     def seen(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
@@ -193,7 +194,7 @@ class InpaintingDataModule(ImagesWithMaps):
         return {"mask": draw_masks(shape[0], (shape[2], shape[3]), generator)}
 
     def entries(self, images: Tensor, drawn: dict[str, Tensor], encode: Encode) -> dict[str, Tensor]:
-        return {"maps": masked_image_maps(images, drawn["mask"], encode)}
+        return {"concat": masked_image_maps(images, drawn["mask"], encode)}
 
     def seen(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         return images * (1 - drawn["mask"])
@@ -242,7 +243,7 @@ class UpscalingDataModule(ImagesWithMaps):
         }
 
     def entries(self, images: Tensor, drawn: dict[str, Tensor], encode: Encode) -> dict[str, Tensor]:
-        return {"labels": drawn["level"], "maps": self._small(images, drawn)}
+        return {"labels": drawn["level"], "concat": self._small(images, drawn)}
 
     def seen(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         return interpolate(self._small(images, drawn), images.shape[2:])

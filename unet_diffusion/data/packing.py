@@ -25,7 +25,13 @@ from unet_diffusion.data.files import ImageFiles, class_names_of, labels_of
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.data.stored import stored_images
-from unet_diffusion.runtime.atomic_files import CONTENTS, claim_folder, read_json, remove_left_behind, whole_file
+from unet_diffusion.runtime.atomic_files import (
+    CONTENTS,
+    atomic_write,
+    read_json,
+    remove_left_behind,
+    require_same_settings,
+)
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -100,7 +106,7 @@ def pack_images(
         "class_names": class_names,
         f"{CONTENTS}captions": text_digest("\n".join(texts)).hex() if texts else None,
     }
-    claim_folder(folder, settings, "shards")
+    require_same_settings(folder, settings, "shards")
     remove_left_behind(folder)
     order = torch.randperm(len(files.names), generator=keyed_generator(ORDER_KEY)).tolist()
     records = []
@@ -163,7 +169,7 @@ def _write_shard(
             bad_files.append(f"{name}: {one}")
         else:
             good[names[name]] = one
-    with whole_file(folder / shard_name(number)) as partial:
+    with atomic_write(folder / shard_name(number)) as partial:
         _write_tar(partial, good.values())
         with open(partial, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -184,7 +190,7 @@ def _write_shard(
         "bad_files": bad_files,
         "made_of": made_of,
     }
-    with whole_file(_record_path(folder, number)) as partial:
+    with atomic_write(_record_path(folder, number)) as partial:
         partial.write_text(json.dumps(record))
     return record
 
@@ -235,5 +241,5 @@ def _write_index(
         bits=max(record["bits"] for record in records),
         channels=channels,
     )
-    with whole_file(folder / INDEX) as partial:
+    with atomic_write(folder / INDEX) as partial:
         partial.write_text(json.dumps(asdict(index)))

@@ -45,9 +45,9 @@ from unet_diffusion.diffusers_io.pipelines.class_tokens import ClassTokenEmbeddi
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
+from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution
-from unet_diffusion.diffusion.conditions.maps import Maps
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens, pretrained_text
 from unet_diffusion.diffusion.sampling import scheduler_config
@@ -70,7 +70,7 @@ LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
 CLASS_TOKENS = "class_tokens"  # part of a pipeline with code of its own
-KINDS = (ClassLabels, ClassTokens, TextTokens, Maps, MaskedImage, LowResolution)  # of conditions, that it knows
+KINDS = (ClassLabels, ClassTokens, TextTokens, Concat, MaskedImage, LowResolution)  # of conditions, that it knows
 DROPOUT = 0.1  # of an imported condition that has a null; usual
 MULTIPLE = 8  # pixels, of the sides of what a StableDiffusionPipeline draws
 UPSCALED_SCALE = 0.08333  # scaling_factor that a StableDiffusionUpscalePipeline sets, whatever there was
@@ -227,8 +227,10 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
     scheduler_config = _read_json(scheduler_file)
     field_of(scheduler_config, "_class_name", scheduler_file)
     image_shape = _image_shape(config)
-    nulls = index.get("nulls", {"prompt": ""})  # Stable Diffusion names none
-    maps = _maps(index, parts, drawn=image_shape[0], taken=config["in_channels"], dropout=DROPOUT * ("maps" in nulls))
+    unconditional = index.get("unconditional", {"prompt": ""})  # Stable Diffusion names none
+    maps = _maps(
+        index, parts, drawn=image_shape[0], taken=config["in_channels"], dropout=DROPOUT * ("concat" in unconditional)
+    )
     if LOW_RES in parts:
         _check_low_res_schedule(folder / LOW_RES / "scheduler_config.json")
     space = next((_latent_space(folder / name, image_shape) for name in AUTOENCODERS if name in parts), None)
@@ -237,10 +239,10 @@ def import_pipeline(folder: StrPath) -> TrainedDenoiser:
         unet=from_diffusers(folder),
         schedule=schedule_from_diffusers(scheduler_config),
         image_shape=image_shape,
-        null_label=nulls.get("class_labels"),
+        null_label=unconditional.get("class_labels"),
         class_names=index.get("class_names"),
         latent_space=space,
-        conditions=nn.ModuleList([*_tokens(folder, parts, nulls), *maps]).eval(),
+        conditions=nn.ModuleList([*_tokens(folder, parts, unconditional), *maps]).eval(),
     )
 
 
@@ -346,19 +348,19 @@ def _maps(index: Mapping[str, Any], parts: set[str], *, drawn: int, taken: int, 
     if takes_mask or taken < drawn or "takes_mask" not in index:
         raise ValueError(f"in_channels must be as out_channels {drawn}, or with captions {2 * drawn + 1}, for a mask "
                          f"and a masked image, got {taken}")  # fmt: skip
-    return [Maps(taken - drawn, dropout=dropout)]
+    return [Concat(taken - drawn, dropout=dropout)]
 
 
-def _tokens(folder: Path, parts: set[str], nulls: Mapping[str, Any]) -> list[Condition]:
+def _tokens(folder: Path, parts: set[str], unconditional: Mapping[str, Any]) -> list[Condition]:
     """What the network attends to."""
     conditions: list[Condition] = []
     if CLASS_TOKENS in parts:
         config = _read_json(folder / CLASS_TOKENS / "config.json")
-        dropout = DROPOUT * (CLASS_TOKENS in nulls)
+        dropout = DROPOUT * (CLASS_TOKENS in unconditional)
         conditions.append(ClassTokens(config["context_dim"], config["num_classes"], dropout=dropout))
         _load_weights(conditions[0], _read_weights(folder / CLASS_TOKENS))
     if not parts.isdisjoint(TEXT):
-        conditions.append(pretrained_text(folder, dropout=DROPOUT * ("prompt" in nulls)))
+        conditions.append(pretrained_text(folder, dropout=DROPOUT * ("prompt" in unconditional)))
     return conditions
 
 
@@ -438,7 +440,7 @@ def _why_not_given(trained: TrainedDenoiser) -> str | None:
     kinds = [type(one) for one in trained.all_conditions]
     if unknown := [kind.__name__ for kind in kinds if kind not in KINDS]:
         return f"a pipeline can have {', '.join(kind.__name__ for kind in KINDS)}, and this denoiser has {unknown[0]}"
-    names = ["Maps" if issubclass(kind, Maps) else kind.__name__ for kind in kinds]
+    names = ["Concat" if issubclass(kind, Concat) else kind.__name__ for kind in kinds]
     if twice := [name for name in names if names.count(name) > 1]:
         return f"a pipeline is given one condition of a kind, and this denoiser has {twice[0]} {len(twice)} times"
     if trained.unet.config["context_dim"] is not None and not {"ClassTokens", "TextTokens"} & {*names}:
@@ -508,7 +510,7 @@ def _own_pipeline(
         class_tokens=None if tokens is None else embedding.eval(),
         low_res_scheduler=_low_res_scheduler() if trained.condition(LowResolution) else None,
         class_names=trained.class_names,
-        nulls=_nulls(trained),
+        unconditional=_nulls(trained),
         takes_mask=trained.condition(MaskedImage) is not None,
         max_noise_level=MAX_NOISE_LEVEL,
     )
@@ -517,13 +519,15 @@ def _own_pipeline(
 def _nulls(trained: TrainedDenoiser) -> dict[str, Any]:
     """What stands for not known, as a ConditionalPipeline names it, of the conditions that have a null."""
     tokens = trained.condition(ClassTokens)
-    nulls: dict[str, tuple[Condition | None, Any]] = {
+    unconditional: dict[str, tuple[Condition | None, Any]] = {
         "class_labels": (trained.condition(ClassLabels), trained.null_label),
         CLASS_TOKENS: (tokens, tokens and tokens.config["num_classes"]),
         "prompt": (trained.condition(TextTokens), ""),
-        "maps": (trained.condition(Maps), 0.0),
+        "concat": (trained.condition(Concat), 0.0),
     }
-    return {name: null for name, (condition, null) in nulls.items() if condition is not None and condition.has_null}
+    return {
+        name: null for name, (condition, null) in unconditional.items() if condition is not None and condition.has_null
+    }
 
 
 def _text_pipeline(

@@ -8,8 +8,8 @@ from diffusers import DiffusionPipeline
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
+from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
-from unet_diffusion.diffusion.conditions.maps import Maps
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.inference.record import TrainedAutoencoder, TrainedDenoiser
@@ -71,7 +71,7 @@ PREPARATIONS = {  # of what an argument names, in a pipeline with code of its ow
     "mask_image": f'{LOAD_IMAGE}image, mask_image = load_image("image.png"), load_image("mask.png")  '
     "# white is painted anew, black stays\n",
     "image": f'{LOAD_IMAGE}image = load_image("image.png")  # to be enlarged\n',
-    "maps": "import torch\n\nmaps = torch.zeros(1, {num_maps}, {height}, {width})  # yours here\n",
+    "concat": "import torch\n\nconcat = torch.zeros(1, {num_maps}, {height}, {width})  # yours here\n",
 }
 TEXT_USAGE = """```python
 from diffusers import StableDiffusionPipeline
@@ -187,7 +187,7 @@ def _kind(trained: TrainedDenoiser) -> str:
     kinds = {
         MaskedImage: "inpainting",
         LowResolution: "upscaling",
-        Maps: "image-conditional",
+        Concat: "image-conditional",
         TextTokens: "text-to-image",
         ClassLabels: "class-conditional",
         ClassTokens: "class-conditional",
@@ -217,12 +217,12 @@ def _own_usage(trained: TrainedDenoiser, pipeline: ConditionalPipeline) -> str:
     preparation = next((text for name, text in PREPARATIONS.items() if name in taken), "")
     _, height, width = trained.image_shape
     num_maps = pipeline.unet.config.in_channels - pipeline.unet.config.out_channels
-    guidance = 3.0 if "prompt" in pipeline.config.nulls else 2.0
+    guidance = 3.0 if "prompt" in pipeline.config.unconditional else 2.0
     return OWN_USAGE.format(
         preparation=preparation.format(num_maps=num_maps, height=height, width=width),
         arguments=", ".join(f"{name}={values.get(name, name)}" for name in taken) or "batch_size=4",
         steps=trained.schedule.num_train_timesteps if trained.latent_space is None else 50,
-        guidance=f", guidance_scale={guidance}" if pipeline.config.nulls else "",
+        guidance=f", guidance_scale={guidance}" if pipeline.config.unconditional else "",
         about=f"Classes: {', '.join(names) if names else f'0 to {last}'}.\n\n" if "class_labels" in taken else "",
     )
 

@@ -33,8 +33,9 @@ class Guidance:
             against washed-out or glaring pictures (Lin et al. 2023, https://arxiv.org/abs/2305.08891, section 3.4).
         interval: lowest and highest timestep that is guided; None: all (Kynkäänniemi et al. 2024,
             https://arxiv.org/abs/2404.07724).
-        weaker: a worse denoiser, such as an earlier checkpoint of the run, to be led away from with its conditions, in
-            place of the same denoiser without conditions (Karras et al. 2024, https://arxiv.org/abs/2406.02507).
+        autoguidance: a worse denoiser, such as an earlier checkpoint of the run, to be led away from with its
+            conditions, in place of the same denoiser without conditions (Karras et al. 2024,
+            https://arxiv.org/abs/2406.02507).
 
     Raises:
         ValueError: if a number is out of range.
@@ -43,7 +44,7 @@ class Guidance:
     scale: float = 1.0
     rescale: float = 0.0
     interval: tuple[int, int] | None = None
-    weaker: Denoiser | None = None
+    autoguidance: Denoiser | None = None
 
     def __post_init__(self) -> None:
         if not abs(self.scale) <= MAX_GUIDANCE:  # nan neither
@@ -59,29 +60,29 @@ class Guidance:
             )
 
 
-def guide(denoiser: Denoiser, inputs: Inputs, nulls: Inputs | None, guidance: Guidance) -> Predictor:
+def guide(denoiser: Denoiser, inputs: Inputs, unconditional: Inputs | None, guidance: Guidance) -> Predictor:
     """A predictor of worse + scale * (better - worse) for these conditions, float32.
 
-    Both predictions come from one doubled batch, the conditioned half first; from two passes where there is a weaker
-    denoiser. Where the scale is 1, or no timestep is in the interval, there is a single pass.
+    Both predictions come from one doubled batch, the conditioned half first; from two passes where there is a
+    autoguidance denoiser. Where the scale is 1, or no timestep is in the interval, there is a single pass.
 
     Args:
         denoiser: called as denoiser(x, t, **inputs).
         inputs: for the batches to come, on the denoiser's device.
-        nulls: the same without conditions, or those of the weaker denoiser; None if there are none.
+        unconditional: the same without conditions, or those of the autoguidance denoiser; None if there are none.
         guidance: how much, and where.
 
     Raises:
         ValueError: if there is nothing to guide between.
     """
-    check_guidance(inputs, nulls, guidance)
+    check_guidance(inputs, unconditional, guidance)
 
     def plain(x: Tensor, t: Tensor) -> Tensor:
         return denoiser(x, t, **inputs)
 
     if guidance.scale == 1:
         return plain
-    pair = _pair(denoiser, inputs, nulls, guidance.weaker)
+    pair = _pair(denoiser, inputs, unconditional, guidance.autoguidance)
 
     def guided_everywhere(x: Tensor, t: Tensor) -> Tensor:
         better, worse = pair(x, t)
@@ -107,7 +108,7 @@ def _within(interval: tuple[int, int], inside: Predictor, outside: Predictor) ->
     return predict
 
 
-def check_guidance(inputs: Inputs, nulls: Inputs | None, guidance: Guidance) -> None:
+def check_guidance(inputs: Inputs, unconditional: Inputs | None, guidance: Guidance) -> None:
     """Refuses guidance without a pair of predictions to guide between.
 
     Raises:
@@ -115,14 +116,14 @@ def check_guidance(inputs: Inputs, nulls: Inputs | None, guidance: Guidance) -> 
             else is asked for.
     """
     if guidance.scale == 1:
-        if guidance.rescale or guidance.interval or guidance.weaker:
+        if guidance.rescale or guidance.interval or guidance.autoguidance:
             raise ValueError(
                 "guidance is off where guidance_scale is 1; set it to another value, or leave the rest out"
             )
         return
-    if guidance.weaker is None and not inputs:
+    if guidance.autoguidance is None and not inputs:
         raise ValueError(f"guidance_scale must be 1 without labels or captions, got {guidance.scale}; give them")
-    if nulls is None and inputs:
+    if unconditional is None and inputs:
         raise ValueError(
             f"guidance_scale must be 1 without a null, got {guidance.scale}; "
             "guidance needs a network that was trained with dropout of its labels or captions"
@@ -130,13 +131,13 @@ def check_guidance(inputs: Inputs, nulls: Inputs | None, guidance: Guidance) -> 
 
 
 def _pair(
-    denoiser: Denoiser, inputs: Inputs, nulls: Inputs | None, weaker: Denoiser | None
+    denoiser: Denoiser, inputs: Inputs, unconditional: Inputs | None, autoguidance: Denoiser | None
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Gives the better and the worse prediction, float32: bfloat16 would round their difference."""
-    nulls = nulls or {}
-    if weaker is not None:
-        return lambda x, t: (denoiser(x, t, **inputs).float(), weaker(x, t, **nulls).float())
-    doubled = {name: torch.cat([value, nulls[name]]) for name, value in inputs.items()}
+    unconditional = unconditional or {}
+    if autoguidance is not None:
+        return lambda x, t: (denoiser(x, t, **inputs).float(), autoguidance(x, t, **unconditional).float())
+    doubled = {name: torch.cat([value, unconditional[name]]) for name, value in inputs.items()}
 
     def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         better, worse = denoiser(torch.cat([x, x]), torch.cat([t, t]), **doubled).float().chunk(2)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from unet_diffusion.diffusion.conditions.condition import Inputs
 from unet_diffusion.diffusion.guidance import Denoiser, Guidance, Predictor, check_guidance, guide
-from unet_diffusion.diffusion.image_to_image import Start, begin, check_start, num_steps_from, put_back_known
+from unet_diffusion.diffusion.image_to_image import InitImage, apply_keep_mask, begin, check_init_image, num_steps_from
 from unet_diffusion.diffusion.linear_solver import LinearSolver, linear_steps
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
@@ -64,10 +64,10 @@ def sample(
     seed: int = 0,
     indices: Iterable[int] | None = None,
     inputs: Inputs | None = None,
-    nulls: Inputs | None = None,
+    unconditional: Inputs | None = None,
     guidance: Guidance = NO_GUIDANCE,
     noise: Tensor | None = None,
-    start: Start | None = None,
+    init_image: InitImage | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     clip_sample: bool = True,
@@ -87,11 +87,13 @@ def sample(
         seed: of the noise, any integer.
         indices: N numbers of the images among all of this seed; default 0 to N - 1.
         inputs: what else the denoiser is called with, (N, ...) each (`conditioning.network_inputs`); None: nothing.
-        nulls: the same without conditions (`conditioning.null_inputs`); None if it was not trained without.
+        unconditional: the same without conditions (`conditioning.unconditional_inputs`); None if it was not trained
+            without.
         guidance: off by default (`conditioning.guide`).
         noise: standard normal, of that shape, to begin with; None: that of the seed. What a scheduler adds is always
             that of the seed.
-        start: an image to begin with, or of which a part is known (`start.Start`); None: begin with noise alone.
+        init_image: an image to begin with, or of which a part is known (`image_to_image.InitImage`); None: begin with
+            noise alone.
         batch_size: images at once; guidance doubles what the denoiser sees.
         device: where the denoiser is.
         clip_sample: clip each estimate of x0 to [-1, 1], as DDPM, DDIM and Heun can: right for pixels, not for latents.
@@ -107,9 +109,9 @@ def sample(
         scheduler=scheduler,
         num_inference_steps=num_inference_steps,
         inputs=inputs,
-        nulls=nulls,
+        unconditional=unconditional,
         guidance=guidance,
-        start=start,
+        init_image=init_image,
     )
     if noise is not None and noise.shape != tuple(shape):
         raise ValueError(f"noise must have the shape {tuple(shape)}, got {tuple(noise.shape)}")
@@ -118,7 +120,9 @@ def sample(
     batches = []
     for part in _batches(shape[0], batch_size):
         part_inputs = {name: value[part].to(device) for name, value in (inputs or {}).items()}
-        part_nulls = None if nulls is None else {name: value[part].to(device) for name, value in nulls.items()}
+        part_nulls = (
+            None if unconditional is None else {name: value[part].to(device) for name, value in unconditional.items()}
+        )
         images = denoise(
             guide(denoiser, part_inputs, part_nulls, guidance),
             build_scheduler(schedule, scheduler, clip_sample=clip_sample),
@@ -126,7 +130,7 @@ def sample(
             (len(numbers[part]), *shape[1:]),
             num_inference_steps=num_inference_steps,
             noise=None if noise is None else noise[part].to(device),
-            start=None if start is None else start.part(part, device),
+            init_image=None if init_image is None else init_image.part(part, device),
             device=device,
             on_step=on_step,
         )
@@ -143,7 +147,7 @@ def denoise(
     *,
     num_inference_steps: int = 50,
     noise: Tensor | None = None,
-    start: Start | None = None,
+    init_image: InitImage | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Tensor:
@@ -157,7 +161,7 @@ def denoise(
         shape: (B, C, H, W).
         num_inference_steps: in [1, num_train_timesteps].
         noise: standard normal, of that shape, on the device, to begin with; None: that of the generators.
-        start: an image to begin with, on the device; None: begin with noise alone.
+        init_image: an image to begin with, on the device; None: begin with noise alone.
         device: where the predictor is.
         on_step: called as on_step(t, x) after each call of the predictor, with the timestep of the call, 0-d on the
             CPU, and the state it led to; a scheduler in terms of sigma has x = image + sigma * noise.
@@ -171,13 +175,13 @@ def denoise(
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     if noise is None:
         noise = randn_tensor(tuple(shape), generator=list(generators), device=torch.device(device), dtype=torch.float32)
-    first, x = begin(scheduler, noise, start, num_inference_steps)
+    first, x = begin(scheduler, noise, init_image, num_inference_steps)
     options = _step_options(scheduler, generators)
-    solver = _linear_solver(scheduler, num_inference_steps) if start is None and x.is_cuda else None
+    solver = _linear_solver(scheduler, num_inference_steps) if init_image is None and x.is_cuda else None
     for number, t in enumerate(scheduler.timesteps[first:], start=first + 1):
         x = _step(predictor, scheduler, t, x, options) if solver is None else _linear_step(predictor, solver, t, x)
-        if start is not None:
-            x = put_back_known(x, start, noise, scheduler, number)
+        if init_image is not None:
+            x = apply_keep_mask(x, init_image, noise, scheduler, number)
         if on_step is not None:
             on_step(t, x)
     return x
@@ -250,7 +254,9 @@ def refusal(schedule: NoiseSchedule, name: str) -> str | None:
     return _pndm_refusal(schedule) if name == "PNDMScheduler" else None
 
 
-def num_network_steps(schedule: NoiseSchedule, name: str, num_inference_steps: int, start: Start | None = None) -> int:
+def num_network_steps(
+    schedule: NoiseSchedule, name: str, num_inference_steps: int, init_image: InitImage | None = None
+) -> int:
     """How often sampling calls the denoiser for a batch: num_inference_steps, or up to twice that with some schedulers.
 
     From an image of less strength than 1 it is called less often.
@@ -261,7 +267,7 @@ def num_network_steps(schedule: NoiseSchedule, name: str, num_inference_steps: i
     scheduler = build_scheduler(schedule, name)
     _check_num_inference_steps(scheduler, num_inference_steps)
     scheduler.set_timesteps(num_inference_steps, device="cpu")
-    skipped = num_inference_steps - num_steps_from(start, num_inference_steps)
+    skipped = num_inference_steps - num_steps_from(init_image, num_inference_steps)
     return len(scheduler.timesteps) - skipped * scheduler.order
 
 
@@ -272,9 +278,9 @@ def check_sampling(
     scheduler: str = "DDIMScheduler",
     num_inference_steps: int = 50,
     inputs: Inputs | None = None,
-    nulls: Inputs | None = None,
+    unconditional: Inputs | None = None,
     guidance: Guidance = NO_GUIDANCE,
-    start: Start | None = None,
+    init_image: InitImage | None = None,
 ) -> None:
     """Refuses what `sample` cannot do, within half a second and without the denoiser.
 
@@ -287,14 +293,14 @@ def check_sampling(
     """
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape must be (N, C, H, W), each at least 1, got {tuple(shape)}")
-    _check_inputs(inputs or {}, nulls if guidance.weaker is None else None, shape[0])
-    check_guidance(inputs or {}, nulls, guidance)
+    _check_inputs(inputs or {}, unconditional if guidance.autoguidance is None else None, shape[0])
+    check_guidance(inputs or {}, unconditional, guidance)
     last = schedule.num_train_timesteps - 1
     if guidance.interval is not None and guidance.interval[0] > last:
         low, high = guidance.interval
         raise ValueError(f"the interval of guidance must hold timesteps of 0 to {last}, got {low} to {high}; lower it")
-    if start is not None:
-        check_start(start, shape, scheduler, num_inference_steps)
+    if init_image is not None:
+        check_init_image(init_image, shape, scheduler, num_inference_steps)
     _check_finite(schedule, scheduler, num_inference_steps)
 
 
@@ -357,15 +363,15 @@ def _pndm_refusal(schedule: NoiseSchedule) -> str | None:
     return None
 
 
-def _check_inputs(inputs: Inputs, nulls: Inputs | None, count: int) -> None:
+def _check_inputs(inputs: Inputs, unconditional: Inputs | None, count: int) -> None:
     for name, value in inputs.items():
         if len(value) != count:
             raise ValueError(f"{name} must have an entry for each of {count} images, got shape {tuple(value.shape)}")
-        if nulls is not None and (name not in nulls or nulls[name].shape != value.shape):
-            got = tuple(nulls[name].shape) if name in nulls else "none"
+        if unconditional is not None and (name not in unconditional or unconditional[name].shape != value.shape):
+            got = tuple(unconditional[name].shape) if name in unconditional else "none"
             raise ValueError(f"{name} without conditions must have the shape {tuple(value.shape)}, got {got}")
     if "labels" in inputs:
-        _check_labels(inputs["labels"], None if nulls is None else int(nulls["labels"].max()))
+        _check_labels(inputs["labels"], None if unconditional is None else int(unconditional["labels"].max()))
 
 
 def _check_labels(labels: Tensor, null_label: int | None) -> None:

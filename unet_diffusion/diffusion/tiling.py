@@ -23,7 +23,8 @@ def windowed(denoiser: Denoiser, window: tuple[int, int], *, overlap: float = 0.
     prediction is returned as it is.
 
     Args:
-        denoiser: called as denoiser(x, t, **inputs); of the inputs "maps" are cut as x is, others are for every window.
+        denoiser: called as denoiser(x, t, **inputs); of the inputs "concat" are cut as x is, others are for every
+            window.
         window: height and width that it is called with, at most.
         overlap: share in [0, 1) of a window that it has in common with the next, at least.
         batch_size: windows at once, at most, but one of each image at least.
@@ -99,7 +100,7 @@ def _predictions(
 ) -> tuple[Tensor, ...]:
     """The prediction for each window, (B, C, h, w) each, of one call."""
     repeated = {
-        name: torch.cat([value[:, :, *place] if name == "maps" else value for place in places])
+        name: torch.cat([value[:, :, *place] if name == "concat" else value for place in places])
         for name, value in inputs.items()
     }
     windows = torch.cat([x[:, :, *place] for place in places])

@@ -12,7 +12,7 @@ from torch import Tensor
 from unet_diffusion.diffusers_io.interop import load_denoiser
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.guidance import Denoiser, Guidance
-from unet_diffusion.diffusion.image_to_image import Start
+from unet_diffusion.diffusion.image_to_image import InitImage
 from unet_diffusion.diffusion.sampling import check_sampling, num_network_steps, sample
 from unet_diffusion.diffusion.tiling import windowed
 from unet_diffusion.inference.record import TrainedDenoiser, contents_of
@@ -44,7 +44,7 @@ class Drawing:
         shape: (C, H, W) of what is denoised.
         given: what the conditions are called with, (N, ...) each of N images.
         picture: to start from, or to be seen by the network; None: there is none.
-        start: where sampling starts; None: from noise.
+        init_image: where sampling starts; None: from noise.
         autoencoder: of the latents; None: images are denoised.
         contents: hashes of the networks, by the options that name them.
     """
@@ -55,7 +55,7 @@ class Drawing:
     shape: tuple[int, int, int]
     given: dict[str, Tensor]
     picture: Picture | None
-    start: Start | None
+    init_image: InitImage | None
     autoencoder: Autoencoder | None
     contents: dict[str, str]
 
@@ -70,7 +70,7 @@ class Drawing:
         trained = load_denoiser(options.checkpoint)
         check_options(options, trained)
         weaker = _weaker(options, trained)
-        networks = {"checkpoint": trained} if weaker is None else {"checkpoint": trained, "guidance_weaker": weaker}
+        networks = {"checkpoint": trained} if weaker is None else {"checkpoint": trained, "autoguidance": weaker}
         contents = {name: contents_of(network) for name, network in networks.items()}
         given = _given(options, trained)
         shape = image_shape(options, trained)
@@ -78,13 +78,15 @@ class Drawing:
         picture = read_picture(options, trained, shape)
         autoencoder = _autoencoder(options, trained)
         given |= maps_from(picture, options, trained, autoencoder)
-        start = start_from(picture, options, trained, autoencoder)
+        init_image = start_from(picture, options, trained, autoencoder)
         for one in (trained, weaker):
             if one is not None:
                 one.unet.to(options.device)
                 one.conditions.to(options.device)
-        drawing = cls(options, trained, weaker, shape, given, picture, start, autoencoder, contents)
-        check_sampling(trained.schedule, (1, *shape), start=start, **drawing._inputs([0]), **drawing._settings)
+        drawing = cls(options, trained, weaker, shape, given, picture, init_image, autoencoder, contents)
+        check_sampling(
+            trained.schedule, (1, *shape), init_image=init_image, **drawing._inputs([0]), **drawing._settings
+        )
         return drawing
 
     @property
@@ -100,7 +102,7 @@ class Drawing:
     def num_steps(self) -> int:
         """Calls of the network for a batch."""
         options = self.options
-        return num_network_steps(self.trained.schedule, options.scheduler, options.num_inference_steps, self.start)
+        return num_network_steps(self.trained.schedule, options.scheduler, options.num_inference_steps, self.init_image)
 
     def draw(self, indices: list[int], progress: Callable[[int], object]) -> Tensor:
         """The images of these numbers, (N, C, H, W) float32 on the CPU, in about [-1, 1].
@@ -118,7 +120,7 @@ class Drawing:
                 seed=options.seed,
                 indices=indices,
                 noise=frames_noise(options, indices, self.shape),
-                start=self.start,
+                init_image=self.init_image,
                 batch_size=options.batch_size,
                 device=options.device,
                 progress=progress,
@@ -134,8 +136,8 @@ class Drawing:
     def _inputs(self, indices: list[int]) -> dict[str, Any]:
         """Those of the network, and those of the worse prediction of guidance."""
         part = {name: one[indices].to(self.options.device) for name, one in self.given.items()}
-        inputs, nulls = self.trained.inputs(part)
-        return {"inputs": inputs, "nulls": self.weaker.inputs(part)[0] if self.weaker else nulls}
+        inputs, unconditional = self.trained.inputs(part)
+        return {"inputs": inputs, "unconditional": self.weaker.inputs(part)[0] if self.weaker else unconditional}
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _autoencoder(options: argparse.Namespace, trained: TrainedDenoiser) -> Autoe
 
 def _given(options: argparse.Namespace, trained: TrainedDenoiser) -> dict[str, Tensor]:
     """What the conditions are called with for all images: the options' labels and captions, by turns."""
-    takes = {condition.given for condition in trained.all_conditions}
+    takes = {condition.batch_key for condition in trained.all_conditions}
     for name in ("labels", "captions"):
         if getattr(options, name) and name not in takes:
             raise ValueError(f"--{name}: the checkpoint was trained without {name}; leave --{name} out")
@@ -208,13 +210,13 @@ def label_numbers(labels: list[str] | None, trained: TrainedDenoiser) -> list[in
 
 def _weaker(options: argparse.Namespace, trained: TrainedDenoiser) -> TrainedDenoiser | None:
     """The checkpoint to be led away from."""
-    if options.guidance_weaker is None:
+    if options.autoguidance is None:
         return None
-    weaker = load_denoiser(options.guidance_weaker)
+    weaker = load_denoiser(options.autoguidance)
     if weaker.image_shape != trained.image_shape or weaker.schedule.config != trained.schedule.config:
-        raise ValueError(f"--guidance_weaker must have the same images and schedule; {options.guidance_weaker} has not")
+        raise ValueError(f"--autoguidance must have the same images and schedule; {options.autoguidance} has not")
     if _what_is_given(weaker) != _what_is_given(trained):
-        raise ValueError(f"--guidance_weaker must have the same classes and words; {options.guidance_weaker} has not")
+        raise ValueError(f"--autoguidance must have the same classes and words; {options.autoguidance} has not")
     return weaker
 
 

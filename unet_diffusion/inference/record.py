@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
-from unet_diffusion.diffusion.conditions.condition import Condition, network_inputs, null_inputs
+from unet_diffusion.diffusion.conditions.condition import Condition, network_inputs, unconditional_inputs
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record_checks import built, check_record, check_weights, no_larger_than
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.speed import SPEEDS, Speed
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.messages import in_words
 from unet_diffusion.runtime.safe_loading import load_plain
 
@@ -87,15 +87,15 @@ class TrainedDenoiser:
         rows = self.unet.config["num_class_embeds"]
         if rows is not None:
             return rows - (self.null_label is not None)
-        return next((one.config["num_classes"] for one in self.all_conditions if one.given == "labels"), 0)
+        return next((one.config["num_classes"] for one in self.all_conditions if one.batch_key == "labels"), 0)
 
     def inputs(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """What the network is called with beside x and t, and the same without conditions, if it was trained without.
 
         Args:
-            given: "labels", "captions" (token ids), "maps": (B, ...) each, on the device of the conditions.
+            given: "labels", "captions" (token ids), "concat": (B, ...) each, on the device of the conditions.
         """
-        return network_inputs(self.all_conditions, given), null_inputs(self.all_conditions, given)
+        return network_inputs(self.all_conditions, given), unconditional_inputs(self.all_conditions, given)
 
 
 @dataclass
@@ -261,7 +261,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainedDenoiser:
         )
         conditions.load_state_dict(_below("conditions", weights))
         unet = _network_with_weights(record["unet"], weights)
-        in_maps = sum(one.config["channels"] for one in cast(list[Condition], list(conditions)) if one.given == "maps")
+        in_maps = sum(
+            one.config["channels"] for one in cast(list[Condition], list(conditions)) if one.batch_key == "concat"
+        )
         if unet.in_channels != channels + in_maps:
             raise ValueError(
                 f"image_shape in its record must have the {unet.in_channels - in_maps} channels that the network "
@@ -305,7 +307,7 @@ def write_initial_checkpoint(trained: TrainedDenoiser, path: str | os.PathLike[s
         "optimizer_states": [],  # Lightning restores one state for each entry: none, so all start afresh
         "lr_schedulers": [],
     }
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         torch.save(checkpoint, partial)
 
 

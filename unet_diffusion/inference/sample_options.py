@@ -16,10 +16,10 @@ from unet_diffusion.data.checking import decoded
 from unet_diffusion.data.decoding import ImageFormat, decode_image, upright_size
 from unet_diffusion.data.files import OneFile
 from unet_diffusion.data.scaling import scale_to_unit_range
+from unet_diffusion.diffusion.conditions.concat import MAPS_KEY
 from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution
-from unet_diffusion.diffusion.conditions.maps import MAPS_KEY
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, masked_image_maps
-from unet_diffusion.diffusion.image_to_image import Start, interpolated_noise
+from unet_diffusion.diffusion.image_to_image import InitImage, interpolated_noise
 from unet_diffusion.diffusion.sampling import STOCHASTIC, supported_schedulers
 from unet_diffusion.inference.record import TrainedDenoiser
 from unet_diffusion.models.autoencoders import Autoencoder, latent_moments
@@ -37,11 +37,11 @@ class Picture:
     """A given picture, (1, C, H, W) in [-1, 1], and where it is to stay, (1, 1, H, W) bool, or None for nowhere."""
 
     pixels: Tensor
-    known: Tensor | None
+    keep_mask: Tensor | None
 
     def pasted(self, images: Tensor) -> Tensor:
         """The images, (N, C, H, W), with what is known as it is in the picture."""
-        return images if self.known is None else torch.where(self.known, self.pixels, images)
+        return images if self.keep_mask is None else torch.where(self.keep_mask, self.pixels, images)
 
 
 def check_options(options: argparse.Namespace, trained: TrainedDenoiser) -> None:
@@ -124,13 +124,13 @@ def read_picture(options: argparse.Namespace, trained: TrainedDenoiser, shape: t
     pixels = _read("init", options.init, (channels, height, width))
     if options.mask is None:
         return Picture(pixels, None)
-    known = _read("mask", options.mask, (1, height, width)) < 0
+    keep_mask = _read("mask", options.mask, (1, height, width)) < 0
     wanted, got = ("{}x{}".format(*_size_of(name, getattr(options, name))) for name in ("init", "mask"))
     if got != wanted:
         raise ValueError(f"--mask must be as large as --init, {wanted}, got {got}; resize it")
-    if known.all():
+    if keep_mask.all():
         raise ValueError(f"--mask must be white where the picture is to be painted, and {options.mask} has no white")
-    return Picture(pixels, known)
+    return Picture(pixels, keep_mask)
 
 
 def maps_from(
@@ -147,18 +147,18 @@ def maps_from(
     Raises:
         ValueError: if its maps are of a kind that no option gives.
     """
-    if not any(one.given == "maps" for one in trained.all_conditions):
+    if not any(one.batch_key == "concat" for one in trained.all_conditions):
         return {}
     if picture is not None and _enlarges(trained):
         return _noised_copies(picture.pixels, options)
-    if picture is None or picture.known is None or not _paints(trained):
+    if picture is None or picture.keep_mask is None or not _paints(trained):
         raise ValueError("this model has maps beside the noise that no option gives; call sampling.sample")
 
     def encode(pixels: Tensor) -> Tensor:
         return _encoded(pixels, trained, autoencoder)
 
-    maps = masked_image_maps(picture.pixels, (~picture.known).float(), encode)
-    return {"maps": maps.expand(options.num_images, -1, -1, -1)}
+    maps = masked_image_maps(picture.pixels, (~picture.keep_mask).float(), encode)
+    return {"concat": maps.expand(options.num_images, -1, -1, -1)}
 
 
 def _noised_copies(small: Tensor, options: argparse.Namespace) -> dict[str, Tensor]:
@@ -166,12 +166,12 @@ def _noised_copies(small: Tensor, options: argparse.Namespace) -> dict[str, Tens
     levels = torch.full((options.num_images,), NOISE_LEVEL if options.noise_level is None else options.noise_level)
     generators = [keyed_generator(options.seed, MAPS_KEY, index) for index in range(options.num_images)]
     noise = torch.stack([torch.randn(small.shape[1:], generator=one) for one in generators])
-    return {"labels": levels, "maps": LOW_RES_SCHEDULE.add_noise(small.expand_as(noise), noise, levels)}
+    return {"labels": levels, "concat": LOW_RES_SCHEDULE.add_noise(small.expand_as(noise), noise, levels)}
 
 
 def start_from(
     picture: Picture | None, options: argparse.Namespace, trained: TrainedDenoiser, autoencoder: Autoencoder | None
-) -> Start | None:
+) -> InitImage | None:
     """The picture as what the denoiser draws; of latents, those are known whose pixels all are.
 
     A denoiser that has the mask as a map is left to paint by it, and with full strength begins with noise alone.
@@ -187,13 +187,13 @@ def start_from(
     """
     if picture is None or _enlarges(trained):
         return None
-    default = STRENGTH if picture.known is None else 1.0
+    default = STRENGTH if picture.keep_mask is None else 1.0
     strength = default if options.strength is None else options.strength
     latents = _encoded(picture.pixels, trained, autoencoder)
     if _paints(trained):
-        return None if strength == 1 else Start(latents, strength)
-    known = None if picture.known is None else avg_pool2d(picture.known.float(), _factor(trained)) == 1
-    return Start(latents, strength, known)
+        return None if strength == 1 else InitImage(latents, strength)
+    keep_mask = None if picture.keep_mask is None else avg_pool2d(picture.keep_mask.float(), _factor(trained)) == 1
+    return InitImage(latents, strength, keep_mask)
 
 
 def frames_noise(options: argparse.Namespace, indices: list[int], shape: tuple[int, int, int]) -> Tensor | None:

@@ -20,9 +20,9 @@ from unet_diffusion.data.listing import TIFF_EXTENSIONS
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.stored import StoredImage, stored_images
 from unet_diffusion.inference.record import TrainedSegmenter
-from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.pictures import write_png
-from unet_diffusion.runtime.processes import ALONE, Processes
+from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 from unet_diffusion.segmentation.labels import instances_from, mask_from
 from unet_diffusion.segmentation.pictures import outlined
 
@@ -126,7 +126,7 @@ def segment_images(
     *,
     predict: Callable[[Tensor], Tensor],
     progress: Callable[[], object] = lambda: None,
-    all_of_them: Processes = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> list[str]:
     """Write a mask for each image that has none, and return "name: reason" for those that could not be.
 
@@ -138,10 +138,10 @@ def segment_images(
         outputs: what to write, and where.
         predict: from an image, (C, H, W) in [-1, 1], to class probabilities, (K, H, W).
         progress: called after each image.
-        all_of_them: the processes that share the images out.
+        group: the processes that share the images out.
     """
     failed = []
-    for mask in all_of_them.share(list(images.sources)):
+    for mask in group.shard(list(images.sources)):
         if not (outputs.folder / mask).exists():
             made_of = fingerprint(*images.sources[mask])
             pages = images.pages(mask)
@@ -155,7 +155,7 @@ def segment_images(
             if isinstance(pages, str):
                 failed.append(f"{images.sources[mask][1]}: {pages}")
         progress()
-    return all_of_them.gather(failed)
+    return group.gather(failed)
 
 
 def mask_name(name: str) -> str:
@@ -192,7 +192,7 @@ def _segment_pages(
             if outputs.instances and has_objects:
                 write_instances(_sixteen_bits(outline))
             if outputs.probabilities:
-                with whole_file(outputs.folder / "probabilities" / f"{stem}.npy") as partial:
+                with atomic_write(outputs.folder / "probabilities" / f"{stem}.npy") as partial:
                     _save_array(partial, prediction.astype(np.float16))
             if outputs.overlays:
                 write_png(outlined(image, outline), outputs.folder / "overlays" / f"{stem}.png")
@@ -215,7 +215,7 @@ def _sixteen_bits(numbers: NDArray[np.int32]) -> NDArray[np.uint16]:
 @contextmanager
 def _whole_pages(path: Path) -> Iterator[Callable[[NDArray[Any]], object]]:
     """Writes one page after the other to a file, which appears when all are written; of PNG there is one."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         if path.suffix.lower() in TIFF_EXTENSIONS:
             with TiffWriter(partial) as tiff:
                 yield lambda page: tiff.write(page, photometric="minisblack", compression="lzw", metadata=None)

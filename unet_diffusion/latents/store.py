@@ -20,13 +20,13 @@ from torch import Tensor
 from unet_diffusion.latents.space import LEAST_STD, LatentSpace, moment_sums
 from unet_diffusion.runtime.atomic_files import (
     SETTINGS,
-    claim_folder,
+    atomic_write,
     field_of,
     read_json,
     remove_left_behind,
-    whole_file,
+    require_same_settings,
 )
-from unet_diffusion.runtime.processes import ALONE, Processes
+from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 
 INDEX = "index.json"
 MADE_OF = "images"  # in the metadata of a file: a hash of the files of its images
@@ -72,7 +72,7 @@ def encode_images(
     batch_size: int = 64,
     progress: Callable[[int], object] = lambda num_images: None,
     say: Callable[[str], object] = lambda line: None,
-    all_of_them: Processes = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> None:
     """Write the latents of all images to a folder, going on where an earlier call with the same settings was cut off.
 
@@ -90,13 +90,13 @@ def encode_images(
         batch_size: images at once.
         progress: called with the number of images that were done.
         say: Called with a line for each file of latents that is made again.
-        all_of_them: the processes that share the files out.
+        group: the processes that share the files out.
 
     Raises:
         FileExistsError: if the folder holds something else, or latents with other settings.
     """
-    all_of_them.by_the_first(lambda: _begin(folder, settings, contents, say))
-    for numbers, path in all_of_them.share(_shards(folder, settings["num_images"])):
+    group.on_rank_zero(lambda: _begin(folder, settings, contents, say))
+    for numbers, path in group.shard(_shards(folder, settings["num_images"])):
         if not path.exists():
             parts = [
                 range(i, min(i + batch_size, numbers.stop)) for i in range(numbers.start, numbers.stop, batch_size)
@@ -108,12 +108,12 @@ def encode_images(
             tensors = {name: torch.cat([one[name] for one in done]) for name in done[0]}
             if labels is not None:
                 tensors["labels"] = labels[numbers.start : numbers.stop].clone()
-            with whole_file(path) as partial:
+            with atomic_write(path) as partial:
                 save_file(tensors, partial, {MADE_OF: _digest(contents, numbers)})
         else:
             progress(len(numbers))
-    all_of_them.wait()
-    all_of_them.by_the_first(lambda: _write_index(folder, settings))
+    group.barrier()
+    group.on_rank_zero(lambda: _write_index(folder, settings))
 
 
 def read_latents(folder: str | Path) -> LatentSet:
@@ -147,7 +147,7 @@ def read_latents(folder: str | Path) -> LatentSet:
 
 def _begin(folder: Path, settings: dict[str, Any], contents: Sequence[str], say: Callable[[str], object]) -> None:
     """Claim the folder, and remove files of latents that are not of these images, the index first."""
-    claim_folder(folder, settings, "latents")
+    require_same_settings(folder, settings, "latents")
     remove_left_behind(folder)
     shards = [(numbers, path) for numbers, path in _shards(folder, settings["num_images"]) if path.exists()]
     for path in (path for numbers, path in shards if _made_of(path) != _digest(contents, numbers)):
@@ -203,7 +203,7 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     space = LatentSpace.from_plain({**{field: settings[field] for field in fields}, "mean": mean, "std": std})
     kept = ("num_images", "has_mirrored", "class_names", "captions", "names")
     index = {"space": space.plain(), **{key: settings.get(key) for key in kept}}
-    with whole_file(folder / INDEX) as partial:
+    with atomic_write(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1))
 
 

@@ -307,7 +307,7 @@ class DenoiserUNet(UNet, PixelNetwork):
         labels: Tensor | None = None,
         context: Tensor | None = None,
         vector: Tensor | None = None,
-        maps: Tensor | None = None,
+        concat: Tensor | None = None,
     ) -> Tensor:
         """The prediction, (B, out_channels, H, W).
 
@@ -317,14 +317,14 @@ class DenoiserUNet(UNet, PixelNetwork):
             labels: classes, (B,) int64 in [0, num_class_embeds); None exactly if the network has no classes.
             context: tokens to attend to, (B, L, context_dim); None exactly if the network attends to none.
             vector: (B, vector_dim); None exactly if the network takes none.
-            maps: beside x, of its height and width, such as a masked image; None: none.
+            concat: maps beside x, of its height and width, such as a masked image; None: none.
 
         Raises:
             ValueError: if the size does not fit, or labels, context, vector or maps are missing, not wanted or of
                 another shape.
         """
         self.check_size(*x.shape[-2:])
-        x = x if maps is None else torch.cat([x, maps], dim=1)
+        x = x if concat is None else torch.cat([x, concat], dim=1)
         if x.shape[1] != self.in_channels:
             raise ValueError(f"the network takes {self.in_channels} channels, maps included, got {x.shape[1]}")
         _check_condition("context", context, None, self.config["context_dim"])

@@ -26,7 +26,7 @@ MOST_SHOWN = 100  # characters of a setting in an error, which may be all captio
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside the wanted one to write to; what was written takes the wanted place at the end, in one step.
 
     So whoever reads the path never sees half a file, and an error leaves what was there before.
@@ -230,7 +230,7 @@ def put_folder(partial: Path, folder: Path) -> None:
         os.replace(partial, folder)
 
 
-def claim_folder(
+def require_same_settings(
     folder: Path, settings: Mapping[str, Any], what: str, fix: str = "choose another folder, or remove that one"
 ) -> None:
     """Note in an empty folder the settings of the work that begins there; one with work in it must have the same.
@@ -254,7 +254,7 @@ def claim_folder(
         if differ:
             raise FileExistsError(f"the {what} in {folder} were made with other settings ({'; '.join(differ)}); {fix}")
         return
-    with whole_file(folder / SETTINGS) as partial:
+    with atomic_write(folder / SETTINGS) as partial:
         partial.write_text(json.dumps(plain, indent=1))
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 GRID_PADDING = 2  # pixels between tiles
@@ -128,7 +128,7 @@ def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None, m
 
 def write_png(picture: Image.Image, path: Path) -> None:
     """Writes a PNG file, whole or not at all, in place of one that exists."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial, format="PNG")
 
 

@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """Which of how many this one is.
 
     Args:
@@ -26,7 +26,7 @@ class Processes:
     rank: int
     count: int
 
-    def by_the_first(self, make: Callable[[], Result]) -> Result:
+    def on_rank_zero(self, make: Callable[[], Result]) -> Result:
         """What the first process makes, on all of them; plain values only."""
         if self.count == 1:
             return make()
@@ -34,7 +34,7 @@ class Processes:
         dist.broadcast_object_list(made, src=0)
         return made[0]
 
-    def share(self, items: list[Item]) -> list[Item]:
+    def shard(self, items: list[Item]) -> list[Item]:
         """This one's part of them."""
         return items[self.rank :: self.count]
 
@@ -46,17 +46,17 @@ class Processes:
         dist.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all have come here."""
         if self.count > 1:
             dist.barrier()
 
 
-ALONE = Processes(0, 1)
+ALONE = ProcessGroup(0, 1)
 
 
 @contextmanager
-def processes() -> Iterator[Processes]:
+def process_group() -> Iterator[ProcessGroup]:
     """The processes that torchrun started, or this one alone."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
@@ -65,7 +65,7 @@ def processes() -> Iterator[Processes]:
     # They tell each other little: what is drawn stays where it is. And one may draw for days while another is done.
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
-        yield Processes(dist.get_rank(), count)
+        yield ProcessGroup(dist.get_rank(), count)
     finally:
         dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ from unet_diffusion.segmentation.features import FeatureClassifier
 HEADS = ("conv_out.", "class_embedding.")  # predicts noise before, classes after; images to segment have no class
 
 
-def take_over(network: PixelNetwork, denoiser: TrainedDenoiser) -> str:
+def load_denoiser_weights(network: PixelNetwork, denoiser: TrainedDenoiser) -> str:
     """Copy a denoiser's weights into a segmenter, in place, and say what was copied and what was not.
 
     Of a FeatureClassifier, all weights of its frozen denoiser are copied; of another network, all but the head's and

@@ -81,7 +81,7 @@ def default_optimizer(params: Iterable[Tensor]) -> Optimizer:
 class NetworkModule(LightningModule):
     """A network in training, and the moving average of its weights. A subclass says what it learns, and from what data.
 
-    It defines the steps, `meet_data`, `record`, `identity` and `identity_in`.
+    It defines the steps, `bind_data`, `record`, `identity` and `identity_in`.
 
     Args:
         unet: the network to train; its weights are the raw ones.
@@ -146,13 +146,13 @@ class NetworkModule(LightningModule):
         """What the network is called with beside x and t, to time a step of it."""
         return {}
 
-    def meet_data(self, datamodule: Any) -> None:
+    def bind_data(self, datamodule: Any) -> None:
         """Take from the data what the module needs to know of them, `image_shape` too.
 
         Raises:
             ValueError: if network and data do not fit.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define meet_data()")
+        raise NotImplementedError(f"{type(self).__name__} must define bind_data()")
 
     def data_notes(self) -> list[str]:
         """What the module cuts of the data that it has met, a line each."""
@@ -176,7 +176,7 @@ class NetworkModule(LightningModule):
             keep_freed_memory()
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
-            self.meet_data(datamodule)
+            self.bind_data(datamodule)
         if stage == "fit":
             self._paired_parameters = []  # of a run before this one, before networks were moved or shared out
             self._check_end()

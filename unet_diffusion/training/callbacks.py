@@ -24,7 +24,7 @@ from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.schedulers import SchedulerName
-from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.messages import printable
 from unet_diffusion.runtime.pictures import image_grid, write_png
 from unet_diffusion.segmentation.pictures import comparison
@@ -97,7 +97,7 @@ class PictureGrid(Callback):
             self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
         elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set at runtime
             last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
-            with whole_file(run_folder(trainer) / "samples.png") as partial:
+            with atomic_write(run_folder(trainer) / "samples.png") as partial:
                 shutil.copyfile(last, partial)
 
     def _draw(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
@@ -158,7 +158,7 @@ class SampleGrid(PictureGrid):
             from unet_diffusion.latents.codec import autoencoder_of
 
             autoencoder_of(space)
-        has_maps = any(one.given == "maps" for one in pl_module.all_conditions)
+        has_maps = any(one.batch_key == "concat" for one in pl_module.all_conditions)
         if has_maps and not isinstance(trainer.datamodule, ImagesWithMaps):  # type: ignore[attr-defined]  # as above
             raise ValueError("samples of a model with maps cannot be drawn here, as there are no maps to give; "
                              "train it without this callback, from Python")  # fmt: skip
@@ -188,7 +188,7 @@ class SampleGrid(PictureGrid):
             images = decode_latents(autoencoder, module.latent_space, images)
         columns = num_classes if 0 < num_classes <= MAX_COLUMNS else None
         if module.captions is not None and trainer.is_global_zero:
-            with whole_file(run_folder(trainer) / "captions.txt") as partial:  # row by row
+            with atomic_write(run_folder(trainer) / "captions.txt") as partial:  # row by row
                 partial.write_text("\n".join(self.captions(trainer, module)) + "\n", encoding="utf-8")
         data = trainer.datamodule  # type: ignore[attr-defined]  # set at runtime
         if isinstance(data, ImagesWithMaps):
@@ -201,7 +201,7 @@ class SampleGrid(PictureGrid):
 
         trained, given = module.trained, self.given(trainer, module, num_classes)
         with trainer.precision_plugin.forward_context(), torch.no_grad():
-            inputs, nulls = trained.inputs(given)
+            inputs, unconditional = trained.inputs(given)
             return sample(
                 trained.unet,
                 trained.schedule,
@@ -210,7 +210,7 @@ class SampleGrid(PictureGrid):
                 num_inference_steps=self.num_inference_steps,
                 seed=self.seed,
                 inputs=inputs,
-                nulls=nulls,
+                unconditional=unconditional,
                 guidance=Guidance(self.guidance_scale),
                 clip_sample=module.latent_space is None,
                 device=module.device,
@@ -226,7 +226,7 @@ class SampleGrid(PictureGrid):
         data = trainer.datamodule  # type: ignore[attr-defined]  # set at runtime
         if isinstance(data, ImagesWithMaps):
             examples = data.examples(self.num_images, module.device)
-            given |= {name: examples[name] for name in ("labels", "maps") if name in examples}
+            given |= {name: examples[name] for name in ("labels", "concat") if name in examples}
         return given
 
     def captions(self, trainer: Trainer, module: "DiffusionModule") -> list[str]:

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from unet_diffusion.runtime.atomic_files import remove_left_behind, whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write, remove_left_behind
 from unet_diffusion.runtime.safe_loading import load_plain, step_of
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -35,7 +35,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             OSError: if it cannot be written, as when the disk is full; what was there is left as it was.
         """
         try:
-            with whole_file(path) as partial, open(partial, "wb") as file:
+            with atomic_write(path) as partial, open(partial, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -220,7 +220,7 @@ def _put(path: Path, place: Path) -> None:
     """The same file under another name too, or a copy where the file system has no such links; in one step."""
     if place.exists() and place.samefile(path):
         return
-    with whole_file(place) as partial:
+    with atomic_write(place) as partial:
         try:
             os.link(path.resolve(), partial)
         except OSError:

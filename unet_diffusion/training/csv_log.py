@@ -8,7 +8,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write
 
 
 class RunCSVLogger(CSVLogger):
@@ -30,7 +30,7 @@ class WholeRows(ExperimentWriter):
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with open(self.metrics_file_path, newline="") as file:
             rows = list(csv.DictReader(file))
-        with whole_file(self.metrics_file_path) as partial, open(partial, "w", newline="") as file:
+        with atomic_write(self.metrics_file_path) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=fieldnames)
             writer.writeheader()
             writer.writerows(rows)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write
 
 MAX_BAD_STEPS = 10  # in a row; one outlier is skipped, a run of them is no outlier
 MAX_BAD_STEPS_IN_FLOAT16 = 30  # in a row: each halves the scale of the losses, from 2^16 until gradients fit
@@ -95,7 +95,7 @@ def _has_scaler(trainer: Trainer) -> bool:
 
 def keep_batch(path: Path, batch: dict[str, Tensor], step: int) -> None:
     """Write a batch and its step, to be read by `torch.load(path, weights_only=True)`."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         torch.save({"step": step, **{name: value.cpu() for name, value in batch.items()}}, partial)
 
 

@@ -17,8 +17,8 @@ from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.data.maps import ImagesWithMaps
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
+from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.condition import Condition, Inputs, network_inputs
-from unet_diffusion.diffusion.conditions.maps import Maps
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
 from unet_diffusion.diffusion.schedule import NoiseSchedule
@@ -37,8 +37,8 @@ class DiffusionModule(NetworkModule):
     """A denoiser, its noise schedule and how it is trained.
 
     Batches are dicts: "images" (B, C, H, W) float32 in [-1, 1], or latents of mean 0 and variance 1; "labels" (B,)
-    int64 if the model has classes; "maps" (B, K, H, W) if it has maps; and "index" (B,) int64, the number of each image
-    in its data set, which finds its caption and fixes its noise in validation.
+    int64 if the model has classes; "concat" (B, K, H, W) if it has maps; and "index" (B,) int64, the number of each
+    image in its data set, which finds its caption and fixes its noise in validation.
 
     Args:
         unet: the network to train; its weights are the raw ones.
@@ -142,13 +142,13 @@ class DiffusionModule(NetworkModule):
     def averaged_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [*super().averaged_pairs(), (self.ema_conditions, self.conditions)]
 
-    def meet_data(self, datamodule: Any) -> None:
+    def bind_data(self, datamodule: Any) -> None:
         self.image_shape = tuple(datamodule.image_shape)
         self.class_names = datamodule.class_names
         self.latent_space = getattr(datamodule, "latent_space", None)
         self._check_data(datamodule.num_classes)
         names = {"labels": "class_labels", "captions": "captions"}
-        refuse_unused(datamodule, {names.get(one.given, "") for one in self.all_conditions})
+        refuse_unused(datamodule, {names.get(one.batch_key, "") for one in self.all_conditions})
         _check_maps(self.all_conditions, datamodule)
         self._meet_captions(datamodule)
 
@@ -156,10 +156,10 @@ class DiffusionModule(NetworkModule):
         assert self.image_shape is not None
         given = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
         for condition in self.all_conditions:
-            if condition.given == "captions":
+            if condition.batch_key == "captions":
                 given["captions"] = torch.zeros(batch_size, condition.config["max_length"], dtype=torch.int64)
-            elif condition.given == "maps":
-                given["maps"] = torch.zeros(batch_size, condition.config["channels"], *self.image_shape[1:])
+            elif condition.batch_key == "concat":
+                given["concat"] = torch.zeros(batch_size, condition.config["channels"], *self.image_shape[1:])
         return {name: value.detach() for name, value in network_inputs(self.all_conditions, given).items()}
 
     def record(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class DiffusionModule(NetworkModule):
 
     def _given(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the conditions are called with for a batch."""
-        given: dict[str, Tensor] = {name: batch[name] for name in batch if name in ("labels", "maps")}
+        given: dict[str, Tensor] = {name: batch[name] for name in batch if name in ("labels", "concat")}
         if self.captions is not None:
             self._token_ids = self._token_ids or self.caption_tokens(self.captions)
             given["captions"] = self._token_ids["captions"][batch["index"]]
@@ -291,7 +291,7 @@ class DiffusionModule(NetworkModule):
     def _check_data(self, num_classes: int | None) -> None:
         assert self.image_shape is not None
         in_channels, num_class_embeds = self.unet.in_channels, self.unet.config["num_class_embeds"]
-        in_maps = sum(one.config["channels"] for one in self.all_conditions if one.given == "maps")
+        in_maps = sum(one.config["channels"] for one in self.all_conditions if one.batch_key == "concat")
         if self.image_shape[0] + in_maps != in_channels:
             beside = f" with {in_maps} of maps" if in_maps else ""
             raise ValueError(
@@ -376,10 +376,10 @@ def _check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> No
         raise ValueError("ClassLabels must not be among the conditions; set num_class_embeds and label_dropout instead")
     if sum(isinstance(one, TextTokens) for one in conditions) > 1:
         raise ValueError("there must be at most one TextTokens among the conditions, as there is one caption an image")
-    if not isinstance(unet, DenoiserUNet) and any(one.enters == "maps" for one in conditions):
+    if not isinstance(unet, DenoiserUNet) and any(one.network_argument == "concat" for one in conditions):
         raise ValueError(f"maps need a DenoiserUNet, got a {type(unet).__name__}")
     takes = unet.config.get("context_dim")
-    widths = {one.config["context_dim"] for one in conditions if one.enters == "context"}
+    widths = {one.config["context_dim"] for one in conditions if one.network_argument == "context"}
     if widths != ({takes} if takes else set()):
         raise ValueError(
             f"context_dim of the network and of its conditions must be the same, got {takes} and "
@@ -389,8 +389,8 @@ def _check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> No
 
 
 def _check_maps(conditions: Sequence[Condition], datamodule: Any) -> None:
-    """Maps of a kind that a data module gives must come from that one; others come as its owner wants them."""
-    takes = {type(one) for one in conditions if isinstance(one, Maps)} - {Maps}
+    """Concat of a kind that a data module gives must come from that one; others come as its owner wants them."""
+    takes = {type(one) for one in conditions if isinstance(one, Concat)} - {Concat}
     gives = {datamodule.gives} if isinstance(datamodule, ImagesWithMaps) else set()
     if takes != gives:
         got, wanted = (" and ".join(one.__name__ for one in kinds) or "none" for kinds in (gives, takes))

@@ -19,7 +19,7 @@ from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, NO_VALUE
 from unet_diffusion.segmentation.losses import SegmentationLoss, segmentation_loss
 from unet_diffusion.segmentation.prediction import class_probabilities, class_scores
-from unet_diffusion.segmentation.transfer import take_over
+from unet_diffusion.segmentation.transfer import load_denoiser_weights
 from unet_diffusion.training.base import LRDecay, NetworkModule, check_choice, default_optimizer
 
 
@@ -105,7 +105,7 @@ class SegmentationModule(NetworkModule):
             speed=self.chosen_speed,
         )
 
-    def meet_data(self, datamodule: Any) -> None:
+    def bind_data(self, datamodule: Any) -> None:
         self.image_shape = tuple(datamodule.image_shape)
         self.targets, self.stretch = datamodule.targets, datamodule.stretch
         datamodule.margin = self.unet.margin
@@ -128,8 +128,8 @@ class SegmentationModule(NetworkModule):
             from unet_diffusion.diffusers_io.interop import load_denoiser  # imports diffusers, which only this needs
 
             denoiser = load_denoiser(self.init_from)
-            take_over(self.ema_unet, denoiser)
-            rank_zero_info(f"{self.init_from}: {take_over(self.unet, denoiser)}")
+            load_denoiser_weights(self.ema_unet, denoiser)
+            rank_zero_info(f"{self.init_from}: {load_denoiser_weights(self.unet, denoiser)}")
         elif stage == "fit" and isinstance(self.unet, FeatureClassifier) and not self.is_continued:
             rank_zero_warn("the frozen denoiser has random weights; set model.init_from to a trained one")
         super().setup(stage)

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from unet_diffusion.runtime.atomic_files import whole_file
+from unet_diffusion.runtime.atomic_files import atomic_write
 
 ID_FILE = "wandb_id.txt"  # in the run folder
 PATIENCE = {  # seconds to wait for the network, unless these variables are set; W&B's own are 90, and for ever
@@ -76,5 +76,5 @@ def start_wandb_run(logger: RunWandbLogger, root: Path) -> None:
             f"W&B cannot be reached, and this run is kept on disk; upload it with: wandb sync {Path(run.dir).parent} "
             f"({error})"
         )
-    with whole_file(root / ID_FILE) as partial:
+    with atomic_write(root / ID_FILE) as partial:
         partial.write_text(f"{run.id}\n")

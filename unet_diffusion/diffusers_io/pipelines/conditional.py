@@ -35,8 +35,8 @@ class ConditionalPipeline(DiffusionPipeline):
         class_tokens: makes a token to attend to of a class; None: the network itself embeds classes, or has none.
         low_res_scheduler: noises a small picture to enlarge, to a level that is its class; None: it takes none.
         class_names: the name of each label from 0; None: labels are numbers only.
-        nulls: what stood for not known in training, by name, any of "class_labels", "class_tokens", "prompt" and
-            "maps"; guidance leads away from it. Without any there is no guidance.
+        unconditional: what stood for not known in training, by name, any of "class_labels", "class_tokens", "prompt"
+            and "concat"; guidance leads away from it. Without any there is no guidance.
         takes_mask: whether the maps are a mask and what it leaves of a picture.
         max_noise_level: highest level of a small picture's noise.
 
@@ -61,7 +61,7 @@ class ConditionalPipeline(DiffusionPipeline):
         class_tokens: ModelMixin | None = None,
         low_res_scheduler: DDPMScheduler | None = None,
         class_names: list[str] | None = None,
-        nulls: dict | None = None,
+        unconditional: dict | None = None,
         takes_mask: bool = False,
         max_noise_level: int = 350,
     ):
@@ -76,7 +76,10 @@ class ConditionalPipeline(DiffusionPipeline):
             low_res_scheduler=low_res_scheduler,
         )
         self.register_to_config(
-            class_names=class_names, nulls=nulls or {}, takes_mask=takes_mask, max_noise_level=max_noise_level
+            class_names=class_names,
+            unconditional=unconditional or {},
+            takes_mask=takes_mask,
+            max_noise_level=max_noise_level,
         )
         # pixels along a side for one of what is denoised
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
@@ -97,7 +100,7 @@ class ConditionalPipeline(DiffusionPipeline):
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
         mask_image: PipelineImageInput | None = None,
-        maps: Tensor | None = None,
+        concat: Tensor | None = None,
         noise_level: int = 20,
         batch_size: int = 1,
         height: int | None = None,
@@ -117,7 +120,8 @@ class ConditionalPipeline(DiffusionPipeline):
             image: pictures to paint into, scaled to height and width; or small ones to enlarge. Tensors and arrays are
                 in [0, 1].
             mask_image: of the size of `image`; white, or 1, is painted anew, and the rest stays as it is.
-            maps: what else the network has beside the noised image, (1 or N, K, h, w) of the size of what is denoised.
+            concat: what else the network has beside the noised image, (1 or N, K, h, w) of the size of what is
+                denoised.
             noise_level: of small pictures, in [0, max_noise_level]; the more, the less their detail counts.
             batch_size: how many images, if what is given does not say it.
             height: of the images in pixels; None: as in training. A small picture decides it itself.
@@ -131,17 +135,24 @@ class ConditionalPipeline(DiffusionPipeline):
             return_dict: an object with `.images`, instead of a tuple of one element.
 
         Raises:
-            ValueError: if something is missing, unknown or of another size, or guidance is asked for without nulls.
+            ValueError: if something is missing, unknown or of another size, or guidance is asked for without
+                null.
         """
-        told = {"class_labels": class_labels, "prompt": prompt, "image": image, "mask_image": mask_image, "maps": maps}
+        told = {
+            "class_labels": class_labels,
+            "prompt": prompt,
+            "image": image,
+            "mask_image": mask_image,
+            "concat": concat,
+        }
         self._check(told, guidance_scale, noise_level, output_type)
         given, shape = self._tensors(told, noise_level, batch_size, self._size(height, width))
         x = self._noise(shape, latents, generator)
         given |= self._maps(given, x, generator)
         inputs = self._inputs(given, {})
         if guidance_scale != 1:
-            nulls = self._inputs(given, self.config.nulls)
-            inputs = {name: torch.cat([one, nulls[name]]) for name, one in inputs.items()}
+            unconditional = self._inputs(given, self.config.unconditional)
+            inputs = {name: torch.cat([one, unconditional[name]]) for name, one in inputs.items()}
         self.scheduler.set_timesteps(num_inference_steps, device=x.device)
         x = x * self.scheduler.init_noise_sigma
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -165,7 +176,7 @@ class ConditionalPipeline(DiffusionPipeline):
             "prompt": self.text_encoder is not None,
             "image": enlarges or paints,
             "mask_image": paints,
-            "maps": has_maps and not enlarges and not paints,
+            "concat": has_maps and not enlarges and not paints,
         }
         return [name for name, taken in is_taken.items() if taken]
 
@@ -174,7 +185,7 @@ class ConditionalPipeline(DiffusionPipeline):
             if (value is not None) != (name in self.arguments):
                 rule = "be given to" if value is None else "be left out for"
                 raise ValueError(f"{name} must {rule} this model, which takes {', '.join(self.arguments) or 'nothing'}")
-        if guidance_scale != 1 and not self.config.nulls:
+        if guidance_scale != 1 and not self.config.unconditional:
             raise ValueError(
                 f"guidance_scale must be 1, got {guidance_scale}, as this model was not trained without its conditions"
             )
@@ -196,7 +207,7 @@ class ConditionalPipeline(DiffusionPipeline):
         self, told: dict, noise_level: int, batch_size: int, size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         """What is told, (N, ...) each on the device, and the shape (N, C, h, w) of what is denoised for it."""
-        made = {"class_labels": self._labels, "prompt": self._token_ids, "maps": torch.as_tensor}
+        made = {"class_labels": self._labels, "prompt": self._token_ids, "concat": torch.as_tensor}
         tensors = {name: make(told[name]) for name, make in made.items() if told[name] is not None}
         if self.low_res_scheduler is not None:
             tensors["image"] = self.small_image_processor.preprocess(told["image"])
@@ -230,30 +241,30 @@ class ConditionalPipeline(DiffusionPipeline):
     def _maps(
         self, given: dict[str, Tensor], x: Tensor, generator: Generator | list[Generator] | None
     ) -> dict[str, Tensor]:
-        """What the network has beside the noised image x, as "maps"; nothing if it has none."""
+        """What the network has beside the noised image x, as "concat"; nothing if it has none."""
         if self.config.takes_mask:
             mask = given["mask_image"]  # what is covered is grey; a latent is covered where its first pixel is
             latents = self._encode(given["image"] * (1 - mask))
-            maps = torch.cat([nn.functional.interpolate(mask, x.shape[2:]), latents], dim=1)
+            concat = torch.cat([nn.functional.interpolate(mask, x.shape[2:]), latents], dim=1)
         elif self.low_res_scheduler is not None:
             noise = randn_tensor(given["image"].shape, generator=generator, device=x.device)
-            maps = self.low_res_scheduler.add_noise(given["image"], noise, given["class_labels"])
-        elif "maps" in given:
-            maps = given["maps"]
+            concat = self.low_res_scheduler.add_noise(given["image"], noise, given["class_labels"])
+        elif "concat" in given:
+            concat = given["concat"]
         else:
             return {}
         wanted = (self.unet.config.in_channels - self.unet.config.out_channels, *x.shape[2:])
-        if maps.shape[1:] != wanted:
-            raise ValueError(f"maps must be (N, {', '.join(map(str, wanted))}), got {tuple(maps.shape)}")
-        return {"maps": maps}
+        if concat.shape[1:] != wanted:
+            raise ValueError(f"concat must be (N, {', '.join(map(str, wanted))}), got {tuple(concat.shape)}")
+        return {"concat": concat}
 
-    def _inputs(self, given: dict[str, Tensor], nulls: dict) -> dict[str, Tensor]:
+    def _inputs(self, given: dict[str, Tensor], unconditional: dict) -> dict[str, Tensor]:
         """What the network is called with beside noise and timestep, (N, ...) each; where there is a null, that."""
 
         def or_null(name: str, value: Tensor) -> Tensor:
-            if name not in nulls:
+            if name not in unconditional:
                 return value
-            null = self._token_ids(nulls[name]) if name == "prompt" else torch.tensor(nulls[name])
+            null = self._token_ids(unconditional[name]) if name == "prompt" else torch.tensor(unconditional[name])
             return null.to(value).expand_as(value)
 
         inputs, tokens = {}, []  # of tokens the order does not matter
@@ -265,8 +276,8 @@ class ConditionalPipeline(DiffusionPipeline):
             tokens.append(self.text_encoder(or_null("prompt", given["prompt"]))[0])
         if tokens:
             inputs["encoder_hidden_states"] = torch.cat(tokens, dim=1).to(self.unet.dtype)
-        if "maps" in given:
-            inputs["maps"] = or_null("maps", given["maps"])
+        if "concat" in given:
+            inputs["concat"] = or_null("concat", given["concat"])
         return inputs
 
     def _noise(
@@ -283,9 +294,9 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def _predict(self, x: Tensor, t: Tensor, inputs: dict[str, Tensor], guidance_scale: float) -> Tensor:
         """The guided prediction, float32: both halves of one doubled batch, where there is guidance."""
-        conditions = {name: one for name, one in inputs.items() if name != "maps"}
+        conditions = {name: one for name, one in inputs.items() if name != "concat"}
         x = x if guidance_scale == 1 else torch.cat([x, x])
-        x = torch.cat([x, inputs["maps"]], dim=1) if "maps" in inputs else x
+        x = torch.cat([x, inputs["concat"]], dim=1) if "concat" in inputs else x
         prediction = self.unet(x.to(self.unet.dtype), t, **conditions).sample.float()
         if guidance_scale == 1:
             return prediction
@@ -335,7 +346,7 @@ class ConditionalPipeline(DiffusionPipeline):
     def _num_classes(self) -> int:
         if self.class_tokens is not None:
             return self.class_tokens.config.num_classes
-        return self.unet.config.num_class_embeds - ("class_labels" in self.config.nulls)
+        return self.unet.config.num_class_embeds - ("class_labels" in self.config.unconditional)
 
     def _token_ids(self, prompt: str | list[str]) -> Tensor:
         """Tokens of captions, (N, L) int64."""

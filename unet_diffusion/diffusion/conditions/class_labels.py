@@ -14,7 +14,7 @@ class ClassLabels(Condition):
         dropout: probability of null_label in training.
     """
 
-    given = enters = "labels"
+    batch_key = network_argument = "labels"
 
     def __init__(self, null_label: int | None, dropout: float = 0.0):
         super().__init__(dropout)

@@ -15,7 +15,7 @@ class ClassTokens(Condition):
         dropout: probability of the null in training; 0: there is no null.
     """
 
-    given, enters = "labels", "context"
+    batch_key, network_argument = "labels", "context"
 
     def __init__(self, context_dim: int, num_classes: int, *, dropout: float = 0.1):
         super().__init__(dropout)

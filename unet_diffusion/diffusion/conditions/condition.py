@@ -2,7 +2,7 @@
 
 One algebra for all of them (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.3): a condition is called
 with what a batch holds of it and gives an argument of the network, which adds it to the time embedding ("labels",
-"vector"), attends to it ("context") or has it beside the noised image ("maps"). Each has a null, which stands for not
+"vector"), attends to it ("context") or has it beside the noised image ("concat"). Each has a null, which stands for not
 known, and its own dropout; several of one kind are joined.
 """
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
-"""Arguments of a network beside x and t, (B, ...) each: any of "labels", "context", "vector" and "maps"."""
+"""Arguments of a network beside x and t, (B, ...) each: any of "labels", "context", "vector" and "concat"."""
 
 
-JOINED_ALONG = {"context": 1, "vector": 1, "maps": 1}  # dimension: tokens, or channels
+JOINED_ALONG = {"context": 1, "vector": 1, "concat": 1}  # dimension: tokens, or channels
 
 
 class Condition(nn.Module):
@@ -28,16 +28,16 @@ class Condition(nn.Module):
         dropout: probability of the null in training; 0: there is no null, and no guidance.
 
     Attributes:
-        given: entry of a batch that it is called with.
-        enters: argument of the network that it gives.
+        batch_key: entry of a batch that it is called with.
+        network_argument: argument of the network that it gives.
         config: arguments that build it again, plain values.
 
     Raises:
         ValueError: if dropout is not in [0, 1).
     """
 
-    given: str
-    enters: str
+    batch_key: str
+    network_argument: str
     config: dict[str, Any]
 
     def __init__(self, dropout: float):
@@ -84,15 +84,18 @@ def network_inputs(
     """
     inputs: dict[str, Tensor] = {}
     for condition in conditions:
-        if condition.given not in given:
-            raise ValueError(f"the model is conditioned on {condition.given}, and they are not given")
-        one = given[condition.given]
-        value, name = condition(one if generator is None else condition.drop(one, generator)), condition.enters
+        if condition.batch_key not in given:
+            raise ValueError(f"the model is conditioned on {condition.batch_key}, and they are not given")
+        one = given[condition.batch_key]
+        value, name = (
+            condition(one if generator is None else condition.drop(one, generator)),
+            condition.network_argument,
+        )
         inputs[name] = torch.cat([inputs[name], value], dim=JOINED_ALONG[name]) if name in inputs else value
     return inputs
 
 
-def null_inputs(conditions: Iterable[Condition], given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def unconditional_inputs(conditions: Iterable[Condition], given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """As `network_inputs`, with the null for each condition that has one; None if none has."""
     conditions = list(conditions)
     if not any(one.has_null for one in conditions):
@@ -105,7 +108,11 @@ class _Nulled(Condition):
 
     def __init__(self, condition: Condition):
         super().__init__(0.0)
-        self.condition, self.given, self.enters = condition, condition.given, condition.enters
+        self.condition, self.batch_key, self.network_argument = (
+            condition,
+            condition.batch_key,
+            condition.network_argument,
+        )
 
     def forward(self, given: Tensor) -> Tensor:
         return self.condition(self.condition.null(given))

@@ -8,7 +8,7 @@ section 4.2), so that its errors are not taken for detail.
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from unet_diffusion.diffusion.conditions.maps import Maps
+from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 
 # Of a small image, as in Stable Diffusion's upscaler; and the highest timestep of it that is used.
@@ -16,7 +16,7 @@ LOW_RES_SCHEDULE = NoiseSchedule(1000, "scaled_linear", beta_start=1.0e-4, beta_
 MAX_NOISE_LEVEL = 350
 
 
-class LowResolution(Maps):
+class LowResolution(Concat):
     """A small image of the latents' size, noised to the level that is the network's class: (B, C, h, w).
 
     The network has a class for each level, `LOW_RES_SCHEDULE.num_train_timesteps`.

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from unet_diffusion.diffusion.conditions.maps import Encode, Maps
+from unet_diffusion.diffusion.conditions.concat import Concat, Encode
 
 MOST_BOXES = 4  # of a mask
 SMALLEST_SIDE, LARGEST_SIDE = 0.2, 0.6  # of a box, as a share of the image's
 COVERS_ALL = 0.25  # share of the masks, as in the training of Stable Diffusion's networks for inpainting
 
 
-class MaskedImage(Maps):
+class MaskedImage(Concat):
     """A mask, 1 where to paint, and the image or its latents without what it covers: (B, 1 + C, H, W).
 
     Args:

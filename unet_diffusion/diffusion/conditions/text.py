@@ -50,7 +50,7 @@ class TextTokens(Condition):
         ValueError: if the width cannot be divided into heads.
     """
 
-    given, enters = "captions", "context"
+    batch_key, network_argument = "captions", "context"
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Maps of an image's size, which the network has beside the noised image."""
+"""Concat of an image's size, which the network has beside the noised image."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,8 @@ Encode = Callable[[Tensor], Tensor]
 """encode(images): what is denoised for images (B, C, H, W) in [-1, 1]: their normalised latents, or they themselves."""
 
 
-class Maps(Condition):
-    """Maps of an image's size, (B, channels, H, W), that the network has beside the noised image; null is 0.
+class Concat(Condition):
+    """Concat of an image's size, (B, channels, H, W), that the network has beside the noised image; null is 0.
 
     The network's in_channels count them.
 
@@ -23,7 +23,7 @@ class Maps(Condition):
         dropout: probability of the null in training; 0: there is no null.
     """
 
-    given = enters = "maps"
+    batch_key = network_argument = "concat"
 
     def __init__(self, channels: int, *, dropout: float = 0.0):
         super().__init__(dropout)
