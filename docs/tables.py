@@ -1,4 +1,6 @@
-"""Writes the tables of the pages from benchmarks/results/*.json: `python docs/tables.py`, or `--check` to only compare.
+"""Writes the tables of the pages from benchmarks/results/*.json and configs/: `python docs/tables.py`.
+
+`--check` writes nothing, and fails where a table differs.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a function of this file.
 """
@@ -254,6 +256,15 @@ def latents_against_pixels() -> Rows:
 # --- README
 
 
+def recipes() -> Rows:
+    """What the recipes train, need and take, from the first three lines of each."""
+    rows: Rows = [("`--config`", "trains", "needs", "takes")]
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        cells = [line.split(": ", 1)[1].removesuffix(".") for line in path.read_text().splitlines()[:3]]
+        rows.append((f"`{path.stem}`", *cells))
+    return rows
+
+
 def readme() -> Rows:
     """The results that help to decide whether to use the package."""
     cpu, avx2, runs = result("train_step_cifar10"), result("train_step_medium_avx2"), result("gpu")["runs"]
@@ -354,7 +365,7 @@ def main() -> int:
     for path, text in different.items():
         print(
             f"{path.relative_to(ROOT)}: "
-            + ("differs from benchmarks/results; run python docs/tables.py" if check else "written")
+            + ("has a table that is out of date; run python docs/tables.py" if check else "written")
         )
         if not check:
             path.write_text(text)
