@@ -1,9 +1,11 @@
 """Settings of Sphinx: the pages of this folder, and an API page for each room of the package from its docstrings.
 
-Every warning is an error (`-W`). A name of this package that a docstring or signature refers to must exist.
+`pip install -e ".[docs]" && sphinx-build -W docs build/docs` builds them, with warnings as errors.
+Names of this package in references and signatures must exist, and so must the arguments that a docstring describes.
 """
 
 import importlib
+import inspect
 import pkgutil
 import re
 from importlib import metadata
@@ -13,9 +15,11 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.logging import getLogger
 
 import unet_diffusion
 
+LOG = getLogger(__name__)
 API = Path(__file__).parent / "api"
 
 project = html_title = "unet_diffusion"
@@ -66,6 +70,17 @@ def escape_asterisks(app: Sphinx, what: str, name: str, obj: object, options: ob
     lines[:] = text.split("\n")
 
 
+def warn_of_unknown_arguments(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """A described argument that is not in the signature, such as one that was renamed."""
+    section = re.search(r"^Args:\n((?:    .*\n|\n)*)", "\n".join(lines) + "\n", re.MULTILINE)
+    if section and callable(obj) and str(obj.__module__).startswith("unet_diffusion"):
+        described = re.findall(r"^    \*{0,2}(\w+)(?: \(.*?\))?:", section[1], re.MULTILINE)
+        if unknown := [argument for argument in described if argument not in inspect.signature(obj).parameters]:
+            LOG.warning("%s describes arguments that it does not have: %s", name, ", ".join(unknown))
+
+
 def accept_undocumented(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.TextElement | None:
@@ -80,5 +95,6 @@ def accept_undocumented(
 def setup(app: Sphinx) -> None:
     """Connects the functions above."""
     app.connect("builder-inited", write_api_pages)
+    app.connect("autodoc-process-docstring", warn_of_unknown_arguments, priority=300)
     app.connect("autodoc-process-docstring", escape_asterisks, priority=400)  # before napoleon
     app.connect("missing-reference", accept_undocumented)
