@@ -51,6 +51,16 @@ def rooms() -> dict[str, list[str]]:
     return modules
 
 
+def names(module: str) -> str:
+    """A list with links to what a package offers by its `__all__`, wherever it is defined."""
+    package = importlib.import_module(module)
+    offered = (
+        [getattr(package, name) for name in getattr(package, "__all__", ())] if hasattr(package, "__path__") else []
+    )
+    paths = [f"{one.__module__}.{one.__qualname__}" for one in offered if hasattr(one, "__qualname__")]
+    return "".join(f"* :py:obj:`{path.rpartition('.')[2]} <{path}>`\n" for path in paths)
+
+
 def write_api_pages(app: Sphinx) -> None:
     """Writes api/ROOM.rst, and removes the pages of rooms that are gone."""
     API.mkdir(exist_ok=True)
@@ -58,7 +68,7 @@ def write_api_pages(app: Sphinx) -> None:
     for page in set(API.glob("*.rst")) - pages.keys():
         page.unlink()
     for page, modules in pages.items():
-        sections = [f"{name}\n{'-' * len(name)}\n\n.. automodule:: {name}\n" for name in modules]
+        sections = [f"{name}\n{'-' * len(name)}\n\n.. automodule:: {name}\n\n{names(name)}" for name in modules]
         text = f"{page.stem}\n{'=' * len(page.stem)}\n\n" + "\n".join(sections)
         if not page.exists() or page.read_text() != text:
             page.write_text(text)
