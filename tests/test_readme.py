@@ -1,4 +1,4 @@
-"""Every command in README runs, in order, with settings that only make it small."""
+"""Every command of the pages runs, in order, with settings that only make it small, and so does their Python."""
 
 import re
 import shlex
@@ -14,6 +14,8 @@ from unet_diffusion.commands.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("guide", "streaming"))]
+MAX_BYTES = 10_000  # of README: what a newcomer reads; the rest is for docs/
 SMALL = ["--samples.num_images=4", "--data.init_args.batch_size=8"]
 SMALL_DENOISER = [
     *SMALL,
@@ -43,13 +45,15 @@ SMALL_RECIPE = {
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", "\n".join(PAGES), flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
+    """Those of README, then those that only the other pages have."""
     lines = [line for block in code_blocks("bash") for line in block.splitlines()]
     parts = [part.strip() for line in lines if not line.startswith("#") for part in line.split("&&")]
-    return [shlex.split(part)[1:] for part in parts if part.startswith("unet-diffusion")]
+    distinct = dict.fromkeys(part for part in parts if part.startswith("unet-diffusion"))
+    return [shlex.split(part)[1:] for part in distinct]
 
 
 def run(arguments: list[str]) -> int:
@@ -67,18 +71,20 @@ def write_images(folder: Path, num: int, *, channels: int, values: int, scale: i
 
 
 def small(arguments: list[str]) -> list[str]:
-    recipe = arguments[arguments.index("--config") + 1]
+    recipe = arguments[arguments.index("--config") + 1]  # that of "mine.yaml" is `folder`
     return SMALL_RECIPE.get(recipe, SMALL_DENOISER)
 
 
-def test_every_picture_is_there() -> None:
+def test_readme_is_short_and_its_pictures_are_there() -> None:
+    assert len(README.encode()) <= MAX_BYTES
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert pictures
     assert [picture for picture in pictures if not (ROOT / picture).is_file()] == []
 
 
 def test_no_figure_is_left_to_be_filled_in() -> None:
-    """A name in capitals with underscores stands for one: outside of code, README has no other such names."""
-    prose = re.sub(r"```.*?```|`[^`]*`", "", README, flags=re.DOTALL)
+    """A name in capitals with underscores stands for one: outside of code, the pages have no other such names."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", "\n".join(PAGES), flags=re.DOTALL)
     assert re.findall(r"\b(?:[A-Z0-9]+(?:_[A-Z0-9]+)+|TODO|FIXME|TBD|XXX)\b|\?\?", prose) == []
 
 
@@ -94,14 +100,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_png((torch.arange(64).view(1, 8, 8) % 8 > 3).to(torch.uint8) * 255, str(tmp_path / "mask.png"))
     write_png((torch.arange(66).expand(1, 70, 66) > 30).to(torch.uint8) * 255, str(tmp_path / "white_is_painted.png"))
     write_png(torch.randint(256, (3, 16, 20), dtype=torch.uint8), str(tmp_path / "small.png"))
+    write_png(torch.randint(256, (1, 70, 66), dtype=torch.uint8), str(tmp_path / "image.png"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return tmp_path
 
 
 @pytest.mark.slow
-def test_every_command_runs_and_the_exported_pipeline_draws(workplace: Path, small_recipes: tuple[Path, Path]) -> None:
-    assert len(commands()) >= 14
+def test_every_command_and_python_block_runs(workplace: Path, small_recipes: tuple[Path, Path]) -> None:
+    assert len(commands()) >= 30
     for step, arguments in enumerate(commands()):
         # Each fit goes further than the last, so that the one that continues has something to do.
         more = [*small(arguments), f"--trainer.max_steps={step + 1}"] if arguments[0] == "fit" else []
@@ -114,4 +121,5 @@ def test_every_command_runs_and_the_exported_pipeline_draws(workplace: Path, sma
     assert len(list((workplace / "masks").glob("*.png"))) == 12
     for block in code_blocks("python"):
         exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), {})
+    assert (workplace / "pipeline" / "model_index.json").exists()
     assert (workplace / "three.png").exists()
