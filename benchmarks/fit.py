@@ -114,7 +114,7 @@ def bare_step(run: Path) -> tuple[Step, int, list[str]]:
     trained = read_denoiser(run / "checkpoints" / "last.ckpt")
     unet = trained.unet.to(device)
     batch_size, classes = config["data"]["init_args"]["batch_size"], unet.config["num_class_embeds"]
-    x0 = torch.rand(batch_size, *trained.image_shape, device=device) * 2 - 1
+    x0 = torch.rand(batch_size, *trained.sample_shape, device=device) * 2 - 1
     labels = None if classes is None else torch.randint(classes, (batch_size,), device=device)
     speed, dtype = setting_for(unet, x0, labels)
     setting = ["--model.speed", speed, "--trainer.precision", NAMES[dtype]]

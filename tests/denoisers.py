@@ -8,6 +8,7 @@ from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
 from unet_diffusion.models.unet import DenoiserUNet
@@ -45,7 +46,7 @@ def save_autoencoder(folder, kind="kl"):
 def latent_space(folder, kind="kl", **changes) -> LatentSpace:
     made = save_autoencoder(folder, kind)
     moments = {"mean": (0.1, 0.2, -0.3, 0.0), "std": (0.5, 2.0, 1.0, 0.7)}
-    return LatentSpace(str(folder), fingerprint(made, made.config), (3, 16, 16), **{**moments, **changes})
+    return LatentSpace(str(folder), fingerprint(made, made.config), (3, 16, 16), 2, **{**moments, **changes})
 
 
 def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options) -> Denoiser:
@@ -56,8 +57,8 @@ def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options
     return Denoiser(
         unet=randomise(unet),
         schedule=NoiseSchedule(100, prediction_type="v_prediction"),
-        image_shape=(4, *size),
-        latent_space=latent_space(folder / "autoencoder") if space is None else space,
+        sample_shape=(4, *size),
+        codec=LatentCodec.of(latent_space(folder / "autoencoder") if space is None else space),
         conditions=nn.ModuleList([text_tokens()] if conditions is None else conditions),
     )
 

@@ -13,7 +13,7 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from elsewhere import draw_elsewhere
 
-from unet_diffusion.diffusers_io import interop
+from unet_diffusion.diffusers_io import exporting
 from unet_diffusion.diffusers_io.exporting import export_pipeline
 from unet_diffusion.diffusers_io.importing import from_diffusers, import_pipeline
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
@@ -48,7 +48,7 @@ def tiny_denoiser(*, classes: bool, **options) -> Denoiser:
     return Denoiser(
         unet=model.eval(),
         schedule=NoiseSchedule(100, "squaredcos_cap_v2", prediction_type="v_prediction"),
-        image_shape=(1, 8, 4),
+        sample_shape=(1, 8, 4),
         null_label=NULL_LABEL if classes else None,
         class_names=NAMES if classes else None,
         settings={"model": {"lr": 0.5}, "note": "größer"},
@@ -70,10 +70,11 @@ def latent_denoiser(folder, kind: str) -> Denoiser:
         str(folder / "autoencoder"),
         fingerprint(autoencoder, autoencoder.config),
         image_shape=(3, 16, 8),
+        downsampling=2,
         mean=(0.0 if kind == "vq" else 0.3,),
         std=(0.7,),
     )
-    return tiny_denoiser(classes=True, latent_space=space)
+    return tiny_denoiser(classes=True, codec=LatentCodec.of(space))
 
 
 def images_elsewhere(trained: Denoiser, folder, calls: dict) -> dict:
@@ -102,14 +103,14 @@ def class_conditional_elsewhere(tmp_path_factory) -> dict:
 def images_here(trained: Denoiser, **options) -> np.ndarray:
     """What our sampler makes, in the range and layout of a pipeline's arrays."""
     options = {"scheduler": "DDPMScheduler", "num_inference_steps": 5, "seed": SEED, **options}
-    images = sample(trained.unet, trained.schedule, (NUM_IMAGES, *trained.image_shape), **options)
+    images = sample(trained.unet, trained.schedule, (NUM_IMAGES, *trained.sample_shape), **options)
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def decoded_here(trained: Denoiser, **options) -> np.ndarray:
     """What our sampler and the autoencoder make, as `images_here`."""
     options = {"num_inference_steps": 5, "seed": SEED, "clip_sample": False, **options}
-    latents = sample(trained.unet, trained.schedule, (NUM_IMAGES, *trained.image_shape), **options)
+    latents = sample(trained.unet, trained.schedule, (NUM_IMAGES, *trained.sample_shape), **options)
     images = LatentCodec.of(trained.codec.space).decode(latents)
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
@@ -172,7 +173,7 @@ def test_exported_folder_of_latents_is_imported_again(tmp_path, kind):
 
 
 def test_folder_whose_autoencoder_loads_as_another_does_not_get_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(interop, "normalised_autoencoder", lambda autoencoder, *_: autoencoder)
+    monkeypatch.setattr(exporting, "normalised_autoencoder", lambda autoencoder, *_: autoencoder)
     trained = latent_denoiser(tmp_path, "kl")
     with pytest.raises(RuntimeError, match="decoded images differ by"):
         export_pipeline(trained, tmp_path / "pipeline")
@@ -209,8 +210,8 @@ def load_here(folder) -> ConditionalPipeline:
 def tiny_pipeline(**changes) -> ConditionalPipeline:
     trained = tiny_denoiser(classes=True)
     options = {"unconditional": {"class_labels": NULL_LABEL}, "class_names": NAMES, **changes}
-    unet = interop.to_diffusers(trained.unet, sample_size=(8, 4))
-    pipeline = ConditionalPipeline(unet, DDPMScheduler(**interop.scheduler_config(trained.schedule)), **options)
+    unet = exporting.to_diffusers(trained.unet, sample_size=(8, 4))
+    pipeline = ConditionalPipeline(unet, DDPMScheduler(**exporting.scheduler_config(trained.schedule)), **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -381,8 +382,8 @@ def test_folder_that_loads_as_something_else_does_not_get_its_name(tmp_path, mon
             other.conv_out.bias.add_(1)
         return other
 
-    interop_to_diffusers = interop.to_diffusers
-    monkeypatch.setattr(interop, "to_diffusers", to_other)
+    interop_to_diffusers = exporting.to_diffusers
+    monkeypatch.setattr(exporting, "to_diffusers", to_other)
     with pytest.raises(RuntimeError, match="nothing was exported"):
         export_pipeline(tiny_denoiser(classes=False), tmp_path / "pipeline")
     assert os.listdir(tmp_path) == []

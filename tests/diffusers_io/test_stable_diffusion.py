@@ -23,7 +23,7 @@ from PIL import Image
 
 from unet_diffusion.diffusers_io.exporting import export_pipeline, why_not_exported
 from unet_diffusion.diffusers_io.importing import import_pipeline
-from unet_diffusion.diffusion.conditions.concat import MAPS_KEY, Concat
+from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.guidance import Guidance
@@ -136,7 +136,7 @@ def our_images(trained: Denoiser, guidance_scale=3.0) -> np.ndarray:
     with torch.no_grad():
         inputs, unconditional = trained.inputs({"captions": text.token_ids(CAPTIONS)})
     options = {"inputs": inputs, "unconditional": unconditional, "guidance": Guidance(guidance_scale)}
-    shape = (len(CAPTIONS), *trained.image_shape)
+    shape = (len(CAPTIONS), *trained.sample_shape)
     latents = sample(
         trained.unet, trained.schedule, shape, num_inference_steps=4, seed=SEED, clip_sample=False, **options
     )
@@ -272,7 +272,7 @@ def test_stable_diffusion_is_imported_with_all_its_parts(stable_diffusion, load_
     trained, theirs = import_pipeline(stable_diffusion), load_quietly(stable_diffusion)
     torch.testing.assert_close(trained.schedule.alphas_cumprod, theirs.scheduler.alphas_cumprod)
     assert trained.schedule.prediction_type == "epsilon"
-    assert trained.image_shape == (4, 8, 8)
+    assert trained.sample_shape == (4, 8, 8)
     space = trained.codec.space
     assert (space.image_shape, space.mean, space.std) == ((3, 16, 16), (0.0,) * 4, (1 / 0.18215,) * 4)
     (text,) = trained.conditions
@@ -455,7 +455,7 @@ def test_a_model_for_inpainting_wants_a_picture_and_a_mask(tmp_path, run_cli, pi
     arguments = ["sample", tmp_path / "inpainter.ckpt", "--captions", "x", "--output", tmp_path / "out"]
     for more in ([], ["--image", picture[0][0]]):
         status, _, err = run_cli(*arguments, *more)
-        assert (status, "--image and --mask must be given" in err) == (1, True), err
+        assert (status, "image and mask must be given" in err) == (1, True), err
     assert not (tmp_path / "out").exists()
 
 
@@ -481,7 +481,7 @@ def assert_enlarged_alike(run_cli, tmp_path):
             CAPTIONS,
             [Image.open(tmp_path / "small.png")] * 2,
             noise_level=noise_level,
-            generator=[keyed_generator(SEED, MAPS_KEY, index) for index in range(2)],  # of the small image's noise
+            generator=[keyed_generator(SEED, CONDITION_KEY, index) for index in range(2)],  # of the small image's noise
             latents=start,
             num_inference_steps=4,
             guidance_scale=3.0,
@@ -545,11 +545,11 @@ def test_upscaler_of_other_noise_is_refused(stable_upscaling):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--image must be given, as the model enlarges a picture"),
-        (["--image", "{tmp}/none.png"], "--image must be an image file, and there is none at"),
-        (["--image", "{tmp}/small.png", "--noise_level", "351"], r"--noise_level must be in [0, 350], got 351"),
-        (["--image", "{tmp}/small.png", "--strength", "0.5"], "--strength is not for a model that enlarges"),
-        (["--image", "{tmp}/small.png", "--labels", "3"], "--labels is not for a model that enlarges"),
+        ([], "image must be given, as the model enlarges a picture"),
+        (["--image", "{tmp}/none.png"], "image must be an image file, and there is none at"),
+        (["--image", "{tmp}/small.png", "--noise_level", "351"], r"noise_level must be in [0, 350], got 351"),
+        (["--image", "{tmp}/small.png", "--strength", "0.5"], "strength is not for a model that enlarges"),
+        (["--image", "{tmp}/small.png", "--labels", "3"], "labels is not for a model that enlarges"),
     ],
 )
 def test_what_an_upscaler_does_not_take_is_refused(tmp_path, run_cli, options, message):
@@ -565,7 +565,7 @@ def test_noise_level_is_for_upscalers(tmp_path, run_cli):
     save_denoiser(text_denoiser(tmp_path), tmp_path / "text.ckpt")
     arguments = ["sample", tmp_path / "text.ckpt", "--captions", "x", "--output", tmp_path / "out"]
     status, _, err = run_cli(*arguments, "--noise_level", 20)
-    assert (status, "--noise_level is for a model that enlarges pictures" in err) == (1, True), err
+    assert (status, "noise_level is for a model that enlarges pictures" in err) == (1, True), err
 
 
 # ------------------------------------------------------------------------------------------------ folders from anyone

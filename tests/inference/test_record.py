@@ -27,7 +27,7 @@ def tiny_denoiser(seed: int = 0) -> Denoiser:
     return Denoiser(
         unet=tiny_unet(seed),
         schedule=NoiseSchedule(10, "scaled_linear", beta_end=0.3, prediction_type="v_prediction"),
-        image_shape=(1, 4, 6),
+        sample_shape=(1, 4, 6),
         null_label=2,
         class_names=["cat", "dog"],
         settings={"lr": 2.0e-4, "steps": [1, 2], "data": {"folder": "cats"}},
@@ -74,7 +74,7 @@ def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 def assert_same_but_weights(one: Denoiser, other: Denoiser) -> None:
     assert denoiser_record(one) == denoiser_record(other)
-    assert isinstance(other.image_shape, tuple)
+    assert isinstance(other.sample_shape, tuple)
 
 
 def test_checkpoint_of_a_training_is_read_with_its_averaged_weights(tmp_path):
@@ -149,7 +149,7 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
         read_denoiser(tmp_path / "none.ckpt")
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         read_denoiser(tmp_path)
 
 

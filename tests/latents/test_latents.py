@@ -270,7 +270,7 @@ def batches(data, trainer, module) -> list[torch.Tensor]:
     """What the module was trained on."""
     seen = []
     step = module.training_step
-    module.training_step = lambda batch, batch_idx: (seen.append(batch["images"].clone()), step(batch, batch_idx))[1]
+    module.training_step = lambda batch, batch_idx: (seen.append(batch["x0"].clone()), step(batch, batch_idx))[1]
     trainer.fit(module, data)
     return seen
 
@@ -296,7 +296,7 @@ def test_validation_takes_the_mean_of_the_latents(encoded, quiet_trainer, tiny_m
     data = LatentsDataModule(encoded(), num_val=2, batch_size=2)
     module, seen = latent_module(tiny_module, tiny_unet), []
     step = module.validation_step
-    module.validation_step = lambda batch, batch_idx: (seen.append(batch["images"].clone()), step(batch, batch_idx))[1]
+    module.validation_step = lambda batch, batch_idx: (seen.append(batch["x0"].clone()), step(batch, batch_idx))[1]
     quiet_trainer().validate(module, data, verbose=False)
     space = data.codec.space
     expected = space.normalise(data.latents.mean[data.val_indices].float())
@@ -357,7 +357,7 @@ def test_checkpoint_knows_the_space_and_holds_no_autoencoder(trained, tmp_path):
     path = trained()
     read = read_denoiser(path)
     assert read.codec.space == read_latents(tmp_path / "latents").space
-    assert read.image_shape == (4, 8, 8)
+    assert read.sample_shape == (4, 8, 8)
     keys = torch.load(path, weights_only=True)["state_dict"]
     assert not [key for key in keys if "encoder" in key or "decoder" in key]
 
@@ -475,7 +475,7 @@ def test_one_scale_takes_the_place_of_the_moments(encoded, quiet_trainer, tiny_m
     data = LatentsDataModule(encoded(), num_val=2, batch_size=2, scaling_factor=0.18215)
     module, seen = latent_module(tiny_module, tiny_unet), []
     step = module.validation_step
-    module.validation_step = lambda batch, batch_idx: (seen.append(batch["images"].clone()), step(batch, batch_idx))[1]
+    module.validation_step = lambda batch, batch_idx: (seen.append(batch["x0"].clone()), step(batch, batch_idx))[1]
     quiet_trainer().validate(module, data, verbose=False)
     torch.testing.assert_close(torch.cat(seen), 0.18215 * data.latents.mean[data.val_indices].float())
     assert data.codec.space.scaling_factor == 0.18215

@@ -23,7 +23,7 @@ def denoiser(**options) -> Denoiser:
     unet = DenoiserUNet(**{**SMALL, **options}).eval()
     for parameter in unet.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    return Denoiser(unet=unet, schedule=NoiseSchedule(**SCHEDULE), image_shape=(1, 8, 8))
+    return Denoiser(unet=unet, schedule=NoiseSchedule(**SCHEDULE), sample_shape=(1, 8, 8))
 
 
 def classifier(**options) -> FeatureClassifier:

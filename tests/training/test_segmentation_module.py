@@ -141,7 +141,7 @@ def test_frozen_denoiser_is_in_a_checkpoint_once(quiet_trainer, tmp_path):
 
 def test_segmenter_is_no_denoiser_and_the_other_way_round(quiet_trainer, tmp_path):
     path = fit_and_save(module(), cells(), quiet_trainer(max_steps=1, limit_val_batches=0), tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="must have an entry 'denoiser' here, and it holds the entry 'segmenter'"):
+    with pytest.raises(ValueError, match="holds a segmenter, not a denoiser; use unet-diffusion segment"):
         read_denoiser(path)
 
 

@@ -170,7 +170,9 @@ def _config_of(model: PixelNetwork) -> dict[str, Any]:
 def _why_no_pipeline_takes(parts: DenoiserParts) -> str | None:
     """What of a denoiser's conditions no pipeline gives it."""
     conditions = parts.all_conditions
-    if unknown := [type(one).__name__ for one in conditions if one.pipeline_role is None]:
+    # A kind of one's own that inherits a role may do something else with it.
+    known = [vars(type(one)).get("pipeline_role") for one in conditions]
+    if unknown := [type(one).__name__ for one, role in zip(conditions, known, strict=True) if role is None]:
         return f"no pipeline of diffusers gives a network the condition {unknown[0]}"
     arguments = [(one.network_argument, one.batch_key) for one in conditions]
     if twice := [name for name, key in arguments if arguments.count((name, key)) > 1]:

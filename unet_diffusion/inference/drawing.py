@@ -56,6 +56,7 @@ class Drawing:
             check_autoguidance(options.autoguidance, parts)
         self.sample_shape = self._sample_shape()
         self.image = self._given_image()
+        parts.codec.check()
         parts.codec.to(device)
         self.entries = dict(entries) if entries is not None else self._entries()
         self.init_image = self._init_image()

@@ -52,7 +52,8 @@ def kind_of(checkpoint: Any, path: StrPath) -> ModelKind:
     Raises:
         ValueError: If it was not written by this package.
     """
-    found = next((kind for kind in KINDS if isinstance(checkpoint, dict) and kind in checkpoint), None)
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    found = next((kind for kind in KINDS if isinstance(entries.get(kind), dict)), None)
     if found is None:
         raise ValueError(
             f"{path} was not written by {PACKAGE}; for another program's weights, convert them to a diffusers folder "
@@ -313,8 +314,6 @@ def _read(path: Path, kind: ModelKind) -> tuple[dict[str, Any], dict[str, Tensor
         raise ValueError(f"{path} holds a{'n' * (found[0] == 'a')} {found}, not a{'n' * (kind[0] == 'a')} {kind}; "
                          f"{COMMANDS[found]}")  # fmt: skip
     with explained(path, kind):
-        if not isinstance(record, dict):
-            raise ValueError(f"its record must be a dict, got {type(record).__name__}")
         weights, speed = checkpoint.get("state_dict"), checkpoint.get("speed", "plain")
         if speed not in SPEEDS:
             raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
@@ -382,7 +381,7 @@ def _class_of(class_path: str, base: type[Part], allow: Sequence[str]) -> type[P
     is_allowed = module.split(".")[0] == PACKAGE or any(module == one or module.startswith(f"{one}.") for one in allow)
     if not is_allowed:
         raise ValueError(
-            f"it names the class {class_path}, which is not of {PACKAGE}; if you trust that module, allow it: "
+            f"class_path must name a class of {PACKAGE}, got {class_path!r}; if you trust its module, allow it with "
             f"--allow {module or class_path}, or allow=[{module!r}] in Python"
         )
     if importlib.util.find_spec(module):

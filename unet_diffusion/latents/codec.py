@@ -190,8 +190,7 @@ class LatentCodec(Codec):
             self._autoencoder.to(self._device)
 
     def check(self) -> None:
-        if self._autoencoder is None:
-            _autoencoder_of(self._space, self.folder)
+        self.autoencoder  # noqa: B018  # loads it
 
     def release(self) -> None:
         if self._is_only_to_decode:

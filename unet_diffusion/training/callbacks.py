@@ -155,6 +155,7 @@ class SampleGrid(PictureGrid):
         codec = getattr(trainer.datamodule, "codec", None)  # type: ignore[attr-defined]  # set at runtime
         if codec is not None:
             codec.check()
+            codec.release()
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
             raise ValueError(
                 f"samples.guidance_scale {self.guidance_scale} needs a null label or caption; "
