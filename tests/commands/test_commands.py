@@ -310,7 +310,7 @@ def test_weaker_checkpoint_of_other_classes_is_refused(strong_run, run_cli, tmp_
     options = ["--autoguidance", tmp_path / "other.ckpt", "--guidance_scale", 2, "--labels", 3]
     status, _, err = run_cli("sample", strong_run, *options, "--output", tmp_path / "drawn")
     assert status == 1
-    assert f"--autoguidance must have the same classes and words; {tmp_path / 'other.ckpt'} has not" in err
+    assert "autoguidance must have the same classes and words" in err
 
 
 def test_sample_writes_images_a_grid_and_the_settings(strong_run, draw):
@@ -551,7 +551,7 @@ def test_sample_in_bfloat16_is_near_the_one_in_float32(strong_run, draw):
 def picture(tmp_path):
     """An 8x8 picture of noise, and a mask of it whose right half is to be painted."""
     noise = np.random.default_rng(0).integers(256, size=(8, 8), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "init.png")
+    Image.fromarray(noise).save(tmp_path / "image.png")
     Image.fromarray(np.repeat([[0] * 4 + [255] * 4], 8, axis=0).astype(np.uint8)).save(tmp_path / "mask.png")
     return noise
 
@@ -571,7 +571,7 @@ def test_window_that_covers_the_image_changes_nothing_and_a_smaller_one_does(str
 
 
 def test_images_from_a_picture_are_nearer_to_it_the_less_the_strength(strong_run, draw, picture, tmp_path):
-    arguments = ("--num_images", 2, "--image", tmp_path / "init.png", "--num_inference_steps", 10)
+    arguments = ("--num_images", 2, "--image", tmp_path / "image.png", "--num_inference_steps", 10)
     distances = [
         np.abs(pixels(draw(f"{strength}", strong_run, *arguments, "--strength", strength)).astype(int) - picture).mean()
         for strength in (0.1, 1.0)
@@ -580,17 +580,17 @@ def test_images_from_a_picture_are_nearer_to_it_the_less_the_strength(strong_run
 
 
 def test_black_of_the_mask_stays_as_in_the_picture_and_white_is_painted(strong_run, draw, picture, tmp_path):
-    arguments = ("--image", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
+    arguments = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png")
     images = pixels(draw("painted", strong_run, "--num_images", 3, *arguments))
     np.testing.assert_array_equal(images[:, :, :4], np.broadcast_to(picture[:, :4], (3, 8, 4)))
     assert all(not np.array_equal(image[:, 4:], picture[:, 4:]) for image in images)
     settings = json.loads((tmp_path / "painted" / "settings.json").read_text())
-    assert (settings["init"], settings["mask"]) == (str(tmp_path / "init.png"), str(tmp_path / "mask.png"))
+    assert (settings["image"], settings["mask"]) == (str(tmp_path / "image.png"), str(tmp_path / "mask.png"))
 
 
-@pytest.mark.parametrize("name", ["init", "mask"])
+@pytest.mark.parametrize("name", ["image", "mask"])
 def test_resume_needs_the_same_picture_behind_the_same_path(strong_run, draw, run_cli, picture, tmp_path, name):
-    options = ("--image", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
+    options = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png")
     folder = draw("images", strong_run, "--num_images", 1, *options)
     draw("images", strong_run, "--num_images", 2, *options, "--resume")
     changed = np.array(Image.open(tmp_path / f"{name}.png"))
@@ -615,7 +615,7 @@ def test_frames_between_two_seeds_begin_and_end_with_their_first_images(strong_r
         (["--num_images", 1], ["--image_size", 16, 16], "image_size"),
         (["--num_images", 1], ["--window", 8], "window"),
         (["--num_images", 1, "--window", 8], ["--overlap", 0.25], "overlap"),
-        (["--num_images", 1, "--image", "{tmp}/init.png"], ["--strength", 0.5], "strength"),
+        (["--num_images", 1, "--image", "{tmp}/image.png"], ["--strength", 0.5], "strength"),
     ],
 )
 def test_resume_needs_the_same_size_window_and_start(
@@ -629,26 +629,26 @@ def test_resume_needs_the_same_size_window_and_start(
 
 
 START_ERRORS = {
-    "size": ("--image_size 8 13", "plus a multiple of 2 for this model, got 8 13; the next that fits is 8 14"),
-    "window": ("--window 7", "window must be 2 pixels plus a multiple of 2 for this model, got 7; the next"),
+    "size": ("--image_size 8 13", "plus a multiple of 2 for this denoiser, got 8 13; the next that fits is 8 14"),
+    "window": ("--window 7", "window must be 2 pixels plus a multiple of 2 for this denoiser, got 7; the next"),
     "no window": ("--window 0", "window must be"),
     "all overlap": ("--window 8 --overlap 1", "overlap must be in [0, 1), got 1.0; 0.5 is usual"),
     "negative overlap": ("--window 8 --overlap -0.25", "overlap must be in [0, 1), got -0.25"),
-    "overlap of nothing": ("--overlap 0.25", "overlap must come with windows that have one; add --window N"),
-    "mask alone": ("--mask {tmp}/mask.png", "mask must come with a picture to start from; add --image FILE"),
-    "strength alone": ("--strength 0.5", "strength must come with a picture"),
+    "overlap of nothing": ("--overlap 0.25", "overlap must come with windows that have one; give window"),
+    "mask alone": ("--mask {tmp}/mask.png", "mask must come with an image to start from; give image"),
+    "strength alone": ("--strength 0.5", "strength must come with an image"),
     "no picture": ("--image {tmp}/none.png", "image must be an image file, and there is none at"),
     "text": ("--image {tmp}/text.ckpt", "text.ckpt cannot be read as an image"),
-    "small": ("--image {tmp}/init.png --image_size 16 16", "too small: 8x8, must be at least 16x16"),
-    "strength": ("--image {tmp}/init.png --strength 1.5", "strength must be in (0, 1], got 1.5"),
-    "no step": ("--image {tmp}/init.png --strength 0.01", "0.01 of 25 steps is none"),
-    "scheduler": ("--image {tmp}/init.png --scheduler LMSDiscreteScheduler", "cannot start from an image"),
-    "other mask": ("--image {tmp}/init.png --mask {tmp}/large.png", "as large as --init, 8x8, got 9x8; resize it"),
-    "black mask": ("--image {tmp}/init.png --mask {tmp}/black.png", "black.png has no white"),
+    "small": ("--image {tmp}/image.png --image_size 16 16", "too small: 8x8, must be at least 16x16"),
+    "strength": ("--image {tmp}/image.png --strength 1.5", "strength must be in (0, 1], got 1.5"),
+    "no step": ("--image {tmp}/image.png --strength 0.01", "0.01 of 25 steps is none"),
+    "scheduler": ("--image {tmp}/image.png --scheduler LMSDiscreteScheduler", "cannot start from an image"),
+    "other mask": ("--image {tmp}/image.png --mask {tmp}/large.png", "as large as image, 8x8, got 9x8; resize it"),
+    "black mask": ("--image {tmp}/image.png --mask {tmp}/black.png", "black.png has no white"),
     "one seed": ("--interpolate 3 3", "two different seeds, got 3 twice"),
-    "one frame": ("--interpolate 1 2 --num_images 1", "at least 2 images, the ends, got --num_images 1"),
+    "one frame": ("--interpolate 1 2 --num_images 1", "at least 2 images, the ends, got num_images 1"),
     "noisy": ("--interpolate 1 2 --scheduler DDPMScheduler", "adds no noise, got DDPMScheduler; use DDIMScheduler"),
-    "all classes": ("--interpolate 1 2", "draws one class or caption; give one --labels"),
+    "all classes": ("--interpolate 1 2", "draws one class or caption; give one of labels"),
 }
 
 
@@ -764,7 +764,7 @@ ERRORS = {
     "bad scheduler": ("sample {run} --scheduler Euler", "scheduler must be one of"),
     "unknown name": ("sample {run} --labels eleven", "labels must be names of classes (0, 1, 2"),
     "number out of range": ("sample {run} --labels 10", "got '10'"),
-    "labels without classes": ("sample {unconditional} --labels 1", "trained without labels; leave --labels out"),
+    "labels without classes": ("sample {unconditional} --labels 1", "trained without labels; leave labels out"),
     "guidance without classes": ("sample {unconditional} --guidance_scale 2", "guidance_scale must be 1"),
     "no images": ("sample {run} --num_images 0", "num_images must be at least 1, got 0"),
     "no batch": ("sample {run} --batch_size 0", "batch_size must be at least 1, got 0"),
@@ -814,10 +814,10 @@ def test_traceback_shows_where_an_error_came_from(command, tmp_path, tiny_digits
 
 
 def test_error_without_a_message_is_named(run_cli, monkeypatch, tmp_path):
-    def fail(path):
+    def fail(path, **options):
         raise MemoryError
 
-    monkeypatch.setattr("unet_diffusion.inference.drawing.load_denoiser", fail)
+    monkeypatch.setattr("unet_diffusion.inference.loading.load_denoiser", fail)
     _, _, err = run_cli("sample", tmp_path)
     assert "unet-diffusion: error: MemoryError" in err
 
@@ -976,7 +976,7 @@ def test_missing_folder_is_told_with_one_that_is_there(tmp_path, name):
     [
         "--config fashion_mnist --data.init_args.root made_by_it --data.init_args.download True",
         "--config cells --model.init_from null",
-        "--config inpainting --data.init_args.images StreamDataModule --data.init_args.images.init_args.root s3://a/b",
+        "--config inpainting --data StreamDataModule --data.init_args.root s3://a/b",
         "--config folder --data mine.Flowers --data.init_args.root a/name --data.init_args.labels fine",
         "--config digits --ckpt_path last",
     ],

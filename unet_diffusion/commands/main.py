@@ -903,7 +903,11 @@ def _import(options: argparse.Namespace) -> None:
     if trained.null_label is not None:
         settings["model"]["label_dropout"] = DROPOUT
     if (space := trained.codec.space) is not None and space.scaling_factor is not None:
-        settings["data"] = {"init_args": {"scaling_factor": space.scaling_factor}}
+        scale = {"init_args": {"scaling_factor": space.scaling_factor}}
+        if any(one.provides for one in trained.all_conditions):  # it is trained on images
+            settings["model"]["codec"] = scale
+        else:
+            settings["data"] = scale
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
           f"--ckpt_path {options.checkpoint}")  # fmt: skip

@@ -97,10 +97,10 @@ class SampleOptions:
             for name in condition.needs:
                 if name not in self.given:
                     needs = " and ".join(condition.needs)
-                    raise ValueError(f"{needs} must be given, as this denoiser was trained on them; give {name}")
+                    raise ValueError(f"{needs} must be given, as this denoiser {condition.purpose}; give {name}")
             for name in condition.refuses:
                 if name in self.given:
-                    raise ValueError(f"{name} is not for a denoiser with {type(condition).__name__}; leave it out")
+                    raise ValueError(f"{name} is not for a denoiser that {condition.purpose}; leave it out")
         taken = {option for one in asked for option in one.options}
         for name in self.values:
             if name not in taken:

@@ -64,6 +64,7 @@ class Condition(nn.Module):
         options: What a user gives to draw with it: keywords of `Denoiser.sample`, options of the command.
         needs: Those of its options, and of "image" and "mask", without which it cannot draw.
         refuses: Options that make no sense beside it.
+        purpose: What a denoiser with it does, in an error: "... as this denoiser paints into an image".
         pipeline_role: What it is in an exported pipeline, see `diffusers_io`; None: no pipeline knows it.
 
     Raises:
@@ -77,6 +78,7 @@ class Condition(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     refuses: ClassVar[tuple[str, ...]] = ()
+    purpose: ClassVar[str] = "was trained on them"
     pipeline_role: ClassVar[str | None] = None
 
     def __init__(self, dropout: float):

@@ -38,6 +38,7 @@ class LowResolution(Concat):
     options = ("noise_level",)
     needs = ("image",)
     refuses = ("mask", "strength", "labels")
+    purpose = "enlarges an image"
     pipeline_role = "low_res"
 
     def __init__(self, channels: int):

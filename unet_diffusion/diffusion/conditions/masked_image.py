@@ -31,6 +31,7 @@ class MaskedImage(Concat):
 
     provides = ("concat",)
     needs = ("image", "mask")
+    purpose = "paints into an image"
     pipeline_role = "mask"
 
     def __init__(self, channels: int):

@@ -52,6 +52,7 @@ class TextTokens(Condition):
 
     batch_key, network_argument = "captions", "context"
     options = needs = ("captions",)
+    purpose = "draws what they say"
     pipeline_role = "prompt"
 
     def __init__(
