@@ -24,7 +24,7 @@ from unet_diffusion.commands.training_cli import TrainingCLI, _differences
 from unet_diffusion.data import FolderDataModule
 from unet_diffusion.diffusers_io.interop import export_pipeline, import_pipeline, load_denoiser
 from unet_diffusion.inference.record import read_checkpoint, write_initial_checkpoint
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.runtime.messages import UsageError
 from unet_diffusion.training.precision import RunTrainer
 

@@ -22,7 +22,7 @@ from unet_diffusion.data import DigitsDataModule, FolderDataModule
 from unet_diffusion.diffusers_io.configurations import schedule_from_diffusers
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record_checks import built, check_weights, no_larger_than
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.runtime.atomic_files import LOCK, ClaimedFolder, read_json
 from unet_diffusion.runtime.messages import in_words
 from unet_diffusion.runtime.safe_loading import load_plain

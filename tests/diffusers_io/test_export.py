@@ -23,7 +23,7 @@ from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, wr
 from unet_diffusion.latents.codec import autoencoder_of, decode_latents
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 SEED = 3
 NUM_IMAGES = 3

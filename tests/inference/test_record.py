@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, read_checkpoint, write_initial_checkpoint
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 LEARNING_RATE = 0.125
 

@@ -14,7 +14,7 @@ from unet_diffusion.commands.main import main
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.record import TrainedSegmenter, read_segmenter, segmenter_record
 from unet_diffusion.inference.segment_files import mask_name
-from unet_diffusion.models.unet import SegmentationUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation.prediction import class_probabilities
 
 CONFIGS = Path(__file__).parents[2] / "configs"

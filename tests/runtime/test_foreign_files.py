@@ -138,7 +138,7 @@ def test_picture_that_decodes_to_gigabytes_is_not_segmented(run_cli, tmp_path, c
 def cells_checkpoint(tmp_path):
     """Of an untrained tiny segmenter."""
     from unet_diffusion.inference.record import TrainedSegmenter, segmenter_record
-    from unet_diffusion.models.unet import SegmentationUNet
+    from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
     unet = SegmentationUNet(1, 2, channels=(4, 8), padding="same")
     record = segmenter_record(TrainedSegmenter(unet, "classes", ["background", "cell"], None, False, 64))

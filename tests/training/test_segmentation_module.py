@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from unet_diffusion.data import DigitsDataModule, SegmentationDataModule, SyntheticCells
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record import TrainedDenoiser, read_checkpoint, read_segmenter, write_initial_checkpoint
-from unet_diffusion.models.unet import DenoiserUNet, SegmentationUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import Targets

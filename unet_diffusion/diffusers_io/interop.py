@@ -55,8 +55,9 @@ from unet_diffusion.inference.record import TrainedAutoencoder, TrainedDenoiser,
 from unet_diffusion.latents.codec import autoencoder_of, decode_latents, latent_space_of
 from unet_diffusion.latents.space import MOMENTS, LatentSpace
 from unet_diffusion.models.autoencoders import Autoencoder, downsampling, pretrained_autoencoder, reconstruct
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.speed import set_speed
-from unet_diffusion.models.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.atomic_files import check_replaceable, field_of, put_folder, read_json
 from unet_diffusion.runtime.messages import in_words
 from unet_diffusion.runtime.randomness import keyed_generator

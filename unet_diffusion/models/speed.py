@@ -24,8 +24,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from unet_diffusion.models.blocks import Conv3x3, GroupNorm, Upsample
 from unet_diffusion.models.kernels import library_path, operators, winograd_filters
+from unet_diffusion.models.layers import Conv3x3, GroupNorm, Upsample
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.precision import autocast, cpu_has_bfloat16
 

@@ -1,34 +1,49 @@
-"""Class probabilities of a whole image, of any size."""
+"""Class scores of images that fit the network, and class probabilities of images of any size."""
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from unet_diffusion.inference.record import TrainedSegmenter
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.tiles import predict_tiled, predict_views
 
 
+class SegmenterLike(Protocol):
+    """A trained segmenter.
+
+    Attributes:
+        unet: The network, called `unet(x, t)`; it returns class scores.
+        timestep: The fixed timestep of a network with a timestep embedding; None for other networks.
+        window_size: Height and width of the windows that the network was trained on, in pixels.
+    """
+
+    unet: PixelNetwork
+    timestep: int | None
+    window_size: int
+
+
 def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
-    """Class scores before the softmax, (B, K, H, W), of a network that may want a timestep.
+    """Return class scores before the softmax, (B, K, H, W).
 
     Args:
-        network: called `network(x, t)`.
-        x: images in [-1, 1], (B, C, H, W).
-        timestep: the same for all; None: the network takes none.
+        network: The network of a segmenter, called `network(x, t)`.
+        x: Images in [-1, 1], (B, C, H, W), of a size that the network takes.
+        timestep: The fixed timestep of a network with a timestep embedding; None for other networks.
     """
     return network(x, None if timestep is None else torch.full((len(x),), timestep, device=x.device))
 
 
 def class_probabilities(
-    trained: TrainedSegmenter, image: Tensor, *, views: bool = False, device: torch.device | str = "cpu"
+    trained: SegmenterLike, image: Tensor, *, views: bool = False, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The probability of each class at each pixel, (K, H, W) float32 on the CPU.
+    """Return the probability of each class at each pixel, (K, H, W) float32 on the CPU.
 
     Args:
-        trained: the network, on the device.
-        image: (C, H, W) in [-1, 1], of any size.
-        views: average over the eight rotated and mirrored views.
-        device: where the network is.
+        trained: The segmenter, whose network is on the device.
+        image: An image in [-1, 1], (C, H, W), of any size.
+        views: Whether to average over the eight rotated and mirrored views of the image.
+        device: The device of the network.
     """
 
     def predict(x: Tensor) -> Tensor:

@@ -96,18 +96,18 @@ def _windows(image: Tensor, network: PixelNetwork, window_size: int) -> Iterator
 
 def _window(side: int, network: PixelNetwork, window_size: int) -> int:
     """The size of the windows along a side: no larger than is needed for as many as there must be."""
-    margin, stride = network.margin, network.stride
+    margin, step = network.margin, network.size_step
     if not margin:
         return network.next_size(min(side, window_size))
-    step = max((window_size - 2 * margin) // stride * stride, stride)
-    num_tiles = -(-side // step)
-    return network.next_size(-(-side // (num_tiles * stride)) * stride + 2 * margin)
+    largest = max((window_size - 2 * margin) // step * step, step)
+    num_tiles = -(-side // largest)
+    return network.next_size(-(-side // (num_tiles * step)) * step + 2 * margin)
 
 
 def _starts(window: int, side: int, network: PixelNetwork) -> list[int]:
     """Where predictions start along a side of the image."""
     if network.margin:
-        # Pooling divides the plane into squares of `stride` pixels, which must lie alike in all tiles.
-        step = (window - 2 * network.margin) // network.stride * network.stride
+        # Pooling divides the plane into squares of size_step pixels, which must lie alike in all tiles.
+        step = (window - 2 * network.margin) // network.size_step * network.size_step
         return list(range(0, side, step))
     return window_starts(side, window, OVERLAP)

@@ -24,8 +24,9 @@ from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_we
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, network_record
 from unet_diffusion.latents.space import LatentSpace
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.speed import Speed
-from unet_diffusion.models.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 from unet_diffusion.training.base import LRDecay, NetworkModule, averaged_copy, check_choice, default_optimizer
 
