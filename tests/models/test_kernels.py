@@ -296,7 +296,7 @@ def test_a_wide_processor_made_narrow_runs_the_kernels_of_narrow_ones():
 def test_a_folder_that_cannot_hold_the_kernels_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
-    with pytest.raises(RuntimeError, match=r"cannot be kept \(.*\); set TORCH_EXTENSIONS_DIR to a folder"):
+    with pytest.raises(RuntimeError, match=r"cannot be saved \(.*\); set TORCH_EXTENSIONS_DIR to a folder"):
         compiled_kernels()
 
 

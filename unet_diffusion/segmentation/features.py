@@ -18,7 +18,7 @@ from unet_diffusion.models.residual_blocks import UpBlock
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import keyed_generator
 
-NOISE_SEED = 0  # the same noise for every image, like the paper
+NOISE_SEED = 0  # every image gets the same noise, as in the paper
 
 
 class FeatureClassifier(PixelNetwork):
