@@ -26,7 +26,7 @@ class Stack(PixelNetwork):
 
 
 def test_it_is_the_network_of_the_documentation():
-    documented = PixelNetwork.__doc__.split("any size:\n")[1].split("`forward(x, t, **inputs)`")[0]
+    documented = PixelNetwork.__doc__.split("any size::\n")[1].split("`forward(x, t, **inputs)`")[0]
     own = [line.strip() for line in Path(__file__).read_text().splitlines() if line.strip()]
     start = own.index("class Stack(PixelNetwork):")
     assert own[start:][:10] == [line.strip() for line in documented.splitlines() if line.strip()]

@@ -59,7 +59,7 @@ class PixelNetwork(nn.Module):
     """The base class of every network that is trained, sampled or segmented with: images in, a prediction a pixel out.
 
     A network of your own needs three things: a constructor that calls `super().__init__()` first, a `config` to build
-    it again from a checkpoint, and `forward`. This one denoises images of any size:
+    it again from a checkpoint, and `forward`. This one denoises images of any size::
 
         class Stack(PixelNetwork):
             def __init__(self, in_channels: int, width: int = 32):

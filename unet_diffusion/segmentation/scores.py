@@ -98,7 +98,7 @@ def v_rand(truth: Labels, segments: Labels) -> float:
     """Return V^Rand = sum p_ij^2 / (a sum s_i^2 + (1 - a) sum t_j^2), a = 0.5 (Arganda-Carreras et al. 2015).
 
     p_ij is the share of pixels in segment i of `segments` and segment j of truth, and s_i and t_j are its marginals.
-    Only pixels where truth is not 0 count. A pixel of `segments` that is 0 is a segment of its own. The best score is 1.
+    Only pixels where truth is not 0 count. A pixel of `segments` that is 0 is a segment of its own. 1 is best.
 
     Args:
         truth: True segment numbers; pixels that are 0 do not count.
