@@ -66,6 +66,8 @@ MUTATIONS = [
     Mutation("unet: any size", "models/denoiser_unet.py",
              "takes_any and context_dim is not None", "takes_any",
              "models/test_unet.py diffusion/test_context.py"),
+    Mutation("unet: a config without an argument", "models/unet.py",
+             "if missing or unknown:", "if unknown:", "models/test_own_network.py"),
     Mutation("unet: gain of up-convolutions", "models/segmentation_unet.py",
              "places = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)",
              "places = math.prod(module.kernel_size)", "models/test_segmentation_unet.py"),

@@ -471,7 +471,7 @@ void for_channels(int64_t num_images, int64_t num_channels, int64_t num_groups, 
   });
 }
 
-// Images x (B, H, W, C) and gain, shift and offset of each channel, (B, C) float32 -> normalised x + offset, and the mean
+// Images x (B, H, W, C) and gain, shift and offset of each channel, (B, C) float32 -> normalised x + offset, and mean
 // and inverse standard deviation of each group, (B, G) float32.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& x, const Tensor& gain, const Tensor& shift,
