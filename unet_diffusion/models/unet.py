@@ -88,12 +88,14 @@ class PixelNetwork(nn.Module):
     Attributes:
         config: The constructor's arguments by name, each a plain value: a number, a text, True, False, None, or a list
             or dict of such values. `type(network)(**network.config)` builds the network again. Its entries
-            "in_channels", "out_channels", "context_dim" and "vector_dim" say what the network takes and gives.
+            "in_channels", "out_channels", "context_dim" and "vector_dim" say what the network takes and gives; a class
+            without an argument `in_channels` defines that attribute, such as `in_channels = 3`.
         time_embedding: The module that embeds timesteps; None for a network without timesteps, which is the default.
         class_embedding: The embedding of classes; None for a network without classes, which is the default.
         margin: Pixels that the output is smaller than the input on each side; 0, the default, keeps the size. With a
             margin, a shift of the input by `size_step` must shift the output alike.
-        size_step: Pixels from one valid height or width to the next; 1, the default, takes every size.
+        size_step: Pixels from one valid height or width to the next; 1, the default, takes every size. The smallest
+            valid size is one step, unless the class overrides the property `smallest_size`.
     """
 
     config: dict[str, Any]
