@@ -90,7 +90,8 @@ def _checkpoints(at: dict[str, Path]) -> None:
     from unet_diffusion.inference.denoiser import Denoiser
     from unet_diffusion.inference.segmenter import Segmenter
     from unet_diffusion.models.autoencoders import kl_autoencoder
-    from unet_diffusion.models.unet import DenoiserUNet, SegmentationUNet
+    from unet_diffusion.models.denoiser_unet import DenoiserUNet
+    from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
     torch.manual_seed(0)
     schedule = NoiseSchedule(1000, "squaredcos_cap_v2", prediction_type="v_prediction")

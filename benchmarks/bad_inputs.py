@@ -332,7 +332,8 @@ CONFIGURATIONS = {
     "a number for a list": "model:\n  unet:\n    init_args:\n      channels: 8",
     "a number that is a text": "model:\n  optimizer:\n    init_args:\n      lr: 2e-4x",
     "a class that is a list": "model:\n  unet:\n    class_path: [1]",
-    "a class without its arguments": "model:\n  unet:\n    class_path: unet_diffusion.models.unet.SegmentationUNet",
+    "a class without its arguments": "model:\n  unet:\n    class_path: "
+    "unet_diffusion.models.segmentation_unet.SegmentationUNet",
     "a class of another kind": "model:\n  unet:\n    class_path: unet_diffusion.diffusion.schedule.NoiseSchedule",
     "code": "model:\n  optimizer: !!python/object/apply:os.system ['id']",
     "an alias of itself": "model: &a\n  unet: *a",

@@ -189,7 +189,7 @@ def fit(case: Case, folder: Path, options: argparse.Namespace) -> None:
     from unet_diffusion.training.module import DiffusionModule
 
     network = NETWORKS[case.network]
-    unet = {"class_path": "unet_diffusion.models.unet.DenoiserUNet", "init_args": network.build().config}
+    unet = {"class_path": "unet_diffusion.models.denoiser_unet.DenoiserUNet", "init_args": network.build().config}
     images = {"batch_size": case.batch_size, "image_shape": network.image_shape, "horizontal_flip": True}
     data = {"class_path": "ours.RandomImages", "init_args": images}
     settings = {

@@ -38,8 +38,8 @@ from torch import Tensor
 
 from unet_diffusion.diffusion.sampling import build_scheduler, image_generators, sample
 from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.speed import SPEEDS, keep_freed_memory, prepare_weights, set_speed
-from unet_diffusion.models.unet import DenoiserUNet
 from unet_diffusion.runtime.precision import precisions_for
 
 SCHEDULERS = {"DPMSolverMultistepScheduler": 20, "DDIMScheduler": 50, "UniPCMultistepScheduler": 10}  # steps of each

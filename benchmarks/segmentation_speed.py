@@ -19,8 +19,8 @@ from measure import RESULTS, environment, fastest_autocast, table, write_json
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.models.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
-from unet_diffusion.models.unet import SegmentationUNet
 from unet_diffusion.runtime.precision import precisions_for
 from unet_diffusion.segmentation.tiles import predict_tiled
 
@@ -90,7 +90,7 @@ def ours(image: Tensor) -> dict[str, Predictor]:
 
 
 def in_one_window(network: SegmentationUNet, image: Tensor) -> Tensor:
-    return predict_tiled(network, image, network, window_size=image.shape[-1] + 2 * network.margin + network.stride)
+    return predict_tiled(network, image, network, window_size=image.shape[-1] + 2 * network.margin + network.size_step)
 
 
 def peers(image: Tensor) -> dict[str, Predictor]:

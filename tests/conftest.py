@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from unet_diffusion.commands.main import main
 from unet_diffusion.data import ImageDataModule, ImageSet, find_images, pack_images
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.training import DiffusionModule
 
 REPOSITORY = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 CAPTIONS = ["a red cat", "two blue dogs on a sofa"]
 WORDS = [*CAPTIONS, "a green cat on a red sofa"]

@@ -22,7 +22,7 @@ from until_time import STEPS, UntilTime
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import save_denoiser
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 ROOT = Path(__file__).parents[1]
 TINY_FIT = [

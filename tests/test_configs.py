@@ -15,7 +15,7 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -257,7 +257,7 @@ def test_recipe_trains_and_leaves_a_segmenter(run_cli, caplog, tmp_path, name):
         arguments += ["--model.init_from", tmp_path / "denoiser.ckpt"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
-    assert ("taken over" in caplog.text) == ("init_from" in (CONFIGS / name).read_text())
+    assert ("weights of the denoiser" in caplog.text) == ("init_from" in (CONFIGS / name).read_text())
     for file in ("samples.png", "checkpoints/last.ckpt", "config.yaml"):
         assert (tmp_path / "run" / file).is_file(), file
     status, _, err = run_cli("segment", tmp_path / "run", tmp_path / "run" / "samples.png", "--output", tmp_path / "o")

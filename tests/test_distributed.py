@@ -219,7 +219,7 @@ def conditioned_ranks(tmp_path_factory):
     config = {
         "model": {
             "unet": {
-                "class_path": "unet_diffusion.models.unet.DenoiserUNet",
+                "class_path": "unet_diffusion.models.denoiser_unet.DenoiserUNet",
                 "init_args": {**unet, "context_dim": 8, "norm_num_groups": 4},
             },
             "schedule": {"class_path": "unet_diffusion.diffusion.schedule.NoiseSchedule"},

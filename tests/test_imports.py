@@ -32,7 +32,7 @@ FORBIDDEN = [  # what a module must not pull in, however indirectly
     (
         "diffusers",
         [
-            *("models.blocks", "models.speed", "models.unet", "inference.record"),
+            *("models.denoiser_unet", "models.segmentation_unet", "models.speed", "inference.record"),
             *("diffusion.conditions.condition", "diffusion.image_to_image", "diffusion.losses", "diffusion.schedule"),
             "diffusion.tiling",
         ],

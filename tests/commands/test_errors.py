@@ -22,8 +22,9 @@ from unet_diffusion.data import DigitsDataModule, FolderDataModule
 from unet_diffusion.diffusers_io.configurations import schedule_from_diffusers
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record_checks import built, check_weights, no_larger_than
-from unet_diffusion.models.unet import DenoiserUNet
-from unet_diffusion.runtime.atomic_files import LOCK, ClaimedFolder, read_json
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.runtime.atomic_files import read_json
+from unet_diffusion.runtime.folder_settings import LOCK, ClaimedFolder
 from unet_diffusion.runtime.messages import in_words
 from unet_diffusion.runtime.safe_loading import load_plain
 
@@ -135,8 +136,8 @@ def test_errors_of_weights_name_a_few_of_them():
     with pytest.raises(RuntimeError) as raised:
         network.load_state_dict({"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(3), "x": torch.zeros(1)})
     assert in_words(raised.value) == (
-        "the weights must be those of the Sequential that is described, and are not: 2 are missing, such as 1.weight; "
-        "1 are left over, such as x; 1 are of another size, such as 0.weight [2, 2], here [3, 2]"
+        "the weights do not fit the Sequential that its settings describe: 2 are missing, such as 1.weight; "
+        "1 are left over, such as x; 1 have another size, such as 0.weight [2, 2], here [3, 2]"
     )
 
 
@@ -269,7 +270,7 @@ def test_folder_that_is_released_is_empty_and_can_be_claimed_again(tmp_path):
 def claimed_elsewhere(folder):
     """By a process that has a worker, and is killed at the end."""
     program = (
-        f"from unet_diffusion.runtime.atomic_files import *; import time; c = ClaimedFolder(Path({str(folder)!r})); "
+        f"from unet_diffusion.runtime.folder_settings import *; import time; c = ClaimedFolder(Path({str(folder)!r})); "
         "os.fork(); print(1, flush=True); time.sleep(10)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 
 import unet_diffusion
 from unet_diffusion.commands.named_classes import ALLOWED, FACTORIES, check_names, refuse_names_but
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 RUNS_A_COMMAND = "torch.utils.collect_env.run"  # a function of a package that is there: subprocess.Popen(command)
 DDP = "lightning.pytorch.strategies.DDPStrategy"

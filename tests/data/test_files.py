@@ -17,7 +17,7 @@ from unet_diffusion.data import ImageFormat, check_images, find_images, load_ima
 from unet_diffusion.data import files as files_module
 from unet_diffusion.data.listing import IMAGE_EXTENSIONS
 from unet_diffusion.data.stored import FORMATS
-from unet_diffusion.runtime.atomic_files import RUN_HEADER
+from unet_diffusion.runtime.folder_settings import RUN_HEADER
 
 PNG = encode(random_pixels(8, 8, 3))
 

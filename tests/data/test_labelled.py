@@ -132,7 +132,7 @@ def test_coloured_labels_are_refused(tmp_path):
 
 
 def test_wrong_values_are_shown_with_the_file_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"5 of 5 label images do not fit targets:\n  0: .* found 0, 255\n"):
+    with pytest.raises(ValueError, match=r"5 of 5 label images do not fit targets:\n  0: .* got 0, 255\n"):
         data(pairs(tmp_path), Targets(label_format="0/1"))
 
 

@@ -26,7 +26,7 @@ from unet_diffusion.inference.record import denoiser_record, save_denoiser
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 SEED = 3
 NUM_IMAGES = 3

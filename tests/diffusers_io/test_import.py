@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from unet_diffusion.diffusers_io.configurations import config_from_diffusers, schedule_from_diffusers
 from unet_diffusion.diffusers_io.exporting import to_diffusers
 from unet_diffusion.diffusers_io.importing import from_diffusers, import_pipeline
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 CIFAR10_32 = {
     "attention_head_dim": None,

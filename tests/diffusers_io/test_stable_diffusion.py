@@ -593,7 +593,7 @@ def test_index_of_weights_names_files_beside_it(stable_diffusion, tmp_path, part
     torch.save({"weight": code(tmp_path / "ran")}, folder / "evil.bin")
     index = {"metadata": {}, "weight_map": {"weight": name}}
     (folder / f"{WEIGHTS[part]}.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"must name \.safetensors files beside it, got '{name}'"):
+    with pytest.raises(ValueError, match=rf"must name \.safetensors files in its folder, got '{name}'"):
         import_pipeline(stable_diffusion)
     assert not (tmp_path / "ran").exists()
 

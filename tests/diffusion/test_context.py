@@ -11,8 +11,9 @@ from unet_diffusion.diffusers_io.configurations import config_from_diffusers, co
 from unet_diffusion.diffusers_io.exporting import to_diffusers
 from unet_diffusion.diffusers_io.importing import from_diffusers, import_pipeline
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.models.blocks import SpatialTransformer, sinusoids
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.attention import SpatialTransformer
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.models.embeddings import sinusoids
 from unet_diffusion.training.module import DiffusionModule
 
 CROSS_DOWN, DOWN, CROSS_UP, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
@@ -304,10 +305,10 @@ def test_config_rebuilds_the_network():
 @pytest.mark.parametrize(
     ("message", "conditions"),
     [
-        (r"context_dim 6, \(B, L, 6\), for context, got none", {}),
+        (r"context_dim 6 and takes context of shape \(B, L, 6\), got none", {}),
         (r"context_dim 6.*got shape \(1, 6\)", {"context": torch.zeros(1, 6)}),
-        (r"context_dim 6.*for context.*\(1, 2, 5\)", {"context": torch.zeros(1, 2, 5)}),
-        (r"takes none.*vector.*\(1, 4\)", {"context": torch.zeros(1, 2, 6), "vector": torch.zeros(1, 4)}),
+        (r"context_dim 6.*context of shape.*\(1, 2, 5\)", {"context": torch.zeros(1, 2, 5)}),
+        (r"takes no vector.*\(1, 4\)", {"context": torch.zeros(1, 2, 6), "vector": torch.zeros(1, 4)}),
     ],
 )
 def test_conditions_are_wanted_exactly_if_the_network_takes_them(message, conditions):
@@ -320,8 +321,8 @@ def test_conditions_are_wanted_exactly_if_the_network_takes_them(message, condit
     [
         ("num_heads.*without context_dim", {"num_heads": 2}),
         ("linear_projection.*without context_dim", {"linear_projection": True}),
-        ("num_heads and head_channels", {"context_dim": 6, "num_heads": 2, "head_channels": 4}),
-        (r"num_heads must be.*2, one a level, got \[2\]", {"context_dim": 6, "num_heads": [2]}),
+        ("num_heads 2 and head_channels 4", {"context_dim": 6, "num_heads": 2, "head_channels": 4}),
+        (r"num_heads must be.*2 positive numbers, one for each level, got \[2\]", {"context_dim": 6, "num_heads": [2]}),
         ("transformer_depth must be.*got 0", {"context_dim": 6, "transformer_depth": 0}),
         ("num_heads 3, got 16", {"context_dim": 6, "num_heads": 3}),
         ("cross_only_levels.*got 2", {"context_dim": 6, "cross_only_levels": [2]}),

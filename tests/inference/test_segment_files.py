@@ -15,7 +15,7 @@ from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.record import read_segmenter, segmenter_record
 from unet_diffusion.inference.segment_files import mask_name
 from unet_diffusion.inference.segmenter import Segmenter
-from unet_diffusion.models.unet import SegmentationUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RNG = np.random.default_rng(0)

@@ -6,19 +6,11 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
-from unet_diffusion.models.blocks import (
-    DownBlock,
-    Downsample,
-    MidBlock,
-    PassThrough,
-    ResidualBlock,
-    SelfAttention,
-    UpBlock,
-    Upsample,
-    crop_and_concat,
-    sinusoids,
-)
+from unet_diffusion.models.attention import SelfAttention
+from unet_diffusion.models.embeddings import sinusoids
 from unet_diffusion.models.kernels import double_by_copies, group_norm_by_channel
+from unet_diffusion.models.layers import Downsample, Upsample, crop_and_concat
+from unet_diffusion.models.residual_blocks import DownBlock, MidBlock, PassThrough, ResidualBlock, UpBlock
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -47,7 +39,7 @@ def test_attention_as_products_is_flash_attention(monkeypatch):
     attention, x = randomised(SelfAttention(32, 2)), torch.randn(2, 32, 4, 4)
     products = attention(x)
     monkeypatch.setattr(
-        "unet_diffusion.models.blocks.MAX_SCORES", 0
+        "unet_diffusion.models.attention.MAX_SCORES", 0
     )  # as with too many pixels for their pairs to be kept
     torch.testing.assert_close(products, attention(x), rtol=1e-4, atol=1e-4)
 
@@ -58,7 +50,7 @@ def test_attention_in_bfloat16_is_as_near_as_flash_attention(monkeypatch):
     attention.float()
     errors = []
     for limit in (2**24, 0):  # products, flash
-        monkeypatch.setattr("unet_diffusion.models.blocks.MAX_SCORES", limit)
+        monkeypatch.setattr("unet_diffusion.models.attention.MAX_SCORES", limit)
         with torch.autocast("cpu", torch.bfloat16):
             errors.append((attention(x) - x - exact).norm() / exact.norm())
     assert errors[0] < 2 * errors[1]  # both round what goes in and comes out; products round the scores too

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unet_diffusion.diffusers_io.exporting import to_diffusers
 from unet_diffusion.models import kernels
-from unet_diffusion.models.blocks import Conv3x3
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.kernels import (
     compiled_kernels,
     fused_group_norm,
@@ -23,8 +23,9 @@ from unet_diffusion.models.kernels import (
     winograd_conv2d,
     winograd_filters,
 )
+from unet_diffusion.models.layers import Conv3x3
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.models.speed import MIN_WINOGRAD_CHANNELS, prepare_weights, set_speed, speeds_for
-from unet_diffusion.models.unet import DenoiserUNet, SegmentationUNet
 from unet_diffusion.runtime.precision import autocast, cpu_has_bfloat16
 
 CPU = torch.device("cpu")
@@ -295,7 +296,7 @@ def test_a_wide_processor_made_narrow_runs_the_kernels_of_narrow_ones():
 def test_a_folder_that_cannot_hold_the_kernels_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
-    with pytest.raises(RuntimeError, match=r"cannot be kept \(.*\); set TORCH_EXTENSIONS_DIR to a folder"):
+    with pytest.raises(RuntimeError, match=r"cannot be saved \(.*\); set TORCH_EXTENSIONS_DIR to a folder"):
         compiled_kernels()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from unet_diffusion.models.unet import SegmentationUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
 
 def tiny(**options) -> SegmentationUNet:
@@ -47,7 +47,7 @@ def test_dropout_is_at_the_end_of_the_contracting_path_only(paper):
 def test_smallest_size_gives_pixels_and_the_next_smaller_would_not(channels):
     model = tiny(channels=channels)
     output = model(torch.zeros(1, 1, model.smallest_size, model.smallest_size)).shape[-1]
-    assert 0 < output <= model.stride
+    assert 0 < output <= model.size_step
     assert output == model.smallest_size - 2 * model.margin
 
 
@@ -64,7 +64,7 @@ def test_wrong_size_is_refused_with_the_next_that_fits(paper):
 def test_same_padding_keeps_the_size_and_takes_multiples_of_the_stride():
     model = tiny(padding="same")
     assert model(torch.zeros(1, 1, 8, 12)).shape == (1, 2, 8, 12)
-    with pytest.raises(ValueError, match="multiples of 4 for 3 levels, got 8 x 10; the next size that fits is 8 x 12"):
+    with pytest.raises(ValueError, match="multiples of 4, got 8 x 10; the next size that fits is 8 x 12"):
         model(torch.zeros(1, 1, 8, 10))
 
 
@@ -103,12 +103,12 @@ def test_valid_output_depends_on_its_field_of_view_only():
     x = torch.randn(1, 1, size, size, dtype=torch.float64, requires_grad=True)
     model(x)[0, 0, 0, 0].backward()
     rows = x.grad[0, 0].abs().sum(dim=1).nonzero()
-    assert rows.max() <= 2 * model.margin + model.stride  # none of the far side
+    assert rows.max() <= 2 * model.margin + model.size_step  # none of the far side
 
 
 def test_shift_by_the_stride_shifts_the_output():
     model = tiny().double()
-    stride, size = model.stride, model.next_size(60)
+    stride, size = model.size_step, model.next_size(60)
     x = torch.randn(1, 1, size + stride, size, dtype=torch.float64)
     upper, lower = model(x[:, :, :size]), model(x[:, :, stride:])
     torch.testing.assert_close(upper[:, :, stride:], lower[:, :, :-stride])
@@ -118,9 +118,9 @@ def test_timestep_changes_the_output_and_is_wanted_exactly_with_an_embedding():
     model = tiny(padding="same", timestep_embedding=True)
     x = torch.randn(1, 1, 8, 8)
     assert not torch.equal(model(x, torch.tensor([1])), model(x, torch.tensor([500])))
-    with pytest.raises(ValueError, match="it has a timestep embedding, got none"):
+    with pytest.raises(ValueError, match="the network has a timestep embedding and needs t, got none"):
         model(x)
-    with pytest.raises(ValueError, match="it has no timestep embedding, got t of shape"):
+    with pytest.raises(ValueError, match="the network has no timestep embedding, got t of shape"):
         tiny(padding="same")(x, torch.tensor([1]))
 
 

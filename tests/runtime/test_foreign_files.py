@@ -139,7 +139,7 @@ def cells_checkpoint(tmp_path):
     """Of an untrained tiny segmenter."""
     from unet_diffusion.inference.record import segmenter_record
     from unet_diffusion.inference.segmenter import Segmenter
-    from unet_diffusion.models.unet import SegmentationUNet
+    from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
     unet = SegmentationUNet(1, 2, channels=(4, 8), padding="same")
     record = segmenter_record(Segmenter(unet, "classes", ["background", "cell"], None, False, 64))

@@ -35,12 +35,12 @@ def test_right_values_pass(label_format, values):
 @pytest.mark.parametrize(
     ("options", "values", "message"),
     [
-        ({"label_format": "0/1"}, [0, 255], "with label_format 0/1 values must be 0 and 1, found 0, 255"),
-        ({"label_format": "0/255"}, [0, 1], "values must be 0 and 255, found 0, 1"),
-        ({"label_format": "0/255"}, [0, 3, 254, 255], "found 0, 3, 254, 255"),  # saved as JPEG
-        ({"label_format": "classes", "num_classes": 3}, [0, 3], "values must be from 0 to 2, found 0, 3"),
-        ({"label_format": "instances"}, [-1, 3], "values must be 0 or more, found -1, 3"),
-        ({"label_format": "0/1"}, range(20), "found 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ..."),
+        ({"label_format": "0/1"}, [0, 255], "with label_format 0/1 values must be 0 and 1, got 0, 255"),
+        ({"label_format": "0/255"}, [0, 1], "values must be 0 and 255, got 0, 1"),
+        ({"label_format": "0/255"}, [0, 3, 254, 255], "got 0, 3, 254, 255"),  # saved as JPEG
+        ({"label_format": "classes", "num_classes": 3}, [0, 3], "values must be from 0 to 2, got 0, 3"),
+        ({"label_format": "instances"}, [-1, 3], "values must be 0 or more, got -1, 3"),
+        ({"label_format": "0/1"}, range(20), "got 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ..."),
     ],
 )
 def test_wrong_values_are_shown(options, values, message):
@@ -96,7 +96,7 @@ def test_numbers_out_of_a_jpeg_are_refused_with_one_of_them_and_its_place():
     labels = np.asarray(Image.open(buffer)).astype(np.int32)
     problem = INSTANCES.check(labels)
     num_pieces = sum(ndimage.label(labels == number, np.ones((3, 3)))[1] for number in np.unique(labels) if number)
-    assert f"found {num_pieces} pieces" in problem
+    assert f"got {num_pieces} pieces" in problem
     _, edges, _ = edge_pieces(labels)
     y, x = edges[0]
     assert f"such as {labels[y, x]} in row {y}, column {x};" in problem
@@ -241,8 +241,8 @@ def test_instances_of_classes_are_refused():
     ("options", "message"),
     [
         ({"label_format": "0-255"}, "label_format must be one of 0/1, 0/255, classes, instances, got '0-255'"),
-        ({"label_format": "classes"}, "num_classes must be given exactly with label_format classes"),
-        ({"label_format": "0/1", "num_classes": 2}, "num_classes must be given exactly"),
+        ({"label_format": "classes"}, "num_classes goes with label_format classes and with no other"),
+        ({"label_format": "0/1", "num_classes": 2}, "num_classes goes with label_format classes"),
         ({"label_format": "classes", "num_classes": 300}, "num_classes must be from 2 to 256, got 300"),
         ({"label_format": "0/255", "separate_borders": True}, "needs label_format instances"),
         ({"label_format": "instances", "border_width": 0}, "border_width must be at least 1"),

@@ -386,7 +386,7 @@ def test_a_stack_is_scored_at_one_threshold_for_all_its_images():
 
 
 def test_as_many_truths_as_probabilities_are_wanted():
-    with pytest.raises(ValueError, match="as many truths as probabilities, and one at least, got 1 and 0"):
+    with pytest.raises(ValueError, match="as many truths as probabilities, and at least one, got 1 and 0"):
         membrane_scores([MASK], [])
 
 

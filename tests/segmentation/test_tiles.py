@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from unet_diffusion.models.unet import SegmentationUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation.tiles import mirror, predict_tiled, predict_views
 
 
@@ -124,7 +124,7 @@ def test_views_are_turned_back_before_they_are_averaged():
 MEMORY = """
 import resource, torch
 from unet_diffusion.segmentation.tiles import predict_tiled
-from unet_diffusion.models.unet import SegmentationUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 torch.set_num_threads(2)
 model = SegmentationUNet(1, 2, channels=(8, 8, 8)).eval()
 def peak(side):

@@ -1,4 +1,4 @@
-"""A denoiser becomes a segmenter: its weights taken over, or its features classified."""
+"""A denoiser becomes a segmenter: its weights are copied, or its features classified."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import NOISE_SEED, FeatureClassifier
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
@@ -34,7 +34,7 @@ def classifier(**options) -> FeatureClassifier:
     )
 
 
-def test_all_but_the_head_is_taken_over():
+def test_all_but_the_head_is_copied():
     segmenter, trained = DenoiserUNet(**SMALL, out_channels=3), denoiser()
     head = {name: value.clone() for name, value in segmenter.state_dict().items() if name.startswith("conv_out.")}
     load_denoiser_weights(segmenter, trained)
@@ -46,12 +46,14 @@ def test_all_but_the_head_is_taken_over():
 def test_denoiser_with_classes_gives_all_but_their_embedding():
     segmenter, trained = DenoiserUNet(**SMALL, out_channels=3), denoiser(num_class_embeds=4)
     report = load_denoiser_weights(segmenter, trained)
-    assert report.endswith("not taken over: class_embedding.weight, conv_out.bias, conv_out.weight")
+    assert report.endswith("not copied: class_embedding.weight, conv_out.bias, conv_out.weight")
 
 
-def test_report_names_what_was_and_was_not_taken_over():
+def test_report_names_what_was_and_was_not_copied():
     report = load_denoiser_weights(DenoiserUNet(**SMALL, out_channels=3), denoiser())
-    assert "weights of the denoiser; new: conv_out.bias, conv_out.weight; not taken over: conv_out" in report
+    assert (
+        "weights of the denoiser; new in the segmenter: conv_out.bias, conv_out.weight; not copied: conv_out" in report
+    )
 
 
 def test_maps_before_the_head_are_the_denoisers():
@@ -64,9 +66,9 @@ def test_maps_before_the_head_are_the_denoisers():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"channels": [16, 16]}, "tensors differ, such as conv_in.bias: 8 in the denoiser, 16 here"),
+        ({"channels": [16, 16]}, "tensors differ, such as conv_in.bias: 8 in the denoiser, 16 in the segmenter"),
         ({"layers_per_block": 2}, "none in the denoiser"),
-        ({"in_channels": 3}, "conv_in.weight: 8x1x3x3 in the denoiser, 8x3x3x3 here"),
+        ({"in_channels": 3}, "conv_in.weight: 8x1x3x3 in the denoiser, 8x3x3x3 in the segmenter"),
     ],
 )
 def test_another_network_is_refused_and_left_as_it_was(options, named):
@@ -77,7 +79,7 @@ def test_another_network_is_refused_and_left_as_it_was(options, named):
     assert all(torch.equal(value, before[name]) for name, value in segmenter.state_dict().items())
 
 
-def test_classifier_takes_over_the_whole_denoiser_and_refuses_another_schedule():
+def test_classifier_copies_the_whole_denoiser_and_refuses_another_schedule():
     network, trained = classifier(), denoiser()
     assert "frozen" in load_denoiser_weights(network, trained)
     for name, value in network.denoiser.state_dict().items():
@@ -148,7 +150,7 @@ import resource, torch
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.losses import weighted_cross_entropy
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 unet = DenoiserUNet(3, [32, 64, 128, 256], layers_per_block=1, mid_attention=False, norm_num_groups=8)
 network = FeatureClassifier(unet, NoiseSchedule(1000, "linear")).train()
 optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])

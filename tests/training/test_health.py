@@ -9,7 +9,7 @@ import torch
 from unet_diffusion.data import SegmentationDataModule, SyntheticCells
 from unet_diffusion.models.autoencoders import kl_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator
-from unet_diffusion.models.unet import SegmentationUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.training import AutoencoderModule, SegmentationModule, health
 from unet_diffusion.training.checkpointing import num_bytes

@@ -19,14 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from unet_diffusion.commands.recipes import HEADINGS, all_recipes, recipe_path
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
-from unet_diffusion.runtime.atomic_files import (
-    CONTENTS,
-    SETTINGS,
-    atomic_write,
-    read_json,
-    remove_left_behind,
-    require_same_settings,
-)
+from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
+from unet_diffusion.runtime.folder_settings import CONTENTS, SETTINGS, require_same_settings
 from unet_diffusion.runtime.imports import import_lightning, quick_imports
 from unet_diffusion.runtime.messages import (
     CommandParser,

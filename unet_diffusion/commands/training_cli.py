@@ -37,7 +37,8 @@ from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.inference.record import explained, read_denoiser
 from unet_diffusion.inference.record_checks import check_weights
-from unet_diffusion.runtime.atomic_files import RUN_HEADER, ClaimedFolder, atomic_write, check_replaceable
+from unet_diffusion.runtime.atomic_files import atomic_write, check_replaceable
+from unet_diffusion.runtime.folder_settings import RUN_HEADER, ClaimedFolder
 from unet_diffusion.runtime.messages import UsageError, did_you_mean
 from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.runtime.signals import Interrupted

@@ -23,14 +23,8 @@ from unet_diffusion.commands.recipes import read_settings
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import class_names_of, find_images
 from unet_diffusion.data.fingerprints import Fingerprint, changes, content_hash, fingerprints, folder_hash, hash_of_all
-from unet_diffusion.runtime.atomic_files import (
-    CONTENTS,
-    SETTINGS,
-    atomic_write,
-    field_of,
-    read_json,
-    remove_left_behind,
-)
+from unet_diffusion.runtime.atomic_files import atomic_write, field_of, read_json, remove_left_behind
+from unet_diffusion.runtime.folder_settings import CONTENTS, SETTINGS
 from unet_diffusion.runtime.messages import UsageError, first_few
 from unet_diffusion.runtime.signals import Interrupted, handled
 

@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Protocol
 
 from unet_diffusion.data.listing import IMAGE_EXTENSIONS, LeftOut, composed, image_names, walk
-from unet_diffusion.runtime.atomic_files import RUN_HEADER
+from unet_diffusion.runtime.folder_settings import RUN_HEADER
 
 MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
 MAX_TEXT_BYTES = 256 * 1024**2  # of a table of captions, or a record: it is read whole

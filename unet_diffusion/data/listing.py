@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from unet_diffusion.runtime.atomic_files import LOCK, RUN_HEADER, SETTINGS
+from unet_diffusion.runtime.folder_settings import LOCK, RUN_HEADER, SETTINGS
 from unet_diffusion.runtime.messages import MOST_NAMED, first_few, printable
 
 TIFF_EXTENSIONS = (".btf", ".tf2", ".tf8", ".tif", ".tiff")

@@ -25,13 +25,8 @@ from unet_diffusion.data.files import ImageFiles, class_names_of, labels_of
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.data.stored import stored_images
-from unet_diffusion.runtime.atomic_files import (
-    CONTENTS,
-    atomic_write,
-    read_json,
-    remove_left_behind,
-    require_same_settings,
-)
+from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
+from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.randomness import keyed_generator
 

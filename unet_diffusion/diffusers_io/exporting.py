@@ -40,8 +40,9 @@ from unet_diffusion.diffusion.schedule import scheduler_config
 from unet_diffusion.latents.codec import LatentCodec, decode_latents, latent_space_of
 from unet_diffusion.latents.space import MOMENTS, LatentSpace
 from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, pretrained_autoencoder, reconstruct
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.speed import set_speed
-from unet_diffusion.models.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder, read_json
 from unet_diffusion.runtime.randomness import keyed_generator
 

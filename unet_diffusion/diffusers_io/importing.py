@@ -25,7 +25,7 @@ from unet_diffusion.diffusion.conditions.text import pretrained_text
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec, latent_space_of
 from unet_diffusion.models.autoencoders import CLASSES, downsampling, pretrained_autoencoder
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.runtime.atomic_files import field_of, read_json
 
 StrPath = str | os.PathLike[str]

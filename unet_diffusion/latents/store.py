@@ -18,14 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unet_diffusion.latents.space import LEAST_STD, LatentSpace, moment_sums
-from unet_diffusion.runtime.atomic_files import (
-    SETTINGS,
-    atomic_write,
-    field_of,
-    read_json,
-    remove_left_behind,
-    require_same_settings,
-)
+from unet_diffusion.runtime.atomic_files import atomic_write, field_of, read_json, remove_left_behind
+from unet_diffusion.runtime.folder_settings import SETTINGS, require_same_settings
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 
 INDEX = "index.json"

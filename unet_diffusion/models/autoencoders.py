@@ -1,7 +1,7 @@
 """Autoencoders: diffusers' AutoencoderKL and VQModel, the first stage of latent diffusion.
 
-Rombach et al. 2022 (https://arxiv.org/abs/2112.10752): an image becomes a smaller map of latents, regularised by a
-small KL term or by a codebook. What brings latents to the scale that diffusion takes is in `latents.py`.
+An image becomes a smaller map of latents, which a small KL term or a codebook regularises (Rombach et al. 2022,
+https://arxiv.org/abs/2112.10752). The package `latents` scales latents for diffusion.
 """
 
 import os
@@ -17,7 +17,7 @@ from unet_diffusion.runtime.atomic_files import read_json
 from unet_diffusion.runtime.safe_loading import check_safetensors
 
 AutoencoderNetwork: TypeAlias = AutoencoderKL | VQModel
-MOST_LAYERS = 100  # blocks a level
+MOST_LAYERS = 100  # residual blocks in a level; published networks have 4 at most
 CLASSES: dict[str, type[AutoencoderNetwork]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 
@@ -31,22 +31,22 @@ def kl_autoencoder(
     mid_attention: bool = True,
     norm_num_groups: int = 32,
 ) -> AutoencoderKL:
-    """An autoencoder whose latents are a normal distribution each, pulled towards the standard normal.
+    """Return an autoencoder whose latents are normal distributions, pulled towards the standard normal.
 
     Args:
-        in_channels: of the images.
-        channels: width of each level, from full resolution down; each further level halves height and width.
-        latent_channels: of the latents.
-        layers_per_block: residual blocks a level of the encoder; one more in the decoder.
-        attention_levels: indices into channels of the levels with attention.
-        mid_attention: attention at the bottom.
-        norm_num_groups: groups of every group norm; must divide every width.
+        in_channels: Channels of the images.
+        channels: Width of each level, from full resolution down; each further level halves height and width.
+        latent_channels: Channels of the latents.
+        layers_per_block: Residual blocks in a level of the encoder; the decoder has one more.
+        attention_levels: Indices into channels of the levels with attention.
+        mid_attention: Whether the lowest level has attention.
+        norm_num_groups: Groups of every group norm; must divide every width.
 
     Raises:
-        ValueError: if a width cannot be divided into groups, or a level does not exist.
+        ValueError: If a width cannot be divided into groups, or a level does not exist.
     """
     config = _config(in_channels, channels, layers_per_block, attention_levels, mid_attention, norm_num_groups)
-    # The scale is measured once there are latents to measure; until then it is none.
+    # The scale is measured on latents once there are some; until then latents are not scaled.
     return AutoencoderKL(**config, latent_channels=latent_channels, scaling_factor=1.0)
 
 
@@ -61,31 +61,36 @@ def vq_autoencoder(
     mid_attention: bool = True,
     norm_num_groups: int = 32,
 ) -> VQModel:
-    """An autoencoder whose decoder takes the nearest entries of a codebook in place of the latents.
+    """Return an autoencoder whose decoder takes the nearest entries of a codebook in place of the latents.
 
     Args:
-        in_channels: of the images.
-        channels: width of each level, from full resolution down; each further level halves height and width.
-        num_codes: entries of the codebook.
-        latent_channels: of the latents, and length of an entry.
-        layers_per_block: residual blocks a level of the encoder; one more in the decoder.
-        attention_levels: indices into channels of the levels with attention.
-        mid_attention: attention at the bottom.
-        norm_num_groups: groups of every group norm; must divide every width.
+        in_channels: Channels of the images.
+        channels: Width of each level, from full resolution down; each further level halves height and width.
+        num_codes: Number of entries of the codebook.
+        latent_channels: Channels of the latents, and length of an entry of the codebook.
+        layers_per_block: Residual blocks in a level of the encoder; the decoder has one more.
+        attention_levels: Indices into channels of the levels with attention.
+        mid_attention: Whether the lowest level has attention.
+        norm_num_groups: Groups of every group norm; must divide every width.
 
     Raises:
-        ValueError: if a width cannot be divided into groups, or a level does not exist.
+        ValueError: If a width cannot be divided into groups, or a level does not exist.
     """
     config = _config(in_channels, channels, layers_per_block, attention_levels, mid_attention, norm_num_groups)
     return VQModel(**config, latent_channels=latent_channels, num_vq_embeddings=num_codes, scaling_factor=1.0)
 
 
-def pretrained_autoencoder(folder: str | os.PathLike[str]) -> ModelMixin:  # not a union: configurations name it
-    """The autoencoder in a diffusers folder, or in the folder vae, vqvae or autoencoder inside it.
+def pretrained_autoencoder(
+    folder: str | os.PathLike[str],
+) -> ModelMixin:  # no union, as YAML files name this function where they want a model
+    """Load the autoencoder in a diffusers folder, or in the folder vae, vqvae or autoencoder inside it.
+
+    Args:
+        folder: Path of the folder.
 
     Raises:
-        FileNotFoundError: if there is none, or none in safetensors.
-        ValueError: if it is of another class, or weights are missing or left over.
+        FileNotFoundError: If there is no autoencoder, or none with weights in safetensors.
+        ValueError: If the model has another class, or weights are missing or left over.
     """
     kind, path = autoencoder_class(folder)
     check_safetensors(path, "diffusion_pytorch_model")
@@ -93,16 +98,21 @@ def pretrained_autoencoder(folder: str | os.PathLike[str]) -> ModelMixin:  # not
         path, output_loading_info=True, use_safetensors=True, local_files_only=True
     )
     if wrong := [f"{name}: {', '.join(map(str, keys))}" for name, keys in report.items() if keys]:
-        raise ValueError(f"the weights in {path} must be those of its config.json; {'; '.join(wrong)}")
+        raise ValueError(
+            f"the weights in {path} do not fit its config.json: {'; '.join(wrong)}; export or download the folder again"
+        )
     return autoencoder
 
 
 def autoencoder_class(folder: str | os.PathLike[str]) -> tuple[type[AutoencoderNetwork], Path]:
-    """The class of the autoencoder that `pretrained_autoencoder` loads, and the folder where it is.
+    """Return the class of the autoencoder that `pretrained_autoencoder` loads, and the path of its own folder.
+
+    Args:
+        folder: Path of the diffusers folder.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is of another class.
+        FileNotFoundError: If there is no autoencoder.
+        ValueError: If the model has another class.
     """
     for candidate in (Path(folder), *(Path(folder) / name for name in ("autoencoder", "vae", "vqvae"))):
         if (candidate / "config.json").is_file():
@@ -111,46 +121,50 @@ def autoencoder_class(folder: str | os.PathLike[str]) -> tuple[type[AutoencoderN
                 raise ValueError(f"{candidate} must hold an AutoencoderKL or a VQModel, and holds {name}")
             return CLASSES[name], candidate
     raise FileNotFoundError(
-        f"{folder} must be a local diffusers folder with config.json, or hold vae, vqvae or autoencoder with one; "
-        "unet-diffusion export makes one of a checkpoint"
+        f"{folder} must be a local diffusers folder with config.json, or hold such a folder named vae, vqvae or "
+        "autoencoder; unet-diffusion export makes one of a checkpoint"
     )
 
 
 def downsampling(autoencoder: AutoencoderNetwork) -> int:
-    """Pixels of the image, along a side, for one of the latents."""
+    """Return how many pixels of the image lie along one side of a latent."""
     return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
 
 
 def num_latent_channels(autoencoder: AutoencoderNetwork) -> int:
-    """Channels of what `encode` gives."""
+    """Return the number of channels of the latents."""
     return autoencoder.config.get("vq_embed_dim") or autoencoder.config["latent_channels"]
 
 
 def quantize(autoencoder: VQModel, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest codes in place of the latents, (B, C, h, w), their loss, (), and their numbers, (B * h * w,) int64.
+    """Return the codes nearest to latents, (B, C, h, w), their loss, (), and their numbers, (B * h * w,) int64.
 
-    The gradient of the codes is passed on to the latents as it is. The loss pulls latents and codes together, as in van
-    den Oord et al. 2017 (https://arxiv.org/abs/1711.00937, eq. 3), but diffusers' VQModel weights the pull on the
-    latents 1 and that on the codes 0.25, which is the other way round.
+    The gradient of the codes passes unchanged to the latents. The loss pulls latents and codes together (van den Oord
+    et al. 2017, https://arxiv.org/abs/1711.00937, eq. 3); diffusers' VQModel swaps the paper's weights and gives the
+    pull on the latents 1 and the pull on the codes 0.25.
+
+    Args:
+        autoencoder: An autoencoder with a codebook.
+        latents: Output of its encoder, (B, C, h, w).
     """
     codes, loss, (_, _, numbers) = autoencoder.quantize(latents)
     return codes, loss, numbers
 
 
 def decode_codes(autoencoder: VQModel, codes: Tensor) -> Tensor:
-    """The images, (B, C, H, W), of what `quantize` gave."""
+    """Decode codes from `quantize`, (B, C, h, w), into images, (B, C, H, W)."""
     return autoencoder.decode(codes, force_not_quantize=True).sample
 
 
 def reconstruct(autoencoder: AutoencoderNetwork, images: Tensor) -> Tensor:
-    """Images there and back, (B, C, H, W): through the means of their latents, or the codes nearest to them."""
+    """Encode images and decode the means of their latents, or the codes nearest to them: (B, C, H, W)."""
     if isinstance(autoencoder, VQModel):
         return autoencoder.decode(autoencoder.encode(images).latents).sample
     return autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
 
 
 def latent_moments(autoencoder: AutoencoderNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each latent of images, (B, c, h, w) each; the latter 0 for a codebook."""
+    """Return mean and standard deviation of the latents of images, (B, c, h, w) each; a codebook has deviation 0."""
     if isinstance(autoencoder, VQModel):
         latents = autoencoder.encode(images).latents
         return latents, torch.zeros_like(latents)

@@ -1,34 +1,34 @@
-"""A critic of image patches, for autoencoders whose reconstructions are to look sharp.
+"""A discriminator of image patches, which makes the reconstructions of an autoencoder sharp.
 
-PatchGAN (Isola et al. 2017, https://arxiv.org/abs/1611.07004, appendix 6.1.2) with the hinge loss, as Esser et al. 2021
-(https://arxiv.org/abs/2012.09841) and Rombach et al. 2022 train it. Norms are of groups of channels instead of the
-batch, so that small batches and many processes change nothing.
+It is the PatchGAN of Isola et al. 2017 (https://arxiv.org/abs/1611.07004, appendix 6.1.2) with the hinge loss, as in
+Esser et al. 2021 (https://arxiv.org/abs/2012.09841) and Rombach et al. 2022. Group norms replace their batch norms, so
+that small batches and many processes change nothing.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_WIDENING = 8  # times the first width
+MAX_WIDENING = 8  # a layer is at most so many times as wide as the first
 NUM_GROUPS = 32
 NEGATIVE_SLOPE = 0.2
-INITIAL_STD = 0.02  # of the weights (Isola et al. 2017, appendix 6.2)
+INITIAL_STD = 0.02  # standard deviation of the first weights (Isola et al. 2017, appendix 6.2)
 
 
 class PatchDiscriminator(nn.Module):
-    """How real each patch of an image looks: (B, C, H, W) -> (B, 1, h, w), above 0 for real.
+    """Scores how real each patch of an image looks: (B, C, H, W) -> (B, 1, h, w), above 0 for real.
 
     With three layers a patch is 70 pixels wide, and images must be at least 24 pixels wide.
 
     Args:
-        in_channels: C.
-        channels: width of the first layer; a multiple of 32.
-        num_layers: strided convolutions; each further one doubles the patch.
+        in_channels: Channels C of the images.
+        channels: Width of the first layer; a multiple of 32.
+        num_layers: Number of strided convolutions; each further one doubles the size of a patch.
 
     Attributes:
-        smallest_size: least height and width of an image, in pixels.
+        smallest_size: The least height and width of an image, in pixels.
 
     Raises:
-        ValueError: if the width or the number of layers does not fit.
+        ValueError: If the width is no multiple of 32, or there is no layer.
     """
 
     def __init__(self, in_channels: int = 3, *, channels: int = 64, num_layers: int = 3):
@@ -48,7 +48,7 @@ class PatchDiscriminator(nn.Module):
             ]
         self.layers = nn.Sequential(*layers, nn.LeakyReLU(NEGATIVE_SLOPE), nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.in_channels = in_channels
-        self.smallest_size = 3 * 2**num_layers  # leaves one patch
+        self.smallest_size = 3 * 2**num_layers  # such an image has one patch
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=INITIAL_STD)
@@ -60,13 +60,13 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss, (): 0 if every patch is told apart by a margin of 1, and 1 if it cannot tell any.
+    """Return half the sum of mean(max(0, 1 - real)) and mean(max(0, 1 + fake)), ().
 
-    Half the sum of mean(max(0, 1 - real)) and mean(max(0, 1 + fake)) (Lim & Ye 2017,
-    https://arxiv.org/abs/1705.02894).
+    This loss of the discriminator (Lim & Ye 2017, https://arxiv.org/abs/1705.02894) is 0 if it scores all real patches
+    above 1 and all others below -1, and 1 if it scores every patch 0.
 
     Args:
-        real: its output for images.
-        fake: its output for reconstructions.
+        real: Scores of images.
+        fake: Scores of reconstructions.
     """
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

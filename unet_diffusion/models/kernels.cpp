@@ -1,8 +1,8 @@
-// The operators of kernels.py: Winograd convolution and group norm, each with its gradient. Compiled for CPUs with
-// AVX2, in float32, or for those with AVX-512 and its bf16, in both precisions.
+// The operators of kernels.py: Winograd convolution and group norm, each with its gradient. For CPUs with AVX2 they are
+// compiled in float32, for CPUs with AVX-512 and its bf16 in float32 and bfloat16.
 //
 // Images are (B, H, W, C), contiguous, in float32 or bfloat16; all sums are in float32. A thread takes a few tiles or
-// channels at a time through all that is done to them, so that what lies between stays in its cache.
+// channels through all steps before the next ones, so that the numbers between two steps stay in its cache.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -32,20 +32,20 @@ using Lanes = __m256;
 #endif
 
 constexpr int64_t LANES = Vectorized::size();
-constexpr int64_t CACHED = 128 * 1024;     // numbers of tiles a thread works on: 256 KiB in bfloat16
-constexpr int64_t GRADIENT_TILES = 512;    // summed over by one matrix product
-constexpr int64_t PRODUCT_ROWS = 64;       // of such a product that one thread works on
-constexpr int64_t MIN_NORM_CHANNELS = 32;  // worked on together: a cache line of bfloat16
-constexpr int64_t SUMMED = 256;            // numbers added one by one; their sums are added after that
+constexpr int64_t CACHED = 128 * 1024;     // numbers in the tiles that a thread works on: 256 KiB in bfloat16
+constexpr int64_t GRADIENT_TILES = 512;    // tiles that one matrix product sums over
+constexpr int64_t PRODUCT_ROWS = 64;       // rows of such a product that one thread works on
+constexpr int64_t MIN_NORM_CHANNELS = 32;  // channels that a thread works on together: a cache line of bfloat16
+constexpr int64_t SUMMED = 256;            // numbers added one by one before their sums are added
 
 // ---------------------------------------------------------------------------------------------------- numbers
 
-// Numbers of one type that fill 32 bits. oneDNN's matrix products want the right factor as (K / PAIR, N, PAIR).
+// How many numbers of a type fill 32 bits. oneDNN's matrix products take the right factor as (K / PAIR, N, PAIR).
 template <class T>
 constexpr int64_t PAIR = 4 / sizeof(T);
 
-// load and store move the first `count` numbers, at most a vector. store_paired stores as many vectors as PAIR, their
-// numbers by turns.
+// load and store move the first `count` numbers, at most a vector. store_paired stores PAIR vectors and alternates
+// their numbers.
 
 inline Lanes load(const float* p, int64_t count = LANES) { return Vectorized::loadu(p, std::min(count, LANES)); }
 
@@ -94,24 +94,24 @@ auto with_type(at::ScalarType type, F f) {
 
 // ---------------------------------------------------------------------------------------------------- Winograd
 
-// Sides of a tile of outputs, and of the inputs that it is made of: F(4x4, 3x3) in float32. Its tiles hold numbers of
-// such different sizes that bfloat16 would lose them: F(2x2, 3x3) there.
+// Sides of a tile of outputs and of its inputs: F(4x4, 3x3) in float32. The numbers in its tiles differ so much in size
+// that bfloat16 would lose the small ones, so bfloat16 has F(2x2, 3x3).
 template <class T>
 constexpr int64_t OUT = sizeof(T) == 4 ? 4 : 2;
 template <class T>
 constexpr int64_t IN = OUT<T> + 2;
 template <class T>
-constexpr int64_t COMPONENTS = IN<T> * IN<T>;  // of a tile
+constexpr int64_t COMPONENTS = IN<T> * IN<T>;  // numbers of a transformed tile
 template <class T>
-constexpr int64_t MIN_TILES = sizeof(T) == 4 ? 64 : 8;  // so that reading the filters, which no cache holds, pays
+constexpr int64_t MIN_TILES = sizeof(T) == 4 ? 64 : 8;  // fewer are not worth reading the filters, which no cache holds
 
-// F(4x4, 3x3) interpolates at 0, P, -P, Q, -Q and infinity. Errors are 2.3 times less than with Lavin & Gray's 1 and 2.
-// The filter's values there are divided by the product of the differences to the other points.
+// F(4x4, 3x3) interpolates at 0, P, -P, Q, -Q and infinity; errors are 2.3 times smaller than with Lavin & Gray's 1 and
+// 2. The filter's value at a point is divided by the product of the differences to the other points.
 constexpr float P = 0.625f, Q = 1.5f;
 constexpr float AT_0 = 1 / (P * P * Q * Q), AT_P = 1 / (2 * P * P * (P * P - Q * Q));
 constexpr float AT_Q = 1 / (2 * Q * Q * (Q * Q - P * P));
 
-// The matrices of both, as in Lavin & Gray 2015, section 4, each applied to one column.
+// The matrices of both forms (Lavin & Gray 2015, section 4), each applied to one column.
 inline void transform_input(const Lanes (&d)[4], Lanes (&out)[4]) {  // B^T
   out[0] = d[0] - d[2], out[1] = d[1] + d[2], out[2] = d[2] - d[1], out[3] = d[1] - d[3];
 }
@@ -170,7 +170,7 @@ inline void transform_filter_gradient(const Lanes (&p)[6], Lanes (&out)[3]) {
   out[2] = lanes(P * P) * even_p + lanes(Q * Q) * even_q + p[5];
 }
 
-// transform x transform^T, for a tile whose numbers lie in rows.
+// Computes transform x transform^T for a tile whose numbers lie in rows.
 template <int64_t N, int64_t M>
 inline void both_ways(void (&transform)(const Lanes (&)[N], Lanes (&)[M]), const Lanes (&in)[N * N],
                       Lanes (&out)[M * M]) {
@@ -193,13 +193,13 @@ inline void both_ways(void (&transform)(const Lanes (&)[N], Lanes (&)[M]), const
   }
 }
 
-// Images of one size.
+// The size of images.
 struct Images {
   int64_t count, height, width;
 };
 
-// How the output of a convolution is cut into tiles of OUT x OUT pixels. Each is made of the IN x IN input pixels from
-// `padding` above and to the left of its place.
+// The tiles of OUT x OUT pixels into which the output of a convolution is cut. A tile is computed from IN x IN input
+// pixels, the first of which lies `padding` pixels above and to the left of the tile.
 template <class T>
 struct Tiling {
   int64_t rows, columns, count;
@@ -209,8 +209,8 @@ struct Tiling {
         columns(blocks(output.width, OUT<T>)),
         count(output.count * rows * columns) {}
 
-  // Addresses of the SIZE x SIZE pixels from `padding` above and to the left of the place of tile number `tile`;
-  // `outside` for those that are not in the image, and for tiles beyond the last.
+  // Addresses of SIZE x SIZE pixels, the first of which lies `padding` pixels above and to the left of tile number
+  // `tile`; `outside` stands for pixels that are not in the image, and for tiles beyond the last.
   template <int64_t SIZE, class U>
   void pixels(int64_t tile, const Images& images, U* image, int64_t channels, int64_t padding, U* outside,
               U* (&found)[SIZE * SIZE]) const {
@@ -231,14 +231,14 @@ inline void load_tile(T* const (&pixels)[PIXELS], int64_t channel, Lanes (&tile)
   for (int64_t i = 0; i < PIXELS; ++i) tile[i] = load(pixels[i] + channel);
 }
 
-// Distance between components of as many numbers: a cache line more, as caches put multiples of a high power of 2 in
-// the same few places.
+// The distance in memory from one component to the next: its size and a cache line more, because caches put addresses
+// that differ by a multiple of a high power of 2 into the same few places.
 template <class T>
 int64_t padded(int64_t numbers) {
   return numbers + 64 / sizeof(T);
 }
 
-// (K, 3, 3, C) float32 -> (COMPONENTS, C, K), or (COMPONENTS, K, C) of filters turned by 180 degrees, as right factors.
+// Filters (K, 3, 3, C) float32 -> right factors (COMPONENTS, C, K), or (COMPONENTS, K, C) if turned by 180 degrees.
 template <class T>
 Tensor filter_tiles(const Tensor& weight, bool turned) {
   const int64_t num_out = weight.size(0), num_in = weight.size(3), size = num_out * num_in;
@@ -300,7 +300,7 @@ Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias, int6
   const int64_t tiles_step = padded<T>(together * num_in), products_step = padded<float>(together * width);
   at::parallel_for(0, blocks(tiling.count, together), 1, [&](int64_t begin, int64_t end) {
     const std::vector<T> zeros(num_in);
-    std::vector<T> dump(num_out);  // of pixels below and to the right of images with odd sides
+    std::vector<T> dump(num_out);  // for pixels below and to the right of images with odd sides
     const Tensor scratch = at::empty({COMPONENTS<T> * tiles_step}, x.options());
     const Tensor sums = at::empty({COMPONENTS<T> * products_step}, bias.options());
     T* const tiles = scratch.mutable_data_ptr<T>();
@@ -341,10 +341,10 @@ Tensor convolve(const Tensor& x, const Tensor& filters, const Tensor& bias, int6
   return result;
 }
 
-// (B, H, W, C) and the gradient of the result, (B, H, W, K) -> those of weight, (K, 3, 3, C), and bias, (K,), float32
+// Images (B, H, W, C) and the gradient of the output (B, H, W, K) -> gradients of weight, (K, 3, 3, C), and bias, (K,).
 template <class T>
 std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, int64_t padding) {
-  constexpr int64_t GROUP = LANES * PAIR<T>;  // tiles of which a channel of one component fills a vector
+  constexpr int64_t GROUP = LANES * PAIR<T>;  // tiles; one channel of one of their components fills a vector
   const int64_t num_in = x.size(3), num_out = grad.size(3), size = num_in * num_out;
   const Images from = images_of(x), to = images_of(grad);
   const Tiling<T> tiling(to);
@@ -352,7 +352,7 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, 
   const T* const slope = grad.const_data_ptr<T>();
   const auto floats = x.options().dtype(at::kFloat);
 
-  // For each component, gradients (K, tiles) times inputs (tiles, C).
+  // Each component is a product: gradients (K, tiles) times inputs (tiles, C).
   if (tiling.count == 0) return {at::zeros({num_out, 3, 3, num_in}, floats), at::zeros({num_out}, floats)};
   const int64_t turns = blocks(tiling.count, std::max(GRADIENT_TILES, GROUP * at::get_num_threads()));
   const int64_t together = blocks(blocks(tiling.count, turns), GROUP) * GROUP;
@@ -361,7 +361,7 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, 
   const Tensor left_scratch = at::empty({COMPONENTS<T> * left_step}, x.options());
   const Tensor right_scratch = at::empty({COMPONENTS<T> * right_step}, x.options());
   const Tensor sums = at::empty({COMPONENTS<T>, num_out, num_in}, floats);
-  const Tensor bias_scratch = at::empty({blocks(tiling.count, GROUP), num_out}, floats);  // of each group
+  const Tensor bias_scratch = at::empty({blocks(tiling.count, GROUP), num_out}, floats);  // a row for each group
   T* const left = left_scratch.mutable_data_ptr<T>();
   T* const right = right_scratch.mutable_data_ptr<T>();
   float* const products = sums.mutable_data_ptr<float>();
@@ -390,7 +390,7 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, 
             for (int64_t i = 0; i < COMPONENTS<T>; ++i) store_paired(found[i][t / PAIR<T>], tiles[i]);
           }
           if (start + group < tiling.count) store(bias_parts + (start + group) / GROUP * num_out + k, total);
-          for (int64_t i = 0; i < COMPONENTS<T>; ++i)  // numbers are only moved, so that it matters not what they mean
+          for (int64_t i = 0; i < COMPONENTS<T>; ++i)  // numbers are only moved, so their meaning does not matter
             at::vec::transpose_mxn<float, LANES, LANES>(
                 reinterpret_cast<float*>(found[i][0]), LANES,
                 reinterpret_cast<float*>(left + i * left_step + k * left_length + group), left_length / PAIR<T>);
@@ -414,7 +414,7 @@ std::tuple<Tensor, Tensor> filter_gradient(const Tensor& x, const Tensor& grad, 
         }
       }
     });
-    const int64_t parts = blocks(num_out, PRODUCT_ROWS);  // so that there is work for more threads than components
+    const int64_t parts = blocks(num_out, PRODUCT_ROWS);  // gives work to more threads than there are components
     at::parallel_for(0, COMPONENTS<T> * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t i = part / parts, k = part % parts * PRODUCT_ROWS;
@@ -446,7 +446,7 @@ struct Sums {
   Lanes one = lanes(0), two = lanes(0);
 };
 
-// The sums of what add(i, sums) adds for i < count: of parts first, so that few digits are lost.
+// The sums of the numbers that add(i, sums) adds for i < count; parts are summed first, so that few digits are lost.
 template <class F>
 Sums summed(int64_t count, F add) {
   Sums total;
@@ -458,7 +458,7 @@ Sums summed(int64_t count, F add) {
   return total;
 }
 
-// Calls f(image, start, count) for the channels of each image, whole groups of at least a cache line, by all threads.
+// Calls f(image, start, count) in all threads for the channels of each image: whole groups, at least a cache line.
 template <class F>
 void for_channels(int64_t num_images, int64_t num_channels, int64_t num_groups, F f) {
   const int64_t size = blocks(MIN_NORM_CHANNELS, num_channels / num_groups) * (num_channels / num_groups);
@@ -471,8 +471,8 @@ void for_channels(int64_t num_images, int64_t num_channels, int64_t num_groups, 
   });
 }
 
-// (B, H, W, C) and gain, shift and offset of each channel, (B, C) float32 -> normalised x + offset, and the mean and
-// the inverse deviation of each group, (B, G) float32.
+// Images x (B, H, W, C) and gain, shift and offset of each channel, (B, C) float32 -> normalised x + offset, and mean
+// and inverse standard deviation of each group, (B, G) float32.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& x, const Tensor& gain, const Tensor& shift,
                                               const Tensor& offset, int64_t num_groups, double eps, bool silu) {
@@ -488,9 +488,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& x, const Tensor& gai
     const int64_t size = blocks(count, LANES) * LANES, channel = b * num_channels + start;
     const T* const from = image + b * num_pixels * num_channels + start;
     T* const to = out + b * num_pixels * num_channels + start;
-    std::vector<float> mean(size), variance(size), centre(size), scale(size);  // of each channel
+    std::vector<float> mean(size), variance(size), centre(size), scale(size);  // a number for each channel
     for (int64_t c = 0; c < count; c += LANES) {
-      // Moments about each channel's first pixel: about 0, a mean of many deviations would drown the variance.
+      // Moments are taken about each channel's first pixel: about 0, a large mean would drown the variance.
       const int64_t rest = count - c;
       const Lanes origin = load(from + c, rest);
       const Sums sums = summed(num_pixels, [&](int64_t p, Sums& part) {
@@ -526,7 +526,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& x, const Tensor& gai
   return {result, means, inverses};
 }
 
-// The gradients of x, and of gain, shift and offset of each channel, (B, C).
+// The gradients of x, (B, H, W, C), and of gain, shift and offset of each channel, (B, C).
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_gradient(const Tensor& grad, const Tensor& x, const Tensor& gain,
                                                                const Tensor& shift, const Tensor& offset,
@@ -548,7 +548,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_gradient(const Tensor& gra
     const T *const from = image + begin, *const slope = slopes + begin;
     T* const to = out + begin;
     std::vector<float> centre(size), scale(size), sum(size), sum_x(size), by_x(size), added(size);
-    const std::unique_ptr<float[]> kept(new float[silu ? size * num_pixels : 0]);  // dz, with z what SiLU is applied to
+    const std::unique_ptr<float[]> kept(new float[silu ? size * num_pixels : 0]);  // dz, where z is the input of SiLU
     for (int64_t c = 0; c < count; ++c) {
       const int64_t group = (channel + c) / group_size;
       centre[c] = group_mean[group] - offsets[channel + c];

@@ -1,17 +1,17 @@
-"""Fast forms of a U-Net's two costly parts, equal to the plain ones up to rounding; the first two are for CPUs.
+"""Fast forms of the two costly layers of a U-Net, equal to the plain forms up to rounding.
 
 `winograd_conv2d` is a 3x3 convolution with fewer multiplications (Lavin & Gray 2015, https://arxiv.org/abs/1509.09308):
-F(4x4, 3x3) in float32, which makes 4x4 outputs from a tile of 6x6 inputs as 36 products where the plain form needs 144,
-and F(2x2, 3x3) in bfloat16, 16 products in place of 36. `fused_group_norm` is group norm, the embedding added before
-and SiLU, an image's channels at a time.
+F(4x4, 3x3) in float32, which makes 4x4 outputs from a tile of 6x6 inputs with 36 products where the plain form needs
+144, and F(2x2, 3x3) in bfloat16, with 16 products in place of 36. `fused_group_norm` adds the embedding, normalises and
+applies SiLU in one pass over some channels of an image.
 
-Both want channels last in memory, and AVX2, with which they compute in float32; with AVX-512 and its bf16 in bfloat16
-too. They are written in C++ in kernels.cpp. When sampling, tiles never lie in memory as a whole: a thread takes some
-through all that is done to them while they are in its cache.
+These two are for CPUs, and written in C++ in kernels.cpp. They need channels-last memory and AVX2, with which they
+compute in float32; with AVX-512 and its bf16 they compute in bfloat16, too. In sampling, the tiles never lie in memory
+all together: a thread takes a few tiles through all steps while they are in its cache.
 
-The other two are written for whole networks that are compiled for a GPU, in torch only. The reductions of
-`group_norm_by_channel` are over the pixels of each channel, which channels-last memory holds side by side, and the
-gradient of `double_by_copies` is a sum that is fused with what follows.
+Two more are for whole networks that are compiled for a GPU, and written in torch. `group_norm_by_channel` sums over the
+pixels of each channel, which channels-last memory holds side by side; the gradient of `double_by_copies` is a sum that
+the compiler fuses with the layer before.
 """
 
 import hashlib
@@ -37,21 +37,24 @@ BFLOAT16_FLAGS = (  # for processors with AVX-512 and its bf16
     *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
 )
-FLOAT32_FLAGS = "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"  # for the others
+FLOAT32_FLAGS = "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"  # for other processors
 
 
 def winograd_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor, *, padding: int = 1, filters: Tensor | None = None
 ) -> Tensor:
-    """A 3x3 convolution with stride 1, (B, C, H, W) -> (B, K, H + 2 padding - 2, W + 2 padding - 2), in channels_last.
+    """Convolve with a 3x3 kernel: (B, C, H, W) -> (B, K, H + 2 padding - 2, W + 2 padding - 2), in channels_last.
+
+    The precision is that of autocast where autocast is on, otherwise that of x: float32, or bfloat16 where the
+    processor has it.
 
     Args:
-        x: (B, C, H, W), any size; computed in autocast's type where that is on, else in its own: float32, or bfloat16
-            where the processor has that.
-        weight: (K, C, 3, 3), C and K multiples of 16.
-        bias: (K,).
-        padding: rows and columns of zeros on each side, 0 to 2.
-        filters: of the weight and of that type, from `winograd_filters`; None: made in each call. No gradient flows.
+        x: Input, (B, C, H, W), of any size.
+        weight: Kernels, (K, C, 3, 3); C and K must be multiples of 16.
+        bias: Number added to each output channel, (K,).
+        padding: Rows and columns of zeros on each side, 0 to 2.
+        filters: Result of `winograd_filters` for the weight and the precision, through which no gradient flows; None
+            computes it in each call.
     """
     dtype = _autocast_dtype(x)
     if filters is not None:
@@ -60,12 +63,13 @@ def winograd_conv2d(
 
 
 def winograd_filters(weight: Tensor, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
-    """What `winograd_conv2d` makes of a weight: (K, C, 3, 3) -> (components, C, K), in an order of its own.
+    """Transform kernels for `winograd_conv2d`: (K, C, 3, 3) -> (components, C, K), in the memory order of kernels.cpp.
 
     Args:
-        weight: (K, C, 3, 3).
-        dtype: float32 or bfloat16.
-        turned: of the filters turned by 180 degrees, from output to input: (components, K, C).
+        weight: Kernels, (K, C, 3, 3).
+        dtype: Precision of the result, float32 or bfloat16.
+        turned: Whether to turn the kernels by 180 degrees and swap input and output, (components, K, C), for the
+            gradient of the input.
     """
     return operators().winograd_filters(_channels_last(weight.detach().float()), dtype, turned)
 
@@ -73,16 +77,18 @@ def winograd_filters(weight: Tensor, dtype: torch.dtype, *, turned: bool = False
 def fused_group_norm(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None, silu: bool
 ) -> Tensor:
-    """group_norm(x + offset) over (B, C, H, W), then SiLU if asked: channels_last, x's type, computed in float32.
+    """Compute group_norm(x + offset), and SiLU if asked: (B, C, H, W) in channels_last and the type of x.
+
+    Sums are computed in float32.
 
     Args:
-        x: (B, C, H, W).
-        num_groups: must divide C.
-        weight: gain of each channel, (C,), or of each channel of each image, (B, C).
-        bias: added after the gain, same shape.
-        eps: added to the variance.
-        offset: added to each channel of each image, (B, C); None: nothing.
-        silu: whether SiLU follows.
+        x: Input, (B, C, H, W).
+        num_groups: Number of groups; must divide C.
+        weight: Gain of each channel, (C,), or of each channel of each image, (B, C).
+        bias: Number added after the gain, of the same shape.
+        eps: Number added to the variance.
+        offset: Number added to each channel of each image before the norm, (B, C); None adds nothing.
+        silu: Whether SiLU follows.
     """
     batch, channels = x.shape[:2]
     gain, shift = (parameter.float().expand(batch, channels) for parameter in (weight, bias))
@@ -93,19 +99,19 @@ def fused_group_norm(
 def group_norm_by_channel(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, *, offset: Tensor | None = None
 ) -> Tensor:
-    """group_norm(x + offset) over (B, C, H, W), computed in float32 or wider, for torch.compile to fuse.
+    """Compute group_norm(x + offset), (B, C, H, W), in float32 or wider, in a form that torch.compile fuses.
 
-    A group's moments follow from those of its channels. Summed at once, a group would be read in pieces of C /
-    num_groups numbers, a few bytes each. Digits are lost if a group's first number is far from the others: about
-    3e-4 of a standard deviation where it is 30 of them away, 1e-2 where it is 100.
+    The moments of a group follow from the moments of its channels. A sum over a whole group would read pieces of
+    C / num_groups numbers, a few bytes each. Digits are lost if the first number of a group is far from the others:
+    about 3e-4 of a standard deviation if it is 30 standard deviations away, and 1e-2 if it is 100.
 
-    Arguments are those of `fused_group_norm`, without silu.
+    The arguments are those of `fused_group_norm`, without silu.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
     sizes = wide.shape[:3]
-    gain, shift = (one.to(wide.dtype).expand(x.shape[:2]).view(sizes) for one in (weight, bias))
-    # Moments about each group's first number: about 0, a mean of many deviations would drown the variance. They have
-    # the same gradient about any number.
+    gain, shift = (parameter.to(wide.dtype).expand(x.shape[:2]).view(sizes) for parameter in (weight, bias))
+    # Moments are taken about the first number of each group: about 0, a mean of many standard deviations would drown
+    # the variance. Their gradient is the same about any number.
     wide = wide - wide[:, :, :1, :1, :1].detach()
     total, squares = wide.mean((3, 4)), wide.square().mean((3, 4))  # of each channel
     if offset is not None:
@@ -120,13 +126,14 @@ def group_norm_by_channel(
 
 
 def double_by_copies(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour doubling: (B, C, H, W) -> (B, C, *size), in channels_last.
+    """Double height and width by nearest neighbours: (B, C, H, W) -> (B, C, *size), in channels_last.
 
-    The gradient of F.interpolate is compiled to an addition in memory for each pixel, of this to a sum of four.
+    torch.compile turns the gradient of F.interpolate into an addition in memory for each pixel, and the gradient of
+    this function into a sum of four numbers.
 
     Args:
-        x: (B, C, H, W).
-        size: twice the height and width, or less by 1.
+        x: Input, (B, C, H, W).
+        size: Height and width of the output: twice those of x, or 1 less.
     """
     pixels = x.permute(0, 2, 3, 1)
     copies = pixels[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # (B, H, 2, W, 2, C)
@@ -135,7 +142,11 @@ def double_by_copies(x: Tensor, size: Sequence[int]) -> Tensor:
 
 @cache
 def operators() -> Any:
-    """The operators of kernels.cpp. Raises RuntimeError if they cannot be compiled, kept or loaded, with the reason."""
+    """Return the operators of kernels.cpp.
+
+    Raises:
+        RuntimeError: If they cannot be compiled, saved or loaded; the error has the reason.
+    """
     library = compiled_kernels()
     try:
         torch.ops.load_library(str(library))
@@ -148,10 +159,10 @@ def operators() -> Any:
 
 
 def compiled_kernels() -> Path:
-    """kernels.cpp as a library, compiled in about 11 s if it is not there yet; it appears when it is whole.
+    """Return the path of the library of kernels.cpp; if it does not exist, compile it, which takes about 11 s.
 
     Raises:
-        RuntimeError: if it cannot be compiled or kept, with the reason.
+        RuntimeError: If it cannot be compiled or saved; the error has the reason.
     """
     library = library_path()
     if library.exists():
@@ -163,19 +174,19 @@ def compiled_kernels() -> Path:
         with TemporaryDirectory(dir=library.parent, prefix=f"{library.stem}.", ignore_cleanup_errors=True) as temporary:
             compiled, linked = Path(temporary, "kernels.o"), Path(temporary, "kernels.so")
             _run([*compile_command, "-o", str(compiled)])
-            # Without an OpenMP of its own: torch's, which has the threads, is the one that it finds.
+            # The library is linked without OpenMP: it then uses torch's, which has the threads.
             _run([compile_command[0], "-shared", str(compiled), *libraries, "-o", str(linked)])
             linked.replace(library)
     except OSError as error:
         raise RuntimeError(
-            f"the fused kernels cannot be kept ({error}); set TORCH_EXTENSIONS_DIR to a folder that can be written, or "
-            f"{ANOTHER_SPEED}"
+            f"the fused kernels cannot be saved ({error}); set TORCH_EXTENSIONS_DIR to a folder that can be written, "
+            f"or {ANOTHER_SPEED}"
         ) from error
     return library
 
 
 def library_path() -> Path:
-    """Where it is kept, in the folder TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions: named by its contents."""
+    """Return the path of the library, whose name is a hash of its source, in TORCH_EXTENSIONS_DIR or ~/.cache."""
     recipe = "\n".join([torch.__version__, *_compile_command(), SOURCE.read_text()])
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     return folder / f"unet_diffusion_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
@@ -192,13 +203,13 @@ def _run(command: list[str]) -> None:
     except OSError as error:
         raise RuntimeError(f"{command[0]} cannot be run ({error}); set CXX to g++, or {ANOTHER_SPEED}") from error
     if done.returncode:
-        said = [*(line for line in done.stderr.splitlines() if "error:" in line), *done.stderr.splitlines()[-1:]]
-        reason = said[0] if said else f"exit status {done.returncode}"
+        lines = [*(line for line in done.stderr.splitlines() if "error:" in line), *done.stderr.splitlines()[-1:]]
+        reason = lines[0] if lines else f"exit status {done.returncode}"
         raise RuntimeError(f"{command[0]} cannot build the fused kernels ({reason}); {ANOTHER_SPEED}")
 
 
 class _WinogradConv2d(torch.autograd.Function):
-    """Keeps the input, not its tiles, which are several times as large."""
+    """The convolution with its gradient; saves the input, and not its tiles, which are several times as large."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
@@ -214,7 +225,7 @@ class _WinogradConv2d(torch.autograd.Function):
         grad = _channels_last(grads[0].to(x.dtype))
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
-        if need_x:  # the convolution with the filters turned by 180 degrees
+        if need_x:  # convolve with the kernels turned by 180 degrees
             filters = winograd_filters(weight, x.dtype, turned=True)
             grad_x = _convolve(grad, filters, weight.new_zeros(x.shape[3]), 2 - ctx.padding)
         if need_weight or need_bias:
@@ -224,12 +235,12 @@ class _WinogradConv2d(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, filters: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """(B, H, W, C) and filters -> (B, K, H + 2 padding - 2, W + 2 padding - 2), in channels_last."""
+    """Convolve (B, H, W, C) with filters -> (B, K, H + 2 padding - 2, W + 2 padding - 2), in channels_last."""
     return operators().winograd_convolve(x, filters, bias.detach().float(), padding).permute(0, 3, 1, 2)
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Keeps the input and two numbers a group."""
+    """The norm with its gradient; saves the input and two numbers for each group."""
 
     @staticmethod
     def forward(
@@ -251,7 +262,7 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C), contiguous."""
+    """Rearrange (B, C, H, W) -> (B, H, W, C), contiguous."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 

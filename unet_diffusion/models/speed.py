@@ -1,12 +1,12 @@
-"""How a network runs: memory format, fused kernels or compilation. Its weights, names and numbers stay as they are.
+"""The speed of a network: memory format, fused kernels or compilation. Weights and their names stay as they are.
 
-    plain          PyTorch's own operations one by one, channels first
-    channels_last  the same on channels-last memory, which matrix units of GPUs and CPUs read without copying
-    fused          on a CPU with AVX2: channels last, Winograd convolutions, norm and SiLU as one (kernels.py)
-    compiled       channels last, and the whole network through torch.compile
-    graphed        on a GPU: compiled, and its kernels launched at once as CUDA graphs, which small batches gain from
+    plain          PyTorch's own operations one by one, in channels-first memory
+    channels_last  the same in channels-last memory, which matrix units of GPUs and CPUs read without copying
+    fused          on a CPU with AVX2: channels last, Winograd convolutions, norm and SiLU in one pass (kernels.py)
+    compiled       channels last, and the whole network compiled by torch.compile
+    graphed        on a GPU: compiled, and all kernels launched at once as CUDA graphs, which makes small batches faster
 
-Which one is fastest depends on the processor, the widths and the batch, so `fastest_setting` tries them.
+The fastest speed depends on the processor, the widths and the batch, so `fastest_setting` tries them.
 """
 
 import copy
@@ -24,27 +24,27 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from unet_diffusion.models.blocks import Conv3x3, GroupNorm, Upsample
 from unet_diffusion.models.kernels import library_path, operators, winograd_filters
+from unet_diffusion.models.layers import Conv3x3, GroupNorm, Upsample
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.precision import autocast, cpu_has_bfloat16
 
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 
-# Seconds that compiling is expected to take. On two CPU cores benchmarks/train_step.py found 11 to 13 for fused, once a
-# machine, and 104 to 136 for whole networks; benchmarks/gpu.py 128 while it compiled ten others.
+# Seconds that compiling is expected to take. On two CPU cores benchmarks/train_step.py measured 11 to 13 s for fused,
+# once on each machine, and 104 to 136 s for whole networks; benchmarks/gpu.py 128 s while ten others were compiled.
 COMPILE_SECONDS: dict[str, dict[Speed, float]] = {
     "cpu": {"fused": 15, "compiled": 180},
     "cuda": {"compiled": 130},
 }
-MAX_TRIAL_SECONDS = 15.0  # of timed steps
-MAX_TRIAL_SHARE = 0.05  # of a run, compiling included
-SMALL_SHARE = 8  # a first step has so many times fewer images
-MAX_SLOWDOWN = 2.0  # what is slower than the best by more than this after that step is dropped
+MAX_TRIAL_SECONDS = 15.0  # for all timed steps together
+MAX_TRIAL_SHARE = 0.05  # share of the run that trying may take, compiling included
+SMALL_SHARE = 8  # the first step of a setting has so many times fewer images than a batch
+MAX_SLOWDOWN = 2.0  # a setting whose first step takes so many times as long as the best one is dropped
 MIN_GAIN = 1.05  # a setting must be so many times as fast as a simpler one; less is within the noise
 NUM_TIMED_STEPS = 3  # the fastest counts, so the first may warm up
-# In and out; the matrix products of fewer are too thin to gain anything. In float32, 32 gain 1.9 times and 16 nothing.
+# Convolutions with fewer channels, in or out, gain nothing: in float32, 32 channels are 1.9 times as fast, 16 are not.
 MIN_WINOGRAD_CHANNELS = 64 if cpu_has_bfloat16() else 32
 
 # glibc's malloc.h
@@ -52,30 +52,21 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None) -> None:
-    """Make a network run so, in place. "compiled" compiles when it is first called, and for each new shape.
+    """Set the speed of a network, in place. "compiled" compiles at the first call, and again for each new shape.
 
     Args:
-        unet: a network, or any module of our blocks.
-        speed: one of SPEEDS.
-        device: where it will run; None: where its weights are.
+        unet: A network, or any module made of this package's blocks.
+        speed: One of SPEEDS.
+        device: Device on which the network will run; None takes the device of its weights.
 
     Raises:
-        ValueError: if there is no such setting, or not on this device, or it needs a C++ compiler and there is none.
-        RuntimeError: if the fused kernels cannot be compiled.
+        ValueError: If there is no such speed, this device cannot run it, or it needs a C++ compiler and there is none.
+        RuntimeError: If the fused kernels cannot be compiled.
     """
     device = next(unet.parameters()).device if device is None else device
-    if speed not in SPEEDS:
-        raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
-    if speed not in speeds_for(device):
-        if device.type != "cpu" or speed == "graphed":
-            reason = f"is not for {device.type}"
-        elif _has_compiler():
-            reason = "needs a processor with AVX2, and Linux"
-        else:
-            reason = "needs a C++ compiler (install g++)"
-        raise ValueError(f"speed {speed} {reason}; here use one of {', '.join(speeds_for(device))}")
+    _check_speed(speed, device)
     if speed == "fused":
-        operators()  # compiles them
+        operators()  # compiles the kernels
     unet.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
     compiled_for_gpu = device.type == "cuda" and speed in ("compiled", "graphed")
     for module in unet.modules():
@@ -88,21 +79,34 @@ def set_speed(unet: nn.Module, speed: Speed, device: torch.device | None = None)
             module.fused = speed == "fused" and _is_wide(module.in_channels) and _is_wide(module.out_channels)
     unet._compiled_call_impl = None  # undoes an earlier compile(), for which torch has no method
     if speed == "compiled":
-        unet.compile()  # in place: the state dict's keys stay plain
+        unet.compile()  # in place, so the keys of the state dict stay the same
     elif speed == "graphed":
         unet.compile(mode="reduce-overhead")
         unet._compiled_call_impl = _copying(unet._compiled_call_impl)
 
 
-def prepare_weights(unet: nn.Module, dtype: torch.dtype) -> None:
-    """Make once, in place, what would be made of the weights at each call: Winograd's filters, and autocast's rounding.
+def _check_speed(speed: str, device: torch.device) -> None:
+    if speed not in SPEEDS:
+        raise ValueError(f"speed must be one of {', '.join(SPEEDS)}, got {speed!r}")
+    if speed not in speeds_for(device):
+        if device.type != "cpu" or speed == "graphed":
+            reason = f"is not for {device.type}"
+        elif _has_compiler():
+            reason = "needs a processor with AVX2, and Linux"
+        else:
+            reason = "needs a C++ compiler (install g++)"
+        raise ValueError(f"speed {speed} {reason}; here use one of {', '.join(speeds_for(device))}")
 
-    Predictions are the same. Not for training, nor to load other weights into: fused convolutions keep their weights,
-    and the filters made of them.
+
+def prepare_weights(unet: nn.Module, dtype: torch.dtype) -> None:
+    """Compute once, in place, what every call would compute from the weights: Winograd filters and autocast's rounding.
+
+    Predictions stay the same. The network can then neither be trained nor get other weights: fused convolutions would
+    use the filters of the old ones.
 
     Args:
-        unet: a network, after `set_speed`.
-        dtype: of autocast; float32: without it.
+        unet: A network, after `set_speed`.
+        dtype: Precision of autocast; float32 for a network that runs without autocast.
     """
     for module in unet.modules():
         if isinstance(module, Conv3x3) and module.fused:
@@ -112,16 +116,16 @@ def prepare_weights(unet: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _can_fuse() -> bool:
-    # what torch is told to see, which can be less than what the processor has
+    # the instructions that torch may use, which ATEN_CPU_CAPABILITY can make fewer than the processor has
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _is_wide(channels: int) -> bool:
-    return channels >= MIN_WINOGRAD_CHANNELS and channels % 16 == 0  # numbers of float32 in a vector
+    return channels >= MIN_WINOGRAD_CHANNELS and channels % 16 == 0  # a vector holds 16 numbers in float32
 
 
 def _copying(graphed: Any) -> Callable[..., Tensor]:
-    """The same with an output of its own: the next call overwrites what a graph returns, which solvers look back at."""
+    """Copy the output of a graphed network: the next call overwrites it, and solvers look back at earlier outputs."""
 
     def call(*args: object, **kwargs: object) -> Tensor:
         return graphed(*args, **kwargs).clone()
@@ -130,7 +134,7 @@ def _copying(graphed: Any) -> Callable[..., Tensor]:
 
 
 def speeds_for(device: torch.device) -> tuple[Speed, ...]:
-    """The settings that a device can run, simplest first."""
+    """Return the speeds that a device can run, simplest first."""
     if device.type == "cuda":
         return "plain", "channels_last", "compiled", "graphed"
     if device.type != "cpu" or not _has_compiler():
@@ -139,9 +143,13 @@ def speeds_for(device: torch.device) -> tuple[Speed, ...]:
 
 
 def speed_for_use(trained_at: Speed, device: torch.device) -> Speed:
-    """What a network that was trained at a speed is used at here: the same, unless that compiles the whole network.
+    """Return the speed to use a trained network at: that of the training, unless it compiles the whole network.
 
-    Whether fused is the fastest was found on the machine of the training; with dozens of cores it was never measured.
+    The training machine measured whether fused is fastest; nobody has measured it on dozens of cores.
+
+    Args:
+        trained_at: Speed of the training.
+        device: Device on which the network will run.
     """
     return trained_at if trained_at in ("plain", "fused") and trained_at in speeds_for(device) else "channels_last"
 
@@ -155,22 +163,23 @@ def fastest_setting(
     speeds: Sequence[Speed],
     precisions: Sequence[torch.dtype],
 ) -> tuple[Speed, torch.dtype, str]:
-    """The speed and precision with the shortest training step here, and a sentence that says why.
+    """Return the speed and precision with the shortest training step on this machine, and a sentence that says why.
 
-    Forward and backward of a copy are timed on x's device. Each setting begins with an eighth of the batch, and is
-    dropped if that takes more than twice what the best one took. The timed steps take at most 15 s, and at most 5 % of
-    the run; settings that time does not suffice for are left out, and so are those that fail. What must be compiled
-    first is tried where 5 % of the run cover that, too. Network and random numbers are left as they were.
+    Forward and backward passes of a copy are timed on the device of x. The first step of each setting has an eighth of
+    the batch; a setting that takes more than twice as long as the best one is dropped. All timed steps together take at
+    most 15 s and at most 5 % of the run; settings for which there is no time, and settings that fail, are left out. A
+    setting that must be compiled is tried if its compilation, too, fits into 5 % of the run. The network and the state
+    of the random numbers stay as they are.
 
     Args:
         unet: The network.
-        x: A batch as in training, (B, C, H, W) float32.
-        inputs: What else the network is called with, on x's device.
-        num_steps: Batches of the run; infinite if unknown.
-        speeds: The speeds to choose from.
-        precisions: The precisions to choose from.
+        x: A batch of a training step, (B, C, H, W) float32.
+        inputs: Further arguments of the network by name, on the device of x.
+        num_steps: Number of batches of the run; infinite if unknown.
+        speeds: Speeds to choose from.
+        precisions: Precisions to choose from.
     """
-    # The likely ones first: if time does not suffice, one of them is what the run is left with.
+    # The likely winners come first: where time is short, one of them is chosen.
     settings = [Setting(speed, dtype) for dtype in reversed(precisions) for speed in speeds if speed != "graphed"]
     settings.sort(key=lambda setting: (_compile_seconds(setting.speed, x.device), setting.speed != "fused"))
     trial = _Trial(unet, x, inputs, num_steps, len(settings))
@@ -192,12 +201,12 @@ class Setting:
 
     @property
     def simplicity(self) -> tuple[int, bool]:
-        """Less is simpler: the order of SPEEDS, and float32 before others."""
+        """The place in the order of simplicity, simplest first: the order of SPEEDS, and float32 before others."""
         return SPEEDS.index(self.speed), self.dtype != torch.float32
 
 
 class _Trial:
-    """Times settings of a copy of a network for `fastest_setting`, whose arguments it takes."""
+    """Times the settings of a copy of a network; the arguments are those of `fastest_setting`."""
 
     def __init__(
         self, unet: PixelNetwork, x: Tensor, inputs: Mapping[str, Tensor], num_steps: float, num_settings: int
@@ -206,10 +215,10 @@ class _Trial:
         self.network = copy.deepcopy(unet).to(x.device).train()
         self.x, self.inputs, self.num_steps, self.num_settings = x, inputs, num_steps, num_settings
         self.num_small = max(len(x) // SMALL_SHARE, 1)
-        self.num_timed = 0  # images of the steps that decide; known after the first small step
+        self.num_timed = 0  # images in the steps that decide; known after the first small step
         self.compiled_for = 0.0  # seconds
         self.best_small = math.inf  # seconds
-        self.seconds: dict[Setting, float] = {}  # of a step with the whole batch
+        self.seconds: dict[Setting, float] = {}  # seconds of a step with the whole batch
         self.notes: list[str] = []
 
     def time(self, setting: Setting) -> None:
@@ -217,18 +226,18 @@ class _Trial:
         try:
             if self._is_affordable(setting):
                 self._set_up(setting)
-                # What is compiled for one shape would be compiled anew for a small step.
+                # A small step would compile the network again, for another shape.
                 small = self.best_small if setting.speed == "compiled" else self._small_step(setting)
                 if self._is_promising(setting, small):
                     self._time_steps(setting, expected=small * self.num_timed / self.num_small)
-        except RuntimeError as error:  # of compilers, and out of memory
+        except RuntimeError as error:  # the compiler failed, or there is not enough memory
             self.notes.append(f"{setting} does not run here ({str(error).strip().splitlines()[0]})")
 
     def simplest_of_the_fastest(self) -> Setting:
-        """The simplest setting whose step takes hardly longer than the fastest.
+        """Return the simplest setting whose step takes hardly longer than the fastest.
 
         Raises:
-            RuntimeError: If none runs.
+            RuntimeError: If no setting runs.
         """
         if not self.seconds:
             raise RuntimeError(f"the network runs at no speed here: {'; '.join(self.notes)}")
@@ -239,7 +248,7 @@ class _Trial:
         )
 
     def sentence(self, chosen: Setting) -> str:
-        """What was chosen and why, in one line."""
+        """Return the choice and its reasons, in one line."""
         others = [f"{setting} {taken:.3g} s" for setting, taken in self.seconds.items() if setting != chosen]
         reasons = "; ".join([*([", ".join(others)] if others else []), *self.notes]) or "nothing else to try"
         return (
@@ -262,13 +271,13 @@ class _Trial:
         self.compiled_for += time.perf_counter() - start
 
     def _small_step(self, setting: Setting) -> float:
-        """Seconds of a step with few images."""
+        """Return the seconds of a step with few images."""
         if self.x.device.type != "cpu":
-            self._step(setting, self.num_small)  # a GPU's first one loads kernels and chooses among them, for a second
+            self._step(setting, self.num_small)  # for a second, a GPU loads kernels and chooses among them
         return self._step(setting, self.num_small)
 
     def _is_promising(self, setting: Setting, taken: float) -> bool:
-        """Whether a step with few images is not far slower than that of the best so far."""
+        """Return whether a step with few images is not far slower than the best so far."""
         if taken > MAX_SLOWDOWN * self.best_small:
             self.notes.append(f"{setting} dropped, {taken / self.best_small:.1f} times as slow")
             return False
@@ -289,12 +298,12 @@ class _Trial:
             self.notes.append(f"no time for {setting}")
 
     def _step(self, setting: Setting, num_images: int) -> float:
-        """Seconds of forward and backward; the network gets no gradients."""
+        """Return the seconds of a forward and backward pass; no gradients are stored."""
         x, network = self.x[:num_images], self.network
         inputs = {name: value[:num_images] for name, value in self.inputs.items()}
         t = None if network.time_embedding is None else torch.zeros(len(x), dtype=torch.int64, device=x.device)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):  # dropout draws
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):  # dropout draws random numbers
             _synchronize(x.device)
             start = time.perf_counter()
             with autocast(x.device.type, setting.dtype):
@@ -307,26 +316,26 @@ class _Trial:
         return time.perf_counter() - self.start
 
     def _share_of_run(self) -> float:
-        """Seconds that trying may take, compiling included; unlimited until a step has been timed."""
+        """Return the seconds that trying may take, compiling included; infinite until a step has been timed."""
         return MAX_TRIAL_SHARE * self.num_steps * min(self.seconds.values(), default=math.inf)
 
     def _left(self) -> float:
-        """Seconds for timed steps."""
+        """Return the seconds that are left for timed steps."""
         return min(MAX_TRIAL_SECONDS, self._share_of_run()) - (self._elapsed() - self.compiled_for)
 
 
 def _compile_seconds(speed: Speed, device: torch.device) -> float:
-    """What compiling is expected to take; 0 for kernels that are there."""
+    """Return the seconds that compiling is expected to take; 0 for kernels that are compiled already."""
     if speed == "fused" and library_path().exists():
         return 0
     return COMPILE_SECONDS.get(device.type, {}).get(speed, 0)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step, instead of returning it to the system and asking for it again.
+    """Make glibc reuse freed memory in the next step, instead of returning it to the system and asking for it again.
 
-    Each step frees and allocates the same large maps, whose pages the system clears each time. For the whole process.
-    Does nothing on systems with another C library.
+    Each step frees and allocates the same large maps, and the system clears their pages each time. The setting holds
+    for the whole process; it does nothing on systems with another C library.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -342,4 +351,4 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _has_compiler() -> bool:
-    return shutil.which(os.environ.get("CXX", "g++")) is not None  # as torch.compile looks for it
+    return shutil.which(os.environ.get("CXX", "g++")) is not None  # where torch.compile looks, too

@@ -1,1 +1,1 @@
-"""What every room stands on: random numbers, files, processes, signals, the machine, and the words of messages."""
+"""The ground floor of the package: random numbers, files, processes, signals, the machine, and words of messages."""

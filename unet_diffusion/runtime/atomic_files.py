@@ -1,38 +1,28 @@
-"""Files that appear whole or not at all, and folders for work that can be gone on with."""
+"""Files and folders that appear whole or not at all, and JSON files that are read with errors in words."""
 
 import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
+from typing import Any
 
 from unet_diffusion.runtime.messages import first_few
 
-SETTINGS = "settings.json"
-RUN_HEADER = "# Settings of the run in this folder, written by unet-diffusion."  # first line of a run's config.yaml
-OF_RUNS = ("config.yaml", "checkpoints", "logs", "samples", "samples.png", "wandb")  # what a run writes into its folder
-LOCK = ".lock"  # in a folder in which a process is at work
-EXPORTED = ".exported.json"  # in an exported folder: the names of its files, which may be replaced
-CONTENTS = "contents of "  # begins the names of settings that are hashes, which say nothing to people
-MOST_SHOWN = 100  # characters of a setting in an error, which may be all captions
+EXPORTED = ".exported.json"  # file in an exported folder with the names of its files, which may be replaced
+JSON_NAMES: dict[type, str] = {dict: "fields", list: "a list", type(None): "nothing"}
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside the wanted one to write to; what was written takes the wanted place at the end, in one step.
+    """Yield a temporary path to write to; at the end of the block that file replaces the wanted one in one step.
 
-    So whoever reads the path never sees half a file, and an error leaves what was there before.
+    A reader never sees half a file, and an error leaves the earlier file as it was.
 
     Args:
-        path: of the file to make or to replace; its folder is made if it is not there.
+        path: Path of the file; its folder is created if it does not exist.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,22 +36,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _open_to_others(path: Path) -> None:
-    """Give a file the mode that files have for this user: safetensors makes its own for the owner alone."""
+    """Give a file the mode that new files of this user have: safetensors lets only the owner read its files."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Args:
-        path: The file.
-        kind: What it must hold, a dict or a list.
+        path: Path of the file.
+        kind: Type that the content must have, dict or list.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no JSON, or holds something else.
+        OSError: If the file cannot be read.
+        ValueError: If it is not JSON, or has another type.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -69,89 +59,34 @@ def read_json(path: Path, kind: type = dict) -> Any:
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{path} must hold JSON, and does not{where}; it is damaged: make it again") from error
     if not isinstance(content, kind):
-        names: dict[type, str] = {dict: "fields", list: "a list", type(None): "nothing"}
-        wanted, got = (names.get(one, f"a {one.__name__}") for one in (kind, type(content)))
+        wanted, got = (JSON_NAMES.get(cls, f"a {cls.__name__}") for cls in (kind, type(content)))
         raise ValueError(f"{path} must hold {wanted}, and holds {got}; it is another file: make it again")
     return content
 
 
 def field_of(record: dict[str, Any], name: str, path: Path) -> Any:
-    """A field of a JSON file.
+    """Return a field of a JSON file.
 
     Args:
-        record: What the file holds.
-        name: The field.
-        path: The file.
+        record: Content of the file.
+        name: Name of the field.
+        path: Path of the file, for the error.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If the file has no such field.
     """
     if name not in record:
         raise ValueError(f"{path} must have the field {name}, and has {', '.join(record) or 'none'}; make it again")
     return record[name]
 
 
-class ClaimedFolder:
-    """A folder in which one process at a time is at work; released when it is closed or the process dies.
-
-    Args:
-        folder: Made if it is not there.
-
-    Raises:
-        FileExistsError: If another process is at work there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        self._was_empty = not folder.exists() or not any(folder.iterdir())
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = open(folder / LOCK, "ab")  # noqa: SIM115  # open as long as the folder is claimed
-        if fcntl is None:
-            return
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's is kept by workers of a killed process
-            is_ours = os.path.samestat(os.fstat(self._file.fileno()), (folder / LOCK).stat())  # not just given up
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            is_ours = False
-        except OSError:  # a file system without locks
-            return
-        if not is_ours:
-            self._file.close()
-            raise FileExistsError(
-                f"another process is at work in {folder}; wait until it has ended, or choose another folder"
-            )
-
-    def close(self) -> None:
-        """Release it."""
-        if fcntl is None:
-            self._file.close()  # Windows removes no file that is open
-        (self.folder / LOCK).unlink(missing_ok=True)
-        self._file.close()
-
-    def clear(self) -> None:
-        """Remove what the run has made since, if there was nothing before."""
-        if not self._was_empty:
-            return
-        for path in (self.folder / name for name in OF_RUNS):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.exists() and path.name != LOCK:
-                path.unlink()
-        if [path.name for path in self.folder.iterdir()] != [LOCK]:
-            return
-        self.close()
-        with suppress(OSError):  # somebody has put something there meanwhile
-            for path in self._missing:
-                path.rmdir()
-
-
 def remove_left_behind(folder: Path, name: str | None = None) -> None:
-    """Remove partial files and folders of processes that were killed.
+    """Remove the temporary files and folders of processes that were killed.
 
     Args:
-        folder: Where they would be; one that is not there has none.
-        name: What they were to become, in this folder; None: anything, in folders below it, too.
+        folder: Folder to search; it need not exist.
+        name: Name of the file or folder that was being written, in this folder; None searches for all, and in all
+            folders below, too.
     """
     left = folder.rglob(".*.partial") if name is None else folder.glob(f".{glob.escape(name)}.*.partial")
     for path in left:
@@ -165,7 +100,7 @@ def remove_left_behind(folder: Path, name: str | None = None) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether there is such a process on this machine; on Windows, where asking would end it, it counts as there."""
+    """Return whether a process runs on this machine; always True on Windows, where asking would end the process."""
     if os.name == "nt":
         return True
     try:
@@ -178,17 +113,17 @@ def _runs(process: int) -> bool:
 
 
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to export into a place where something else is; remove what exports that were killed have left beside it.
+    """Check that a folder can be exported to, and remove the remains of exports that were killed.
 
     Args:
-        folder: Where to export to.
-        overwrite: Whether an earlier export is to be replaced.
+        folder: Folder to export to.
+        overwrite: Whether an earlier export may be replaced.
 
     Raises:
-        FileExistsError: If there is a file, or an export that is not to be replaced, or a folder with other files.
+        FileExistsError: If the path is a file, an export that may not be replaced, or a folder with other files.
     """
     for replaced in folder.parent.glob(f".{glob.escape(folder.name)}.replaced.*.partial"):
-        if not folder.exists():  # killed between two renames
+        if not folder.exists():  # the process was killed between two renames
             os.replace(replaced, folder)
     remove_left_behind(folder.parent, folder.name)
     if not folder.exists():
@@ -211,10 +146,10 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def put_folder(partial: Path, folder: Path) -> None:
-    """Put a folder that is written in its place, after `check_replaceable`, with a note of what it holds.
+    """Move a finished folder to its place, after `check_replaceable`, with a list of its files for the next export.
 
     Args:
-        partial: The folder, beside its place.
+        partial: The finished folder, beside its place.
         folder: Its place.
     """
     (partial / EXPORTED).write_text(json.dumps(sorted(_files_below(partial))))
@@ -222,53 +157,10 @@ def put_folder(partial: Path, folder: Path) -> None:
         if path.is_file():
             _open_to_others(path)
     if folder.exists():
-        replaced = partial.with_name(f".{folder.name}.replaced.{os.getpid()}.partial")  # none is moved onto another
+        # A folder cannot be moved onto another one.
+        replaced = partial.with_name(f".{folder.name}.replaced.{os.getpid()}.partial")
         os.replace(folder, replaced)
         os.replace(partial, folder)
         shutil.rmtree(replaced)
     else:
         os.replace(partial, folder)
-
-
-def require_same_settings(
-    folder: Path, settings: Mapping[str, Any], what: str, fix: str = "choose another folder, or remove that one"
-) -> None:
-    """Note in an empty folder the settings of the work that begins there; one with work in it must have the same.
-
-    Args:
-        folder: is made if it is not there.
-        settings: plain values that decide what is made.
-        what: is made, such as "latents".
-        fix: what to do where they differ.
-
-    Raises:
-        FileExistsError: if the folder holds something else, or was begun with other settings.
-    """
-    plain = json.loads(json.dumps(settings))
-    # A process that was killed may have left a part of the note, and nothing else.
-    if folder.exists() and not all(path.match(f".{SETTINGS}.*.partial") for path in folder.iterdir()):
-        if not (folder / SETTINGS).is_file():
-            raise FileExistsError(f"{folder} holds files that are no {what}; choose another folder")
-        before = read_json(folder / SETTINGS)
-        differ = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
-        if differ:
-            raise FileExistsError(f"the {what} in {folder} were made with other settings ({'; '.join(differ)}); {fix}")
-        return
-    with atomic_write(folder / SETTINGS) as partial:
-        partial.write_text(json.dumps(plain, indent=1))
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    """What a setting was and is; of a long list what is in one of the two only; of hashes nothing."""
-    if name.startswith(CONTENTS):
-        return name
-    if isinstance(before, list) and isinstance(now, list) and len(str(now)) > MOST_SHOWN:
-        in_one = sorted({*map(str, before)} ^ {*map(str, now)})
-        if in_one:
-            return f"{name}: {first_few(in_one)}"
-    return f"{name}: {_short(before)} there, {_short(now)} here"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

@@ -1,7 +1,7 @@
-"""Imports of the command line: nothing that a run does not use, and no collecting of garbage meanwhile.
+"""Quick imports for the command line: only the modules that a run uses, and no garbage collection meanwhile.
 
-Lightning needs one class of torchmetrics, which imports all its metrics, and with them SciPy, torchvision, and where it
-is installed transformers: 4 s of the 9 s that Lightning takes on a core of 2 GHz.
+Lightning needs one class of torchmetrics. The package torchmetrics imports all its metrics, and with them SciPy,
+torchvision and, where it is installed, transformers: 4 s of the 9 s that Lightning takes on a core of 2 GHz.
 """
 
 import gc
@@ -17,17 +17,17 @@ from typing import Any
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Within it nothing is collected: imports make a million objects that stay, and looking at them takes a second."""
+    """Collect no garbage within the block: imports make a million objects that stay; scanning them takes a second."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # what is there now is not looked at later, either
+        gc.freeze()  # objects made so far are not scanned later, either
         gc.enable()
 
 
 def import_lightning() -> None:
-    """Import Lightning, and of torchmetrics what that needs; the rest of it is imported when it is asked for."""
+    """Import Lightning and the part of torchmetrics that it needs; the rest is imported when it is first used."""
     if "torchmetrics" not in sys.modules:
         _begin_torchmetrics()
     import lightning.pytorch.cli  # noqa: F401
@@ -38,7 +38,7 @@ def _begin_torchmetrics() -> None:
     package: Any = module_from_spec(spec)
     sys.modules["torchmetrics"] = package
     package.__version__ = version("torchmetrics")
-    package._logger = logging.getLogger("torchmetrics")  # which its modules take from it
+    package._logger = logging.getLogger("torchmetrics")  # its modules import it from the package
 
     def import_the_rest(name: str) -> Any:
         del package.__getattr__
@@ -50,4 +50,4 @@ def _begin_torchmetrics() -> None:
     from torchmetrics.metric import Metric
 
     package.Metric, package.MetricCollection = Metric, MetricCollection
-    package.__getattr__ = import_the_rest  # for every other name (PEP 562)
+    package.__getattr__ = import_the_rest  # called for every other name (PEP 562)

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in one message, without a page of usage."""
+"""The words of errors on the command line: one message, without a traceback and without a page of usage."""
 
 import argparse
 import errno
@@ -8,43 +8,42 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-MOST_NAMED = 5  # in a line
-# What the system says of a file, by its numbers, and what to do.
-OF_FILES = {
+MOST_NAMED = 5  # names in a line
+FILE_ERRORS = {  # what is wrong with a file, by the error number of the system, and what to do
     errno.ENOENT: "is not there, or cannot be made there; choose another path",
     errno.EEXIST: "is a file, and must be a folder; choose another path",
-    errno.ENOTDIR: "must lie in a folder, and what is above it is a file; choose another path",
+    errno.ENOTDIR: "must lie in a folder, and a part of its path is a file; choose another path",
     errno.EISDIR: "is a folder, and must be a file; choose another path",
     errno.EACCES: "may not be read or written by this user; change its permissions, or choose another path",
     errno.EPERM: "may not be read or written by this user; change its permissions, or choose another path",
     errno.EROFS: "lies on a disk that is read only; choose another path",
-    errno.ENOSPC: "does not fit, the disk is full; make room and run the same command again",
-    errno.EDQUOT: "does not fit, the quota of this user is used up; make room and run the same command again",
+    errno.ENOSPC: "does not fit because the disk is full; make room and run the same command again",
+    errno.EDQUOT: "does not fit because the quota of this user is used up; make room and run the same command again",
     errno.ENAMETOOLONG: "has too long a name; choose a shorter one",
     errno.ELOOP: "is a link that leads back to itself; remove it",
     errno.ENOTEMPTY: "must be empty, and is not; choose another path",
 }
-UNFORESEEN = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, NotImplementedError)
+UNEXPECTED = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, NotImplementedError)
 
 
 class UsageError(Exception):
-    """A command line that cannot be carried out: what was given, what is expected, and what to do."""
+    """A command line that cannot be carried out; its message has the value, the rule and the fix."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are raised, and not printed after all of its usage."""
+    """An argument parser that raises its errors, instead of printing them after all of its usage."""
 
     def error(self, message: str) -> NoReturn:
-        """As argparse calls it.
+        """Raise an error of the command line; argparse calls it.
 
         Raises:
-            UsageError: always.
+            UsageError: Always.
         """
         raise UsageError(f"{message}; {self.prog} --help says more")
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey, such as escapes in the name of a file, spelt out: \\x1b[2J."""
+    """Return the text with the characters that control a terminal spelt out, such as \\x1b[2J in the name of a file."""
     return "".join(
         letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
         for letter in text
@@ -52,42 +51,42 @@ def printable(text: str) -> str:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first five names, and dots if there are more: a, b, c, d, e, ..."""
+    """Return the first five names, and dots if there are more: a, b, c, d, e, ..."""
     return printable(", ".join([*names[:MOST_NAMED], "..."] if len(names) > MOST_NAMED else names))
 
 
 def in_words(error: BaseException) -> str:
-    """The message of an error: the system's with the name of the file, and of errors of the program that it is one."""
+    """Return the message of an error for a user, without the traceback of a worker, an error number or a long list."""
     if worker := re.match(r"Caught (\w+) in DataLoader worker process", str(error)):
-        return str(error).rpartition(f"{worker[1]}: ")[2].strip()  # after its traceback
+        return str(error).rpartition(f"{worker[1]}: ")[2].strip()  # the traceback comes before it
     if isinstance(error, OSError) and error.errno is not None:
-        reason = OF_FILES.get(error.errno, error.strerror or "cannot be read or written")
+        reason = FILE_ERRORS.get(error.errno, error.strerror or "cannot be read or written")
         return f"{error.filename or 'a file'} {reason}"
-    if about := re.search(r"Error\(s\) in loading state_dict for (\w+)", str(error)):
-        return _of_weights(str(error), about[1])
-    if isinstance(error, UNFORESEEN):
+    if network := re.search(r"Error\(s\) in loading state_dict for (\w+)", str(error)):
+        return _about_weights(str(error), network[1])
+    if isinstance(error, UNEXPECTED):
         return f"this was not foreseen ({type(error).__name__}: {error}); please report it with what --traceback shows"
     return str(error) or type(error).__name__
 
 
-def _of_weights(text: str, network: str) -> str:
-    """What torch says of weights that do not fit a network, with a few names in place of all."""
+def _about_weights(text: str, network: str) -> str:
+    """Shorten torch's list of all weights that do not fit a network to their numbers and an example of each kind."""
     parts = []
-    for kind, said in (("Missing", "are missing"), ("Unexpected", "are left over")):
-        if found := re.search(rf"{kind} key\(s\) in state_dict: (.*?)\. *(?:\n|$)", text):
-            names = found[1].replace('"', "").split(", ")
-            parts.append(f"{len(names)} {said}, such as {names[0]}")
+    for kind, problem in (("Missing", "are missing"), ("Unexpected", "are left over")):
+        if match := re.search(rf"{kind} key\(s\) in state_dict: (.*?)\. *(?:\n|$)", text):
+            names = match[1].replace('"', "").split(", ")
+            parts.append(f"{len(names)} {problem}, such as {names[0]}")
     if sizes := re.findall(r"size mismatch for ([\w.]+): .*?Size\((.*?)\).*?Size\((.*?)\)", text):
         name, got, wanted = sizes[0]
-        parts.append(f"{len(sizes)} are of another size, such as {name} {got}, here {wanted}")
-    return f"the weights must be those of the {network} that is described, and are not: {'; '.join(parts) or text}"
+        parts.append(f"{len(sizes)} have another size, such as {name} {got}, here {wanted}")
+    return f"the weights do not fit the {network} that its settings describe: {'; '.join(parts) or text}"
 
 
 def path_argument(text: str) -> Path:
-    """A path of the command line, as argparse takes it.
+    """Return the path in an argument of the command line; the type of an argument of argparse.
 
     Raises:
-        ArgumentTypeError: If it is empty, which would be the current folder.
+        ArgumentTypeError: If the argument is empty, which would be the current folder.
     """
     if not text.strip():
         raise argparse.ArgumentTypeError("must be a path, and is empty; . is the current folder")
@@ -95,13 +94,13 @@ def path_argument(text: str) -> Path:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known words that look like a misspelt one, as the end of an error message; "" without any."""
+    """Return the end of an error message that names the known words most like a misspelt one, or ""."""
     close = get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def similar_paths(path: Path) -> str:
-    """The paths beside a missing one whose names look like its own, as the end of an error message; "" without any."""
+    """Return the end of an error message that names the paths in the same folder most like a missing one, or ""."""
     beside = [neighbour.name for neighbour in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, beside, n=3, cutoff=0.7)
     return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""

@@ -1,6 +1,6 @@
-"""Pictures: tensors as PNG files, and grids of them to look at.
+"""Pictures: tensors as PNG files, and grids of images to look at.
 
-torchvision takes a second to import: only the functions that need it do so.
+torchvision takes a second to import, so only the functions that use it import it.
 """
 
 import math
@@ -15,18 +15,18 @@ from unet_diffusion.runtime.atomic_files import atomic_write
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 GRID_PADDING = 2  # pixels between tiles
-GRID_GREY = 128  # of the padding: stands out against black digits and white sprites
-CHECKERBOARD = (255, 224)  # the two greys behind what is transparent
+GRID_GREY = 128  # grey level of the padding, which stands out against black digits and white sprites
+CHECKERBOARD = (255, 224)  # the two grey levels behind transparent pixels
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images as bytes, (N, C, H, W) uint8: -1 is 0, 1 is 255, rounded to nearest, as diffusers' pipelines do.
+    """Return images as bytes, (N, C, H, W) uint8: -1 becomes 0 and 1 becomes 255, rounded like diffusers' pipelines.
 
     Args:
-        images: (N, C, H, W) float with C of 1, 3 or 4; values outside [-1, 1] are clipped.
+        images: Images, (N, C, H, W) float with C of 1, 3 or 4; values outside [-1, 1] are clipped.
 
     Raises:
-        ValueError: if the images have another type or shape.
+        ValueError: If the images have another type or shape.
     """
     if images.ndim != 4 or images.shape[1] not in CHANNELS or not images.is_floating_point():
         raise ValueError(
@@ -36,7 +36,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def picture_of(pixels: Tensor) -> Image.Image:
-    """The picture of bytes (C, H, W) with C of 1, 3 or 4."""
+    """Return the picture of the bytes of an image, (C, H, W) with C of 1, 3 or 4."""
     from torchvision.transforms.functional import to_pil_image
 
     return to_pil_image(pixels)
@@ -45,19 +45,19 @@ def picture_of(pixels: Tensor) -> Image.Image:
 def save_images(
     images: Tensor, folder: str | Path, *, indices: Iterable[int] | None = None, overwrite: bool = False
 ) -> list[Path]:
-    """Paths of the images as written: folder/000000.png and so on.
+    """Write images as folder/000000.png and so on, and return the paths of the files.
 
     A file appears whole or not at all.
 
     Args:
-        images: (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4.
-        folder: made if it is not there.
-        indices: N numbers for the file names; default 0 to N - 1.
-        overwrite: replace files that exist.
+        images: Images, (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4.
+        folder: Folder to write to; it is created if it does not exist.
+        indices: N numbers for the file names; the default is 0 to N - 1.
+        overwrite: Whether files that exist are replaced.
 
     Raises:
-        FileExistsError: if a file exists and is not to be replaced; nothing is written then.
-        ValueError: if the images or the number of indices do not fit.
+        FileExistsError: If a file exists and may not be replaced; nothing is written then.
+        ValueError: If the images have another type or shape, or there are not N indices.
     """
     pixels = to_uint8(images).cpu()
     paths = [Path(folder) / f"{index:06d}.png" for index in (range(len(images)) if indices is None else indices)]
@@ -75,10 +75,10 @@ def save_images(
 
 
 def read_images(paths: Sequence[str | Path]) -> Tensor:
-    """The images in these PNG files, (N, C, H, W) float32 in [-1, 1]: the inverse of `save_images`.
+    """Return the images in PNG files, (N, C, H, W) float32 in [-1, 1]: the inverse of `save_images`.
 
     Raises:
-        ValueError: if there are none, or sizes or channels differ.
+        ValueError: If there are no paths, or the images differ in size or channels.
     """
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -90,23 +90,23 @@ def read_images(paths: Sequence[str | Path]) -> Tensor:
             pixels.append(pil_to_tensor(image))
         if pixels[-1].shape != pixels[0].shape:
             shapes = f"{tuple(pixels[0].shape)} in {paths[0]} and {tuple(pixels[-1].shape)} in {path}"
-            raise ValueError(f"images must have the same (C, H, W), got {shapes}; read them apart")
+            raise ValueError(f"images must have the same (C, H, W), got {shapes}; read them separately")
     return torch.stack(pixels).float() / 127.5 - 1
 
 
 def image_grid(images: Tensor, columns: int | None = None, min_tile: int = 64) -> Image.Image:
-    """The images side by side, row by row, as an RGB picture.
+    """Return an RGB picture of the images side by side, row by row.
 
-    Small images are enlarged by a whole factor, so that each of their pixels is a square. What is transparent shows a
-    light checkerboard.
+    Small images are enlarged by a whole factor, so that each of their pixels is a square. Behind transparent pixels
+    lies a light checkerboard.
 
     Args:
-        images: (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4, N at least 1.
-        columns: images in a row; default: about as many as rows.
-        min_tile: least side of an image in the grid, in pixels.
+        images: Images, (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4, N at least 1.
+        columns: Number of images in a row; the default makes about as many columns as rows.
+        min_tile: Least side of an image in the grid, in pixels.
 
     Raises:
-        ValueError: if the images do not fit, or there are none.
+        ValueError: If the images have another type or shape, or there are none.
     """
     from torchvision.utils import make_grid
 
@@ -122,18 +122,23 @@ def image_grid(images: Tensor, columns: int | None = None, min_tile: int = 64) -
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None, min_tile: int = 64) -> None:
-    """Writes `image_grid` to a PNG file, in place of one that exists; its folder is made if it is not there."""
+    """Write the picture of `image_grid` to a PNG file, replacing an earlier file; its folder is created if needed."""
     write_png(image_grid(images, columns, min_tile), Path(path))
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG file, whole or not at all, in place of one that exists."""
+    """Write a PNG file, whole or not at all, replacing an earlier file."""
     with atomic_write(path) as partial:
         picture.save(partial, format="PNG")
 
 
 def _over_checkerboard(pixels: Tensor, square: int) -> Tensor:
-    """(N, 4, H, W) -> (N, 3, H, W), uint8: blended by the alpha channel onto squares of that side in pixels."""
+    """Blend images with an alpha channel over a checkerboard: (N, 4, H, W) -> (N, 3, H, W) uint8.
+
+    Args:
+        pixels: Images, (N, 4, H, W) uint8.
+        square: Side of a square of the checkerboard, in pixels.
+    """
     height, width = pixels.shape[2:]
     odd = (torch.arange(height)[:, None] // square + torch.arange(width) // square) % 2  # (H, W)
     board = torch.tensor(CHECKERBOARD, dtype=torch.float32)[odd]

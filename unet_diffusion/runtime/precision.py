@@ -1,7 +1,7 @@
-"""Which precisions a machine computes fast in: float32 everywhere, and one of 16 bits where the hardware has it.
+"""The precisions in which a machine computes fast: float32 everywhere, and 16 bits where the hardware has them.
 
 Weights stay float32; `autocast` computes convolutions and matrix products in the precision. Hardware without bfloat16
-emulates it: two cores of an AVX2 processor convolve fifty times as slowly in it as in float32.
+emulates it: on two cores of an AVX2 processor its convolutions are fifty times slower than those in float32.
 """
 
 from typing import Literal, get_args
@@ -13,10 +13,10 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def precisions_for(device: torch.device) -> tuple[torch.dtype, ...]:
-    """The precisions that a device has in hardware, float32 first.
+    """Return the precisions that a device has in hardware, float32 first.
 
-    The other one is bfloat16 on GPUs since Ampere and on CPUs with AVX-512's bf16, and float16 on GPUs before Ampere,
-    which have no bfloat16. Apple's GPUs get float32 only, as nothing was measured on them.
+    The second is bfloat16 on GPUs since Ampere and on CPUs with AVX-512's bf16, and float16 on older GPUs, which have
+    no bfloat16. Apple's GPUs get float32 only, because nothing was measured on them.
     """
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -27,13 +27,13 @@ def precisions_for(device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; ATEN_CPU_CAPABILITY=avx2 makes it seem not to."""
+    """Return whether this processor multiplies bfloat16 in hardware; with ATEN_CPU_CAPABILITY=avx2 the answer is no."""
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return has_avx512 and torch.cpu._is_avx512_bf16_supported()
 
 
 def chosen_precision(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """The precision asked for, or for "auto" the 16-bit one where the device has one in hardware, else float32.
+    """Return the precision asked for; for "auto" the 16 bits that the device has in hardware, otherwise float32.
 
     Raises:
         ValueError: If float16 is asked for on a CPU.
@@ -44,13 +44,13 @@ def chosen_precision(asked: Precision | Literal["auto"], device: torch.device) -
 
 
 def precision_name(dtype: torch.dtype) -> Precision:
-    """The name of a dtype: "float32", "bfloat16" or "float16"."""
+    """Return the name of a dtype: "float32", "bfloat16" or "float16"."""
     name = str(dtype).removeprefix("torch.")
     assert name in PRECISIONS
     return name
 
 
 def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
-    """The context in which networks compute in that precision; float32 changes nothing."""
-    # As Lightning's: rounded weights are not kept from one use to the next.
+    """Return the context in which networks compute in a precision; float32 changes nothing."""
+    # Like Lightning's, it does not cache rounded weights from one use to the next.
     return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)

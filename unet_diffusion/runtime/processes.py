@@ -1,4 +1,4 @@
-"""Several processes that share the work of one command, as torchrun starts them; one process is all of them."""
+"""Processes that share the work of one command, started by torchrun; without it there is one process."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,18 +16,18 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Which of how many this one is.
+    """This process among all processes of the command.
 
     Args:
-        rank: of this one, from 0.
-        count: of all.
+        rank: Number of this process, from 0.
+        count: Number of processes.
     """
 
     rank: int
     count: int
 
     def on_rank_zero(self, make: Callable[[], Result]) -> Result:
-        """What the first process makes, on all of them; plain values only."""
+        """Call a function in the first process and return its result, a plain value, in every process."""
         if self.count == 1:
             return make()
         made: list[Any] = [make() if self.rank == 0 else None]
@@ -35,11 +35,11 @@ class ProcessGroup:
         return made[0]
 
     def shard(self, items: list[Item]) -> list[Item]:
-        """This one's part of them."""
+        """Return the part of the items that this process works on."""
         return items[self.rank :: self.count]
 
     def gather(self, items: list[Item]) -> list[Item]:
-        """Those of all processes, one after the other; plain values only."""
+        """Return the items of all processes, process by process; they must be plain values."""
         if self.count == 1:
             return items
         gathered: list[Any] = [None] * self.count
@@ -47,7 +47,7 @@ class ProcessGroup:
         return [item for part in gathered for item in part]
 
     def barrier(self) -> None:
-        """Until all have come here."""
+        """Wait until every process has come here."""
         if self.count > 1:
             dist.barrier()
 
@@ -57,12 +57,12 @@ ALONE = ProcessGroup(0, 1)
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """The processes that torchrun started, or this one alone."""
+    """Yield the group of the processes that torchrun started, or of this process alone."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         yield ALONE
         return
-    # They tell each other little: what is drawn stays where it is. And one may draw for days while another is done.
+    # Processes exchange little, as images stay where they are drawn. One may draw for days after another has ended.
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield ProcessGroup(dist.get_rank(), count)
@@ -71,13 +71,13 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: with several, "cuda" is one for each.
+    """Return the name of the device of this process: with "cuda" every process gets a GPU of its own.
 
     Args:
-        device: A device of PyTorch, or "auto": the first of cuda, mps and cpu that is there.
+        device: Name of a device of PyTorch, or "auto" for the first of cuda, mps and cpu that the machine has.
 
     Raises:
-        ValueError: If there is no such device.
+        ValueError: If the machine has no such device.
     """
     gpus = (
         ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []

@@ -1,6 +1,6 @@
-"""Files of weights from anyone: read as tensors and plain values, never as code, and refused where they are damaged.
+"""Loading of weights that anyone may have made: as tensors and plain values, never as code, and never damaged.
 
-A file of a few bytes can ask for any amount of memory: its pickle may name an array of any size.
+A file of a few bytes can fill the memory: its pickle may name an array of any size.
 """
 
 import functools
@@ -19,17 +19,17 @@ import torch
 
 from unet_diffusion.runtime.atomic_files import field_of, read_json
 
-NUM_PICKLES = 5  # in a file as torch wrote them before it wrote zip archives
-# Names in a pickle of what torch would make of any size, which no checkpoint has: tensors are rebuilt of their storage.
+NUM_PICKLES = 5  # in a file of the format that torch wrote before zip archives
+# Names in a pickle whose objects can have any size. No checkpoint has them: tensors are rebuilt from their storage.
 ALLOCATE = re.compile(r"(?:__builtin__|builtins) bytearray|torch[\w.]* (?:\w*Tensor|TypedStorage|UntypedStorage)")
 
 
 def load_plain(path: str | os.PathLike[str]) -> Any:
-    """Tensors and plain values from a file written by `torch.save`, on the CPU.
+    """Return the tensors and plain values in a file written by `torch.save`, on the CPU.
 
     Raises:
-        OSError: if the file is missing or cannot be opened.
-        ValueError: if the file is something else, is damaged, holds anything that could run code when loaded, or is
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If the file has another format, is damaged, holds anything that could run code when loaded, or is
             compressed, so that it could fill the memory.
     """
     is_whole = _is_whole(path)
@@ -50,7 +50,7 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
 
 
 def step_of(path: str | os.PathLike[str]) -> float:
-    """The step that a checkpoint says it is of, without a look at its weights; infinity where none can be read."""
+    """Return the step of a checkpoint without reading its weights, or infinity if the file cannot be read."""
     try:
         check_pickle(Path(path))
         return int(_unpickled(path, _is_whole(path))["global_step"])
@@ -70,18 +70,16 @@ def step_of(path: str | os.PathLike[str]) -> float:
 
 
 def _is_whole(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a zip file with its directory, which is at the end: a file that was cut off has none.
+    """Return whether a file is a zip archive with its directory, which stands at the end: a cut file has none.
 
     Raises:
         OSError: If the file is missing or cannot be opened.
-        ValueError: If it is compressed.
+        ValueError: If the archive is compressed.
     """
     with open(path, "rb") as file:
         is_whole = zipfile.is_zipfile(file)
         if is_whole and any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(file).infolist()):
-            raise ValueError(
-                f"{path} was not loaded: it must be uncompressed, as torch.save writes it; save it so again"
-            )
+            raise ValueError(f"{path} was not loaded: it must be uncompressed; save it again with torch.save")
     return is_whole
 
 
@@ -91,7 +89,7 @@ def _unpickled(path: str | os.PathLike[str], is_whole: bool) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _check_bytes(path: str, size: int, time: int) -> None:
-    """Compare all bytes of a file with their checksums; again only if its size or time is another.
+    """Compare all bytes of a file with their checksums, once for each path, size and time of the last change.
 
     Raises:
         ValueError: If they differ.
@@ -106,36 +104,36 @@ def _check_bytes(path: str, size: int, time: int) -> None:
 
 
 def check_safetensors(folder: Path, stem: str) -> None:
-    """Refuses weights that are not safetensors in that folder: the older format is a pickle, which can run code.
+    """Require that a model's weights are safetensors: the older format is a pickle, which can run code.
 
     Args:
-        folder: of a model of diffusers or transformers.
-        stem: of the names of its weights.
+        folder: Folder of a model of diffusers or transformers.
+        stem: Name of its file of weights, without the extension.
 
     Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if the index of several files names anything but safetensors beside it.
+        FileNotFoundError: If the folder holds no weights in safetensors.
+        ValueError: If the index of several files names anything but safetensors files in the same folder.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         names = field_of(read_json(index), "weight_map", index).values()
         if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-            raise ValueError(f"{index} must name .safetensors files beside it, got {wrong[0]!r}; download it again")
+            raise ValueError(f"{index} must name .safetensors files in its folder, got {wrong[0]!r}; download it again")
     elif not (folder / f"{stem}.safetensors").is_file():
         raise FileNotFoundError(
-            f"{folder} must hold {stem}.safetensors, and does not; a file in the older format .bin can run code: have "
-            "whoever made it save it as safetensors (save_pretrained of diffusers does)"
+            f"{folder} must hold {stem}.safetensors, and does not; a file in the older format .bin can run code: ask "
+            "its author for safetensors, which save_pretrained of diffusers writes"
         )
 
 
 def check_pickle(path: Path) -> None:
-    """Refuse a file of torch.save whose pickle would fill the memory.
+    """Refuse a file of torch.save whose pickle names objects of any size, which could fill the memory.
 
     Args:
-        path: Of the file, a zip archive or as torch wrote them before.
+        path: Path of the file, a zip archive or in the format that torch wrote before.
 
     Raises:
-        ValueError: If so.
+        ValueError: If the pickle names such an object.
     """
     for _, argument, _ in _operations(path):
         if isinstance(argument, str) and ALLOCATE.fullmatch(argument):
@@ -146,7 +144,7 @@ def check_pickle(path: Path) -> None:
 
 
 def _operations(path: Path) -> Iterator[tuple[Any, Any, Any]]:
-    """Of the pickles in a file, as far as they can be read."""
+    """Yield the operations of all pickles in a file, as far as they can be read."""
     with suppress(ValueError, zipfile.BadZipFile, EOFError), open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             file.seek(0)

@@ -1,4 +1,4 @@
-"""How a program ends that was asked to: the exit status is 128 and the number of the signal, as shells report it."""
+"""The end of a program after a signal: its exit status is 128 plus the number of the signal, like in shells."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ class Interrupted(SystemExit):
     """A signal asked the program to end: exit status 130 for SIGINT, 143 for SIGTERM.
 
     Args:
-        signum: number of the signal.
+        signum: Number of the signal.
     """
 
     def __init__(self, signum: int):
@@ -20,7 +20,12 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def handled(signals: tuple[int, ...], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Signals go to the handler within the block, and to what had them before after it. In the main thread only."""
+    """Send signals to a handler within the block, and to their earlier handlers after it; in the main thread only.
+
+    Args:
+        signals: Numbers of the signals.
+        handler: Function that is called with the number of the signal and the stack frame.
+    """
     before = {signum: signal.signal(signum, handler) for signum in signals}
     try:
         yield

@@ -1,7 +1,7 @@
-"""Deformed views of labelled images: image and label are sampled once, at the same places.
+"""Deformed views of labelled images: image and label are sampled at the same places.
 
-Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597), section 3.1: shift, rotation, grey values, and elastic
-deformation by random displacements on a coarse 3x3 grid, with bicubic interpolation.
+Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597, section 3.1) shift and rotate images, change their grey
+values, and deform them elastically by random displacements on a coarse 3x3 grid, with bicubic interpolation.
 """
 
 import math
@@ -15,22 +15,23 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How training windows are deformed.
+    """The deformation of training windows.
 
-    As many numbers are drawn whatever is off, so that turning one deformation off leaves the others as they are.
+    The same random numbers are drawn whether a deformation is on or off, so turning one off does not change the others.
 
     Args:
-        flip: mirror each axis half of the time; False is off.
-        rotation: largest angle in degrees, either way; 0 is off.
-        scale: largest relative change of size, smaller or larger: 0.2 is from 1/1.2 to 1.2; 0 is off.
-        elastic_sd: standard deviation of the displacements, in pixels; 0 is off.
-        elastic_grid: points a side at which displacements are drawn.
-        brightness: standard deviation of what is added to an image, on a scale from -1 to 1; 0 is off.
-        contrast: standard deviation of the logarithm of the factor about the image's mean; 0 is off.
-        noise: standard deviation of what is added to each pixel; 0 is off.
+        flip: Whether to mirror each axis with probability 1/2.
+        rotation: Largest angle of rotation in degrees, in both directions; 0 is off.
+        scale: Largest relative change of size, in both directions: 0.2 means from 1/1.2 to 1.2; 0 is off.
+        elastic_sd: Standard deviation of the elastic displacements, in pixels; 0 is off.
+        elastic_grid: Number of grid points along a side at which displacements are drawn.
+        brightness: Standard deviation of the number that is added to an image in [-1, 1]; 0 is off.
+        contrast: Standard deviation of the logarithm of the factor that stretches grey values about the image's mean;
+            0 is off.
+        noise: Standard deviation of the noise that is added to each pixel; 0 is off.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: If a number is out of its range.
     """
 
     flip: bool = True
@@ -50,12 +51,12 @@ class Augmentation:
             raise ValueError(f"elastic_grid must be at least 2 points a side, got {self.elastic_grid}")
 
     def coordinates(self, size: tuple[int, int], centre: tuple[float, float], generator: torch.Generator) -> Tensor:
-        """Where in the image each pixel of a window is sampled, (2, H, W): y and x in pixels.
+        """Return the place in the image at which each pixel of a window is sampled, (2, H, W): y and x in pixels.
 
         Args:
-            size: height and width of the window.
-            centre: y and x in the image of the window's centre.
-            generator: of all that is drawn.
+            size: Height and width of the window.
+            centre: The window's centre in the image, y and x in pixels.
+            generator: Generator of the random numbers.
         """
         height, width = size
         y = torch.arange(height, dtype=torch.float32) - (height - 1) / 2
@@ -66,21 +67,21 @@ class Augmentation:
         return places + torch.tensor(centre, dtype=torch.float32)[:, None, None]
 
     def grey_values(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """The image with other contrast and brightness, and noise, (C, H, W); not clipped.
+        """Return the image with another contrast, another brightness and noise, (C, H, W), without clipping.
 
         Args:
-            image: (C, H, W) float, on a scale from -1 to 1.
-            generator: of all that is drawn.
+            image: The image, (C, H, W) float in [-1, 1].
+            generator: Generator of the random numbers.
         """
         contrast, brightness = torch.randn(2, generator=generator)
         noise = torch.randn(image.shape, generator=generator).to(image)
-        if self.contrast:  # a factor of 1 would still round
+        if self.contrast:  # even a factor of 1 would round
             mean = image.mean()
             image = mean + (image - mean) * torch.exp(self.contrast * contrast)
         return image + self.brightness * brightness + self.noise * noise
 
     def _matrix(self, generator: torch.Generator) -> Tensor:
-        """From offsets in the window to offsets in the image, (2, 2): mirrored, rotated, scaled."""
+        """Return the matrix that mirrors, rotates and scales offsets in the window to offsets in the image, (2, 2)."""
         mirror_y, mirror_x, turn, size = torch.rand(4, generator=generator).tolist()
         signs = [-1.0 if self.flip and draw < 0.5 else 1.0 for draw in (mirror_y, mirror_x)]
         angle = math.radians(self.rotation) * (2 * turn - 1)
@@ -92,27 +93,28 @@ class Augmentation:
 def elastic_displacement(
     size: tuple[int, int], *, sd: float = 10.0, grid: int = 3, generator: torch.Generator
 ) -> Tensor:
-    """A smooth random displacement of each pixel, (2, H, W) float32: dy and dx in pixels.
+    """Return a smooth random displacement of each pixel, (2, H, W) float32: dy and dx in pixels.
 
-    Normal at grid x grid points that span the window from corner to corner, bicubic in between.
+    Displacements are normal at grid x grid points that span the window from corner to corner, and interpolated
+    bicubically in between.
 
     Args:
-        size: height and width of the window.
-        sd: standard deviation at the points, in pixels.
-        grid: points a side.
-        generator: of the displacements.
+        size: Height and width of the window.
+        sd: Standard deviation at the points, in pixels.
+        grid: Number of points along a side.
+        generator: Generator of the random numbers.
     """
     coarse = sd * torch.randn(1, 2, grid, grid, generator=generator)
     return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)[0]
 
 
 def sample_at(image: Tensor, coordinates: Tensor, *, mode: Literal["bicubic", "bilinear", "nearest"]) -> Tensor:
-    """The image at the given places, (C, H, W); beyond its border it is mirrored, without repeating the last pixel.
+    """Sample an image, (C, H, W); beyond its border it is mirrored, without repeating the last pixel.
 
     Args:
-        image: (C, H0, W0) float32.
-        coordinates: y and x in pixels, (2, H, W).
-        mode: "nearest" for labels, whose values it keeps.
+        image: The image, (C, H0, W0) float32.
+        coordinates: Places to sample, y and x in pixels, (2, H, W).
+        mode: Interpolation; "nearest" keeps the values of labels.
     """
     sides = image.shape[1:]
     if mode == "nearest":
@@ -125,7 +127,7 @@ def sample_at(image: Tensor, coordinates: Tensor, *, mode: Literal["bicubic", "b
 
 
 def _mirrored(positions: Tensor, side: int) -> Tensor:
-    """Positions along a side, folded back into it."""
+    """Fold positions beyond the ends of a side back into it."""
     if side == 1:
         return torch.zeros_like(positions)
     period = 2 * (side - 1)

@@ -1,8 +1,8 @@
 """A pixel classifier on the maps of a frozen denoiser (Baranchuk et al. 2022, https://arxiv.org/abs/2112.03126).
 
-The image is noised to a few timesteps, and the maps that the denoiser's expanding path makes of it, enlarged to the
-image's size, say what each pixel is. Unlike in the paper's code no features are kept: they are made anew for each
-batch, so that memory is that of a batch, whatever the number of images.
+The image is noised to a few timesteps; the maps of the denoiser's expanding path, enlarged to the size of the image,
+are the features of each pixel. The paper's code stores the features of all images; here each batch computes its own, so
+that memory does not grow with the number of images.
 """
 
 from collections.abc import Sequence
@@ -13,30 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.models.blocks import UpBlock
-from unet_diffusion.models.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.models.residual_blocks import UpBlock
+from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import keyed_generator
 
-NOISE_SEED = 0  # the same noise for every image, as in the paper
+NOISE_SEED = 0  # every image gets the same noise, as in the paper
 
 
 class FeatureClassifier(PixelNetwork):
     """Class scores of each pixel from the features of a denoiser that is not trained.
 
     Args:
-        denoiser: a network without classes; its weights are frozen.
-        schedule: the one that it was trained with.
-        out_channels: classes.
-        timesteps: at which the image is noised and looked at; 50, 150 and 250 of 1000 in the paper.
-        levels: of the expanding path whose maps are taken, 0 is full resolution; those in the middle are the paper's.
-        hidden_channels: widths of the pixel classifier's two hidden layers.
+        denoiser: A network without classes; its weights are frozen.
+        schedule: The noise schedule that it was trained with.
+        out_channels: Number of classes.
+        timesteps: Timesteps to which the image is noised; 50, 150 and 250 of 1000 in the paper.
+        levels: Levels of the expanding path whose maps are features, 0 is full resolution; the paper takes those in the
+            middle.
+        hidden_channels: Widths of the pixel classifier's two hidden layers.
 
     Raises:
-        ValueError: if a timestep or level does not exist, there are not two hidden layers, or the denoiser has classes.
+        ValueError: If a timestep or level does not exist, there are not two hidden layers, or the denoiser has classes.
     """
-
-    time_embedding = None  # of its own: the timesteps are chosen here
-    class_embedding = None
 
     def __init__(
         self,
@@ -49,29 +48,21 @@ class FeatureClassifier(PixelNetwork):
         hidden_channels: Sequence[int] = (128, 32),
     ):
         super().__init__()
-        num_levels = len(denoiser.config["channels"])
-        if denoiser.class_embedding is not None:
-            raise ValueError("the denoiser must have no classes, as images to segment have none; train one without")
-        if any(not 0 <= t < schedule.num_train_timesteps for t in timesteps) or not timesteps:
-            raise ValueError(f"timesteps must be in [0, {schedule.num_train_timesteps}), got {list(timesteps)}")
-        if any(not 0 <= level < num_levels for level in levels) or not levels:
-            raise ValueError(f"levels must be in [0, {num_levels}), got {list(levels)}")
-        if len(hidden_channels) != 2:
-            raise ValueError(f"hidden_channels must be the widths of two layers, got {list(hidden_channels)}")
+        _check_arguments(denoiser, schedule, timesteps, levels, hidden_channels)
         self.denoiser = denoiser.requires_grad_(False)
         self.schedule = schedule
         self.timesteps = list(timesteps)
         self.levels = sorted(levels)
         first, second = hidden_channels
         widths = [denoiser.config["channels"][level] for level in self.levels] * len(self.timesteps)
-        # The paper's first layer, on all maps enlarged and concatenated; being linear, it is applied before enlarging.
+        # The paper's first layer takes all maps, enlarged and concatenated. It is linear: it may come before enlarging.
         self.projections = nn.ModuleList(
             nn.Sequential(nn.BatchNorm2d(width, affine=False), nn.Conv2d(width, first, 1)) for width in widths
         )
         self.classifier = nn.Sequential(
             nn.ReLU(), nn.Conv2d(first, second, 1), nn.ReLU(), nn.Conv2d(second, out_channels, 1)
         )
-        self.margin, self.smallest_size = denoiser.margin, denoiser.smallest_size
+        self.size_step = denoiser.size_step
         self.config: dict[str, Any] = {
             "denoiser": {
                 "class_path": f"{DenoiserUNet.__module__}.{DenoiserUNet.__qualname__}",
@@ -84,28 +75,29 @@ class FeatureClassifier(PixelNetwork):
             "hidden_channels": list(hidden_channels),
         }
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        return self.denoiser.in_channels
+
     def train(self, mode: bool = True) -> "FeatureClassifier":
-        """Switches the classifier; the denoiser is never in training mode."""
+        """Set the training mode of the classifier; the denoiser stays in eval mode."""
         super().train(mode)
         self.denoiser.eval()
         return self
 
-    def forward(
-        self, x: Tensor, t: Tensor | None = None, labels: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
-        """Class scores before the softmax, (B, out_channels, H, W).
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """Return class scores before the softmax, (B, out_channels, H, W).
 
         Args:
-            x: images in [-1, 1], (B, in_channels, H, W), H and W as `next_size` gives them.
-            t: not used, nor are labels and context.
-            labels: see t.
-            context: see t.
+            x: Images in [-1, 1], (B, in_channels, H, W), of a size that `check_size` accepts.
+            t: Ignored: the classifier has timesteps of its own.
 
         Raises:
-            ValueError: if the size does not fit.
+            ValueError: If the denoiser does not take the size.
         """
         projections = iter(self.projections)
-        # Added up one by one: all maps of the image's size together would take most of the memory.
+        # Maps are added one at a time: all of them together, enlarged, would take most of the memory.
         hidden = sum(
             F.interpolate(next(projections)(features), size=x.shape[-2:], mode="bilinear")
             for timestep in self.timesteps
@@ -115,19 +107,19 @@ class FeatureClassifier(PixelNetwork):
 
     @torch.no_grad()
     def maps(self, x: Tensor, timestep: int) -> list[Tensor]:
-        """What the denoiser's expanding path makes of images noised to a timestep, finest level first.
+        """Return the maps of the denoiser's expanding path on `levels`, finest first, for images that are noised.
 
         Args:
-            x: images in [-1, 1], (B, C, H, W).
-            timestep: in [0, num_train_timesteps).
+            x: Images in [-1, 1], (B, C, H, W).
+            timestep: Timestep to which they are noised, in [0, num_train_timesteps).
         """
-        found: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
         up_blocks = cast(list[UpBlock], list(reversed(self.denoiser.up_blocks)))  # by level
         hooks = [
-            up_blocks[level].attentions[-1].register_forward_hook(lambda *call, at=level: found.update({at: call[2]}))
+            up_blocks[level].attentions[-1].register_forward_hook(lambda *call, at=level: maps.update({at: call[2]}))
             for level in self.levels
         ]
-        generator = keyed_generator(NOISE_SEED)  # on the CPU: the same on all devices
+        generator = keyed_generator(NOISE_SEED)  # on the CPU, so that every device gets the same noise
         noise = torch.randn(x.shape[1:], generator=generator).to(x.device, x.dtype).expand_as(x)
         t = torch.full((len(x),), timestep, device=x.device)
         try:
@@ -135,14 +127,25 @@ class FeatureClassifier(PixelNetwork):
         finally:
             for hook in hooks:
                 hook.remove()
-        return [found[level] for level in self.levels]
+        return [maps[level] for level in self.levels]
 
-    @property
-    def in_channels(self) -> int:
-        """Channels of an image."""
-        return self.denoiser.in_channels
 
-    @property
-    def stride(self) -> int:
-        """Input pixels a pixel of the denoiser's lowest level."""
-        return self.denoiser.stride
+def _check_arguments(
+    denoiser: DenoiserUNet,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int],
+    levels: Sequence[int],
+    hidden_channels: Sequence[int],
+) -> None:
+    num_levels = len(denoiser.config["channels"])
+    if denoiser.class_embedding is not None:
+        raise ValueError(
+            f"the denoiser must have no classes, as images to segment have none, got {denoiser.num_class_embeds} class "
+            "embeddings; train a denoiser without classes"
+        )
+    if any(not 0 <= t < schedule.num_train_timesteps for t in timesteps) or not timesteps:
+        raise ValueError(f"timesteps must be in [0, {schedule.num_train_timesteps}), got {list(timesteps)}")
+    if any(not 0 <= level < num_levels for level in levels) or not levels:
+        raise ValueError(f"levels must be in [0, {num_levels}), got {list(levels)}")
+    if len(hidden_channels) != 2:
+        raise ValueError(f"hidden_channels must be the widths of two layers, got {list(hidden_channels)}")

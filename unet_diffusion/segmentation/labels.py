@@ -1,4 +1,4 @@
-"""From label images to what a network learns, and from what it predicts back to masks and instance numbers."""
+"""From label images to the targets of a network, and from its predictions back to masks and instance numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,31 +16,33 @@ LabelFormat = Literal["0/1", "0/255", "classes", "instances"]
 Kind = Literal["binary", "classes", "instances"]
 
 BACKGROUND, CELL, BORDER = 0, 1, 2  # the classes of kind "instances"; those of kind "binary" without the border
-NO_VALUE = -1  # of pixels that are not to be learnt
+NO_VALUE = -1  # class of pixels that are not to be learnt
 MAX_CLASSES = 256  # predictions are written as 8-bit images
 NUM_SHOWN = 12  # values in an error message
-FEW_EDGES, MOST_EDGES = 10, 0.5  # pieces of labels that are edges of others, and their share of all: fewer are right
-MOST_PIECES, MOST_BETWEEN = 2, 0.75  # edges of a number, and share of those between others, of objects that touch
+# Labels are right with fewer edges of other objects than these: number of edges, and their share of all pieces.
+FEW_EDGES, MOST_EDGES = 10, 0.5
+# Small objects that touch have no more than these: edges for each number, and share of edges between two numbers.
+MOST_PIECES, MOST_BETWEEN = 2, 0.75
 
 
 @dataclass(frozen=True)
 class Targets:
-    """How label images are read, and what is learnt from them.
+    """The meaning of label images, and the targets that a network learns from them.
 
     Args:
-        label_format: "0/1" or "0/255": background and foreground; "classes": a class index each pixel; "instances": 0
-            is background, and each object has a number of its own.
-        num_classes: with "classes", how many there are, background included; otherwise leave it out.
-        separate_borders: with "instances", learn the borders of objects as a class of their own, so that objects that
-            touch come out apart.
-        border_width: of that class, in pixels inwards from the edge of an object.
-        ignore_label: value in the label images of pixels that are not to be learnt; None: there is none.
-        class_balance: weight classes by their inverse frequency in the training images.
-        border_weight: w0 of the weight between cells that are close (Ronneberger et al. 2015, equation 2); 0 is off.
-        border_sigma: its width, in pixels.
+        label_format: Meaning of the values: "0/1" or "0/255" for background and foreground; "classes" for class
+            indices; "instances" for instance numbers, where 0 is background and each object has its own number.
+        num_classes: With "classes", the number of classes, background included; otherwise leave it out.
+        separate_borders: With "instances", whether to learn the borders of objects as a class of their own, so that
+            touching objects are separated.
+        border_width: Width of that class, in pixels inwards from the edge of an object.
+        ignore_label: Value in the label images of pixels that are not to be learnt; None learns all pixels.
+        class_balance: Whether to weight classes by their inverse frequency in the training images.
+        border_weight: Weight w0 between cells that are close (Ronneberger et al. 2015, equation 2); 0 is off.
+        border_sigma: Distance over which that weight falls off, in pixels.
 
     Raises:
-        ValueError: if the settings contradict each other.
+        ValueError: If the settings contradict each other.
     """
 
     label_format: LabelFormat
@@ -59,7 +61,7 @@ class Targets:
             )
         if (self.num_classes is not None) != (self.label_format == "classes"):
             raise ValueError(
-                f"num_classes must be given exactly with label_format classes, got {self.num_classes} with "
+                f"num_classes goes with label_format classes and with no other, got {self.num_classes} with "
                 f"{self.label_format}"
             )
         if self.num_classes is not None and not 2 <= self.num_classes <= MAX_CLASSES:
@@ -78,20 +80,20 @@ class Targets:
 
     @property
     def kind(self) -> Kind:
-        """What the classes mean."""
+        """The meaning of the classes."""
         if self.label_format == "classes":
             return "classes"
         return "instances" if self.separate_borders else "binary"
 
     @property
     def class_names(self) -> list[str]:
-        """The name of each class; indices, where the user's classes have no names."""
+        """The name of each class; its index where the user's classes have no names."""
         if self.num_classes is not None:
             return [str(index) for index in range(self.num_classes)]
         return ["background", "cell", "border"][: 3 if self.separate_borders else 2]
 
     def check(self, labels: NDArray[Any]) -> str | None:
-        """What is wrong with the values of a label image, in words that show them, or None if nothing is."""
+        """Return a description of the error in the values of a label image, or None if they are right."""
         values = np.unique(labels)
         values = values[values != self.ignore_label] if self.ignore_label is not None else values
         allowed = {"0/1": "0 and 1", "0/255": "0 and 255", "instances": "0 or more"}.get(
@@ -106,13 +108,13 @@ class Targets:
         if is_right:
             return self._check_edges(labels) if self.label_format == "instances" else None
         shown = ", ".join(map(str, values[:NUM_SHOWN])) + (", ..." if len(values) > NUM_SHOWN else "")
-        return f"with label_format {self.label_format} values must be {allowed}, found {shown}"
+        return f"with label_format {self.label_format} values must be {allowed}, got {shown}"
 
     def classes(self, labels: NDArray[Any]) -> NDArray[np.int16]:
-        """The class of each pixel, NO_VALUE where it is not to be learnt, (H, W).
+        """Return the class of each pixel, (H, W), and NO_VALUE for pixels that are not to be learnt.
 
         Args:
-            labels: a label image whose values were checked.
+            labels: A label image whose values were checked.
         """
         classes = (labels if self.label_format == "classes" else labels > 0).astype(np.int16)
         if self.separate_borders:
@@ -122,11 +124,11 @@ class Targets:
         return classes
 
     def weights(self, labels: NDArray[Any], balance: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The weight of each pixel in the loss, (H, W): that of its class and that of borders; 0 for NO_VALUE.
+        """Return the weight of each pixel in the loss, (H, W): class weight plus border weight, and 0 for NO_VALUE.
 
         Args:
-            labels: a label image whose values were checked.
-            balance: of each class; see `balance`.
+            labels: A label image whose values were checked.
+            balance: The weight of each class from `balance`.
         """
         classes = self.classes(labels)
         weights = np.where(classes == NO_VALUE, 0, balance[classes])
@@ -136,25 +138,24 @@ class Targets:
         return weights.astype(np.float32)
 
     def balance(self, all_labels: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-        """The weight of each class, (K,): its inverse frequency in these label images, or 1 without class_balance."""
+        """Return the weight of each class, (K,): its inverse frequency in label images, or 1 without class_balance."""
         if not self.class_balance:
             return np.ones(len(self.class_names), dtype=np.float32)
         return class_weights([self.classes(labels) for labels in all_labels], len(self.class_names), NO_VALUE)
 
     def instances(self, labels: NDArray[Any]) -> NDArray[np.int32]:
-        """A number for each object, 0 for background; without numbers in the labels, connected ones."""
-        known = np.where(labels == self.ignore_label, 0, labels) if self.ignore_label is not None else labels
+        """Return instance numbers, 0 for background; labels without them are numbered by connected components."""
+        learnt = np.where(labels == self.ignore_label, 0, labels) if self.ignore_label is not None else labels
         if self.label_format == "instances":
-            return known.astype(np.int32)
-        return skimage.measure.label(known > 0, connectivity=FOUR_CONNECTED).astype(np.int32)
+            return learnt.astype(np.int32)
+        return skimage.measure.label(learnt > 0, connectivity=FOUR_CONNECTED).astype(np.int32)
 
     def _check_edges(self, labels: NDArray[Any]) -> str | None:
-        """What is wrong with instance numbers that shade into each other, as a smoothed or a lossy picture does.
+        """Return a description of instance numbers that shade into each other, as in a smoothed or lossy picture.
 
-        Of 400 labelled images of nuclei (BBBC038) no object is a mere edge of another; once they are scaled with
-        interpolation, or stored as JPEG, more than four in five pieces are. Small objects that touch are edges by that
-        measure, too, but each has a number of its own, and most have none that is larger on one side and smaller on
-        the other.
+        In 400 labelled images of nuclei (BBBC038) no object is merely the edge of another; scaled with interpolation,
+        or stored as JPEG, more than four in five pieces are. By this measure small touching objects are edges, too, but
+        each of them has a number of its own, and few lie between a larger and a smaller number.
         """
         instances = self.instances(labels)
         num_pieces, edges, is_between = edge_pieces(instances)
@@ -165,13 +166,13 @@ class Targets:
             return None
         y, x = edges[0]
         return (
-            f"with label_format instances each number must be an object, found {num_pieces} pieces, of which "
+            f"with label_format instances each number must be an object, got {num_pieces} pieces, of which "
             f"{len(edges)} are thin edges of others, such as {labels[y, x]} in row {y}, column {x}; save the labels as "
             "PNG or TIFF, and scale them without interpolation"
         )
 
     def _borders(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
-        """Pixels of objects that are less than border_width from their edge; each object keeps its innermost ones."""
+        """Return the pixels less than border_width from the edge of their object, without the innermost of each."""
         numbers, compact = np.unique(labels, return_inverse=True)
         compact = compact.reshape(labels.shape)
         edge = skimage.segmentation.find_boundaries(compact, mode="inner", background=-1) & (labels > 0)
@@ -184,24 +185,24 @@ class Targets:
 
 
 def edge_pieces(instances: NDArray[np.int32]) -> tuple[int, NDArray[np.int64], NDArray[np.bool_]]:
-    """How many pieces numbers make, and which are thin edges of others.
+    """Split instance numbers into connected pieces and find the pieces that are thin edges of others.
 
-    A piece is what is 8-connected and of one number. A thin edge has no pixel whose four neighbours are of its number,
-    and lies against another number.
+    A piece is an 8-connected component of pixels with the same number. A thin edge touches another number, and none of
+    its pixels has four neighbours with its own number.
 
     Args:
-        instances: 0 for background, (H, W).
+        instances: Instance numbers, 0 for background, (H, W).
 
     Returns:
-        The number of pieces; of each edge a pixel, row and column (N, 2); whether it lies between a larger number and a
-        smaller one, which may be that of the background, (N,).
+        The number of pieces; the row and column of a pixel of each edge, (N, 2); and whether each edge lies between a
+        larger and a smaller number, where the background counts as 0, (N,).
     """
     pieces = skimage.measure.label(instances, connectivity=2, background=0)
     num_pieces = int(pieces.max(initial=0))
     cross = scipy.ndimage.generate_binary_structure(2, 1)
     least, most = (
-        one(instances, footprint=cross, mode="nearest")
-        for one in (scipy.ndimage.minimum_filter, scipy.ndimage.maximum_filter)
+        extremum(instances, footprint=cross, mode="nearest")
+        for extremum in (scipy.ndimage.minimum_filter, scipy.ndimage.maximum_filter)
     )
     objects = np.where(instances > 0, instances, np.iinfo(np.int32).max)
     has_larger, has_smaller, has_smaller_object = (
@@ -222,22 +223,23 @@ def edge_pieces(instances: NDArray[np.int32]) -> tuple[int, NDArray[np.int64], N
 
 
 def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: int = 16) -> NDArray[np.int32]:
-    """Instance numbers, 0 for background, (H, W), from class probabilities (K, H, W).
+    """Return instance numbers, 0 for background, (H, W), from class probabilities, (K, H, W).
 
-    Of kind "instances": what is surely cell and not border is the seed of an object, and grows over the rest of the
-    foreground. Otherwise: the 4-connected components of the foreground.
+    With kind "instances" each region that is rather cell than border is the seed of an object, which grows over the
+    rest of the foreground. With kind "binary" the objects are the 4-connected components of the foreground.
 
     Args:
-        probabilities: of background, cell and, of kind "instances", border.
-        kind: what the classes mean.
-        min_size: objects with fewer pixels are left out.
+        probabilities: Probabilities of background, cell and, with kind "instances", border, (K, H, W).
+        kind: The meaning of the classes.
+        min_size: Least number of pixels in an object; smaller objects are left out.
 
     Raises:
-        ValueError: if the classes do not stand for objects.
+        ValueError: If the classes do not stand for objects.
     """
     if kind == "classes":
         raise ValueError(
-            "instance numbers need a model of objects, and this one was trained on classes; leave them out"
+            "instance numbers need a model that was trained on objects, and this one was trained on classes; "
+            "leave them out"
         )
     foreground = probabilities[BACKGROUND] < 0.5
     numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
@@ -249,14 +251,14 @@ def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: 
         numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))
     sizes = np.bincount(numbers.ravel())
     sizes[0] = 0
-    kept = np.flatnonzero(sizes >= min_size)
+    large = np.flatnonzero(sizes >= min_size)
     renumber = np.zeros(len(sizes), dtype=np.int32)
-    renumber[kept] = np.arange(1, len(kept) + 1)
+    renumber[large] = np.arange(1, len(large) + 1)
     return renumber[numbers]
 
 
 def mask_from(probabilities: NDArray[np.float32], kind: Kind) -> NDArray[np.uint8]:
-    """The mask to write, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class."""
+    """Return the mask to write, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class."""
     if kind == "classes":
         return probabilities.argmax(axis=0).astype(np.uint8)
     return np.where(probabilities[BACKGROUND] < 0.5, 255, 0).astype(np.uint8)

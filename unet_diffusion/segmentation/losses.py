@@ -1,4 +1,4 @@
-"""What a segmenter minimises: the weighted cross-entropy of the U-Net paper, the Dice loss, or their sum."""
+"""The losses of a segmenter: the weighted cross-entropy of the U-Net paper, the Dice loss, or their sum."""
 
 from typing import Literal
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 SegmentationLoss = Literal["cross_entropy", "dice", "both"]
 
-SMOOTH = 1.0  # pixels added to both sides of the Dice quotient: a class that is neither there nor predicted has loss 0
+SMOOTH = 1.0  # pixels added to both sides of the Dice quotient: a class neither present nor predicted has loss 0
 
 
 def segmentation_loss(scores: Tensor, classes: Tensor, weights: Tensor, kind: SegmentationLoss) -> Tensor:
-    """The loss of that kind; the arguments are those of the two functions below."""
+    """Return the loss of a kind, (); the other arguments are those of `weighted_cross_entropy`."""
     if kind == "cross_entropy":
         return weighted_cross_entropy(scores, classes, weights)
     if kind == "dice":
@@ -21,22 +21,22 @@ def segmentation_loss(scores: Tensor, classes: Tensor, weights: Tensor, kind: Se
 
 
 def weighted_cross_entropy(scores: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the pixels that count of w(x) times -log softmax (Ronneberger et al. 2015, equation 1).
+    """Return the mean of w(x) times -log softmax over the pixels that count, () (Ronneberger et al. 2015, equation 1).
 
     Args:
-        scores: (B, K, H, W).
-        classes: (B, H, W) int64 in [0, K); anything where weights are 0.
-        weights: (B, H, W); 0 for pixels that do not count.
+        scores: Class scores before the softmax, (B, K, H, W).
+        classes: The class of each pixel, (B, H, W) int64 in [0, K), and any number where the weight is 0.
+        weights: The weight w(x) of each pixel, (B, H, W); 0 for pixels that do not count.
     """
     losses = F.cross_entropy(scores.float(), torch.where(weights > 0, classes, 0), reduction="none")
     return (losses * weights).sum() / (weights > 0).sum().clamp(min=1)
 
 
 def dice_loss(scores: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
-    """1 - the mean Dice coefficient of the classes but the first, over the whole batch (Milletari et al. 2016).
+    """Return 1 - the mean Dice coefficient over all classes except the first and over the whole batch, ().
 
-    The weights only say which pixels count. Squares in the denominator, as in https://arxiv.org/abs/1606.04797.
-    The arguments are those of `weighted_cross_entropy`.
+    Predictions are squared in the denominator, as in Milletari et al. 2016 (https://arxiv.org/abs/1606.04797). The
+    arguments are those of `weighted_cross_entropy`; weights only tell which pixels count.
     """
     counts = (weights > 0).unsqueeze(1)
     predicted = torch.softmax(scores.float(), dim=1) * counts

@@ -1,4 +1,4 @@
-"""Pictures of segmentations: classes as colours, outlines over the image, and image, label, prediction side by side."""
+"""Pictures of segmentations: classes in colours, outlines over images, and images beside labels and predictions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unet_diffusion.runtime.pictures import GRID_GREY, GRID_PADDING, picture_of, to_uint8
 
-# Okabe & Ito's colours, told apart by the colour-blind too; the background is black and the first class white.
+# The colours of Okabe & Ito, which colour-blind people can distinguish, too, after black for background and white.
 PALETTE = np.array(
     [(0, 0, 0), (255, 255, 255), (230, 159, 0), (86, 180, 233), (0, 158, 115),
      (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)], dtype=np.uint8,
@@ -22,21 +22,21 @@ HEADER = 16  # height of the line of titles
 
 
 def colour_classes(classes: NDArray[Any]) -> NDArray[np.uint8]:
-    """Each class in its colour, (H, W, 3); grey where it is negative, which stands for none.
+    """Return classes as colours, (H, W, 3); negative numbers, which stand for no class, become grey.
 
     Args:
-        classes: (H, W) whole numbers; with more classes than colours these come again, but for the first two.
+        classes: Class indices, (H, W); more classes than colours repeat the colours after black and white.
     """
     repeated = np.where(classes < len(PALETTE), classes, 2 + (classes - 2) % (len(PALETTE) - 2))
     return np.where((classes < 0)[..., None], np.uint8(GRID_GREY), PALETTE[repeated.clip(min=0)])
 
 
 def outlined(image: Tensor, objects: NDArray[Any]) -> Image.Image:
-    """The image in RGB with the outline of each object or class drawn in.
+    """Return the image in RGB with the outline of each object or class.
 
     Args:
-        image: (C, H, W) float in [-1, 1], C of 1 or 3.
-        objects: (H, W) whole numbers.
+        image: The image, (C, H, W) float in [-1, 1], C of 1 or 3.
+        objects: Instance numbers or class indices, (H, W).
     """
     pixels = np.asarray(picture_of(to_uint8(image[None])[0]).convert("RGB"))
     marked = skimage.segmentation.mark_boundaries(pixels, objects, color=OUTLINE, mode="inner")
@@ -46,12 +46,12 @@ def outlined(image: Tensor, objects: NDArray[Any]) -> Image.Image:
 def comparison(
     images: Sequence[Tensor], truths: Sequence[NDArray[Any]], predictions: Sequence[NDArray[Any]]
 ) -> Image.Image:
-    """A row for each image: the image, its label, the prediction.
+    """Return a picture with a row for each image: the image, its label, and the prediction.
 
     Args:
-        images: (C, H, W) float in [-1, 1] each.
-        truths: classes, (H, W) each.
-        predictions: the same.
+        images: Images, (C, H, W) float in [-1, 1] each.
+        truths: True classes, (H, W) each.
+        predictions: Predicted classes, (H, W) each.
     """
     columns, step = ("image", "label", "prediction"), TILE + GRID_PADDING
     picture = Image.new("RGB", (len(columns) * step, HEADER + len(images) * step), (GRID_GREY,) * 3)
@@ -62,7 +62,7 @@ def comparison(
         tiles = [picture_of(to_uint8(image[None])[0]).convert("RGB")]
         tiles += [Image.fromarray(colour_classes(classes)) for classes in (truth, prediction)]
         for column, tile in enumerate(tiles):
-            # Label images have no colours in between.
+            # Colours of classes must not be mixed.
             method = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
             picture.paste(ImageOps.contain(tile, (TILE, TILE), method), (column * step, HEADER + row * step))
     return picture

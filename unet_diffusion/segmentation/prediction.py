@@ -1,4 +1,4 @@
-"""Class probabilities of a whole image, of any size."""
+"""Class scores of images that fit the network, and class probabilities of images of any size."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from unet_diffusion.segmentation.tiles import predict_tiled, predict_views
 
 
 def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
-    """Class scores before the softmax, (B, K, H, W), of a network that may want a timestep.
+    """Return class scores before the softmax, (B, K, H, W).
 
     Args:
         network: The network, called `network(x, t)`.
@@ -27,7 +27,7 @@ def class_probabilities(
     views: bool = False,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The probability of each class at each pixel, (K, H, W) float32 on the CPU.
+    """Return the probability of each class at each pixel, (K, H, W) float32 on the CPU.
 
     Args:
         network: The network, on the device.

@@ -1,14 +1,15 @@
 """Scores of segmentations: masks, segments behind membranes (ISBI 2012), and objects (Data Science Bowl 2018).
 
-All take 2D numpy arrays, (H, W), and know nothing of networks.
+All scores take 2D numpy arrays, (H, W), and know nothing of networks.
 
 - Rand and information scores: Arganda-Carreras et al. 2015, https://doi.org/10.3389/fnana.2015.00142
 - Warping error: Jain et al. 2010, https://doi.org/10.1109/CVPR.2010.5539950
 
-The results in Ronneberger et al. 2015 come from the challenge's server, whose pixel error was 1 - the best F-score of
-pixels, whose Rand error had no thinning, and whose warping error counted splits and mergers alone
-(http://brainiac2.mit.edu/isbi_challenge/evaluation). Those of the same names here are the definitions of the papers:
-compare them with each other, not with that table. V_rand and V_info are the ones that the challenge ended with.
+The results in Ronneberger et al. 2015 come from the challenge's server
+(http://brainiac2.mit.edu/isbi_challenge/evaluation). Its pixel error was 1 - the best F-score of pixels, its Rand error
+had no thinning, and its warping error counted only splits and mergers. The scores of these names here follow the
+definitions of the papers: compare them with each other, not with that table. V_rand and V_info are the scores with
+which the challenge ended.
 """
 
 from collections import deque
@@ -24,23 +25,23 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.integer[Any]]
 
-ALPHA = 0.5  # of splits against mergers in V_rand and V_info: the challenge's, which makes them F-scores
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the challenge's, without 0 and 1
+ALPHA = 0.5  # the challenge's weight of splits against mergers in V_rand and V_info, which makes them F-scores
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the challenge's thresholds, without 0 and 1
 FOUR_CONNECTED = 1
 
-# (row, column), anticlockwise: even ones share an edge with the centre, and k + 4 is opposite to k.
+# (row, column), anticlockwise: neighbours 0, 2, 4, 6 share an edge with the centre, and k + 4 is opposite to k.
 NEIGHBOURS = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
 
 
 def pixel_error(truth: Mask | Labels, prediction: Mask | Labels) -> float:
-    """The share of pixels that differ.
+    """Return the share of pixels that differ.
 
     Args:
-        truth: a mask, or a class index each pixel.
-        prediction: of the same kind and shape.
+        truth: A mask, or the class index of each pixel.
+        prediction: A mask or class indices, like truth, of the same shape.
 
     Raises:
-        ValueError: if shapes differ, or one is a mask and the other is not.
+        ValueError: If the shapes differ, or only one of the two is a mask.
     """
     _check_shapes(truth, prediction)
     if {truth.dtype.kind, prediction.dtype.kind} not in ({"b"}, {"i"}, {"u"}, {"i", "u"}):
@@ -52,10 +53,10 @@ def pixel_error(truth: Mask | Labels, prediction: Mask | Labels) -> float:
 
 
 def dice(truth: Mask, prediction: Mask) -> float:
-    """Twice the pixels in both masks over the sum of their sizes; 1 if both are empty.
+    """Return twice the number of pixels in both masks over the sum of their sizes; 1 if both are empty.
 
     Raises:
-        ValueError: if shapes differ, or one is not bool.
+        ValueError: If the shapes differ, or a mask is not bool.
     """
     _check_masks(truth, prediction)
     total = np.count_nonzero(truth) + np.count_nonzero(prediction)
@@ -63,10 +64,10 @@ def dice(truth: Mask, prediction: Mask) -> float:
 
 
 def iou(truth: Mask, prediction: Mask) -> float:
-    """The pixels in both masks over those in either; 1 if both are empty.
+    """Return the number of pixels in both masks over the number in either; 1 if both are empty.
 
     Raises:
-        ValueError: if shapes differ, or one is not bool.
+        ValueError: If the shapes differ, or a mask is not bool.
     """
     _check_masks(truth, prediction)
     union = np.count_nonzero(truth | prediction)
@@ -74,37 +75,37 @@ def iou(truth: Mask, prediction: Mask) -> float:
 
 
 def rand_error(truth: Labels, segments: Labels) -> float:
-    """1 - F-score of the pairs of pixels that share a segment, foreground-restricted (ISBI 2012).
+    """Return 1 - F-score of the pairs of pixels that share a segment, restricted to the foreground (ISBI 2012).
 
-    A pixel of `segments` that is 0 is a segment of its own, as in the challenge, so no pair has it. In scikit-image's
-    adapted_rand_error these pixels are one segment; without them the two are equal.
+    A pixel of `segments` that is 0 is a segment of its own, as in the challenge, so it is in no pair. scikit-image's
+    adapted_rand_error takes these pixels for one segment; without such pixels the two functions agree.
 
     Args:
-        truth: segment numbers; pixels that are 0 do not count.
-        segments: those to be scored.
+        truth: True segment numbers; pixels that are 0 do not count.
+        segments: Predicted segment numbers.
 
     Raises:
-        ValueError: if shapes differ, labels are not integers of 0 or more, or truth has no segment.
+        ValueError: If the shapes differ, labels are not integers of 0 or more, or truth has no segment.
     """
     table = _foreground_contingency(truth, segments)
     both, of_truth, of_segments = (float((n * (n - 1)).sum()) for n in _counts(table))
-    if of_truth + of_segments == 0:  # every pixel alone, in both
+    if of_truth + of_segments == 0:  # every pixel is a segment of its own in both
         return 0.0
     return 1 - 2 * both / (of_truth + of_segments)
 
 
 def v_rand(truth: Labels, segments: Labels) -> float:
-    """V^Rand = sum p_ij^2 / (a sum s_i^2 + (1 - a) sum t_j^2), a = 0.5 (Arganda-Carreras et al. 2015); 1 is best.
+    """Return V^Rand = sum p_ij^2 / (a sum s_i^2 + (1 - a) sum t_j^2), a = 0.5 (Arganda-Carreras et al. 2015).
 
-    p_ij is the share of pixels in segment i of `segments` and j of truth, s_i and t_j its marginals, over the pixels
-    where truth is not 0. A pixel of `segments` that is 0 is a segment of its own.
+    p_ij is the share of pixels in segment i of `segments` and segment j of truth, and s_i and t_j are its marginals.
+    Only pixels where truth is not 0 count. A pixel of `segments` that is 0 is a segment of its own. 1 is best.
 
     Args:
-        truth: segment numbers; pixels that are 0 do not count.
-        segments: those to be scored.
+        truth: True segment numbers; pixels that are 0 do not count.
+        segments: Predicted segment numbers.
 
     Raises:
-        ValueError: if shapes differ, labels are not integers of 0 or more, or truth has no segment.
+        ValueError: If the shapes differ, labels are not integers of 0 or more, or truth has no segment.
     """
     table = _foreground_contingency(truth, segments)
     both, of_truth, of_segments = (float((n * n).sum()) for n in _counts(table))
@@ -112,16 +113,16 @@ def v_rand(truth: Labels, segments: Labels) -> float:
 
 
 def v_info(truth: Labels, segments: Labels) -> float:
-    """V^Info = I(S; T) / ((1 - a) H(S) + a H(T)), a = 0.5 (Arganda-Carreras et al. 2015); 1 is best.
+    """Return V^Info = I(S; T) / ((1 - a) H(S) + a H(T)), a = 0.5 (Arganda-Carreras et al. 2015); 1 is best.
 
-    The distributions are those of `v_rand`. With one segment in both, neither has entropy, and the score is 1.
+    The distributions are those of `v_rand`. If both have a single segment, neither has entropy, and the score is 1.
 
     Args:
-        truth: segment numbers; pixels that are 0 do not count.
-        segments: those to be scored.
+        truth: True segment numbers; pixels that are 0 do not count.
+        segments: Predicted segment numbers.
 
     Raises:
-        ValueError: if shapes differ, labels are not integers of 0 or more, or truth has no segment.
+        ValueError: If the shapes differ, labels are not integers of 0 or more, or truth has no segment.
     """
     table = _foreground_contingency(truth, segments)
     joint, h_truth, h_segments = (float(scipy.special.entr(n / table.sum()).sum()) for n in _counts(table))
@@ -131,16 +132,17 @@ def v_info(truth: Labels, segments: Labels) -> float:
 
 
 def thin_borders(segments: Labels) -> Labels:
-    """The segments grown over the borders (0) between them, each border pixel to the nearest; all zeros stay.
+    """Return the segments grown over the borders (0) between them: each border pixel joins its nearest segment.
 
-    So the width of borders does not count in a score. The challenge's Fiji script thins borders to lines of one pixel;
-    we thin to width zero. The flood goes from pixel to pixel, so what is nearest is known to within one.
+    The width of borders then does not count in a score. The challenge's Fiji script thins borders to lines of one
+    pixel; this function thins them to width zero. It floods from pixel to pixel, so the nearest segment is right to
+    within a pixel. An image of zeros stays as it is.
 
     Args:
-        segments: segment numbers, 0 for borders.
+        segments: Segment numbers, 0 for borders.
 
     Raises:
-        ValueError: if labels are not integers of 0 or more.
+        ValueError: If labels are not integers of 0 or more.
     """
     _check_labels(segments)
     if not segments.any():
@@ -151,7 +153,7 @@ def thin_borders(segments: Labels) -> Labels:
 
 @dataclass(frozen=True)
 class MembraneScores:
-    """What `membrane_scores` measures; errors are best at 0, V at 1."""
+    """The scores of `membrane_scores`: errors are best at 0, and v_rand and v_info at 1."""
 
     pixel_error: float
     rand_error: float
@@ -166,23 +168,23 @@ def membrane_scores(
     *,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> MembraneScores:
-    """Scores of a stack as in the ISBI 2012 challenge: the mean over its images at the best threshold for each score.
+    """Score a stack as in the ISBI 2012 challenge: each score is the mean over the images at its best threshold.
 
-    The segments are the 4-connected components above a threshold, grown over the borders by `thin_borders`; those of
-    the truth are not grown.
+    Predicted segments are the 4-connected components above a threshold, grown over the borders by `thin_borders`; true
+    segments are not grown.
 
     Args:
-        truths: True for cell, False for membrane; one for each image.
-        cell_probabilities: in [0, 1]; one for each image.
-        thresholds: for all but the pixel error, which is that at 0.5.
+        truths: A mask for each image: True for cell, False for membrane.
+        cell_probabilities: Probabilities of cell for each image, in [0, 1].
+        thresholds: Thresholds of all scores except the pixel error, whose threshold is 0.5.
 
     Raises:
-        ValueError: if there are no images, shapes differ, a truth is not bool or has no cell, or numbers are outside
+        ValueError: If there are no images, shapes differ, a truth is not bool or has no cell, or numbers are outside
             [0, 1].
     """
     if not truths or len(truths) != len(cell_probabilities):
         raise ValueError(
-            f"there must be as many truths as probabilities, and one at least, got {len(truths)} and "
+            f"there must be as many truths as probabilities, and at least one, got {len(truths)} and "
             f"{len(cell_probabilities)}"
         )
     _check_unit_range(np.asarray(thresholds, dtype=float), "thresholds", "leave them out for the challenge's")
@@ -202,7 +204,7 @@ def membrane_scores(
 def _scores_by_threshold(
     truth: Mask, cell_probability: NDArray[np.floating[Any]], thresholds: Sequence[float]
 ) -> list[list[float]]:
-    """Rand error, V_rand, V_info and warping error of an image at each threshold."""
+    """Return the Rand error, V_rand, V_info and warping error of an image at each threshold."""
     _check_shapes(truth, cell_probability)
     _check_bool(truth)
     _check_unit_range(cell_probability, "cell_probability", "apply the softmax or divide by 255")
@@ -217,34 +219,35 @@ def _scores_by_threshold(
 
 
 def warping_error(truth: Mask, prediction: Mask) -> float:
-    """The share of pixels in which the prediction differs from the truth's shape, warped to it (Jain et al. 2010).
+    """Return the share of pixels in which the prediction differs from the truth warped to it (Jain et al. 2010).
 
-    What is left are errors of topology: cells merged, split, added or lost, and holes. Where exactly a membrane lies is
-    free as long as the two touch; one that is clear of the other is a split and a merger.
+    Only errors of topology count: cells that are merged, split, added or lost, and holes. The exact place of a membrane
+    is free as long as the two membranes touch; a membrane clear of the true one counts as a split and a merger.
 
     Args:
-        truth: True for cell, False for membrane.
-        prediction: the same.
+        truth: The true mask: True for cell, False for membrane.
+        prediction: The predicted mask.
 
     Raises:
-        ValueError: if shapes differ, or one is not bool.
+        ValueError: If the shapes differ, or a mask is not bool.
     """
     return float((warped_truth(truth, prediction) != prediction).mean())
 
 
 def warped_truth(truth: Mask, prediction: Mask) -> Mask:
-    """The truth, moved as near to the prediction as its topology allows (Jain et al. 2010), (H, W) bool.
+    """Return the truth moved as near to the prediction as its topology allows (Jain et al. 2010), (H, W) bool.
 
-    Simple points that differ from the prediction are flipped until there are none: first in reading order, then those
-    beside a flip in the order of the flips. Cells are 4-connected, membranes 8-connected. Outside the image is
-    membrane, as in the challenge's Fiji code: cells do not join there, and a notch in the image's border is no hole.
+    Simple points that differ from the prediction are flipped until none is left: first all in reading order, then the
+    neighbours of flipped points in the order of the flips. Cells are 4-connected, membranes 8-connected. The outside of
+    the image is membrane, as in the challenge's Fiji code: cells do not join there, and a notch in the border of the
+    image is no hole.
 
     Args:
-        truth: True for cell, False for membrane.
-        prediction: the same.
+        truth: The true mask: True for cell, False for membrane.
+        prediction: The predicted mask.
 
     Raises:
-        ValueError: if shapes differ, or one is not bool.
+        ValueError: If the shapes differ, or a mask is not bool.
     """
     _check_masks(truth, prediction)
     padded = np.pad(truth, 1)
@@ -252,7 +255,7 @@ def warped_truth(truth: Mask, prediction: Mask) -> Mask:
     differs = bytearray((padded != np.pad(prediction, 1)).tobytes())
     steps = [
         (row * padded.shape[1] + column, 1 << (bit + 4) % 8) for bit, (row, column) in enumerate(NEIGHBOURS)
-    ]  # to a neighbour, and which bit we are there
+    ]  # the way to a neighbour, and the bit of this pixel in the neighbour's code
     queue = deque(index for index, is_different in enumerate(differs) if is_different)
     while queue:
         pixel = queue.popleft()
@@ -268,10 +271,10 @@ def warped_truth(truth: Mask, prediction: Mask) -> Mask:
 
 
 def simple_points() -> tuple[bool, ...]:
-    """Whether a pixel can be flipped without a change of topology, (256,), by the code of its neighbourhood.
+    """Return for each code of a neighbourhood whether its pixel can be flipped without a change of topology, (256,).
 
-    Bit k of the code is set if neighbour k is foreground. A pixel is simple if the number of Yokoi, Toriwaki and
-    Fukumura (1975) for 4-connected foreground, the sum over even k of x_k - x_k x_(k+1) x_(k+2), is 1.
+    Bit k of the code is set if neighbour k is foreground. Such a simple point has the connectivity number 1 (Yokoi,
+    Toriwaki and Fukumura 1975): for 4-connected foreground, the sum over even k of x_k - x_k x_(k+1) x_(k+2).
     """
     x = np.arange(256)[:, None] >> np.arange(8) & 1  # (256, 8)
     edges, corners = x[:, ::2], x[:, 1::2]
@@ -283,64 +286,64 @@ SIMPLE_POINTS = simple_points()
 
 
 def match_objects(truth: Labels, prediction: Labels, threshold: float) -> tuple[int, int, int]:
-    """True positives, false positives and false negatives of objects, matched one to one at IoU >= threshold.
+    """Return true positives, false positives and false negatives of objects, matched one to one at IoU >= threshold.
 
-    As many as possible are matched, and of such matchings one with the greatest sum of IoU. Above a threshold of 0.5
-    there is only one.
+    As many objects as possible are matched; among such matchings, one with the greatest sum of IoU is taken. Above a
+    threshold of 0.5 there is a single matching.
 
     Args:
-        truth: instance numbers, 0 for background.
-        prediction: the same; which object has which number does not matter.
-        threshold: in (0, 1].
+        truth: True instance numbers, 0 for background.
+        prediction: Predicted instance numbers; they need not be those of the truth.
+        threshold: Least IoU of a match, in (0, 1].
 
     Raises:
-        ValueError: if shapes differ, labels are not integers of 0 or more, or the threshold is out of range.
+        ValueError: If the shapes differ, labels are not integers of 0 or more, or the threshold is out of its range.
     """
     return _matched(_object_ious(truth, prediction), threshold)
 
 
 def average_precision(truth: Labels, prediction: Labels, threshold: float) -> float:
-    """TP / (TP + FP + FN) of objects, as in the Data Science Bowl 2018 and StarDist; 1 if there are none in either.
+    """Return TP / (TP + FP + FN) of objects; 1 if neither image has objects.
 
-    This is what these two call average precision; it is no area under a curve.
+    The Data Science Bowl 2018 and StarDist call it average precision, although it is no area under a curve.
 
     Args:
-        truth: instance numbers, 0 for background.
-        prediction: the same.
-        threshold: least IoU of a match, in (0, 1].
+        truth: True instance numbers, 0 for background.
+        prediction: Predicted instance numbers.
+        threshold: Least IoU of a match, in (0, 1].
 
     Raises:
-        ValueError: as `match_objects`.
+        ValueError: If `match_objects` refuses the arguments.
     """
     return average_precisions(truth, prediction, [threshold])[0]
 
 
 def average_precisions(truth: Labels, prediction: Labels, thresholds: Sequence[float]) -> list[float]:
-    """`average_precision` at each of several thresholds; objects are overlaid once.
+    """Return `average_precision` at each of several thresholds, for which objects are overlaid once.
 
     Args:
-        truth: instance numbers, 0 for background.
-        prediction: the same.
-        thresholds: least IoU of a match, in (0, 1].
+        truth: True instance numbers, 0 for background.
+        prediction: Predicted instance numbers.
+        thresholds: Least IoU of a match, each in (0, 1].
 
     Raises:
-        ValueError: as `match_objects`.
+        ValueError: If `match_objects` refuses the arguments.
     """
     ious = _object_ious(truth, prediction)
     counts = [_matched(ious, threshold) for threshold in thresholds]
-    return [one[0] / sum(one) if any(one) else 1.0 for one in counts]
+    return [matched[0] / sum(matched) if any(matched) else 1.0 for matched in counts]
 
 
 def object_f1(truth: Labels, prediction: Labels, threshold: float) -> float:
-    """2 TP / (2 TP + FP + FN) of objects; 1 if there are none in either.
+    """Return 2 TP / (2 TP + FP + FN) of objects; 1 if neither image has objects.
 
     Args:
-        truth: instance numbers, 0 for background.
-        prediction: the same.
-        threshold: least IoU of a match, in (0, 1].
+        truth: True instance numbers, 0 for background.
+        prediction: Predicted instance numbers.
+        threshold: Least IoU of a match, in (0, 1].
 
     Raises:
-        ValueError: as `match_objects`.
+        ValueError: If `match_objects` refuses the arguments.
     """
     true_positives, false_positives, false_negatives = match_objects(truth, prediction, threshold)
     total = 2 * true_positives + false_positives + false_negatives
@@ -348,7 +351,7 @@ def object_f1(truth: Labels, prediction: Labels, threshold: float) -> float:
 
 
 def _object_ious(truth: Labels, prediction: Labels) -> NDArray[np.float64]:
-    """The IoU of each object of truth with each of the prediction, (R, C)."""
+    """Return the IoU of each object of truth with each object of the prediction, (R, C)."""
     _check_labels(truth, prediction)
     rows, columns, table = _contingency(truth, prediction)
     of_truth, of_prediction = table.sum(axis=1)[rows > 0], table.sum(axis=0)[columns > 0]
@@ -357,11 +360,11 @@ def _object_ious(truth: Labels, prediction: Labels) -> NDArray[np.float64]:
 
 
 def _matched(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]:
-    """True positives, false positives and false negatives at IoU >= threshold."""
+    """Return true positives, false positives and false negatives at IoU >= threshold."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}; 0.5 is usual")
     matches = ious >= threshold
-    # All IoU together weigh less than one match.
+    # The sum of all IoU weighs less than a single match.
     pairs = scipy.optimize.linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
     true_positives = int(matches[pairs].sum())
     num_truth, num_predicted = ious.shape
@@ -369,7 +372,7 @@ def _matched(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int
 
 
 def _contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, "scipy.sparse.csr_array"]:
-    """The labels that occur in truth, those in segments, and how many pixels each pair shares, sparse (R, C)."""
+    """Return the labels in truth, the labels in segments, and the pixels that each pair shares, sparse (R, C)."""
     rows, row = np.unique(truth.ravel(), return_inverse=True)
     columns, column = np.unique(segments.ravel(), return_inverse=True)
     ones = np.ones(truth.size, dtype=np.int64)
@@ -377,7 +380,7 @@ def _contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, "scip
 
 
 def _foreground_contingency(truth: Labels, segments: Labels) -> "scipy.sparse.csr_array":
-    """How many pixels each pair of segments shares where truth is not 0; each 0 of segments is one of its own."""
+    """Return the pixels that each pair of segments shares where truth is not 0; each 0 of segments stands alone."""
     _check_labels(truth, segments)
     foreground = truth > 0
     if not foreground.any():
@@ -388,12 +391,12 @@ def _foreground_contingency(truth: Labels, segments: Labels) -> "scipy.sparse.cs
 
 
 def _counts(table: "scipy.sparse.csr_array") -> tuple[Labels, Labels, Labels]:
-    """How many pixels each pair shares that shares any, each segment of truth has, and each of the other has."""
+    """Return the pixels in each pair that shares any, in each segment of truth, and in each predicted segment."""
     return table.data, table.sum(axis=1), table.sum(axis=0)
 
 
 def _neighbourhoods(padded: Mask) -> NDArray[np.uint8]:
-    """The code of each pixel's neighbourhood: bit k is neighbour k. Those of the outermost pixels mean nothing."""
+    """Return the code of each pixel's neighbourhood, whose bit k is neighbour k; wrong for the outermost pixels."""
     codes = np.zeros(padded.shape, dtype=np.uint8)
     for bit, (row, column) in enumerate(NEIGHBOURS):
         codes |= np.roll(padded, (-row, -column), axis=(0, 1)).astype(np.uint8) << bit
@@ -424,10 +427,10 @@ def _check_labels(*images: Labels) -> None:
         if not np.issubdtype(image.dtype, np.integer):
             raise ValueError(f"labels must be integers, got {image.dtype}; number the components of a mask first")
         if image.min() < 0:
-            raise ValueError(f"labels must be 0 or more, got {image.min()}; set what is no segment to 0")
+            raise ValueError(f"labels must be 0 or more, got {image.min()}; set pixels of no segment to 0")
 
 
 def _check_unit_range(values: NDArray[Any], name: str, fix: str) -> None:
-    if values.size == 0 or not (values.min() >= 0 and values.max() <= 1):  # which a NaN is not either
+    if values.size == 0 or not (values.min() >= 0 and values.max() <= 1):  # false for NaN, too
         got = f"{values.min()} to {values.max()}" if values.size else "none"
         raise ValueError(f"{name} must be in [0, 1], got {got}; {fix}")

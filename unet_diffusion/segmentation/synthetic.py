@@ -1,35 +1,35 @@
-"""Generated images of cells that touch, with instance numbers: labelled data that nothing has to be downloaded for."""
+"""Generated images of cells that touch, with instance numbers: labelled data without a download."""
 
 import numpy as np
 import scipy
 import skimage
 from numpy.typing import NDArray
 
-SMALLEST_SIDE = 32  # of an image, in pixels
-SMALLEST_CELL = 30  # pixels
-RADII = (7.0, 14.0)  # pixels
-HARMONICS = 4  # of a cell's outline
-WOBBLE = 0.12  # amplitude of the first of them, relative to the radius
-REACH = round(2 * RADII[1])  # pixels from a cell's centre within which its outline is, wobbles and all
+SMALLEST_SIDE = 32  # least height and width of an image, in pixels
+SMALLEST_CELL = 30  # least area of a cell, in pixels
+RADII = (7.0, 14.0)  # smallest and largest radius of a cell, in pixels
+HARMONICS = 4  # number of harmonics in a cell's outline
+WOBBLE = 0.12  # amplitude of the first harmonic, relative to the radius
+REACH = round(2 * RADII[1])  # pixels from a cell's centre within which its whole outline lies
 TRIES = 60  # places tried for a cell before it is left out
-MAX_COVERED = 0.25  # share of a cell that earlier ones may hide
+MAX_COVERED = 0.25  # share of a cell that earlier cells may hide
 
 
 def synthetic_cells(
     size: tuple[int, int], *, num_cells: int = 20, seed: int = 0
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """An image of cells, (H, W) uint8, and their numbers, (H, W) int32: 0 is background, then 1, 2, ...
+    """Return an image of cells, (H, W) uint8, and their instance numbers, (H, W) int32: 0 is background, then 1, 2, ...
 
-    Cells are brighter than the background, by as much as the uneven light varies, and many touch: there only a faint
-    dark line is between them.
+    Cells are brighter than the background, by about as much as the uneven light varies. Many cells touch, with only a
+    faint dark line between them.
 
     Args:
-        size: height and width, at least 32 pixels each.
-        num_cells: at most; where there is no room, fewer.
-        seed: the same image for the same seed.
+        size: Height and width, at least 32 pixels each.
+        num_cells: Largest number of cells; there are fewer where there is no room.
+        seed: Seed of the image; the same seed gives the same image.
 
     Raises:
-        ValueError: if the size or the number is too small.
+        ValueError: If the size or the number of cells is too small.
     """
     if min(size) < SMALLEST_SIDE or num_cells < 1:
         raise ValueError(
@@ -41,7 +41,7 @@ def synthetic_cells(
 
 
 def _placed_cells(size: tuple[int, int], num_cells: int, rng: np.random.Generator) -> NDArray[np.int32]:
-    """Outlines one after the other, each only where no earlier cell is."""
+    """Place cells one after the other, each only where there is no earlier cell."""
     instances = np.zeros(size, dtype=np.int32)
     for _ in range(num_cells):
         for _ in range(TRIES):
@@ -49,7 +49,7 @@ def _placed_cells(size: tuple[int, int], num_cells: int, rng: np.random.Generato
             free = outline & (instances == 0)
             neighbours = scipy.ndimage.binary_dilation(outline, iterations=2) & (instances > 0)
             is_crowded = free.sum() < (1 - MAX_COVERED) * outline.sum()
-            # The first stands anywhere, the others by preference next to one that is there.
+            # The first cell may lie anywhere; later cells preferably lie next to an earlier one.
             is_lonely = instances.any() and not neighbours.any() and rng.random() < 0.7
             if not is_crowded and not is_lonely:
                 instances[_largest_part(free)] = instances.max() + 1
@@ -58,7 +58,7 @@ def _placed_cells(size: tuple[int, int], num_cells: int, rng: np.random.Generato
 
 
 def _blob(size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """A filled outline whose radius varies with the angle."""
+    """Return a filled outline whose radius varies with the angle."""
     height, width = size
     centre_y, centre_x = rng.uniform(0, height), rng.uniform(0, width)
     rows, columns = (slice(max(int(centre) - REACH, 0), int(centre) + REACH) for centre in (centre_y, centre_x))
@@ -84,14 +84,14 @@ def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _without_small(instances: NDArray[np.int32]) -> NDArray[np.int32]:
     sizes = np.bincount(instances.ravel())
     sizes[0] = 0
-    kept = np.flatnonzero(sizes >= SMALLEST_CELL)
+    large = np.flatnonzero(sizes >= SMALLEST_CELL)
     renumber = np.zeros(len(sizes), dtype=np.int32)
-    renumber[kept] = np.arange(1, len(kept) + 1)
+    renumber[large] = np.arange(1, len(large) + 1)
     return renumber[instances]
 
 
 def _picture(instances: NDArray[np.int32], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Bright cells with texture and darker rims, in uneven light, blurred and noisy; grey values from 0 to 255."""
+    """Return grey values: bright cells with texture and darker rims, in uneven light, blurred and noisy."""
     size = instances.shape
     brightness = np.concatenate([[0.0], rng.uniform(60, 110, instances.max())])[instances]
     depth = np.zeros(size)  # distance to the cell's own edge

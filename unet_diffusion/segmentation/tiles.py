@@ -1,9 +1,9 @@
-"""Predictions for images of any size, in memory that the window bounds and not the image.
+"""Predictions for images of any size, in memory that depends on the window and not on the image.
 
-Unpadded networks go by the overlap-tile strategy of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597, figure
-2): each tile is given the pixels around it, mirrored at the border of the image, and together the tiles are exactly
-what one pass over the whole image gives. Padded networks see zeros at the border of a window, so windows overlap, and
-are blended with weights that fall off towards it.
+Unpadded networks use the overlap-tile strategy of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597, figure 2):
+each tile is predicted from the pixels in and around it, mirrored at the border of the image, and all tiles together
+equal one pass over the whole image. Padded networks see zeros at the border of a window; so windows overlap, and are
+blended with weights that fall off towards the border.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,21 +16,21 @@ from unet_diffusion.models.unet import PixelNetwork
 
 Predictor = Callable[[Tensor], Tensor]  # (1, C, h, w) -> (1, K, h - 2 margin, w - 2 margin)
 
-OVERLAP = 0.25  # share of a window that it has in common with the next, at least
+OVERLAP = 0.25  # least share of a window that it has in common with the next
 NUM_VIEWS = 8  # four rotations, each with its mirror image
 
 
 def predict_tiled(
     predict: Predictor, image: Tensor, network: PixelNetwork, *, window_size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The prediction for each pixel of an image, (K, H, W) float32 on the CPU.
+    """Return the prediction for each pixel of an image, (K, H, W) float32 on the CPU.
 
     Args:
-        predict: the network, or what is made of its output pixel by pixel, such as a softmax.
-        image: (C, H, W), H and W at least 1.
-        network: knows its margin, its stride and the sizes it takes.
-        window_size: height and width of the windows that it is given, at most; raised to the next size that it takes.
-        device: where `predict` wants its input.
+        predict: The network, or the network followed by a function of each pixel, such as a softmax.
+        image: The image, (C, H, W), H and W at least 1.
+        network: The network, for its margin and the sizes that it takes.
+        window_size: Largest height and width of a window, raised to the next size that the network takes.
+        device: Device of the input of `predict`.
     """
     output: Tensor | None = None
     weight = torch.zeros(image.shape[1:])
@@ -38,13 +38,13 @@ def predict_tiled(
         part = predict(window[None].to(device))[0].float().cpu()
         if output is None:
             output = torch.zeros(len(part), *image.shape[1:])
-        # What reaches beyond the image was mirrored, and is left out.
+        # A window may reach beyond the image, where pixels are mirrored; that part is left out.
         height, width = (
             min(side, n - at) for side, n, at in zip(part.shape[1:], weight.shape, (top, left), strict=True)
         )
         place = (slice(top, top + height), slice(left, left + width))
         part = part[:, :height, :width]
-        if network.margin:  # tiles agree where they overlap
+        if network.margin:  # overlapping tiles are equal
             output[:, *place] = part
         else:
             blend = blend_weights(window.shape[1:], OVERLAP)[:height, :width]
@@ -55,11 +55,11 @@ def predict_tiled(
 
 
 def predict_views(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """The mean prediction over the eight rotated and mirrored views of an image, each turned back, (K, H, W).
+    """Return the mean prediction over the eight rotated and mirrored views of an image, each turned back, (K, H, W).
 
     Args:
-        predict: (C, H, W) -> (K, H, W), for images of any size.
-        image: (C, H, W).
+        predict: Function (C, H, W) -> (K, H, W) of images of any size.
+        image: The image, (C, H, W).
     """
     total: Tensor | None = None
     for turns in range(NUM_VIEWS // 2):
@@ -74,9 +74,14 @@ def predict_views(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 
 def mirror(start: int, stop: int, length: int) -> Tensor:
-    """Indices into a row of that length for positions start to stop, mirrored at both ends as often as needed, int64.
+    """Return indices into a row for positions from start to stop, mirrored at both ends as often as needed, int64.
 
-    The pixels at the ends are not repeated: -1 is 1.
+    The pixels at the ends are not repeated: position -1 has index 1.
+
+    Args:
+        start: First position.
+        stop: Position after the last one.
+        length: Number of pixels in the row.
     """
     period = max(2 * (length - 1), 1)
     positions = torch.arange(start, stop) % period
@@ -84,7 +89,7 @@ def mirror(start: int, stop: int, length: int) -> Tensor:
 
 
 def _windows(image: Tensor, network: PixelNetwork, window_size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Top and left of the place in the image that a window predicts, and its pixels, (C, h, w)."""
+    """Yield the top and left of the part of the image that a window predicts, and the window's pixels, (C, h, w)."""
     margin = network.margin
     rows, columns = ((_window(side, network, window_size), side) for side in image.shape[1:])
     for top in _starts(*rows, network):
@@ -95,19 +100,19 @@ def _windows(image: Tensor, network: PixelNetwork, window_size: int) -> Iterator
 
 
 def _window(side: int, network: PixelNetwork, window_size: int) -> int:
-    """The size of the windows along a side: no larger than is needed for as many as there must be."""
-    margin, stride = network.margin, network.stride
+    """Return the size of the windows along a side of the image: the least size with which no more are needed."""
+    margin, step = network.margin, network.size_step
     if not margin:
         return network.next_size(min(side, window_size))
-    step = max((window_size - 2 * margin) // stride * stride, stride)
-    num_tiles = -(-side // step)
-    return network.next_size(-(-side // (num_tiles * stride)) * stride + 2 * margin)
+    largest = max((window_size - 2 * margin) // step * step, step)
+    num_tiles = -(-side // largest)
+    return network.next_size(-(-side // (num_tiles * step)) * step + 2 * margin)
 
 
 def _starts(window: int, side: int, network: PixelNetwork) -> list[int]:
-    """Where predictions start along a side of the image."""
+    """Return the positions at which predictions start along a side of the image."""
     if network.margin:
-        # Pooling divides the plane into squares of `stride` pixels, which must lie alike in all tiles.
-        step = (window - 2 * network.margin) // network.stride * network.stride
+        # Pooling divides the plane into squares of size_step pixels, which must have the same places in all tiles.
+        step = (window - 2 * network.margin) // network.size_step * network.size_step
         return list(range(0, side, step))
     return window_starts(side, window, OVERLAP)

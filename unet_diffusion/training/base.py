@@ -21,14 +21,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from unet_diffusion.inference.record import check_callbacks
-from unet_diffusion.models.blocks import (
-    DoubleConv,
-    Downsample,
-    ResidualBlock,
-    SelfAttention,
-    SpatialTransformer,
-    Upsample,
-)
+from unet_diffusion.models.attention import SelfAttention, SpatialTransformer
+from unet_diffusion.models.double_conv import DoubleConv
+from unet_diffusion.models.layers import Downsample, Upsample
+from unet_diffusion.models.residual_blocks import ResidualBlock
 from unet_diffusion.models.speed import SPEEDS, Speed, fastest_setting, keep_freed_memory, set_speed, speeds_for
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.precision import precision_name
@@ -123,6 +119,7 @@ class NetworkModule(LightningModule):
             raise ValueError(f"lr_warmup_steps must be 0 or more, got {lr_warmup_steps}")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        unet.check_config()
         self.unet = unet
         self.ema_unet = averaged_copy(unet)
         self.optimizer_factory = optimizer
