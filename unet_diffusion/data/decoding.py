@@ -28,16 +28,16 @@ WITHOUT_ALPHA = {"grey": 1, "RGB": 3, "palette": 1}  # numbers a pixel
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What every image is turned into.
+    """The size and channels that every image is converted to.
 
     Args:
-        height: of the result, in pixels.
-        width: of the result, in pixels.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
-        background: colour put behind transparent pixels where there is no alpha channel; a name or "#rrggbb".
+        background: The colour behind transparent pixels where there is no alpha channel, a name or "#rrggbb".
 
     Raises:
-        ValueError: if one of them is out of range or no colour.
+        ValueError: If one of them is out of range, or background is no colour.
     """
 
     height: int
@@ -55,6 +55,17 @@ class ImageFormat:
             raise ValueError(f'background must be the name of a colour or "#rrggbb", in quotes, got {self.background}')
         rgb = ImageColor.getrgb(self.background)[:3]  # its ValueError names the value
         object.__setattr__(self, "background_rgb", tuple(level / 255 for level in rgb))
+
+    @classmethod
+    def of_size(cls, size: int | tuple[int, int], channels: int, background: str) -> "ImageFormat":
+        """The format for a height and width, or for one number that is both."""
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(height, width, channels, background)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the result."""
+        return self.channels, self.height, self.width
 
 
 def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:

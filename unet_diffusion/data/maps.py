@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from unet_diffusion.data.base import ImageDataModule
-from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet
+from unet_diffusion.data.batches import Batch, ImageBatches
 from unet_diffusion.data.scaling import scale_to_unit_range
-from unet_diffusion.data.stream import StreamDataModule
+from unet_diffusion.data.stream import Shards
 from unet_diffusion.diffusion.conditions.concat import MAPS_KEY, Concat, Encode
 from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE, MAX_NOISE_LEVEL, LowResolution, shrink
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, draw_masks, masked_image_maps
-from unet_diffusion.latents.space import LatentSpace
 from unet_diffusion.runtime.randomness import keyed_generator
 
 if TYPE_CHECKING:  # it imports diffusers, which the other data modules do without
@@ -56,9 +55,10 @@ class ImagesWithMaps(ImageDataModule):
     ) -> None:
         if scaling_factor is not None and not scaling_factor > 0:
             raise ValueError(f"scaling_factor must be above 0, got {scaling_factor}; null takes the autoencoder's")
-        if isinstance(images, StreamDataModule):
+        if isinstance(images.source, Shards):
             raise ValueError("images must be in a folder or archive, got those of a stream, which have no maps yet")
         super().__init__(
+            images.source,
             batch_size=images.batch_size,
             num_val=images.num_val,
             horizontal_flip=images.horizontal_flip,
@@ -68,7 +68,6 @@ class ImagesWithMaps(ImageDataModule):
         self.images = images
         self.autoencoder_folder = autoencoder
         self.scaling_factor = scaling_factor
-        self.latent_space: LatentSpace | None = None
         self._autoencoder: Autoencoder | None = None
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> dict[str, Tensor]:
@@ -83,34 +82,23 @@ class ImagesWithMaps(ImageDataModule):
         """What the network is shown of images (B, C, H, W), as images of the same size to look at."""
         raise NotImplementedError(f"{type(self).__name__} must define seen()")
 
-    def prepare_data(self) -> None:
-        self.images.prepare_data()
-
-    def load(self) -> ImageSet:
-        """The images; and the autoencoder.
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images and the autoencoder.
 
         Raises:
-            FileNotFoundError: if there are no images or no autoencoder.
-            ValueError: if images cannot be used, or the autoencoder does not take them.
+            FileNotFoundError: If there are no images or no autoencoder.
+            ValueError: If images cannot be used, or the autoencoder does not take them.
         """
-        self.images.trainer = self.trainer
-        image_set = self.images.load()
-        if self.autoencoder_folder is not None:
+        super().setup(stage)
+        if self.autoencoder_folder is not None and self._autoencoder is None:
             from unet_diffusion.latents.codec import latent_space_of
             from unet_diffusion.models.autoencoders import pretrained_autoencoder
 
             self._autoencoder = pretrained_autoencoder(self.autoencoder_folder).eval()
-            _, *image_shape = image_set.images.shape
+            _, *image_shape = self.image_set.images.shape
             self.latent_space = latent_space_of(
                 self._autoencoder, self.autoencoder_folder, image_shape, scaling_factor=self.scaling_factor
             )
-        return image_set
-
-    def left_out(self) -> str:
-        return self.images.left_out()
-
-    def changed(self) -> str:
-        return self.images.changed()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

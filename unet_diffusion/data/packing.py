@@ -1,4 +1,4 @@
-"""Writing shards: a folder of images becomes tar archives and an index, for `StreamDataModule`.
+"""Writing shards: a folder of images becomes tar archives and an index, for `Shards`.
 
 Images go into shards in an order drawn at random, so that each shard is a sample of the whole set: what is shuffled in
 training, a few shards at a time, is then as mixed as the set. A shard appears whole or not at all, and its record after
