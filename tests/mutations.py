@@ -476,7 +476,7 @@ MUTATIONS = [
              "is True and option not in taken:", "is True and False:",
              "commands/test_errors.py"),
     Mutation("data: batches of more than there is", "data/base.py",
-             "return min(batch_size, num_images)", "return batch_size", "commands/test_errors.py"),
+             "min(self.batch_size, num_images)", "self.batch_size", "commands/test_errors.py"),
     Mutation("data: large images all at once", "data/checking.py",
              "> LARGE_IMAGE", "> math.inf", "commands/test_errors.py"),
     Mutation("shards: reads without an end", "data/shards.py",

@@ -1,4 +1,4 @@
-"""The data module: everything of training on a source's images that does not depend on where they come from."""
+"""Data modules: everything of training on a source's images that does not depend on where they come from."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unet_diffusion.data.batches import Batch, ImageSet
+from unet_diffusion.data.items import ItemSource
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.source import Source
 from unet_diffusion.latents.space import LatentSpace
@@ -19,7 +20,55 @@ MAX_NUM_WORKERS = 8  # by default, for each process
 DRAW_KEY = 1  # keeps a source's random draws apart from those of noise, which have the same seed
 
 
-class ImageDataModule(KnownImages):
+class SourceDataModule(KnownImages):
+    """What the data modules of images and of labelled images share; see `ImageDataModule` for the arguments."""
+
+    def __init__(
+        self, source: ItemSource, *, batch_size: int, num_val: int | None, num_workers: int | None, seed: int
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {num_workers}; 0 loads in the training process")
+        self.source = source
+        self.batch_size = batch_size
+        self.num_val = num_val
+        self.num_workers = num_workers
+        self.seed = seed
+
+    def prepare_data(self) -> None:
+        """Download what the source lacks, if it does that; Lightning calls this in one process only."""
+        self.source.prepare()
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether this process shows progress bars."""
+        return self.trainer is None or self.trainer.is_global_zero
+
+    def order(self) -> dict[str, Any]:
+        """The arguments of a sampler: the batch size, and which of how many processes this one is."""
+        distributed = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return {"batch_size": self.batch_size, **(distributed or {"num_replicas": 1, "rank": 0})}
+
+    def refuse_overfit_batches(self) -> None:
+        """Raises ValueError if the trainer is to overfit batches, for which Lightning would replace the sampler."""
+        overfit_batches = getattr(self.trainer, "overfit_batches", 0)
+        if overfit_batches:
+            raise ValueError(
+                f"overfit_batches must be 0, got {overfit_batches}; to overfit, train on a folder with a few images"
+            )
+
+    def bound_batch_size(self, num_images: int) -> None:
+        """Lower the batch size to the number of training images if that is smaller, which a run tells."""
+        if self.batch_size > num_images and self.trainer is not None:
+            rank_zero_info(
+                f"batch_size is {self.batch_size}, and a batch has all {num_images} images that there are to train on"
+            )
+        self.batch_size = min(self.batch_size, num_images)
+
+
+class ImageDataModule(SourceDataModule):
     """Batches of a source's images: the split, the order, the workers and the scaling.
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "index": int64 (B,), the position in the whole set} and, if
@@ -43,6 +92,8 @@ class ImageDataModule(KnownImages):
         ValueError: If a number is out of range.
     """
 
+    source: Source
+
     def __init__(
         self,
         source: Source,
@@ -53,17 +104,8 @@ class ImageDataModule(KnownImages):
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or more, got {num_workers}; 0 loads in the training process")
-        self.source = source
-        self.batch_size = batch_size
-        self.num_val = num_val
+        super().__init__(source, batch_size=batch_size, num_val=num_val, num_workers=num_workers, seed=seed)
         self.horizontal_flip = horizontal_flip
-        self.num_workers = num_workers
-        self.seed = seed
         self.latent_space: LatentSpace | None = None
         self._image_set: ImageSet | None = None
 
@@ -84,10 +126,6 @@ class ImageDataModule(KnownImages):
         texts = zip(contents, labels, image_set.captions or labels, strict=True)
         return image_set.names or [str(i) for i in range(len(contents))], ["\n".join(text) for text in texts]
 
-    def prepare_data(self) -> None:
-        """Download what the source lacks, if it does that; Lightning calls this in one process only."""
-        self.source.prepare()
-
     def setup(self, stage: str | None = None) -> None:
         """Load the images, once, and split them.
 
@@ -98,10 +136,10 @@ class ImageDataModule(KnownImages):
             ValueError: If the images are too few for the split, or the source cannot serve the settings.
         """
         if self._image_set is None:
-            image_set = self.source.load(progress=self.trainer is None or self.trainer.is_global_zero)
+            image_set = self.source.load(progress=self.shows_progress)
             self.source.check(horizontal_flip=self.horizontal_flip, num_workers=self.num_workers)
             self.train_indices, self.val_indices = self.source.split(image_set, self.num_val)
-            self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices), self.trainer)
+            self.bound_batch_size(len(self.train_indices))
             self.latent_space = self.source.latent_space
             self._image_set = image_set
 
@@ -164,13 +202,13 @@ class ImageDataModule(KnownImages):
         Raises:
             ValueError: If the trainer is to overfit batches, for which Lightning would replace the sampler.
         """
-        refuse_overfit_batches(self.trainer)
-        order = {"horizontal_flip": self.horizontal_flip, "seed": self.seed, **self._order()}
+        self.refuse_overfit_batches()
+        order = {"horizontal_flip": self.horizontal_flip, "seed": self.seed, **self.order()}
         return self.source.train_loader(self.image_set, self.train_indices, order, self._loader_options())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation batches, always in the same order and never mirrored."""
-        return self.source.val_loader(self.image_set, self.val_indices, self._order(), self._loader_options())
+        return self.source.val_loader(self.image_set, self.val_indices, self.order(), self._loader_options())
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Have the source finish a batch on the device, where scaling copies a quarter of the bytes."""
@@ -180,9 +218,6 @@ class ImageDataModule(KnownImages):
             device = batch["images"].device
             generator = keyed_generator(self.seed, DRAW_KEY, step, self.trainer.global_rank, device=device)
         return self.source.on_device(batch, generator)
-
-    def _order(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, **replica(self.trainer)}
 
     def _loader_options(self) -> dict[str, Any]:
         num_workers = self.num_workers
@@ -201,21 +236,6 @@ class ImageDataModule(KnownImages):
         return min(suggested_max_num_workers(num_processes), MAX_NUM_WORKERS)
 
 
-def replica(trainer: Any) -> dict[str, int]:
-    """The arguments of a sampler that say which of how many processes this one is."""
-    distributed = trainer.distributed_sampler_kwargs if trainer is not None else None
-    return distributed or {"num_replicas": 1, "rank": 0}
-
-
-def bounded_batch_size(batch_size: int, num_images: int, trainer: Any) -> int:
-    """The batch size asked for, or the number of training images if that is smaller, which a run tells."""
-    if batch_size > num_images and trainer is not None:
-        rank_zero_info(
-            f"batch_size is {batch_size}, and a batch has all {num_images} images that there are to train on"
-        )
-    return min(batch_size, num_images)
-
-
 def refuse_unused(datamodule: Any, taken: set[str]) -> None:
     """Refuse classes or captions that the user asked for and that the model does not use.
 
@@ -232,12 +252,3 @@ def refuse_unused(datamodule: Any, taken: set[str]) -> None:
                 f"data.{option} is true, and what is trained takes no {option}; set it to false, or train a "
                 "network that takes them (num_class_embeds for classes, model.conditions for captions)"
             )
-
-
-def refuse_overfit_batches(trainer: Any) -> None:
-    """Raises ValueError if the trainer is to overfit batches, for which Lightning would replace the sampler."""
-    overfit_batches = getattr(trainer, "overfit_batches", 0)
-    if overfit_batches:
-        raise ValueError(
-            f"overfit_batches must be 0, got {overfit_batches}; to overfit, train on a folder with a few images"
-        )

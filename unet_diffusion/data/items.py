@@ -1,4 +1,4 @@
-"""One item of a user's own source: its image, label and caption, with every mistake named by item and rule."""
+"""Items of a user's own source: image, label, caption and name, with each mistake named by item and rule."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +9,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
-
-from unet_diffusion.data.checking import reason
 
 KEYS = ("image", "label", "caption", "name")
 CHANNELS = (1, 3, 4)  # grey, RGB, RGB and alpha
@@ -28,6 +26,13 @@ class Items(Protocol):
 
     def __getitem__(self, index: int) -> Any:
         """Item `index`, a dict with some of KEYS."""
+
+
+class ItemSource:
+    """What sources of images and of labelled images share: items by number, unless a subclass defines `load`."""
+
+    def prepare(self) -> None:
+        """Download what is missing. One process calls it, before all of them load."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def read_item(source: Any, index: int) -> Item:
     try:
         item = source[index]
     except Exception as error:  # of whatever a user's source reads
-        raise ValueError(f"{where} cannot be read: {reason(error)}") from error
+        raise ValueError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(item, Mapping) or "image" not in item:
         held = f"a dict with {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
         raise ValueError(f"{where} must be a dict with an image, such as dict(image=..., label=...), got {held}")
@@ -112,7 +117,7 @@ def pixels_of(image: object, where: str) -> Tensor:
     if isinstance(image, Image.Image):
         image = _array_of(image)
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image.astype(image.dtype.newbyteorder("="), copy=False)))
+        image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
     if not isinstance(image, Tensor):
         raise ValueError(f"the image of {where} must be a PIL image, an array or a tensor, got {_kind(image)}")
     pixels = _channels_first(image.detach().cpu(), prefers_last, where)

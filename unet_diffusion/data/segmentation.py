@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from unet_diffusion.data.base import bounded_batch_size, refuse_overfit_batches, replica
+from unet_diffusion.data.base import SourceDataModule
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.checking import num_cpus
-from unet_diffusion.data.known import KnownImages, contents_of_pixels
+from unet_diffusion.data.known import contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
 from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
 from unet_diffusion.runtime.messages import first_few
@@ -31,7 +31,7 @@ SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run 
 DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
 
-class SegmentationDataModule(KnownImages):
+class SegmentationDataModule(SourceDataModule):
     """Batches of images, their classes and the weight of each pixel.
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "classes": int64 (B, H, W), "weights": float32 (B, H, W), 0
@@ -56,6 +56,7 @@ class SegmentationDataModule(KnownImages):
         ValueError: if a number is out of range.
     """
 
+    source: LabelledSource
     margin = 0  # of the network, in pixels: a window's prediction is smaller by it; set by the module that trains
 
     def __init__(
@@ -73,27 +74,16 @@ class SegmentationDataModule(KnownImages):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("window_size", window_size),
-            ("batch_size", batch_size),
-            ("windows_per_image", windows_per_image),
-        ):
+        super().__init__(source, batch_size=batch_size, num_val=num_val, num_workers=num_workers, seed=seed)
+        for name, value in (("window_size", window_size), ("windows_per_image", windows_per_image)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or more, got {num_workers}; 0 draws in the training process")
-        self.source = source
         self.targets = targets
         self.window_size = window_size
-        self.batch_size = batch_size
         self.windows_per_image = windows_per_image
-        self.num_val = num_val
         self.num_train = num_train
         self.augmentation = augmentation
         self.stretch = stretch
-        self.num_workers = num_workers
-        self.seed = seed
         self._images: LabelledImages | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -107,7 +97,7 @@ class SegmentationDataModule(KnownImages):
         """
         if self._images is not None:
             return
-        loaded = self.source.load(progress=self.trainer is None or self.trainer.is_global_zero)
+        loaded = self.source.load(progress=self.shows_progress)
         self._check_labels(loaded)
         train, self.val_indices = self._split(len(loaded.images))
         balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
@@ -118,7 +108,7 @@ class SegmentationDataModule(KnownImages):
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
-        self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices), self.trainer)
+        self.bound_batch_size(len(self.train_indices))
         self._images = loaded
 
     def summary(self) -> list[str]:
@@ -198,15 +188,9 @@ class SegmentationDataModule(KnownImages):
         Raises:
             ValueError: if the trainer is to overfit batches, for which Lightning would replace the sampler.
         """
-        refuse_overfit_batches(self.trainer)
-        sampler = WindowBatches(
-            self.train_indices,
-            self.batch_size,
-            images=self.train_images,
-            seed=self.seed,
-            **replica(self.trainer),
-        )
-        workers = self.num_workers
+        self.refuse_overfit_batches()
+        sampler = WindowBatches(self.train_indices, images=self.train_images, seed=self.seed, **self.order())
+        workers = self.num_workers or 0
         return ResumableLoader(
             dataset=_Windows(self),
             sampler=sampler,
@@ -217,7 +201,7 @@ class SegmentationDataModule(KnownImages):
 
     def val_dataloader(self) -> DataLoader[list[Batch]]:
         """The validation images, whole: lists of one, or of two where processes must have equally many batches."""
-        sampler = OrderedBatches(self.val_indices, 1, **replica(self.trainer))
+        sampler = OrderedBatches(self.val_indices, **{**self.order(), "batch_size": 1})
         return DataLoader(dataset=_WholeImages(self), sampler=sampler, batch_size=None)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.decoding import to_depth
 from unet_diffusion.data.fingerprints import content_hash
-from unet_diffusion.data.items import Item, num_items, read_item, read_items
+from unet_diffusion.data.items import Item, ItemSource, num_items, read_item, read_items
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.split import split_by_name, split_indices
 from unet_diffusion.latents.space import LatentSpace
@@ -36,7 +36,7 @@ from unet_diffusion.latents.space import LatentSpace
 IN_MEMORY_BYTES = 2 * 1024**3  # a set up to 2 GiB is kept in memory: at 8 bits 170,000 RGB images of 64x64
 
 
-class Source:
+class Source(ItemSource):
     """Images by number, with labels and captions if there are any.
 
     A subclass defines `__len__`, and `__getitem__(index)`, which returns a dict with
@@ -65,9 +65,6 @@ class Source:
     kind: str = "images"
     image_shape: tuple[int, int, int] | None = None
     latent_space: LatentSpace | None = None
-
-    def prepare(self) -> None:
-        """Download what is missing. One process calls it, before all of them load."""
 
     def load(self, *, progress: bool = True) -> ImageSet:
         """All images with their labels and captions; `ImageDataModule` calls it once.
