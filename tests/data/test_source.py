@@ -288,9 +288,7 @@ def test_source_of_the_page_on_extending_trains_by_the_command_there(run_cli, tm
     (tmp_path / "images").mkdir()
     for index, pixels in enumerate(PIXELS):
         Image.fromarray(pixels).save(tmp_path / "images" / f"{'rose' if index % 2 else 'daisy'}_{index}.png")
-    smaller = (
-        "--data.source.size 16 --data.batch_size 4 --data.num_val 2 --model.unet.channels [8,8,8,8]"
-    )
+    smaller = "--data.source.size 16 --data.batch_size 4 --data.num_val 2 --model.unet.channels [8,8,8,8]"
     smaller += " --model.unet.norm_num_groups 4 --model.unet.head_channels 4 --model.speed plain --trainer.max_steps 1"
     smaller += " --trainer.accelerator cpu --samples.num_images 2 --samples.num_inference_steps 2"
     status, _, err = run_cli(*shlex.split(command)[1:], *smaller.split(), "--trainer.default_root_dir", "run")

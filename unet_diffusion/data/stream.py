@@ -192,7 +192,7 @@ class LaneBatch(list[int]):
 
 
 class ShuffledShards(ShuffledBatches):
-    """Lists of indices to train on, that lie in few shards at a time; no index comes twice in an epoch.
+    """Lists of indices to train on, which lie in few shards at a time; no index comes twice in an epoch.
 
     The shards are put in order at random, and so are the images in each. That sequence is cut into equal parts, one for
     each lane of each process, whatever the sizes of the shards: all processes make the same number of steps. A shard at
@@ -202,18 +202,18 @@ class ShuffledShards(ShuffledBatches):
     others in each epoch.
 
     Args:
-        starts: number of the first image of each shard, and of all images.
-        batch_size: images a batch and process.
-        first: images before this one are not trained on.
-        window: shards that are shuffled together.
-        num_lanes: of a process.
-        horizontal_flip: mirror every second image, drawn at random.
-        seed: of the order and the mirroring.
-        num_replicas: processes that share an epoch.
-        rank: of this process, in [0, num_replicas).
+        starts: The number of the first image of each shard, and at the end the number of all images.
+        batch_size: The number of images per batch and process.
+        first: The first image to train on.
+        window: The number of shards that are shuffled together.
+        num_lanes: The number of lanes of a process.
+        horizontal_flip: Whether every second image, drawn at random, is mirrored.
+        seed: Seed of the order and the mirroring.
+        num_replicas: The number of processes that share an epoch.
+        rank: The rank of this process, in [0, num_replicas).
 
     Raises:
-        ValueError: if there are fewer images than processes.
+        ValueError: If there are fewer images than processes.
     """
 
     def __init__(
@@ -294,12 +294,12 @@ class ShuffledShards(ShuffledBatches):
 
 
 class StreamBatches(ImageBatches):
-    """Batches of images in shards; the next shards are read meanwhile.
+    """Batches of images in shards; meanwhile the next shards are read.
 
     Args:
-        image_set: N images.
-        first: images from this one on take the place of those that cannot be read, and "replaced", int64 (), counts
-            them; None: those are an error.
+        image_set: The N images.
+        first: Images from this one on take the place of those that cannot be read, and "replaced", int64 (), counts
+            them. None makes such images an error.
     """
 
     def __init__(self, image_set: ImageSet, first: int | None = None) -> None:
@@ -358,7 +358,7 @@ class StreamLoader(ResumableLoader, PlainSpokenLoader):
         """Go on where `state_dict` was called.
 
         Raises:
-            ValueError: if the shards are others.
+            ValueError: If the shards are others.
         """
         # Checkpoints of before this was kept do not have it.
         if state.get("shards", self.fingerprint) != self.fingerprint:
