@@ -370,7 +370,7 @@ def test_data_that_the_network_does_not_take_are_refused(run_cli, tiny_digits, i
     options = [f"--data.{name}={value}" for name, value in data.items()]
     network = ["--model.unet.init_args.num_class_embeds=null", "--model.label_dropout=0", "--samples.guidance_scale=1"]
     status, _, err = fit(run_cli, tiny_digits, tmp_path / "run", "--data=Folder", *options, *network)
-    assert (status, f"data.init_args.{option} is true, and what is trained takes no {option}" in err) == (1, True), err
+    assert (status, f"data.{option} is true, and what is trained takes no {option}" in err) == (1, True), err
     assert not (tmp_path / "run").exists()
 
 
