@@ -50,27 +50,27 @@ DENOISE = (
     "--samples.num_inference_steps 2"
 )
 FOLDER = (
-    f"{DENOISE} --data FolderDataModule --data.init_args.root {{images}} --data.init_args.image_size 16 "
-    "--data.init_args.channels 1 --data.init_args.class_labels true --model.unet.init_args.num_class_embeds 3"
+    f"{DENOISE} --data Folder --data.root {{images}} --data.image_size 16 "
+    "--data.channels 1 --data.class_labels true --model.unet.init_args.num_class_embeds 3"
 )
 STREAM = (
-    f"{DENOISE} --data StreamDataModule --data.init_args.root {{shards}} --data.init_args.image_size 16 "
-    "--data.init_args.channels 1 --data.init_args.class_labels true --model.unet.init_args.num_class_embeds 3"
+    f"{DENOISE} --data Shards --data.root {{shards}} --data.image_size 16 "
+    "--data.channels 1 --data.class_labels true --model.unet.init_args.num_class_embeds 3"
 )
 CELLS = (
     "fit --config cells --trainer.default_root_dir out --trainer.accelerator cpu --trainer.max_steps 1 "
-    "--model.unet.init_args.channels [4,8] --data.init_args.num_val 1 --trainer.precision 32-true "
-    "--trainer.enable_progress_bar false --data.init_args.source.init_args.num_images 4"
+    "--model.unet.init_args.channels [4,8] --data.num_val 1 --trainer.precision 32-true "
+    "--trainer.enable_progress_bar false --data.num_images 4"
 )
-PAIRS = f"{CELLS} --data.init_args.source PairedFiles --data.init_args.source.init_args.images {{grey}}"
+PAIRS = f"{CELLS} --data.source PairedFiles --data.images {{grey}}"
 AUTOENCODE = (
     "fit --config autoencoder_kl --trainer.default_root_dir out --trainer.accelerator cpu --trainer.max_steps 1 "
-    "--data.init_args.root {images} --data.init_args.image_size 16 --trainer.precision 32-true "
+    "--data.root {images} --data.image_size 16 --trainer.precision 32-true "
     "--trainer.enable_progress_bar false"
 )
 LATENTS = (
     "fit --config latents --trainer.default_root_dir out --trainer.accelerator cpu --trainer.max_steps 1 "
-    "--data.init_args.root {latents} --trainer.precision 32-true --trainer.enable_progress_bar false "
+    "--data.root {latents} --trainer.precision 32-true --trainer.enable_progress_bar false "
     "--model.unet.init_args.channels [32,32] --model.unet.init_args.attention_levels [] "
 )
 
@@ -199,10 +199,10 @@ VALUES = {
         "--model.seed": "x",
         "--model.nothing": "1",
         "--data": "x os.system MNIST",
-        "--data.init_args.batch_size": "0 -1 x 1.5 nan",
-        "--data.init_args.num_val": "0 -1 x 100000",
-        "--data.init_args.num_workers": "-1",
-        "--data.init_args.nothing": "1",
+        "--data.batch_size": "0 -1 x 1.5 nan",
+        "--data.num_val": "0 -1 x 100000",
+        "--data.num_workers": "-1",
+        "--data.nothing": "1",
         "--samples.every_n_steps": "-1",
         "--samples.num_images": "0 1000000000",
         "--samples.num_inference_steps": "0 1001",
@@ -220,32 +220,32 @@ VALUES = {
         "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor": "nothing val/losss",
     },
     FOLDER: {
-        "--data.init_args.root": "nowhere {text} {empty} {empty_folder} {cut_zip} {zip}/none {shards} /dev/zero",
-        "--data.init_args.image_size": "0 -1 x 1.5 [16] [16,0] 512 [1000000,1000000]",
-        "--data.init_args.channels": "0 2 5 x 3",
-        "--data.init_args.class_labels": "x 2",
-        "--data.init_args.background": "x #12",
-        "--data.init_args.on_bad_file": "x",
-        "--data.init_args.num_val": "0 8 9",
+        "--data.root": "nowhere {text} {empty} {empty_folder} {cut_zip} {zip}/none {shards} /dev/zero",
+        "--data.image_size": "0 -1 x 1.5 [16] [16,0] 512 [1000000,1000000]",
+        "--data.channels": "0 2 5 x 3",
+        "--data.class_labels": "x 2",
+        "--data.background": "x #12",
+        "--data.on_bad_file": "x",
+        "--data.num_val": "0 8 9",
         "--model.unet.init_args.num_class_embeds": "2 1 null",
     },
     STREAM: {
-        "--data.init_args.root": "nowhere {text} {images} {empty_folder} http://127.0.0.1:9/x reference://x x::y",
-        "--data.init_args.image_size": "0 512 x",
-        "--data.init_args.captions": "true",
-        "--data.init_args.num_lanes": "0",
-        "--data.init_args.window": "0 -1 x",
+        "--data.root": "nowhere {text} {images} {empty_folder} http://127.0.0.1:9/x reference://x x::y",
+        "--data.image_size": "0 512 x",
+        "--data.captions": "true",
+        "--data.num_lanes": "0",
+        "--data.window": "0 -1 x",
     },
     CELLS: {
-        "--data.init_args.window_size": "0 -1 x 100000 7",
-        "--data.init_args.num_val": "0 4 5",
-        "--data.init_args.windows_per_image": "0",
-        "--data.init_args.targets.label_format": "x classes",
-        "--data.init_args.targets.border_width": "-1",
-        "--data.init_args.source": "x PairedFilez",
-        "--data.init_args.source.init_args.num_images": "0 1 -1 x",
-        "--data.init_args.augmentation.elastic_sd": "-1 nan x",
-        "--data.init_args.augmentation.brightness": "-1",
+        "--data.window_size": "0 -1 x 100000 7",
+        "--data.num_val": "0 4 5",
+        "--data.windows_per_image": "0",
+        "--data.targets.label_format": "x classes",
+        "--data.targets.border_width": "-1",
+        "--data.source": "x PairedFilez",
+        "--data.num_images": "0 1 -1 x",
+        "--data.augmentation.elastic_sd": "-1 nan x",
+        "--data.augmentation.brightness": "-1",
         "--model.loss": "x",
         "--model.unet.init_args.out_channels": "0 2",
         "--model.unet.init_args.padding": "x",
@@ -253,18 +253,18 @@ VALUES = {
         "--ckpt_path": "{denoiser}.ckpt {cells}.ckpt",
     },
     PAIRS: {
-        "--data.init_args.source.init_args.labels": "nowhere {images} {text} {empty_folder} {small_labels}",
+        "--data.labels": "nowhere {images} {text} {empty_folder} {small_labels}",
     },
     AUTOENCODE: {
-        "--data.init_args.image_size": "15 0",
+        "--data.image_size": "15 0",
         "--model.autoencoder.init_args.channels": "[] [0] [31,32] x",
         "--model.autoencoder.init_args.latent_channels": "0 -1 x",
         "--model.nothing": "1",
-        "--data.init_args.class_labels": "true",
-        "--data.init_args.captions": "true",
+        "--data.class_labels": "true",
+        "--data.captions": "true",
     },
     LATENTS: {
-        "--data.init_args.root": "nowhere {images} {text} {shards}",
+        "--data.root": "nowhere {images} {text} {shards}",
         "--model.unet.init_args.in_channels": "3",
         "--model.unet.init_args.num_class_embeds": "3",
     },
@@ -459,7 +459,7 @@ OTHERS = {  # as they are
     "fit a word": "fit digits",
     "fit into a folder of others": f"{DENOISE} --trainer.default_root_dir {{foreign}}",
     "fit classes that the network does not take": f"{FOLDER} --model.unet.init_args.num_class_embeds null",
-    "fit captions that the network does not take": f"{FOLDER} --data.init_args.captions true",
+    "fit captions that the network does not take": f"{FOLDER} --data.captions true",
     "validate nothing": "validate",
     "validate random weights": "validate --config digits",
 }
@@ -552,16 +552,16 @@ def all_cases() -> Iterator[Case]:
                 name = f"{TAKE_CHECKPOINTS[kind].split()[0]} a {kind} whose {field} is {json.dumps(value)}"
                 yield Case(name, TAKE_CHECKPOINTS[kind], _record(kind, field, value))
     for name, content in IMAGES.items():
-        yield Case(f"fit an image that is {name}", f"{FOLDER} --data.init_args.root {{file}}", _image(content))
+        yield Case(f"fit an image that is {name}", f"{FOLDER} --data.root {{file}}", _image(content))
         yield Case(f"encode an image that is {name}", ENCODE.replace("{images}", "{file}"), _image(content))
     for name, content in CAPTIONS.items():
-        command = f"{FOLDER} --data.init_args.captions true --data.init_args.root {{file}}"
+        command = f"{FOLDER} --data.captions true --data.root {{file}}"
         yield Case(f"fit captions: {name}", command, _changed("images", "metadata.csv", content))
         yield Case(f"pack captions: {name}", "pack {file} out --captions", _changed("images", "metadata.csv", content))
     for what, (source, file, command) in TAKE_JSON.items():
         for name, text in JSON.items():
             yield Case(f"{command.split()[0]}, {what}: {name}", command, _changed(source, file, text.encode()))
-    yield Case("fit wide pictures", f"{FOLDER} --data.init_args.root {{wide}}", may_pass=True)
+    yield Case("fit wide pictures", f"{FOLDER} --data.root {{wide}}", may_pass=True)
     for name, command in OTHERS.items():
         yield Case(name, command)
 

@@ -19,20 +19,19 @@ from lightning.pytorch import Trainer
 from measure import MIB, describe, environment, table, write_json
 from peers import NETWORKS
 
-from unet_diffusion.data import ImageDataModule, ImageSet
+from unet_diffusion.data import ImageDataModule, ImageSet, Source
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.training import DiffusionModule
 from unet_diffusion.training.checkpointing import WholeCheckpoints
 
 
-class Black(ImageDataModule):
-    """Two images to train on, and one apart."""
+class Black(Source):
+    """Three images."""
 
     def __init__(self, shape: tuple[int, int, int]):
-        super().__init__(num_val=1, batch_size=2, num_workers=0)
         self.shape = shape
 
-    def load(self) -> ImageSet:
+    def load(self, *, progress: bool = True) -> ImageSet:
         return ImageSet(torch.zeros(3, *self.shape, dtype=torch.uint8))
 
 
@@ -68,7 +67,8 @@ def measure(network: str, folder: Path, repeats: int) -> dict[str, Any]:
     trainer = Trainer(max_steps=1, limit_val_batches=0, accelerator="cpu", enable_checkpointing=False,
                       default_root_dir=folder, **quiet)  # fmt: skip
     trainer.strategy.checkpoint_io = WholeCheckpoints()
-    trainer.fit(module, Black(trained.sample_shape))
+    data = ImageDataModule(Black(trained.sample_shape), num_val=1, batch_size=2, num_workers=0)
+    trainer.fit(module, data)
     whole, weights = folder / "whole.ckpt", folder / "weights.pt"
     raw = module.unet.state_dict()
     seconds = {

@@ -1,6 +1,6 @@
 """What the whole `unet-diffusion fit` reaches: its start, its steps, and their share of the bare training step.
 
-    python benchmarks/fit.py --config fashion_mnist --data.init_args.root DIR
+    python benchmarks/fit.py --config fashion_mnist --data.root DIR
     python benchmarks/fit.py --start_only
 
 Arguments after the configuration go to fit. The time of each optimiser step is recorded in a run of the program itself,

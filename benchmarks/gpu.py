@@ -190,8 +190,9 @@ def fit(case: Case, folder: Path, options: argparse.Namespace) -> None:
 
     network = NETWORKS[case.network]
     unet = {"class_path": "unet_diffusion.models.denoiser_unet.DenoiserUNet", "init_args": network.build().config}
-    images = {"batch_size": case.batch_size, "image_shape": network.image_shape, "horizontal_flip": True}
-    data = {"class_path": "ours.RandomImages", "init_args": images}
+    source = {"class_path": "ours.RandomImages", "init_args": {"image_shape": network.image_shape}}
+    images = {"source": source, "batch_size": case.batch_size, "horizontal_flip": True}
+    data = {"class_path": "unet_diffusion.data.ImageDataModule", "init_args": images}
     settings = {
         "model.unet": unet, "model.speed": case.speed, "data": data, "trainer.default_root_dir": folder / case.name,
         "trainer.accelerator": "cpu" if options.device.type == "cpu" else "gpu", "trainer.log_every_n_steps": FIT_STEPS

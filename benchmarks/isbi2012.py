@@ -40,8 +40,8 @@ PORT = [  # beside isbi2012_modern.yaml
     "--model.unet.init_args.channels=[64,128,256,512,1024]",
     "--model.loss=cross_entropy",
     "--model.ema_decay=0",
-    "--data.init_args.targets.border_weight=0",
-    *(f"--data.init_args.augmentation.{name}=0" for name in AUGMENTATIONS_BUT_FLIPS),
+    "--data.targets.border_weight=0",
+    *(f"--data.augmentation.{name}=0" for name in AUGMENTATIONS_BUT_FLIPS),
 ]
 CONTENDERS = {
     "paper": (CONFIGS / "isbi2012_unet.yaml", []),
@@ -113,10 +113,10 @@ def fit(options: argparse.Namespace, name: str, seed: int, num_steps: int, run: 
     folder = options.root.resolve() / "train"
     arguments = [
         f"--config={config}",
-        f"--data.init_args.source.init_args.images={folder / 'image'}",
-        f"--data.init_args.source.init_args.labels={folder / 'label'}",
-        f"--data.init_args.num_val={NUM_TEST}",
-        f"--data.init_args.seed={seed}",
+        f"--data.images={folder / 'image'}",
+        f"--data.labels={folder / 'label'}",
+        f"--data.num_val={NUM_TEST}",
+        f"--data.seed={seed}",
         f"--seed_everything={seed}",
         f"--trainer.max_steps={num_steps}",
         "--trainer.limit_val_batches=0",

@@ -82,7 +82,7 @@ def train_denoiser(options: argparse.Namespace) -> None:
     print(f"training the denoiser: {options.denoiser}", flush=True)
     images = options.root.resolve() / "image"
     num_unlabelled = len(list(images.iterdir())) - options.num_test
-    arguments = [f"--data.init_args.root={images}", f"--data.init_args.num_images={num_unlabelled}"]
+    arguments = [f"--data.root={images}", f"--data.num_images={num_unlabelled}"]
     run = f"--trainer.default_root_dir={options.denoiser}"
     config = f"--config={CONFIGS / 'nuclei_denoiser.yaml'}"
     command = [sys.executable, "-m", "unet_diffusion", "fit", config, *arguments, run]
@@ -96,11 +96,11 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
     root = options.root.resolve()
     arguments = [
         f"--config={CONFIGS / METHODS[method]}",
-        f"--data.init_args.source.init_args.images={root / 'image'}",
-        f"--data.init_args.source.init_args.labels={root / 'label'}",
-        f"--data.init_args.num_val={options.num_test}",
-        f"--data.init_args.num_train={num_labelled}",
-        f"--data.init_args.seed={seed}",
+        f"--data.images={root / 'image'}",
+        f"--data.labels={root / 'label'}",
+        f"--data.num_val={options.num_test}",
+        f"--data.num_train={num_labelled}",
+        f"--data.seed={seed}",
         f"--seed_everything={seed}",
         "--trainer.limit_val_batches=0",
         f"--trainer.default_root_dir={run}",

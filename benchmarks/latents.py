@@ -16,7 +16,11 @@ import torch
 from measure import RESULTS, Step, alternate, environment, fastest_autocast, table, write_json
 from torch import Tensor
 
-from unet_diffusion.data import FolderDataModule, scale_to_unit_range
+from unet_diffusion.data import (
+    Folder,
+    ImageDataModule,
+    scale_to_unit_range,
+)
 from unet_diffusion.diffusion.losses import squared_error
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.loading import load_denoiser
@@ -61,9 +65,8 @@ def kept(run: Path) -> Moments:
 def encoded(run: Path) -> Moments:
     settings = json.loads((run / "latents" / "settings.json").read_text())
     channels, height, width = settings["image_shape"]
-    data = FolderDataModule(
-        settings["images"], image_size=(height, width), channels=channels, background=settings["background"]
-    )
+    form = {"image_size": (height, width), "channels": channels, "background": settings["background"]}
+    data = ImageDataModule(Folder(settings["images"], **form))
     data.setup()
     autoencoder = LatentCodec.of(read_latents(run / "latents").space).autoencoder
 

@@ -38,7 +38,11 @@ from measure import RESULTS, environment, fastest_autocast, process_seconds, tab
 from torch import Tensor
 from until_time import STEPS
 
-from unet_diffusion.data import FolderDataModule, scale_to_unit_range
+from unet_diffusion.data import (
+    Folder,
+    ImageDataModule,
+    scale_to_unit_range,
+)
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import sample
 from unet_diffusion.inference.loading import load_denoiser
@@ -84,7 +88,7 @@ def unet(channels: list[int], attention_levels: list[int], **options: Any) -> tu
 
 
 def rate_and_batch(lr: float, batch_size: int) -> tuple[str, ...]:
-    return f"--model.optimizer.init_args.lr={lr}", f"--data.init_args.batch_size={batch_size}"
+    return f"--model.optimizer.init_args.lr={lr}", f"--data.batch_size={batch_size}"
 
 
 WIDE_TEXT = ("--model.unet.init_args.context_dim=256", "--model.conditions.init_args.context_dim=256")
@@ -205,7 +209,7 @@ def train_latents(options: argparse.Namespace) -> None:
 
 
 def recipe_of_latents(options: argparse.Namespace, root: Path) -> list[str]:
-    return [f"--config={DENOISER}", f"--data.init_args.root={root}", *SIZES[options.size].latents]
+    return [f"--config={DENOISER}", f"--data.root={root}", *SIZES[options.size].latents]
 
 
 def compile_ahead(options: argparse.Namespace) -> None:
@@ -227,14 +231,14 @@ def compile_ahead(options: argparse.Namespace) -> None:
         lambda images: (torch.randn(len(images), *shape), torch.zeros(len(images), *shape)),
         settings=settings,
     )
-    few = ["--data.init_args.horizontal_flip=false", "--trainer.max_steps=3"]
+    few = ["--data.horizontal_flip=false", "--trainer.max_steps=3"]
     fit(options, "compiled", recipe_of_latents(options, folder / "latents"), NEVER + time.time(), few)
 
 
 def train_pixels(options: argparse.Namespace) -> None:
     begin = time.time()
-    recipe = [f"--config={DENOISER}", "--data=unet_diffusion.data.FolderDataModule"]
-    recipe += [*images_of(options), "--data.init_args.captions=true", "--data.init_args.horizontal_flip=true"]
+    recipe = [f"--config={DENOISER}", "--data=unet_diffusion.data.Folder"]
+    recipe += [*images_of(options), "--data.captions=true", "--data.horizontal_flip=true"]
     recipe += ["--model.unet.init_args.in_channels=3", *SIZES[options.size].pixels]
     fit(options, "pixels", recipe, begin + 60 * options.minutes)
 
@@ -243,7 +247,7 @@ CONTENDERS = {"latents": train_latents, "pixels": train_pixels}
 
 
 def images_of(options: argparse.Namespace) -> list[str]:
-    return [f"--data.init_args.root={options.images}", f"--data.init_args.image_size={SIZES[options.size].image_size}"]
+    return [f"--data.root={options.images}", f"--data.image_size={SIZES[options.size].image_size}"]
 
 
 def fit(options: argparse.Namespace, name: str, recipe: Iterable[str], end: float, more: Iterable[str] = ()) -> None:
@@ -307,7 +311,7 @@ class Images:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Images":
-        data = FolderDataModule(options.images, image_size=SIZES[options.size].image_size, captions=True)
+        data = ImageDataModule(Folder(options.images, image_size=SIZES[options.size].image_size, captions=True))
         data.setup()
         images, captions = scale_to_unit_range(data.image_set.images), data.captions
         trained_on, kept = data.train_indices.tolist(), data.val_indices.tolist()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from unet_diffusion.data import ImageDataModule, ImageSet
+from unet_diffusion.data import ImageSet, Source
 from unet_diffusion.diffusion.losses import squared_error
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
@@ -83,18 +83,15 @@ def setting_for(unet: DenoiserUNet, x0: Tensor, labels: Tensor | None = None) ->
     return speed, dtype
 
 
-class RandomImages(ImageDataModule):
+class RandomImages(Source):
     """As many images as CIFAR-10 has, of noise, in memory.
 
     Args:
         image_shape: (C, H, W).
-        batch_size: images a batch and process.
-        horizontal_flip: mirror every second training image, drawn at random.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], *, batch_size: int = 64, horizontal_flip: bool = False):
-        super().__init__(batch_size=batch_size, horizontal_flip=horizontal_flip)
+    def __init__(self, image_shape: tuple[int, int, int]):
         self.shape = image_shape
 
-    def load(self) -> ImageSet:
+    def load(self, *, progress: bool = True) -> ImageSet:
         return ImageSet(torch.randint(256, (NUM_IMAGES, *self.shape), dtype=torch.uint8))

@@ -1,6 +1,6 @@
 """Two processes against one on the same cores: images a second of `unet-diffusion fit` at the same global batch.
 
-    python benchmarks/processes.py --config fashion_mnist --data.init_args.root DIR
+    python benchmarks/processes.py --config fashion_mnist --data.root DIR
 
 Arguments after the configuration go to fit. One process uses all cores, two share them out, and they take turns. The
 rate is that of the median optimiser step, so that it is without validation, grids and checkpoints. On a CPU this says
@@ -35,7 +35,7 @@ def main() -> None:
             for count, taken in rates.items():
                 arguments = ["--config", options.config, *overrides, "--trainer.devices", str(count)]
                 arguments += ["--trainer.accelerator", "cpu", "--model.speed", "plain"]
-                arguments += ["--data.init_args.batch_size", str(batch_size // count)]
+                arguments += ["--data.batch_size", str(batch_size // count)]
                 arguments += ["--trainer.max_steps", str(options.steps), "--samples.every_n_steps", "0"]
                 arguments += ["--trainer.strategy", "ddp"] if count > 1 else []
                 _, times = fit_apart(arguments, folder)

@@ -24,8 +24,19 @@ from measure import RESULTS, environment, table, write_json
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unet_diffusion.data import FolderDataModule, ImageFormat, ShardStore, StreamDataModule, decode_image, find_images
-from unet_diffusion.data import pack_images as pack
+from unet_diffusion.data import (
+    Folder,
+    ImageDataModule,
+    ImageFormat,
+    Shards,
+    ShardStore,
+    Source,
+    decode_image,
+    find_images,
+)
+from unet_diffusion.data import (
+    pack_images as pack,
+)
 
 NUM_WORKERS = 2
 PEERS = ("litdata", "datasets")
@@ -96,17 +107,16 @@ def resumed(make: Loader) -> str:
 
 
 def ours(options: argparse.Namespace, root: Path, address: str) -> dict[str, Loader]:
-    def loader(data: FolderDataModule | StreamDataModule) -> DataLoader[Any]:
+    def loader(source: Source, workers: int) -> DataLoader[Any]:
+        data = ImageDataModule(source, num_workers=workers, batch_size=options.batch_size, num_val=1)
         data.setup()
         return data.train_dataloader()
 
-    common: dict[str, Any] = {"image_size": options.image_size, "batch_size": options.batch_size, "num_val": 1}
-
     def folder(in_memory: bool, workers: int) -> DataLoader[Any]:
-        return loader(FolderDataModule(options.images, in_memory=in_memory, num_workers=workers, **common))
+        return loader(Folder(options.images, image_size=options.image_size, in_memory=in_memory), workers)
 
     def shards(place: Path | str) -> DataLoader[Any]:
-        return loader(StreamDataModule(place, num_workers=NUM_WORKERS, **common))
+        return loader(Shards(place, image_size=options.image_size), NUM_WORKERS)
 
     return {
         "memory": lambda: folder(True, 0),

@@ -327,7 +327,7 @@ def our_speed() -> str:
 def fit_seconds(name: str, root: Path, folder: Path, max_steps: int, *options: str) -> float:
     """Wall clock of a whole `unet-diffusion fit`."""
     command = [sys.executable, "-m", "unet_diffusion", "fit", f"--config={CONFIG}"]
-    command += [f"--data.init_args.root={root}", f"--trainer.default_root_dir={folder}"]
+    command += [f"--data.root={root}", f"--trainer.default_root_dir={folder}"]
     command += [f"--trainer.max_steps={max_steps}", f"--model.speed={our_speed()}", *OURS[name], *options]
     with empty_caches():
         return process_seconds(command, log_of(folder))

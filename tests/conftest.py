@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from unet_diffusion.commands.main import main
-from unet_diffusion.data import ImageDataModule, ImageSet, find_images, pack_images
+from unet_diffusion.data import ImageDataModule, ImageSet, Source, find_images, pack_images
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.training import DiffusionModule
@@ -45,7 +45,7 @@ QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": 
 TINY_DIGITS = (  # configs/digits.yaml, in a second
     f"--config {CONFIGS / 'digits.yaml'} --model.unet.init_args.channels [8,16] "
     "--model.unet.init_args.norm_num_groups 4 --model.unet.init_args.layers_per_block 1 "
-    "--data.init_args.batch_size 32 --data.init_args.num_val 20 "
+    "--data.batch_size 32 --data.num_val 20 "
     "--model.speed plain --trainer.accelerator cpu --trainer.precision 32-true --trainer.max_steps 4 "
     "--trainer.val_check_interval 2 --trainer.log_every_n_steps 1 "
     "--trainer.enable_progress_bar false --trainer.enable_model_summary false "
@@ -64,19 +64,26 @@ class Code:
         return type(self.path).touch, (self.path,)
 
 
-class TinyImages(ImageDataModule):
-    """20 images of noise, 1x8x8, of two classes or none: 16 to train on and 4 to validate on."""
+class Noise(Source):
+    """20 images of noise, 1x8x8, of two classes or none."""
 
-    def __init__(self, *, class_names=("cat", "dog"), shape=(1, 8, 8), num_val=4, batch_size=4, **options):
-        super().__init__(num_val=num_val, batch_size=batch_size, num_workers=0, **options)
-        self._names, self._shape = class_names, shape
+    def __init__(self, *, class_names=("cat", "dog"), shape=(1, 8, 8)):
+        self.class_names, self._shape = class_names, shape
 
-    def load(self) -> ImageSet:
+    def load(self, *, progress=True) -> ImageSet:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (20, *self._shape), generator=generator).to(torch.uint8)
-        if self._names is None:
+        if self.class_names is None:
             return ImageSet(images)
-        return ImageSet(images, torch.arange(20) % len(self._names), list(self._names))
+        return ImageSet(images, torch.arange(20) % len(self.class_names), list(self.class_names))
+
+
+class TinyImages(ImageDataModule):
+    """16 images of noise to train on, and 4 to validate on."""
+
+    def __init__(self, *, num_val=4, batch_size=4, horizontal_flip=False, seed=0, **noise):
+        options = {"horizontal_flip": horizontal_flip, "seed": seed}
+        super().__init__(Noise(**noise), num_val=num_val, batch_size=batch_size, num_workers=0, **options)
 
 
 @pytest.fixture
@@ -124,7 +131,7 @@ def small_recipes(tmp_path) -> tuple[Path, Path]:
         recipe["samples"]["num_images"] = 2
         recipes[name] = recipe
     recipes["autoencoder_kl"]["model"]["autoencoder"]["init_args"] |= {"channels": [32, 32, 32]}
-    recipes["autoencoder_kl"]["data"]["init_args"]["image_size"] = 32
+    recipes["autoencoder_kl"]["data"]["init_args"]["source"]["init_args"]["image_size"] = 32
     small = {"channels": [32, 32], "attention_levels": [1], "head_channels": 32}
     recipes["latents_text"]["model"]["unet"]["init_args"] |= small
     recipes["latents_text"]["model"]["speed"] = "plain"
@@ -183,9 +190,9 @@ def streamed_digits(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15).astype(np.uint8)).save(path)
     pack_images(find_images(folder / "images"), folder / "shards", root="images", shard_images=50, class_labels=True)
-    data = ["--data", "StreamDataModule", "--data.init_args.root", str(folder / "shards")]
-    data += ["--data.init_args.image_size", "8", "--data.init_args.channels", "1"]
-    data += ["--data.init_args.class_labels", "true", "--data.init_args.num_workers", "2"]
+    data = ["--data", "Shards", "--data.root", str(folder / "shards")]
+    data += ["--data.image_size", "8", "--data.channels", "1"]
+    data += ["--data.class_labels", "true", "--data.num_workers", "2"]
     return folder / "shards", tuple([*TINY_DIGITS, *data])
 
 

@@ -29,7 +29,7 @@ TINY_FIT = [
     *["--config", str(ROOT / "configs" / "digits.yaml")],
     *["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--model.speed", "plain"],
     *["--model.unet.init_args.channels", "[8,16]", "--model.unet.init_args.norm_num_groups", "4"],
-    *["--data.init_args.batch_size", "8", "--samples.num_images", "2", "--samples.num_inference_steps", "2"],
+    *["--data.batch_size", "8", "--samples.num_images", "2", "--samples.num_inference_steps", "2"],
 ]
 
 
@@ -182,8 +182,8 @@ TINY_SEGMENTER = [
     "--trainer.accelerator=cpu",
     "--trainer.precision=32-true",
     "--model.speed=plain",
-    "--data.init_args.window_size=32",
-    "--data.init_args.batch_size=2",
+    "--data.window_size=32",
+    "--data.batch_size=2",
 ]
 
 

@@ -23,8 +23,8 @@ RECIPES = [name for name in ALL if "/" not in name]
 OVERLAYS = [name for name in ALL if "/" in name]
 
 SMALLER = [  # every recipe: sizes, not kinds
-    "--data.init_args.batch_size=4",
-    "--data.init_args.num_val=4",
+    "--data.batch_size=4",
+    "--data.num_val=4",
     "--trainer.accelerator=cpu",
     "--trainer.max_steps=2",
     "--model.speed=plain",
@@ -34,13 +34,13 @@ SMALLER = [  # every recipe: sizes, not kinds
     "--samples.num_images=2",
 ]
 DENOISE = ["--model.unet.init_args.norm_num_groups=4", "--samples.num_inference_steps=2"]
-SMALL_WINDOWS = ["--data.init_args.window_size=32", "--data.init_args.num_val=2"]
+SMALL_WINDOWS = ["--data.window_size=32", "--data.num_val=2"]
 NUCLEI = {"in_channels": 3, "channels": [8, 8, 8], "layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
 NARROWER = {
-    "cells.yaml": ["--model.unet.init_args.channels=[4,8]", "--data.init_args.source.init_args.num_images=4"],
+    "cells.yaml": ["--model.unet.init_args.channels=[4,8]", "--data.num_images=4"],
     "isbi2012_modern.yaml": ["--model.unet.init_args.channels=[4,8]"],
     "isbi2012_unet.yaml": ["--model.unet.init_args.channels=[4,8]"],
-    "nuclei_denoiser.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--data.init_args.tile_size=32"],
+    "nuclei_denoiser.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--data.tile_size=32"],
     "nuclei_features.yaml": [
         "--model.unet.init_args.denoiser.init_args.channels=[8,8,8]",
         "--model.unet.init_args.denoiser.init_args.norm_num_groups=4",
@@ -165,7 +165,7 @@ def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, na
     arguments = ["--config", CONFIGS / name, *SMALLER, *NARROWER[name]]
     if name in DATA:
         DATA[name](tmp_path / "data", monkeypatch)
-        arguments += ["--data.init_args.root", tmp_path / "data"]
+        arguments += ["--data.root", tmp_path / "data"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
     for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
@@ -177,7 +177,7 @@ def test_recipe_trains_and_leaves_an_autoencoder(run_cli, tmp_path, name):
     write_folder(tmp_path / "data", None)
     smaller = [option for option in SMALLER if "speed" not in option]
     smaller += ["--model.autoencoder.init_args.channels=[32,32,32]", "--model.discriminator_start=1"]
-    arguments = ["--config", CONFIGS / name, *smaller, "--data.init_args.root", tmp_path / "data"]
+    arguments = ["--config", CONFIGS / name, *smaller, "--data.root", tmp_path / "data"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
     for file in ("samples.png", "checkpoints/last.ckpt", "config.yaml", "autoencoder/config.json"):
@@ -201,7 +201,7 @@ def test_recipe_trains_on_latents_as_its_comment_says(run_cli, tmp_path, name):
     status, _, err = run_cli(*encode, "--horizontal_flip", *LATENTS[name])
     assert status == 0, err
     arguments = ["--config", CONFIGS / name, *SMALLER, *DENOISE, "--model.unet.init_args.channels=[8,8,8]"]
-    arguments += ["--model.unet.init_args.head_channels=4", "--data.init_args.root", tmp_path / "latents"]
+    arguments += ["--model.unet.init_args.head_channels=4", "--data.root", tmp_path / "latents"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
     texts = ["captions.txt"] if LATENTS[name] else []
@@ -217,7 +217,7 @@ def test_recipe_with_maps_trains_and_leaves_a_pipeline(run_cli, tmp_path, name):
     captions = [f"{i}.png,picture number {i}" for i in range(12)]
     (tmp_path / "data" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     kl_autoencoder(3, (32, 32, 32), layers_per_block=1).save_pretrained(tmp_path / "autoencoder")
-    arguments = [*SMALLER, "--data.init_args.root", tmp_path / "data"]
+    arguments = [*SMALLER, "--data.root", tmp_path / "data"]
     arguments += ["--model.codec.init_args.autoencoder", tmp_path / "autoencoder"]
     arguments += [*DENOISE, "--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.head_channels=4"]
     status, _, err = run_cli(
@@ -232,7 +232,7 @@ def test_pretrained_autoencoder_is_trained_on_by_the_command_line(run_cli, tmp_p
     write_folder(tmp_path / "data", None)
     kl_autoencoder(3, (32, 32), layers_per_block=1).save_pretrained(tmp_path / "vae")
     arguments = ["--task=autoencode", "--model.autoencoder=unet_diffusion.models.autoencoders.pretrained_autoencoder"]
-    arguments += ["--model.autoencoder.init_args.folder", tmp_path / "vae", "--data=FolderDataModule"]
+    arguments += ["--model.autoencoder.init_args.folder", tmp_path / "vae", "--data=Folder"]
     arguments += ["--data.root", tmp_path / "data", "--data.image_size=16", "--data.batch_size=4"]
     arguments += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--samples.num_images=2"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
@@ -250,7 +250,7 @@ def test_recipe_trains_and_leaves_a_segmenter(run_cli, caplog, tmp_path, name):
     if name != "cells.yaml":
         write_pairs(tmp_path, 3 if "nuclei" in name else 1, "nuclei" in name)
         for side in ("image", "label"):
-            arguments += [f"--data.init_args.source.init_args.{side}s", tmp_path / side]
+            arguments += [f"--data.{side}s", tmp_path / side]
     if "init_from" in (CONFIGS / name).read_text():
         denoiser = Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
         save_denoiser(denoiser, tmp_path / "denoiser.ckpt")
@@ -269,7 +269,7 @@ def test_folder_recipe_trains_with_classes_as_its_comment_says(run_cli, tmp_path
         (tmp_path / "data").mkdir(exist_ok=True)
         write_folder(tmp_path / "data" / label, None)
     arguments = ["--config", CONFIGS / "folder.yaml", *SMALLER, *NARROWER["folder.yaml"]]
-    arguments += ["--data.init_args.root", tmp_path / "data", "--data.init_args.class_labels", "true"]
+    arguments += ["--data.root", tmp_path / "data", "--data.class_labels", "true"]
     arguments += ["--model.unet.init_args.num_class_embeds", "3", "--model.label_dropout", "0.1"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
@@ -279,11 +279,11 @@ def test_cells_recipe_trains_on_files_as_its_comment_says(run_cli, tmp_path):
     write_pairs(tmp_path, channels=1, instances=True)
     arguments = ["--config", CONFIGS / "cells.yaml", *SMALLER, *SMALL_WINDOWS, "--model.unet.init_args.channels=[4,8]"]
     arguments += [
-        "--data.init_args.source",
+        "--data.source",
         "PairedFiles",
-        "--data.init_args.source.init_args.images",
+        "--data.images",
         tmp_path / "image",
     ]
-    arguments += ["--data.init_args.source.init_args.labels", tmp_path / "label"]
+    arguments += ["--data.labels", tmp_path / "label"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err

@@ -142,8 +142,8 @@ def segmenter_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
     arguments = f"--config {CONFIGS / 'cells.yaml'} --config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.devices 2 "
     arguments += "--trainer.accelerator cpu --trainer.precision 32-true --model.unet.init_args.channels [4,8] "
-    arguments += "--data.init_args.source.init_args.num_images 6 --data.init_args.num_val 3 "
-    arguments += "--data.init_args.batch_size 2 --trainer.max_steps 2 --trainer.val_check_interval 2 "
+    arguments += "--data.num_images 6 --data.num_val 3 "
+    arguments += "--data.batch_size 2 --trainer.max_steps 2 --trainer.val_check_interval 2 "
     arguments += "--samples.every_n_steps 0 --checkpoint.every_n_train_steps 2 --trainer.log_every_n_steps 1 "
     arguments += "--trainer.default_root_dir run"
     command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments.split()]
@@ -230,12 +230,12 @@ def conditioned_ranks(tmp_path_factory):
             ],
         },
         "data": {
-            "class_path": "unet_diffusion.data.FolderDataModule",
+            "class_path": "unet_diffusion.data.ImageDataModule",
             "init_args": {
-                "root": "images",
-                "image_size": 8,
-                "class_labels": True,
-                "captions": True,
+                "source": {
+                    "class_path": "unet_diffusion.data.Folder",
+                    "init_args": {"root": "images", "image_size": 8, "class_labels": True, "captions": True},
+                },
                 "batch_size": 4,
                 "num_val": 2,
             },
@@ -300,8 +300,8 @@ class Keeper(Callback):
 """
 
 
-AUTOENCODER = "--data.init_args.root images --data.init_args.num_val 3 --data.init_args.image_size 32 "
-AUTOENCODER += "--data.init_args.batch_size 2 --model.autoencoder.init_args.channels [32,32,32] "
+AUTOENCODER = "--data.root images --data.num_val 3 --data.image_size 32 "
+AUTOENCODER += "--data.batch_size 2 --model.autoencoder.init_args.channels [32,32,32] "
 AUTOENCODER += "--trainer.accelerator cpu --trainer.precision 32-true --samples.num_images 2"
 CRITIC = "--model.discriminator PatchDiscriminator --model.discriminator.init_args.channels 32"
 TWO = f"--config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.strategy.init_args.find_unused_parameters true "
@@ -398,7 +398,7 @@ class SameNoise(Callback):
         module.training_step = training_step
 """
 STRATEGIES = {
-    "one": ["--trainer.devices", "1", "--data.init_args.batch_size", "64"],
+    "one": ["--trainer.devices", "1", "--data.batch_size", "64"],
     "ddp": ["--config", str(CONFIGS / "trainer" / "ddp.yaml"), "--trainer.devices", "2"],
     "fsdp2": ["--config", str(CONFIGS / "trainer" / "fsdp2.yaml"), "--trainer.devices", "2"],
 }

@@ -40,7 +40,7 @@ def fit(folder: Path, arguments: list[str], name: str, *more: str) -> tuple[dict
         str(CONFIGS / "trainer" / "torchrun.yaml"),
     ]
     command += ["--trainer.devices", "2", "--trainer.precision", "32-true", "--trainer.max_steps", str(NUM_STEPS)]
-    command += ["--data.init_args.num_val", "1541", "--trainer.default_root_dir", name, *more]
+    command += ["--data.num_val", "1541", "--trainer.default_root_dir", name, *more]
     path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = run_python(command, cwd=folder, env=environment, timeout=180)

@@ -105,7 +105,7 @@ COMMANDS = "fit validate recipes pack encode two-stages sample segment export im
         "two-stages none --output run",
         "export none pipeline",
         "fit --config digitz",
-        "fit --config folder --data.init_args.root none",
+        "fit --config folder --data.root none",
         "fit --config digits --modle.lr 3",
         "fit --config digits --ckpt_path none",
         "validate --config digits --ckpt_path none",

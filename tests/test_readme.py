@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("guide", "streaming"))]
 MAX_BYTES = 10_000  # of README: what a newcomer reads; the rest is for docs/
-SMALL = ["--samples.num_images=4", "--data.init_args.batch_size=8"]
+SMALL = ["--samples.num_images=4", "--data.batch_size=8"]
 SMALL_DENOISER = [
     *SMALL,
     "--model.unet.init_args.channels=[8, 16]",
@@ -25,17 +25,17 @@ SMALL_DENOISER = [
     "--model.unet.init_args.head_channels=null",
     "--samples.num_inference_steps=2",
 ]
-SMALL_WITH_MAPS = [*SMALL_DENOISER, "--data.init_args.num_val=2"]
-SMALL_SEGMENTER = [*SMALL, "--model.unet.init_args.channels=[8, 16]", "--data.init_args.window_size=32"]
-SMALL_NUCLEI = ["--model.unet.init_args.norm_num_groups=4", "--data.init_args.num_val=4"]
+SMALL_WITH_MAPS = [*SMALL_DENOISER, "--data.num_val=2"]
+SMALL_SEGMENTER = [*SMALL, "--model.unet.init_args.channels=[8, 16]", "--data.window_size=32"]
+SMALL_NUCLEI = ["--model.unet.init_args.norm_num_groups=4", "--data.num_val=4"]
 SMALL_RECIPE = {
     "autoencoder_kl": [*SMALL, "--model.discriminator_start=0", "--model.autoencoder.init_args.channels=[32, 32, 32]"],
-    "cells": [*SMALL_SEGMENTER, "--data.init_args.source.init_args.num_images=13"],
+    "cells": [*SMALL_SEGMENTER, "--data.num_images=13"],
     "inpainting": SMALL_WITH_MAPS,
     "upscaling": SMALL_WITH_MAPS,
     "isbi2012_modern": SMALL_SEGMENTER,
-    "latents": [*SMALL_DENOISER, "--data.init_args.num_val=2"],
-    "latents_text": [*SMALL_DENOISER, "--data.init_args.num_val=2"],
+    "latents": [*SMALL_DENOISER, "--data.num_val=2"],
+    "latents_text": [*SMALL_DENOISER, "--data.num_val=2"],
     "nuclei_denoiser": [*SMALL_DENOISER, "--model.unet.init_args.attention_levels=[]"],
     "nuclei_finetune": [*SMALL_SEGMENTER, *SMALL_NUCLEI],
 }

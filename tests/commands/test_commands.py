@@ -21,7 +21,7 @@ from unet_diffusion.commands import main as cli
 from unet_diffusion.commands.fit_arguments import check_arguments
 from unet_diffusion.commands.recipes import recipe_path
 from unet_diffusion.commands.training_cli import TrainingCLI, _differences
-from unet_diffusion.data import FolderDataModule
+from unet_diffusion.data import Folder, ImageDataModule
 from unet_diffusion.diffusers_io.exporting import export_pipeline
 from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.inference.loading import load_denoiser
@@ -83,7 +83,7 @@ def test_exported_pipeline_holds_the_averaged_weights_of_the_last_checkpoint(dig
     ("option", "value", "differs"),
     [
         ("--model.ema_decay", 0.5, "model.ema_decay was 0.9"),
-        ("--data.init_args.batch_size", 16, "data.init_args.batch_size was 32, is 16)"),
+        ("--data.batch_size", 16, "data.init_args.batch_size was 32, is 16)"),
         ("--seed_everything", 1, "seed_everything was 0, is 1)"),
     ],
 )
@@ -135,9 +135,9 @@ def test_continued_run_is_the_longer_run(stop, tmp_path, run_cli, tiny_digits):
         arguments += [
             "--model.lr_decay",
             "constant",
-            "--data.init_args.num_val",
+            "--data.num_val",
             1757,
-            "--data.init_args.batch_size",
+            "--data.batch_size",
             8,
         ]
         status, _, err = run_cli("fit", *tiny_digits, *arguments, "--trainer.limit_val_batches", 1)
@@ -183,8 +183,8 @@ def few_images(tmp_path):
 
 
 def test_run_among_its_images_does_not_train_on_its_own_pictures(few_images, run_cli, tiny_digits, caplog):
-    data = ["--data", "FolderDataModule", "--data.init_args.root", few_images, "--data.init_args.image_size", 8]
-    data += ["--data.init_args.channels", 1, "--data.init_args.num_val", 2, "--data.init_args.batch_size", 2]
+    data = ["--data", "Folder", "--data.root", few_images, "--data.image_size", 8]
+    data += ["--data.channels", 1, "--data.num_val", 2, "--data.batch_size", 2]
     data += ["--model.unet.init_args.num_class_embeds", "null", "--model.label_dropout", 0]
     arguments = ["fit", *tiny_digits, *data, "--samples.guidance_scale", 1]
     arguments += ["--trainer.default_root_dir", few_images / "run"]
@@ -200,7 +200,7 @@ def test_run_among_its_images_does_not_train_on_its_own_pictures(few_images, run
 @pytest.mark.parametrize("name", ["images", "images/../images"])
 def test_run_folder_that_is_the_folder_of_its_images_is_refused(few_images, run_cli, name):
     root = few_images.parent / name
-    status, _, err = run_cli("fit", "--config", "folder", "--data.init_args.root", root,
+    status, _, err = run_cli("fit", "--config", "folder", "--data.root", root,
                              "--trainer.default_root_dir", few_images)  # fmt: skip
     assert status == 1
     assert f"init_args.root and trainer.default_root_dir must be two folders, got {root} for both" in err
@@ -872,7 +872,7 @@ MISSPELT = {
     "--config digitz": "there is no recipe or file digitz; did you mean digits?",
     "--config digits --modle.lr 3": "there is no option --modle.lr; did you mean model?",
     "--config digits --model.ema_decai 0.5": "there is no option model.ema_decai; did you mean model.ema_decay",
-    "--config digits --data DigitDataModule": "data: there is no class DigitDataModule; did you mean DigitsDataModule",
+    "--config digits --data Digit": "data: there is no class Digit; did you mean Digits",
     "--config digits --samples.scheduler Euler": "samples.scheduler must be one of DDIMScheduler, ",
     "--config digits --model.lr_warmup_steps x": "model.lr_warmup_steps must be a whole number, got x",
     "--config {tmp}/misspelt.yaml": "there is no option trainer.max_stepz",
@@ -899,7 +899,7 @@ def test_names_of_files_do_not_reach_the_terminal_as_escapes(run_cli, tmp_path):
     assert "got \\x1b[2Jred.ckpt" in run_cli("sample", "\x1b[2Jred.ckpt", "--output", tmp_path)[2]
     (tmp_path / "\x1b[2Jred.png").write_text("no image")
     (tmp_path / "images").mkdir()
-    data = FolderDataModule(tmp_path, image_size=8, batch_size=1)
+    data = ImageDataModule(Folder(tmp_path, image_size=8), batch_size=1)
     with pytest.raises(ValueError, match=r"\\x1b\[2Jred\.png") as error:
         data.setup("fit")
     assert "\x1b" not in str(error.value)
@@ -944,7 +944,7 @@ GROWING = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (GROWING, "must hold at most 100000 values"),
         ("trainer: &a {x: *a}\n", "must hold at most 100000 values"),
         (
-            "data: {class_path: FolderDataModule, init_args: {root: ''}}\n",
+            "data: {init_args: {source: {class_path: Folder, init_args: {root: ''}}}}\n",
             "data.root must be a folder or file, and is em",
         ),
         ("trainer: &a {max_steps: 1}\nmodel: {<<: *a, lr_warmup_steps: 1}\n", None),
@@ -968,16 +968,16 @@ def test_option_before_the_command_is_told(run_cli):
 def test_missing_folder_is_told_with_one_that_is_there(tmp_path, name):
     (tmp_path / f"{name}s").mkdir()
     with pytest.raises(FileNotFoundError, match=f"did you mean {tmp_path}/{name}s?"):
-        check_arguments(["fit", "--config", "folder", "--data.init_args.root", str(tmp_path / name)])
+        check_arguments(["fit", "--config", "folder", "--data.root", str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--config fashion_mnist --data.init_args.root made_by_it --data.init_args.download True",
+        "--config fashion_mnist --data.source.root made_by_it --data.source.download True",
         "--config cells --model.init_from null",
-        "--config inpainting --data StreamDataModule --data.init_args.root s3://a/b",
-        "--config folder --data mine.Flowers --data.init_args.root a/name --data.init_args.labels fine",
+        "--config inpainting --data.source Shards --data.source.root s3://a/b",
+        "--config folder --data mine.Flowers --data.root a/name --data.labels fine",
         "--config digits --ckpt_path last",
     ],
 )
@@ -1042,9 +1042,8 @@ def test_options_of_fit_that_the_tab_key_completes_are_those_of_its_parser(run_c
         "--trainer.default_root_dir": str(tmp_path / "run"),
         "--trainer.devices": 2,
         "--trainer.precision": "32-true",
-        "--data.root": str(tmp_path),  # is replaced by the next, which is its longer name
-        "--data.init_args.root": str(tmp_path),
-        "--data.init_args.batch_size": 3,
+        "--data.root": str(tmp_path),
+        "--data.batch_size": 3,
         "--model.speed": "plain",
         "--ckpt_path": "last",
     }
@@ -1055,7 +1054,10 @@ def test_options_of_fit_that_the_tab_key_completes_are_those_of_its_parser(run_c
     settings = yaml.safe_load(out)
     for option, value in values.items():
         setting = settings
-        for part in option.removeprefix("--").replace("data.root", "data.init_args.root").split("."):
+        long = option.replace("data.root", "data.init_args.source.init_args.root").replace(
+            "data.batch_size", "data.init_args.batch_size"
+        )
+        for part in long.removeprefix("--").split("."):
             setting = setting[part]
         assert str(setting) == str(value), option
 

@@ -18,7 +18,11 @@ from bad_files import HUGE, make_inputs
 from PIL import Image
 
 from unet_diffusion.commands.parser_errors import in_short
-from unet_diffusion.data import DigitsDataModule, FolderDataModule
+from unet_diffusion.data import (
+    Digits,
+    Folder,
+    ImageDataModule,
+)
 from unet_diffusion.diffusers_io.configurations import schedule_from_diffusers
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record_checks import built, check_weights, no_larger_than
@@ -151,7 +155,7 @@ def test_json_that_is_none_is_refused_by_its_name(tmp_path, content):
 def test_file_that_is_gone_while_workers_read_is_named_in_one_message(tmp_path, tiny_images):
     for number in range(4):
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / f"{number}.png")
-    data = FolderDataModule(tmp_path, image_size=8, channels=1, in_memory=False, num_workers=1, num_val=1)
+    data = ImageDataModule(Folder(tmp_path, image_size=8, channels=1, in_memory=False), num_workers=1, num_val=1)
     data.setup()
     for path in tmp_path.glob("*.png"):
         path.unlink()
@@ -228,7 +232,10 @@ def test_arguments_of_a_record_that_a_class_does_not_take_are_named(arguments):
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
-    from unet_diffusion.data import checking
+    from unet_diffusion.data import (
+        ImageDataModule,
+        checking,
+    )
 
     for number in range(4):
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / f"{number}.png")
@@ -247,12 +254,12 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     for limit, together in ((10**9, 4), (10, 1)):
         monkeypatch.setattr(checking, "LARGE_IMAGE", limit)
         most[0] = 0
-        FolderDataModule(tmp_path, image_size=8, channels=1, num_val=1).setup()
+        ImageDataModule(Folder(tmp_path, image_size=8, channels=1), num_val=1).setup()
         assert most[0] == together
 
 
 def test_batch_is_no_larger_than_what_there_is_to_train_on():
-    data = DigitsDataModule(batch_size=10**9)
+    data = ImageDataModule(Digits(), batch_size=10**9)
     data.setup()
     assert data.batch_size == len(data.train_indices)
 
@@ -325,13 +332,13 @@ def fit(run_cli, tiny_digits, run, *options):
         (("--trainer.limit_train_batches", 0), "trainer.limit_train_batches must be more than 0, got 0"),
         (("--trainer.num_sanity_val_steps", -2), "trainer.num_sanity_val_steps must be -1 or more, got -2"),
         (("--samples.num_images", 10**9), "samples.num_images must be at most 1000, got 1000000000"),
-        (("--data.init_args.num_val", 10**5), "num_val must be at least 1 and less than the 1797 images"),
+        (("--data.num_val", 10**5), "num_val must be at least 1 and less than the 1797 images"),
         (("--checkpoint.monitor", "val/los"), "monitor of RunCheckpoint must be one of train/loss, val/loss, "),
         (
             ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/los"),
             "got 'val/los'; did you mean val/loss",
         ),
-        (("--data.init_args.batch_size", -1), "error: batch_size must be at least 1, got -1\n"),
+        (("--data.batch_size", -1), "error: batch_size must be at least 1, got -1\n"),
         (("--model.unet.init_args.norm_num_groups", 0), "norm_num_groups"),
     ],
 )
@@ -361,10 +368,10 @@ def test_everything_that_is_logged_can_be_monitored(digits_run):
 @pytest.mark.parametrize("option", ["class_labels", "captions"])
 def test_data_that_the_network_does_not_take_are_refused(run_cli, tiny_digits, inputs, tmp_path, option):
     data = {"root": inputs["images"], "image_size": 16, "channels": 1, "num_val": 2, option: "true"}
-    options = [f"--data.init_args.{name}={value}" for name, value in data.items()]
+    options = [f"--data.{name}={value}" for name, value in data.items()]
     network = ["--model.unet.init_args.num_class_embeds=null", "--model.label_dropout=0", "--samples.guidance_scale=1"]
-    status, _, err = fit(run_cli, tiny_digits, tmp_path / "run", "--data=FolderDataModule", *options, *network)
-    assert (status, f"data.init_args.{option} is true, and what is trained takes no {option}" in err) == (1, True), err
+    status, _, err = fit(run_cli, tiny_digits, tmp_path / "run", "--data=Folder", *options, *network)
+    assert (status, f"data.{option} is true, and what is trained takes no {option}" in err) == (1, True), err
     assert not (tmp_path / "run").exists()
 
 

@@ -96,7 +96,7 @@ def test_stages_follow_each_other_and_are_done_once(ran, run_cli, command, tmp_p
 def test_options_for_every_stage_reach_it(ran, run_cli, command, small_recipes):
     commands, _ = ran
     recipe = yaml.safe_load(small_recipes[0].read_text())
-    recipe["data"]["init_args"] |= {"on_bad_file": "skip", "background": "black"}
+    recipe["data"]["init_args"]["source"]["init_args"] |= {"on_bad_file": "skip", "background": "black"}
     small_recipes[0].write_text(yaml.safe_dump(recipe))
     status, _, err = run_cli(*command, "--traceback")
     assert status == 0, err

@@ -1,4 +1,4 @@
-"""Image files to decode, made without the code under test."""
+"""Image files to decode, made without the code under test, and data modules of them."""
 
 import io
 import struct
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from unet_diffusion.commands.fit_arguments import OWN_ARGUMENTS
+from unet_diffusion.data import ImageDataModule
 
 PNG_COLOUR_TYPE = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels; PNG specification, table 11.1
 
@@ -71,3 +74,9 @@ def write_images(folder: Path, num_images, height=8, width=8, channels=3) -> Pat
     for i in range(num_images):
         (folder / f"{i:03}.png").write_bytes(encode(random_pixels(height, width, channels, seed=i)))
     return folder
+
+
+def image_data(kind, root, **options) -> ImageDataModule:
+    """A data module of a source of that class; each option goes to whichever of them takes it."""
+    own = {name: options.pop(name) for name in OWN_ARGUMENTS["ImageDataModule"] if name in options}
+    return ImageDataModule(kind(root, **options), **own)

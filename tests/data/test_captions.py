@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unet_diffusion.data import FolderDataModule
-from unet_diffusion.data import captions as captions_module
+from unet_diffusion.data import (
+    Folder,
+    ImageDataModule,
+)
+from unet_diffusion.data import (
+    captions as captions_module,
+)
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import find_images
 
@@ -71,14 +76,14 @@ def test_a_table_of_other_columns_is_refused(images, table, content):
 
 def test_data_module_has_the_captions_of_its_images(images):
     (images / "metadata.csv").write_text("file_name,text\na.png,ant\nb.png,bee\nmore/c.png,cat\n")
-    data = FolderDataModule(images, image_size=8, captions=True)
+    data = ImageDataModule(Folder(images, image_size=8, captions=True))
     data.setup()
-    assert dict(zip(data.file_names, data.captions, strict=True)) == {
+    assert dict(zip(data.image_set.names, data.captions, strict=True)) == {
         "a.png": "ant",
         "b.png": "bee",
         "more/c.png": "cat",
     }
-    without = FolderDataModule(images, image_size=8)
+    without = ImageDataModule(Folder(images, image_size=8))
     without.setup()
     assert without.captions is None
 

@@ -5,15 +5,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from encoded import write_images
+from encoded import image_data, write_images
 from PIL import Image
 
-from unet_diffusion.data import FolderDataModule, PairedFiles, SegmentationDataModule, TilesDataModule
+from unet_diffusion.data import (
+    Folder,
+    ImageDataModule,
+    PairedFiles,
+    SegmentationDataModule,
+    Tiles,
+)
 from unet_diffusion.segmentation.labels import Targets
 
 
 def folder_data(root, **options):
-    data = FolderDataModule(root, **{"image_size": 8, "num_val": 5, "num_workers": 0, **options})
+    data = image_data(Folder, root, **{"image_size": 8, "num_val": 5, "num_workers": 0, **options})
     data.setup()
     return data
 
@@ -61,7 +67,7 @@ def test_image_that_was_replaced_under_its_name_is_refused_by_it_or_said(root, i
 def test_image_that_is_gone_is_refused_or_said(root):
     state = folder_data(root).state_dict()
     data = folder_data(root)
-    (root / data.file_names[int(data.train_indices[0])]).unlink()
+    (root / data.image_set.names[int(data.train_indices[0])]).unlink()
     with pytest.raises(ValueError, match="trained on: 1 gone"):
         go_on(state, folder_data(root), must_be_same=True)
     with pytest.warns(UserWarning, match="1 gone. The epoch that was begun goes on with these"):
@@ -79,8 +85,8 @@ def test_images_that_are_added_are_said_and_move_none(root, num_val):
         match=r"30 new \(new_0\.png, new_1\.png, new_10\.png, new_11\.png, new_12\.png, \.\.\.\)\. The epoch",
     ):
         go_on(before.state_dict(), after, must_be_same=True)
-    trained = {before.file_names[i] for i in before.train_indices.tolist()}
-    assert not trained & {after.file_names[i] for i in after.val_indices.tolist()}
+    trained = {before.image_set.names[i] for i in before.train_indices.tolist()}
+    assert not trained & {after.image_set.names[i] for i in after.val_indices.tolist()}
 
 
 def test_image_that_was_trained_on_is_not_validated_on(root):
@@ -91,7 +97,7 @@ def test_image_that_was_trained_on_is_not_validated_on(root):
 
 def test_renamed_image_that_was_trained_on_is_known_in_the_validation(root):
     before = folder_data(root)
-    trained, kept = (before.file_names[int(i[0])] for i in (before.train_indices, before.val_indices))
+    trained, kept = (before.image_set.names[int(i[0])] for i in (before.train_indices, before.val_indices))
     (root / kept).unlink()
     (root / trained).rename(root / kept)
     with pytest.raises(ValueError, match=f"1 changed .*1 trained on that would be validated on now .{kept}"):
@@ -175,7 +181,7 @@ def test_labelled_images_that_are_added_are_validated_on_or_trained_on_and_move_
 
 def test_tiles_are_split_by_the_names_of_their_files(tmp_path):
     def data():
-        made = TilesDataModule(tmp_path, tile_size=8, channels=3, num_val=4)
+        made = ImageDataModule(Tiles(tmp_path, tile_size=8, channels=3), num_val=4)
         made.setup()
         return made
 

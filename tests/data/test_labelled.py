@@ -8,7 +8,13 @@ import torch
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from unet_diffusion.data import PairedFiles, SegmentationDataModule, SyntheticCells, TilesDataModule
+from unet_diffusion.data import (
+    ImageDataModule,
+    PairedFiles,
+    SegmentationDataModule,
+    SyntheticCells,
+    Tiles,
+)
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.folder import cut
 from unet_diffusion.data.scaling import to_float
@@ -334,11 +340,11 @@ def test_tiles_cover_the_image_at_the_size_of_its_pixels():
 def test_tiles_of_a_folder_are_a_data_set(tmp_path):
     for i, size in enumerate([(16, 16), (16, 40), (20, 16)]):
         write(tmp_path / f"{i}.png", RNG.integers(256, size=size, dtype=np.uint8))
-    made = TilesDataModule(tmp_path, tile_size=16, channels=1, batch_size=2, num_val=1)
+    made = ImageDataModule(Tiles(tmp_path, tile_size=16, channels=1), batch_size=2, num_val=1)
     made.setup()
     assert made.image_shape == (1, 16, 16)
     assert len(made.image_set.images) == 1 + 3 + 2
-    first = TilesDataModule(tmp_path, tile_size=16, channels=1, num_images=2, num_val=1)
+    first = ImageDataModule(Tiles(tmp_path, tile_size=16, channels=1, num_images=2), num_val=1)
     first.setup()
     assert len(first.image_set.images) == 4
     assert first.summary()[1:3] == [
@@ -350,4 +356,4 @@ def test_tiles_of_a_folder_are_a_data_set(tmp_path):
 def test_images_smaller_than_a_tile_are_listed(tmp_path):
     write(tmp_path / "a.png", np.zeros((15, 30), np.uint8))
     with pytest.raises(ValueError, match=r"a\.png: too small: 15x30, must be at least 16x16"):
-        TilesDataModule(tmp_path, tile_size=16).setup()
+        ImageDataModule(Tiles(tmp_path, tile_size=16)).setup()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from encoded import encode, encode_16_bit_png, random_pixels, write_images
+from encoded import encode, encode_16_bit_png, image_data, random_pixels, write_images
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,11 +16,12 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from unet_diffusion.data import (
-    DigitsDataModule,
-    FolderDataModule,
+    Digits,
+    Folder,
     ImageDataModule,
     ShuffledBatches,
-    TorchvisionDataModule,
+    Source,
+    Torchvision,
     scale_to_unit_range,
     split_by_name,
     split_indices,
@@ -68,7 +69,7 @@ def fit(data_module, tmp_path, *, ckpt_path=None, **options):
 
 
 def folder_module(root, **options):
-    return FolderDataModule(root, **({"image_size": 8, "batch_size": 4, "num_workers": 0} | options))
+    return image_data(Folder, root, **{"image_size": 8, "batch_size": 4, "num_workers": 0} | options)
 
 
 def set_up(data_module):
@@ -88,7 +89,7 @@ def assert_same_batches(first, second):
 
 
 def test_trainer_gets_float_images_in_unit_range(tmp_path):
-    recorder = fit(DigitsDataModule(batch_size=16), tmp_path, max_steps=2)
+    recorder = fit(ImageDataModule(Digits(), batch_size=16), tmp_path, max_steps=2)
     assert len(recorder.batches) == 2
     for batch in recorder.batches:
         assert batch["images"].shape == (16, 1, 8, 8)
@@ -155,12 +156,12 @@ def test_resumed_run_sees_what_the_uninterrupted_one_would_have(tmp_path, num_st
 
 
 def test_position_can_be_saved_before_the_first_batch():
-    assert set_up(DigitsDataModule()).train_dataloader().state_dict() == {"epoch": 0, "num_batches": 0}
+    assert set_up(ImageDataModule(Digits())).train_dataloader().state_dict() == {"epoch": 0, "num_batches": 0}
 
 
 def test_trainer_that_overfits_is_refused(tmp_path):
     with pytest.raises(ValueError, match="overfit_batches must be 0"):
-        fit(DigitsDataModule(), tmp_path, overfit_batches=1, max_steps=1)
+        fit(ImageDataModule(Digits()), tmp_path, overfit_batches=1, max_steps=1)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -196,7 +197,7 @@ def test_split_is_a_function_of_the_numbers_and_disjoint():
 
 
 def test_split_does_not_depend_on_the_seed():
-    first, second = (set_up(DigitsDataModule(seed=seed)) for seed in (0, 1))
+    first, second = (set_up(ImageDataModule(Digits(), seed=seed)) for seed in (0, 1))
     assert torch.equal(first.val_indices, second.val_indices)
 
 
@@ -255,7 +256,7 @@ def test_split_is_by_name_whatever_the_place_the_seed_and_the_spelling(tmp_path)
     kept = []
     for place, seed in ((root, 0), (tmp_path / "packed.zip", 1)):
         data = set_up(folder_module(place, num_val=15, seed=seed))
-        names = [data.file_names[i].replace("e\u0301", "\u00e9") for i in data.val_indices.tolist()]
+        names = [data.image_set.names[i].replace("e\u0301", "\u00e9") for i in data.val_indices.tolist()]
         kept.append(sorted(names))
     assert kept[0] == kept[1]
 
@@ -265,7 +266,7 @@ def test_validation_is_never_mirrored(tmp_path):
     data_module = set_up(folder_module(root, num_val=8, horizontal_flip=True))
     batch = next(iter(data_module.val_dataloader()))
     for index, image in zip(batch["index"], batch["images"], strict=True):
-        with Image.open(root / data_module.file_names[index]) as expected:
+        with Image.open(root / data_module.image_set.names[index]) as expected:
             np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
@@ -296,7 +297,7 @@ def test_classes_are_those_of_torchvisions_image_folder(tmp_path):
     reference = datasets.ImageFolder(tmp_path)
     assert data_module.class_names == reference.classes
     assert data_module.num_classes == 3
-    assert [str(tmp_path / name) for name in data_module.file_names] == [path for path, _ in reference.samples]
+    assert [str(tmp_path / name) for name in data_module.image_set.names] == [path for path, _ in reference.samples]
     assert data_module.image_set.labels.tolist() == reference.targets
 
 
@@ -306,7 +307,7 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
         write_images(tmp_path / name, 1)
     data_module = set_up(folder_module(tmp_path, class_labels=True))
     assert data_module.class_names == [*map(str, range(10)), "010", "10", "11", "a2", "a10", "a10b"]
-    folders = [name.split("/")[0] for name in data_module.file_names]
+    folders = [name.split("/")[0] for name in data_module.image_set.names]
     assert [data_module.class_names[label] for label in data_module.image_set.labels] == folders
 
 
@@ -362,7 +363,7 @@ def test_bad_files_are_skipped_with_one_warning(folder_with_bad_files, in_memory
     with pytest.warns(UserWarning, match=r"6 of 12 image files cannot be used:\n  a_cut\.jpg") as warned:
         data_module.setup("fit")
     assert len([w for w in warned if "cannot be used" in str(w.message)]) == 1
-    assert data_module.file_names == [f"{i:03}.png" for i in range(6)]
+    assert data_module.image_set.names == [f"{i:03}.png" for i in range(6)]
     assert len(next(iter(data_module.train_dataloader()))["images"]) == 4
 
 
@@ -411,7 +412,7 @@ def test_summary_of_images_that_come_as_they_are_says_so(tmp_path):
 
 def test_summary_of_the_digits_counts_its_classes():
     counts = np.bincount(load_digits().target)
-    assert set_up(DigitsDataModule(num_val=97)).summary() == [
+    assert set_up(ImageDataModule(Digits(), num_val=97)).summary() == [
         f"found: 1797 images of 1x8x8 (uint8); 10 classes of {min(counts)} to {max(counts)}",
         "split: 1700 to train on, 97 to validate on",
     ]
@@ -437,16 +438,16 @@ def test_images_asked_for_before_setup_are_refused(tmp_path):
 )
 def test_argument_out_of_range_is_named(options):
     with pytest.raises(ValueError, match=f"got .?{next(iter(options.values()))}"):
-        FolderDataModule("anywhere", **options)
+        image_data(Folder, "anywhere", **options)
 
 
 def test_base_class_says_what_to_define():
-    with pytest.raises(NotImplementedError, match="must define load"):
-        ImageDataModule().setup("fit")
+    with pytest.raises(NotImplementedError, match="Source must define __len__ and __getitem__, or load"):
+        ImageDataModule(Source()).setup("fit")
 
 
 def test_digits_span_all_levels():
-    data_module = set_up(DigitsDataModule())
+    data_module = set_up(ImageDataModule(Digits()))
     images = data_module.image_set.images
     assert data_module.image_shape == (1, 8, 8)
     assert data_module.class_names == list("0123456789")
@@ -456,14 +457,14 @@ def test_digits_span_all_levels():
 
 def test_missing_torchvision_set_says_where_it_is_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be in .*FashionMNIST/raw.*set download to true"):
-        TorchvisionDataModule("FashionMNIST", tmp_path).setup("fit")
+        ImageDataModule(Torchvision("FashionMNIST", tmp_path)).setup("fit")
     with pytest.raises(FileNotFoundError, match=r"must be in .*cifar-10-batches-py"):
-        TorchvisionDataModule("CIFAR10", tmp_path).setup("fit")
+        ImageDataModule(Torchvision("CIFAR10", tmp_path)).setup("fit")
 
 
 def test_unknown_torchvision_set_lists_the_known(tmp_path):
     with pytest.raises(ValueError, match=r"one of MNIST, FashionMNIST, .*got 'ImageNet'"):
-        TorchvisionDataModule("ImageNet", tmp_path)
+        ImageDataModule(Torchvision("ImageNet", tmp_path))
 
 
 def test_cifar_is_laid_out_channels_first(tmp_path, monkeypatch):
@@ -476,7 +477,7 @@ def test_cifar_is_laid_out_channels_first(tmp_path, monkeypatch):
             assert train
 
     monkeypatch.setattr(datasets, "CIFAR10", FakeCifar)
-    data_module = set_up(TorchvisionDataModule("CIFAR10", tmp_path))
+    data_module = set_up(ImageDataModule(Torchvision("CIFAR10", tmp_path)))
     assert data_module.image_shape == (3, 32, 32)
     np.testing.assert_array_equal(data_module.image_set.images[2].permute(1, 2, 0).numpy(), pixels[2])
 
@@ -484,25 +485,26 @@ def test_cifar_is_laid_out_channels_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("class_name", "arguments"),
     [
-        ("FolderDataModule", {"root": "images", "image_size": [32, 48], "on_bad_file": "skip", "in_memory": False}),
-        ("FolderDataModule", {"root": "images.zip/train", "image_size": 32, "channels": 1}),
-        ("TorchvisionDataModule", {"dataset": "CIFAR10", "root": "data", "download": True}),
-        ("DigitsDataModule", {"batch_size": 32, "num_val": 100}),
+        ("Folder", {"root": "images", "image_size": [32, 48], "on_bad_file": "skip", "in_memory": False}),
+        ("Folder", {"root": "images.zip/train", "image_size": 32, "channels": 1}),
+        ("Torchvision", {"dataset": "CIFAR10", "root": "data", "download": True}),
+        ("Digits", {}),
     ],
 )
 def test_module_is_built_from_yaml(class_name, arguments):
     parser = ArgumentParser()
     parser.add_subclass_arguments(ImageDataModule, "data")
-    config = yaml.safe_dump({"data": {"class_path": f"unet_diffusion.data.{class_name}", "init_args": arguments}})
-    data_module = parser.instantiate(parser.parse_string(config)).data
-    assert type(data_module).__name__ == class_name
+    source = {"class_path": f"unet_diffusion.data.{class_name}", "init_args": arguments}
+    data = {"class_path": "unet_diffusion.data.ImageDataModule", "init_args": {"source": source, "batch_size": 32}}
+    data_module = parser.instantiate(parser.parse_string(yaml.safe_dump({"data": data}))).data
+    assert (type(data_module.source).__name__, data_module.batch_size) == (class_name, 32)
     if arguments.get("image_size") == [32, 48]:
         assert data_module.image_shape == (3, 32, 48)
 
 
 def test_fashion_mnist_is_read_from_disk(shared_data):
     root = shared_data("FashionMNIST").parent
-    data_module = set_up(TorchvisionDataModule("FashionMNIST", root, batch_size=128))
+    data_module = set_up(ImageDataModule(Torchvision("FashionMNIST", root), batch_size=128))
     assert data_module.image_shape == (1, 28, 28)
     assert data_module.class_names[9] == "Ankle boot"
     assert len(data_module.train_indices) == 59_000
@@ -525,7 +527,7 @@ def test_real_archive_is_read_without_its_captions(shared_data, tmp_path):
 def test_name_that_is_no_text_is_split_and_known_like_others(tmp_path):
     write_images(tmp_path / "images", 6)
     os.rename(tmp_path / "images" / "000.png", os.fsencode(tmp_path / "images") + b"/caf\xe9.png")
-    module = FolderDataModule(tmp_path / "images", image_size=8)
+    module = ImageDataModule(Folder(tmp_path / "images", image_size=8))
     module.setup("fit")
     assert len(module.train_indices) + len(module.val_indices) == 6
     assert len(module.state_dict()["names"]) == 6

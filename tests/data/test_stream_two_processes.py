@@ -82,16 +82,16 @@ def runs(tmp_path_factory, streamed_digits):
     (folder / "recorder.py").write_text(RECORDER)
     shards, arguments = streamed_digits
     with FaultyServer(shards) as server:
-        address = ["--data.init_args.root", server.address, "--data.init_args.on_bad_shard", "skip"]
+        address = ["--data.root", server.address, "--data.on_bad_shard", "skip"]
         address += [
-            "--data.init_args.num_retries",
+            "--data.num_retries",
             "1",
-            "--data.init_args.num_val",
+            "--data.num_val",
             "197",
-            "--data.init_args.window",
+            "--data.window",
             "1",
         ]
-        address += ["--data.init_args.batch_size", "40", "--trainer.max_steps", str(NUM_STEPS)]
+        address += ["--data.batch_size", "40", "--trainer.max_steps", str(NUM_STEPS)]
         address += ["--trainer.val_check_interval", "10", "--samples.every_n_steps", "0"]
         address += [
             "--checkpoint.every_n_train_steps",

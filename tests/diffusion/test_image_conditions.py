@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from unet_diffusion.data import LatentsDataModule, scale_to_unit_range
+from unet_diffusion.data import ImageDataModule, Latents, scale_to_unit_range
 from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, draw_masks, masked_image_maps
@@ -310,4 +310,4 @@ def test_masks_need_images_and_not_their_latents(painter, quiet_trainer, codec, 
     status, _, err = run_cli("encode", codec.folder, tmp_path / "images", *options)
     assert status == 0, err
     with pytest.raises(ValueError, match="MaskedImage needs images, and the data hold latents"):
-        quiet_trainer(max_steps=1).fit(painter(2), LatentsDataModule(tmp_path / "latents", num_val=2))
+        quiet_trainer(max_steps=1).fit(painter(2), ImageDataModule(Latents(tmp_path / "latents"), num_val=2))

@@ -27,8 +27,8 @@ def run(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("cells") / "run"
     arguments = f"--config {CONFIGS / 'cells.yaml'} --model.unet.init_args.channels [4,8] --trainer.accelerator cpu "
-    arguments += "--data.init_args.source.init_args.num_images 4 --data.init_args.num_val 1 "
-    arguments += "--data.init_args.batch_size 2 --data.init_args.window_size 64 --trainer.max_steps 4 "
+    arguments += "--data.num_images 4 --data.num_val 1 "
+    arguments += "--data.batch_size 2 --data.window_size 64 --trainer.max_steps 4 "
     arguments += "--trainer.val_check_interval 2 --trainer.enable_progress_bar false "
     arguments += "--samples.every_n_steps 2 --checkpoint.every_n_train_steps 2"
     assert main(["fit", *arguments.split(), "--trainer.default_root_dir", str(root)]) == 0

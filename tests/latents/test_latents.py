@@ -10,7 +10,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unet_diffusion.data import FolderDataModule, LatentsDataModule, scale_to_unit_range
+from unet_diffusion.data import (
+    Folder,
+    ImageDataModule,
+    Latents,
+    scale_to_unit_range,
+)
 from unet_diffusion.diffusers_io.exporting import export_pipeline, normalised_autoencoder
 from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.diffusion.image_to_image import InitImage
@@ -68,7 +73,7 @@ def encoded(run_cli, tmp_path, images, monkeypatch):
 
 
 def pixels_of(images, **options):
-    data = FolderDataModule(images, image_size=16, **options)
+    data = ImageDataModule(Folder(images, image_size=16, **options))
     data.setup()
     return scale_to_unit_range(data.image_set.images)
 
@@ -222,7 +227,7 @@ def test_stale_latents_are_refused_before_training(encoded, tmp_path, quiet_trai
     trainer = quiet_trainer(max_steps=1, callbacks=[SampleGrid(num_images=1, num_inference_steps=2)])
     module = latent_module(tiny_module, tiny_unet)
     with pytest.raises(FileNotFoundError, match=r"autoencoder must be a local diffusers folder"):
-        trainer.fit(module, LatentsDataModule(folder, num_val=2))
+        trainer.fit(module, ImageDataModule(Latents(folder), num_val=2))
     assert trainer.global_step == 0
 
 
@@ -282,7 +287,7 @@ def latent_module(tiny_module, tiny_unet, **options):
 def test_latents_are_drawn_anew_in_training_from_their_distribution(encoded, quiet_trainer, tiny_module, tiny_unet):
     folder = encoded()
     found = read_latents(folder)
-    data = LatentsDataModule(folder, num_val=2, batch_size=8)
+    data = ImageDataModule(Latents(folder), num_val=2, batch_size=8)
     seen = batches(data, quiet_trainer(max_steps=40, limit_val_batches=0), latent_module(tiny_module, tiny_unet))
     raw = found.space.denormalise(torch.cat(seen))
     expected = found.mean[data.train_indices].float()
@@ -293,19 +298,19 @@ def test_latents_are_drawn_anew_in_training_from_their_distribution(encoded, qui
 
 
 def test_validation_takes_the_mean_of_the_latents(encoded, quiet_trainer, tiny_module, tiny_unet):
-    data = LatentsDataModule(encoded(), num_val=2, batch_size=2)
+    data = ImageDataModule(Latents(encoded()), num_val=2, batch_size=2)
     module, seen = latent_module(tiny_module, tiny_unet), []
     step = module.validation_step
     module.validation_step = lambda batch, batch_idx: (seen.append(batch["x0"].clone()), step(batch, batch_idx))[1]
     quiet_trainer().validate(module, data, verbose=False)
     space = data.codec.space
-    expected = space.normalise(data.latents.mean[data.val_indices].float())
+    expected = space.normalise(data.source.latents.mean[data.val_indices].float())
     torch.testing.assert_close(torch.cat(seen), expected)
 
 
 def test_mirrored_images_are_trained_on_and_must_have_been_encoded(encoded, quiet_trainer, tiny_module, tiny_unet):
     folder = encoded("--horizontal_flip")
-    data = LatentsDataModule(folder, num_val=2, batch_size=8, horizontal_flip=True)
+    data = ImageDataModule(Latents(folder), num_val=2, batch_size=8, horizontal_flip=True)
     data.setup()
     assert data.image_shape == (4, 8, 8)
     drawn = [index for batch in data_batches(data) for index in batch]
@@ -313,7 +318,7 @@ def test_mirrored_images_are_trained_on_and_must_have_been_encoded(encoded, quie
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "has_mirrored": False}))
     with pytest.raises(ValueError, match="encode again with --horizontal_flip"):
-        LatentsDataModule(folder, horizontal_flip=True).setup()
+        ImageDataModule(Latents(folder), horizontal_flip=True).setup()
 
 
 def data_batches(data) -> list[list[int]]:
@@ -330,7 +335,7 @@ def test_resumed_run_draws_the_latents_of_the_uninterrupted_one(
         module = latent_module(tiny_module, tiny_unet)
         saving = ModelCheckpoint(tmp_path / str(max_steps), every_n_train_steps=1, save_top_k=-1, filename="{step}")
         trainer = quiet_trainer(max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True, callbacks=[saving])
-        trainer.fit(module, LatentsDataModule(folder, num_val=2, batch_size=2), **options)
+        trainer.fit(module, ImageDataModule(Latents(folder), num_val=2, batch_size=2), **options)
         return module
 
     whole = fit(6)
@@ -346,7 +351,7 @@ def trained(encoded, quiet_trainer, tiny_module, tiny_unet, tmp_path):
         folder = encoded("--class_labels", kind=kind)
         module = latent_module(tiny_module, tiny_unet, **options)
         trainer = quiet_trainer(max_steps=4, limit_val_batches=0)
-        trainer.fit(module, LatentsDataModule(folder, num_val=2, batch_size=4))
+        trainer.fit(module, ImageDataModule(Latents(folder), num_val=2, batch_size=4))
         trainer.save_checkpoint(tmp_path / "latent.ckpt")
         return tmp_path / "latent.ckpt"
 
@@ -368,7 +373,7 @@ def test_latents_of_another_run_do_not_continue_it(trained, tmp_path, quiet_trai
     index["space"]["std"] = [2.0] * 4
     (tmp_path / "latents" / "index.json").write_text(json.dumps(index))
     module = latent_module(tiny_module, tiny_unet)
-    data = LatentsDataModule(tmp_path / "latents", num_val=2, batch_size=4)
+    data = ImageDataModule(Latents(tmp_path / "latents"), num_val=2, batch_size=4)
     with pytest.raises(ValueError, match="latent std"):
         quiet_trainer(max_steps=5).fit(module, data, ckpt_path=path)
 
@@ -472,12 +477,12 @@ def test_exported_pipeline_draws_our_images_without_this_package(trained, tmp_pa
 
 
 def test_one_scale_takes_the_place_of_the_moments(encoded, quiet_trainer, tiny_module, tiny_unet):
-    data = LatentsDataModule(encoded(), num_val=2, batch_size=2, scaling_factor=0.18215)
+    data = ImageDataModule(Latents(encoded(), scaling_factor=0.18215), num_val=2, batch_size=2)
     module, seen = latent_module(tiny_module, tiny_unet), []
     step = module.validation_step
     module.validation_step = lambda batch, batch_idx: (seen.append(batch["x0"].clone()), step(batch, batch_idx))[1]
     quiet_trainer().validate(module, data, verbose=False)
-    torch.testing.assert_close(torch.cat(seen), 0.18215 * data.latents.mean[data.val_indices].float())
+    torch.testing.assert_close(torch.cat(seen), 0.18215 * data.source.latents.mean[data.val_indices].float())
     assert data.codec.space.scaling_factor == 0.18215
     assert module.trained.codec.space == data.codec.space
 
@@ -485,7 +490,7 @@ def test_one_scale_takes_the_place_of_the_moments(encoded, quiet_trainer, tiny_m
 @pytest.mark.parametrize("scaling_factor", [0.0, -1.0, float("nan")])
 def test_scale_that_is_none_is_refused(scaling_factor):
     with pytest.raises(ValueError, match=r"scaling_factor must be above 0, got"):
-        LatentsDataModule("latents", scaling_factor=scaling_factor)
+        ImageDataModule(Latents("latents", scaling_factor=scaling_factor))
 
 
 def test_autoencoder_of_an_unfinished_run_is_exported_from_its_checkpoint(

@@ -36,8 +36,8 @@ COMMANDS = {
     "segment": "segment {file} {run}/samples --output {tmp}/masks",
     "export": "export {file} {tmp}/pipeline",
     "fit from a denoiser": "fit --config {configs}/cells.yaml --trainer.default_root_dir {tmp}/run "
-    "--model.init_from {file} --trainer.accelerator cpu --data.init_args.source.init_args.num_images 4 "
-    "--data.init_args.num_val 1",
+    "--model.init_from {file} --trainer.accelerator cpu --data.num_images 4 "
+    "--data.num_val 1",
 }
 
 

@@ -201,9 +201,10 @@ def test_latents_that_are_not_finite_restart_no_code(quiet_trainer):
 
 
 def test_codes_out_of_reach_come_into_use(quiet_trainer):
-    from unet_diffusion.data import DigitsDataModule
+    from unet_diffusion.data import Digits, ImageDataModule
 
-    made, data = module(vq_net(num_codes=64), ema_decay=0.9, restart_codes_after=10), DigitsDataModule(batch_size=32)
+    made = module(vq_net(num_codes=64), ema_decay=0.9, restart_codes_after=10)
+    data = ImageDataModule(Digits(), batch_size=32)
     for autoencoder in (made.autoencoder, made.ema_autoencoder):
         autoencoder.quantize.embedding.weight.data[32:] += 1000
     trainer = quiet_trainer(max_steps=60)
@@ -231,9 +232,9 @@ def test_average_moves_once_a_step_with_warm_up(quiet_trainer, tiny_images):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [kl_net, vq_net])
 def test_training_brings_reconstructions_nearer(quiet_trainer, make):
-    from unet_diffusion.data import DigitsDataModule
+    from unet_diffusion.data import Digits, ImageDataModule
 
-    made, data = module(make(), ema_decay=0.9), DigitsDataModule(batch_size=32, num_val=64)
+    made, data = module(make(), ema_decay=0.9), ImageDataModule(Digits(), batch_size=32, num_val=64)
     trainer = quiet_trainer(max_steps=250)
     before = trainer.validate(made, data, verbose=False)[0]["val/psnr"]
     trainer.fit(made, data)

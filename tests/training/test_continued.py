@@ -33,8 +33,8 @@ def fit(run_cli, tiny_digits, images, tmp_path):
 
     def run(name, *options) -> tuple[int, str]:
         arguments = ["--model.unet.init_args.num_class_embeds", "null", "--model.label_dropout", "0"]
-        arguments += ["--data", "FolderDataModule", "--data.init_args.root", images, "--data.init_args.channels", 1]
-        arguments += ["--data.init_args.image_size", 8, "--data.init_args.batch_size", 4, "--data.init_args.num_val", 4]
+        arguments += ["--data", "Folder", "--data.root", images, "--data.channels", 1]
+        arguments += ["--data.image_size", 8, "--data.batch_size", 4, "--data.num_val", 4]
         arguments += ["--trainer.max_steps", 6, "--samples.every_n_steps", 0, "--samples.num_images", 2]
         arguments += ["--samples.guidance_scale", 1, "--trainer.default_root_dir", tmp_path / name]
         status, _, err = run_cli("fit", *tiny_digits, *arguments, *options)
@@ -104,12 +104,12 @@ def test_run_goes_on_with_more_images_says_so_and_validates_on_none_that_it_was_
         step = getattr(DiffusionModule, name)
 
         def recorded(self, batch, *args, step=step, indices=indices):
-            files = self.trainer.datamodule.file_names
+            files = self.trainer.datamodule.image_set.names
             indices.update(files[i] for i in batch["index"].tolist())
             return step(self, batch, *args)
 
         monkeypatch.setattr(DiffusionModule, name, recorded)
-    state = last_of(killed)["FolderDataModule"]
+    state = last_of(killed)["ImageDataModule"]
     trained = {f"{i:02}.png" for i, is_val in enumerate(state["is_val"].tolist()) if not is_val}
     for number in range(20):
         draw_image(images / f"{number:02}b.png")  # between the others

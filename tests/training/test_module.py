@@ -9,7 +9,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from unet_diffusion.data import DigitsDataModule
+from unet_diffusion.data import (
+    Digits,
+    ImageDataModule,
+)
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record import read_denoiser
 from unet_diffusion.models.speed import SPEEDS
@@ -209,7 +212,7 @@ def test_training_draws_differ_between_accumulated_batches(tiny_module, tiny_ima
 
 def test_loss_falls_on_the_digits(tiny_module, quiet_trainer):
     module = tiny_module(optimizer=functools.partial(torch.optim.AdamW, lr=4.0e-3), ema_decay=0.9)
-    data = DigitsDataModule(batch_size=64)
+    data = ImageDataModule(Digits(), batch_size=64)
     before = validate(module, data, quiet_trainer())["val/loss"]
     quiet_trainer(max_steps=50, limit_val_batches=0).fit(module, data)
     assert validate(module, data, quiet_trainer())["val/loss"] < 0.6 * before

@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from unet_diffusion.data import DigitsDataModule, SegmentationDataModule, SyntheticCells
+from unet_diffusion.data import (
+    Digits,
+    ImageDataModule,
+    SegmentationDataModule,
+    SyntheticCells,
+)
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import read_denoiser, read_segmenter, save_denoiser
@@ -192,7 +197,7 @@ def test_2015_network_with_a_timestep_denoises_digits(quiet_trainer, tmp_path):
         label_dropout=0.1,
     )  # fmt: skip
     trainer = quiet_trainer(max_steps=60)
-    data = DigitsDataModule(batch_size=64, num_val=100)
+    data = ImageDataModule(Digits(), batch_size=64, num_val=100)
     before = quiet_trainer().validate(copy.deepcopy(made), data, verbose=False)[0]["val/loss"]
     path = fit_and_save(made, data, trainer, tmp_path / "x.ckpt")
     assert trainer.callback_metrics["val/loss"] < 0.7 * before

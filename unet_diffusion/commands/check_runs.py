@@ -27,14 +27,14 @@ def check_runs(runs: dict[str, Sequence[str]]) -> None:
     """
     with quick_imports():
         import_lightning()
-        from unet_diffusion.data import LatentsDataModule
+        from unet_diffusion.data import Latents
         from unet_diffusion.models.autoencoders import downsampling, num_latent_channels
 
     first, second = (_built(stage, runs[stage]) for stage in ("autoencoder", "denoiser"))
     autoencoder, unet = first.model.autoencoder, second.model.unet
-    if not isinstance(second.datamodule, LatentsDataModule):
-        got = type(second.datamodule).__name__
-        raise UsageError(f"the recipe of the denoiser must have LatentsDataModule for its data, got {got}")
+    if not isinstance(second.datamodule.source, Latents):
+        got = type(second.datamodule.source).__name__
+        raise UsageError(f"the recipe of the denoiser must have Latents for its source of data, got {got}")
     if unet.in_channels != num_latent_channels(autoencoder):
         raise UsageError(
             f"the recipe of the denoiser must have in_channels {num_latent_channels(autoencoder)}, as latents of the "

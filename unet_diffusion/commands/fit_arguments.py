@@ -3,6 +3,7 @@
 Whether options are known and values fit is told by the parser, which needs the classes that they are arguments of.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,27 @@ SECTIONS = ("model", "data", "trainer", "samples", "checkpoint", "task", "seed_e
 NESTED = ("model", "trainer", "samples", "checkpoint")  # of them, those that hold settings of their own
 FLAGS = ("config", "print_config", "print_shtab", "help")
 TASKS = ("denoise", "segment", "autoencode")
+OF_EACH = ("batch_size", "num_val", "num_workers", "seed")
+OWN_ARGUMENTS = {  # of each data module; options of --data with other names are those of its source
+    "ImageDataModule": ("source", "horizontal_flip", *OF_EACH),
+    "SegmentationDataModule": ("source", "targets", "window_size", "windows_per_image", "num_train", "augmentation",
+                               "stretch", *OF_EACH),
+    "InpaintingDataModule": ("images", "autoencoder", "scaling_factor"),
+    "UpscalingDataModule": ("images", "autoencoder", "scaling_factor"),
+}  # fmt: skip
+OF_IMAGES = ("root", "image_size", "channels", "class_labels", "captions", "background")
+SOURCES = {  # and their arguments
+    "Digits": (),
+    "Folder": (*OF_IMAGES, "on_bad_file", "in_memory"),
+    "Latents": ("root", "scaling_factor"),
+    "PairedFiles": ("images", "labels", "channels", "label_suffix"),
+    "Shards": (*OF_IMAGES, "window", "num_lanes", "on_bad_shard", "num_retries"),
+    "SyntheticCells": ("num_images",),
+    "Tiles": ("root", "tile_size", "channels", "stretch", "num_images"),
+    "Torchvision": ("dataset", "root", "download"),
+}
+OF_THE_PARSER = ("class_path", "dict_kwargs", "help")  # beside the arguments of a class
+NUMBER = re.compile(r"\d+")
 FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
 
 
@@ -60,6 +82,8 @@ def check_arguments(arguments: Sequence[str]) -> FitArguments:
         if not has_value and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
             words.append(value)
+        if name.startswith("--data.") and len(words) == 2 and rest and all(map(NUMBER.fullmatch, (value, rest[0]))):
+            value = words[1] = f"[{value}, {rest.pop(0)}]"  # height and width
         if name in ("--config", "-c") and value:
             path = recipe_path(value)
             checked.words += ["--config", str(path)]
@@ -69,10 +93,12 @@ def check_arguments(arguments: Sequence[str]) -> FitArguments:
             _check_module(value)
             checked.modules.append(value)
             continue
-        checked.words += words
         if name.startswith("--"):
             _check_section(name.removeprefix("--"), f"option {name}")
-            _update(settings, {name.removeprefix("--"): _value(value)})
+            option = _with_owner(name.removeprefix("--"), _value(value), settings)
+            words[0] = words[0].replace(name, f"--{option}", 1)
+            _update(settings, {option: _value(value)})
+        checked.words += words
     if not any(argument in ("-h", "--help") or argument.startswith("--print_") for argument in checked.words):
         _check_paths(settings)
         if arguments[0] == "validate" and not settings.get("ckpt_path"):
@@ -130,13 +156,59 @@ def _flat(content: Any, name: str = "") -> dict[str, Any]:
     }
 
 
+def _with_owner(option: str, value: Any, settings: dict[str, Any]) -> str:
+    """An option of data with the name of whose it is: data.root becomes data.source.root.
+
+    Args:
+        option: The name of any option.
+        value: Its value; a source may be chosen by `--data Folder` too.
+        settings: The settings before it, which say what the class of the data is.
+
+    Raises:
+        UsageError: If the data have no such option.
+    """
+    if option == "data" and _bare(value) in SOURCES:
+        return "data.source"
+    owner, *rest = [part for part in option.split(".") if part != "init_args"]
+    if owner != "data" or not rest:
+        return option
+    own = OWN_ARGUMENTS.get(_class_of("data", settings), ())
+    if rest[0] == "images" and "images" in own and rest[1:]:  # another data module, within this one
+        owner, rest, own = "data.images", rest[1:], OWN_ARGUMENTS["ImageDataModule"]
+    if not own or rest[0].removesuffix("+") in (*own, *OF_THE_PARSER):
+        return option
+    of_source = SOURCES.get(_class_of(f"{owner}.source", settings))
+    if of_source is not None and rest[0] not in (*of_source, *OF_THE_PARSER):
+        short = f"{owner}.{'.'.join(rest)}"
+        names = (*own, *of_source)
+        similar = did_you_mean(rest[0], names)
+        raise UsageError(f"there is no option {short}" + (similar or f"; it must be one of {', '.join(names)}"))
+    return f"{owner}.source.{'.'.join(rest)}"
+
+
+def _class_of(owner: str, settings: dict[str, Any]) -> str:
+    """The name of the class of a setting; without one, data are those of the task."""
+    path = settings.get(f"{owner}.class_path") or settings.get(owner)
+    if path is None and owner == "data":
+        return "SegmentationDataModule" if settings.get("task") == "segment" else "ImageDataModule"
+    return _bare(path)
+
+
+def _bare(path: Any) -> str:
+    """The name of a class, without its package if it is one of ours."""
+    package, _, name = str(path or "").rpartition(".")
+    return name if not package or package.startswith("unet_diffusion.") else str(path)
+
+
 def _update(settings: dict[str, Any], others: dict[str, Any]) -> None:
-    """Later settings replace earlier ones; another class of data has no use for the arguments of the one before."""
+    """Later settings replace earlier ones; another class has no use for the arguments of the one before."""
     for name, value in others.items():
-        if name in ("data", "data.class_path"):
-            for old in [known for known in settings if known.startswith("data.")]:
+        name = name.replace(".init_args", "")
+        owner = name.removesuffix(".class_path")
+        if owner in ("data", "data.source"):
+            for old in [known for known in settings if known.startswith(f"{owner}.")]:
                 del settings[old]
-        settings[name.replace(".init_args", "")] = value
+        settings[name] = value
 
 
 def _check_section(name: str, what: str) -> None:
@@ -150,6 +222,7 @@ def _check_paths(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if not isinstance(value, str) or not _is_input(name, settings):
             continue
+        name = name.replace(".source.", ".")  # the short form, as people type it
         if not value:
             raise UsageError(f"{name} must be a folder or file, and is empty; set --{name}")
         path = Path(value).expanduser()
@@ -172,9 +245,8 @@ def _is_input(name: str, settings: dict[str, Any]) -> bool:
     if name == "model.init_from":
         return True
     owner, _, argument = name.rpartition(".")
-    if owner.split(".")[0] != "data" or argument not in ("root", "images", "labels") or settings.get("data.download"):
+    if owner.split(".")[0] != "data" or settings.get(f"{owner}.download"):
         return False
-    owner_class = settings.get(f"{owner}.class_path") or settings.get(owner) or ""
-    package, _, class_name = str(owner_class).rpartition(".")
-    is_ours = class_name in unet_diffusion.data.__all__ and (not package or package.startswith("unet_diffusion."))
-    return is_ours and (argument == "root" or class_name == "PairedFiles")
+    kind = _class_of(owner, settings)
+    inputs = ("images", "labels") if kind == "PairedFiles" else ("root",) if kind in SOURCES else ()
+    return argument in inputs

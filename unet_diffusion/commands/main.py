@@ -36,7 +36,7 @@ from unet_diffusion.runtime.messages import (
 if TYPE_CHECKING:
     import torch
 
-    from unet_diffusion.data import FolderDataModule
+    from unet_diffusion.data import ImageDataModule
     from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs
     from unet_diffusion.models.autoencoders import AutoencoderNetwork
 
@@ -48,7 +48,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")  # those of `precision.py`, like
 SHELLS = ("bash", "zsh")
 FIT_OPTIONS = (  # that the tab key knows
     *("--trainer.max_steps", "--trainer.default_root_dir", "--trainer.devices", "--trainer.precision", "--data.root"),
-    *("--data.init_args.root", "--data.init_args.batch_size", "--model.speed", "--ckpt_path", "--print_config"),
+    *("--data.batch_size", "--model.speed", "--ckpt_path", "--print_config"),
 )
 
 
@@ -246,7 +246,7 @@ def _train(arguments: list[str]) -> None:
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write the images of a folder to DIR as shards, tar archives of many images each, for fit --config "
-        "stream --data.init_args.root DIR, or the address that DIR is copied to. Files are kept as they "
+        "stream --data.root DIR, or the address that DIR is copied to. Files are kept as they "
         "are, in an order drawn at random, unless they are to be scaled. The same command again goes on where it was "
         "cut off."
     )
@@ -302,7 +302,7 @@ def _pack(options: argparse.Namespace) -> None:
                              "or run it with --on_bad_file skip to leave them out.")  # fmt: skip
         print(f"{message}\nThe others are used.", file=sys.stderr)
     print(f"{len(files.names) - len(bad_files)} images in {options.folder}; to train on them: unet-diffusion fit "
-          f"--config stream --data.init_args.root {options.folder}")  # fmt: skip
+          f"--config stream --data.root {options.folder}")  # fmt: skip
 
 
 def _say_left_out(line: str) -> None:
@@ -316,7 +316,7 @@ def _say_left_out(line: str) -> None:
 
 def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write the latents of images to DIR, for fit --config latents --data.init_args.root DIR. Images "
+        "Write the latents of images to DIR, for fit --config latents --data.root DIR. Images "
         "are scaled and cut to the autoencoder's size. The same command again goes on where it was cut off. "
         "ProcessGroup of torchrun share the work, as of sample."
     )
@@ -376,7 +376,7 @@ def _encode(options: argparse.Namespace) -> None:
 
     with process_group() as group:
         if group.rank == 0:
-            _say_left_out(data.left_out())
+            _say_left_out(data.source.left_out())
         share = settings["num_images"] // group.count
         with tqdm(total=share, unit="image", desc="encode", disable=group.rank > 0) as bar:
             encode_images(
@@ -388,19 +388,19 @@ def _encode(options: argparse.Namespace) -> None:
             return
     recipe = "latents_text" if options.captions else "latents"
     print(f"latents of {settings['num_images']} images in {options.output}; to train on them: unet-diffusion fit "
-          f"--config {recipe} --data.init_args.root {options.output}")  # fmt: skip
+          f"--config {recipe} --data.root {options.output}")  # fmt: skip
 
 
-def _images_to_encode(options: argparse.Namespace, autoencoder: "AutoencoderNetwork") -> "FolderDataModule":
+def _images_to_encode(options: argparse.Namespace, autoencoder: "AutoencoderNetwork") -> "ImageDataModule":
     """The images at the size asked for, or the autoencoder's."""
-    from unet_diffusion.data import FolderDataModule
+    from unet_diffusion.data import Folder, ImageDataModule
     from unet_diffusion.models.autoencoders import downsampling
 
     size = options.image_size or autoencoder.config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     if height % downsampling(autoencoder) or width % downsampling(autoencoder):
         raise ValueError(f"--image_size must be multiples of {downsampling(autoencoder)}, got {height} {width}")
-    data = FolderDataModule(
+    source = Folder(
         options.images,
         image_size=(height, width),
         channels=autoencoder.config["in_channels"],
@@ -409,12 +409,13 @@ def _images_to_encode(options: argparse.Namespace, autoencoder: "AutoencoderNetw
         background=options.background,
         on_bad_file=options.on_bad_file,
     )
+    data = ImageDataModule(source)
     data.setup()
     return data
 
 
 def _latents_settings(
-    options: argparse.Namespace, autoencoder: "AutoencoderNetwork", data: "FolderDataModule"
+    options: argparse.Namespace, autoencoder: "AutoencoderNetwork", data: "ImageDataModule"
 ) -> dict[str, Any]:
     """What decides what the latents are, see `latents.encode_images`."""
     from diffusers import VQModel
@@ -901,7 +902,7 @@ def _import(options: argparse.Namespace) -> None:
         if any(one.provides for one in trained.all_conditions):  # it is trained on images
             settings["model"]["codec"] = scale
         else:
-            settings["data"] = scale
+            settings["data"] = {"init_args": {"source": scale}}
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
           f"--ckpt_path {options.checkpoint}")  # fmt: skip

@@ -101,10 +101,10 @@ class TwoStages:
 
     def _latents(self) -> list[str]:
         flags = {"--class_labels": self.class_labels, "--captions": self.captions, "--horizontal_flip": self._flips()}
-        data = self._data_of(self.autoencoder)
+        source = self._data_of(self.autoencoder).get("source", {}).get("init_args", {})
         return [
             *("encode", str(self.output / "autoencoder"), str(self.images), "--output", str(self.output / "latents")),
-            *("--background", data.get("background", "white"), "--on_bad_file", data.get("on_bad_file", "error")),
+            *("--background", source.get("background", "white"), "--on_bad_file", source.get("on_bad_file", "error")),
             *(flag for flag, is_set in flags.items() if is_set),
         ]
 
@@ -124,7 +124,7 @@ class TwoStages:
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
         run = self.output / name
-        return ["fit", f"--config={recipe}", f"--data.init_args.root={root}", f"--trainer.default_root_dir={run}"]
+        return ["fit", f"--config={recipe}", f"--data.root={root}", f"--trainer.default_root_dir={run}"]
 
     def _flips(self) -> bool:
         return bool(self._data_of(self.denoiser).get("horizontal_flip"))

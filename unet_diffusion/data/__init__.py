@@ -1,24 +1,26 @@
-"""Data modules: images from a folder, an archive, shards, torchvision or scikit-learn; labelled
-images; latents."""
+"""Sources of images, which say where they come from, and the data modules, which do the rest of
+training on them."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "base": ["ImageDataModule", "split_by_name", "split_indices"],
+        "base": ["ImageDataModule"],
         "batches": ["ImageBatches", "ImageSet", "OrderedBatches", "ResumableLoader", "ShuffledBatches"],
         "checking": ["StreamedImages", "check_images", "load_images"],
         "decoding": ["ImageFormat", "decode_image"],
         "files": ["find_images"],
-        "folder": ["FolderDataModule", "TilesDataModule"],
+        "folder": ["Folder", "Tiles"],
         "labelled": ["LabelledImages", "LabelledSource", "PairedFiles", "SyntheticCells"],
-        "latents": ["LatentBatches", "LatentsDataModule"],
+        "latents": ["LatentBatches", "Latents"],
         "packing": ["pack_images"],
         "scaling": ["scale_to_unit_range"],
         "segmentation": ["SegmentationDataModule"],
         "shards": ["ShardError", "ShardIndex", "ShardStore", "ShardedImages"],
-        "standard": ["DigitsDataModule", "TorchvisionDataModule"],
-        "stream": ["CountReplaced", "ShuffledShards", "StreamDataModule"],
+        "source": ["Source", "SourceImages"],
+        "split": ["split_by_name", "split_indices"],
+        "standard": ["Digits", "Torchvision"],
+        "stream": ["CountReplaced", "Shards", "ShuffledShards"],
     },
 )

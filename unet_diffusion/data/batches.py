@@ -1,40 +1,56 @@
 """Whole batches by index: which images make up a batch, in which order, and which of them are mirrored.
 
-A sampler yields lists of indices and the dataset answers each with a batch, so a set in memory costs one indexing a
-batch instead of a Python call an image. The order and the mirroring are a function of (seed, epoch) alone: workers
-decide nothing, and R processes with batches of B see in each step what one process with batches of R * B sees.
+A sampler yields lists of indices and the data set answers each list with a batch, so a set in memory costs one indexing
+per batch instead of one Python call per image. The order and the mirroring are a function of (seed, epoch) alone:
+workers decide nothing, and R processes with batches of B see in each step what one process with batches of R * B sees.
 The samplers are DistributedSamplers, which tells Lightning to call `set_epoch` and to replace nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from unet_diffusion.data.checking import StreamedImages
-from unet_diffusion.data.shards import ShardedImages
 from unet_diffusion.runtime.randomness import keyed_generator
 
 Batch = dict[str, Tensor]
 
 
+class Images(Protocol):
+    """What batches need of images: a tensor has it, and so do images that are read when a batch asks for them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch.uint8 or torch.uint16; latents have torch.float16."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(N, C, H, W)."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """The images at index (B,), (B, C, H, W); dim is 0."""
+
+
 @dataclass
 class ImageSet:
-    """All images of a data set, before they are split.
+    """All images of a source, before they are split.
 
     Args:
-        images: uint8 or uint16 (N, C, H, W), in memory, or decoded when they are asked for.
-        labels: class of each image, (N,) int64, or None.
-        class_names: name of each class, or None.
-        captions: of each image, or None.
-        names: Of each image's file, by which the set is split; None: images have numbers only.
-        contents: A hash of each image's file; None: not known.
+        images: The images (N, C, H, W), uint8 or uint16, in memory or read when a batch asks for them.
+        labels: The class of each image, (N,) int64, or None.
+        class_names: The name of each class, or None.
+        captions: The caption of each image, or None.
+        names: The name of each image's file, which decides the split. None says that images have numbers only.
+        contents: A hash of each image's file. None says that they are not known.
     """
 
-    images: Tensor | StreamedImages | ShardedImages
+    images: Images
     labels: Tensor | None = None
     class_names: list[str] | None = None
     captions: list[str] | None = None
@@ -46,7 +62,7 @@ class ImageBatches(Dataset[Batch]):
     """Batches of an image set by lists of indices; index + N stands for image `index` mirrored left to right.
 
     Args:
-        image_set: N images.
+        image_set: The N images.
     """
 
     def __init__(self, image_set: ImageSet) -> None:
@@ -73,20 +89,21 @@ class ImageBatches(Dataset[Batch]):
 class ShuffledBatches(DistributedSampler[list[int]]):
     """Lists of indices to train on, shuffled anew every epoch; no index comes twice in an epoch.
 
-    Images that do not fill a last batch on every process are left out, others in each epoch. If there are too few for
-    even one, a single smaller batch is made of all that can be shared out evenly. Nothing is repeated or padded.
+    Images that do not fill a last batch on every process are left out, others in each epoch. If the images are too few
+    for one batch per process, the epoch is one smaller batch of all images that can be shared out evenly. Nothing is
+    repeated or padded.
 
     Args:
-        indices: the images to train on, (n,) int64.
-        batch_size: images a batch and process.
-        num_images: N, size of the whole set; added to the index of a mirrored image.
-        horizontal_flip: mirror every second image, drawn at random.
-        seed: of the order and the mirroring.
-        num_replicas: processes that share an epoch.
-        rank: of this process, in [0, num_replicas).
+        indices: The images to train on, (n,) int64.
+        batch_size: The number of images per batch and process.
+        num_images: N, the size of the whole set, which is added to the index of a mirrored image.
+        horizontal_flip: Whether every second image, drawn at random, is mirrored.
+        seed: Seed of the order and the mirroring.
+        num_replicas: The number of processes that share an epoch.
+        rank: The rank of this process, in [0, num_replicas).
 
     Raises:
-        ValueError: if there are fewer images than processes.
+        ValueError: If there are fewer images than processes.
     """
 
     def __init__(
@@ -114,7 +131,7 @@ class ShuffledBatches(DistributedSampler[list[int]]):
 
     @property
     def first_batch(self) -> int:
-        """The batch that the current epoch begins with: 0 unless it is resumed."""
+        """The batch that the current epoch begins with: 0 unless the epoch is resumed."""
         epoch, batch = self._resume_at
         return batch if epoch == self.epoch else 0
 
@@ -127,7 +144,7 @@ class ShuffledBatches(DistributedSampler[list[int]]):
             yield order[step * self.num_replicas + self.rank].tolist()
 
     def resume_at(self, epoch: int, num_batches: int) -> None:
-        """Leave out the first batches of one epoch, which a run before this one has trained on."""
+        """Leave out the first batches of one epoch, which the run has trained on before it was interrupted."""
         self._resume_at = (epoch, num_batches)
 
     def _order(self) -> Tensor:
@@ -142,17 +159,17 @@ class ShuffledBatches(DistributedSampler[list[int]]):
 class OrderedBatches(DistributedSampler[list[int]]):
     """Lists of indices to validate on: always the same, in order, and each index on one process only.
 
-    Every process gets the same number of batches, of sizes that differ by at most one: an uneven number would hang a
-    process that waits for another.
+    Every process gets the same number of batches, and their sizes differ by at most one: with an uneven number one
+    process would wait for another for ever.
 
     Args:
-        indices: the images to validate on, (n,) int64.
-        batch_size: most images a batch and process.
-        num_replicas: processes that share the images.
-        rank: of this process, in [0, num_replicas).
+        indices: The images to validate on, (n,) int64.
+        batch_size: The largest number of images per batch and process.
+        num_replicas: The number of processes that share the images.
+        rank: The rank of this process, in [0, num_replicas).
 
     Raises:
-        ValueError: if there are fewer images than processes.
+        ValueError: If there are fewer images than processes.
     """
 
     def __init__(self, indices: Tensor, batch_size: int, *, num_replicas: int = 1, rank: int = 0) -> None:
@@ -177,12 +194,12 @@ class OrderedBatches(DistributedSampler[list[int]]):
 class ResumableLoader(DataLoader[Batch]):
     """A DataLoader over ShuffledBatches whose position is saved in Lightning's checkpoints.
 
-    A run that resumes within an epoch goes on with the batch after the last one it trained on.
-    Its arguments are those of DataLoader.
+    A run that resumes within an epoch goes on with the batch after the last one it trained on. The arguments are those
+    of DataLoader.
     """
 
     sampler: ShuffledBatches
-    _num_handed_out = 0  # may be saved before the first batch
+    _num_handed_out = 0  # a checkpoint may be saved before the first batch
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, to count what was handed out
         self._num_handed_out = self.sampler.first_batch
@@ -191,7 +208,7 @@ class ResumableLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and the number of its batches that were handed out."""
+        """The epoch, and the number of batches of it that were handed out."""
         return {"epoch": self.sampler.epoch, "num_batches": self._num_handed_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Captions of image files: metadata.csv or metadata.jsonl in a folder of theirs or above, or a text file beside each.
+"""Captions of image files: metadata.csv or metadata.jsonl in their folder or above, or a text file beside each.
 
-The tables are those of Hugging Face's image folders: file_name, relative to the table, and text. An image has one
-caption: of two rows for it that differ neither is taken. A text file counts where no table has a row for its image.
+The tables are those of Hugging Face's image folders, with the columns file_name, relative to the table, and text. An
+image has one caption: two rows for it that differ are an error. A text file counts where no table has a row for its
+image.
 """
 
 import csv
@@ -29,9 +30,9 @@ class Captions:
     """The captions of images.
 
     Args:
-        texts: of each image, without white space around it.
-        num_unused: rows in tables whose image is not there.
-        unused: "where: file_name" of the first of them.
+        texts: The caption of each image, without white space around it.
+        num_unused: The number of rows in tables whose image is not there.
+        unused: A line "where: file_name" for each of the first such rows.
     """
 
     texts: list[str]
@@ -43,11 +44,11 @@ def read_captions(files: ImageFiles, names: Sequence[str]) -> Captions:
     """The caption of each image.
 
     Args:
-        files: where the images are.
-        names: of the images.
+        files: The files below the root.
+        names: The names of the images.
 
     Raises:
-        ValueError: listing images without a caption, or if a table is not as it must be, or too large.
+        ValueError: If images have no caption, which the message lists, or a table is malformed or too large.
     """
     images = set(names)
     captions: dict[str, tuple[str, str]] = {}  # and where it stands
@@ -84,11 +85,11 @@ def _content(files: ImageFiles, path: str) -> str | None:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, and is not; save it as such") from error
+        raise ValueError(f"{path} must be text in UTF-8, and is not; save it in UTF-8") from error
 
 
 def _rows_below(files: ImageFiles, folder: str, images: set[str]) -> Iterator[tuple[str, str, str]]:
-    """Where it stands, the image and the caption of each row in the tables of a folder."""
+    """The place, the image and the caption of each row in the tables of a folder."""
     for path in (str(PurePosixPath(folder) / table) for table in TABLES):
         content = _content(files, path)
         if content is None:
@@ -107,7 +108,7 @@ def _rows_below(files: ImageFiles, folder: str, images: set[str]) -> Iterator[tu
 
 
 def _image(file_name: str, folder: str, where: str, images: set[str]) -> str:
-    """The name of the image that a row is of; backslashes are taken for slashes where they are not in its name."""
+    """The name of a row's image; backslashes count as slashes unless the name of an image holds them."""
     file_name = composed(file_name.strip())
     name = normpath(join(folder, file_name))
     if name in images:
@@ -121,7 +122,7 @@ def _csv_rows(content: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV file below its head, with the numbers of the lines in which they begin.
 
     Raises:
-        ValueError: if one has more fields than the head, or quotes that do not fit.
+        ValueError: If a row has more fields than the head, or quotes that do not match.
     """
     reader = csv.reader(_text_lines(content, newline=""), strict=True, skipinitialspace=True)
     head: list[str] = []
@@ -138,7 +139,7 @@ def _csv_rows(content: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
                 raise ValueError(f"{path} line {number} has {len(row)} fields for {len(head)} columns; put double "
                                  "quotes around a text with a comma")  # fmt: skip
             elif row:
-                yield number, dict(zip(head, row, strict=False))  # what it lacks, whoever reads it misses
+                yield number, dict(zip(head, row, strict=False))  # a field that is missing is refused where it is read
             number = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path} line {number} has a double quote that is not closed, or not doubled within others "
@@ -156,5 +157,5 @@ def _lines(content: str, path: str) -> Iterator[tuple[int, Any]]:
 
 
 def _text_lines(content: str, newline: str) -> Iterator[str]:
-    """The lines one by one; all of them at once, and io.StringIO too, take many times the memory of the file."""
+    """The lines one by one, as all of them at once, and io.StringIO too, take many times the memory of the file."""
     return io.TextIOWrapper(io.BytesIO(content.encode()), encoding="utf-8", newline=newline)

@@ -1,4 +1,4 @@
-"""Every file is decoded once before training, so that a damaged one is found in a minute and not in the tenth hour."""
+"""Every file is decoded once before training, so that a damaged file is found in a minute and not in the tenth hour."""
 
 import math
 import os
@@ -28,12 +28,12 @@ _one_at_a_time = Lock()
 
 @dataclass
 class StreamedImages:
-    """Images that are decoded when they are asked for.
+    """Images that are decoded when a batch asks for them.
 
     Args:
-        files: where they are read from.
-        names: the file of each image.
-        image_format: what each is turned into.
+        files: The files below the root.
+        names: The name of each image's file.
+        image_format: The size and channels that each image is converted to.
         dtype: torch.uint8, or torch.uint16 if any file holds 16 bits.
     """
 
@@ -51,7 +51,7 @@ class StreamedImages:
         return len(self), self.image_format.channels, self.image_format.height, self.image_format.width
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """The images at index (B,), (B, C, H, W); called as a tensor's, so dim must be 0."""
+        """The images at index (B,), (B, C, H, W). The signature is that of a tensor, and dim must be 0."""
         assert dim == 0
         return torch.stack([to_depth(self._image(self.names[i]), self.dtype) for i in index.tolist()])
 
@@ -65,13 +65,13 @@ class StreamedImages:
 
 @dataclass
 class CheckedImages:
-    """What became of the files.
+    """The images that could be decoded, and the files that could not.
 
     Args:
-        images: those that could be decoded, as a tensor (N, C, H, W) or streamed.
-        names: the file of each image.
-        bad_files: "name: reason" for each of the others.
-        sizes: height and width of each image, upright, before it was scaled and cut.
+        images: The images (N, C, H, W), as a tensor or decoded when a batch asks for them.
+        names: The name of each image's file.
+        bad_files: A line "name: reason" for each of the other files.
+        sizes: Height and width of each upright image before it was scaled and cut.
         contents: The hash of each image's file as it was decoded.
     """
 
@@ -86,9 +86,9 @@ def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool 
     """Decode all files into one tensor: uint8, or uint16 if any file holds 16 bits (8-bit values are then times 257).
 
     Args:
-        files: what to decode.
-        image_format: what to turn each image into.
-        progress: whether to show a progress bar.
+        files: The files to decode.
+        image_format: The size and channels that each image is converted to.
+        progress: Whether a progress bar is shown.
     """
     size = (image_format.channels, image_format.height, image_format.width)
     images = torch.empty(len(files.names), *size, dtype=torch.uint8)
@@ -107,12 +107,12 @@ def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool 
 
 
 def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
-    """Decode all files once, keeping none of them in memory.
+    """Decode all files once and keep no image in memory.
 
     Args:
-        files: what to decode.
-        image_format: what to turn each image into.
-        progress: whether to show a progress bar.
+        files: The files to decode.
+        image_format: The size and channels that each image is converted to.
+        progress: Whether a progress bar is shown.
     """
     decode = _decoder(files, image_format)
 
@@ -153,13 +153,13 @@ def num_cpus() -> int:
 def in_threads(
     function: Callable[[str], T], names: Sequence[str], title: str, progress: bool
 ) -> Iterator[tuple[str, T]]:
-    """Each name with its result, in order. Decoders release Python's lock, so threads use all cores.
+    """Each name with the result of a function, in order. Decoders release Python's lock, so threads use all cores.
 
     Args:
-        function: called with each name.
-        names: what to call it with.
-        title: of the progress bar.
-        progress: whether to show one.
+        function: The function, which is called with each name.
+        names: The names.
+        title: The title of the progress bar.
+        progress: Whether a progress bar is shown.
     """
     with ThreadPoolExecutor(num_cpus()) as pool:
         results = tqdm(pool.map(function, names), title, total=len(names), unit="file", disable=not progress)
@@ -167,12 +167,12 @@ def in_threads(
 
 
 def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | str:
-    """What a file holds, or the reason why it cannot be read.
+    """The decoded contents of a file, or the reason why it cannot be read.
 
     Args:
-        decode: from the contents of a file.
-        files: where it is read from.
-        name: of the file.
+        decode: The function that decodes the contents of a file.
+        files: The files below the root.
+        name: The name of the file.
     """
     try:
         return decode(files.read(name))
@@ -181,7 +181,7 @@ def decoded(decode: Callable[[bytes], T], files: ImageFiles, name: str) -> T | s
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a file; words of a decoder say little without their kind."""
+    """The reason why a file cannot be read; the message of a decoder says little without its type."""
     is_sentence = isinstance(error, ValueError | OSError)
     return in_words(error) if is_sentence else f"damaged ({type(error).__name__}: {error})"
 

@@ -28,16 +28,16 @@ WITHOUT_ALPHA = {"grey": 1, "RGB": 3, "palette": 1}  # numbers a pixel
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What every image is turned into.
+    """The size and channels that every image is converted to.
 
     Args:
-        height: of the result, in pixels.
-        width: of the result, in pixels.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
-        background: colour put behind transparent pixels where there is no alpha channel; a name or "#rrggbb".
+        background: The colour behind transparent pixels where there is no alpha channel, a name or "#rrggbb".
 
     Raises:
-        ValueError: if one of them is out of range or no colour.
+        ValueError: If one of them is out of range, or background is no colour.
     """
 
     height: int
@@ -56,6 +56,17 @@ class ImageFormat:
         rgb = ImageColor.getrgb(self.background)[:3]  # its ValueError names the value
         object.__setattr__(self, "background_rgb", tuple(level / 255 for level in rgb))
 
+    @classmethod
+    def of_size(cls, size: int | tuple[int, int], channels: int, background: str) -> "ImageFormat":
+        """The format for a height and width, or for one number that is both."""
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(height, width, channels, background)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the result."""
+        return self.channels, self.height, self.width
+
 
 def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
     """The image in a file: scaled to cover height x width, cut to its centre, (channels, height, width).
@@ -64,14 +75,14 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
     pages the first counts.
 
     Args:
-        data: contents of an image file.
-        image_format: what to turn it into.
+        data: The contents of an image file.
+        image_format: The size and channels that the image is converted to.
 
     Returns:
         uint8 in [0, 255], or uint16 in [0, 65535] if the file holds more than 8 bits a channel.
 
     Raises:
-        ValueError: if the image is smaller than asked for in either direction, has more pixels than
+        ValueError: If the image is smaller than asked for in either direction, has more pixels than
             PIL.Image.MAX_IMAGE_PIXELS, or holds numbers that are no 8 or 16-bit colours.
         Exception: whatever a decoder raises on a damaged file.
     """
@@ -79,7 +90,7 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
 
 
 def fitted_image(image: StoredImage, image_format: ImageFormat) -> Tensor:
-    """As `decode_image`, of one of the images of a file."""
+    """An image of a file, converted as `decode_image` does it."""
     height, width = image.size
     if height < image_format.height or width < image_format.width:
         raise ValueError(f"too small: {height}x{width}, must be at least {image_format.height}x{image_format.width}")
@@ -93,7 +104,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
     """Height and width of the image in a file, with its orientation applied.
 
     Raises:
-        ValueError: if it has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
+        ValueError: If it has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
         Exception: whatever a decoder raises on a damaged file.
     """
     return next(stored_images(data)).size
@@ -103,11 +114,11 @@ def decode_pages(data: bytes, channels: int) -> list[Tensor]:
     """Every page of an image file at its own size, (channels, H, W) uint8 or uint16 each; only TIFF has several.
 
     Args:
-        data: contents of an image file.
+        data: The contents of an image file.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
 
     Raises:
-        ValueError: if a page has more pixels than PIL.Image.MAX_IMAGE_PIXELS, or numbers that are no 8 or 16-bit
+        ValueError: If a page has more pixels than PIL.Image.MAX_IMAGE_PIXELS, or numbers that are no 8 or 16-bit
             colours.
         Exception: whatever a decoder raises on a damaged file.
     """
@@ -118,11 +129,11 @@ def decode_page(image: StoredImage, channels: int) -> Tensor:
     """An image at its own size, (channels, H, W) uint8 or uint16.
 
     Args:
-        image: one of those of a file.
+        image: An image of a file.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
 
     Raises:
-        ValueError: if it holds numbers that are no 8 or 16-bit colours.
+        ValueError: If it holds numbers that are no 8 or 16-bit colours.
         Exception: whatever a decoder raises on a damaged file.
     """
     pixels = _colours(image)
@@ -137,10 +148,10 @@ def decode_label_pages(data: bytes) -> list[NDArray[np.int32]]:
     stored that way, and its greys count. Alpha is left out.
 
     Args:
-        data: contents of an image file, grey, with a palette, or colour whose channels are equal; of any depth.
+        data: The contents of an image file: grey, with a palette, or colour with equal channels, of any depth.
 
     Raises:
-        ValueError: if pixels are colours or no whole numbers of 32 bits, or the file is of a kind that changes them.
+        ValueError: If pixels are colours or no whole numbers of 32 bits, or the file is of a kind that changes them.
         Exception: whatever a decoder raises on a damaged file.
     """
     return [_label(image) for image in stored_images(data)]

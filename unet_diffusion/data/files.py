@@ -1,7 +1,7 @@
 """Finding image files: in a folder, in a zip archive, or in a folder inside a zip archive.
 
-A listing is sorted by name, so it is the same on every machine; what it leaves out, `listing` says. Which files are
-images is told from their extension; whether they can be decoded `checking` finds out.
+A listing is sorted by name, so it is the same on every machine; `listing` says what it leaves out. The extension of a
+file tells whether it is an image; `checking` finds out whether it can be decoded.
 """
 
 import os
@@ -23,34 +23,34 @@ class ImageFiles(Protocol):
     """Image files below a root, by name.
 
     Attributes:
-        names: paths relative to the root, composed (see `listing`), with forward slashes, sorted.
-        left_out: the other files.
+        names: The sorted paths of the images relative to the root, composed (see `listing`), with forward slashes.
+        left_out: The other files.
     """
 
     names: list[str]
     left_out: LeftOut
 
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
-        """The encoded contents of one of the names, or of another file below the root.
+        """The encoded contents of an image, or of another file below the root.
 
         Args:
-            name: of the file.
-            max_bytes: more are refused; None: as many as are allowed in images.
+            name: The name of the file.
+            max_bytes: A larger file is refused. None allows the size that images may have.
         """
 
     def stamp(self, name: str) -> str:
-        """What tells, without reading, that the contents of one of the names are others; see `fingerprints.py`."""
+        """A text that changes with the contents of a file, but needs no reading; see `fingerprints.py`."""
 
 
 def find_images(root: str | Path) -> ImageFiles:
     """The image files below a root, however deep.
 
     Args:
-        root: a folder, a zip archive, or a folder inside one (archive.zip/train).
+        root: A folder, a zip archive, or a folder inside one (archive.zip/train).
 
     Raises:
-        FileNotFoundError: if the root does not exist.
-        ValueError: if the root is a file but not a zip archive, is a run folder, or holds no images.
+        FileNotFoundError: If the root does not exist.
+        ValueError: If the root is a file but not a zip archive, is a run folder, or holds no images.
     """
     root = Path(root).expanduser()
     _refuse_run_folder(root)
@@ -65,7 +65,7 @@ def find_images(root: str | Path) -> ImageFiles:
 
 
 def find_images_or_one(root: str | Path) -> ImageFiles:
-    """As `find_images`, or, if the root is a file and no zip archive, that file alone."""
+    """The image files below a root as `find_images` has them, or the root alone if it is a file and no zip archive."""
     path = Path(root).expanduser()
     if path.is_file() and not zipfile.is_zipfile(path):
         return OneFile(path)
@@ -76,7 +76,7 @@ def class_names_of(names: list[str], root: str | Path) -> list[str]:
     """The folders directly below root, sorted, with 2 before 10.
 
     Raises:
-        ValueError: if there are files outside of them, or fewer than two.
+        ValueError: If an image lies in none of them, or there are fewer than two.
     """
     loose = [name for name in names if "/" not in name]
     if loose:
@@ -109,10 +109,10 @@ class FolderFiles:
     """The image files below a folder. Links to folders are followed.
 
     Args:
-        root: an existing folder.
+        root: An existing folder.
 
     Raises:
-        ValueError: if two names differ only in how accents are encoded.
+        ValueError: If two names differ only in how accents are encoded.
     """
 
     def __init__(self, root: Path) -> None:
@@ -123,11 +123,11 @@ class FolderFiles:
         self.names = image_names(map(composed, stored), self._read_text, self.left_out)
 
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
-        """The encoded contents of one of the names, or of another file below the root.
+        """The encoded contents of an image, or of another file below the root.
 
         Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if it is no regular file, or too large.
+            FileNotFoundError: If the file is not there.
+            ValueError: If it is no regular file, or too large.
         """
         path = self.root / self._stored.get(name, name)
         status = path.stat()
@@ -153,7 +153,7 @@ class OneFile(FolderFiles):
     """An image file by itself, whatever else lies in its folder.
 
     Args:
-        path: of an existing file.
+        path: The path of an existing file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -167,12 +167,12 @@ class ZipFiles:
     """The image files in a zip archive, read without unpacking it.
 
     Args:
-        archive: path of the archive.
-        folder: a folder inside it, or "" for all of it.
+        archive: The path of the archive.
+        folder: A folder inside the archive, or "" for all of it.
 
     Raises:
-        ValueError: if the archive is damaged, holds no such folder, has files that would lie outside of it, or two of
-            a name.
+        ValueError: If the archive is damaged, holds no such folder, has files that would lie outside of it, or two
+            files of one name.
     """
 
     def __init__(self, archive: Path, folder: str = "") -> None:
@@ -198,8 +198,8 @@ class ZipFiles:
         """The encoded contents of one of the names, or of another file there; may be called from several threads.
 
         Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if it unpacks to more than 1 GiB, or max_bytes.
+            FileNotFoundError: If the file is not there.
+            ValueError: If it unpacks to more than 1 GiB, or max_bytes.
         """
         if self._process != os.getpid():  # a forked process would share, and move, the position in the file
             self._open()
@@ -242,10 +242,10 @@ def _refuse_run_folder(root: Path) -> None:
 
 
 def _stored_by_name(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
-    """How files are stored, by their names in a listing, of those that are stored otherwise.
+    """The stored names, by the names in a listing, of files for which the two differ.
 
     Raises:
-        ValueError: if two have the same name in it.
+        ValueError: If two files have the same name in the listing.
     """
     stored: dict[str, str] = {}
     seen = set()

@@ -1,4 +1,4 @@
-"""Data modules for one's own images, in a folder or a zip archive: scaled to one size, or cut into tiles."""
+"""Sources of your own images, in a folder or a zip archive: scaled to one size, or cut into tiles."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageSet
 from unet_diffusion.data.captions import TEXT_EXTENSIONS, Captions, read_captions
 from unet_diffusion.data.checking import (
@@ -22,39 +21,33 @@ from unet_diffusion.data.checking import (
 from unet_diffusion.data.decoding import ImageFormat, decode_pages
 from unet_diffusion.data.files import ImageFiles, class_names_of, find_images, labels_of
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.data.source import IN_MEMORY_BYTES, Source
 
 OnBadFile = Literal["error", "skip"]
 
-LEAST_LOST = 0.01  # of an image's pixels: less is that of rounding
-IN_MEMORY_BYTES = 2 * 1024**3  # a set up to 2 GiB, at 8 bits, is kept in memory: 170,000 RGB images of 64x64
+LEAST_LOST = 0.01  # of an image's pixels; less than that is due to rounding
 
 
-class FolderDataModule(ImageDataModule):
+class Folder(Source):
     """Images from a folder (and those in it), a zip archive, or a folder inside one.
 
     Every image is scaled to cover image_size and cut to its centre; transparency is put on the background colour unless
-    channels is 4. Files with 16 bits a channel keep them. Every file is decoded once before training starts.
+    channels is 4. Files with 16 bits per channel keep them. Every file is decoded once before training starts, in
+    threads.
 
     Args:
-        root: a folder, archive.zip, or archive.zip/folder.
-        image_size: height and width in pixels, or one number for both; no image may be smaller.
+        root: A folder, archive.zip, or archive.zip/folder.
+        image_size: Height and width in pixels, or one number for both; no image may be smaller.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
-        class_labels: whether the folder directly below root that a file lies in is its class.
-        captions: whether each image has a caption, see `captions.py`.
-        background: colour behind transparent pixels, a name or "#rrggbb"; not used if channels is 4.
-        on_bad_file: what to do about files that cannot be decoded or are too small: "error", or "skip" with a warning.
-        in_memory: keep the decoded images in memory; None: if they take up to 2 GiB. Otherwise they are decoded
-            again every epoch.
-        batch_size: images a batch and process.
-        num_val: images kept apart for validation, chosen by their names; None: about a tenth, at most 1000. Files that
-            are added move none that was trained on.
-        horizontal_flip: mirror every second training image, drawn at random.
-        num_workers: processes that load batches; None: 0 if the images are in memory, otherwise one a processor core,
-            at most 8.
-        seed: of the order of the training images and their mirroring.
+        class_labels: Whether the folder directly below root that a file lies in is its class.
+        captions: Whether each image has a caption, see `captions.py`.
+        background: The colour behind transparent pixels, a name or "#rrggbb"; it is not used if channels is 4.
+        on_bad_file: What happens with files that cannot be decoded or are too small: "error", or "skip" with a warning.
+        in_memory: Whether the decoded images stay in memory; otherwise workers decode them again every epoch. None
+            keeps them if they take up to 2 GiB.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -68,54 +61,41 @@ class FolderDataModule(ImageDataModule):
         background: str = "white",
         on_bad_file: OnBadFile = "error",
         in_memory: bool | None = None,
-        batch_size: int = 64,
-        num_val: int | None = None,
-        horizontal_flip: bool = False,
-        num_workers: int | None = None,
-        seed: int = 0,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size, num_val=num_val, horizontal_flip=horizontal_flip, num_workers=num_workers, seed=seed
-        )
         if on_bad_file not in get_args(OnBadFile):
             raise ValueError(f'on_bad_file must be "error" or "skip", got {on_bad_file!r}')
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.root = root
-        self.image_format = ImageFormat(height, width, channels, background)
+        self.image_format = ImageFormat.of_size(image_size, channels, background)
+        self.image_shape = self.image_format.shape
         self.class_labels = class_labels
-        self.has_captions = captions
+        self.captions = captions
         self.on_bad_file = on_bad_file
         self.in_memory = in_memory
         self._left_out = self._changed = ""
-        self.file_names: list[str] = []
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image; known before they are loaded."""
-        return self.image_format.channels, self.image_format.height, self.image_format.width
-
-    def load(self) -> ImageSet:
+    def load(self, *, progress: bool = True) -> ImageSet:
         """Find and check all images.
 
+        Args:
+            progress: Whether a progress bar is shown.
+
         Raises:
-            FileNotFoundError: if root does not exist.
-            ValueError: if root holds no images, files that cannot be used, with class_labels no classes, or, with
-                captions, images without one.
+            FileNotFoundError: If root does not exist.
+            ValueError: If root holds no images or files that cannot be used, if class_labels is set and there are no
+                classes, or if captions is set and an image has none.
         """
         files = find_images(self.root)
         if self.class_labels:
             class_names_of(files.names, self.root)  # fails before the files are decoded, not after
-        written = read_captions(files, files.names) if self.has_captions else None
+        written = read_captions(files, files.names) if self.captions else None
         in_memory = self.in_memory
         if in_memory is None:
-            in_memory = len(files.names) * math.prod(self.image_shape) <= IN_MEMORY_BYTES
-        progress = self.trainer is None or self.trainer.is_global_zero
+            in_memory = len(files.names) * math.prod(self.image_format.shape) <= IN_MEMORY_BYTES
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
-        self.file_names = checked.names
         self._left_out = _left_out(files, checked, written)
         self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
-        captions = read_captions(files, checked.names).texts if self.has_captions else None
+        captions = read_captions(files, checked.names).texts if self.captions else None
         class_names = class_names_of(checked.names, self.root) if self.class_labels else None
         labels = torch.tensor(labels_of(checked.names, class_names)) if class_names else None
         return ImageSet(checked.images, labels, class_names, captions, checked.names, checked.contents)
@@ -136,7 +116,7 @@ class FolderDataModule(ImageDataModule):
 
 
 def _left_out(files: ImageFiles, checked: CheckedImages, captions: Captions | None) -> str:
-    """The files that are not used, and the rows of tables, in a line."""
+    """A line about the files, and the rows of tables, that are not used."""
     parts = [files.left_out.described(but=TEXT_EXTENSIONS if captions else ())]
     if checked.bad_files:
         parts.append(f"{len(checked.bad_files)} images that cannot be used")
@@ -149,7 +129,7 @@ def _left_out(files: ImageFiles, checked: CheckedImages, captions: Captions | No
 
 
 def _changed(sizes: list[tuple[int, int]], size: tuple[int, int]) -> str:
-    """How many images are scaled, and cropped, to a size, in a line."""
+    """A line about how many images are scaled to a size, and how many are cropped."""
     scales = [min(one / other for one, other in zip(before, size, strict=True)) for before in sizes]
     lost = [1 - scale**2 * math.prod(size) / math.prod(before) for scale, before in zip(scales, sizes, strict=True)]
     scaled, cropped = sum(scale > 1 for scale in scales), sum(one > LEAST_LOST for one in lost)
@@ -158,26 +138,22 @@ def _changed(sizes: list[tuple[int, int]], size: tuple[int, int]) -> str:
     return ", ".join(parts) or "nothing"
 
 
-class TilesDataModule(ImageDataModule):
+class Tiles(Source):
     """Tiles cut from images of any size, at the size of their pixels: nothing is scaled. For textures and microscopy.
 
-    Tiles cover each image, and overlap where it is no multiple of their size. All are kept in memory.
+    Tiles cover each image, and overlap where its size is no multiple of theirs. All tiles stay in memory.
 
     Args:
-        root: a folder, archive.zip, or archive.zip/folder.
-        tile_size: height and width of a tile, in pixels; no image may be smaller.
+        root: A folder, archive.zip, or archive.zip/folder.
+        tile_size: Height and width of a tile in pixels; no image may be smaller.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
-        stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
-        num_images: use the first so many images by name, such as those that are not to be tested on; None: all.
-        batch_size: tiles a batch and process.
-        num_val: tiles kept apart for validation, chosen by the names of their files; None: about a tenth, at most 1000.
-            They may be of an image that others are trained on.
-        horizontal_flip: mirror every second training tile, drawn at random.
-        num_workers: processes that load batches; None: 0, the tiles are in memory.
-        seed: of the order of the training tiles and their mirroring.
+        stretch: Whether each image's grey values are scaled from its 1st and 99th percentile, not from the range of
+            its type.
+        num_images: The number of images to use, the first by name, such as those that are not kept for a test. None
+            takes all. Tiles that are validated on may be of an image that other tiles are trained on.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -188,20 +164,12 @@ class TilesDataModule(ImageDataModule):
         channels: int = 3,
         stretch: bool = False,
         num_images: int | None = None,
-        batch_size: int = 64,
-        num_val: int | None = None,
-        horizontal_flip: bool = False,
-        num_workers: int | None = None,
-        seed: int = 0,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size, num_val=num_val, horizontal_flip=horizontal_flip, num_workers=num_workers, seed=seed
-        )
         if tile_size < 1:
             raise ValueError(f"tile_size must be at least 1, got {tile_size}")
         if num_images is not None and num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {num_images}; leave it out for all")
-        ImageFormat(tile_size, tile_size, channels)  # refuses other numbers of channels
+        self.image_shape = ImageFormat(tile_size, tile_size, channels).shape  # refuses other numbers of channels
         self.root = root
         self.tile_size = tile_size
         self.channels = channels
@@ -209,16 +177,18 @@ class TilesDataModule(ImageDataModule):
         self.num_images = num_images
         self._left_out = self._changed = ""
 
-    def load(self) -> ImageSet:
+    def load(self, *, progress: bool = True) -> ImageSet:
         """Decode all images and cut them.
 
+        Args:
+            progress: Whether a progress bar is shown.
+
         Raises:
-            FileNotFoundError: if root does not exist.
-            ValueError: if root holds no images, or images that cannot be used, which are listed.
+            FileNotFoundError: If root does not exist.
+            ValueError: If root holds no images, or images that cannot be used; the message lists them.
         """
         files = find_images(self.root)
         names = files.names[: self.num_images]
-        progress = self.trainer is None or self.trainer.is_global_zero
 
         def tiles_of(name: str) -> list[Tensor] | str:
             pages = decoded(lambda data: decode_pages(data, self.channels), files, name)
@@ -252,16 +222,16 @@ class TilesDataModule(ImageDataModule):
         return self._changed
 
     def _as_bytes(self, page: Tensor) -> Tensor:
-        """8 bits are enough for what is noised anyway; sets may mix depths."""
+        """A page as uint8: sets may mix depths, and 8 bits are enough for what is noised anyway."""
         return ((to_float(page, stretch=self.stretch) + 1) * 127.5).round().to(torch.uint8)
 
 
 def cut(image: Tensor, tile_size: int) -> Tensor:
-    """Tiles that cover an image, (N, C, tile_size, tile_size), evenly spaced.
+    """Evenly spaced tiles that cover an image, (N, C, tile_size, tile_size).
 
     Args:
-        image: (C, H, W), H and W at least tile_size.
-        tile_size: in pixels.
+        image: An image (C, H, W) with H and W at least tile_size.
+        tile_size: Height and width of a tile in pixels.
     """
     tops, lefts = (
         [round(i * (side - tile_size) / max(count - 1, 1)) for i in range(count)]

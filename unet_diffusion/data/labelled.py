@@ -1,4 +1,4 @@
-"""Where labelled images come from: files, matched by name and read at their own size, or generated cells.
+"""Sources of labelled images: files, matched by name and read at their own size, or generated cells.
 
 A TIFF file with several pages, as of the ISBI challenge, counts as as many images.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from unet_diffusion.data.checking import NUM_NAMED, decoded, in_threads
 from unet_diffusion.data.decoding import decode_label_pages, decode_pages
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
+from unet_diffusion.data.items import Item, ItemSource, read_items
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 CELLS_SIZE = (128, 128)  # of generated images, in pixels
@@ -26,10 +27,10 @@ class LabelledImages:
     """Images with their label images, in the order of their names.
 
     Args:
-        images: uint8 or uint16 (C, H, W) each.
-        labels: whole numbers, (H, W) each.
-        names: of each, without an extension; pages of a file end in their number.
-        left_out: what else there was, in a line; "" if there was nothing.
+        images: The images, uint8 or uint16 (C, H, W) each.
+        labels: The label images, whole numbers (H, W) each.
+        names: The name of each image without its extension; names of a file's pages end in their number.
+        left_out: A line about what else there was; "" if there was nothing.
     """
 
     images: list[Tensor]
@@ -38,32 +39,58 @@ class LabelledImages:
     left_out: str = ""
 
 
-class LabelledSource:
-    """Says where labelled images come from, in `load`."""
+class LabelledSource(ItemSource):
+    """Images by number with a label image each, for `SegmentationDataModule`.
+
+    A subclass defines `__len__`, and `__getitem__(index)`, which returns a dict with
+
+    - `image`: An image as in `Source`; sizes may differ.
+    - `label`: A PIL image, or an array or tensor (H, W) of whole numbers, as large as the image; `targets` says what
+      the numbers mean.
+    - `name`: What tells the image from others; without names the images are numbered. They are kept in the order of
+      the items, and the last ones are validated on.
+
+    The sources of this package define `load` instead, which reads files in threads.
+    """
 
     def load(self, *, progress: bool = True) -> LabelledImages:
-        """All images and their labels.
+        """All images and their labels; `SegmentationDataModule` calls it once.
 
         Args:
-            progress: whether to show a progress bar.
+            progress: Whether a progress bar is shown.
+
+        Raises:
+            ValueError: If an item is not as it must be.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define load()")
+        loaded = LabelledImages([], [], [])
+        for number, item in enumerate(read_items(self, progress)):
+            label = _label_image(item)
+            mismatch = _mismatch([item.image], [label])
+            if mismatch:
+                raise ValueError(f"{item.where} must be as large as its label, and has {mismatch}")
+            if len(item.image) != len((loaded.images or [item.image])[0]):
+                raise ValueError(f"all images must have the same channels, and {item.where} has {len(item.image)} and "
+                                 f"the first {len(loaded.images[0])}")  # fmt: skip
+            loaded.images.append(item.image)
+            loaded.labels.append(label)
+            loaded.names.append(item.name if item.name is not None else f"{number:06d}")
+        return loaded
 
 
 class PairedFiles(LabelledSource):
     """Images and labels in two folders, zip archives or multi-page TIFF files; grey or colour, 8 or 16 bit.
 
     Args:
-        images: a folder, archive.zip, archive.zip/folder, or one file.
-        labels: the same; a file's partner has the same path below it, but for the extension.
+        images: A folder, archive.zip, archive.zip/folder, or one file.
+        labels: The place of the labels, likewise; the label of an image has the same path there, but for the extension.
         channels: 1 (grey) or 3 (RGB); images are converted.
-        label_suffix: what the names of label files have at their end beside those of the images, such as "_mask".
+        label_suffix: The end that the names of labels have and those of images lack, such as "_mask".
 
     Raises:
-        ValueError: if channels is neither.
+        ValueError: If channels is neither.
     """
 
-    def __init__(self, images: str | Path, labels: str | Path, *, channels: int = 1, label_suffix: str = ""):
+    def __init__(self, images: str | Path, labels: str | Path, *, channels: int = 1, label_suffix: str = "") -> None:
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
         self.images = images
@@ -75,11 +102,12 @@ class PairedFiles(LabelledSource):
         """Find, match and decode all files.
 
         Args:
-            progress: whether to show a progress bar.
+            progress: Whether a progress bar is shown.
 
         Raises:
-            FileNotFoundError: if a folder or file does not exist.
-            ValueError: listing files that have no partner, that cannot be read, or differ from it in size or pages.
+            FileNotFoundError: If a folder or file does not exist.
+            ValueError: If a file has no partner, cannot be read, or differs from its partner in size or pages; the
+                message lists such files.
         """
         image_files, label_files = find_images_or_one(self.images), find_images_or_one(self.labels)
         pairs = _match(image_files, label_files, self.label_suffix)
@@ -119,10 +147,13 @@ class SyntheticCells(LabelledSource):
     """Generated images of cells that touch, grey, 128x128, with instance numbers; the same ones every time.
 
     Args:
-        num_images: how many.
+        num_images: The number of images.
+
+    Raises:
+        ValueError: If there are fewer than two.
     """
 
-    def __init__(self, *, num_images: int = 64):
+    def __init__(self, *, num_images: int = 64) -> None:
         if num_images < 2:
             raise ValueError(f"num_images must be at least 2, to train and to validate on, got {num_images}")
         self.num_images = num_images
@@ -131,7 +162,7 @@ class SyntheticCells(LabelledSource):
         """The generated cells.
 
         Args:
-            progress: whether to show a progress bar.
+            progress: Whether a progress bar is shown.
         """
         names = [f"{seed:04d}" for seed in range(self.num_images)]
         pairs = in_threads(
@@ -142,6 +173,24 @@ class SyntheticCells(LabelledSource):
             loaded.images.append(torch.from_numpy(image)[None])
             loaded.labels.append(instances)
         return loaded
+
+
+def _label_image(item: Item) -> NDArray[np.int32]:
+    """The label image of an item.
+
+    Raises:
+        ValueError: If there is none, or it is no image of whole numbers.
+    """
+    if item.label is None:
+        raise ValueError(f"{item.where} must have a label, an image of whole numbers")
+    label = np.asarray(item.label.cpu() if isinstance(item.label, Tensor) else item.label)
+    if label.ndim != 2 or label.dtype.kind not in "iub" or not label.size:
+        raise ValueError(
+            f"the label of {item.where} must be (H, W) of whole numbers, got {label.dtype} of the shape {label.shape}"
+        )
+    if not -(2**31) <= label.min() <= label.max() < 2**31:
+        raise ValueError(f"the label of {item.where} must hold numbers below 2**31, got {label.max()}")
+    return label.astype(np.int32)
 
 
 def listed(lines: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Writing shards: a folder of images becomes tar archives and an index, for `StreamDataModule`.
+"""Writing shards: a folder of images becomes tar archives and an index, for `Shards`.
 
 Images go into shards in an order drawn at random, so that each shard is a sample of the whole set: what is shuffled in
 training, a few shards at a time, is then as mixed as the set. A shard appears whole or not at all, and its record after
@@ -40,10 +40,10 @@ class Packed:
     """An image as it goes into a shard.
 
     Args:
-        content: of the image file.
-        extension: of its name, such as ".png".
-        size: height and width in pixels.
-        bits: 8 or 16 a channel.
+        content: The contents of the image file.
+        extension: The extension of its name, such as ".png".
+        size: Height and width in pixels.
+        bits: 8 or 16 bits per channel.
     """
 
     content: bytes
@@ -68,24 +68,27 @@ def pack_images(
     """Write shards of all images, going on where an earlier call with the same arguments was cut off.
 
     Args:
-        files: the images.
-        folder: made if it is not there.
-        root: where the images are, for messages and to tell them from others.
-        shard_images: images a shard; fewer in the last one, and where some were left out.
-        image_format: scale and cut each image to it, and keep it as PNG; None: keep the files as they are.
-        class_labels: the folder directly below the root that a file lies in is its class.
-        captions: each image has a caption, see `captions.py`.
-        skip_bad_files: leave out files that cannot be decoded or are too small; otherwise no index is written then.
-        progress: called with the number of images that were done.
-        say: Called with a line for each shard that is packed again, because images in it have changed.
+        files: The images.
+        folder: The folder of the shards; it is made if it is not there.
+        root: The place of the images, for messages and to tell them from others.
+        shard_images: The number of images per shard; the last shard, and shards with images left out, hold fewer.
+        image_format: The size and channels that each image is converted to, and kept as PNG. None keeps the files as
+            they are.
+        class_labels: Whether the folder directly below the root that a file lies in is its class.
+        captions: Whether each image has a caption, see `captions.py`.
+        skip_bad_files: Whether files that cannot be decoded or are too small are left out. Otherwise no index is
+            written if there are any.
+        progress: The function that is called with the number of images that were done.
+        say: The function that is called with a line for each shard that is packed again because images in it have
+            changed.
 
     Returns:
-        "name: reason" for each file that cannot be used.
+        A line "name: reason" for each file that cannot be used.
 
     Raises:
-        FileExistsError: if the folder holds something else, or shards of other images or settings.
-        ValueError: if a number is out of range, with class_labels there are no classes, with captions images without
-            one, or no image can be used.
+        FileExistsError: If the folder holds something else, or shards of other images or settings.
+        ValueError: If a number is out of range, class_labels is set and there are no classes, captions is set and an
+            image has none, or no image can be used.
     """
     if shard_images < 1:
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
@@ -146,7 +149,7 @@ def _write_shard(
     texts: list[str] | None,
     before: str | None,
 ) -> dict[str, Any]:
-    """A shard, and what is to be known of it; `before` is the checksum of the one in its place, if it is known."""
+    """Write a shard and return its record; `before` is the checksum of the shard in its place, if that is known."""
     names = {files.names[i]: i for i in members}
     good: dict[int, Packed] = {}
     bad_files = []
@@ -191,10 +194,10 @@ def _write_shard(
 
 
 def _packed(content: bytes, name: str, image_format: ImageFormat | None) -> Packed:
-    """Decodes the image, so that a damaged one is found here.
+    """An image as it goes into a shard, after it was decoded to find damage.
 
     Raises:
-        ValueError: if it cannot be used.
+        ValueError: If it cannot be used.
     """
     stored = next(stored_images(content))
     pixels = fitted_image(stored, image_format or ImageFormat(1, 1))

@@ -11,7 +11,7 @@ def scale_to_unit_range(images: Tensor) -> Tensor:
     """Images as float32 in [-1, 1]: x / 127.5 - 1 for uint8, x / 32767.5 - 1 for uint16.
 
     Raises:
-        ValueError: if the images have another dtype, such as when they were scaled before.
+        ValueError: If the images have another dtype, such as when they were scaled before.
     """
     if images.dtype not in (torch.uint8, torch.uint16):
         raise ValueError(f"images must be uint8 or uint16 to be scaled, got {images.dtype}; scale them only once")
@@ -23,8 +23,8 @@ def to_float(image: Tensor, *, stretch: bool) -> Tensor:
     """An image as float32 in [-1, 1]: by the range of its type, or stretched between its 1st and 99th percentile.
 
     Args:
-        image: uint8 or uint16 (C, H, W).
-        stretch: whether to stretch; what lies outside of the percentiles is clipped.
+        image: An image, uint8 or uint16 (C, H, W).
+        stretch: Whether grey values are stretched; values outside of the percentiles are clipped.
     """
     return scale_to_unit_range(image) if not stretch else stretch_to_unit_range(image, percentiles(image))
 
@@ -39,8 +39,8 @@ def stretch_to_unit_range(image: Tensor, ends: tuple[float, float]) -> Tensor:
     """An image as float32, so scaled that the two ends become -1 and 1; what lies outside is clipped.
 
     Args:
-        image: uint8 or uint16.
-        ends: grey values.
+        image: An image, uint8 or uint16.
+        ends: The two grey values.
     """
     low, high = ends
     return ((image.float() - low) * (2 / max(high - low, 1.0)) - 1).clamp_(-1, 1)

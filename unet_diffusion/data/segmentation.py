@@ -1,7 +1,7 @@
 """The data module of labelled images: random windows to train on, whole images to validate on.
 
 A window is drawn from an image at random, deformed as in Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597,
-section 3.1), and reaches beyond the image's border where it must, into its mirror image. What is drawn is a function of
+section 3.1), and reaches beyond the image's border where it must, into its mirror image. A window is a function of
 (seed, epoch, number of the draw) alone: workers decide nothing, and a resumed run sees what an uninterrupted one would.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from unet_diffusion.data.base import bounded_batch_size, refuse_overfit_batches, replica
+from unet_diffusion.data.base import SourceDataModule
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.checking import num_cpus
-from unet_diffusion.data.known import KnownImages, contents_of_pixels
+from unet_diffusion.data.known import contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
 from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
 from unet_diffusion.runtime.messages import first_few
@@ -31,31 +31,33 @@ SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run 
 DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
 
-class SegmentationDataModule(KnownImages):
+class SegmentationDataModule(SourceDataModule):
     """Batches of images, their classes and the weight of each pixel.
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "classes": int64 (B, H, W), "weights": float32 (B, H, W), 0
     where nothing is to be learnt, "index": int64 (B,)}: random windows. In validation they are lists of `whole` images.
 
     Args:
-        source: where the labelled images come from.
-        targets: how label images are read and what is learnt from them.
-        window_size: height and width of a training window, in pixels; the network must take it.
-        batch_size: windows a batch and process.
-        windows_per_image: drawn from each training image in an epoch.
-        num_val: images kept for validation: the last by name, as neighbours in a stack are alike; None: a fifth. Files
-            that are added to a given number move none that was trained on; a fifth grows, and would.
-        num_train: use only so many of the others, drawn by the seed; more draws keep those of fewer. None: all.
-        augmentation: how windows are deformed; None: not at all.
-        stretch: scale each image's grey values from its 1st and 99th percentile, not from the range of its type; for
-            16-bit images that use little of it, and sets of mixed brightness.
-        num_workers: processes that draw windows; 0: the training process does.
-        seed: of the windows and their deformation.
+        source: Where the labelled images come from: `PairedFiles`, or a class of your own, see `LabelledSource`.
+        targets: How label images are read, and what the network learns from them.
+        window_size: Height and width of a training window in pixels; the network must take it.
+        batch_size: The number of windows per batch and process.
+        windows_per_image: The number of windows that are drawn from each training image in an epoch.
+        num_val: The number of images kept for validation, the last by name, as neighbours in a stack are alike. None
+            takes a fifth. With a number, files that are added move none that was trained on; a fifth grows with them.
+        num_train: The number of the other images to train on, drawn by the seed; a larger number keeps the images of
+            a smaller one. None takes all.
+        augmentation: How windows are deformed. None leaves them as they are.
+        stretch: Whether each image's grey values are scaled from its 1st and 99th percentile, not from the range of
+            its type. This suits 16-bit images that use little of the range, and sets of mixed brightness.
+        num_workers: The number of processes that draw windows. 0 draws them in the training process.
+        seed: Seed of the windows and their deformation.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: If a number is out of range.
     """
 
+    source: LabelledSource
     margin = 0  # of the network, in pixels: a window's prediction is smaller by it; set by the module that trains
 
     def __init__(
@@ -73,41 +75,30 @@ class SegmentationDataModule(KnownImages):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("window_size", window_size),
-            ("batch_size", batch_size),
-            ("windows_per_image", windows_per_image),
-        ):
+        super().__init__(source, batch_size=batch_size, num_val=num_val, num_workers=num_workers, seed=seed)
+        for name, value in (("window_size", window_size), ("windows_per_image", windows_per_image)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or more, got {num_workers}; 0 draws in the training process")
-        self.source = source
         self.targets = targets
         self.window_size = window_size
-        self.batch_size = batch_size
         self.windows_per_image = windows_per_image
-        self.num_val = num_val
         self.num_train = num_train
         self.augmentation = augmentation
         self.stretch = stretch
-        self.num_workers = num_workers
-        self.seed = seed
         self._images: LabelledImages | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Load and check the images, once, split them, and work out the weights of their pixels.
 
         Args:
-            stage: of no consequence; Lightning passes it.
+            stage: Lightning passes it; it changes nothing.
 
         Raises:
-            ValueError: if labels hold other values than the targets say, or the images are too few for the split.
+            ValueError: If labels hold other values than the targets say, or the images are too few for the split.
         """
         if self._images is not None:
             return
-        loaded = self.source.load(progress=self.trainer is None or self.trainer.is_global_zero)
+        loaded = self.source.load(progress=self.shows_progress)
         self._check_labels(loaded)
         train, self.val_indices = self._split(len(loaded.images))
         balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
@@ -118,7 +109,7 @@ class SegmentationDataModule(KnownImages):
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
-        self.batch_size = bounded_batch_size(self.batch_size, len(self.train_indices), self.trainer)
+        self.bound_batch_size(len(self.train_indices))
         self._images = loaded
 
     def summary(self) -> list[str]:
@@ -162,7 +153,7 @@ class SegmentationDataModule(KnownImages):
         return self._images
 
     def names_and_contents(self) -> tuple[list[str], list[str]]:
-        """As `KnownImages` has it: what an image and its label image hold."""
+        """The names and contents that `KnownImages` asks for; contents include the label image."""
         labels = contents_of_pixels([torch.from_numpy(one) for one in self.images.labels])
         contents = contents_of_pixels(self.images.images)
         return self.images.names, [f"{one}\n{label}" for one, label in zip(contents, labels, strict=True)]
@@ -196,17 +187,11 @@ class SegmentationDataModule(KnownImages):
         """Batches of random windows; see `WindowBatches`.
 
         Raises:
-            ValueError: if the trainer is to overfit batches, for which Lightning would replace the sampler.
+            ValueError: If the trainer is to overfit batches, for which Lightning would replace the sampler.
         """
-        refuse_overfit_batches(self.trainer)
-        sampler = WindowBatches(
-            self.train_indices,
-            self.batch_size,
-            images=self.train_images,
-            seed=self.seed,
-            **replica(self.trainer),
-        )
-        workers = self.num_workers
+        self.refuse_overfit_batches()
+        sampler = WindowBatches(self.train_indices, images=self.train_images, seed=self.seed, **self.order())
+        workers = self.num_workers or 0
         return ResumableLoader(
             dataset=_Windows(self),
             sampler=sampler,
@@ -217,7 +202,7 @@ class SegmentationDataModule(KnownImages):
 
     def val_dataloader(self) -> DataLoader[list[Batch]]:
         """The validation images, whole: lists of one, or of two where processes must have equally many batches."""
-        sampler = OrderedBatches(self.val_indices, 1, **replica(self.trainer))
+        sampler = OrderedBatches(self.val_indices, **{**self.order(), "batch_size": 1})
         return DataLoader(dataset=_WholeImages(self), sampler=sampler, batch_size=None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -229,7 +214,7 @@ class SegmentationDataModule(KnownImages):
         return stretch_to_unit_range(image, self._ends[index]) if self.stretch else scale_to_unit_range(image)
 
     def _centre(self, size: torch.Size, generator: torch.Generator) -> tuple[float, float]:
-        """Of a window whose prediction lies within the image, if that is large enough, at whole pixels of the image."""
+        """The centre, at whole pixels, of a window whose prediction lies within an image that is large enough."""
         predicted = self.window_size - 2 * self.margin
         draws = torch.rand(2, generator=generator)
         starts = [int(u * max(side - predicted + 1, 1)) for u, side in zip(draws.tolist(), size, strict=True)]
@@ -279,12 +264,12 @@ class WindowBatches(ShuffledBatches):
     """Lists of drawn windows, shuffled anew every epoch; see `ShuffledBatches`.
 
     Args:
-        indices: numbers of an epoch's windows; number n is of the image at n modulo the number of images.
-        batch_size: windows a batch and process.
-        images: indices of the training images, (n,) int64.
-        seed: of the order.
-        num_replicas: processes that share an epoch.
-        rank: of this process, in [0, num_replicas).
+        indices: The numbers of an epoch's windows; window n is of the image at n modulo the number of images.
+        batch_size: The number of windows per batch and process.
+        images: The indices of the training images, (n,) int64.
+        seed: Seed of the order.
+        num_replicas: The number of processes that share an epoch.
+        rank: The rank of this process, in [0, num_replicas).
     """
 
     def __init__(

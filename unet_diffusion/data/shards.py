@@ -57,10 +57,10 @@ class Shard:
     """What the index says of a shard.
 
     Args:
-        num_images: in it, possibly none.
-        sha256: of the whole file.
-        labels: class of each image, or None.
-        captions: of each image, or None.
+        num_images: The number of images in it, possibly 0.
+        sha256: The checksum of the whole file.
+        labels: The class of each image, or None.
+        captions: The caption of each image, or None.
     """
 
     num_images: int
@@ -74,11 +74,11 @@ class ShardIndex:
     """What `unet-diffusion pack` wrote.
 
     Args:
-        shards: in order.
-        class_names: name of each class, or None.
-        smallest: height and width that no image falls below, in pixels.
-        bits: 8, or 16 if any image has 16 bits a channel.
-        channels: that images were given when they were scaled; None: they are as they were in their files.
+        shards: The shards in order.
+        class_names: The name of each class, or None.
+        smallest: Height and width in pixels that no image falls below.
+        bits: 8, or 16 if any image has 16 bits per channel.
+        channels: The number of channels that images were converted to. None says that files were kept as they are.
     """
 
     shards: list[Shard]
@@ -89,10 +89,10 @@ class ShardIndex:
 
     @classmethod
     def from_json(cls, text: bytes, place: str) -> "ShardIndex":
-        """The counterpart of what `pack_images` writes.
+        """The index that `pack_images` wrote.
 
         Raises:
-            ValueError: if it is something else.
+            ValueError: If the text is no index.
         """
         try:
             fields = json.loads(text)
@@ -140,12 +140,12 @@ class ShardStore:
     """A folder of shards, by its path or address. Each process that reads makes its own connections.
 
     Args:
-        root: a path, or an address that fsspec knows: http://..., s3://...
-        num_retries: how often a read is tried again.
+        root: A path, or an address that fsspec knows: http://..., s3://...
+        num_retries: How often a read is tried again.
 
     Raises:
-        ModuleNotFoundError: if a package for such addresses is missing.
-        ValueError: if such addresses are not known.
+        ModuleNotFoundError: If a package for such addresses is missing.
+        ValueError: If such addresses are not known.
     """
 
     def __init__(self, root: str | Path, *, num_retries: int = 4) -> None:
@@ -160,9 +160,9 @@ class ShardStore:
         """What the store holds.
 
         Raises:
-            FileNotFoundError: if there is no index.
-            ShardError: if it cannot be read.
-            ValueError: if it is no index.
+            FileNotFoundError: If there is no index.
+            ShardError: If it cannot be read.
+            ValueError: If it is no index.
         """
         place = f"{self.root}/{INDEX}"
 
@@ -184,7 +184,7 @@ class ShardStore:
         """The contents of the image files in a shard; tried again if they are not what was packed.
 
         Raises:
-            ShardError: if that does not help.
+            ShardError: If the shard still cannot be read.
         """
 
         def read() -> list[bytes]:
@@ -238,8 +238,8 @@ class Reading:
     """A shard that is being read in a thread, or was.
 
     Args:
-        files: the images in it, as they will be.
-        ahead: it was not needed yet; if it fails, it is tried again when it is.
+        files: The future image files of the shard.
+        ahead: Whether the shard was not needed yet; if the read fails, it is tried again when the shard is needed.
     """
 
     files: "Future[list[bytes]]"
@@ -252,13 +252,13 @@ class Reading:
 
 
 class ShardedImages:
-    """Images that are decoded when they are asked for, from shards that are read ahead and kept while they are used.
+    """Images that are decoded when a batch asks for them, from shards that are read ahead and kept while they are used.
 
     Args:
-        store: where the shards are.
-        index: what they hold.
-        image_format: what each image is turned into.
-        num_kept: shards in memory at most, as files, in each process that reads.
+        store: The store of the shards.
+        index: The index of the shards.
+        image_format: The size and channels that each image is converted to.
+        num_kept: The largest number of shards in memory, as files, in each process that reads.
     """
 
     def __init__(self, store: ShardStore, index: ShardIndex, image_format: ImageFormat, num_kept: int) -> None:
@@ -283,10 +283,10 @@ class ShardedImages:
         return len(self), self.image_format.channels, self.image_format.height, self.image_format.width
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """The images at index (B,), (B, C, H, W); called as a tensor's, so dim must be 0.
+        """The images at index (B,), (B, C, H, W). The signature is that of a tensor, and dim must be 0.
 
         Raises:
-            ShardError: if a shard cannot be read.
+            ShardError: If a shard cannot be read.
         """
         assert dim == 0
         numbers = index.tolist()
@@ -315,7 +315,7 @@ class ShardedImages:
         """The image files in a shard, waiting for them.
 
         Raises:
-            ShardError: if it cannot be read now, whatever came of reading it ahead.
+            ShardError: If it cannot be read now, whether or not it was read ahead.
         """
         while True:
             self._begin([shard], ahead=False)
@@ -339,11 +339,11 @@ class ShardedImages:
         Which one it is follows from which shards cannot be read, and from nothing else.
 
         Args:
-            number: of an image.
-            first: images before this one take no other's place.
+            number: The number of an image.
+            first: Images before this one take no other image's place.
 
         Raises:
-            ShardError: if many shards in a row cannot be read.
+            ShardError: If many shards in a row cannot be read.
         """
         wanted, total = self.shard_of(number), len(self.index.shards)
         num_bad = 0
@@ -413,7 +413,7 @@ def _store(root: str, num_retries: int) -> ShardStore:
 
 
 def _options(root: str) -> dict[str, Any]:
-    """Of fsspec's file systems: a connection of one's own, and over http no wait for ever."""
+    """Options of fsspec's file systems: a connection for this process alone, and over http an end to waiting."""
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if root.startswith(("http://", "https://")):
         from aiohttp import ClientTimeout

@@ -235,7 +235,7 @@ def _indices(image: Image.Image, common: dict[str, Any]) -> StoredImage:
 
 
 def _as_rgb(image: Image.Image, common: dict[str, Any]) -> StoredImage:
-    """Of colours in another system, such as CMYK, and of numbers without a range."""
+    """The pixels of colours in another system, such as CMYK, and of numbers without a range."""
     if image.mode in ("I", "F"):
         dtype = np.dtype(np.int32 if image.mode == "I" else np.float32)
         return StoredImage(
@@ -333,7 +333,7 @@ def _pages(tiff: "TiffFile") -> Iterator["TiffPage"]:
 
 
 def _check_tags(page: "TiffPage") -> None:
-    """Of a damaged file tags may hold anything, and tifffile makes room for what they say."""
+    """Refuse tags of a damaged file, which may hold anything, and for which tifffile would allocate memory."""
     sides = (page.imagelength, page.imagewidth, page.tilelength, page.tilewidth)
     if not all(isinstance(side, int) for side in sides) or min(sides[:2]) < 1:
         raise ValueError(

@@ -1,8 +1,7 @@
-"""Training on images that are streamed: more of them than fit into memory, or on a disk.
+"""A source of images that are streamed: more of them than fit into memory, or on a disk.
 
 An epoch is a plan, made from the seed, the epoch and the index of the shards alone, so that a run that is resumed needs
-no state of its loader but the number of batches that were handed out. What libraries lack of it is in
-docs/streaming.md.
+no state of its loader but the number of batches that were handed out. docs/streaming.md says what other libraries lack.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unet_diffusion.data.base import MAX_NUM_VAL, ImageDataModule, refuse_overfit_batches, replica
 from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.decoding import ImageFormat
 from unet_diffusion.data.shards import ShardedImages, ShardError, ShardStore
+from unet_diffusion.data.source import Source
+from unet_diffusion.data.split import check_split, default_num_val
 from unet_diffusion.runtime.randomness import keyed_generator
 
 OnBadShard = Literal["error", "skip"]
@@ -26,37 +26,33 @@ OnBadShard = Literal["error", "skip"]
 SHARDS_KEY, WITHIN_KEY, WINDOW_KEY = 0, 1, 2  # what is drawn: the order of shards, within a shard, of a window
 
 
-class StreamDataModule(ImageDataModule):
+class Shards(Source):
     """Images from shards that `unet-diffusion pack` wrote, on a disk or behind an address, read as they are needed.
 
-    Batches are those of `ImageDataModule`. The first images of the first shards, which pack drew at random, are kept
-    apart for validation. Their order is a function of seed, epoch, window, num_lanes and the number of processes, see
-    `ShuffledShards`; num_workers has no part in it.
+    The first images of the first shards, which pack drew at random, are kept for validation. The order of the others is
+    a function of seed, epoch, window, num_lanes and the number of processes, see `ShuffledShards`; num_workers does not
+    change it. num_lanes must be a multiple of num_workers, unless that is 0; by default it is as many as there are
+    processor cores for, at most num_lanes.
 
     Args:
-        root: a folder, or its address: http://..., s3://... (keys and endpoint from the environment, as AWS has them).
-        image_size: height and width in pixels, or one number for both; no image may be smaller.
+        root: A folder, or its address: http://..., s3://... (keys and endpoint come from the environment, as AWS
+            names them).
+        image_size: Height and width in pixels, or one number for both; no image may be smaller.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
-        class_labels: whether images have classes; they must have been packed.
-        captions: whether images have captions; they must have been packed.
-        background: colour behind transparent pixels, a name or "#rrggbb"; not used if channels is 4.
-        window: shards whose images are shuffled together.
-        num_lanes: of a process, each of which reads shards of its own; batches come from them by turns. To train,
-            a process holds up to 2 * window * num_lanes shards in memory, as files, and one more for each worker; to
-            validate, each worker holds those that its images lie in, at most as many again.
-        on_bad_shard: what to do about a shard that is damaged or has vanished, once it has been tried again: "error",
+        class_labels: Whether images have classes; they must have been packed.
+        captions: Whether images have captions; they must have been packed.
+        background: The colour behind transparent pixels, a name or "#rrggbb"; it is not used if channels is 4.
+        window: The number of shards whose images are shuffled together.
+        num_lanes: The number of lanes of a process, each of which reads shards of its own; batches come from them by
+            turns. In training, a process holds up to 2 * window * num_lanes shards in memory, as files, and one more
+            for each worker; in validation, each worker holds the shards that its images lie in, at most as many again.
+        on_bad_shard: What happens with a shard that is damaged or has vanished, once it has been tried again: "error",
             or "skip", which trains on images of other shards in its place for the rest of the epoch, and counts them
-            as train/replaced_images. Images to validate on are never replaced.
-        num_retries: how often a shard that is needed is tried again, after 0.5, 1, 2, ... seconds.
-        batch_size: images a batch and process.
-        num_val: images kept apart for validation, the same for every seed; None: a tenth, at most 1000.
-        horizontal_flip: mirror every second training image, drawn at random.
-        num_workers: processes that read and decode, which num_lanes must be a multiple of, or 0; None: as many as there
-            are processor cores for, at most num_lanes.
-        seed: of the order of the training images and their mirroring.
+            as train/replaced_images. Validation images are never replaced.
+        num_retries: How often a shard that is needed is tried again, after 0.5, 1, 2, ... seconds.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -72,124 +68,96 @@ class StreamDataModule(ImageDataModule):
         num_lanes: int = 4,
         on_bad_shard: OnBadShard = "error",
         num_retries: int = 4,
-        batch_size: int = 64,
-        num_val: int | None = None,
-        horizontal_flip: bool = False,
-        num_workers: int | None = None,
-        seed: int = 0,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size, num_val=num_val, horizontal_flip=horizontal_flip, num_workers=num_workers, seed=seed
-        )
         if on_bad_shard not in get_args(OnBadShard):
             raise ValueError(f'on_bad_shard must be "error" or "skip", got {on_bad_shard!r}')
         for name, value, least in (("window", window, 1), ("num_lanes", num_lanes, 1), ("num_retries", num_retries, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if num_workers and num_lanes % num_workers:
-            raise ValueError(
-                f"num_lanes must be a multiple of num_workers, got {num_lanes} and {num_workers}, so that each worker "
-                f"serves as many; set num_lanes to {-(-num_lanes // num_workers) * num_workers}"
-            )
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.root = root
-        self.image_format = ImageFormat(height, width, channels, background)
+        self.image_format = ImageFormat.of_size(image_size, channels, background)
+        self.image_shape = self.image_format.shape
         self.class_labels = class_labels
-        self.has_captions = captions
+        self.captions = captions
         self.window = window
         self.num_lanes = num_lanes
         self.on_bad_shard = on_bad_shard
         self.num_retries = num_retries
-        self.num_replaced = 0  # images, of this process since it began; see CountReplaced
+        self.num_replaced = 0  # images, in this process since it began; see CountReplaced
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image; known before the index is read."""
-        return self.image_format.channels, self.image_format.height, self.image_format.width
-
-    def load(self) -> ImageSet:
+    def load(self, *, progress: bool = True) -> ImageSet:
         """Read the index.
 
+        Args:
+            progress: The index is read at once, without a progress bar.
+
         Raises:
-            FileNotFoundError: if there is none.
-            ModuleNotFoundError: if a package for such addresses is missing.
-            ShardError: if it cannot be read.
-            ValueError: if it is no index, or the images are not as asked for.
+            FileNotFoundError: If there is no index.
+            ModuleNotFoundError: If a package for such addresses is missing.
+            ShardError: If the index cannot be read.
+            ValueError: If it is no index, or the images are not as asked for.
         """
         store = ShardStore(self.root, num_retries=self.num_retries)
         index = store.index()
         self._check_size(index.smallest, index.channels)
         for name, wanted, known in (
             ("class_labels", self.class_labels, index.class_names),
-            ("captions", self.has_captions, index.captions),
+            ("captions", self.captions, index.captions),
         ):
             if wanted and known is None:
                 raise ValueError(f"{self.root} was packed without {name}; pack again with --{name}, or set it to false")
-        lanes = -(-self.num_lanes // max(self._num_workers(), 1))  # that a worker serves
-        num_kept = 2 * self.window * lanes + 1  # those of each lane, the next ones, and one that takes another's place
-        images = ShardedImages(store, index, self.image_format, num_kept)
         return ImageSet(
-            images,
+            ShardedImages(store, index, self.image_format, self._num_kept(num_workers=0)),
             index.labels if self.class_labels else None,
             index.class_names if self.class_labels else None,
-            index.captions if self.has_captions else None,
+            index.captions if self.captions else None,
         )
 
-    def split(self, image_set: ImageSet) -> tuple[Tensor, Tensor]:
+    def check(self, *, horizontal_flip: bool, num_workers: int | None) -> None:
+        if num_workers and self.num_lanes % num_workers:
+            raise ValueError(
+                f"num_lanes must be a multiple of num_workers, got {self.num_lanes} and {num_workers}, so that each "
+                f"worker serves as many; set num_lanes to {-(-self.num_lanes // num_workers) * num_workers}"
+            )
+
+    def split(self, image_set: ImageSet, num_val: int | None) -> tuple[Tensor, Tensor]:
         """The first images to validate on, which lie in few shards, and the others to train on."""
         num_images = len(image_set.images)
-        num_val = min(max(num_images // 10, 1), MAX_NUM_VAL) if self.num_val is None else self.num_val
-        if not 1 <= num_val < num_images:
-            raise ValueError(f"num_val must be at least 1 and less than the {num_images} images, got {num_val}")
+        num_val = default_num_val(num_images) if num_val is None else num_val
+        check_split(num_images, num_val)
         return torch.arange(num_val, num_images), torch.arange(num_val)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """The training batches, shuffled anew every epoch; see `ShuffledShards`.
+    def num_workers(self, image_set: ImageSet, most: int) -> int:
+        return max(number for number in range(1, min(most, self.num_lanes) + 1) if self.num_lanes % number == 0)
 
-        Raises:
-            ValueError: if the trainer is to overfit batches, for which Lightning would replace the sampler.
-        """
-        refuse_overfit_batches(self.trainer)
-        images, first = self._sharded_images(), len(self.val_indices)
-        sampler = ShuffledShards(
-            images.starts,
-            self.batch_size,
-            first=first,
-            window=self.window,
-            num_lanes=self.num_lanes,
-            horizontal_flip=self.horizontal_flip,
-            seed=self.seed,
-            **replica(self.trainer),
-        )
-        batches = StreamBatches(self.image_set, first if self.on_bad_shard == "skip" else None)
-        loader = StreamLoader(sampler=sampler, **{**self._loader_arguments(), "dataset": batches})
-        loader.store, loader.fingerprint = images.store.root, images.index.fingerprint
+    def train_loader(
+        self, image_set: ImageSet, indices: Tensor, order: dict[str, Any], options: dict[str, Any]
+    ) -> DataLoader[Batch]:
+        """The training batches, in another order every epoch; see `ShuffledShards`."""
+        images = self._sharded(image_set, options["num_workers"])
+        first = int(indices[0])
+        sampler = ShuffledShards(images.starts, first=first, window=self.window, num_lanes=self.num_lanes, **order)
+        batches = StreamBatches(image_set, first if self.on_bad_shard == "skip" else None)
+        loader = StreamLoader(dataset=batches, sampler=sampler, **options)
+        loader.source, loader.fingerprint = self, images.index.fingerprint
         return loader
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation batches, in order and never mirrored; see `OrderedBatches`."""
-        sampler = OrderedBatches(self.val_indices, self.batch_size, **replica(self.trainer))
-        return PlainSpokenLoader(sampler=sampler, **self._loader_arguments())
+    def val_loader(
+        self, image_set: ImageSet, indices: Tensor, order: dict[str, Any], options: dict[str, Any]
+    ) -> DataLoader[Batch]:
+        self._sharded(image_set, options["num_workers"])
+        return PlainSpokenLoader(dataset=ImageBatches(image_set), sampler=OrderedBatches(indices, **order), **options)
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Count what took the place of images that could not be read."""
-        self.num_replaced += int(batch.get("replaced", 0))
-        return {name: value for name, value in batch.items() if name != "replaced"}
-
-    def _loader_arguments(self) -> dict[str, Any]:
-        workers = self._num_workers()
-        return {**super()._loader_arguments(), "num_workers": workers, "persistent_workers": workers > 0}
-
-    def _num_workers(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        most = min(self._suggested_num_workers(), self.num_lanes)
-        return max(number for number in range(1, most + 1) if self.num_lanes % number == 0)
-
-    def _sharded_images(self) -> ShardedImages:
-        images = self.image_set.images
+    def _sharded(self, image_set: ImageSet, num_workers: int) -> ShardedImages:
+        """The images, which keep as many shards in memory as a loader with that many workers needs."""
+        images = image_set.images
         assert isinstance(images, ShardedImages)
+        images.num_kept = self._num_kept(num_workers)
         return images
+
+    def _num_kept(self, num_workers: int) -> int:
+        lanes = -(-self.num_lanes // max(num_workers, 1))  # that a worker serves
+        return 2 * self.window * lanes + 1  # those of each lane, the next ones, and one that takes another's place
 
     def _check_size(self, smallest: tuple[int, int], channels: int | None) -> None:
         height, width = self.image_format.height, self.image_format.width
@@ -206,13 +174,13 @@ class StreamDataModule(ImageDataModule):
 
 
 class CountReplaced(Callback):
-    """Logs how many streamed images others took the place of, on all processes since they began, if that is allowed."""
+    """Logs how many streamed images were replaced by others, in all processes since they began, if that is allowed."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]  # Lightning sets it at runtime
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, StreamDataModule) and data.on_bad_shard == "skip" and trainer.global_step % every == 0:
-            pl_module.log("train/replaced_images", float(data.num_replaced), sync_dist=True, reduce_fx="sum")
+        source = getattr(trainer.datamodule, "source", None)  # type: ignore[attr-defined]
+        if isinstance(source, Shards) and source.on_bad_shard == "skip" and trainer.global_step % every == 0:
+            pl_module.log("train/replaced_images", float(source.num_replaced), sync_dist=True, reduce_fx="sum")
 
 
 class LaneBatch(list[int]):
@@ -224,7 +192,7 @@ class LaneBatch(list[int]):
 
 
 class ShuffledShards(ShuffledBatches):
-    """Lists of indices to train on, that lie in few shards at a time; no index comes twice in an epoch.
+    """Lists of indices to train on, which lie in few shards at a time; no index comes twice in an epoch.
 
     The shards are put in order at random, and so are the images in each. That sequence is cut into equal parts, one for
     each lane of each process, whatever the sizes of the shards: all processes make the same number of steps. A shard at
@@ -234,18 +202,18 @@ class ShuffledShards(ShuffledBatches):
     others in each epoch.
 
     Args:
-        starts: number of the first image of each shard, and of all images.
-        batch_size: images a batch and process.
-        first: images before this one are not trained on.
-        window: shards that are shuffled together.
-        num_lanes: of a process.
-        horizontal_flip: mirror every second image, drawn at random.
-        seed: of the order and the mirroring.
-        num_replicas: processes that share an epoch.
-        rank: of this process, in [0, num_replicas).
+        starts: The number of the first image of each shard, and at the end the number of all images.
+        batch_size: The number of images per batch and process.
+        first: The first image to train on.
+        window: The number of shards that are shuffled together.
+        num_lanes: The number of lanes of a process.
+        horizontal_flip: Whether every second image, drawn at random, is mirrored.
+        seed: Seed of the order and the mirroring.
+        num_replicas: The number of processes that share an epoch.
+        rank: The rank of this process, in [0, num_replicas).
 
     Raises:
-        ValueError: if there are fewer images than processes.
+        ValueError: If there are fewer images than processes.
     """
 
     def __init__(
@@ -326,12 +294,12 @@ class ShuffledShards(ShuffledBatches):
 
 
 class StreamBatches(ImageBatches):
-    """Batches of images in shards; the next shards are read meanwhile.
+    """Batches of images in shards; meanwhile the next shards are read.
 
     Args:
-        image_set: N images.
-        first: images from this one on take the place of those that cannot be read, and "replaced", int64 (), counts
-            them; None: those are an error.
+        image_set: The N images.
+        first: Images from this one on take the place of those that cannot be read, and "replaced", int64 (), counts
+            them. None makes such images an error.
     """
 
     def __init__(self, image_set: ImageSet, first: int | None = None) -> None:
@@ -367,15 +335,20 @@ class PlainSpokenLoader(DataLoader[Batch]):
 
 
 class StreamLoader(ResumableLoader, PlainSpokenLoader):
-    """A ResumableLoader that goes on with the same shards only.
+    """A ResumableLoader that counts the images that were replaced, and goes on with the same shards only.
 
     Attributes:
-        store: where they are.
-        fingerprint: of their index.
+        source: Where the shards come from.
+        fingerprint: The checksum of all shards.
     """
 
-    store: str
+    source: Shards
     fingerprint: str
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, to count
+        for batch in super().__iter__():
+            self.source.num_replaced += int(batch.pop("replaced", 0))
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the number of its batches that were handed out, and which shards they are from."""
@@ -385,14 +358,14 @@ class StreamLoader(ResumableLoader, PlainSpokenLoader):
         """Go on where `state_dict` was called.
 
         Raises:
-            ValueError: if the shards are others.
+            ValueError: If the shards are others.
         """
         # Checkpoints of before this was kept do not have it.
         if state.get("shards", self.fingerprint) != self.fingerprint:
             raise ValueError(
-                f"the run was trained on other shards than those in {self.store}, which were packed anew or are of "
-                "other images: what it was validated on would be trained on. Give it the shards it began with, or "
-                "begin another run"
+                f"the run was trained on other shards than those in {self.source.root}, which were packed anew or are "
+                "of other images: validation images would be trained on. Give it the shards it began with, or begin "
+                "another run"
             )
         super().load_state_dict(state)
 
