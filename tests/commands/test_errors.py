@@ -293,6 +293,22 @@ def test_folder_is_claimed_by_one_process_and_released_when_it_dies_though_its_w
     ClaimedFolder(tmp_path).close()
 
 
+@pytest.mark.parametrize("command", [bad_inputs.SAMPLE, bad_inputs.SEGMENT, bad_inputs.ENCODE, bad_inputs.PACK])
+def test_folder_in_which_another_process_is_at_work_is_refused_and_left_alone(
+    command, inputs, run_cli, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(**inputs) for word in command.split()]
+    (tmp_path / "out").mkdir()
+    with claimed_elsewhere(tmp_path / "out"):
+        status, _, err = run_cli(*words)
+        assert (status, "another process is at work in out" in err) == (1, True), err
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+    status, _, err = run_cli(*words)
+    assert status == 0, err
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
 def test_what_nothing_came_of_is_cleared_but_for_what_was_there(tmp_path):
     new = ClaimedFolder(tmp_path / "a" / "b")
     (new.folder / "logs").mkdir()

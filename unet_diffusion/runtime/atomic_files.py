@@ -4,7 +4,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -231,35 +231,107 @@ def put_folder(partial: Path, folder: Path) -> None:
 
 
 def require_same_settings(
-    folder: Path, settings: Mapping[str, Any], what: str, fix: str = "choose another folder, or remove that one"
+    folder: Path,
+    settings: Mapping[str, Any],
+    what: str,
+    *,
+    fix: str = "choose another folder, or remove that one",
+    notes: Mapping[str, Any] | None = None,
+    replace: Callable[[], object] | None = None,
+    among_others: bool = False,
 ) -> None:
-    """Note in an empty folder the settings of the work that begins there; one with work in it must have the same.
+    """Write down the settings of the work that begins in a folder; a folder with such work must have the same settings.
 
     Args:
-        folder: is made if it is not there.
-        settings: plain values that decide what is made.
-        what: is made, such as "latents".
-        fix: what to do where they differ.
+        folder: The folder, which is made if it is not there.
+        settings: Plain values that decide what the results are. Work of one kind has the same names every time.
+        what: The results, such as "latents".
+        fix: What the user can do where settings differ.
+        notes: Plain values to write with the settings, which are not compared.
+        replace: A function that removes earlier results, so that work begins again with these settings; None: earlier
+            results are kept, and must have the same settings.
+        among_others: Allow other files in a folder where the work begins.
 
     Raises:
-        FileExistsError: if the folder holds something else, or was begun with other settings.
+        FileExistsError: If the folder holds something else, or was begun with other settings.
     """
-    plain = json.loads(json.dumps(settings))
-    # A process that was killed may have left a part of the note, and nothing else.
-    if folder.exists() and not all(path.match(f".{SETTINGS}.*.partial") for path in folder.iterdir()):
-        if not (folder / SETTINGS).is_file():
-            raise FileExistsError(f"{folder} holds files that are no {what}; choose another folder")
-        before = read_json(folder / SETTINGS)
-        differ = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
-        if differ:
-            raise FileExistsError(f"the {what} in {folder} were made with other settings ({'; '.join(differ)}); {fix}")
-        return
-    with atomic_write(folder / SETTINGS) as partial:
-        partial.write_text(json.dumps(plain, indent=1))
+    plain = json.loads(json.dumps({**settings, **(notes or {})}))
+    before = settings_of(folder, what)
+    if before is not None:
+        if before.keys() != plain.keys():
+            raise FileExistsError(_of_something_else(folder, what))
+        if replace is None:
+            refuse_other_settings(folder, before, {name: plain[name] for name in settings}, what, fix)
+        else:
+            replace()
+    elif not among_others and _holds_files(folder):
+        raise FileExistsError(f"{folder} holds files that are no {what}; choose another folder")
+    if before != plain:
+        with atomic_write(folder / SETTINGS) as partial:
+            partial.write_text(json.dumps(plain, indent=1))
+
+
+def settings_of(folder: Path, what: str) -> dict[str, Any] | None:
+    """The settings and notes that `require_same_settings` wrote; None if there are none.
+
+    Args:
+        folder: The folder.
+        what: The results that it should hold, such as "latents".
+
+    Raises:
+        FileExistsError: If the file of the settings holds something else.
+    """
+    if not (folder / SETTINGS).exists():
+        return None
+    try:
+        settings: dict[str, Any] = read_json(folder / SETTINGS)
+    except ValueError as error:
+        raise FileExistsError(_of_something_else(folder, what)) from error
+    return settings
+
+
+def refuse_other_settings(
+    folder: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    what: str,
+    fix: str,
+    details: Mapping[str, str] | None = None,
+) -> None:
+    """Compare settings with those that results were made with.
+
+    Args:
+        folder: The folder of the results.
+        before: The settings that the results were made with.
+        now: The settings of today; those that it does not name are not compared.
+        what: The results, such as "latents".
+        fix: What the user can do where settings differ.
+        details: What to say of a setting instead of its two values.
+
+    Raises:
+        FileExistsError: If settings differ; it names them.
+    """
+    differ = [
+        (details or {}).get(name) or _difference(name, before.get(name), value)
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if differ:
+        raise FileExistsError(f"the {what} in {folder} were made with other settings ({'; '.join(differ)}); {fix}")
+
+
+def _of_something_else(folder: Path, what: str) -> str:
+    return f"{folder / SETTINGS} was not written for {what} and is not replaced; choose another folder"
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there are files that a process did not leave there before it began."""
+    left = (LOCK, f".{SETTINGS}.*.partial")  # the latter of a process that was killed
+    return folder.exists() and not all(any(path.match(name) for name in left) for path in folder.iterdir())
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """What a setting was and is; of a long list what is in one of the two only; of hashes nothing."""
+    """The name of a setting with both values; of long lists the entries of one of the two, of hashes the name alone."""
     if name.startswith(CONTENTS):
         return name
     if isinstance(before, list) and isinstance(now, list) and len(str(now)) > MOST_SHOWN:

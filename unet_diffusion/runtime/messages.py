@@ -1,12 +1,10 @@
 """What is wrong with a command line, in one message, without a page of usage."""
 
-import argparse
 import errno
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
 
 MOST_NAMED = 5  # in a line
 # What the system says of a file, by its numbers, and what to do.
@@ -29,18 +27,6 @@ UNFORESEEN = (TypeError, AttributeError, LookupError, ArithmeticError, Assertion
 
 class UsageError(Exception):
     """A command line that cannot be carried out: what was given, what is expected, and what to do."""
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are raised, and not printed after all of its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """As argparse calls it.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(f"{message}; {self.prog} --help says more")
 
 
 def printable(text: str) -> str:
@@ -81,17 +67,6 @@ def _of_weights(text: str, network: str) -> str:
         name, got, wanted = sizes[0]
         parts.append(f"{len(sizes)} are of another size, such as {name} {got}, here {wanted}")
     return f"the weights must be those of the {network} that is described, and are not: {'; '.join(parts) or text}"
-
-
-def path_argument(text: str) -> Path:
-    """A path of the command line, as argparse takes it.
-
-    Raises:
-        ArgumentTypeError: If it is empty, which would be the current folder.
-    """
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must be a path, and is empty; . is the current folder")
-    return Path(text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
