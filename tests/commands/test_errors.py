@@ -29,7 +29,14 @@ from unet_diffusion.runtime.safe_loading import load_plain
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = (  # of the cases of benchmarks/bad_inputs.py: of each command, and of each way to be wrong
-    *("sample --num_images 1000000000", "sample --device gpu", "sample --output ''", "sample --output {text}/out"),
+    *(
+        "sample --num_images 1000000000",
+        "sample --seed ''",
+        "pack --shard_images 0",
+        "sample --device gpu",
+        "sample --output ''",
+        "sample --output {text}/out",
+    ),
     *("sample --image_size 1000000 1000000", "sample --init {empty}", "segment --output /proc/nowhere/out"),
     *("sample a checkpoint of denoiser: huge", "sample a checkpoint of denoiser: huge old"),
     *("sample a checkpoint of denoiser: wide", "sample a checkpoint of denoiser: deep", "recipes copy to nowhere"),
@@ -259,10 +266,14 @@ def test_batch_is_no_larger_than_what_there_is_to_train_on():
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_folder_that_is_released_is_empty_and_can_be_claimed_again(tmp_path):
+def test_folder_that_is_released_can_be_claimed_again_and_is_gone_if_nothing_came_of_it(tmp_path):
     for _ in range(2):
         ClaimedFolder(tmp_path / "a" / "b").close()
-        assert list((tmp_path / "a" / "b").iterdir()) == []
+        assert list(tmp_path.iterdir()) == []
+    claimed = ClaimedFolder(tmp_path / "a" / "b")
+    (claimed.folder / "image.png").touch()
+    claimed.close()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["image.png"]
 
 
 @contextmanager

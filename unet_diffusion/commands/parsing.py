@@ -102,7 +102,8 @@ class CommandParser(ArgumentParser):
         if number := re.fullmatch(r"argument (\S+): expected (?:at least )?(\w+) arguments?", message):
             return f"{number[1]} must be followed by {number[2]} value{'' if number[2] == 'one' else 's'}"
         if message.startswith("Parser key "):
-            return f"--{in_short(re.sub(r' element [0-9]+', '', message, count=1), [])}"
+            message = re.sub(r" element \d+:", ":", message, count=1)
+            return f"--{in_short(re.sub(r'Got value: *$', 'Got value: (nothing)', message), [])}"
         return re.sub(r"^argument (\S+): ", r"\1 ", message)
 
 

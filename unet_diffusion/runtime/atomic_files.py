@@ -123,11 +123,14 @@ class ClaimedFolder:
             )
 
     def close(self) -> None:
-        """Release it."""
+        """Release the folder, and remove it again if the claim made it and nothing came of it."""
         if fcntl is None:
             self._file.close()  # Windows removes no file that is open
         (self.folder / LOCK).unlink(missing_ok=True)
         self._file.close()
+        with suppress(OSError):  # it holds something
+            for path in self._missing:
+                path.rmdir()
 
     def clear(self) -> None:
         """Remove what the run has made since, if there was nothing before."""
@@ -138,12 +141,7 @@ class ClaimedFolder:
                 shutil.rmtree(path)
             elif path.exists() and path.name != LOCK:
                 path.unlink()
-        if [path.name for path in self.folder.iterdir()] != [LOCK]:
-            return
         self.close()
-        with suppress(OSError):  # somebody has put something there meanwhile
-            for path in self._missing:
-                path.rmdir()
 
 
 def remove_left_behind(folder: Path, name: str | None = None) -> None:
