@@ -68,7 +68,7 @@ def measure(network: str, folder: Path, repeats: int) -> dict[str, Any]:
     trainer = Trainer(max_steps=1, limit_val_batches=0, accelerator="cpu", enable_checkpointing=False,
                       default_root_dir=folder, **quiet)  # fmt: skip
     trainer.strategy.checkpoint_io = WholeCheckpoints()
-    trainer.fit(module, Black(trained.image_shape))
+    trainer.fit(module, Black(trained.sample_shape))
     whole, weights = folder / "whole.ckpt", folder / "weights.pt"
     raw = module.unet.state_dict()
     seconds = {

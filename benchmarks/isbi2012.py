@@ -30,7 +30,6 @@ from unet_diffusion.data import PairedFiles
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.record import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory
-from unet_diffusion.segmentation.prediction import class_probabilities
 from unet_diffusion.segmentation.scores import membrane_scores
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -142,7 +141,7 @@ def tested(root: Path, run: Path, *, views: bool) -> dict[str, float]:
     for image, labels in zip(loaded.images[-NUM_TEST:], loaded.labels[-NUM_TEST:], strict=True):
         start = time.perf_counter()
         with torch.inference_mode(), fastest_autocast():
-            probabilities = class_probabilities(trained, to_float(image, stretch=trained.stretch), views=views)
+            probabilities = trained.probabilities(to_float(image, stretch=trained.stretch), views=views)
         seconds += time.perf_counter() - start
         truths.append(labels > 0)
         cells.append(probabilities[CELL].numpy())

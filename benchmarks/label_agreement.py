@@ -20,9 +20,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 
-from unet_diffusion.diffusers_io.interop import load_denoiser
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import sample
+from unet_diffusion.inference.loading import load_denoiser
 
 NUM_UNGUIDED = 500  # samples without guidance, and without label
 
@@ -53,7 +53,7 @@ def main() -> None:
         with fastest_autocast():
             inputs, unconditional = trained.inputs({"labels": asked})
             images = draw(
-                (len(asked), *trained.image_shape),
+                (len(asked), *trained.sample_shape),
                 inputs=inputs,
                 unconditional=unconditional,
                 guidance=Guidance(guidance_scale),
@@ -63,7 +63,7 @@ def main() -> None:
         print(f"guidance {guidance_scale}: {agreement:.1%} of {len(asked)} are what was asked for ({seconds:.0f} s)")
     with fastest_autocast():
         _, unconditional = trained.inputs({"labels": few})
-        images = draw((len(few), *trained.image_shape), inputs=unconditional)
+        images = draw((len(few), *trained.sample_shape), inputs=unconditional)
     counts = classify(images.clamp(-1, 1)).bincount(minlength=10)
     print(f"unconditional samples found in each class: {counts.tolist()}")
 

@@ -32,7 +32,6 @@ from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.record import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory, set_speed
 from unet_diffusion.segmentation.labels import instances_from
-from unet_diffusion.segmentation.prediction import class_probabilities
 from unet_diffusion.segmentation.scores import average_precisions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -123,7 +122,7 @@ def tested(root: Path, run: Path, num_test: int) -> dict[str, float]:
     overlap, total, precisions = 0, 0, []
     for image, truth in zip(loaded.images[-num_test:], loaded.labels[-num_test:], strict=True):
         with torch.inference_mode(), fastest_autocast():
-            probabilities = class_probabilities(trained, to_float(image, stretch=trained.stretch)).numpy()
+            probabilities = trained.probabilities(to_float(image, stretch=trained.stretch)).numpy()
         foreground = probabilities[0] < 0.5
         overlap += 2 * int((foreground & (truth > 0)).sum())
         total += int(foreground.sum()) + int((truth > 0).sum())

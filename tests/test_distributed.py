@@ -18,7 +18,6 @@ from unet_diffusion.data import SyntheticCells, scale_to_unit_range
 from unet_diffusion.inference.record import read_segmenter
 from unet_diffusion.latents.store import read_latents
 from unet_diffusion.models.autoencoders import kl_autoencoder
-from unet_diffusion.segmentation.prediction import class_probabilities
 from unet_diffusion.segmentation.scores import dice
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -159,7 +158,7 @@ def test_segmenter_is_validated_alike_on_two_processes(segmenter_run):
     truths, predictions = [], []
     for image, labels in zip(loaded.images[-3:], loaded.labels[-3:], strict=True):
         with torch.no_grad():
-            probabilities = class_probabilities(trained, scale_to_unit_range(image))
+            probabilities = trained.probabilities(scale_to_unit_range(image))
         truths.append(labels > 0)
         predictions.append((probabilities[0] < 0.5).numpy())
     with open(segmenter_run / "logs" / "version_0" / "metrics.csv") as file:

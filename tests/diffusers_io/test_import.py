@@ -9,7 +9,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet1
 from safetensors.torch import load_file, save_file
 
 from unet_diffusion.diffusers_io.configurations import config_from_diffusers, schedule_from_diffusers
-from unet_diffusion.diffusers_io.interop import from_diffusers, import_pipeline, to_diffusers
+from unet_diffusion.diffusers_io.exporting import to_diffusers
+from unet_diffusion.diffusers_io.importing import from_diffusers, import_pipeline
 from unet_diffusion.models.unet import DenoiserUNet
 
 CIFAR10_32 = {
@@ -368,7 +369,7 @@ def test_pipeline_is_imported_with_its_schedule_and_image_shape(tmp_path):
     fields = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "prediction_type": "v_prediction"}
     save_pipeline(tmp_path, tiny_unet2d(in_channels=1, out_channels=1, sample_size=(8, 4)), **fields)
     trained = import_pipeline(tmp_path)
-    assert trained.image_shape == (1, 8, 4)
+    assert trained.sample_shape == (1, 8, 4)
     assert trained.null_label is None
     assert trained.class_names is None
     assert {key: trained.schedule.config[key] for key in fields} == fields

@@ -149,7 +149,7 @@ def test_guidance_out_of_range_is_refused(settings, message):
 
 def test_labels_are_dropped_with_the_probability_asked_for():
     labels = torch.arange(10).repeat(2000)
-    dropped = ClassLabels(NULL, 0.2).drop(labels, torch.Generator().manual_seed(0))
+    dropped = ClassLabels(NULL + 1, NULL, 0.2).drop(labels, torch.Generator().manual_seed(0))
     share = (dropped == NULL).float().view(2000, 10).mean(dim=0)
     assert share.mean() == pytest.approx(0.2, abs=0.012)  # 20000 draws: four standard errors are 0.011
     assert (share - 0.2).abs().max() < 0.04  # whatever the class
@@ -159,13 +159,13 @@ def test_labels_are_dropped_with_the_probability_asked_for():
 def test_nothing_is_dropped_and_drawn_at_zero():
     labels, generator = torch.arange(10), torch.Generator().manual_seed(0)
     before = generator.get_state()
-    assert torch.equal(ClassLabels(None).drop(labels, generator), labels)
+    assert torch.equal(ClassLabels(100, None).drop(labels, generator), labels)
     assert torch.equal(generator.get_state(), before)
 
 
 def test_same_generator_state_drops_the_same_labels():
     labels = torch.arange(100)
-    first, second = (ClassLabels(100, 0.5).drop(labels, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, second = (ClassLabels(101, 100, 0.5).drop(labels, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -179,13 +179,13 @@ def test_whole_maps_are_dropped_not_pixels():
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])
 def test_dropout_that_is_no_probability_is_refused(dropout):
     with pytest.raises(ValueError, match=r"\[0, 1\), got"):
-        ClassLabels(NULL, dropout)
+        ClassLabels(NULL + 1, NULL, dropout)
 
 
 def test_conditions_of_any_combination_enter_each_by_its_own_way():
     tokens, more = ClassTokens(8, 3), ClassTokens(8, 3)
     given = {"labels": torch.tensor([0, 2]), "concat": torch.randn(2, 5, 4, 4)}
-    inputs = network_inputs([ClassLabels(3, 0.1), tokens, more, Concat(5)], given)
+    inputs = network_inputs([ClassLabels(4, 3, 0.1), tokens, more, Concat(5)], given)
     assert torch.equal(inputs["labels"], given["labels"])
     assert torch.equal(inputs["concat"], given["concat"])
     expected = torch.stack([tokens.embedding.weight[[0, 2]], more.embedding.weight[[0, 2]]], dim=1)
@@ -214,5 +214,7 @@ def test_each_condition_is_dropped_by_itself():
 
 
 def test_what_is_not_given_is_said():
-    with pytest.raises(ValueError, match="conditioned on labels, and they are not given"):
+    with pytest.raises(
+        ValueError, match="must hold 'labels', which the condition ClassTokens reads, and holds nothing"
+    ):
         network_inputs([ClassTokens(8, 3)], {})

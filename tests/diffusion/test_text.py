@@ -17,7 +17,7 @@ from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.text import TextTokens, pretrained_text
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import sample
-from unet_diffusion.inference.record import read_checkpoint
+from unet_diffusion.inference.record import read_denoiser
 from unet_diffusion.runtime.pictures import read_images
 from unet_diffusion.training import SampleGrid
 
@@ -231,12 +231,13 @@ def test_captions_are_those_of_the_data_at_hand(text_module, captioned, quiet_tr
     other.setup()
     other.image_set.captions = CAPTIONS[::-1]
     quiet_trainer().validate(module, other, verbose=False)
-    assert torch.equal(module._token_ids["captions"], module.conditions[0].token_ids(CAPTIONS[::-1]))
+    entry = module.conditions[0].read({"index": torch.arange(20)})
+    assert torch.equal(entry, module.conditions[0].token_ids(CAPTIONS[::-1]))
 
 
 def test_there_is_one_caption_an_image(tiny_module, tiny_unet):
     unet = tiny_unet(context_dim=16, attention_levels=[1], num_heads=2)
-    with pytest.raises(ValueError, match="at most one TextTokens"):
+    with pytest.raises(ValueError, match="at most one condition that reads 'captions'"):
         tiny_module(unet=unet, conditions=[text(), text()])
 
 
@@ -251,9 +252,9 @@ def trained_run(text_module, captioned, quiet_trainer, tmp_path):
 
 def test_checkpoint_gives_the_averaged_network_and_encoder(trained_run):
     module, path = trained_run
-    read, wanted = read_checkpoint(path), ["red star", "blue heart"]
+    read, wanted = read_denoiser(path), ["red star", "blue heart"]
     given = {"captions": read.conditions[0].token_ids(wanted)}
-    assert torch.equal(given["captions"], module.caption_tokens(wanted)["captions"])
+    assert torch.equal(given["captions"], module.conditions[0].token_ids(wanted))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 50])
     inputs, expected = read.inputs(given)[0], module.trained.inputs(given)[0]
     torch.testing.assert_close(read.unet(x, t, **inputs), module.ema_unet(x, t, **expected))
@@ -277,7 +278,9 @@ def test_command_draws_what_the_captions_say_in_turn(trained_run, run_cli, tmp_p
         "sample", path, "--num_images=3", *options, "--captions", *wanted, "--output", tmp_path / "out"
     )
     assert status == 0, err
-    inputs, unconditional = module.trained.inputs(module.caption_tokens([wanted[0], wanted[1], wanted[0]]))
+    inputs, unconditional = module.trained.inputs(
+        {"captions": module.conditions[0].token_ids([wanted[0], wanted[1], wanted[0]])}
+    )
     images = sample(
         module.ema_unet, module.schedule, (3, 1, 8, 8), num_inference_steps=2, inputs=inputs,
         unconditional=unconditional, guidance=Guidance(3.0),
@@ -295,7 +298,8 @@ def test_an_earlier_checkpoint_leads_away(trained_run, run_cli, tmp_path, text_m
     options += ["--guidance_scale=2", "--autoguidance", tmp_path / "earlier.ckpt"]
     status, _, err = run_cli("sample", path, *options, "--device=cpu", "--output", tmp_path / "out")
     assert status == 0, err
-    inputs, weaker_inputs = (one.trained.inputs(one.caption_tokens(["red star"] * 2))[0] for one in (module, earlier))
+    tokens = {"captions": module.conditions[0].token_ids(["red star"] * 2)}
+    inputs, weaker_inputs = (one.trained.inputs(tokens)[0] for one in (module, earlier))
 
     def led_away(x, t):
         better, worse = module.ema_unet(x, t, **inputs), earlier.ema_unet(x, t, **weaker_inputs)
@@ -322,14 +326,14 @@ def test_what_to_install_is_said_without_transformers(trained_run, run_cli, tmp_
 def test_captions_must_be_given(trained_run, run_cli, tmp_path):
     _, path = trained_run
     status, _, err = run_cli("sample", path, "--output", tmp_path / "out")
-    assert (status, "--captions must be given" in err) == (1, True), err
+    assert (status, "captions must be given" in err) == (1, True), err
     status, _, err = run_cli("sample", path, "--labels", "1", "--captions", "x", "--output", tmp_path / "out")
     assert (status, "trained without labels" in err) == (1, True), err
     assert not (tmp_path / "out").exists()
 
 
 def test_data_without_captions_are_refused(text_module, tiny_images, quiet_trainer):
-    with pytest.raises(ValueError, match=r"data have none; set data\.init_args\.captions"):
+    with pytest.raises(ValueError, match=r"data have none; set data\.captions"):
         quiet_trainer(max_steps=1).fit(text_module(), tiny_images(class_names=None))
 
 
@@ -345,7 +349,7 @@ def test_network_and_conditions_must_have_the_same_context(tiny_module, tiny_une
 
 def test_maps_count_among_the_channels_of_the_network(tiny_module, tiny_unet, tiny_images, quiet_trainer):
     module = tiny_module(unet=tiny_unet(in_channels=4, out_channels=1), conditions=[Concat(2)])
-    with pytest.raises(ValueError, match="images have 1 channels with 2 of maps and the network takes 4"):
+    with pytest.raises(ValueError, match="images have 1 channels with 2 of maps beside them and the network takes 4"):
         quiet_trainer(max_steps=1).fit(module, tiny_images(class_names=None))
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from unet_diffusion.commands.main import main
 from unet_diffusion.data.scaling import to_float
-from unet_diffusion.inference.record import TrainedSegmenter, read_segmenter, segmenter_record
+from unet_diffusion.inference.record import read_segmenter, segmenter_record
 from unet_diffusion.inference.segment_files import mask_name
+from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.unet import SegmentationUNet
-from unet_diffusion.segmentation.prediction import class_probabilities
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RNG = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_mask_is_what_the_network_predicts(run_cli, run, images, tmp_path):
     trained = read_segmenter(run)
     with Image.open(images / "grey.png") as image, torch.no_grad():
         pixels = to_float(torch.from_numpy(np.array(image))[None], stretch=False)
-        expected = class_probabilities(trained, pixels)
+        expected = trained.probabilities(pixels)
     np.testing.assert_allclose(np.load(tmp_path / "m" / "probabilities" / "grey.npy"), expected, atol=1e-3)  # float16
     with Image.open(tmp_path / "m" / "grey.png") as mask:
         assert np.array_equal(np.asarray(mask), np.where(expected[0] < 0.5, 255, 0))
@@ -281,7 +281,7 @@ def classes_checkpoint(tmp_path):
     """A valid-convolution network for RGB images, of four classes, with stretched grey values."""
     torch.manual_seed(0)
     unet = SegmentationUNet(3, 4, channels=(4, 8))
-    trained = TrainedSegmenter(unet, "classes", list("abcd"), timestep=None, stretch=True, window_size=50)
+    trained = Segmenter(unet, "classes", list("abcd"), timestep=None, stretch=True, window_size=50)
     weights = {f"ema_unet.{name}": value for name, value in unet.state_dict().items()}
     torch.save({"segmenter": segmenter_record(trained), "state_dict": weights}, tmp_path / "classes.ckpt")
     return tmp_path / "classes.ckpt"
@@ -293,7 +293,7 @@ def test_classes_are_written_as_their_indices(run_cli, classes_checkpoint, image
     trained = read_segmenter(classes_checkpoint)
     with Image.open(images / "deep.tif") as image, torch.no_grad():
         pixels = to_float(torch.from_numpy(np.array(image))[None].expand(3, -1, -1), stretch=True)
-        expected = class_probabilities(trained, pixels).argmax(dim=0)
+        expected = trained.probabilities(pixels).argmax(dim=0)
     with Image.open(tmp_path / "m" / "deep.tif") as mask:
         assert np.array_equal(np.asarray(mask), expected)
 
@@ -318,7 +318,7 @@ def test_instances_of_classes_are_refused(run_cli, classes_checkpoint, images, t
         ("segment {run}/none {images} --output {tmp}/o", "none"),
         (
             "segment {digits} {images} --output {tmp}/o",
-            "entry 'segmenter' here, and it holds the entry 'denoiser'",
+            "holds a denoiser, not a segmenter; draw from it with unet-diffusion sample",
         ),
         ("segment {run} {tmp}/nothing --output {tmp}/o", "IMAGES must exist, got {tmp}/nothing"),
         ("segment {run} {images} {images} --output {tmp}/o", "must differ in more than their extension, got deep.tif"),

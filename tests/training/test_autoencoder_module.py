@@ -15,8 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.distributions import Normal, kl_divergence
 from torchvision.models import squeezenet1_1
 
-from unet_diffusion.diffusers_io.interop import export_autoencoder
-from unet_diffusion.inference.record import read_autoencoder, read_checkpoint
+from unet_diffusion.inference.record import read_autoencoder, read_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.training import AutoencoderModule
@@ -396,29 +395,29 @@ def test_checkpoint_is_read_with_its_averaged_weights(trained_file, make):
         # the one is channels last in memory, and the other is not
         torch.testing.assert_close(reconstruct(trained.autoencoder, x), reconstruct(made.ema_autoencoder, x))
     with pytest.raises(ValueError, match="it holds the entry 'autoencoder'"):
-        read_checkpoint(path)
+        read_denoiser(path)
 
 
 @pytest.mark.parametrize("make", [kl_net, vq_net])
 def test_exported_folder_is_loaded_by_diffusers_with_the_scale_of_the_latents(trained_file, tmp_path, make):
     made, _ = trained_file(make())
     made.latent_std = 2.5
-    export_autoencoder(made.trained, tmp_path / "out")
+    made.trained.export(tmp_path / "out")
     loaded = type(made.autoencoder).from_pretrained(tmp_path / "out")
     assert loaded.config.scaling_factor == pytest.approx(1 / 2.5)
     x = noise(2, *SHAPE)
     with torch.no_grad():
         torch.testing.assert_close(reconstruct(loaded, x), reconstruct(made.ema_autoencoder, x), atol=1e-5, rtol=1e-5)
     with pytest.raises(FileExistsError, match="is not overwritten"):
-        export_autoencoder(made.trained, tmp_path / "out")
-    export_autoencoder(made.trained, tmp_path / "out", overwrite=True)
+        made.trained.export(tmp_path / "out")
+    made.trained.export(tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize(("make", "tag", "std"), [(kl_net, "KL", 2.5), (vq_net, "16 codes", None)])
 def test_card_of_an_exported_autoencoder_says_how_to_use_it_and_its_python_runs(trained_file, tmp_path, make, tag, std):
     made, _ = trained_file(make())
     made.latent_std, made.settings = std, {"model": {"lr": 0.5}, "note": "größer"}
-    export_autoencoder(made.trained, tmp_path / "out")
+    made.trained.export(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     front_matter = yaml.safe_load(card.split("---")[1])
     assert front_matter == {"library_name": "diffusers", "tags": ["autoencoder", tag, "unet-diffusion"]}

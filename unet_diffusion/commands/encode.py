@@ -16,7 +16,7 @@ from unet_diffusion.runtime.imports import import_lightning, quick_imports
 
 if TYPE_CHECKING:
     from unet_diffusion.data import FolderDataModule
-    from unet_diffusion.models.autoencoders import Autoencoder
+    from unet_diffusion.models.autoencoders import AutoencoderNetwork
 
 
 def encode(
@@ -132,7 +132,7 @@ def encode(
           f"--config {recipe} --data.root {output}")  # fmt: skip
 
 
-def _image_size(autoencoder: "Autoencoder", image_size: tuple[int, int] | None) -> tuple[int, int]:
+def _image_size(autoencoder: "AutoencoderNetwork", image_size: tuple[int, int] | None) -> tuple[int, int]:
     """The height and width of the images: those asked for, or the autoencoder's."""
     from unet_diffusion.models.autoencoders import downsampling
 
@@ -144,7 +144,7 @@ def _image_size(autoencoder: "Autoencoder", image_size: tuple[int, int] | None) 
     return height, width
 
 
-def _latents_settings(autoencoder: "Autoencoder", data: "FolderDataModule") -> dict[str, Any]:
+def _latents_settings(autoencoder: "AutoencoderNetwork", data: "FolderDataModule") -> dict[str, Any]:
     """Those settings of `latents.encode_images` that follow from the autoencoder and the images."""
     from diffusers import VQModel
 

@@ -26,12 +26,10 @@ def export(
         ValueError: If diffusers has no counterpart of the network.
     """
     check_exists("CHECKPOINT", checkpoint)
-    from unet_diffusion.diffusers_io.interop import export_autoencoder, export_pipeline, load_denoiser
-    from unet_diffusion.inference.record import holds_autoencoder, read_autoencoder
+    from unet_diffusion.inference.autoencoder import Autoencoder
+    from unet_diffusion.inference.loading import load
 
-    if holds_autoencoder(checkpoint):
-        export_autoencoder(read_autoencoder(checkpoint), folder, overwrite=overwrite)
-        print(f"{folder} holds the autoencoder; loaded again with diffusers, it gives the same output")
-        return
-    export_pipeline(load_denoiser(checkpoint), folder, overwrite=overwrite, autoencoder=autoencoder)
-    print(f"{folder} holds the pipeline; loaded again with diffusers, it gives the same output")
+    model = load(checkpoint, autoencoder=autoencoder)
+    model.export(folder, overwrite=overwrite)
+    what = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
+    print(f"{folder} holds the {what}; loaded again with diffusers, it gives the same output")

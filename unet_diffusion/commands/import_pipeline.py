@@ -6,7 +6,7 @@ from unet_diffusion.commands.arguments import Checkpoint, Folder, check_exists
 from unet_diffusion.runtime.messages import UsageError
 
 if TYPE_CHECKING:
-    from unet_diffusion.inference.record import TrainedDenoiser
+    from unet_diffusion.diffusion.parts import DenoiserParts
 
 
 def import_pipeline(folder: Folder, checkpoint: Checkpoint) -> None:
@@ -32,8 +32,8 @@ def import_pipeline(folder: Folder, checkpoint: Checkpoint) -> None:
     check_exists("DIR", folder)
     import yaml
 
-    from unet_diffusion.diffusers_io import interop
-    from unet_diffusion.inference.record import write_initial_checkpoint
+    from unet_diffusion.diffusers_io import importing
+    from unet_diffusion.inference.record import save_denoiser
 
     recipe = checkpoint.with_suffix(".yaml")
     if recipe == checkpoint:
@@ -41,15 +41,15 @@ def import_pipeline(folder: Folder, checkpoint: Checkpoint) -> None:
                          "name it .ckpt")  # fmt: skip
     if recipe.exists():
         raise FileExistsError(f"{recipe} exists and is not overwritten; choose another path, or remove it")
-    trained = interop.import_pipeline(folder)
-    write_initial_checkpoint(trained, checkpoint)
+    trained = importing.import_pipeline(folder)
+    save_denoiser(trained, checkpoint)
     recipe.write_text(yaml.safe_dump(_settings(trained), sort_keys=False), encoding="utf-8")
     print(f"{checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} --ckpt_path {checkpoint}")
 
 
-def _settings(trained: "TrainedDenoiser") -> dict[str, Any]:
+def _settings(trained: "DenoiserParts") -> dict[str, Any]:
     """The settings of `fit` that make a network of this kind."""
-    from unet_diffusion.diffusers_io.interop import DROPOUT
+    from unet_diffusion.diffusers_io.importing import DROPOUT
     from unet_diffusion.inference.record import denoiser_record
 
     record = denoiser_record(trained)
@@ -59,6 +59,6 @@ def _settings(trained: "TrainedDenoiser") -> dict[str, Any]:
         settings["model"]["conditions"] = record["conditions"]
     if trained.null_label is not None:
         settings["model"]["label_dropout"] = DROPOUT
-    if trained.latent_space is not None and trained.latent_space.scaling_factor is not None:
-        settings["data"] = {"init_args": {"scaling_factor": trained.latent_space.scaling_factor}}
+    if (space := trained.codec.space) is not None and space.scaling_factor is not None:
+        settings["data"] = {"init_args": {"scaling_factor": space.scaling_factor}}
     return settings

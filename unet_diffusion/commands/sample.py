@@ -1,6 +1,5 @@
 """sample: images drawn from a trained denoiser, and the folder that they lie in."""
 
-import argparse
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ NUM_DRAWN = "num_drawn"  # in the settings of a folder: the number of images the
 MAX_GRID_IMAGES = 100  # further images are written as files, but not into the grid
 NOT_OF_AN_IMAGE = (  # arguments that an image does not depend on
     *("output", "overwrite", "resume", "num_images", "batch_size", "device", "speed", "autoencoder"),
+    "allow",
 )
 
 
@@ -28,6 +28,8 @@ def sample(
     num_images: int = 64,
     labels: list[str] | None = None,
     captions: Annotated[list[str], "TEXT"] | None = None,
+    condition: Annotated[list[str], "NAME=VALUE"] | None = None,
+    allow: Annotated[list[str], "MODULE"] | None = None,
     guidance_scale: float = 1.0,
     scheduler: str = "DPMSolverMultistepScheduler",
     num_inference_steps: int = 25,
@@ -38,7 +40,7 @@ def sample(
     image_size: Size | None = None,
     window: int | None = None,
     overlap: float | None = None,
-    init: File | None = None,
+    image: File | None = None,
     strength: float | None = None,
     mask: File | None = None,
     noise_level: int | None = None,
@@ -62,14 +64,16 @@ def sample(
 
         torchrun --nproc_per_node 8 --no-python unet-diffusion sample ...
 
-    Images begin as noise. With --init they begin as a picture, with --init and --mask only the masked part of a picture
-    is painted, and with --interpolate they are a sequence from one image to another.
+    Images begin as noise. With --image they begin as a picture, with --image and --mask only the masked part of a
+    picture is painted, and with --interpolate they are a sequence from one image to another.
 
     Args:
         checkpoint: The .ckpt file, run folder or diffusers pipeline folder of a denoiser.
         num_images: The number of images to draw.
         labels: The numbers or names of the classes to draw, which take turns. By default all classes take turns.
         captions: The texts to draw, which take turns, for a model of captions.
+        condition: The values of conditions of your own, each as NAME=VALUE.
+        allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
         guidance_scale: How much closer images come to their label or caption; 1 turns guidance off.
         scheduler: The name of a diffusers scheduler.
         num_inference_steps: The number of denoising steps.
@@ -82,13 +86,13 @@ def sample(
             training. The size of training is a good N. By default the network sees the whole image.
         overlap: The share of a window, in [0, 1), that it has in common with the next, with --window. More takes longer
             and hides better where windows end. The default is 0.5.
-        init: The picture to start from instead of noise, which is scaled and cropped to the size to draw. For a model
+        image: The picture to start from instead of noise, which is scaled and cropped to the size to draw. For a model
             that enlarges, it is the picture to enlarge.
-        strength: The share of the steps, in (0, 1], that are taken with --init. Less keeps more of the picture. The
+        strength: The share of the steps, in (0, 1], that are taken with --image. Less keeps more of the picture. The
             default is 0.8, and 1 with --mask.
-        mask: The mask of --init, as large as the picture. White is painted, black stays as in the picture. A model for
+        mask: The mask of --image, as large as the picture. White is painted, black stays as in the picture. A model for
             inpainting needs both.
-        noise_level: The noise that is added to --init, 0 to 350, for a model that enlarges. More keeps less of the
+        noise_level: The noise that is added to --image, 0 to 350, for a model that enlarges. More keeps less of the
             picture. The default is 20.
         interpolate: Draw num_images frames from the first image of one seed to the first image of another, in place of
             --seed.
@@ -112,31 +116,58 @@ def sample(
     arguments = locals().copy()
     if overwrite and resume:
         raise UsageError("--overwrite replaces images and --resume keeps them; give one of the two")
-    _check_files_and_scheduler(checkpoint, {"init": init, "mask": mask}, scheduler)
+    _check_files_and_scheduler(checkpoint, {"image": image, "mask": mask}, scheduler)
+    values = _conditions(condition or [])
     with quick_imports():
         import torch
 
-        from unet_diffusion.inference.drawing import Drawing
-        from unet_diffusion.models.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
-        from unet_diffusion.runtime.precision import chosen_precision
-        from unet_diffusion.runtime.processes import own_device
+        from unet_diffusion.inference.loading import load_denoiser
+        from unet_diffusion.inference.record import contents_of
+        from unet_diffusion.inference.sample_options import SampleOptions
+        from unet_diffusion.models.speed import prepare_weights
 
-    device = own_device(device)
-    dtype = chosen_precision(precision, torch.device(device))
-    arguments |= {"device": device, "precision": dtype}
-    # ---- Drawing: the one place of this file that knows it; `Denoiser.sample` takes its place.
-    drawing = Drawing.of(argparse.Namespace(**arguments))
-    classes, contents, num_steps, draw = drawing.classes, drawing.contents, drawing.num_steps, drawing.draw
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
-    set_speed(drawing.trained.unet, speed or speed_for_use(drawing.trained.speed, torch.device(device)))
-    prepare_weights(drawing.trained.unet, getattr(torch, dtype))
-    # ---- end of Drawing
-    settings = _settings_of_images(arguments, classes, contents)
+    denoiser = load_denoiser(checkpoint, allow=allow or (), autoencoder=autoencoder)
+    worse = None if autoguidance is None else load_denoiser(autoguidance, allow=allow or ())
+    networks = {"checkpoint": denoiser} if worse is None else {"checkpoint": denoiser, "autoguidance": worse}
+    contents = {name: contents_of(network) for name, network in networks.items()}
+    denoiser.to(device, precision=precision, speed=speed)
+    prepare_weights(denoiser.unet, getattr(torch, denoiser.precision or "float32"))
+    request = SampleOptions(
+        num_images=num_images,
+        labels=labels,
+        captions=captions,
+        conditions=values,
+        image=image,
+        mask=mask,
+        strength=strength,
+        noise_level=noise_level,
+        scheduler=scheduler,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval and (guidance_interval[0], guidance_interval[1]),
+        autoguidance=worse,
+        image_size=image_size and (image_size[0], image_size[1]),
+        window=window,
+        overlap=overlap,
+        interpolate=interpolate and (interpolate[0], interpolate[1]),
+        seed=seed,
+        batch_size=batch_size,
+    )
+    drawing = denoiser.drawing(request)
+    arguments["precision"] = denoiser.precision
+    settings = _settings_of_images(arguments, drawing.classes, contents)
     _draw_and_save(
-        draw, num_steps, output, settings, num_images=num_images, batch_size=batch_size, overwrite=overwrite,
-        resume=resume,
+        drawing.draw, drawing.num_steps, output, settings, num_images=num_images, batch_size=batch_size,
+        overwrite=overwrite, resume=resume,
     )  # fmt: skip
+
+
+def _conditions(words: list[str]) -> dict[str, str]:
+    """The values of conditions by their names, from NAME=VALUE."""
+    if wrong := [word for word in words if "=" not in word]:
+        raise UsageError(f"--condition must be NAME=VALUE, got {wrong[0]!r}")
+    return {word.partition("=")[0]: word.partition("=")[2] for word in words}
 
 
 def _check_files_and_scheduler(checkpoint: Path, pictures: dict[str, Path | None], scheduler: str) -> None:
@@ -165,7 +196,7 @@ def _settings_of_images(
     settings["classes"] = classes
     for name in ("checkpoint", "autoguidance"):
         settings[f"{CONTENTS}{name}"] = contents.get(name)
-    for name in ("init", "mask"):  # a path may lead to another picture later
+    for name in ("image", "mask"):  # a path may lead to another picture later
         picture = arguments[name]
         settings[f"{CONTENTS}{name}"] = picture and hashlib.sha256(picture.read_bytes()).hexdigest()
     return settings

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from unet_diffusion.commands.arguments import (
     Checkpoint,
@@ -32,6 +32,7 @@ def segment(
     views: bool = False,
     overwrite: bool = False,
     window_size: int | None = None,
+    allow: Annotated[list[str], "MODULE"] | None = None,
     device: str = "auto",
     precision: Precision = "auto",
     speed: Speed | None = None,
@@ -54,6 +55,7 @@ def segment(
         views: Average over rotations and flips, which takes 8 times the work.
         overwrite: Replace the masks that an earlier run left in DIR.
         window_size: The number of pixels along a side that the network sees at once. The default is as in training.
+        allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
         device: The device, such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU if there is one.
         precision: The number format that the network computes in; "auto" takes 16 bits where the hardware has them,
             else float32.
@@ -75,22 +77,17 @@ def segment(
 
         from unet_diffusion.inference.record import contents_of, read_segmenter
         from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
-        from unet_diffusion.models.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
-        from unet_diffusion.runtime.precision import autocast, chosen_precision
-        from unet_diffusion.runtime.processes import own_device, process_group
-        from unet_diffusion.segmentation.prediction import class_probabilities
+        from unet_diffusion.models.speed import prepare_weights
+        from unet_diffusion.runtime.processes import process_group
 
-    device = own_device(device)
-    dtype = chosen_precision(precision, torch.device(device))
-    trained = read_segmenter(checkpoint)
-    settings = {
+    trained = read_segmenter(checkpoint, allow=allow or ())
+    settings: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "instances": instances,
         "overlays": overlays,
         "probabilities": probabilities,
         "views": views,
         "window_size": window_size,
-        "precision": dtype,
         f"{CONTENTS}checkpoint": contents_of(trained),
     }
     if instances and trained.kind == "classes":
@@ -98,16 +95,13 @@ def segment(
     if window_size is not None:
         trained.window_size = window_size
     sources, outputs = ImagesToSegment(images), Outputs(output, probabilities, overlays, instances)
-    device_type = torch.device(device).type
-    if device_type == "cpu":
-        keep_freed_memory()
-    set_speed(trained.unet.to(device), speed or speed_for_use(trained.speed, torch.device(device)))
-    prepare_weights(trained.unet, getattr(torch, dtype))
+    trained.to(device, precision=precision, speed=speed)
+    settings["precision"] = trained.precision
+    prepare_weights(trained.unet, getattr(torch, trained.precision or "float32"))
 
     @torch.inference_mode()
     def predict(image: torch.Tensor) -> torch.Tensor:
-        with autocast(device_type, getattr(torch, dtype)):
-            return class_probabilities(trained, image, views=views, device=device)
+        return trained.probabilities(image, views=views)
 
     is_new = not output.exists()
     with process_group() as group, claimed(output, group):

@@ -23,7 +23,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unet_diffusion.data.base import refuse_unused
-from unet_diffusion.inference.record import TrainedAutoencoder, autoencoder_record, check_callbacks
+from unet_diffusion.inference.autoencoder import Autoencoder
+from unet_diffusion.inference.record import autoencoder_record, check_callbacks
 from unet_diffusion.latents.space import moment_sums
 from unet_diffusion.models.autoencoders import (
     decode_codes,
@@ -180,7 +181,7 @@ class AutoencoderModule(LightningModule):
         self.settings: dict[str, Any] = {}  # of the whole run, plain
 
     @property
-    def trained(self) -> TrainedAutoencoder:
+    def trained(self) -> Autoencoder:
         """The averaged autoencoder with all that is needed to use it.
 
         Raises:
@@ -188,7 +189,7 @@ class AutoencoderModule(LightningModule):
         """
         if self.image_shape is None:
             raise ValueError("the image shape is not known before training; fit the module first")
-        return TrainedAutoencoder(
+        return Autoencoder(
             autoencoder=self.ema_autoencoder,
             image_shape=self.image_shape,
             latent_std=self.latent_std,

@@ -12,13 +12,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.inference.record import TrainedSegmenter, segmenter_record
+from unet_diffusion.inference.record import segmenter_record
+from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, NO_VALUE
 from unet_diffusion.segmentation.losses import SegmentationLoss, segmentation_loss
-from unet_diffusion.segmentation.prediction import class_probabilities, class_scores
+from unet_diffusion.segmentation.prediction import class_scores
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
 from unet_diffusion.training.base import LRDecay, NetworkModule, check_choice, default_optimizer
 
@@ -86,7 +87,7 @@ class SegmentationModule(NetworkModule):
         self._validation_sums: Tensor | None = None
 
     @property
-    def trained(self) -> TrainedSegmenter:
+    def trained(self) -> Segmenter:
         """The averaged network with all that is needed to segment with it.
 
         Raises:
@@ -94,7 +95,7 @@ class SegmentationModule(NetworkModule):
         """
         if self.image_shape is None:
             raise ValueError("the classes are not known before training; fit the module first")
-        return TrainedSegmenter(
+        segmenter = Segmenter(
             unet=self.ema_unet,
             kind=self.targets.kind,
             class_names=self.targets.class_names,
@@ -104,6 +105,8 @@ class SegmentationModule(NetworkModule):
             settings=self.settings,
             speed=self.chosen_speed,
         )
+        segmenter.device = self.device
+        return segmenter
 
     def bind_data(self, datamodule: Any) -> None:
         self.image_shape = tuple(datamodule.image_shape)
@@ -125,7 +128,7 @@ class SegmentationModule(NetworkModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.init_from is not None and not self.is_continued:
-            from unet_diffusion.diffusers_io.interop import load_denoiser  # imports diffusers, which only this needs
+            from unet_diffusion.inference.loading import load_denoiser  # imports diffusers, which only this needs
 
             denoiser = load_denoiser(self.init_from)
             load_denoiser_weights(self.ema_unet, denoiser)
@@ -191,4 +194,4 @@ class SegmentationModule(NetworkModule):
             image: (C, H, W) in [-1, 1], of any size.
         """
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            return class_probabilities(self.trained, image, device=self.device)
+            return self.trained.probabilities(image)
