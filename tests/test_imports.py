@@ -112,7 +112,7 @@ COMMANDS = "fit validate recipes pack encode two-stages sample segment export im
     ],
 )
 def test_help_and_what_is_wrong_at_sight_need_no_torch(arguments):
-    assert not {"torch", "numpy", "lightning", "jsonargparse"} & imported_by(RUN, *arguments.split())
+    assert not {"torch", "numpy", "lightning"} & imported_by(RUN, *arguments.split())
 
 
 @pytest.mark.slow

@@ -3,9 +3,6 @@
 Names are imported when they are first used: importing the package by itself takes no time, and no PyTorch.
 """
 
-from importlib import import_module
-from importlib.metadata import version
-
 _MODULES = {  # where each name of a user comes from
     "Autoencoder": "inference.autoencoder",
     "AutoencoderModule": "training.autoencoder",
@@ -30,10 +27,15 @@ __all__ = [*_MODULES, "__version__"]  # names, all of them
 
 def __getattr__(name: str) -> object:
     """The name, imported when it is first used."""
+    # Imported here: `python -m unet_diffusion` may begin in a folder that has a typing.py of somebody's.
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("unet-diffusion")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from sklearn.datasets import load_digits
 
 from unet_diffusion.commands import fit_arguments
 from unet_diffusion.commands import main as cli
+from unet_diffusion.commands.arguments import Precision, Speed
+from unet_diffusion.commands.completion import FIT_OPTIONS
 from unet_diffusion.commands.fit_arguments import check_arguments
 from unet_diffusion.commands.recipes import recipe_path
 from unet_diffusion.commands.training_cli import TrainingCLI, _differences
@@ -425,7 +428,7 @@ def test_record_of_something_else_is_not_replaced(strong_run, run_cli, tmp_path,
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "settings.json").symlink_to(tmp_path / "mine.json")
     status, _, err = run_cli("sample", strong_run, "--output", tmp_path / "images", *SAMPLE, "--overwrite")
-    assert (status, "was not written by sample and is not replaced" in err) == (1, True), err
+    assert (status, "was not written for images and is not replaced" in err) == (1, True), err
     assert (tmp_path / "mine.json").read_text() == content
 
 
@@ -473,7 +476,7 @@ def test_resume_with_other_settings_is_refused(strong_run, draw, run_cli):
     folder = draw("images", strong_run, "--num_images", 2)
     status, _, err = run_cli("sample", strong_run, "--output", folder, *SAMPLE, "--resume", "--seed", 5)
     assert status == 1
-    assert "drawn with other settings (seed); --resume needs the same" in err
+    assert "made with other settings (seed: 0 there, 5 here); choose another --output, or --overwrite" in err
 
 
 def train_on(run) -> None:
@@ -495,7 +498,7 @@ def test_resume_does_not_mix_two_models_behind_the_same_path(strong_run, draw, r
     train_on(run)
     command = ["sample", *networks, "--output", folder, *SAMPLE, "--num_images", 3]
     status, _, err = run_cli(*command, "--resume")
-    assert (status, f"drawn with other settings (contents of {name}); --resume needs the same" in err) == (1, True), err
+    assert (status, f"made with other settings (contents of {name}); choose another --output" in err) == (1, True), err
     np.testing.assert_array_equal(pixels(folder), before)
     assert run_cli(*command, "--overwrite")[0] == 0
     np.testing.assert_array_equal(pixels(folder), pixels(draw("fresh", *networks, "--num_images", 3)))
@@ -529,7 +532,7 @@ def test_overwriting_that_is_killed_at_any_moment_and_resumed_is_a_fresh_run_or_
     monkeypatch.undo()
     status, _, err = run_cli("sample", strong_run, "--output", folder, *SAMPLE, *new, "--resume")
     if moment in ("removing", "record"):  # what is left is of the old settings, as the record says
-        assert (status, "drawn with other settings (seed)" in err) == (1, True), err
+        assert (status, "made with other settings (seed: 0 there, 1 here)" in err) == (1, True), err
         new = ["--num_images", 3, "--batch_size", 1]
         draw("images", strong_run, *new, "--resume")
     else:
@@ -597,7 +600,7 @@ def test_resume_needs_the_same_picture_behind_the_same_path(strong_run, draw, ru
     Image.fromarray(np.roll(changed, 1, axis=1)).save(tmp_path / f"{name}.png")
     arguments = ["--output", folder, *SAMPLE, *options, "--num_images", 3, "--resume"]
     status, _, err = run_cli("sample", strong_run, *arguments)
-    assert (status, f"drawn with other settings (contents of {name})" in err) == (1, True), err
+    assert (status, f"made with other settings (contents of {name})" in err) == (1, True), err
 
 
 def test_frames_between_two_seeds_begin_and_end_with_their_first_images(strong_run, draw):
@@ -625,7 +628,7 @@ def test_resume_needs_the_same_size_window_and_start(
     folder = draw("images", strong_run, *options)
     draw("images", strong_run, *options, "--resume")
     status, _, err = run_cli("sample", strong_run, "--output", folder, *SAMPLE, *options, *changed, "--resume")
-    assert (status, f"with other settings ({name})" in err) == (1, True), err
+    assert (status, f"with other settings ({name}: " in err) == (1, True), err
 
 
 START_ERRORS = {
@@ -1047,7 +1050,7 @@ def test_options_of_fit_that_the_tab_key_completes_are_those_of_its_parser(run_c
         "--model.speed": "plain",
         "--ckpt_path": "last",
     }
-    assert {*values, "--print_config"} == set(cli.FIT_OPTIONS)
+    assert {*values, "--print_config"} == set(FIT_OPTIONS)
     given = [word for option, value in values.items() for word in (option, value)]
     status, out, err = run_cli("fit", "--config", "folder", *given, "--print_config")
     assert status == 0, err
@@ -1066,7 +1069,8 @@ def test_choices_of_commands_are_those_of_the_rooms_behind_them():
     from unet_diffusion.models import speed
     from unet_diffusion.runtime import precision
 
-    assert (cli.SPEEDS, cli.PRECISIONS) == (speed.SPEEDS, precision.PRECISIONS)
+    assert get_args(Speed) == speed.SPEEDS
+    assert get_args(Precision) == ("auto", *precision.PRECISIONS)
 
 
 @pytest.mark.parametrize(("there", "device"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")])

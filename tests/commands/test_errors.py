@@ -34,7 +34,14 @@ from unet_diffusion.runtime.safe_loading import load_plain
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = (  # of the cases of benchmarks/bad_inputs.py: of each command, and of each way to be wrong
-    *("sample --num_images 1000000000", "sample --device gpu", "sample --output ''", "sample --output {text}/out"),
+    *(
+        "sample --num_images 1000000000",
+        "sample --seed ''",
+        "pack --shard_images 0",
+        "sample --device gpu",
+        "sample --output ''",
+        "sample --output {text}/out",
+    ),
     *("sample --image_size 1000000 1000000", "sample --image {empty}", "segment --output /proc/nowhere/out"),
     *("sample a checkpoint of denoiser: huge", "sample a checkpoint of denoiser: huge old"),
     *("sample a checkpoint of denoiser: wide", "sample a checkpoint of denoiser: deep", "recipes copy to nowhere"),
@@ -267,10 +274,14 @@ def test_batch_is_no_larger_than_what_there_is_to_train_on():
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_folder_that_is_released_is_empty_and_can_be_claimed_again(tmp_path):
+def test_folder_that_is_released_can_be_claimed_again_and_is_gone_if_nothing_came_of_it(tmp_path):
     for _ in range(2):
         ClaimedFolder(tmp_path / "a" / "b").close()
-        assert list((tmp_path / "a" / "b").iterdir()) == []
+        assert list(tmp_path.iterdir()) == []
+    claimed = ClaimedFolder(tmp_path / "a" / "b")
+    (claimed.folder / "image.png").touch()
+    claimed.close()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["image.png"]
 
 
 @contextmanager
@@ -299,6 +310,22 @@ def test_folder_is_claimed_by_one_process_and_released_when_it_dies_though_its_w
         ClaimedFolder(tmp_path)
     assert (tmp_path / LOCK).exists()
     ClaimedFolder(tmp_path).close()
+
+
+@pytest.mark.parametrize("command", [bad_inputs.SAMPLE, bad_inputs.SEGMENT, bad_inputs.ENCODE, bad_inputs.PACK])
+def test_folder_in_which_another_process_is_at_work_is_refused_and_left_alone(
+    command, inputs, run_cli, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(**inputs) for word in command.split()]
+    (tmp_path / "out").mkdir()
+    with claimed_elsewhere(tmp_path / "out"):
+        status, _, err = run_cli(*words)
+        assert (status, "another process is at work in out" in err) == (1, True), err
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+    status, _, err = run_cli(*words)
+    assert status == 0, err
+    assert not (tmp_path / "out" / LOCK).exists()
 
 
 def test_what_nothing_came_of_is_cleared_but_for_what_was_there(tmp_path):

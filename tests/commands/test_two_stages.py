@@ -109,7 +109,7 @@ def test_a_stage_that_fails_is_gone_on_with(ran, run_cli, command, tmp_path):
     commands, fails = ran
     fails[3] = 1
     status, _, err = run_cli(*command)
-    assert (status, "stage 3, denoiser, failed; the same command again goes on" in err) == (1, True), err
+    assert (status, "stage 3, denoiser, failed; the same command again continues" in err) == (1, True), err
     status, _, err = run_cli(*command)
     assert status == 0, err
     assert commands[3:] == [commands[2]]
@@ -132,7 +132,7 @@ def test_classes_set_the_class_embedding(ran, run_cli, command, tmp_path):
     )
     status, _, err = run_cli(*command, "--class_labels")
     assert status == 0, err
-    assert "--model.unet.init_args.num_class_embeds=3" in commands[2]
+    assert "--model.unet.num_class_embeds=3" in commands[2]
     assert "--model.label_dropout=0.1" in commands[2]
 
 
@@ -140,7 +140,9 @@ def test_other_settings_and_other_folders_are_refused(ran, run_cli, command, tmp
     assert run_cli(*command)[0] == 0
     small_recipes[1].write_text(small_recipes[1].read_text() + "\n# changed\n")
     status, _, err = run_cli(*command, "--captions")
-    said = "begun with other settings (captions, contents of captions, denoiser)"
+    said = (
+        "made with other settings (captions: False there, True here; contents of captions; contents of denoiser recipe)"
+    )
     assert (status, said in err) == (1, True), err
     status, _, err = run_cli("two-stages", tmp_path / "images", "--output", tmp_path / "images")
     assert (status, "holds files of something else" in err) == (1, True), err
@@ -173,8 +175,10 @@ CHANGES = {  # what is changed when so many stages were begun, and what the refu
         None,
     ),
     "caption": (lambda f: edit(f["csv"], "cat number 3", "a tiger"), "contents of captions", 2),
-    "autoencoder": (lambda f: edit(f["autoencoder"], "max_steps: 2", "max_steps: 3"), "autoencoder", None),
-    "denoiser": (lambda f: edit(f["denoiser"], "max_steps: 2", "max_steps: 3"), "denoiser", 3),
+    "autoencoder": (
+        lambda f: edit(f["autoencoder"], "max_steps: 2", "max_steps: 3"), "contents of autoencoder recipe", None
+    ),
+    "denoiser": (lambda f: edit(f["denoiser"], "max_steps: 2", "max_steps: 3"), "contents of denoiser recipe", 3),
     "mirrored": (
         lambda f: edit(f["denoiser"], "horizontal_flip: true", "horizontal_flip: false"), "horizontal_flip", 2
     ),
@@ -204,7 +208,7 @@ def test_stages_that_have_begun_keep_their_images_and_settings_and_others_may_be
         assert [one[0] for one in commands[num_before:]] == ["fit", "encode", "fit"][num_done:]
     else:
         assert status == 1
-        assert f"was begun with other settings ({named}" in err, err
+        assert f"were made with other settings ({named}" in err, err
         assert "done before" not in out
 
 
@@ -224,7 +228,7 @@ def test_stage_after_one_that_was_trained_on_by_hand_is_not_done_before(ran, run
     weights.parent.mkdir(parents=True)
     weights.write_text("others")
     status, _, err = run_cli(*command)
-    assert (status, "begun with other settings (contents of autoencoder)" in err) == (1, True), err
+    assert (status, "made with other settings (contents of autoencoder)" in err) == (1, True), err
 
 
 def test_record_that_was_being_written_when_it_was_killed_is_no_file_of_something_else(ran, run_cli, command, tmp_path):

@@ -269,12 +269,12 @@ def test_index_never_outlives_the_shards_that_it_tells_of(images, run_cli):
     assert run_cli(*pack, "--on_bad_file", "skip")[0] == 0
     status, _, err = run_cli(*pack)  # in which nothing is new
     assert status == 1
-    assert "the index of an earlier call still holds" in err
+    assert "the index of an earlier call is still valid" in err
     epoch_of(stream(folder))
     (images / "dog" / "003.png").write_bytes(good)
     status, _, err = run_cli(*pack)
     assert status == 1
-    assert "there is no index.json until all are" in err
+    assert "index.json is written once all are" in err
     assert not (folder / "index.json").exists()
     assert run_cli(*pack, "--on_bad_file", "skip")[0] == 0
     data = stream(folder)

@@ -1,6 +1,6 @@
-"""The arguments of fit and validate, looked at before what takes seconds to import: files, folders and sections.
+"""A check of the arguments of fit and validate before the imports, which take seconds: files, folders and sections.
 
-Whether options are known and values fit is told by the parser, which needs the classes that they are arguments of.
+Lightning's parser checks whether options are known and values fit, as that takes the classes that they belong to.
 """
 
 import re
@@ -17,7 +17,7 @@ from unet_diffusion.runtime.messages import UsageError, did_you_mean, similar_pa
 
 SECTIONS = ("model", "data", "trainer", "samples", "checkpoint", "task", "seed_everything", "ckpt_path", "weights_only",
             "verbose")  # fmt: skip
-NESTED = ("model", "trainer", "samples", "checkpoint")  # of them, those that hold settings of their own
+NESTED = ("model", "trainer", "samples", "checkpoint")  # the sections that hold settings of their own
 FLAGS = ("config", "print_config", "print_shtab", "help")
 TASKS = ("denoise", "segment", "autoencode")
 OF_EACH = ("batch_size", "num_val", "num_workers", "seed")
@@ -25,8 +25,6 @@ OWN_ARGUMENTS = {  # of each data module; options of --data with other names are
     "ImageDataModule": ("source", "horizontal_flip", *OF_EACH),
     "SegmentationDataModule": ("source", "targets", "window_size", "windows_per_image", "num_train", "augmentation",
                                "stretch", *OF_EACH),
-    "InpaintingDataModule": ("images", "autoencoder", "scaling_factor"),
-    "UpscalingDataModule": ("images", "autoencoder", "scaling_factor"),
 }  # fmt: skip
 OF_IMAGES = ("root", "image_size", "channels", "class_labels", "captions", "background")
 SOURCES = {  # and their arguments
@@ -41,7 +39,7 @@ SOURCES = {  # and their arguments
 }
 OF_THE_PARSER = ("class_path", "dict_kwargs", "help")  # beside the arguments of a class
 NUMBER = re.compile(r"\d+")
-FINDS_CHECKPOINTS = ("last", "best", "hpc")  # words of Lightning's for files that it finds in the run folder
+FINDS_CHECKPOINTS = ("last", "best", "hpc")  # Lightning's words for files that it finds in the run folder
 
 
 @dataclass
@@ -49,10 +47,11 @@ class FitArguments:
     """The arguments of fit or validate.
 
     Args:
-        words: Those for the parser, with the path of each recipe in place of its name.
-        task: What is trained, one of TASKS.
-        modules: Modules that the configuration may name though they are not ours, by --allow.
-        data_classes: Our classes of data that it names without their package; the parser knows them once imported.
+        words: The arguments for the parser, with the path of each recipe in place of its name.
+        task: The task that is trained, one of TASKS.
+        modules: The modules that --allow lets the configuration name, beside our own.
+        data_classes: The data classes of this package that the configuration names without their package. The parser
+            knows them once they are imported.
     """
 
     words: list[str]
@@ -62,10 +61,10 @@ class FitArguments:
 
 
 def check_arguments(arguments: Sequence[str]) -> FitArguments:
-    """The arguments of fit or validate, after a look at the files, folders and sections that they name.
+    """The arguments of fit or validate, after a check of the files, folders and sections that they name.
 
     Args:
-        arguments: Those of the command, its name first.
+        arguments: The arguments of the command line, the name of the command first.
 
     Raises:
         UsageError: If there is no such recipe, section or task, or a file is not YAML.
@@ -103,8 +102,8 @@ def check_arguments(arguments: Sequence[str]) -> FitArguments:
         _check_paths(settings)
         if arguments[0] == "validate" and not settings.get("ckpt_path"):
             raise UsageError(
-                "--ckpt_path must name what is validated: a file, or last or best of the run folder; without it these "
-                "are random weights"
+                "--ckpt_path must name what is validated: a file, or last or best of the run folder; without it the "
+                "weights are random"
             )
     checked.data_classes = [value for value in settings.values() if value in unet_diffusion.data.__all__]
     checked.task = settings.get("task", checked.task)
@@ -119,13 +118,13 @@ def _check_module(name: str) -> None:
 
 
 def _as_recipe(word: str) -> str:
-    """The end of an error message about a word that may be meant as a recipe."""
+    """The end of an error message about a word that may be the name of a recipe."""
     names = [recipe.name for recipe in all_recipes()]
     return f"; did you mean --config {word}?" if word in names else "; --help lists the options"
 
 
 def _value(text: str) -> Any:
-    """A value as the parser will read it."""
+    """The value that the parser will read from a word."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -133,7 +132,7 @@ def _value(text: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The settings in a file, by their names with dots."""
+    """The settings in a file, by their names with dots, such as "trainer.max_steps"."""
     content = read_settings(path)
     for section, settings in content.items():
         _check_section(str(section), f"section {section!r} of {path}")
@@ -173,8 +172,6 @@ def _with_owner(option: str, value: Any, settings: dict[str, Any]) -> str:
     if owner != "data" or not rest:
         return option
     own = OWN_ARGUMENTS.get(_class_of("data", settings), ())
-    if rest[0] == "images" and "images" in own and rest[1:]:  # another data module, within this one
-        owner, rest, own = "data.images", rest[1:], OWN_ARGUMENTS["ImageDataModule"]
     if not own or rest[0].removesuffix("+") in (*own, *OF_THE_PARSER):
         return option
     of_source = SOURCES.get(_class_of(f"{owner}.source", settings))
@@ -241,7 +238,7 @@ def _check_paths(settings: dict[str, Any]) -> None:
 
 
 def _is_input(name: str, settings: dict[str, Any]) -> bool:
-    """Whether a setting is a folder, file or archive that must exist, as far as our own classes go."""
+    """Whether a setting is a folder, file or archive that must exist, which is known for our own classes."""
     if name == "model.init_from":
         return True
     owner, _, argument = name.rpartition(".")

@@ -1,9 +1,9 @@
-"""Latent diffusion from a folder of images to samples: each stage a command of its own, and all of them resumable.
+"""two-stages: from a folder of images to a latent diffusion model (Rombach et al. 2022).
 
-Rombach et al. 2022 (https://arxiv.org/abs/2112.10752): an autoencoder, the latents of all images, a denoiser of them.
-Each stage runs in a process of its own, so that nothing of it stays in memory, and leaves what the same command
-would: runs of `fit`, latents of `encode`. Run again, it goes on where it was cut off, within a stage too. A stage that
-has begun keeps its images and settings; those of one that has not may still be changed.
+There are three stages: an autoencoder, the latents of all images, and a denoiser of them
+(https://arxiv.org/abs/2112.10752). Each stage runs in a process of its own, so that nothing of it stays in memory, and
+leaves what the same command would: runs of `fit`, latents of `encode`. The same command again continues where it was
+cut off, within a stage too. A stage that has begun keeps its images and settings; those of the others may change.
 """
 
 import ctypes
@@ -16,36 +16,88 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from unet_diffusion.commands.arguments import Folder, check_exists
 from unet_diffusion.commands.fit_arguments import check_arguments
-from unet_diffusion.commands.recipes import read_settings
+from unet_diffusion.commands.recipes import read_settings, recipe_path
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import class_names_of, find_images
 from unet_diffusion.data.fingerprints import Fingerprint, changes, content_hash, fingerprints, folder_hash, hash_of_all
 from unet_diffusion.runtime.atomic_files import atomic_write, field_of, read_json, remove_left_behind
-from unet_diffusion.runtime.folder_settings import CONTENTS, SETTINGS
+from unet_diffusion.runtime.folder_settings import CONTENTS, SETTINGS, refuse_other_settings
 from unet_diffusion.runtime.messages import UsageError, first_few
 from unet_diffusion.runtime.signals import Interrupted, handled
 
-RECORD = "stages.json"  # settings of each stage that has begun, of which images, its seconds, and which are done
+RECORD = "stages.json"  # per stage that has begun its settings, images and seconds, and which stages are done
 PR_SET_PDEATHSIG = 1  # of Linux: sys/prctl.h
 INTERRUPTED = (130, 143)  # exit statuses of a stage that a signal ended
 TASKS = {"autoencoder": "autoencode", "denoiser": "denoise"}  # of the stages
 LABEL_DROPOUT = 0.1  # of classes, for guidance
 
 
-@dataclass(frozen=True)
-class TwoStages:
-    """What is to be made, and where.
+def two_stages(
+    images: Path,
+    *,
+    output: Folder,
+    captions: bool = False,
+    class_labels: bool = False,
+    autoencoder: Annotated[str, "RECIPE"] = "autoencoder_kl",
+    denoiser: Annotated[str, "RECIPE"] | None = None,
+    allow: Annotated[list[str], "MODULE"] | None = None,
+    traceback: bool = False,
+) -> None:
+    """Latent diffusion in one command, from images to samples.
+
+        unet-diffusion two-stages images --output run --captions
+
+    The command trains an autoencoder, encodes the images, and trains a denoiser of the latents. DIR/denoiser then holds
+    samples.png and the pipeline. The same command again continues where it was cut off.
 
     Args:
-        images: a folder, archive.zip, or archive.zip/folder.
-        output: folder of the runs and the latents.
-        autoencoder: recipe of the first stage.
-        denoiser: recipe of the second stage.
-        class_labels: whether folders below images are classes.
-        captions: whether images have captions.
+        images: The folder of images, archive.zip, or archive.zip/folder.
+        output: The folder for the runs and the latents.
+        captions: Train text to image, with the captions in metadata.csv, metadata.jsonl or NAME.txt.
+        class_labels: Use the folders directly below IMAGES as classes. It excludes --captions.
+        autoencoder: The recipe of the first stage.
+        denoiser: The recipe of the second stage. The default is latents, or latents_text with --captions.
+        allow: The modules of your own, or of somebody you trust, that the recipes may name.
+        traceback: Show where an error came from, also an error of a stage.
+
+    Raises:
+        UsageError: If captions and class_labels are both given, or a recipe is missing or wrong.
+        FileNotFoundError: If there are no such images.
+        FileExistsError: If the output folder holds something else, or a stage that has begun with other settings.
+        ValueError: If images lack captions, or the recipe takes none.
+        RuntimeError: If a stage fails.
+    """
+    if captions and class_labels:
+        raise UsageError("--captions and --class_labels exclude each other; give one of the two")
+    first = recipe_path(autoencoder)
+    second = recipe_path(denoiser if denoiser is not None else "latents_text" if captions else "latents")
+    check_exists("IMAGES", images)
+    stages = TwoStages(images, output, first, second, class_labels, captions)
+    stages.run(
+        lambda line: print(line, flush=True),
+        options=["--traceback"] if traceback else [],
+        options_of_fit=[f"--allow={module}" for module in allow or []],
+    )
+    text = " --captions TEXT" if captions else ""
+    print(f"{output / 'denoiser'} holds samples.png; to draw more: unet-diffusion sample {output / 'denoiser'}{text} "
+          "--output DIR")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TwoStages:
+    """The stages of latent diffusion, and the folder that they lie in.
+
+    Args:
+        images: The folder of images, archive.zip, or archive.zip/folder.
+        output: The folder of the runs and the latents.
+        autoencoder: The recipe of the first stage.
+        denoiser: The recipe of the second stage.
+        class_labels: Folders below images are classes.
+        captions: Images have captions.
     """
 
     images: Path
@@ -56,19 +108,19 @@ class TwoStages:
     captions: bool
 
     def run(self, say: Callable[[str], None], options: Sequence[str] = (), options_of_fit: Sequence[str] = ()) -> None:
-        """Carry out what is not done yet.
+        """Carry out the stages that are not done yet.
 
         Args:
-            say: called with a line before each stage.
-            options: Options of every stage, that do not change what it makes.
-            options_of_fit: Likewise, of those that train.
+            say: Called with a line before each stage.
+            options: Options for every stage, which do not change its results.
+            options_of_fit: Options for the stages that train, which do not change their results.
 
         Raises:
-            FileExistsError: if the folder holds something else, or the images or settings of a stage that has begun
+            FileExistsError: If the folder holds something else, or the images or settings of a stage that has begun
                 were others.
-            FileNotFoundError: if the images are not there.
-            ValueError: if images lack captions, or the recipe takes none.
-            RuntimeError: if a stage fails; its own error comes before.
+            FileNotFoundError: If the images are not there.
+            ValueError: If images lack captions, or the recipe takes none.
+            RuntimeError: If a stage fails; its own error comes before.
         """
         record = self._record(options_of_fit)
         for number, (name, command) in enumerate(self._stages().items(), start=1):
@@ -79,7 +131,7 @@ class TwoStages:
             record["settings"][name] = self.settings(name, record["images"])
             self._write(record)
             start = time.monotonic()
-            # -P: modules are not looked for in the current folder, which may be that of somebody's images.
+            # -P: Python does not look for modules in the current folder, which may be that of somebody's images.
             stage = [*command(), *options]
             stage += options_of_fit if stage[0] == "fit" else ()
             status = _exit_status([sys.executable, "-P", "-m", "unet_diffusion", *stage])
@@ -91,7 +143,7 @@ class TwoStages:
             if not record["done"] and list(self.output.iterdir()) == [self.output / RECORD]:
                 shutil.rmtree(self.output)  # nothing was made
             if status:
-                raise RuntimeError(f"stage {number}, {name}, failed; the same command again goes on from there")
+                raise RuntimeError(f"stage {number}, {name}, failed; the same command again continues from there")
 
     def _stages(self) -> dict[str, Callable[[], list[str]]]:
         return {"autoencoder": self._autoencoder, "latents": self._latents, "denoiser": self._denoiser}
@@ -115,11 +167,11 @@ class TwoStages:
         return arguments
 
     def _of_classes(self, num_classes: int) -> list[str]:
-        """Arguments of the denoiser's run; none without classes."""
+        """The arguments that the denoiser's run has for classes; none without them."""
         if not self.class_labels:
             return []
         dropout = read_settings(self.denoiser).get("model", {}).get("label_dropout") or LABEL_DROPOUT
-        return [f"--model.unet.init_args.num_class_embeds={num_classes + 1}",  # and the null label
+        return [f"--model.unet.num_class_embeds={num_classes + 1}",  # and the null label
                 f"--model.label_dropout={dropout}"]  # fmt: skip
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
@@ -133,7 +185,7 @@ class TwoStages:
         return read_settings(recipe).get("data", {}).get("init_args", {})
 
     def _check(self, options: Sequence[str]) -> None:
-        """What would fail after the first stage, or be found to be missing after the last."""
+        """Refuse before the first stage what would make a later one fail."""
         files = find_images(self.images)
         num_classes = len(class_names_of(files.names, self.images)) if self.class_labels else 0
         if self.captions:
@@ -150,22 +202,22 @@ class TwoStages:
         check_runs(runs)
 
     def settings(self, stage: str, images: Mapping[str, Fingerprint]) -> dict[str, Any]:
-        """What may not change of a stage once it has begun, plain values.
+        """The settings that a stage keeps once it has begun, as plain values.
 
         Args:
-            stage: Its name.
+            stage: The name of the stage.
             images: The fingerprint of each image.
         """
         if stage == "denoiser":
             return {
-                "denoiser": _hash(self.denoiser),
+                f"{CONTENTS}denoiser recipe": _hash(self.denoiser),
                 "class_labels": self.class_labels,
                 f"{CONTENTS}latents": _hash(self.output / "latents" / "index.json"),
             }
         settings: dict[str, Any] = {
             "images": str(self.images.resolve()),
             f"{CONTENTS}images": hash_of_all({name: one[1] for name, one in images.items()}),
-            "autoencoder": _hash(self.autoencoder),
+            f"{CONTENTS}autoencoder recipe": _hash(self.autoencoder),
         }
         if stage == "latents":
             files = find_images(self.images)
@@ -179,7 +231,7 @@ class TwoStages:
         return settings
 
     def _record(self, options_of_fit: Sequence[str]) -> dict[str, Any]:
-        """What is done, after a look whether it is what is asked for now."""
+        """The record of the stages, after a check that their settings are those of now."""
         path = self.output / RECORD
         remove_left_behind(self.output, RECORD)
         if not path.exists() and self.output.exists() and any(self.output.iterdir()):
@@ -196,26 +248,20 @@ class TwoStages:
         return record
 
     def _has_begun(self, stage: str) -> bool:
-        """Whether it has left what it would go on from; one that failed before, as by a typo, has not."""
+        """Whether a stage has left files to continue from; one that failed before that, as by a typo, has not."""
         left = {"latents": SETTINGS}.get(stage, "checkpoints/*.ckpt")
         return any((self.output / stage).glob(left))
 
     def _refuse_other_settings(self, record: dict[str, Any], images: dict[str, Fingerprint]) -> None:
-        differ = {
-            name: ""
-            for stage, before in record["settings"].items()
-            if stage in record["done"] or self._has_begun(stage)
-            for name, value in self.settings(stage, images).items()
-            if before.get(name) != value
-        }
-        if f"{CONTENTS}images" in differ:
-            differ[f"{CONTENTS}images"] = f": {first_few(changes(record['images'], images))}"
-        if differ:
-            raise FileExistsError(
-                f"{self.output} was begun with other settings "
-                f"({', '.join(f'{name}{more}' for name, more in differ.items())}); choose another --output, "
-                "or the settings as they were"
-            )
+        before, now = dict[str, Any](), dict[str, Any]()
+        for stage, settings in record["settings"].items():
+            if stage in record["done"] or self._has_begun(stage):
+                before |= settings
+                now |= self.settings(stage, images)
+        name = f"{CONTENTS}images"
+        details = {name: f"{name}: {first_few(changes(record['images'], images))}"}
+        fix = "choose another --output, or the settings as they were"
+        refuse_other_settings(self.output, before, now, "stages", fix, details)
 
     def _write(self, record: dict[str, Any]) -> None:
         with atomic_write(self.output / RECORD) as partial:
@@ -223,10 +269,10 @@ class TwoStages:
 
 
 def check_runs(runs: dict[str, list[str]]) -> None:
-    """See whether the runs of fit can begin, before the first of them is trained.
+    """Check that the runs of fit can begin, before the first of them is trained.
 
     Args:
-        runs: The arguments of fit, by stage.
+        runs: The arguments of `fit`, by stage.
 
     Raises:
         UsageError: If a recipe is wrong.
@@ -239,9 +285,9 @@ def check_runs(runs: dict[str, list[str]]) -> None:
 
 
 def _exit_status(command: list[str]) -> int:
-    """Of a process that ends by itself when interrupted: SIGTERM is passed on, the terminal sends SIGINT to both.
+    """The exit status of a process; 128 and the number of the signal if a signal ended it, as shells report it.
 
-    Of one that a signal ended, as shells report it: 128 and the number of the signal.
+    The process ends by itself when it is interrupted: SIGTERM is passed on, and a terminal sends SIGINT to both.
     """
     process = subprocess.Popen(command, preexec_fn=_stopped_with_its_parent())
     with handled((signal.SIGINT,), lambda *_: None), handled((signal.SIGTERM,), lambda *_: process.terminate()):
@@ -250,15 +296,15 @@ def _exit_status(command: list[str]) -> int:
 
 
 def _stopped_with_its_parent() -> Callable[[], object] | None:
-    """What a new process calls first to be sent SIGTERM when this one is killed, and can pass nothing on; on Linux."""
+    """A function for a new process to call first, so that Linux sends it SIGTERM when this one is killed."""
     if sys.platform != "linux":
         return None
-    library = ctypes.CDLL(None)  # that of C
+    library = ctypes.CDLL(None)  # the C library
     return lambda: library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _hash(file: Path) -> str:
-    """Of the contents of a file; "" if it is not there."""
+    """The hash of the contents of a file; "" if it is not there."""
     return content_hash(file.read_bytes()) if file.is_file() else ""
 
 

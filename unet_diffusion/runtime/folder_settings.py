@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -25,31 +25,93 @@ MOST_SHOWN = 100  # characters of a setting in an error; a setting may hold all 
 
 
 def require_same_settings(
-    folder: Path, settings: Mapping[str, Any], what: str, fix: str = "choose another folder, or remove that one"
+    folder: Path,
+    settings: Mapping[str, Any],
+    what: str,
+    *,
+    fix: str = "choose another folder, or remove that one",
+    notes: Mapping[str, Any] | None = None,
+    replace: Callable[[], object] | None = None,
+    among_others: bool = False,
 ) -> None:
-    """Write the settings of a job into its folder if it is new, and otherwise require that they are the same.
+    """Write down the settings of the work that begins in a folder; a folder with such work must have the same settings.
 
     Args:
-        folder: Folder of the job; it is created if it does not exist.
-        settings: Plain values that decide the result of the job.
-        what: Name of the results, in plural, such as "latents".
-        fix: Advice to the user for settings that differ.
+        folder: The folder, which is made if it is not there.
+        settings: Plain values that decide what the results are. Work of one kind has the same names every time.
+        what: The results, such as "latents".
+        fix: What the user can do where settings differ.
+        notes: Plain values to write with the settings, which are not compared.
+        replace: A function that removes earlier results, so that work begins again with these settings; None: earlier
+            results are kept, and must have the same settings.
+        among_others: Allow other files in a folder where the work begins.
 
     Raises:
-        FileExistsError: If the folder holds other files, or was begun with other settings.
+        FileExistsError: If the folder holds something else, or was begun with other settings.
     """
-    plain = json.loads(json.dumps(settings))
-    # A process that was killed may have left a part of the settings file, and nothing else.
-    if folder.exists() and not all(path.match(f".{SETTINGS}.*.partial") for path in folder.iterdir()):
-        if not (folder / SETTINGS).is_file():
-            raise FileExistsError(f"{folder} holds files that are no {what}; choose another folder")
-        before = read_json(folder / SETTINGS)
-        differ = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
-        if differ:
-            raise FileExistsError(f"the {what} in {folder} were made with other settings ({'; '.join(differ)}); {fix}")
-        return
-    with atomic_write(folder / SETTINGS) as partial:
-        partial.write_text(json.dumps(plain, indent=1))
+    plain = json.loads(json.dumps({**settings, **(notes or {})}))
+    before = settings_of(folder, what)
+    if before is not None:
+        if before.keys() != plain.keys():
+            raise FileExistsError(_of_something_else(folder, what))
+        if replace is None:
+            refuse_other_settings(folder, before, {name: plain[name] for name in settings}, what, fix)
+        else:
+            replace()
+    elif not among_others and _holds_files(folder):
+        raise FileExistsError(f"{folder} holds files that are no {what}; choose another folder")
+    if before != plain:
+        with atomic_write(folder / SETTINGS) as partial:
+            partial.write_text(json.dumps(plain, indent=1))
+
+
+def settings_of(folder: Path, what: str) -> dict[str, Any] | None:
+    """The settings and notes that `require_same_settings` wrote; None if there are none.
+
+    Args:
+        folder: The folder.
+        what: The results that it should hold, such as "latents".
+
+    Raises:
+        FileExistsError: If the file of the settings holds something else.
+    """
+    if not (folder / SETTINGS).exists():
+        return None
+    try:
+        settings: dict[str, Any] = read_json(folder / SETTINGS)
+    except ValueError as error:
+        raise FileExistsError(_of_something_else(folder, what)) from error
+    return settings
+
+
+def refuse_other_settings(
+    folder: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    what: str,
+    fix: str,
+    details: Mapping[str, str] | None = None,
+) -> None:
+    """Compare settings with those that results were made with.
+
+    Args:
+        folder: The folder of the results.
+        before: The settings that the results were made with.
+        now: The settings of today; those that it does not name are not compared.
+        what: The results, such as "latents".
+        fix: What the user can do where settings differ.
+        details: What to say of a setting instead of its two values.
+
+    Raises:
+        FileExistsError: If settings differ; it names them.
+    """
+    differ = [
+        (details or {}).get(name) or _difference(name, before.get(name), value)
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if differ:
+        raise FileExistsError(f"the {what} in {folder} were made with other settings ({'; '.join(differ)}); {fix}")
 
 
 class ClaimedFolder:
@@ -89,11 +151,14 @@ class ClaimedFolder:
             return True
 
     def close(self) -> None:
-        """Let other processes work in the folder."""
+        """Let other processes work in the folder; remove it if the claim created it and it is still empty."""
         if fcntl is None:
             self._file.close()  # Windows removes no file that is open
         (self.folder / LOCK).unlink(missing_ok=True)
         self._file.close()
+        with suppress(OSError):  # it holds something
+            for path in self._missing:
+                path.rmdir()
 
     def clear(self) -> None:
         """Remove the outputs of the run, and the folder with them, if the folder was empty before."""
@@ -104,12 +169,17 @@ class ClaimedFolder:
                 shutil.rmtree(path)
             elif path.exists() and path.name != LOCK:
                 path.unlink()
-        if [path.name for path in self.folder.iterdir()] != [LOCK]:
-            return
         self.close()
-        with suppress(OSError):  # another program has written there in the meantime
-            for path in self._missing:
-                path.rmdir()
+
+
+def _of_something_else(folder: Path, what: str) -> str:
+    return f"{folder / SETTINGS} was not written for {what} and is not replaced; choose another folder"
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there are files that a process did not leave there before it began."""
+    left = (LOCK, f".{SETTINGS}.*.partial")  # the latter of a process that was killed
+    return folder.exists() and not all(any(path.match(name) for name in left) for path in folder.iterdir())
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

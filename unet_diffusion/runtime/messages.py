@@ -1,12 +1,10 @@
 """The words of errors on the command line: one message, without a traceback and without a page of usage."""
 
-import argparse
 import errno
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
 
 MOST_NAMED = 5  # names in a line
 FILE_ERRORS = {  # what is wrong with a file, by the error number of the system, and what to do
@@ -28,18 +26,6 @@ UNEXPECTED = (TypeError, AttributeError, LookupError, ArithmeticError, Assertion
 
 class UsageError(Exception):
     """A command line that cannot be carried out; its message has the value, the rule and the fix."""
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser that raises its errors, instead of printing them after all of its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise an error of the command line; argparse calls it.
-
-        Raises:
-            UsageError: Always.
-        """
-        raise UsageError(f"{message}; {self.prog} --help says more")
 
 
 def printable(text: str) -> str:
@@ -80,17 +66,6 @@ def _about_weights(text: str, network: str) -> str:
         name, got, wanted = sizes[0]
         parts.append(f"{len(sizes)} have another size, such as {name} {got}, here {wanted}")
     return f"the weights do not fit the {network} that its settings describe: {'; '.join(parts) or text}"
-
-
-def path_argument(text: str) -> Path:
-    """Return the path in an argument of the command line; the type of an argument of argparse.
-
-    Raises:
-        ArgumentTypeError: If the argument is empty, which would be the current folder.
-    """
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must be a path, and is empty; . is the current folder")
-    return Path(text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

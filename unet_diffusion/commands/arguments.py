@@ -1,0 +1,65 @@
+"""What several commands share: types of arguments, checks that take no time, and the claim on an output folder."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from unet_diffusion.runtime.folder_settings import ClaimedFolder
+from unet_diffusion.runtime.messages import printable, similar_paths
+
+if TYPE_CHECKING:
+    from unet_diffusion.runtime.processes import ProcessGroup
+
+Checkpoint = Annotated[Path, "CHECKPOINT"]
+File = Annotated[Path, "FILE"]
+Folder = Annotated[Path, "DIR"]
+Size = Annotated[tuple[int, int], "H W"]
+Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]  # those of `speed.py`, which imports PyTorch
+Precision = Literal["auto", "float32", "bfloat16", "float16"]  # those of `precision.py`, which imports it too, and auto
+BadFiles = Literal["error", "skip"]
+
+
+def check_exists(name: str, path: Path) -> None:
+    """Refuse a path where there is nothing, before seconds are spent on imports; archives are looked into later.
+
+    Args:
+        name: The argument, as the command line names it.
+        path: The file or folder.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+    """
+    wanted = path.expanduser()
+    if not wanted.exists() and not any(parent.is_file() for parent in wanted.parents):
+        raise FileNotFoundError(f"{name} must exist, got {path}, looked for {wanted.absolute()}{similar_paths(wanted)}")
+
+
+def say_left_out(line: str) -> None:
+    """Print which files are not used, if there are any.
+
+    Args:
+        line: The files in a line; empty, or "nothing", if there are none.
+    """
+    if line not in ("", "nothing"):
+        print(printable(f"left out: {line}"), file=sys.stderr)
+
+
+@contextmanager
+def claimed(folder: Path, group: "ProcessGroup") -> Iterator[None]:
+    """Keep other commands out of a folder while the processes of this one work there.
+
+    Args:
+        folder: The folder, which is made if it is not there.
+        group: The processes of this command.
+
+    Raises:
+        FileExistsError: If another command is at work there.
+    """
+    claim = ClaimedFolder(folder) if group.rank == 0 else None
+    try:
+        yield
+    finally:
+        if claim is not None:
+            claim.close()

@@ -1,0 +1,35 @@
+"""export: a checkpoint becomes a folder that diffusers loads."""
+
+from unet_diffusion.commands.arguments import Checkpoint, Folder, check_exists
+
+
+def export(
+    checkpoint: Checkpoint, folder: Folder, *, overwrite: bool = False, autoencoder: Folder | None = None
+) -> None:
+    """Write a checkpoint as a diffusers pipeline folder.
+
+        unet-diffusion export runs/digits pipeline
+
+    The folder loads with diffusers, without this package. It is loaded again and compared with the checkpoint before
+    the command ends. Where no pipeline of diffusers draws the same images, the folder holds the code of one that does.
+    A checkpoint of an autoencoder becomes an autoencoder of diffusers.
+
+    Args:
+        checkpoint: The .ckpt file, run folder or diffusers pipeline folder to read.
+        folder: The folder to make.
+        overwrite: Replace the folder if it is an earlier export.
+        autoencoder: The folder of the autoencoder of a denoiser of latents, if it is not where it was in training.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        FileExistsError: If the folder exists and is not to be replaced, or holds other files.
+        ValueError: If diffusers has no counterpart of the network.
+    """
+    check_exists("CHECKPOINT", checkpoint)
+    from unet_diffusion.inference.autoencoder import Autoencoder
+    from unet_diffusion.inference.loading import load
+
+    model = load(checkpoint, autoencoder=autoencoder)
+    model.export(folder, overwrite=overwrite)
+    what = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
+    print(f"{folder} holds the {what}; loaded again with diffusers, it gives the same output")

@@ -1,0 +1,145 @@
+"""segment: masks for images, from a trained segmenter."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from unet_diffusion.commands.arguments import (
+    Checkpoint,
+    Folder,
+    Precision,
+    Speed,
+    check_exists,
+    claimed,
+    say_left_out,
+)
+from unet_diffusion.runtime.atomic_files import remove_left_behind
+from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
+from unet_diffusion.runtime.imports import quick_imports
+from unet_diffusion.runtime.messages import first_few
+
+if TYPE_CHECKING:
+    from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs
+
+
+def segment(
+    checkpoint: Checkpoint,
+    images: list[Path],
+    *,
+    output: Folder,
+    instances: bool = False,
+    overlays: bool = False,
+    probabilities: bool = False,
+    views: bool = False,
+    overwrite: bool = False,
+    window_size: int | None = None,
+    allow: Annotated[list[str], "MODULE"] | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    speed: Speed | None = None,
+) -> None:
+    """Write a mask for each image.
+
+        unet-diffusion segment runs/cells images --output masks
+
+    The mask of NAME is DIR/NAME: 255 for foreground, or the class of each pixel. Images may have any size. The pages of
+    a TIFF file become pages of its mask. The same command again continues where it was cut off, and makes the masks of
+    changed images again. Several processes of torchrun share the work.
+
+    Args:
+        checkpoint: The .ckpt file or run folder of a segmenter.
+        images: The image files, folders or zip archives to segment.
+        output: The folder for the masks.
+        instances: Also write DIR/instances/NAME, with a number for each object.
+        overlays: Also write DIR/overlays/NAME.png, with outlines on the image.
+        probabilities: Also write DIR/probabilities/NAME.npy, float16 (classes, height, width).
+        views: Average over rotations and flips, which takes 8 times the work.
+        overwrite: Replace the masks that an earlier run left in DIR.
+        window_size: The number of pixels along a side that the network sees at once. The default is as in training.
+        allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
+        device: The device, such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU if there is one.
+        precision: The number format that the network computes in; "auto" takes 16 bits where the hardware has them,
+            else float32.
+        speed: How the network runs. The default is as in training, but nothing is compiled as a whole.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint or image.
+        FileExistsError: If the output folder holds something else, or masks with other settings.
+        ValueError: If an option does not fit the checkpoint, or some images cannot be segmented.
+    """
+    check_exists("CHECKPOINT", checkpoint)
+    for path in images:
+        check_exists("IMAGES", path)
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"--window_size must be at least 1, got {window_size}")
+    with quick_imports():
+        import torch
+        from tqdm import tqdm
+
+        from unet_diffusion.inference.record import contents_of, read_segmenter
+        from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
+        from unet_diffusion.models.speed import prepare_weights
+        from unet_diffusion.runtime.processes import process_group
+
+    trained = read_segmenter(checkpoint, allow=allow or ())
+    settings: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "instances": instances,
+        "overlays": overlays,
+        "probabilities": probabilities,
+        "views": views,
+        "window_size": window_size,
+        f"{CONTENTS}checkpoint": contents_of(trained),
+    }
+    if instances and trained.kind == "classes":
+        raise ValueError("--instances needs a model of objects, and this one was trained on classes; leave it out")
+    if window_size is not None:
+        trained.window_size = window_size
+    sources, outputs = ImagesToSegment(images), Outputs(output, probabilities, overlays, instances)
+    trained.to(device, precision=precision, speed=speed)
+    settings["precision"] = trained.precision
+    prepare_weights(trained.unet, getattr(torch, trained.precision or "float32"))
+
+    @torch.inference_mode()
+    def predict(image: torch.Tensor) -> torch.Tensor:
+        return trained.probabilities(image, views=views)
+
+    is_new = not output.exists()
+    with process_group() as group, claimed(output, group):
+        group.on_rank_zero(lambda: _prepare_masks(settings, sources, outputs, overwrite=overwrite))
+        if group.rank == 0:
+            say_left_out(sources.left_out)
+        share = len(group.shard(list(sources.sources)))
+        with tqdm(total=share, unit="image", disable=group.rank > 0) as bar:
+            failed = segment_images(trained, sources, outputs, predict=predict, progress=bar.update, group=group)
+        if group.rank > 0:
+            return
+    if is_new and len(failed) == len(sources):
+        shutil.rmtree(output)
+    print(f"{len(sources) - len(failed)} masks in {output}")
+    if failed:
+        raise ValueError("\n  ".join([f"{len(failed)} of {len(sources)} images could not be segmented:", *failed]))
+
+
+def _prepare_masks(settings: dict[str, Any], images: "ImagesToSegment", outputs: "Outputs", *, overwrite: bool) -> None:
+    """Make the output folder, or continue in one with the same settings; masks of changed images are removed."""
+
+    def remove_masks() -> None:
+        outputs.made_of.doubt()  # masks of other images stay, and are not counted as done with these settings
+        for mask in images.sources:
+            outputs.remove(mask)
+
+    require_same_settings(
+        outputs.folder,
+        settings,
+        "masks",
+        fix="choose another --output, or --overwrite",
+        replace=remove_masks if overwrite else None,
+    )
+    remove_left_behind(outputs.folder)
+    changed = images.changed(outputs)
+    for mask in changed:
+        outputs.remove(mask)
+    if changed:
+        print(f"{len(changed)} masks are made again, because their images have changed or they were not finished: "
+              f"{first_few(changed)}", flush=True)  # fmt: skip
