@@ -26,7 +26,7 @@ SMALL_DENOISER = [
     "--samples.num_inference_steps=2",
 ]
 SMALL_WITH_MAPS = [
-    *(option.replace("init_args.batch_size", "init_args.images.init_args.batch_size") for option in SMALL_DENOISER),
+    *(option.replace("--data.batch_size", "--data.images.batch_size") for option in SMALL_DENOISER),
     "--data.images.num_val=2",
 ]
 SMALL_SEGMENTER = [*SMALL, "--model.unet.init_args.channels=[8, 16]", "--data.window_size=32"]
