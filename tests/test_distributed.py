@@ -304,7 +304,8 @@ class Keeper(Callback):
 AUTOENCODER = "--data.init_args.root images --data.init_args.num_val 3 --data.init_args.image_size 32 "
 AUTOENCODER += "--data.init_args.batch_size 2 --model.autoencoder.init_args.channels [32,32,32] "
 AUTOENCODER += "--trainer.accelerator cpu --trainer.precision 32-true --samples.num_images 2"
-CRITIC = "--model.discriminator PatchDiscriminator --model.discriminator.init_args.channels 32"
+CRITIC = "--model.adversarial.discriminator PatchDiscriminator --model.adversarial.discriminator.channels 32 "
+CRITIC += "--model.adversarial.start 1"
 TWO = f"--config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.strategy.init_args.find_unused_parameters true "
 TWO += "--trainer.devices 2"
 
@@ -331,7 +332,7 @@ def autoencoder_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoencoder")
     noise_folder(folder / "images")
     (folder / "keeper.py").write_text(KEEPER)
-    arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} {TWO} --model.discriminator_start 1 --trainer.max_steps 3 "
+    arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} {TWO} --trainer.max_steps 3 "
     arguments += f"{CRITIC} --trainer.default_root_dir run --allow keeper --trainer.callbacks+=keeper.Keeper"
     with_autoencoder(folder, "fit", arguments)
     return folder

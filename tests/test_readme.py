@@ -32,7 +32,7 @@ SMALL_WITH_MAPS = [
 SMALL_SEGMENTER = [*SMALL, "--model.unet.init_args.channels=[8, 16]", "--data.init_args.window_size=32"]
 SMALL_NUCLEI = ["--model.unet.init_args.norm_num_groups=4", "--data.init_args.num_val=4"]
 SMALL_RECIPE = {
-    "autoencoder_kl": [*SMALL, "--model.discriminator_start=0", "--model.autoencoder.init_args.channels=[32, 32, 32]"],
+    "autoencoder_kl": [*SMALL, "--model.autoencoder.init_args.channels=[32, 32, 32]"],
     "cells": [*SMALL_SEGMENTER, "--data.init_args.source.init_args.num_images=13"],
     "inpainting": SMALL_WITH_MAPS,
     "upscaling": SMALL_WITH_MAPS,

@@ -83,7 +83,7 @@ def has_only(monkeypatch, *dtypes) -> None:
     """Pretends that this machine has these in hardware, the last of them the fastest."""
     monkeypatch.setattr("unet_diffusion.training.precision.precisions_for", lambda device: dtypes)
     monkeypatch.setattr(
-        "unet_diffusion.training.base.fastest_setting",
+        "unet_diffusion.training.timing.fastest_setting",
         lambda *args, speeds, precisions, **options: (speeds[0], precisions[-1], "for a test"),
     )
 

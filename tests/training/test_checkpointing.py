@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
-from unet_diffusion.training.checkpointing import RunCheckpoint, WholeCheckpoints, is_within_step, newest_good
+from unet_diffusion.training.checkpointing import RunCheckpoint, WholeCheckpoints, newest_good
+from unet_diffusion.training.lightning_internals import is_within_step
 
 
 @pytest.fixture

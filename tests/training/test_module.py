@@ -512,5 +512,5 @@ def test_checkpoint_of_another_program_is_refused(tiny_module, tiny_images, quie
     checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
     del checkpoint["denoiser"]
     torch.save(checkpoint, tmp_path / "one.ckpt")
-    with pytest.raises(ValueError, match="must have an entry 'denoiser'"):
+    with pytest.raises(ValueError, match="the checkpoint holds no denoiser: another task or another program"):
         quiet_trainer(max_steps=2).fit(tiny_module(), tiny_images(class_names=None), ckpt_path=tmp_path / "one.ckpt")

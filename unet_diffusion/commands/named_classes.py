@@ -47,8 +47,8 @@ FACTORIES = (
     "unet_diffusion.models.autoencoders.kl_autoencoder",
     "unet_diffusion.models.autoencoders.vq_autoencoder",
     "unet_diffusion.models.autoencoders.pretrained_autoencoder",
-    "unet_diffusion.training.autoencoder.adam_of_gans",  # the last two are defaults
-    "unet_diffusion.training.base.default_optimizer",
+    "unet_diffusion.training.optimizers.adam_of_gans",  # the last two are defaults
+    "unet_diffusion.training.optimizers.default_optimizer",
 )
 WRITE = ("checkpoint", *(f"trainer.{name}" for name in ("callbacks", "logger", "profiler", "plugins", "strategy")))
 FOLDERS = ("dirpath", "save_dir", "root_dir", "log_dir", "dir")  # arguments that are relative to the current folder

@@ -17,12 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -53,6 +50,13 @@ from unet_diffusion.training.callbacks import (
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
 from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
+from unet_diffusion.training.lightning_internals import (
+    OpenCLI,
+    callbacks_of,
+    killer_of_processes,
+    leave_requeue_to_callbacks,
+    shard_over_all_processes,
+)
 from unet_diffusion.training.precision import RunTrainer, smaller_precision
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
@@ -195,7 +199,7 @@ class SaveRunConfig(SaveConfigCallback):
             logger.log_hyperparams(yaml.safe_load(text))
 
 
-class TrainingCLI(LightningCLI):
+class TrainingCLI(OpenCLI):
     """Lightning's command line with this project's callbacks, run folder and last step: the exported pipeline.
 
     Args:
@@ -220,10 +224,10 @@ class TrainingCLI(LightningCLI):
                 and not (hasattr(self, "trainer") and self.trainer.global_step)
             ):
                 self.claimed.clear()  # nothing was trained
-            launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
-            if isinstance(launcher, _SubprocessScriptLauncher):
+            kill = killer_of_processes(self.trainer) if hasattr(self, "trainer") else None
+            if kill is not None:
                 # The other processes would wait for this one. Last, as Lightning ends this one soon after another.
-                atexit.register(launcher.kill, signal.SIGKILL)
+                atexit.register(kill, signal.SIGKILL)
             if not isinstance(error, RuntimeError | MemoryError) or not is_out_of_memory(error):
                 raise
             batch_size = getattr(getattr(self, "datamodule", None), "batch_size", None)
@@ -293,8 +297,12 @@ class TrainingCLI(LightningCLI):
                              "checkpoint.auto_insert_metric_name": False,
                              "checkpoint.enable_version_counter": False})  # fmt: skip
 
-    def _parse_ckpt_path(self) -> None:
-        """Refuse a checkpoint that could run code. By Lightning's own its settings would replace those given here."""
+    def check_checkpoint(self) -> None:
+        """Refuse a checkpoint that could run code.
+
+        Raises:
+            ValueError: If it could, or is not a checkpoint of a run.
+        """
         config = self.config[self.config.subcommand]
         if config.weights_only is False:
             raise ValueError("weights_only must be true, got false, which lets a file run code; leave it out")
@@ -327,27 +335,20 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config = self.written
-        trainer = self._get(self.config, "trainer")
+        settings = self.setting(self.config, "trainer")
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
-        bar = [] if trainer.enable_progress_bar is False else [RunProgressBar()]
-        rates = [] if trainer.logger is False else [LearningRateMonitor()]
+        bar = [] if settings.enable_progress_bar is False else [RunProgressBar()]
+        rates = [] if settings.logger is False else [LearningRateMonitor()]
         watching = [DataSummary(), NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
         self.trainer_defaults["callbacks"] = [*bar, *rates, *watching]
-        if trainer.benchmark is None and not trainer.deterministic:
+        if settings.benchmark is None and not settings.deterministic:
             kwargs["benchmark"] = True  # cuDNN tries convolutions, whose shapes are the same in each step
         made = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "fit" and made.is_global_zero and not trainer.fast_dev_run and self.writes:
-            self.claimed = ClaimedFolder(Path(trainer.default_root_dir))
+        if self.subcommand == "fit" and made.is_global_zero and not settings.fast_dev_run and self.writes:
+            self.claimed = ClaimedFolder(Path(settings.default_root_dir))
         made.strategy.checkpoint_io = WholeCheckpoints()
-        cluster = made._accelerator_connector.cluster_environment
-        if isinstance(cluster, SLURMEnvironment):
-            cluster.auto_requeue = False  # Lightning would save in the middle of a step; StopOnSignal does it after one
-        strategy = made.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            strategy._save_distributed_checkpoint = False  # one file, for any number of processes to go on from
-            if strategy._data_parallel_size == "auto":
-                # Lightning's own choice is tensor parallelism within a node, which no network here is made for.
-                strategy._data_parallel_size, strategy._tensor_parallel_size = made.world_size, 1
+        leave_requeue_to_callbacks(made)
+        shard_over_all_processes(made)
         return made
 
     def _settings(self) -> dict[str, Any]:
@@ -404,7 +405,7 @@ class TrainingCLI(LightningCLI):
         folder = run_folder(self.trainer)
         if not self.trainer.strategy.broadcast((folder / "samples.png").exists()):
             # A run that had all its steps was killed before that.
-            self._get(self.config_init, "samples").on_train_end(self.trainer, self.model)
+            self.setting(self.config_init, "samples").on_train_end(self.trainer, self.model)
         if self.trainer.is_global_zero:
             rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and {self._hand_over(folder)}")
 
@@ -435,8 +436,8 @@ class BuildOnly(TrainingCLI):
         self.config[self.subcommand].trainer.logger = False
         self.written = self.config.clone()
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
+    def carry_out(self, subcommand: str) -> None:
+        """Do nothing."""
 
 
 def _silence_what_is_meant() -> None:
@@ -537,7 +538,7 @@ def _check_monitors(trainer: Trainer, logged: Sequence[str]) -> None:
     Raises:
         ValueError: If there is one.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it at runtime
+    for callback in callbacks_of(trainer):
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor not in logged:
             similar = did_you_mean(monitor, logged)

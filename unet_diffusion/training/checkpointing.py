@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from unet_diffusion.runtime.atomic_files import atomic_write, remove_left_behind
 from unet_diffusion.runtime.safe_loading import load_plain, step_of
+from unet_diffusion.training.lightning_internals import (
+    OpenModelCheckpoint,
+    is_trial,
+    is_within_step,
+    log_step_now,
+    validation_follows,
+)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -55,7 +61,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return load_plain(path)
 
 
-class RunCheckpoint(ModelCheckpoint):
+class RunCheckpoint(OpenModelCheckpoint):
     """ModelCheckpoint whose last.ckpt and previous.ckpt are the newest two, whatever else it keeps.
 
     Its arguments are ModelCheckpoint's. last.ckpt takes no room of its own while the same step is kept by name too.
@@ -78,8 +84,7 @@ class RunCheckpoint(ModelCheckpoint):
             OSError: if there is too little.
         """
         super().on_train_start(trainer, pl_module)
-        is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it at runtime
-        if trainer.is_global_zero and self.dirpath is not None and not is_trial:
+        if trainer.is_global_zero and self.dirpath is not None and not is_trial(trainer):
             num_kept = 3 + max(self.save_top_k if self.monitor else 0, 0)  # last, previous, one underway; and the best
             needed = num_kept * num_bytes(pl_module)
             check_room(Path(self.dirpath), needed, are_replaced=self.save_top_k != -1)
@@ -87,7 +92,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if is_within_step(trainer):
             return
-        step, every = trainer.global_step, self._every_n_train_steps
+        step, every = trainer.global_step, self.interval
         is_last = step == trainer.max_steps  # later the epoch would count as done, and more steps begin another
         self._is_due = self._is_due or is_last or bool(every and step % every == 0) or self._time_is_over(trainer)
         if self._is_due and not validation_follows(trainer):
@@ -97,13 +102,13 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validated_at = trainer.global_step
-        if not self._should_save_on_train_epoch_end(trainer) and self._epoch_is_due(trainer):
+        if not self.is_of_epoch_ends(trainer) and self.epoch_is_due(trainer):
             self._is_due = True
         if self._is_due and not is_within_step(trainer):
             self.save_now(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._should_save_on_train_epoch_end(trainer) and self._epoch_is_due(trainer):
+        if self.is_of_epoch_ends(trainer) and self.epoch_is_due(trainer):
             self.save_now(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,40 +116,32 @@ class RunCheckpoint(ModelCheckpoint):
 
     def save_after_batch(self, trainer: Trainer) -> None:
         """Log the step, and save it. Lightning logs later: a process killed in between would lose the step's losses."""
-        connector = trainer._logger_connector
-        connector.on_batch_end()
-        connector.update_train_step_metrics()
-        # When Lightning comes to it, the step is logged already: this once nothing is done.
-        connector.update_train_step_metrics = lambda: delattr(  # type: ignore[method-assign]
-            connector, "update_train_step_metrics"
-        )
+        log_step_now(trainer)
         self.save_now(trainer)
 
     def save_now(self, trainer: Trainer) -> None:
         """Save, unless there is a checkpoint of this step already; between two steps only."""
         self._is_due = False
-        if self._should_skip_saving_checkpoint(trainer):
+        if self.must_not_save(trainer):
             return
-        candidates = self._monitor_candidates(trainer)
+        metrics = self.metrics(trainer)
         is_stale = str(self.monitor).startswith("val/") and self._validated_at != trainer.global_step
-        if self.monitor is None or (self.monitor in candidates and not is_stale):
-            self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
-
-    def _epoch_is_due(self, trainer: Trainer) -> bool:
-        return self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        if self.monitor is None or (self.monitor in metrics and not is_stale):
+            self.save_best(trainer, metrics)
+        self.save_newest(trainer)
 
     def _time_is_over(self, trainer: Trainer) -> bool:
         """Whether the first process's clock says that a checkpoint is due; all ask at the same step."""
-        if self._train_time_interval is None:
+        if self.seconds_between is None:
             return False
         now = time.monotonic()
-        is_over = now - (self._last_time_checked or now) >= self._train_time_interval.total_seconds()
+        is_over = now - (self.last_checked or now) >= self.seconds_between
         if is_over := trainer.strategy.broadcast(is_over):
-            self._last_time_checked = now
+            self.last_checked = now
         return is_over
 
-    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+    def save_newest(self, trainer: Trainer) -> None:
+        """Save last.ckpt, and keep the one before it as previous.ckpt."""
         if not self.save_last:
             return
         assert self.dirpath is not None
@@ -152,23 +149,11 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and last.exists():
             _put(last, last.with_name(PREVIOUS))
         self.last_model_path = str(last)
-        saved = Path(self._last_checkpoint_saved)
-        if self._last_global_step_saved != trainer.global_step or saved == last:
-            self._save_checkpoint(trainer, str(last))
+        if self.saved_step != trainer.global_step or self.saved_path == last:
+            self.save_to(trainer, last)
         elif trainer.is_global_zero:
-            _put(saved, last)
+            _put(self.saved_path, last)
         trainer.strategy.barrier()
-
-
-def is_within_step(trainer: Trainer) -> bool:
-    """Whether gradients are being accumulated, which no checkpoint holds; at the end of a training batch or later."""
-    return trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def validation_follows(trainer: Trainer) -> bool:
-    """Whether a validation comes next, at the end of a training batch."""
-    loop = trainer.fit_loop
-    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def newest_good(folder: Path) -> tuple[Path, int] | None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from unet_diffusion.runtime.atomic_files import atomic_write
+from unet_diffusion.training.lightning_internals import log_interval
 
 MAX_BAD_STEPS = 10  # in a row; one outlier is skipped, a run of them is no outlier
 MAX_BAD_STEPS_IN_FLOAT16 = 30  # in a row: each halves the scale of the losses, from 2^16 until gradients fit
@@ -55,7 +56,7 @@ class SkipBadSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = trainer.log_every_n_steps or MAX_BAD_STEPS  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        every = log_interval(trainer) or MAX_BAD_STEPS
         step = trainer.global_step
         if step % every or step == self._looked_at:  # with accumulation, several batches end at the same step
             return

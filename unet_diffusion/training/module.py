@@ -6,8 +6,9 @@ The training of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 1), 
 """
 
 import math
+import os
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -22,14 +23,18 @@ from unet_diffusion.diffusion.conditions.condition import Condition, Inputs, net
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, network_record
+from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, network_record, read_checkpoint
 from unet_diffusion.latents.space import LatentSpace
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import DenoiserUNet, PixelNetwork
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
-from unet_diffusion.training.base import LRDecay, NetworkModule, averaged_copy, check_choice, default_optimizer
+from unet_diffusion.training.averaging import averaged_copy
+from unet_diffusion.training.base import NetworkModule, check_choice
+from unet_diffusion.training.lightning_internals import log_interval, total_batches
+from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 
 FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
+USUAL_DROPOUT = 0.1  # of labels (Ho & Salimans 2022), where a checkpoint does not say
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly however many there are
 
 
@@ -59,6 +64,9 @@ class DiffusionModule(NetworkModule):
     Raises:
         ValueError: if the settings contradict each other, or (in `setup`) the data.
     """
+
+    unet: PixelNetwork
+    ema_unet: PixelNetwork
 
     record_key = "denoiser"
 
@@ -171,6 +179,19 @@ class DiffusionModule(NetworkModule):
         conditions = [network_record(cast(Condition, one)) for one in self.conditions]
         return {**kept, **_space_identity(space), "conditions": _conditions_identity(conditions)}
 
+    @classmethod
+    def rebuilt(cls, path: str | os.PathLike[str], **arguments: Any) -> Self:
+        trained = read_checkpoint(path)
+        if trained.null_label is None:
+            arguments["label_dropout"] = 0.0
+        elif not arguments.get("label_dropout"):
+            arguments["label_dropout"] = USUAL_DROPOUT
+        conditions = cast(list[Condition], list(trained.conditions))
+        module = cls(trained.unet, trained.schedule, **{**arguments, "conditions": conditions})
+        module.image_shape, module.class_names = trained.image_shape, trained.class_names
+        module.latent_space = trained.latent_space
+        return module
+
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
         kept = {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
@@ -194,7 +215,7 @@ class DiffusionModule(NetworkModule):
             channels, height, width = x0.shape[1:]
             self.image_shape = (channels, height, width)
         # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would have.
-        step = self.trainer.fit_loop.total_batch_idx
+        step = total_batches(self.trainer)
         generator = keyed_generator(self.seed, step, self.global_rank, device=x0.device)
         t = stratified_timesteps(len(x0), self.schedule.num_train_timesteps, generator)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=torch.float32)
@@ -224,10 +245,10 @@ class DiffusionModule(NetworkModule):
     def on_validation_epoch_end(self) -> None:
         sums, counts = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
         # Equal on all processes; sync_dist lets callbacks on each of them monitor it.
-        self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, sync_dist=True)
+        self.log(f"{self.scores_prefix}/loss", sums.sum() / counts.sum(), prog_bar=True, sync_dist=True)
         for quarter in range(NUM_QUARTERS):
             if counts[quarter] > 0:
-                self.log(f"val/loss_q{quarter + 1}", sums[quarter] / counts[quarter], sync_dist=True)
+                self.log(f"{self.scores_prefix}/loss_q{quarter + 1}", sums[quarter] / counts[quarter], sync_dist=True)
 
     def fixed_timesteps(self, index: Tensor) -> Tensor:
         """The timestep at which each image is validated, (B,) int64: even over the range, whatever the batches.
@@ -281,7 +302,7 @@ class DiffusionModule(NetworkModule):
 
     def _log_quarters(self, errors: Tensor, t: Tensor) -> None:
         """Logs the error in each quarter of the noise range, for the step at which Lightning writes its log."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        every = log_interval(self.trainer)
         # A smaller batch may leave a quarter empty; counting would wait for the device.
         if not every or (self.trainer.global_step + 1) % every or len(t) < FILLS_EVERY_QUARTER:
             return

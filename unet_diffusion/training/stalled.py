@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.constants import default_pg_timeout
+
+from unet_diffusion.training.lightning_internals import strategy_timeout
 
 MAX_BEAT_SECONDS = 2.0
 BEATS_IN_TIMEOUT = 20  # at least
@@ -146,11 +147,6 @@ class NameStalled(Callback):
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def strategy_timeout(trainer: Trainer) -> timedelta:
-    """How long an operation of all processes may take."""
-    return getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
 
 
 def is_of_all_processes(error: BaseException) -> bool:

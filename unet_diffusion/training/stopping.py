@@ -20,8 +20,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from unet_diffusion.runtime.signals import Interrupted
-from unet_diffusion.training.checkpointing import RunCheckpoint, is_within_step, validation_follows
-from unet_diffusion.training.stalled import strategy_timeout
+from unet_diffusion.training.checkpointing import RunCheckpoint
+from unet_diffusion.training.lightning_internals import (
+    is_within_step,
+    leave_signals_to_callbacks,
+    strategy_timeout,
+    validation_follows,
+)
 
 
 class StopOnSignal(Callback):
@@ -46,8 +51,7 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=strategy_timeout(trainer))
-            # Lightning's own agreement, whose place this takes, would wait for the device at each step.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            leave_signals_to_callbacks(trainer)
         for signum in _signals():
             signal.signal(signum, self._receive)  # Lightning puts back what was there at the end
 
