@@ -4,13 +4,16 @@ As in Esser et al. 2021 (https://arxiv.org/abs/2012.09841, section 3.1) and Romb
 (https://arxiv.org/abs/2112.10752, appendix G).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from unet_diffusion.models.discriminator import PatchDiscriminator
+from unet_diffusion.training.hyperparameters import scalar_arguments
 from unet_diffusion.training.optimizers import adam_of_gans
 
 MAX_ADAPTIVE_WEIGHT = 1e4  # Esser et al.'s code, as the next one
@@ -79,6 +82,24 @@ class AdversarialLoss:
         before = self._average
         self._average = loss.detach() if before is None else before.lerp(loss.detach(), 1 - MEMORY)
         return self._average
+
+
+def adversarial_in(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> AdversarialLoss | None:
+    """The adversarial loss of a checkpoint, with a discriminator of the shape of its weights; None if it has none.
+
+    Args:
+        checkpoint: The checkpoint of an AutoencoderModule.
+        settings: The settings in its record.
+    """
+    prefix = "discriminator.layers."
+    weights = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    convolutions = [value for value in weights.values() if value.ndim == 4]  # one a layer, and the first and the last
+    if not convolutions:
+        return None
+    channels, in_channels = convolutions[0].shape[:2]
+    discriminator = PatchDiscriminator(in_channels, channels=channels, num_layers=len(convolutions) - 2)
+    known = settings.get("model", {}).get("adversarial") or {}
+    return AdversarialLoss(discriminator, **scalar_arguments(AdversarialLoss, known))
 
 
 def problem_of(loss: float) -> str | None:

@@ -31,7 +31,7 @@ from unet_diffusion.models.autoencoders import (
 from unet_diffusion.models.discriminator import hinge_loss
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.runtime.randomness import keyed_generator
-from unet_diffusion.training.adversarial import AdversarialLoss, problem_of
+from unet_diffusion.training.adversarial import AdversarialLoss, adversarial_in, problem_of
 from unet_diffusion.training.base import NetworkModule, check_choice
 from unet_diffusion.training.health import SkipBadSteps
 from unet_diffusion.training.image_quality import SSIM_SIDE, PerceptualNet, lpips, psnr, ssim
@@ -298,9 +298,9 @@ class AutoencoderModule(NetworkModule):
         return record["config"]
 
     @classmethod
-    def rebuilt(cls, path: str | os.PathLike[str], **arguments: Any) -> Self:
+    def rebuilt(cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], **arguments: Any) -> Self:
         trained = read_autoencoder(path)
-        module = cls(trained.autoencoder, **arguments)
+        module = cls(trained.autoencoder, **{"adversarial": adversarial_in(checkpoint, trained.settings), **arguments})
         module.image_shape = trained.image_shape
         return module
 

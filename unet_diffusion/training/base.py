@@ -141,11 +141,12 @@ class NetworkModule(LightningModule):
         raise NotImplementedError("a subclass must define identity_in()")
 
     @classmethod
-    def rebuilt(cls, path: str | os.PathLike[str], **arguments: Any) -> Self:
-        """A module as the one in a checkpoint, whose weights need not be the checkpoint's: `load_from_checkpoint`.
+    def rebuilt(cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], **arguments: Any) -> Self:
+        """A module as the one in a checkpoint; `load_from_checkpoint` then loads the weights.
 
         Args:
-            path: The checkpoint.
+            path: The file of the checkpoint.
+            checkpoint: What it holds.
             arguments: Arguments of the constructor that are no networks.
 
         Raises:
@@ -387,7 +388,7 @@ class NetworkModule(LightningModule):
         checkpoint = load_plain(checkpoint_path)
         settings = cls._record_in(checkpoint)["settings"]
         known = scalar_arguments(cls, settings.get("model", {}))
-        module = cls.rebuilt(checkpoint_path, **{**known, **arguments})
+        module = cls.rebuilt(checkpoint_path, checkpoint, **{**known, **arguments})
         module.load_state_dict(checkpoint["state_dict"])
         module.settings = settings
         return module.to(map_location or "cpu").train()

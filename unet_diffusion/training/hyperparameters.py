@@ -25,7 +25,7 @@ def plain_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     return {"class_path": _class_path(optimizer), "init_args": _plain_items(optimizer.defaults)}
 
 
-def scalar_arguments(kind: type, settings: Mapping[str, Any]) -> dict[str, Scalar]:
+def scalar_arguments(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers and texts in settings that a class has arguments for."""
     names = inspect.signature(kind).parameters
     return {name: value for name, value in settings.items() if name in names and isinstance(value, Scalar)}

@@ -180,7 +180,7 @@ class DiffusionModule(NetworkModule):
         return {**kept, **_space_identity(space), "conditions": _conditions_identity(conditions)}
 
     @classmethod
-    def rebuilt(cls, path: str | os.PathLike[str], **arguments: Any) -> Self:
+    def rebuilt(cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], **arguments: Any) -> Self:
         trained = read_checkpoint(path)
         if trained.null_label is None:
             arguments["label_dropout"] = 0.0

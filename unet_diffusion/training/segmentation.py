@@ -150,7 +150,7 @@ class SegmentationModule(NetworkModule):
         return segmenter_record(self.trained)
 
     @classmethod
-    def rebuilt(cls, path: str | os.PathLike[str], **arguments: Any) -> Self:
+    def rebuilt(cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], **arguments: Any) -> Self:
         trained = read_segmenter(path)
         module = cls(trained.unet, **{**arguments, "timestep": trained.timestep, "init_from": None})
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
