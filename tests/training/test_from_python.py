@@ -146,14 +146,13 @@ def test_checkpoint_of_another_task_or_with_code_is_refused(fitted, code, tmp_pa
 def test_test_measures_what_validate_measures(fitted, quiet_trainer, task):
     module, data, path = fitted(task)
     validated = quiet_trainer().validate(module, data, verbose=False)[0]
+    expected = {name.replace("val/", "test/"): score for name, score in validated.items()}
     loaded = type(module).load_from_checkpoint(path)
     for tested in (module, loaded):
         (scores,) = quiet_trainer().test(tested, data, verbose=False)
-        assert scores == pytest.approx(
-            {f"test/{name.removeprefix('val/')}": score for name, score in validated.items()}
-        )
+        assert scores == pytest.approx(expected)
     (scores,) = quiet_trainer().test(type(module).load_from_checkpoint(path), data, ckpt_path=path, verbose=False)
-    assert scores.keys() == {f"test/{name.removeprefix('val/')}" for name in validated}
+    assert scores.keys() == expected.keys()
 
 
 def noise(*shape) -> torch.Tensor:

@@ -232,7 +232,7 @@ class Newest(internals.OpenModelCheckpoint):
 
 
 def test_parts_of_a_checkpoint_callback_have_names(quiet_trainer, tmp_path):
-    callback = Newest(tmp_path, every_n_train_steps=2, save_last=True, monitor="loss", filename="{step}")
+    callback = Newest(tmp_path, every_n_train_steps=2, save_last=True, save_top_k=-1, monitor="loss")
     assert (callback.interval, callback.seconds_between, callback.last_checked) == (2, None, None)
     assert Newest(tmp_path, train_time_interval=timedelta(minutes=1)).seconds_between == 60
     trainer = quiet_trainer(max_steps=5, limit_val_batches=0, enable_checkpointing=True, callbacks=[callback])
