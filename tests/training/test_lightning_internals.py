@@ -268,9 +268,9 @@ def test_best_checkpoint_is_saved_by_its_metric(quiet_trainer, tmp_path):
     callback = Newest(tmp_path / "best", monitor="loss", filename="{step}")
     trainer = quiet_trainer(max_steps=1, limit_val_batches=0, enable_checkpointing=True, callbacks=[callback])
     trainer.fit(LogsLoss())
-    for loss in (0.5, 0.7):
+    for loss in (-1e6, 1e6):
         callback.save_best(trainer, {**callback.metrics(trainer), "loss": trainer.callback_metrics["loss"] * 0 + loss})
-    assert callback.best_model_score == 0.5
+    assert callback.best_model_score == -1e6
 
 
 def test_wider_file_of_losses_is_written_by_its_writer(tmp_path):
