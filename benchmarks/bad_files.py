@@ -85,16 +85,10 @@ def _pictures(at: dict[str, Path]) -> None:
 
 
 def _checkpoints(at: dict[str, Path]) -> None:
-    from unet_diffusion.diffusers_io.interop import export_autoencoder, export_pipeline
     from unet_diffusion.diffusion.schedule import NoiseSchedule
-    from unet_diffusion.inference.record import (
-        TrainedAutoencoder,
-        TrainedDenoiser,
-        TrainedSegmenter,
-        autoencoder_record,
-        segmenter_record,
-        write_initial_checkpoint,
-    )
+    from unet_diffusion.inference.autoencoder import Autoencoder
+    from unet_diffusion.inference.denoiser import Denoiser
+    from unet_diffusion.inference.segmenter import Segmenter
     from unet_diffusion.models.autoencoders import kl_autoencoder
     from unet_diffusion.models.unet import DenoiserUNet, SegmentationUNet
 
@@ -103,23 +97,18 @@ def _checkpoints(at: dict[str, Path]) -> None:
     small = {"norm_num_groups": 4, "layers_per_block": 1, "attention_levels": [1]}
     for name, names in {"denoiser": ["cat", "dog"], "digits": [str(digit) for digit in range(10)]}.items():
         unet = DenoiserUNet(1, [8, 16], num_class_embeds=len(names) + 1, **small)
-        trained = TrainedDenoiser(unet, schedule, (1, 8, 8), len(names), names)
-        write_initial_checkpoint(trained, at[name].with_suffix(".ckpt"))
+        trained = Denoiser(unet, schedule, (1, 8, 8), null_label=len(names), class_names=names)
+        trained.save(at[name].with_suffix(".ckpt"))
         if name == "denoiser":
-            write_initial_checkpoint(trained, at["run"] / "checkpoints" / "last.ckpt")
-            export_pipeline(trained, at["pipeline"])
-    cells = TrainedSegmenter(SegmentationUNet(1, 2, channels=[4, 8], padding="same"), "classes", ["none", "cell"], None,
+            trained.save(at["run"] / "checkpoints" / "last.ckpt")
+            trained.export(at["pipeline"])
+    cells = Segmenter(SegmentationUNet(1, 2, channels=[4, 8], padding="same"), "classes", ["none", "cell"], None,
                              False, 64)  # fmt: skip
-    _save("segmenter", segmenter_record(cells), "unet", cells.unet, at["cells"])
+    cells.save(at["cells"].with_suffix(".ckpt"))
     autoencoder = kl_autoencoder(3, [32, 32])
-    trained_autoencoder = TrainedAutoencoder(autoencoder, (3, 16, 16), 1.0)
-    _save("autoencoder", autoencoder_record(trained_autoencoder), "autoencoder", autoencoder, at["autoencoder"])
-    export_autoencoder(trained_autoencoder, at["autoencoder"])
-
-
-def _save(key: str, record: dict[str, Any], part: str, network: torch.nn.Module, path: Path) -> None:
-    weights = {f"{prefix}{part}.{name}": one for prefix in ("", "ema_") for name, one in network.state_dict().items()}
-    torch.save({key: record, "state_dict": weights}, path.with_suffix(".ckpt"))
+    trained_autoencoder = Autoencoder(autoencoder, (3, 16, 16), 1.0)
+    trained_autoencoder.save(at["autoencoder"].with_suffix(".ckpt"))
+    trained_autoencoder.export(at["autoencoder"])
 
 
 def _made_by_commands(at: dict[str, Path]) -> None:

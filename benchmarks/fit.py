@@ -30,7 +30,7 @@ from measure import Step, alternate, describe, empty_caches, environment, table,
 from ours import our_step, setting_for
 from step_times import STEPS
 
-from unet_diffusion.inference.record import read_checkpoint
+from unet_diffusion.inference.record import read_denoiser
 from unet_diffusion.training.precision import NAMES
 
 # a run that ends soon after its first step
@@ -111,7 +111,7 @@ def bare_step(run: Path) -> tuple[Step, int, list[str]]:
     config = yaml.safe_load((run / "config.yaml").read_text())
     on_gpu = torch.cuda.is_available() and config["trainer"]["accelerator"] != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
-    trained = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    trained = read_denoiser(run / "checkpoints" / "last.ckpt")
     unet = trained.unet.to(device)
     batch_size, classes = config["data"]["init_args"]["batch_size"], unet.config["num_class_embeds"]
     x0 = torch.rand(batch_size, *trained.image_shape, device=device) * 2 - 1

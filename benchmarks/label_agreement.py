@@ -20,9 +20,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 
-from unet_diffusion.diffusers_io.interop import load_denoiser
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import sample
+from unet_diffusion.inference.loading import load_denoiser
 
 NUM_UNGUIDED = 500  # samples without guidance, and without label
 

@@ -17,10 +17,10 @@ from measure import RESULTS, Step, alternate, environment, fastest_autocast, tab
 from torch import Tensor
 
 from unet_diffusion.data import FolderDataModule, scale_to_unit_range
-from unet_diffusion.diffusers_io.interop import load_denoiser
 from unet_diffusion.diffusion.losses import squared_error
-from unet_diffusion.inference.record import TrainedDenoiser
-from unet_diffusion.latents.codec import autoencoder_of
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.loading import load_denoiser
+from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import LatentSpace
 from unet_diffusion.latents.store import read_latents
 from unet_diffusion.models.autoencoders import latent_moments
@@ -65,7 +65,7 @@ def encoded(run: Path) -> Moments:
         settings["images"], image_size=(height, width), channels=channels, background=settings["background"]
     )
     data.setup()
-    autoencoder = autoencoder_of(read_latents(run / "latents").space)
+    autoencoder = LatentCodec.of(read_latents(run / "latents").space).autoencoder
 
     @torch.no_grad()
     def moments(index: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,9 +76,7 @@ def encoded(run: Path) -> Moments:
     return moments
 
 
-def training_step(
-    trained: TrainedDenoiser, space: LatentSpace, moments: Moments, num_images: int, batch_size: int
-) -> Step:
+def training_step(trained: Denoiser, space: LatentSpace, moments: Moments, num_images: int, batch_size: int) -> Step:
     unet, schedule, generator = trained.unet.train(), trained.schedule, keyed_generator(0)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1.0e-6)
     captions = [text.token_ids([""] * batch_size) for text in trained.conditions]

@@ -39,10 +39,10 @@ from torch import Tensor
 from until_time import STEPS
 
 from unet_diffusion.data import FolderDataModule, scale_to_unit_range
-from unet_diffusion.diffusers_io.interop import load_denoiser
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import sample
-from unet_diffusion.latents.codec import autoencoder_of, decode_latents
+from unet_diffusion.inference.loading import load_denoiser
+from unet_diffusion.latents.codec import LatentCodec, decode_latents
 from unet_diffusion.latents.space import fingerprint
 from unet_diffusion.latents.store import encode_images
 from unet_diffusion.models.autoencoders import downsampling, kl_autoencoder
@@ -278,7 +278,7 @@ def trained_result(options: argparse.Namespace, name: str) -> dict[str, Any]:
     steps = int((options.work / name / STEPS).read_text())
     result = {"steps": steps, "batch_size": settings["batch_size"], "images_seen": steps * settings["batch_size"],
               "parameters": sum(p.numel() for p in trained.unet.parameters())}  # fmt: skip
-    if trained.latent_space is not None:
+    if trained.codec.space is not None:
         result["seconds"] = {stage: float((options.work / f"{stage}.seconds").read_text()) for stage in STAGES}
         result["autoencoder"] = autoencoder_result(options.work / "autoencoder")
         picture = options.json.with_name(f"{options.json.stem}_autoencoder.png")
@@ -373,7 +373,7 @@ def drawn(options: argparse.Namespace, name: str, captions: list[str]) -> Tensor
     trained.conditions.to(options.device)
     text = trained.conditions[0]
     inputs, unconditional = trained.inputs({"captions": text.token_ids(captions).to(options.device)})
-    space = trained.latent_space
+    space = trained.codec.space
     with fastest_autocast(options.device):
         images = sample(
             trained.unet,
@@ -390,7 +390,7 @@ def drawn(options: argparse.Namespace, name: str, captions: list[str]) -> Tensor
             clip_sample=space is None,
         )
         if space is not None:
-            images = decode_latents(autoencoder_of(space).to(options.device), space, images)
+            images = decode_latents(LatentCodec.of(space).autoencoder.to(options.device), space, images)
     return images.clamp(-1, 1)
 
 

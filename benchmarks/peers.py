@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from measure import fastest_autocast
 from torch import Tensor, nn
 
-from unet_diffusion.diffusers_io.interop import to_diffusers
+from unet_diffusion.diffusers_io.exporting import to_diffusers
 from unet_diffusion.models.unet import DenoiserUNet
 
 TOLERANCE = 1e-5  # of equal networks in float32, relative to the largest output

@@ -334,8 +334,8 @@ def fit_seconds(name: str, root: Path, folder: Path, max_steps: int, *options: s
 
 
 def our_denoiser(folder: Path) -> Denoiser:
-    from unet_diffusion.diffusers_io.interop import load_denoiser
     from unet_diffusion.diffusion.sampling import build_scheduler
+    from unet_diffusion.inference.loading import load_denoiser
 
     trained = load_denoiser(folder)
     rows = trained.unet.config["num_class_embeds"]

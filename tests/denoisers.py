@@ -7,7 +7,7 @@ from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser
+from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
 from unet_diffusion.models.unet import DenoiserUNet
@@ -48,12 +48,12 @@ def latent_space(folder, kind="kl", **changes) -> LatentSpace:
     return LatentSpace(str(folder), fingerprint(made, made.config), (3, 16, 16), **{**moments, **changes})
 
 
-def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options) -> TrainedDenoiser:
+def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options) -> Denoiser:
     """A denoiser of latents by captions, whose autoencoder is in the folder."""
     torch.manual_seed(0)
     levels = {"attention_levels": (1,), "context_dim": WIDTH, "num_heads": 2}
     unet = DenoiserUNet(**{**TINY_UNET, **levels, **options})
-    return TrainedDenoiser(
+    return Denoiser(
         unet=randomise(unet),
         schedule=NoiseSchedule(100, prediction_type="v_prediction"),
         image_shape=(4, *size),
@@ -62,11 +62,11 @@ def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options
     )
 
 
-def inpainter(folder, **options) -> TrainedDenoiser:
+def inpainter(folder, **options) -> Denoiser:
     return text_denoiser(folder, conditions=[text_tokens(), MaskedImage(5)], in_channels=9, out_channels=4, **options)
 
 
-def upscaler(folder, **options) -> TrainedDenoiser:
+def upscaler(folder, **options) -> Denoiser:
     conditions = [text_tokens(), LowResolution(3)]
     network = {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000}
     return text_denoiser(folder, **{"conditions": conditions, **network, **options})

@@ -20,7 +20,8 @@ from test_configs import NUCLEI, write_fashion_mnist, write_pairs
 from until_time import STEPS, UntilTime
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser, write_initial_checkpoint
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.models.unet import DenoiserUNet
 
 ROOT = Path(__file__).parents[1]
@@ -206,8 +207,8 @@ def test_isbi2012(tmp_path):
 @pytest.mark.slow
 def test_label_efficiency_resumes(tmp_path):
     write_pairs(tmp_path, channels=3, instances=True)
-    denoiser = TrainedDenoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
-    write_initial_checkpoint(denoiser, tmp_path / "denoiser.ckpt")
+    denoiser = Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
+    save_denoiser(denoiser, tmp_path / "denoiser.ckpt")
     command = [sys.executable, str(ROOT / "benchmarks" / "label_efficiency.py"), "--root", str(tmp_path)]
     command += ["--denoiser", str(tmp_path / "denoiser.ckpt"), "--num_test", "2", "--seeds", "0"]
     command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "l.json")]

@@ -12,7 +12,8 @@ from PIL import Image
 
 from unet_diffusion.data import find_images, pack_images
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser, write_initial_checkpoint
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder
 from unet_diffusion.models.unet import DenoiserUNet
 
@@ -221,9 +222,8 @@ def test_recipe_with_maps_trains_and_leaves_a_pipeline(run_cli, tmp_path, name):
     captions = [f"{i}.png,picture number {i}" for i in range(12)]
     (tmp_path / "data" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     kl_autoencoder(3, (32, 32, 32), layers_per_block=1).save_pretrained(tmp_path / "autoencoder")
-    arguments = [option.replace("--data.init_args.", "--data.init_args.images.init_args.") for option in SMALLER]
-    arguments += ["--data.init_args.images.init_args.root", tmp_path / "data"]
-    arguments += ["--data.init_args.autoencoder", tmp_path / "autoencoder"]
+    arguments = [*SMALLER, "--data.init_args.root", tmp_path / "data"]
+    arguments += ["--model.codec.init_args.autoencoder", tmp_path / "autoencoder"]
     arguments += [*DENOISE, "--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.head_channels=4"]
     status, _, err = run_cli(
         "fit", "--config", CONFIGS / name, *arguments, "--trainer.default_root_dir", tmp_path / "run"
@@ -257,8 +257,8 @@ def test_recipe_trains_and_leaves_a_segmenter(run_cli, caplog, tmp_path, name):
         for side in ("image", "label"):
             arguments += [f"--data.init_args.source.init_args.{side}s", tmp_path / side]
     if "init_from" in (CONFIGS / name).read_text():
-        denoiser = TrainedDenoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
-        write_initial_checkpoint(denoiser, tmp_path / "denoiser.ckpt")
+        denoiser = Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
+        save_denoiser(denoiser, tmp_path / "denoiser.ckpt")
         arguments += ["--model.init_from", tmp_path / "denoiser.ckpt"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err

@@ -25,10 +25,7 @@ SMALL_DENOISER = [
     "--model.unet.init_args.head_channels=null",
     "--samples.num_inference_steps=2",
 ]
-SMALL_WITH_MAPS = [
-    *(option.replace("init_args.batch_size", "init_args.images.init_args.batch_size") for option in SMALL_DENOISER),
-    "--data.init_args.images.init_args.num_val=2",
-]
+SMALL_WITH_MAPS = [*SMALL_DENOISER, "--data.init_args.num_val=2"]
 SMALL_SEGMENTER = [*SMALL, "--model.unet.init_args.channels=[8, 16]", "--data.init_args.window_size=32"]
 SMALL_NUCLEI = ["--model.unet.init_args.norm_num_groups=4", "--data.init_args.num_val=4"]
 SMALL_RECIPE = {

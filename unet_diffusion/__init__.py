@@ -1,10 +1,43 @@
-"""One U-Net, from segmentation to latent diffusion."""
+"""One U-Net, from segmentation to latent diffusion.
+
+Names are imported when they are first used: importing the package by itself takes no time, and no PyTorch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+
+_MODULES = {  # where each name of a user comes from
+    "Autoencoder": "inference.autoencoder",
+    "AutoencoderModule": "training.autoencoder",
+    "Condition": "diffusion.conditions.condition",
+    "Denoiser": "inference.denoiser",
+    "DenoiserUNet": "models.unet",
+    "DiffusionModule": "training.module",
+    "Guidance": "diffusion.guidance",
+    "ImageDataModule": "data.base",
+    "NoiseSchedule": "diffusion.schedule",
+    "SegmentationModule": "training.segmentation",
+    "SegmentationUNet": "models.unet",
+    "Segmenter": "inference.segmenter",
+    "from_diffusers": "diffusers_io.importing",
+    "load": "inference.loading",
+    "sample": "diffusion.sampling",
+    "to_diffusers": "diffusers_io.exporting",
+}
+
+__all__ = [*_MODULES, "__version__"]  # names, all of them
 
 
 def __getattr__(name: str) -> object:
-    """`__version__`, looked up when it is asked for."""
+    """The name, imported when it is first used."""
     if name == "__version__":
-        from importlib.metadata import version
-
         return version("unet-diffusion")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

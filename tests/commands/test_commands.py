@@ -22,8 +22,10 @@ from unet_diffusion.commands.fit_arguments import check_arguments
 from unet_diffusion.commands.recipes import recipe_path
 from unet_diffusion.commands.training_cli import TrainingCLI, _differences
 from unet_diffusion.data import FolderDataModule
-from unet_diffusion.diffusers_io.interop import export_pipeline, import_pipeline, load_denoiser
-from unet_diffusion.inference.record import read_checkpoint, write_initial_checkpoint
+from unet_diffusion.diffusers_io.exporting import export_pipeline
+from unet_diffusion.diffusers_io.importing import import_pipeline
+from unet_diffusion.inference.loading import load_denoiser
+from unet_diffusion.inference.record import read_denoiser, save_denoiser
 from unet_diffusion.models.unet import DenoiserUNet
 from unet_diffusion.runtime.messages import UsageError
 from unet_diffusion.training.precision import RunTrainer
@@ -73,7 +75,7 @@ def test_written_configuration_makes_the_same_run(digits_run, tmp_path, run_cli)
 
 def test_exported_pipeline_holds_the_averaged_weights_of_the_last_checkpoint(digits_run):
     exported = import_pipeline(digits_run / "pipeline").unet.state_dict()
-    last = read_checkpoint(digits_run / "checkpoints" / "last.ckpt").unet.state_dict()
+    last = read_denoiser(digits_run / "checkpoints" / "last.ckpt").unet.state_dict()
     torch.testing.assert_close(exported, last, rtol=0, atol=0)
 
 
@@ -277,7 +279,7 @@ def strong_run(digits_run, tmp_path_factory):
         for parameter in trained.unet.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     root = tmp_path_factory.mktemp("strong") / "run"
-    write_initial_checkpoint(trained, root / "checkpoints" / "last.ckpt")
+    save_denoiser(trained, root / "checkpoints" / "last.ckpt")
     export_pipeline(trained, root / "pipeline")
     return root
 
@@ -304,7 +306,7 @@ def test_labels_take_turns(strong_run, draw):
 def test_weaker_checkpoint_of_other_classes_is_refused(strong_run, run_cli, tmp_path):
     other = load_denoiser(strong_run)
     other.class_names = [f"digit {label}" for label in range(10)]
-    write_initial_checkpoint(other, tmp_path / "other.ckpt")
+    save_denoiser(other, tmp_path / "other.ckpt")
     options = ["--autoguidance", tmp_path / "other.ckpt", "--guidance_scale", 2, "--labels", 3]
     status, _, err = run_cli("sample", strong_run, *options, "--output", tmp_path / "drawn")
     assert status == 1
@@ -353,7 +355,7 @@ def test_label_is_a_name_first_and_the_record_says_which_class_it_was(strong_run
     """Of classes that are named by numbers: with the command, and with the exported pipeline."""
     trained = load_denoiser(strong_run)
     trained.class_names = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]
-    write_initial_checkpoint(trained, tmp_path / "named.ckpt")
+    save_denoiser(trained, tmp_path / "named.ckpt")
     by_name = draw("names", tmp_path / "named.ckpt", "--num_images", 3, "--labels", 10, 0, 3)
     by_number = draw("numbers", strong_run, "--num_images", 3, "--labels", 9, 0, 2)
     np.testing.assert_array_equal(pixels(by_name), pixels(by_number))
@@ -569,7 +571,7 @@ def test_window_that_covers_the_image_changes_nothing_and_a_smaller_one_does(str
 
 
 def test_images_from_a_picture_are_nearer_to_it_the_less_the_strength(strong_run, draw, picture, tmp_path):
-    arguments = ("--num_images", 2, "--init", tmp_path / "init.png", "--num_inference_steps", 10)
+    arguments = ("--num_images", 2, "--image", tmp_path / "init.png", "--num_inference_steps", 10)
     distances = [
         np.abs(pixels(draw(f"{strength}", strong_run, *arguments, "--strength", strength)).astype(int) - picture).mean()
         for strength in (0.1, 1.0)
@@ -578,7 +580,7 @@ def test_images_from_a_picture_are_nearer_to_it_the_less_the_strength(strong_run
 
 
 def test_black_of_the_mask_stays_as_in_the_picture_and_white_is_painted(strong_run, draw, picture, tmp_path):
-    arguments = ("--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
+    arguments = ("--image", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
     images = pixels(draw("painted", strong_run, "--num_images", 3, *arguments))
     np.testing.assert_array_equal(images[:, :, :4], np.broadcast_to(picture[:, :4], (3, 8, 4)))
     assert all(not np.array_equal(image[:, 4:], picture[:, 4:]) for image in images)
@@ -588,7 +590,7 @@ def test_black_of_the_mask_stays_as_in_the_picture_and_white_is_painted(strong_r
 
 @pytest.mark.parametrize("name", ["init", "mask"])
 def test_resume_needs_the_same_picture_behind_the_same_path(strong_run, draw, run_cli, picture, tmp_path, name):
-    options = ("--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
+    options = ("--image", tmp_path / "init.png", "--mask", tmp_path / "mask.png")
     folder = draw("images", strong_run, "--num_images", 1, *options)
     draw("images", strong_run, "--num_images", 2, *options, "--resume")
     changed = np.array(Image.open(tmp_path / f"{name}.png"))
@@ -613,7 +615,7 @@ def test_frames_between_two_seeds_begin_and_end_with_their_first_images(strong_r
         (["--num_images", 1], ["--image_size", 16, 16], "image_size"),
         (["--num_images", 1], ["--window", 8], "window"),
         (["--num_images", 1, "--window", 8], ["--overlap", 0.25], "overlap"),
-        (["--num_images", 1, "--init", "{tmp}/init.png"], ["--strength", 0.5], "strength"),
+        (["--num_images", 1, "--image", "{tmp}/init.png"], ["--strength", 0.5], "strength"),
     ],
 )
 def test_resume_needs_the_same_size_window_and_start(
@@ -633,16 +635,16 @@ START_ERRORS = {
     "all overlap": ("--window 8 --overlap 1", "--overlap must be in [0, 1), got 1.0; 0.5 is usual"),
     "negative overlap": ("--window 8 --overlap -0.25", "--overlap must be in [0, 1), got -0.25"),
     "overlap of nothing": ("--overlap 0.25", "--overlap must come with windows that have one; add --window N"),
-    "mask alone": ("--mask {tmp}/mask.png", "--mask must come with a picture to start from; add --init FILE"),
+    "mask alone": ("--mask {tmp}/mask.png", "--mask must come with a picture to start from; add --image FILE"),
     "strength alone": ("--strength 0.5", "--strength must come with a picture"),
-    "no picture": ("--init {tmp}/none.png", "--init must be an image file, and there is none at"),
-    "text": ("--init {tmp}/text.ckpt", "text.ckpt cannot be read as an image"),
-    "small": ("--init {tmp}/init.png --image_size 16 16", "too small: 8x8, must be at least 16x16"),
-    "strength": ("--init {tmp}/init.png --strength 1.5", "strength must be in (0, 1], got 1.5"),
-    "no step": ("--init {tmp}/init.png --strength 0.01", "0.01 of 25 steps is none"),
-    "scheduler": ("--init {tmp}/init.png --scheduler LMSDiscreteScheduler", "cannot start from an image"),
-    "other mask": ("--init {tmp}/init.png --mask {tmp}/large.png", "as large as --init, 8x8, got 9x8; resize it"),
-    "black mask": ("--init {tmp}/init.png --mask {tmp}/black.png", "black.png has no white"),
+    "no picture": ("--image {tmp}/none.png", "--image must be an image file, and there is none at"),
+    "text": ("--image {tmp}/text.ckpt", "text.ckpt cannot be read as an image"),
+    "small": ("--image {tmp}/init.png --image_size 16 16", "too small: 8x8, must be at least 16x16"),
+    "strength": ("--image {tmp}/init.png --strength 1.5", "strength must be in (0, 1], got 1.5"),
+    "no step": ("--image {tmp}/init.png --strength 0.01", "0.01 of 25 steps is none"),
+    "scheduler": ("--image {tmp}/init.png --scheduler LMSDiscreteScheduler", "cannot start from an image"),
+    "other mask": ("--image {tmp}/init.png --mask {tmp}/large.png", "as large as --init, 8x8, got 9x8; resize it"),
+    "black mask": ("--image {tmp}/init.png --mask {tmp}/black.png", "black.png has no white"),
     "one seed": ("--interpolate 3 3", "two different seeds, got 3 twice"),
     "one frame": ("--interpolate 1 2 --num_images 1", "at least 2 images, the ends, got --num_images 1"),
     "noisy": ("--interpolate 1 2 --scheduler DDPMScheduler", "adds no noise, got DDPMScheduler; use DDIMScheduler"),
@@ -730,7 +732,7 @@ def test_imported_pipeline_is_trained_on(digits_run, run_cli, tmp_path, tiny_dig
 def test_imported_configuration_makes_the_network_by_itself(digits_run, run_cli, tmp_path):
     run_cli("import", digits_run / "pipeline", tmp_path / "first.ckpt")
     model = yaml.safe_load((tmp_path / "first.yaml").read_text())["model"]
-    expected = read_checkpoint(digits_run / "checkpoints" / "last.ckpt")
+    expected = read_denoiser(digits_run / "checkpoints" / "last.ckpt")
     assert DenoiserUNet(**model["unet"]["init_args"]).config == expected.unet.config
     assert model["schedule"]["init_args"] == expected.schedule.config
 
@@ -748,10 +750,11 @@ def test_import_overwrites_nothing(digits_run, run_cli, tmp_path):
 
 def unconditional(tmp_path):
     from unet_diffusion.diffusion.schedule import NoiseSchedule
-    from unet_diffusion.inference.record import TrainedDenoiser, write_initial_checkpoint
+    from unet_diffusion.inference.denoiser import Denoiser
+    from unet_diffusion.inference.record import save_denoiser
 
     unet = DenoiserUNet(1, (4, 4), norm_num_groups=2, layers_per_block=1)
-    write_initial_checkpoint(TrainedDenoiser(unet, NoiseSchedule(10), (1, 8, 8)), tmp_path / "unconditional.ckpt")
+    save_denoiser(Denoiser(unet, NoiseSchedule(10), (1, 8, 8)), tmp_path / "unconditional.ckpt")
     return tmp_path / "unconditional.ckpt"
 
 
@@ -830,7 +833,7 @@ def test_wrong_usage_has_exit_status_2(run_cli, arguments):
 
 OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
-    "--image_size --window --overlap --init --strength --mask --noise_level --interpolate --overwrite --resume "
+    "--image_size --window --overlap --image --strength --mask --noise_level --interpolate --overwrite --resume "
     "--batch_size --device --precision --speed",
     "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
     "--device --precision --speed",

@@ -30,7 +30,7 @@ from unet_diffusion.runtime.safe_loading import load_plain
 ROOT = Path(__file__).parents[2]
 SAMPLE = (  # of the cases of benchmarks/bad_inputs.py: of each command, and of each way to be wrong
     *("sample --num_images 1000000000", "sample --device gpu", "sample --output ''", "sample --output {text}/out"),
-    *("sample --image_size 1000000 1000000", "sample --init {empty}", "segment --output /proc/nowhere/out"),
+    *("sample --image_size 1000000 1000000", "sample --image {empty}", "segment --output /proc/nowhere/out"),
     *("sample a checkpoint of denoiser: huge", "sample a checkpoint of denoiser: huge old"),
     *("sample a checkpoint of denoiser: wide", "sample a checkpoint of denoiser: deep", "recipes copy to nowhere"),
     *("sample a checkpoint of denoiser: strided", "sample a checkpoint of denoiser: other weights"),
@@ -41,7 +41,7 @@ SAMPLE = (  # of the cases of benchmarks/bad_inputs.py: of each command, and of 
     *("fit --config with a null byte", "two-stages of a text", "encode --device cuda:0", "segment a text"),
     *("fit, index of shards: null", "fit --config with no section", "fit --config with a class that is a list"),
     *("fit a checkpoint of digits: nan weights", "fit a checkpoint of digits: no weights"),
-    *("segment a cells whose timestep is -1", "sample a denoiser whose image_shape is [1, 7, 8]"),
+    *("segment a cells whose timestep is -1", "sample a denoiser whose sample_shape is [1, 7, 8]"),
     *("sample a denoiser whose schedule is {}", "fit --config digits --trainer.default_root_dir {text}/out"),
 )
 CASES = {case.name: case for case in bad_inputs.all_cases()}

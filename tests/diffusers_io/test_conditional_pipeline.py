@@ -24,15 +24,17 @@ from elsewhere import draw_elsewhere
 from PIL import Image
 
 from unet_diffusion.diffusers_io import interop
-from unet_diffusion.diffusers_io.interop import export_pipeline, import_pipeline
+from unet_diffusion.diffusers_io.exporting import export_pipeline
+from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.concat import MAPS_KEY, Concat
 from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE, LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, masked_image_maps
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import image_generators, sample
-from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, read_checkpoint, write_initial_checkpoint
-from unet_diffusion.latents.codec import autoencoder_of, decode_latents
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import denoiser_record, read_denoiser, save_denoiser
+from unet_diffusion.latents.codec import LatentCodec, decode_latents
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import latent_moments
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -53,14 +55,14 @@ def class_tokens(**options) -> ClassTokens:
     return randomise(ClassTokens(WIDTH, 2, **options))
 
 
-def pixels(folder, conditions, *, num_maps=0, **network) -> TrainedDenoiser:
+def pixels(folder, conditions, *, num_maps=0, **network) -> Denoiser:
     """A denoiser of grey images."""
     trained = text_denoiser(folder, conditions=conditions, in_channels=1 + num_maps, out_channels=1, **network)
-    trained.latent_space, trained.image_shape = None, (1, 8, 8)
+    trained.codec.space, trained.image_shape = None, (1, 8, 8)
     return trained
 
 
-def with_classes(trained: TrainedDenoiser, null_label=2) -> TrainedDenoiser:
+def with_classes(trained: Denoiser, null_label=2) -> Denoiser:
     trained.null_label = null_label
     trained.class_names = ["cat", "dog"] if trained.num_classes == 2 else None  # not of an upscaler's levels of noise
     return trained
@@ -115,20 +117,20 @@ MADE = {
 }
 
 
-def has_null(trained: TrainedDenoiser) -> bool:
+def has_null(trained: Denoiser) -> bool:
     return any(one.has_null for one in trained.all_conditions)
 
 
-def image_size(trained: TrainedDenoiser) -> tuple[int, int]:
-    factor = 1 if trained.latent_space is None else 2
+def image_size(trained: Denoiser) -> tuple[int, int]:
+    factor = 1 if trained.codec.space is None else 2
     return factor * trained.image_shape[1], factor * trained.image_shape[2]
 
 
-def write_files(trained: TrainedDenoiser, folder) -> None:
+def write_files(trained: Denoiser, folder) -> None:
     """The pictures and tensors that calls and model cards name."""
     enlarges = trained.condition(LowResolution) is not None
     height, width = SMALL_SIZE if enlarges else image_size(trained)
-    shape = (height, width, 3) if trained.latent_space else (height, width)
+    shape = (height, width, 3) if trained.codec.space else (height, width)
     random = np.random.default_rng(7)
     Image.fromarray(random.integers(256, size=shape, dtype=np.uint8)).save(folder / "image.png")
     mask = np.zeros((height, width), dtype=np.uint8)
@@ -140,7 +142,7 @@ def write_files(trained: TrainedDenoiser, folder) -> None:
     np.save(folder / "latents.npy", torch.stack(noise).numpy())
 
 
-def call_of(trained: TrainedDenoiser) -> dict:
+def call_of(trained: Denoiser) -> dict:
     """What a pipeline is called with, but for guidance."""
     call: dict = {"num_inference_steps": STEPS, "batch_size": 2}
     if trained.condition(LowResolution):
@@ -156,13 +158,13 @@ def call_of(trained: TrainedDenoiser) -> dict:
 
 
 @torch.no_grad()
-def drawn_here(trained: TrainedDenoiser, folder, guidance_scale: float) -> np.ndarray:
+def drawn_here(trained: Denoiser, folder, guidance_scale: float) -> np.ndarray:
     """What our sampler draws, in the range and layout of a pipeline's arrays."""
     picture, mask = (torch.from_numpy(np.asarray(Image.open(folder / name)) / 255).float() for name in
                      ("image.png", "mask.png"))  # fmt: skip
     picture = (picture[..., None] if picture.ndim == 2 else picture).permute(2, 0, 1)[None] * 2 - 1
-    space, paints = trained.latent_space, trained.condition(MaskedImage) is not None
-    autoencoder = None if space is None else autoencoder_of(space)
+    space, paints = trained.codec.space, trained.condition(MaskedImage) is not None
+    autoencoder = None if space is None else LatentCodec.of(space).autoencoder
     given, noise = {"labels": torch.tensor(LABELS), "concat": torch.from_numpy(np.load(folder / "maps.npy"))}, None
     if any(one.batch_key == "captions" for one in trained.all_conditions):
         given["captions"] = next(one for one in trained.conditions if one.batch_key == "captions").token_ids(CAPTIONS)
@@ -266,7 +268,7 @@ def test_folder_is_imported_as_it_was_and_goes_out_again(exported, tmp_path, nam
 def test_autoencoder_that_cannot_take_in_moments_keeps_them_beside_it(exported):
     root, made = exported
     name = "captions, no convolutions"
-    before, after = made[name].latent_space, import_pipeline(root / name / "pipeline").latent_space
+    before, after = made[name].codec.space, import_pipeline(root / name / "pipeline").codec.space
     assert (after.mean, after.std, after.fingerprint) == (before.mean, before.std, before.fingerprint)
 
 
@@ -303,8 +305,8 @@ def test_imported_folder_is_trained_on_with_other_images(exported, tmp_path, run
 def test_imported_checkpoint_is_what_was_imported(exported, tmp_path):
     root, _ = exported
     imported = import_pipeline(root / "captions dropped, class tokens not" / "pipeline")
-    write_initial_checkpoint(imported, tmp_path / "imported.ckpt")
-    read = read_checkpoint(tmp_path / "imported.ckpt")
+    save_denoiser(imported, tmp_path / "imported.ckpt")
+    read = read_denoiser(tmp_path / "imported.ckpt")
     assert denoiser_record(read) == denoiser_record(imported)
     torch.testing.assert_close(read.conditions.state_dict(), imported.conditions.state_dict())
 
@@ -319,7 +321,7 @@ def test_code_of_a_folder_is_not_run_by_import(exported, tmp_path):
 
 
 def test_class_tokens_that_load_as_others_are_not_exported(tmp_path, monkeypatch):
-    monkeypatch.setattr("unet_diffusion.diffusers_io.interop.ClassTokenEmbedding.load_state_dict", lambda *_: None)
+    monkeypatch.setattr("unet_diffusion.diffusers_io.exporting.ClassTokenEmbedding.load_state_dict", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"tokens of classes differ by .*nothing was exported"):
         export_pipeline(pixels(tmp_path, [class_tokens()]), tmp_path / "pipeline")
     assert not (tmp_path / "pipeline").exists()
@@ -402,7 +404,7 @@ def write_images(folder) -> None:
     ("make", "options"),
     [
         (recipe_for_captions, ["--captions", "a red cat", "--guidance_scale", "3"]),
-        (recipe_for_masks, ["--init", "{folder}/images/03.png", "--mask", "{folder}/mask.png"]),
+        (recipe_for_masks, ["--image", "{folder}/images/03.png", "--mask", "{folder}/mask.png"]),
     ],
 )
 def test_run_ends_with_a_pipeline_that_is_drawn_from_as_the_run(tmp_path, run_cli, make, options):

@@ -14,13 +14,16 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from elsewhere import draw_elsewhere
 
 from unet_diffusion.diffusers_io import interop
-from unet_diffusion.diffusers_io.interop import export_pipeline, from_diffusers, import_pipeline, load_denoiser
+from unet_diffusion.diffusers_io.exporting import export_pipeline
+from unet_diffusion.diffusers_io.importing import from_diffusers, import_pipeline
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import image_generators, sample
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, write_initial_checkpoint
-from unet_diffusion.latents.codec import autoencoder_of, decode_latents
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.loading import load_denoiser
+from unet_diffusion.inference.record import denoiser_record, save_denoiser
+from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
 from unet_diffusion.models.unet import DenoiserUNet
@@ -33,7 +36,7 @@ NULL_LABEL = 2
 BOTH = {"inputs": {"labels": torch.tensor(LABELS)}, "unconditional": {"labels": torch.full((3,), NULL_LABEL)}}
 
 
-def tiny_denoiser(*, classes: bool, **options) -> TrainedDenoiser:
+def tiny_denoiser(*, classes: bool, **options) -> Denoiser:
     torch.manual_seed(0)
     count = 3 if classes else None
     model = DenoiserUNet(
@@ -42,7 +45,7 @@ def tiny_denoiser(*, classes: bool, **options) -> TrainedDenoiser:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return TrainedDenoiser(
+    return Denoiser(
         unet=model.eval(),
         schedule=NoiseSchedule(100, "squaredcos_cap_v2", prediction_type="v_prediction"),
         image_shape=(1, 8, 4),
@@ -53,7 +56,7 @@ def tiny_denoiser(*, classes: bool, **options) -> TrainedDenoiser:
     )
 
 
-def latent_denoiser(folder, kind: str) -> TrainedDenoiser:
+def latent_denoiser(folder, kind: str) -> Denoiser:
     """A denoiser of latents by classes, whose autoencoder is in the folder."""
     torch.manual_seed(0)
     options = {"latent_channels": 1, "layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
@@ -73,7 +76,7 @@ def latent_denoiser(folder, kind: str) -> TrainedDenoiser:
     return tiny_denoiser(classes=True, latent_space=space)
 
 
-def images_elsewhere(trained: TrainedDenoiser, folder, calls: dict) -> dict:
+def images_elsewhere(trained: Denoiser, folder, calls: dict) -> dict:
     """Images that an exported folder makes in a process without this package, by name of the call."""
     export_pipeline(trained, folder / "one" / "pipeline")
     seeds = [generator.initial_seed() for generator in image_generators(SEED, range(NUM_IMAGES))]
@@ -96,18 +99,18 @@ def class_conditional_elsewhere(tmp_path_factory) -> dict:
     return images_elsewhere(tiny_denoiser(classes=True), tmp_path_factory.mktemp("class_conditional"), calls)
 
 
-def images_here(trained: TrainedDenoiser, **options) -> np.ndarray:
+def images_here(trained: Denoiser, **options) -> np.ndarray:
     """What our sampler makes, in the range and layout of a pipeline's arrays."""
     options = {"scheduler": "DDPMScheduler", "num_inference_steps": 5, "seed": SEED, **options}
     images = sample(trained.unet, trained.schedule, (NUM_IMAGES, *trained.image_shape), **options)
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def decoded_here(trained: TrainedDenoiser, **options) -> np.ndarray:
+def decoded_here(trained: Denoiser, **options) -> np.ndarray:
     """What our sampler and the autoencoder make, as `images_here`."""
     options = {"num_inference_steps": 5, "seed": SEED, "clip_sample": False, **options}
     latents = sample(trained.unet, trained.schedule, (NUM_IMAGES, *trained.image_shape), **options)
-    images = decode_latents(autoencoder_of(trained.latent_space), trained.latent_space, latents)
+    images = LatentCodec.of(trained.codec.space).decode(latents)
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
@@ -164,7 +167,7 @@ def test_exported_folder_of_latents_is_imported_again(tmp_path, kind):
     export_pipeline(trained, tmp_path / "pipeline")
     again = import_pipeline(tmp_path / "pipeline")
     assert (again.null_label, again.class_names) == (NULL_LABEL, NAMES)
-    assert again.latent_space.image_shape == (3, 16, 8)
+    assert again.codec.space.image_shape == (3, 16, 8)
     assert_same_images(decoded_here(trained, **BOTH), decoded_here(again, **BOTH))
 
 
@@ -259,7 +262,7 @@ def test_pipeline_draws_other_sizes_and_many_of_one_class():
 
 @pytest.mark.parametrize("vae", [None, "kl", "vq"])
 def test_pipeline_runs_in_bfloat16(tmp_path, vae):
-    pipeline = tiny_pipeline(vae=vae and autoencoder_of(latent_denoiser(tmp_path, vae).latent_space))
+    pipeline = tiny_pipeline(vae=vae and LatentCodec.of(latent_denoiser(tmp_path, vae).codec.space).autoencoder)
     pipeline.to(torch.bfloat16)
     images = pipeline(class_labels=LABELS, num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
     assert images.dtype == torch.float32
@@ -395,7 +398,7 @@ def test_network_in_training_mode_is_exported_as_it_evaluates(tmp_path):
 
 def test_denoiser_is_loaded_from_checkpoint_run_folder_and_pipeline(tmp_path):
     trained = tiny_denoiser(classes=True)
-    write_initial_checkpoint(trained, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    save_denoiser(trained, tmp_path / "run" / "checkpoints" / "last.ckpt")
     export_pipeline(trained, tmp_path / "run" / "pipeline")
     for path in ("run/checkpoints/last.ckpt", "run", "run/pipeline"):
         loaded = load_denoiser(tmp_path / path)

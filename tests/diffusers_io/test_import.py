@@ -9,7 +9,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet1
 from safetensors.torch import load_file, save_file
 
 from unet_diffusion.diffusers_io.configurations import config_from_diffusers, schedule_from_diffusers
-from unet_diffusion.diffusers_io.interop import from_diffusers, import_pipeline, to_diffusers
+from unet_diffusion.diffusers_io.exporting import to_diffusers
+from unet_diffusion.diffusers_io.importing import from_diffusers, import_pipeline
 from unet_diffusion.models.unet import DenoiserUNet
 
 CIFAR10_32 = {

@@ -21,14 +21,17 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from PIL import Image
 
-from unet_diffusion.diffusers_io.interop import export_pipeline, import_pipeline, load_denoiser, why_not_exported
+from unet_diffusion.diffusers_io.exporting import export_pipeline, why_not_exported
+from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.diffusion.conditions.concat import MAPS_KEY, Concat
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import build_scheduler, image_generators, sample
-from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, read_checkpoint, write_initial_checkpoint
-from unet_diffusion.latents.codec import autoencoder_of, decode_latents
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.loading import load_denoiser
+from unet_diffusion.inference.record import denoiser_record, read_denoiser, save_denoiser
+from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.runtime.randomness import keyed_generator
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -128,7 +131,7 @@ def their_images(pipeline: StableDiffusionPipeline, guidance_scale=3.0) -> np.nd
     ).images
 
 
-def our_images(trained: TrainedDenoiser, guidance_scale=3.0) -> np.ndarray:
+def our_images(trained: Denoiser, guidance_scale=3.0) -> np.ndarray:
     text = trained.conditions[0]
     with torch.no_grad():
         inputs, unconditional = trained.inputs({"captions": text.token_ids(CAPTIONS)})
@@ -137,7 +140,7 @@ def our_images(trained: TrainedDenoiser, guidance_scale=3.0) -> np.ndarray:
     latents = sample(
         trained.unet, trained.schedule, shape, num_inference_steps=4, seed=SEED, clip_sample=False, **options
     )
-    images = decode_latents(autoencoder_of(trained.latent_space), trained.latent_space, latents)
+    images = LatentCodec.of(trained.codec.space).decode(latents)
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
@@ -154,7 +157,7 @@ def assert_same_images(ours: np.ndarray, theirs: np.ndarray) -> None:
 def test_exported_pipeline_draws_our_images(tmp_path, load_quietly, size, scaling_factor):
     trained = text_denoiser(tmp_path, size=size)
     if scaling_factor is not None:
-        trained.latent_space = trained.latent_space.rescaled(scaling_factor)
+        trained.codec.space = trained.codec.space.rescaled(scaling_factor)
     export_pipeline(trained, tmp_path / "pipeline")
     pipeline = load_quietly(tmp_path / "pipeline")
     assert pipeline.vae.config.scaling_factor == (scaling_factor or 1)
@@ -270,7 +273,7 @@ def test_stable_diffusion_is_imported_with_all_its_parts(stable_diffusion, load_
     torch.testing.assert_close(trained.schedule.alphas_cumprod, theirs.scheduler.alphas_cumprod)
     assert trained.schedule.prediction_type == "epsilon"
     assert trained.image_shape == (4, 8, 8)
-    space = trained.latent_space
+    space = trained.codec.space
     assert (space.image_shape, space.mean, space.std) == ((3, 16, 16), (0.0,) * 4, (1 / 0.18215,) * 4)
     (text,) = trained.conditions
     assert not any(parameter.requires_grad for parameter in text.parameters())
@@ -340,7 +343,7 @@ def fine_tuned(stable_diffusion, tmp_path, run_cli):
 
 
 def test_fine_tuned_stable_diffusion_goes_out_as_it_came_in(fine_tuned, stable_diffusion, load_quietly):
-    trained, before = read_checkpoint(fine_tuned / "checkpoints" / "last.ckpt"), import_pipeline(stable_diffusion)
+    trained, before = read_denoiser(fine_tuned / "checkpoints" / "last.ckpt"), import_pipeline(stable_diffusion)
     pipeline = load_quietly(fine_tuned / "pipeline")
     assert pipeline.vae.config.scaling_factor == pytest.approx(0.18215)
     assert_same_images(our_images(trained), their_images(pipeline))
@@ -352,7 +355,7 @@ def test_fine_tuned_stable_diffusion_goes_out_as_it_came_in(fine_tuned, stable_d
 
 def test_imported_checkpoint_is_what_was_imported(stable_diffusion, tmp_path, run_cli):
     run_cli("import", stable_diffusion, tmp_path / "imported.ckpt")
-    read, expected = read_checkpoint(tmp_path / "imported.ckpt"), import_pipeline(stable_diffusion)
+    read, expected = read_denoiser(tmp_path / "imported.ckpt"), import_pipeline(stable_diffusion)
     assert denoiser_record(read) == denoiser_record(expected)
     assert_same_images(our_images(read), our_images(expected))
 
@@ -387,7 +390,7 @@ def assert_painted_alike(picture, run_cli, tmp_path, monkeypatch):
         options = ["--num_inference_steps=4", "--scheduler=DDIMScheduler", "--guidance_scale=3", f"--seed={SEED}"]
         options += ["--strength", strength, "--num_images=2", "--device=cpu", "--captions", *CAPTIONS]
         out = tmp_path / f"painted_{strength}"
-        status, _, err = run_cli("sample", path, *options, "--init", init, "--mask", mask, "--output", out)
+        status, _, err = run_cli("sample", path, *options, "--image", init, "--mask", mask, "--output", out)
         assert status == 0, err
         ours = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) / 255 for i in range(2)])
         generators = image_generators(SEED, range(2))
@@ -403,7 +406,7 @@ def assert_painted_alike(picture, run_cli, tmp_path, monkeypatch):
 
 def test_exported_inpainting_pipeline_paints_as_we_do(tmp_path, load_quietly, assert_painted_alike):
     trained = inpainter(tmp_path)
-    write_initial_checkpoint(trained, tmp_path / "inpainter.ckpt")
+    save_denoiser(trained, tmp_path / "inpainter.ckpt")
     export_pipeline(trained, tmp_path / "pipeline")
     pipeline = load_quietly(tmp_path / "pipeline", StableDiffusionInpaintPipeline)
     for strength in (1.0, 0.5):
@@ -431,7 +434,7 @@ def train_on(folder, recipe_name, tmp_path, run_cli) -> None:
     arguments = ["--config", tmp_path / "recipe.yaml", "--config", tmp_path / "imported.yaml"]
     status, _, err = run_cli("fit", *arguments, "--ckpt_path", tmp_path / "imported.ckpt")
     assert status == 0, err
-    before, after = import_pipeline(folder), read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    before, after = import_pipeline(folder), read_denoiser(tmp_path / "run" / "checkpoints" / "last.ckpt")
     changed = [not torch.equal(a, b) for a, b in zip(after.unet.parameters(), before.unet.parameters(), strict=True)]
     assert all(changed)
     assert after.settings["data"]["init_args"]["images"]["init_args"]["batch_size"] == 4
@@ -448,11 +451,11 @@ def test_stable_diffusion_for_inpainting_is_trained_on(
 
 
 def test_a_model_for_inpainting_wants_a_picture_and_a_mask(tmp_path, run_cli, picture):
-    write_initial_checkpoint(inpainter(tmp_path), tmp_path / "inpainter.ckpt")
+    save_denoiser(inpainter(tmp_path), tmp_path / "inpainter.ckpt")
     arguments = ["sample", tmp_path / "inpainter.ckpt", "--captions", "x", "--output", tmp_path / "out"]
-    for more in ([], ["--init", picture[0][0]]):
+    for more in ([], ["--image", picture[0][0]]):
         status, _, err = run_cli(*arguments, *more)
-        assert (status, "--init and --mask must be given" in err) == (1, True), err
+        assert (status, "--image and --mask must be given" in err) == (1, True), err
     assert not (tmp_path / "out").exists()
 
 
@@ -469,7 +472,7 @@ def assert_enlarged_alike(run_cli, tmp_path):
         options = ["--num_inference_steps=4", "--scheduler=DDIMScheduler", "--guidance_scale=3", f"--seed={SEED}"]
         options += ["--num_images=2", "--device=cpu", "--captions", *CAPTIONS, "--noise_level", noise_level]
         out = tmp_path / f"enlarged_{noise_level}"
-        status, _, err = run_cli("sample", path, *options, "--init", tmp_path / "small.png", "--output", out)
+        status, _, err = run_cli("sample", path, *options, "--image", tmp_path / "small.png", "--output", out)
         assert status == 0, err
         ours = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) / 255 for i in range(2)])
         assert ours.shape == (2, 16, 24, 3)
@@ -494,8 +497,8 @@ def assert_enlarged_alike(run_cli, tmp_path):
 def test_exported_upscaling_pipeline_enlarges_as_we_do(tmp_path, load_quietly, assert_enlarged_alike, scaling_factor):
     trained = upscaler(tmp_path)
     if scaling_factor is not None:
-        trained.latent_space = trained.latent_space.rescaled(scaling_factor)
-    write_initial_checkpoint(trained, tmp_path / "upscaler.ckpt")
+        trained.codec.space = trained.codec.space.rescaled(scaling_factor)
+    save_denoiser(trained, tmp_path / "upscaler.ckpt")
     export_pipeline(trained, tmp_path / "pipeline")
     pipeline = load_quietly(tmp_path / "pipeline", StableDiffusionUpscalePipeline)
     assert pipeline.vae.config.scaling_factor == 0.08333
@@ -542,15 +545,15 @@ def test_upscaler_of_other_noise_is_refused(stable_upscaling):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--init must be given, as the model enlarges a picture"),
-        (["--init", "{tmp}/none.png"], "--init must be an image file, and there is none at"),
-        (["--init", "{tmp}/small.png", "--noise_level", "351"], r"--noise_level must be in [0, 350], got 351"),
-        (["--init", "{tmp}/small.png", "--strength", "0.5"], "--strength is not for a model that enlarges"),
-        (["--init", "{tmp}/small.png", "--labels", "3"], "--labels is not for a model that enlarges"),
+        ([], "--image must be given, as the model enlarges a picture"),
+        (["--image", "{tmp}/none.png"], "--image must be an image file, and there is none at"),
+        (["--image", "{tmp}/small.png", "--noise_level", "351"], r"--noise_level must be in [0, 350], got 351"),
+        (["--image", "{tmp}/small.png", "--strength", "0.5"], "--strength is not for a model that enlarges"),
+        (["--image", "{tmp}/small.png", "--labels", "3"], "--labels is not for a model that enlarges"),
     ],
 )
 def test_what_an_upscaler_does_not_take_is_refused(tmp_path, run_cli, options, message):
-    write_initial_checkpoint(upscaler(tmp_path), tmp_path / "upscaler.ckpt")
+    save_denoiser(upscaler(tmp_path), tmp_path / "upscaler.ckpt")
     Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "small.png")
     options = [option.format(tmp=tmp_path) for option in options]
     arguments = ["sample", tmp_path / "upscaler.ckpt", "--captions", "x", "--output", tmp_path / "out"]
@@ -559,7 +562,7 @@ def test_what_an_upscaler_does_not_take_is_refused(tmp_path, run_cli, options, m
 
 
 def test_noise_level_is_for_upscalers(tmp_path, run_cli):
-    write_initial_checkpoint(text_denoiser(tmp_path), tmp_path / "text.ckpt")
+    save_denoiser(text_denoiser(tmp_path), tmp_path / "text.ckpt")
     arguments = ["sample", tmp_path / "text.ckpt", "--captions", "x", "--output", tmp_path / "out"]
     status, _, err = run_cli(*arguments, "--noise_level", 20)
     assert (status, "--noise_level is for a model that enlarges pictures" in err) == (1, True), err

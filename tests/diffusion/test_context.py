@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models import Transformer2DModel
 
 from unet_diffusion.diffusers_io.configurations import config_from_diffusers, config_to_diffusers
-from unet_diffusion.diffusers_io.interop import from_diffusers, import_pipeline, to_diffusers
+from unet_diffusion.diffusers_io.exporting import to_diffusers
+from unet_diffusion.diffusers_io.importing import from_diffusers, import_pipeline
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.blocks import SpatialTransformer, sinusoids
 from unet_diffusion.models.unet import DenoiserUNet

@@ -126,11 +126,12 @@ def test_images_become_latents_and_so_do_masked_images(painter, tiny_images, qui
     full_size = torch.cat([data.draw((1, 1, 8, 8), key)["mask"] for key in map(data_key, batch["index"].tolist())])
     assert torch.equal(mask, full_size[..., ::2, ::2])
     torch.testing.assert_close(latents, 0.5 * encode(pixels * (full_size == 0)).latent_dist.mean)
-    assert (module.image_shape, module.latent_space.std) == ((2, 4, 4), (2.0, 2.0))
+    assert (module.image_shape, module.codec.space.std) == ((2, 4, 4), (2.0, 2.0))
 
 
 def data_key(index):
     from unet_diffusion.data.maps import MAPS_KEY
+
     from unet_diffusion.runtime.randomness import keyed_generator
 
     return keyed_generator(0, MAPS_KEY, index)
@@ -272,7 +273,7 @@ def test_grid_and_command_paint_into_pictures(painter, tiny_images, quiet_traine
     for name, one in (("init", pixels), ("mask", mask)):
         Image.fromarray(one).save(tmp_path / f"{name}.png")
     options = ["--num_images=2", "--num_inference_steps=2", "--scheduler=DDIMScheduler", "--device=cpu"]
-    options += ["--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png", "--output", tmp_path / "out"]
+    options += ["--image", tmp_path / "init.png", "--mask", tmp_path / "mask.png", "--output", tmp_path / "out"]
     status, _, err = run_cli("sample", tmp_path / "painter.ckpt", *options)
     assert status == 0, err
     image, white = (torch.from_numpy(one)[None, None] for one in (pixels, mask))

@@ -17,7 +17,7 @@ from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.text import TextTokens, pretrained_text
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import sample
-from unet_diffusion.inference.record import read_checkpoint
+from unet_diffusion.inference.record import read_denoiser
 from unet_diffusion.runtime.pictures import read_images
 from unet_diffusion.training import SampleGrid
 
@@ -251,7 +251,7 @@ def trained_run(text_module, captioned, quiet_trainer, tmp_path):
 
 def test_checkpoint_gives_the_averaged_network_and_encoder(trained_run):
     module, path = trained_run
-    read, wanted = read_checkpoint(path), ["red star", "blue heart"]
+    read, wanted = read_denoiser(path), ["red star", "blue heart"]
     given = {"captions": read.conditions[0].token_ids(wanted)}
     assert torch.equal(given["captions"], module.caption_tokens(wanted)["captions"])
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 50])

@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, read_checkpoint, write_initial_checkpoint
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import denoiser_record, read_denoiser, save_denoiser
 from unet_diffusion.models.unet import DenoiserUNet
 
 LEARNING_RATE = 0.125
@@ -22,8 +23,8 @@ def tiny_unet(seed: int = 0) -> DenoiserUNet:
     return model
 
 
-def tiny_denoiser(seed: int = 0) -> TrainedDenoiser:
-    return TrainedDenoiser(
+def tiny_denoiser(seed: int = 0) -> Denoiser:
+    return Denoiser(
         unet=tiny_unet(seed),
         schedule=NoiseSchedule(10, "scaled_linear", beta_end=0.3, prediction_type="v_prediction"),
         image_shape=(1, 4, 6),
@@ -71,7 +72,7 @@ def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
-def assert_same_but_weights(one: TrainedDenoiser, other: TrainedDenoiser) -> None:
+def assert_same_but_weights(one: Denoiser, other: Denoiser) -> None:
     assert denoiser_record(one) == denoiser_record(other)
     assert isinstance(other.image_shape, tuple)
 
@@ -79,29 +80,29 @@ def assert_same_but_weights(one: TrainedDenoiser, other: TrainedDenoiser) -> Non
 def test_checkpoint_of_a_training_is_read_with_its_averaged_weights(tmp_path):
     module = TinyModule(seed=0)
     fit(module, tmp_path, max_steps=1).save_checkpoint(tmp_path / "last.ckpt")
-    trained = read_checkpoint(tmp_path / "last.ckpt")
+    trained = read_denoiser(tmp_path / "last.ckpt")
     assert_same_weights(trained.unet, module.ema_unet)
     assert_same_but_weights(tiny_denoiser(), trained)
     assert not trained.unet.training
 
 
 def test_initial_checkpoint_is_read_as_it_was_written(tmp_path):
-    write_initial_checkpoint(tiny_denoiser(), tmp_path / "new" / "initial.ckpt")
-    trained = read_checkpoint(tmp_path / "new" / "initial.ckpt")
+    save_denoiser(tiny_denoiser(), tmp_path / "new" / "initial.ckpt")
+    trained = read_denoiser(tmp_path / "new" / "initial.ckpt")
     assert_same_weights(trained.unet, tiny_denoiser().unet)
     assert_same_but_weights(tiny_denoiser(), trained)
 
 
 def test_read_network_does_not_change_with_its_file(tmp_path):
     path = tmp_path / "initial.ckpt"
-    write_initial_checkpoint(tiny_denoiser(0), path)
-    trained = read_checkpoint(path)
+    save_denoiser(tiny_denoiser(0), path)
+    trained = read_denoiser(path)
     path.write_bytes(b"\0" * path.stat().st_size)  # in place: a memory map would see it
     assert_same_weights(trained.unet, tiny_denoiser(0).unet)
 
 
 def test_training_continues_from_an_initial_checkpoint_with_a_fresh_optimiser(tmp_path):
-    write_initial_checkpoint(tiny_denoiser(7), tmp_path / "initial.ckpt")
+    save_denoiser(tiny_denoiser(7), tmp_path / "initial.ckpt")
     module = WatchingModule(seed=0)
     trainer = fit(module, tmp_path, max_steps=3, ckpt_path=tmp_path / "initial.ckpt")
     expected = tiny_denoiser(7).unet.state_dict()
@@ -127,10 +128,10 @@ class WatchingModule(TinyModule):
 
 def test_initial_checkpoint_overwrites_nothing_and_leaves_no_partial_file(tmp_path):
     path = tmp_path / "initial.ckpt"
-    write_initial_checkpoint(tiny_denoiser(0), path)
+    save_denoiser(tiny_denoiser(0), path)
     with pytest.raises(FileExistsError, match=r"initial\.ckpt"):
-        write_initial_checkpoint(tiny_denoiser(1), path)
-    assert_same_weights(read_checkpoint(path).unet, tiny_unet(0))
+        save_denoiser(tiny_denoiser(1), path)
+    assert_same_weights(read_denoiser(path).unet, tiny_unet(0))
     assert os.listdir(tmp_path) == ["initial.ckpt"]
 
 
@@ -141,49 +142,49 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space"):
-        write_initial_checkpoint(tiny_denoiser(), tmp_path / "initial.ckpt")
+        save_denoiser(tiny_denoiser(), tmp_path / "initial.ckpt")
     assert os.listdir(tmp_path) == []
 
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
-        read_checkpoint(tmp_path / "none.ckpt")
+        read_denoiser(tmp_path / "none.ckpt")
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
-        read_checkpoint(tmp_path)
+        read_denoiser(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n", b"PK\x03\x04 and no more"])
 def test_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / "x.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.ckpt is no checkpoint"):
-        read_checkpoint(tmp_path / "x.ckpt")
+        read_denoiser(tmp_path / "x.ckpt")
 
 
 def test_zip_file_of_another_kind_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
         archive.writestr("a.txt", "hello")
     with pytest.raises(ValueError, match=r"x\.ckpt is damaged"):
-        read_checkpoint(tmp_path / "x.ckpt")
+        read_denoiser(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_cut_checkpoint_is_refused(tmp_path, share):
     path = tmp_path / "x.ckpt"
-    write_initial_checkpoint(tiny_denoiser(), path)
+    save_denoiser(tiny_denoiser(), path)
     os.truncate(path, int(share * path.stat().st_size))
     with pytest.raises(ValueError, match="only a part of one"):
-        read_checkpoint(path)
+        read_denoiser(path)
 
 
 def test_checkpoint_with_code_is_refused_and_the_code_not_run(tmp_path, code):
     torch.save({"denoiser": code(tmp_path / "ran")}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"x\.ckpt was not loaded.*could run code"):
-        read_checkpoint(tmp_path / "x.ckpt")
+        read_denoiser(tmp_path / "x.ckpt")
     assert not (tmp_path / "ran").exists()
 
 
 def test_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path):
-    write_initial_checkpoint(tiny_denoiser(), tmp_path / "x.ckpt")
+    save_denoiser(tiny_denoiser(), tmp_path / "x.ckpt")
     with (
         zipfile.ZipFile(tmp_path / "x.ckpt") as plain,
         zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb,
@@ -191,20 +192,20 @@ def test_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path):
         for name in plain.namelist():
             bomb.writestr(name, plain.read(name))
     with pytest.raises(ValueError, match=r"bomb\.ckpt was not loaded: it must be uncompressed"):
-        read_checkpoint(tmp_path / "bomb.ckpt")
+        read_denoiser(tmp_path / "bomb.ckpt")
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.zeros(3), {"denoiser": 3}])
 def test_checkpoint_of_another_program_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="not written by unet_diffusion"):
-        read_checkpoint(tmp_path / "x.ckpt")
+        read_denoiser(tmp_path / "x.ckpt")
 
 
 def write_changed(path, change) -> None:
     """A checkpoint that was changed after it had been written."""
     original = path.with_name("original.ckpt")
-    write_initial_checkpoint(tiny_denoiser(), original)
+    save_denoiser(tiny_denoiser(), original)
     checkpoint = torch.load(original, weights_only=True)
     change(checkpoint)
     torch.save(checkpoint, path)
@@ -213,14 +214,14 @@ def write_changed(path, change) -> None:
 def test_one_flipped_bit_is_refused(tmp_path):
     """In a weight, where the file stays a checkpoint, and the weight a number."""
     path = tmp_path / "x.ckpt"
-    write_initial_checkpoint(tiny_denoiser(), path)
+    save_denoiser(tiny_denoiser(), path)
     weight = tiny_denoiser().unet.mid_block.resnets[0].conv1.weight.detach().numpy().tobytes()
     content = bytearray(path.read_bytes())
     content[content.index(weight) + 1] ^= 1
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["denoiser"]
     with pytest.raises(ValueError, match=r"x\.ckpt is damaged \(the checksum of .* is wrong\)"):
-        read_checkpoint(path)
+        read_denoiser(path)
 
 
 WRONG_FIELDS = {
@@ -241,7 +242,7 @@ WRONG_FIELDS = {
 def test_checkpoint_with_a_wrong_field_is_refused(tmp_path, message):
     write_changed(tmp_path / "x.ckpt", WRONG_FIELDS[message])
     with pytest.raises(ValueError, match=message):
-        read_checkpoint(tmp_path / "x.ckpt")
+        read_denoiser(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_checkpoint_with_a_wrong_field_is_refused(tmp_path, message):
         "os.system",
         "torch.nn.Linear",
         "unet_diffusion_evil.unet.DenoiserUNet",
-        "unet_diffusion.inference.record.TrainedDenoiser",
+        "unet_diffusion.inference.record.Denoiser",
         "unet_diffusion.models.unet.nn",
         "unet_diffusion.models.unet.Missing",
         "unet_diffusion.missing.DenoiserUNet",
@@ -264,7 +265,7 @@ def test_class_outside_the_networks_of_this_package_is_refused(tmp_path, class_p
 
     write_changed(tmp_path / "x.ckpt", change)
     with pytest.raises(ValueError, match="class_path"):
-        read_checkpoint(tmp_path / "x.ckpt")
+        read_denoiser(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -279,4 +280,4 @@ def test_class_outside_the_networks_of_this_package_is_refused(tmp_path, class_p
 def test_incomplete_checkpoint_says_what_does_not_fit(tmp_path, missing, change):
     write_changed(tmp_path / "x.ckpt", change)
     with pytest.raises(ValueError, match=missing):
-        read_checkpoint(tmp_path / "x.ckpt")
+        read_denoiser(tmp_path / "x.ckpt")

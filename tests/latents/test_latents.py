@@ -11,12 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unet_diffusion.data import FolderDataModule, LatentsDataModule, scale_to_unit_range
-from unet_diffusion.diffusers_io.interop import export_pipeline, import_pipeline, normalised_autoencoder
+from unet_diffusion.diffusers_io.exporting import export_pipeline, normalised_autoencoder
+from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.diffusion.image_to_image import InitImage
 from unet_diffusion.diffusion.sampling import image_generators, sample
-from unet_diffusion.inference.record import read_checkpoint
+from unet_diffusion.inference.record import read_denoiser
 from unet_diffusion.latents import store as latents_module
-from unet_diffusion.latents.codec import autoencoder_of, decode_latents
+from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import fingerprint
 from unet_diffusion.latents.store import read_latents
 from unet_diffusion.models.autoencoders import kl_autoencoder, latent_moments, pretrained_autoencoder, vq_autoencoder
@@ -140,7 +141,7 @@ def test_latents_of_another_autoencoder_are_refused(encoded, tmp_path, images, r
     status, _, err = run_cli("encode", tmp_path / "autoencoder", images, "--output", folder, "--device=cpu")
     assert (status, "fingerprint" in err) == (1, True), err
     with pytest.raises(ValueError, match="is not the one that the latents are of"):
-        autoencoder_of(read_latents(folder).space)
+        LatentCodec.of(read_latents(folder).space).check()
 
 
 def replace_image(path, seed) -> None:
@@ -297,7 +298,7 @@ def test_validation_takes_the_mean_of_the_latents(encoded, quiet_trainer, tiny_m
     step = module.validation_step
     module.validation_step = lambda batch, batch_idx: (seen.append(batch["images"].clone()), step(batch, batch_idx))[1]
     quiet_trainer().validate(module, data, verbose=False)
-    space = data.latent_space
+    space = data.codec.space
     expected = space.normalise(data.latents.mean[data.val_indices].float())
     torch.testing.assert_close(torch.cat(seen), expected)
 
@@ -354,8 +355,8 @@ def trained(encoded, quiet_trainer, tiny_module, tiny_unet, tmp_path):
 
 def test_checkpoint_knows_the_space_and_holds_no_autoencoder(trained, tmp_path):
     path = trained()
-    read = read_checkpoint(path)
-    assert read.latent_space == read_latents(tmp_path / "latents").space
+    read = read_denoiser(path)
+    assert read.codec.space == read_latents(tmp_path / "latents").space
     assert read.image_shape == (4, 8, 8)
     keys = torch.load(path, weights_only=True)["state_dict"]
     assert not [key for key in keys if "encoder" in key or "decoder" in key]
@@ -377,11 +378,11 @@ def test_sampled_images_are_decoded_latents(trained, run_cli, tmp_path):
     arguments = [path, "--num_images=3", "--num_inference_steps=2", "--device=cpu", "--output", tmp_path / "out"]
     status, _, err = run_cli("sample", *arguments)
     assert status == 0, err
-    read = read_checkpoint(path)
+    read = read_denoiser(path)
     options = {"scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 2, "clip_sample": False}
     latents = sample(read.unet, read.schedule, (3, 4, 8, 8), **options)
     with torch.no_grad():
-        expected = autoencoder().decode(read.latent_space.denormalise(latents)).sample
+        expected = autoencoder().decode(read.codec.space.denormalise(latents)).sample
     for number in range(3):
         drawn = np.asarray(Image.open(tmp_path / "out" / f"{number:06d}.png")).astype(int)
         wanted = ((expected[number] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
@@ -396,19 +397,19 @@ def test_painting_of_latents_keeps_the_picture_where_the_mask_is_black(trained, 
     Image.fromarray(picture).save(tmp_path / "init.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     arguments = [path, "--num_images=2", "--num_inference_steps=2", "--device=cpu", "--output", tmp_path / "out"]
-    start = ["--init", tmp_path / "init.png", "--mask", tmp_path / "mask.png", "--image_size", 16, 24]
+    start = ["--image", tmp_path / "init.png", "--mask", tmp_path / "mask.png", "--image_size", 16, 24]
     status, _, err = run_cli("sample", *arguments, *start)
     assert status == 0, err
-    read = read_checkpoint(path)
+    read = read_denoiser(path)
     pixels = scale_to_unit_range(torch.from_numpy(picture).permute(2, 0, 1)[None])
     with torch.no_grad():
-        latents = read.latent_space.normalise(autoencoder().encode(pixels).latent_dist.mean)
+        latents = read.codec.space.normalise(autoencoder().encode(pixels).latent_dist.mean)
     known = torch.zeros(1, 1, 8, 12, dtype=torch.bool)
     known[..., :6] = True
     options = {"scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 2, "clip_sample": False}
     drawn = sample(read.unet, read.schedule, (2, 4, 8, 12), init_image=InitImage(latents, 1.0, known), **options)
     with torch.no_grad():
-        decoded = autoencoder().decode(read.latent_space.denormalise(drawn)).sample
+        decoded = autoencoder().decode(read.codec.space.denormalise(drawn)).sample
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
     for number in range(2):
         image = np.asarray(Image.open(tmp_path / "out" / f"{number:06d}.png"))
@@ -455,21 +456,19 @@ def test_normalised_autoencoder_is_the_autoencoder_between_the_scales(encoded, i
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_exported_pipeline_draws_our_images_without_this_package(trained, tmp_path, kind):
     path = trained(kind=kind)
-    read = read_checkpoint(path)
+    read = read_denoiser(path)
     export_pipeline(read, tmp_path / "pipeline")
     pipeline = LDMPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     theirs = pipeline(2, generator=image_generators(3, range(2)), num_inference_steps=4, output_type="np").images
     latents = sample(read.unet, read.schedule, (2, 4, 8, 8), num_inference_steps=4, seed=3, clip_sample=False)
-    ours = decode_latents(autoencoder_of(read.latent_space), read.latent_space, latents)
+    ours = LatentCodec.of(read.codec.space).decode(latents)
     np.testing.assert_allclose((ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), theirs, atol=2e-4)
     assert "LDMPipeline" in (tmp_path / "pipeline" / "README.md").read_text()
     again = import_pipeline(tmp_path / "pipeline")
     latents = sample(again.unet, again.schedule, (2, 4, 8, 8), num_inference_steps=4, seed=3, clip_sample=False)
-    torch.testing.assert_close(
-        decode_latents(autoencoder_of(again.latent_space), again.latent_space, latents), ours, atol=4e-4, rtol=0
-    )
+    torch.testing.assert_close(LatentCodec.of(again.codec.space).decode(latents), ours, atol=4e-4, rtol=0)
 
 
 def test_one_scale_takes_the_place_of_the_moments(encoded, quiet_trainer, tiny_module, tiny_unet):
@@ -479,8 +478,8 @@ def test_one_scale_takes_the_place_of_the_moments(encoded, quiet_trainer, tiny_m
     module.validation_step = lambda batch, batch_idx: (seen.append(batch["images"].clone()), step(batch, batch_idx))[1]
     quiet_trainer().validate(module, data, verbose=False)
     torch.testing.assert_close(torch.cat(seen), 0.18215 * data.latents.mean[data.val_indices].float())
-    assert data.latent_space.scaling_factor == 0.18215
-    assert module.trained.latent_space == data.latent_space
+    assert data.codec.space.scaling_factor == 0.18215
+    assert module.trained.codec.space == data.codec.space
 
 
 @pytest.mark.parametrize("scaling_factor", [0.0, -1.0, float("nan")])

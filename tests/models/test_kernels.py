@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet_diffusion.diffusers_io.interop import to_diffusers
+from unet_diffusion.diffusers_io.exporting import to_diffusers
 from unet_diffusion.models import kernels
 from unet_diffusion.models.blocks import Conv3x3
 from unet_diffusion.models.kernels import (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser
+from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.models.unet import DenoiserUNet
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import NOISE_SEED, FeatureClassifier
@@ -18,12 +18,12 @@ SMALL = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon"}
 
 
-def denoiser(**options) -> TrainedDenoiser:
+def denoiser(**options) -> Denoiser:
     torch.manual_seed(1)
     unet = DenoiserUNet(**{**SMALL, **options}).eval()
     for parameter in unet.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    return TrainedDenoiser(unet=unet, schedule=NoiseSchedule(**SCHEDULE), image_shape=(1, 8, 8))
+    return Denoiser(unet=unet, schedule=NoiseSchedule(**SCHEDULE), image_shape=(1, 8, 8))
 
 
 def classifier(**options) -> FeatureClassifier:

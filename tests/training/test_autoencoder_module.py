@@ -15,8 +15,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.distributions import Normal, kl_divergence
 from torchvision.models import squeezenet1_1
 
-from unet_diffusion.diffusers_io.interop import export_autoencoder
-from unet_diffusion.inference.record import read_autoencoder, read_checkpoint
+from unet_diffusion.diffusers_io.exporting import export_autoencoder
+from unet_diffusion.inference.record import read_autoencoder, read_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.training import AutoencoderModule
@@ -399,7 +399,7 @@ def test_checkpoint_is_read_with_its_averaged_weights(trained_file, make):
         # the one is channels last in memory, and the other is not
         torch.testing.assert_close(reconstruct(trained.autoencoder, x), reconstruct(made.ema_autoencoder, x))
     with pytest.raises(ValueError, match="it holds the entry 'autoencoder'"):
-        read_checkpoint(path)
+        read_denoiser(path)
 
 
 @pytest.mark.parametrize("make", [kl_net, vq_net])

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from unet_diffusion.data import DigitsDataModule
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import read_checkpoint
+from unet_diffusion.inference.record import read_denoiser
 from unet_diffusion.models.speed import SPEEDS
 from unet_diffusion.training import DiffusionModule
 
@@ -445,7 +445,7 @@ def test_checkpoint_holds_plain_values_and_no_hyper_parameters(fit_with_checkpoi
 
 def test_checkpoint_is_read_with_the_averaged_weights(fit_with_checkpoints, tmp_path):
     checkpoint = fit_with_checkpoints("averaged")
-    weights = read_checkpoint(tmp_path / "averaged" / "step=6.ckpt").unet.state_dict()
+    weights = read_denoiser(tmp_path / "averaged" / "step=6.ckpt").unet.state_dict()
     assert_equal(weights, {key: checkpoint["state_dict"][f"ema_unet.{key}"] for key in weights})
     assert not equal(weights, {key: checkpoint["state_dict"][f"unet.{key}"] for key in weights})
 

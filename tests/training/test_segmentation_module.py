@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from unet_diffusion.data import DigitsDataModule, SegmentationDataModule, SyntheticCells
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser, read_checkpoint, read_segmenter, write_initial_checkpoint
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import read_denoiser, read_segmenter, save_denoiser
 from unet_diffusion.models.unet import DenoiserUNet, SegmentationUNet
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.features import FeatureClassifier
@@ -141,15 +142,15 @@ def test_frozen_denoiser_is_in_a_checkpoint_once(quiet_trainer, tmp_path):
 def test_segmenter_is_no_denoiser_and_the_other_way_round(quiet_trainer, tmp_path):
     path = fit_and_save(module(), cells(), quiet_trainer(max_steps=1, limit_val_batches=0), tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="must have an entry 'denoiser' here, and it holds the entry 'segmenter'"):
-        read_checkpoint(path)
+        read_denoiser(path)
 
 
 @pytest.fixture
 def denoiser(tmp_path):
     """The path of a denoiser's checkpoint, and its network."""
     torch.manual_seed(3)
-    trained = TrainedDenoiser(DenoiserUNet(**SMALL), NoiseSchedule(100, "linear"), (1, 8, 8))
-    write_initial_checkpoint(trained, tmp_path / "denoiser.ckpt")
+    trained = Denoiser(DenoiserUNet(**SMALL), NoiseSchedule(100, "linear"), (1, 8, 8))
+    save_denoiser(trained, tmp_path / "denoiser.ckpt")
     return tmp_path / "denoiser.ckpt", trained.unet
 
 
@@ -194,7 +195,7 @@ def test_2015_network_with_a_timestep_denoises_digits(quiet_trainer, tmp_path):
     before = quiet_trainer().validate(copy.deepcopy(made), data, verbose=False)[0]["val/loss"]
     path = fit_and_save(made, data, trainer, tmp_path / "x.ckpt")
     assert trainer.callback_metrics["val/loss"] < 0.7 * before
-    assert isinstance(read_checkpoint(path).unet, SegmentationUNet)
+    assert isinstance(read_denoiser(path).unet, SegmentationUNet)
 
 
 @pytest.mark.parametrize(

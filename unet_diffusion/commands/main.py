@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from unet_diffusion.data import FolderDataModule
     from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs
-    from unet_diffusion.models.autoencoders import Autoencoder
+    from unet_diffusion.models.autoencoders import AutoencoderNetwork
 
 TRAINING_COMMANDS = ("fit", "validate")  # parsed by Lightning's command line
 NUM_DRAWN = "num_drawn"  # in the record of sample: how many images of its folder are its own
@@ -397,7 +397,7 @@ def _encode(options: argparse.Namespace) -> None:
           f"--config {recipe} --data.init_args.root {options.output}")  # fmt: skip
 
 
-def _images_to_encode(options: argparse.Namespace, autoencoder: "Autoencoder") -> "FolderDataModule":
+def _images_to_encode(options: argparse.Namespace, autoencoder: "AutoencoderNetwork") -> "FolderDataModule":
     """The images at the size asked for, or the autoencoder's."""
     from unet_diffusion.data import FolderDataModule
     from unet_diffusion.models.autoencoders import downsampling
@@ -420,7 +420,7 @@ def _images_to_encode(options: argparse.Namespace, autoencoder: "Autoencoder") -
 
 
 def _latents_settings(
-    options: argparse.Namespace, autoencoder: "Autoencoder", data: "FolderDataModule"
+    options: argparse.Namespace, autoencoder: "AutoencoderNetwork", data: "FolderDataModule"
 ) -> dict[str, Any]:
     """What decides what the latents are, see `latents.encode_images`."""
     from diffusers import VQModel
@@ -490,8 +490,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw images: DIR/000000.png, ... and DIR/grid.png. "
         "Image i depends on the seed and i alone, not on the batch size, nor on how many processes share the work "
-        "(torchrun --nproc_per_node 8 --no-python unet-diffusion sample ...). From noise; with --init from a picture, "
-        "with --init and --mask into the masked part of one; with --interpolate a sequence from one image to another."
+        "(torchrun --nproc_per_node 8 --no-python unet-diffusion sample ...). From noise; with --image from a picture, "
+        "with --image and --mask into the masked part of one; with --interpolate a sequence from one image to another."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     parser.add_argument("--num_images", type=int, default=64, help="images to draw")
@@ -501,6 +501,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--labels", nargs="+", help="class numbers or names, used in turn; default: all classes in turn"
     )
     parser.add_argument("--captions", nargs="+", metavar="TEXT", help="what to draw, used in turn; of a model of text")
+    parser.add_argument("--condition", metavar="NAME=VALUE", type=_name_and_value, action="append",
+                        help="a value for a condition of your own; may be given several times")  # fmt: skip
+    parser.add_argument("--allow", metavar="MODULE", action="append", default=[],
+                        help="a module of your own, or of one you trust, that the checkpoint may name")  # fmt: skip
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="1: off; larger: closer to label or caption")
     parser.add_argument(
         "--guidance_rescale",
@@ -558,7 +562,7 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
         "longer and hides better where windows end; default: 0.5",
     )
     parser.add_argument(
-        "--init",
+        "--image",
         metavar="FILE",
         help="start from this picture, scaled and cut to the size to draw, not from noise; of a "
         "model that enlarges, what to enlarge",
@@ -566,19 +570,19 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength",
         type=float,
-        help="with --init: share of the steps that are taken, in (0, 1]; the less, the more of the picture is left; "
+        help="with --image: share of the steps that are taken, in (0, 1]; the less, the more of the picture is left; "
         "default: 0.8, with --mask 1",
     )
     parser.add_argument(
         "--mask",
         metavar="FILE",
-        help="with --init: as large; white is painted anew, black stays as in the picture; of a model for inpainting "
+        help="with --image: as large; white is painted anew, black stays as in the picture; of a model for inpainting "
         "both must be given",
     )
     parser.add_argument(
         "--noise_level",
         type=int,
-        help="with --init, of a model that enlarges: 0 to 350, the more, the less of the picture is kept; default: 20",
+        help="with --image, of a model that enlarges: 0 to 350, the more, the less of the picture is kept; default: 20",
     )
     parser.add_argument(
         "--interpolate",
@@ -590,7 +594,7 @@ def _add_size_and_start(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    for name, path in {"init": options.init, "mask": options.mask}.items():
+    for name, path in {"image": options.image, "mask": options.mask}.items():
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"--{name} must be an image file, and there is none at {path}")
     _check_exists("CHECKPOINT", options.checkpoint)
@@ -600,21 +604,54 @@ def _sample(options: argparse.Namespace) -> None:
     with quick_imports():
         import torch
 
-        from unet_diffusion.inference.drawing import Drawing
-        from unet_diffusion.models.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
-        from unet_diffusion.runtime.precision import chosen_precision
-        from unet_diffusion.runtime.processes import own_device
+        from unet_diffusion.inference.loading import load_denoiser
+        from unet_diffusion.inference.record import contents_of
+        from unet_diffusion.inference.sample_options import SampleOptions
+        from unet_diffusion.models.speed import prepare_weights
 
-    options.device = own_device(options.device)
-    options.precision = chosen_precision(options.precision, torch.device(options.device))
-    drawing = Drawing.of(options)
-    options.classes = drawing.classes
-    options.contents = drawing.contents
-    if torch.device(options.device).type == "cpu":
-        keep_freed_memory()
-    set_speed(drawing.trained.unet, options.speed or speed_for_use(drawing.trained.speed, torch.device(options.device)))
-    prepare_weights(drawing.trained.unet, getattr(torch, options.precision))
+    denoiser = load_denoiser(options.checkpoint, allow=options.allow, autoencoder=options.autoencoder)
+    worse = options.autoguidance and load_denoiser(options.autoguidance, allow=options.allow)
+    names = {"checkpoint": denoiser, **({"autoguidance": worse} if worse else {})}
+    contents = {name: contents_of(one) for name, one in names.items()}
+    denoiser.to(options.device, precision=options.precision, speed=options.speed)
+    prepare_weights(denoiser.unet, getattr(torch, denoiser.precision or "float32"))
+    request = SampleOptions(
+        num_images=options.num_images,
+        labels=options.labels,
+        captions=options.captions,
+        conditions=dict(options.condition or []),
+        image=options.image,
+        mask=options.mask,
+        strength=options.strength,
+        noise_level=options.noise_level,
+        scheduler=options.scheduler,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval and tuple(options.guidance_interval),
+        autoguidance=worse,
+        image_size=options.image_size and tuple(options.image_size),
+        window=options.window,
+        overlap=options.overlap,
+        interpolate=options.interpolate and tuple(options.interpolate),
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    drawing = denoiser.drawing(request)
+    options.classes, options.contents, options.precision = drawing.classes, contents, denoiser.precision
     _draw_and_save(options, drawing.draw, drawing.num_steps)
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    """What `--condition NAME=VALUE` says.
+
+    Raises:
+        ArgumentTypeError: If there is no =.
+    """
+    name, is_there, value = text.partition("=")
+    if not is_there:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
 
 
 def _draw_and_save(
@@ -643,12 +680,12 @@ def _prepare_output(options: argparse.Namespace) -> list[int]:
     """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
     folder: Path = options.output
     unasked = {"run", "output", "overwrite", "resume", "num_images", "batch_size", "device", "speed", "autoencoder"}
-    unasked |= {"traceback"}
+    unasked |= {"traceback", "allow"}
     if options.interpolate is not None:  # a frame depends on how many there are
         unasked -= {"num_images"}
     settings = {key: value for key, value in vars(options).items() if key not in unasked}
     settings |= {f"{CONTENTS}{name}": contents for name, contents in settings.pop("contents").items()}
-    for name in ("init", "mask"):  # a path may lead to another picture later
+    for name in ("image", "mask"):  # a path may lead to another picture later
         if settings[name] is not None:
             settings[f"{CONTENTS}{name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
     record = folder / SETTINGS
@@ -722,6 +759,8 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", action="store_true", help="average over rotations and flips; 8 times the work")
     parser.add_argument("--overwrite", action="store_true", help="replace the masks that an earlier run left in DIR")
     parser.add_argument("--window_size", type=int, help="pixels given to the network at once; default: as in training")
+    parser.add_argument("--allow", metavar="MODULE", action="append", default=[],
+                        help="a module of your own, or of one you trust, that the checkpoint may name")  # fmt: skip
     _add_hardware(parser, of="network")
     parser.add_argument(
         "--speed",
@@ -741,14 +780,10 @@ def _segment(options: argparse.Namespace) -> None:
 
         from unet_diffusion.inference.record import contents_of, read_segmenter
         from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
-        from unet_diffusion.models.speed import keep_freed_memory, prepare_weights, set_speed, speed_for_use
-        from unet_diffusion.runtime.precision import autocast, chosen_precision
-        from unet_diffusion.runtime.processes import own_device, process_group
-        from unet_diffusion.segmentation.prediction import class_probabilities
+        from unet_diffusion.models.speed import prepare_weights
+        from unet_diffusion.runtime.processes import process_group
 
-    options.device = own_device(options.device)
-    options.precision = chosen_precision(options.precision, torch.device(options.device))
-    trained = read_segmenter(options.checkpoint)
+    trained = read_segmenter(options.checkpoint, allow=options.allow)
     contents = contents_of(trained)
     if options.window_size is not None:
         if options.window_size < 1:
@@ -757,18 +792,14 @@ def _segment(options: argparse.Namespace) -> None:
     if options.instances and trained.kind == "classes":
         raise ValueError("--instances needs a model of objects, and this one was trained on classes; leave it out")
     images = ImagesToSegment(options.images)
-    device_type = torch.device(options.device).type
-    if device_type == "cpu":
-        keep_freed_memory()
-    speed = options.speed or speed_for_use(trained.speed, torch.device(options.device))
-    set_speed(trained.unet.to(options.device), speed)
-    prepare_weights(trained.unet, getattr(torch, options.precision))
+    trained.to(options.device, precision=options.precision, speed=options.speed)
+    options.precision = trained.precision
+    prepare_weights(trained.unet, getattr(torch, trained.precision or "float32"))
     outputs = Outputs(options.output, options.probabilities, options.overlays, options.instances)
 
     @torch.inference_mode()
     def predict(image: torch.Tensor) -> torch.Tensor:
-        with autocast(device_type, getattr(torch, options.precision)):
-            return class_probabilities(trained, image, views=options.views, device=options.device)
+        return trained.probabilities(image, views=options.views)
 
     is_new = not options.output.exists()
     with process_group() as group:
@@ -793,7 +824,7 @@ def _prepare_masks(options: argparse.Namespace, images: "ImagesToSegment", outpu
     Masks of images that have changed are removed, and so are, to overwrite them, those of all these images.
     """
     folder: Path = options.output
-    unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback"}
+    unasked = {"run", "images", "output", "overwrite", "device", "speed", "traceback", "allow"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in unasked}
     settings[f"{CONTENTS}checkpoint"] = contents
     record = folder / SETTINGS
@@ -830,16 +861,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     _check_exists("CHECKPOINT", options.checkpoint)
-    from unet_diffusion.diffusers_io.interop import export_autoencoder, export_pipeline, load_denoiser
-    from unet_diffusion.inference.record import holds_autoencoder, read_autoencoder
+    from unet_diffusion.inference.autoencoder import Autoencoder
+    from unet_diffusion.inference.loading import load
 
-    if holds_autoencoder(options.checkpoint):
-        export_autoencoder(read_autoencoder(options.checkpoint), options.folder, overwrite=options.overwrite)
-        print(f"{options.folder} holds the autoencoder; loaded again with diffusers, it gives the same output")
-        return
-    trained = load_denoiser(options.checkpoint)
-    export_pipeline(trained, options.folder, overwrite=options.overwrite, autoencoder=options.autoencoder)
-    print(f"{options.folder} holds the pipeline; loaded again with diffusers, it gives the same output")
+    model = load(options.checkpoint, autoencoder=options.autoencoder)
+    model.export(options.folder, overwrite=options.overwrite)
+    what = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
+    print(f"{options.folder} holds the {what}; loaded again with diffusers, it gives the same output")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -856,8 +884,8 @@ def _import(options: argparse.Namespace) -> None:
     _check_exists("DIR", options.folder)
     import yaml
 
-    from unet_diffusion.diffusers_io.interop import DROPOUT, import_pipeline
-    from unet_diffusion.inference.record import denoiser_record, write_initial_checkpoint
+    from unet_diffusion.diffusers_io.importing import DROPOUT, import_pipeline
+    from unet_diffusion.inference.record import denoiser_record, save_denoiser
 
     recipe = options.checkpoint.with_suffix(".yaml")
     if recipe == options.checkpoint:
@@ -866,7 +894,7 @@ def _import(options: argparse.Namespace) -> None:
     if recipe.exists():
         raise FileExistsError(f"{recipe} exists and is not overwritten; choose another path, or remove it")
     trained = import_pipeline(options.folder)
-    write_initial_checkpoint(trained, options.checkpoint)
+    save_denoiser(trained, options.checkpoint)
     record = denoiser_record(trained)
     schedule = {"class_path": "unet_diffusion.diffusion.schedule.NoiseSchedule", "init_args": trained.schedule.config}
     settings: dict[str, Any] = {"model": {"unet": record["unet"], "schedule": schedule}}
@@ -874,8 +902,8 @@ def _import(options: argparse.Namespace) -> None:
         settings["model"]["conditions"] = record["conditions"]
     if trained.null_label is not None:
         settings["model"]["label_dropout"] = DROPOUT
-    if trained.latent_space is not None and trained.latent_space.scaling_factor is not None:
-        settings["data"] = {"init_args": {"scaling_factor": trained.latent_space.scaling_factor}}
+    if (space := trained.codec.space) is not None and space.scaling_factor is not None:
+        settings["data"] = {"init_args": {"scaling_factor": space.scaling_factor}}
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     print(f"{options.checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} "
           f"--ckpt_path {options.checkpoint}")  # fmt: skip

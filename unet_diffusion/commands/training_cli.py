@@ -32,7 +32,7 @@ from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.known import KnownImages
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
-from unet_diffusion.inference.record import explained, read_checkpoint
+from unet_diffusion.inference.record import explained, read_denoiser
 from unet_diffusion.inference.record_checks import check_weights
 from unet_diffusion.runtime.atomic_files import RUN_HEADER, ClaimedFolder, atomic_write, check_replaceable
 from unet_diffusion.runtime.messages import UsageError, did_you_mean
@@ -413,16 +413,16 @@ class TrainingCLI(OpenCLI):
         """Exports what has a counterpart in diffusers, and says what a user would do next."""
         if self.task == "segment":
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
-        from unet_diffusion.diffusers_io.interop import export_autoencoder, export_pipeline, why_not_exported
+        from unet_diffusion.diffusers_io.exporting import why_not_exported
 
         if self.task == "autoencode":
-            export_autoencoder(self.model.trained, folder / "autoencoder", overwrite=True)
+            self.model.trained.export(folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
         # A network that was shared out is whole in its checkpoint only.
-        trained = read_checkpoint(folder / CHECKPOINTS / LAST) if self.model.is_sharded else self.model.trained
+        trained = read_denoiser(folder / CHECKPOINTS / LAST) if self.model.is_sharded else self.model.trained
         if why_not_exported(trained):  # export says it to whoever asks for a pipeline
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
-        export_pipeline(trained, folder / "pipeline", overwrite=True)
+        trained.export(folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"
 
 

@@ -14,7 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "folder": ["FolderDataModule", "TilesDataModule"],
         "labelled": ["LabelledImages", "LabelledSource", "PairedFiles", "SyntheticCells"],
         "latents": ["LatentBatches", "LatentsDataModule"],
-        "maps": ["ImagesWithMaps", "InpaintingDataModule", "UpscalingDataModule"],
         "packing": ["pack_images"],
         "scaling": ["scale_to_unit_range"],
         "segmentation": ["SegmentationDataModule"],

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import Batch, ImageSet
-from unet_diffusion.latents.space import LatentSpace
+from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.store import LatentSet, read_latents
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -19,8 +19,8 @@ LATENT_KEY = 1  # keeps the draws of latents apart from those of noise, which ha
 class LatentsDataModule(ImageDataModule):
     """Latents of images, for diffusion in place of the images.
 
-    Batches are those of `ImageDataModule`, with normalised latents as "images". To train on they are drawn from each
-    image's distribution, to validate on they are its mean.
+    Batches are those of `ImageDataModule`, with normalised latents as "x0" in place of "images". To train on they are
+    drawn from each image's distribution, to validate on they are its mean.
 
     Args:
         root: a folder that `unet-diffusion encode` wrote.
@@ -55,6 +55,7 @@ class LatentsDataModule(ImageDataModule):
         )
         self.root = root
         self.scaling_factor = scaling_factor
+        self._codec: LatentCodec | None = None
 
     def load(self) -> ImageSet:
         """Read all latents.
@@ -76,10 +77,12 @@ class LatentsDataModule(ImageDataModule):
         return ImageSet(one_each, latents.labels, latents.class_names, latents.captions, latents.names)
 
     @property
-    def latent_space(self) -> LatentSpace:
-        """What the latents are of."""
-        self.image_set  # noqa: B018  # says what to do if they are not loaded yet
-        return self.latents.space
+    def codec(self) -> LatentCodec:
+        """What encoded the images, and decodes what is drawn."""
+        if self._codec is None:
+            self.image_set  # noqa: B018  # says what to do if they are not loaded yet
+            self._codec = LatentCodec.of(self.latents.space)
+        return self._codec
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Draw the latents, once their distribution is on the device, and normalise them."""
@@ -88,8 +91,8 @@ class LatentsDataModule(ImageDataModule):
             step = self.trainer.fit_loop.total_batch_idx + 1  # of the batch that comes next
             generator = keyed_generator(self.seed, LATENT_KEY, step, self.trainer.global_rank, device=mean.device)
             mean = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
-        rest = {key: value for key, value in batch.items() if key != "std"}
-        return {**rest, "images": self.latent_space.normalise(mean)}
+        rest = {key: value for key, value in batch.items() if key not in ("images", "std")}
+        return {**rest, "x0": self.latents.space.normalise(mean)}
 
     def _loader_arguments(self) -> dict[str, Any]:
         return {**super()._loader_arguments(), "dataset": LatentBatches(self.latents)}

@@ -1,7 +1,8 @@
 """Training on images that are streamed: more of them than fit into memory, or on a disk.
 
 An epoch is a plan, made from the seed, the epoch and the index of the shards alone, so that a run that is resumed needs
-no state of its loader but the number of batches that were handed out. What libraries lack of it is in docs/streaming.md.
+no state of its loader but the number of batches that were handed out. What libraries lack of it is in
+docs/streaming.md.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,19 +1,15 @@
-"""The README.md of an exported folder: what it is, how to load it, how it was trained."""
+"""The README.md of an exported folder: what it is, how to load it, how it was parts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from diffusers import DiffusionPipeline
 
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
-from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
-from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
-from unet_diffusion.diffusion.conditions.concat import Concat
-from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
-from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
-from unet_diffusion.diffusion.conditions.text import TextTokens
-from unet_diffusion.inference.record import TrainedAutoencoder, TrainedDenoiser
-from unet_diffusion.models.autoencoders import downsampling, num_latent_channels
+from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, num_latent_channels
 
 MODEL_CARD = """---
 library_name: diffusers
@@ -138,26 +134,38 @@ Not stated: whoever publishes this folder chooses one that fits the images that 
 """
 
 
-def model_card(trained: TrainedDenoiser, pipeline: DiffusionPipeline) -> str:
+def model_card(parts: DenoiserParts, pipeline: DiffusionPipeline) -> str:
     """The text of README.md for a denoiser that is exported as that pipeline; its licence is left to the user."""
-    channels, height, width = trained.image_shape
+    channels, height, width = parts.sample_shape
     return MODEL_CARD.format(
-        kind=_kind(trained),
-        what="images" if trained.latent_space is None else "latents, from which an autoencoder makes images,",
+        kind=_kind(parts),
+        what="images" if parts.codec.space is None else "latents, from which an autoencoder makes images,",
         channels=channels,
         height=height,
         width=width,
         network=type(pipeline.unet).__name__,
-        parameters=sum(parameter.numel() for parameter in trained.unet.parameters()),
-        usage=_usage(trained, pipeline),
-        schedule=_yaml(trained.schedule.config),
-        settings=_yaml(trained.settings) if trained.settings else "# not known\n",
+        parameters=sum(parameter.numel() for parameter in parts.unet.parameters()),
+        usage=_usage(parts, pipeline),
+        schedule=_yaml(parts.schedule.config),
+        settings=_yaml(parts.settings) if parts.settings else "# not known\n",
     )
 
 
-def autoencoder_card(trained: TrainedAutoencoder) -> str:
-    """The text of README.md; its licence is left to the user."""
-    autoencoder, (channels, height, width) = trained.autoencoder, trained.image_shape
+def autoencoder_card(
+    autoencoder: AutoencoderNetwork,
+    image_shape: tuple[int, int, int],
+    latent_std: float | None,
+    settings: Mapping[str, Any],
+) -> str:
+    """The text of README.md for an autoencoder; its licence is left to the user.
+
+    Args:
+        autoencoder: The autoencoder.
+        image_shape: (C, H, W) of the images that it was trained on.
+        latent_std: Standard deviation of its latents; None: not known.
+        settings: How it was trained, as plain values; empty: not known.
+    """
+    channels, height, width = image_shape
     has_codes, factor = "num_vq_embeddings" in autoencoder.config, downsampling(autoencoder)
     return AUTOENCODER_CARD.format(
         kind=f"{autoencoder.config['num_vq_embeddings']} codes" if has_codes else "KL",
@@ -171,8 +179,8 @@ def autoencoder_card(trained: TrainedAutoencoder) -> str:
         latent_height=height // factor,
         latent_width=width // factor,
         latents="latents" if has_codes else "latent_dist.mean",
-        about_scale=_about_scale(trained.latent_std),
-        settings=_yaml(trained.settings) if trained.settings else "# not known\n",
+        about_scale=_about_scale(latent_std),
+        settings=_yaml(settings) if settings else "# not known\n",
     )
 
 
@@ -182,52 +190,53 @@ def _about_scale(latent_std: float | None) -> str:
     return f"Latents have a standard deviation of {latent_std:.3g} on images kept apart, and 1 times `scaling_factor`."
 
 
-def _kind(trained: TrainedDenoiser) -> str:
+def _kind(parts: DenoiserParts) -> str:
     """What a folder is for, in the words of its tags."""
     kinds = {
-        MaskedImage: "inpainting",
-        LowResolution: "upscaling",
-        Concat: "image-conditional",
-        TextTokens: "text-to-image",
-        ClassLabels: "class-conditional",
-        ClassTokens: "class-conditional",
+        "mask": "inpainting",
+        "low_res": "upscaling",
+        "concat": "image-conditional",
+        "prompt": "text-to-image",
+        "class_labels": "class-conditional",
+        "class_tokens": "class-conditional",
     }
-    return next((name for kind, name in kinds.items() if trained.condition(kind)), "unconditional")
+    roles = [one.pipeline_role for one in parts.all_conditions]
+    return next((name for role, name in kinds.items() if role in roles), "unconditional")
 
 
-def _usage(trained: TrainedDenoiser, pipeline: DiffusionPipeline) -> str:
+def _usage(parts: DenoiserParts, pipeline: DiffusionPipeline) -> str:
     if isinstance(pipeline, ConditionalPipeline):
-        return _own_usage(trained, pipeline)
-    if text := trained.condition(TextTokens):
+        return _own_usage(parts, pipeline)
+    if text := next((one for one in parts.all_conditions if one.pipeline_role == "prompt"), None):
         stock = {"StableDiffusionInpaintPipeline": INPAINTING_USAGE, "StableDiffusionUpscalePipeline": UPSCALING_USAGE}
         return _text_usage(text, stock.get(type(pipeline).__name__, TEXT_USAGE))
-    if trained.latent_space is not None:
+    if parts.codec.space is not None:
         return LATENT_USAGE
-    return UNCONDITIONAL_USAGE.format(steps=trained.schedule.num_train_timesteps)
+    return UNCONDITIONAL_USAGE.format(steps=parts.schedule.num_train_timesteps)
 
 
-def _yaml(settings: dict[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+def _yaml(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
 
 
-def _own_usage(trained: TrainedDenoiser, pipeline: ConditionalPipeline) -> str:
-    names, last = trained.class_names, trained.num_classes - 1
+def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
+    names, last = parts.class_names, parts.num_classes - 1
     values = {"class_labels": names[:2] if names else [0, last], "prompt": '"what is to be seen"'}
     taken = pipeline.arguments
     preparation = next((text for name, text in PREPARATIONS.items() if name in taken), "")
-    _, height, width = trained.image_shape
+    _, height, width = parts.sample_shape
     num_maps = pipeline.unet.config.in_channels - pipeline.unet.config.out_channels
     guidance = 3.0 if "prompt" in pipeline.config.unconditional else 2.0
     return OWN_USAGE.format(
         preparation=preparation.format(num_maps=num_maps, height=height, width=width),
         arguments=", ".join(f"{name}={values.get(name, name)}" for name in taken) or "batch_size=4",
-        steps=trained.schedule.num_train_timesteps if trained.latent_space is None else 50,
+        steps=parts.schedule.num_train_timesteps if parts.codec.space is None else 50,
         guidance=f", guidance_scale={guidance}" if pipeline.config.unconditional else "",
         about=f"Classes: {', '.join(names) if names else f'0 to {last}'}.\n\n" if "class_labels" in taken else "",
     )
 
 
-def _text_usage(text: TextTokens, usage: str) -> str:
+def _text_usage(text: Condition, usage: str) -> str:
     return usage.format(
         guidance=3.0 if text.has_null else 1.0,
         about_guidance="More guidance keeps closer to the caption."

@@ -14,7 +14,7 @@ from torch import Tensor
 from unet_diffusion.diffusion.conditions.condition import Inputs
 
 MAX_GUIDANCE = 100.0  # more than that is noise
-Denoiser = Callable[..., Tensor]
+Denoise = Callable[..., Tensor]
 """denoiser(x, t, **inputs): the network's prediction (B, C, H, W) for x (B, C, H, W) and t (B,)."""
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
@@ -44,7 +44,7 @@ class Guidance:
     scale: float = 1.0
     rescale: float = 0.0
     interval: tuple[int, int] | None = None
-    autoguidance: Denoiser | None = None
+    autoguidance: Denoise | None = None
 
     def __post_init__(self) -> None:
         if not abs(self.scale) <= MAX_GUIDANCE:  # nan neither
@@ -60,7 +60,7 @@ class Guidance:
             )
 
 
-def guide(denoiser: Denoiser, inputs: Inputs, unconditional: Inputs | None, guidance: Guidance) -> Predictor:
+def guide(denoiser: Denoise, inputs: Inputs, unconditional: Inputs | None, guidance: Guidance) -> Predictor:
     """A predictor of worse + scale * (better - worse) for these conditions, float32.
 
     Both predictions come from one doubled batch, the conditioned half first; from two passes where there is a
@@ -131,7 +131,7 @@ def check_guidance(inputs: Inputs, unconditional: Inputs | None, guidance: Guida
 
 
 def _pair(
-    denoiser: Denoiser, inputs: Inputs, unconditional: Inputs | None, autoguidance: Denoiser | None
+    denoiser: Denoise, inputs: Inputs, unconditional: Inputs | None, autoguidance: Denoise | None
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Gives the better and the worse prediction, float32: bfloat16 would round their difference."""
     unconditional = unconditional or {}

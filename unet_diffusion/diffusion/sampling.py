@@ -24,10 +24,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from unet_diffusion.diffusion.conditions.condition import Inputs
-from unet_diffusion.diffusion.guidance import Denoiser, Guidance, Predictor, check_guidance, guide
+from unet_diffusion.diffusion.guidance import Denoise, Guidance, Predictor, check_guidance, guide
 from unet_diffusion.diffusion.image_to_image import InitImage, apply_keep_mask, begin, check_init_image, num_steps_from
 from unet_diffusion.diffusion.linear_solver import LinearSolver, linear_steps
-from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.schedule import NoiseSchedule, scheduler_config
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 
@@ -55,7 +55,7 @@ BEYOND_DDPM: dict[str, dict[str, Any]] = {  # fields that DDPMScheduler lacks an
 
 
 def sample(
-    denoiser: Denoiser,
+    denoiser: Denoise,
     schedule: NoiseSchedule,
     shape: Sequence[int],
     *,
@@ -185,31 +185,6 @@ def denoise(
         if on_step is not None:
             on_step(t, x)
     return x
-
-
-def scheduler_config(schedule: NoiseSchedule, *, clip_sample: bool = True) -> dict[str, Any]:
-    """Every field of diffusers' DDPMScheduler for this schedule.
-
-    Each is written out, since diffusers' `from_config` drops fields left at their default when it crosses from one
-    class to another. "trailing" starts at the last timestep, the noisiest trained (Lin et al. 2023,
-    https://arxiv.org/abs/2305.08891, section 3.3).
-
-    Args:
-        schedule: the noise schedule.
-        clip_sample: clip each estimate of x0 to [-1, 1]: right for pixels, not for latents.
-    """
-    return {
-        **schedule.config,
-        "trained_betas": None,
-        "variance_type": "fixed_small",
-        "clip_sample": clip_sample,
-        "clip_sample_range": 1.0,
-        "thresholding": False,
-        "dynamic_thresholding_ratio": 0.995,  # this and the next: not used without thresholding
-        "sample_max_value": 1.0,
-        "timestep_spacing": "trailing",
-        "steps_offset": 0,
-    }
 
 
 def build_scheduler(schedule: NoiseSchedule, name: str = "DDIMScheduler", *, clip_sample: bool = True) -> Any:

@@ -143,6 +143,31 @@ class NoiseSchedule:
         return self._on_device[device]
 
 
+def scheduler_config(schedule: NoiseSchedule, *, clip_sample: bool = True) -> dict[str, Any]:
+    """Every field of diffusers' DDPMScheduler for this schedule.
+
+    Each is written out, since diffusers' `from_config` drops fields left at their default when it crosses from one
+    class to another. "trailing" starts at the last timestep, the noisiest trained (Lin et al. 2023,
+    https://arxiv.org/abs/2305.08891, section 3.3).
+
+    Args:
+        schedule: The noise schedule.
+        clip_sample: Clip each estimate of x0 to [-1, 1]: right for pixels, not for latents.
+    """
+    return {
+        **schedule.config,
+        "trained_betas": None,
+        "variance_type": "fixed_small",
+        "clip_sample": clip_sample,
+        "clip_sample_range": 1.0,
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,  # this and the next: not used without thresholding
+        "sample_max_value": 1.0,
+        "timestep_spacing": "trailing",
+        "steps_offset": 0,
+    }
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -11,12 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from unet_diffusion.diffusion.guidance import Denoiser
+from unet_diffusion.diffusion.guidance import Denoise
 
 Place = tuple[slice, slice]  # rows and columns of an image
 
 
-def windowed(denoiser: Denoiser, window: tuple[int, int], *, overlap: float = 0.5, batch_size: int = 64) -> Denoiser:
+def windowed(denoiser: Denoise, window: tuple[int, int], *, overlap: float = 0.5, batch_size: int = 64) -> Denoise:
     """A denoiser for images of any size that calls another one with windows, and blends its predictions, float32.
 
     Along a side that the window covers there is one window of that side; where it covers both, the other denoiser's
@@ -96,7 +96,7 @@ def _layout(
 
 
 def _predictions(
-    denoiser: Denoiser, places: list[Place], x: Tensor, t: Tensor, inputs: dict[str, Tensor]
+    denoiser: Denoise, places: list[Place], x: Tensor, t: Tensor, inputs: dict[str, Tensor]
 ) -> tuple[Tensor, ...]:
     """The prediction for each window, (B, C, h, w) each, of one call."""
     repeated = {

@@ -1,227 +1,254 @@
-"""What `unet-diffusion sample` draws with: a checkpoint, and all that its options add."""
+"""Draws what a user asks for: everything is read and checked once, then images are drawn batch by batch."""
 
-import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
-from unet_diffusion.diffusers_io.interop import load_denoiser
-from unet_diffusion.diffusion.conditions.text import TextTokens
-from unet_diffusion.diffusion.guidance import Denoiser, Guidance
-from unet_diffusion.diffusion.image_to_image import InitImage
+from unet_diffusion.diffusion.conditions.class_labels import label_numbers
+from unet_diffusion.diffusion.conditions.condition import Condition, Request
+from unet_diffusion.diffusion.guidance import Denoise, Guidance
+from unet_diffusion.diffusion.image_to_image import InitImage, interpolated_noise
+from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.diffusion.sampling import check_sampling, num_network_steps, sample
 from unet_diffusion.diffusion.tiling import windowed
-from unet_diffusion.inference.record import TrainedDenoiser, contents_of
-from unet_diffusion.inference.sample_options import (
-    Picture,
-    check_options,
-    frames_noise,
-    image_shape,
-    maps_from,
-    read_picture,
-    start_from,
-    window_overlap,
-    window_size,
-)
-from unet_diffusion.latents.codec import autoencoder_of, decode_latents
-from unet_diffusion.models.autoencoders import Autoencoder
+from unet_diffusion.inference.init_images import GivenImage, read_given_image, size_of
+from unet_diffusion.inference.sample_options import OVERLAP, SampleOptions
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.runtime.precision import autocast
+
+MOST_PIXELS = 2**26  # 8192 x 8192: a float32 channel takes 256 MiB, and a layer of a network many times as much
+STRENGTH = 0.8  # of an image without a mask, as in diffusers' image-to-image pipeline
 
 
-@dataclass(frozen=True)
 class Drawing:
-    """Networks on their device, and what they are given.
+    """A denoiser, and what it is to draw.
 
     Args:
-        options: of the command.
-        trained: the denoiser.
-        weaker: to be led away from; None: there is none.
-        shape: (C, H, W) of what is denoised.
-        given: what the conditions are called with, (N, ...) each of N images.
-        picture: to start from, or to be seen by the network; None: there is none.
-        init_image: where sampling starts; None: from noise.
-        autoencoder: of the latents; None: images are denoised.
-        contents: hashes of the networks, by the options that name them.
+        parts: The denoiser.
+        options: What the user asks for.
+        device: Where the networks are.
+        entries: What the conditions read, (N, ...) each of N images, as a batch of data holds them, in place of what
+            the options say of them; None: the options say it.
+        context: Gives the context in which networks are called, such as autocast.
+
+    Raises:
+        ValueError: If options do not fit each other or the denoiser.
+        FileNotFoundError: If a file is not there.
     """
 
-    options: argparse.Namespace
-    trained: TrainedDenoiser
-    weaker: TrainedDenoiser | None
-    shape: tuple[int, int, int]
-    given: dict[str, Tensor]
-    picture: Picture | None
-    init_image: InitImage | None
-    autoencoder: Autoencoder | None
-    contents: dict[str, str]
-
-    @classmethod
-    def of(cls, options: argparse.Namespace) -> "Drawing":
-        """Load what the options name, and refuse what cannot be drawn.
-
-        Raises:
-            FileNotFoundError: if a file is not there.
-            ValueError: if options do not fit each other or the checkpoint.
-        """
-        trained = load_denoiser(options.checkpoint)
-        check_options(options, trained)
-        weaker = _weaker(options, trained)
-        networks = {"checkpoint": trained} if weaker is None else {"checkpoint": trained, "autoguidance": weaker}
-        contents = {name: contents_of(network) for name, network in networks.items()}
-        given = _given(options, trained)
-        shape = image_shape(options, trained)
-        window_size(options, trained)
-        picture = read_picture(options, trained, shape)
-        autoencoder = _autoencoder(options, trained)
-        given |= maps_from(picture, options, trained, autoencoder)
-        init_image = start_from(picture, options, trained, autoencoder)
-        for one in (trained, weaker):
-            if one is not None:
-                one.unet.to(options.device)
-                one.conditions.to(options.device)
-        drawing = cls(options, trained, weaker, shape, given, picture, init_image, autoencoder, contents)
-        check_sampling(
-            trained.schedule, (1, *shape), init_image=init_image, **drawing._inputs([0]), **drawing._settings
-        )
-        return drawing
+    def __init__(
+        self,
+        parts: DenoiserParts,
+        options: SampleOptions,
+        *,
+        device: torch.device | str = "cpu",
+        entries: Mapping[str, Tensor] | None = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.parts, self.options, self.device, self.context = parts, options, device, context
+        if entries is None:
+            options.check(parts)
+        if options.autoguidance is not None:
+            check_autoguidance(options.autoguidance, parts)
+        self.sample_shape = self._sample_shape()
+        self.image = self._given_image()
+        parts.codec.to(device)
+        self.entries = dict(entries) if entries is not None else self._entries()
+        self.init_image = self._init_image()
+        shape = (1, *self.sample_shape)
+        check_sampling(parts.schedule, shape, init_image=self.init_image, **self._inputs([0]), **self._settings)
 
     @property
     def classes(self) -> list[str] | None:
-        """Number and name of each class that is drawn, in turn; None of a model without classes."""
-        if "labels" not in self.given:
+        """Number and name of each class that is drawn, in turn; None of a denoiser without classes."""
+        if not self.parts.num_classes:
             return None
-        names = self.trained.class_names or []
-        numbers = label_numbers(self.options.labels, self.trained)
+        names = self.parts.class_names or []
+        numbers = label_numbers(self.options.labels, self.parts.num_classes, names)
         return [f"{number}: {names[number]}" if names else str(number) for number in numbers]
 
     @property
     def num_steps(self) -> int:
         """Calls of the network for a batch."""
         options = self.options
-        return num_network_steps(self.trained.schedule, options.scheduler, options.num_inference_steps, self.init_image)
+        return num_network_steps(self.parts.schedule, options.scheduler, options.num_inference_steps, self.init_image)
 
-    def draw(self, indices: list[int], progress: Callable[[int], object]) -> Tensor:
+    def draw(self, indices: Sequence[int], progress: Callable[[int], object] | None = None) -> Tensor:
         """The images of these numbers, (N, C, H, W) float32 on the CPU, in about [-1, 1].
 
         Args:
-            indices: N numbers among all images of the seed.
-            progress: called with the number of images that took a step.
+            indices: N numbers of images, of those of the request.
+            progress: Called with the number of images that took a step.
         """
-        options = self.options
-        with autocast(torch.device(options.device).type, getattr(torch, options.precision)):
-            images = sample(
-                self._seen_through_windows(self.trained.unet),
-                self.trained.schedule,
-                (len(indices), *self.shape),
+        options, codec = self.options, self.parts.codec
+        with self.context():
+            x0 = sample(
+                self._seen_through_windows(self.parts.unet),
+                self.parts.schedule,
+                (len(indices), *self.sample_shape),
                 seed=options.seed,
                 indices=indices,
-                noise=frames_noise(options, indices, self.shape),
+                noise=self._noise(indices),
                 init_image=self.init_image,
                 batch_size=options.batch_size,
-                device=options.device,
+                device=self.device,
                 progress=progress,
-                clip_sample=self.autoencoder is None,
+                clip_sample=codec.clip_sample,
                 **self._inputs(indices),
                 **self._settings,
             )
-            if self.trained.latent_space is not None and self.autoencoder is not None:
-                images = decode_latents(self.autoencoder, self.trained.latent_space, images)
-        return images if self.picture is None else self.picture.pasted(images)
+            images = codec.decode(x0)
+        return images if self.image is None else self.image.pasted(images)
+
+    @property
+    def _conditions(self) -> list[Condition]:
+        """Those that a user is asked about: what a condition provides, no other one is asked for."""
+        conditions = self.parts.all_conditions
+        provided = {entry for one in conditions for entry in one.provides}
+        return [one for one in conditions if one.provides or one.batch_key not in provided]
+
+    @property
+    def _reads_image(self) -> Condition | None:
+        """The condition that a given image is for; None: it is where sampling starts."""
+        return next((one for one in self._conditions if "image" in one.needs), None)
+
+    @property
+    def _enlarges(self) -> bool:
+        """Whether a given image is of the size of what is denoised."""
+        return self._reads_image is not None and "mask" not in self._reads_image.needs
+
+    def _sample_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of what is denoised for the images asked for; an image is enlarged whole, as far as that goes."""
+        options, parts = self.options, self.parts
+        channels, height, width = parts.sample_shape
+        if options.image_size is not None:
+            height, width = self._network_sizes("image_size", options.image_size)
+        elif self._enlarges and options.image is not None:
+            height, width = (_largest_size(side, parts.unet) for side in size_of("image", options.image))
+        if options.window is not None:
+            self._network_sizes("window", [options.window])
+        if height * width > MOST_PIXELS:
+            raise ValueError(f"images must have at most {MOST_PIXELS} values a channel where the network sees them, "
+                             f"got {height} x {width}; draw smaller ones with image_size")  # fmt: skip
+        return channels, height, width
+
+    def _network_sizes(self, name: str, sides: Sequence[int]) -> list[int]:
+        """Sides in pixels as sides of what is denoised."""
+        unet, factor = self.parts.unet, self.parts.codec.downsampling
+        fitting = [unet.next_size(-(-side // factor)) * factor for side in sides]
+        if min(sides) < 1 or fitting != list(sides):
+            got, next_fit = (" ".join(map(str, one)) for one in (sides, fitting))
+            raise ValueError(
+                f"{name} must be {unet.smallest_size * factor} pixels plus a multiple of {unet.size_step * factor} "
+                f"for this denoiser, got {got}; the next that fits is {next_fit}"
+            )
+        return [side // factor for side in sides]
+
+    def _given_image(self) -> GivenImage | None:
+        options = self.options
+        if options.image is None:
+            return None
+        channels, height, width = self.parts.codec.image_shape(self.sample_shape)
+        if self._enlarges:
+            height, width = self.sample_shape[1:]
+        return read_given_image(options.image, options.mask, (channels, height, width))
+
+    def _entries(self) -> dict[str, Tensor]:
+        """What the conditions read for all images."""
+        options, image = self.options, self.image
+        request = Request(
+            num_images=options.num_images,
+            seed=options.seed,
+            values=options.values,
+            class_names=self.parts.class_names,
+            image=None if image is None else image.pixels,
+            mask=None if image is None or image.keep_mask is None else (~image.keep_mask).float(),
+            encode=self._encode,
+        )
+        return {name: entry for one in self._conditions for name, entry in one.from_user(request).items()}
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.parts.codec.encode(pixels.to(self.device)).cpu()
+
+    def _init_image(self) -> InitImage | None:
+        """The given image as what is denoised; a latent is kept where all of its pixels are.
+
+        A denoiser that has the mask beside x is left to paint by it, and with full strength begins with noise alone.
+        """
+        if self.image is None or self._enlarges:
+            return None
+        keep_mask, strength = self.image.keep_mask, self.options.strength
+        if strength is None:
+            strength = STRENGTH if keep_mask is None else 1.0
+        x0 = self._encode(self.image.pixels)
+        if self._reads_image is not None:
+            return None if strength == 1 else InitImage(x0, strength)
+        if keep_mask is not None:
+            keep_mask = avg_pool2d(keep_mask.float(), self.parts.codec.downsampling) == 1
+        return InitImage(x0, strength, keep_mask)
+
+    def _noise(self, indices: Sequence[int]) -> Tensor | None:
+        """The noise of frames between two seeds, (N, C, h, w); None: the noise is that of the seed."""
+        if self.options.interpolate is None:
+            return None
+        last = self.options.num_images - 1
+        return interpolated_noise(self.options.interpolate, [index / last for index in indices], self.sample_shape)
 
     @torch.no_grad()
-    def _inputs(self, indices: list[int]) -> dict[str, Any]:
-        """Those of the network, and those of the worse prediction of guidance."""
-        part = {name: one[indices].to(self.options.device) for name, one in self.given.items()}
-        inputs, unconditional = self.trained.inputs(part)
-        return {"inputs": inputs, "unconditional": self.weaker.inputs(part)[0] if self.weaker else unconditional}
+    def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Arguments of the network, and those of the worse prediction of guidance."""
+        part = {name: entry[list(indices)].to(self.device) for name, entry in self.entries.items()}
+        inputs, unconditional = self.parts.inputs(part)
+        worse = self.options.autoguidance
+        return {"inputs": inputs, "unconditional": unconditional if worse is None else worse.inputs(part)[0]}
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        options = self.options
-        worse = None if self.weaker is None else self._seen_through_windows(self.weaker.unet)
-        interval = options.guidance_interval and tuple(options.guidance_interval)
-        guidance = Guidance(options.guidance_scale, options.guidance_rescale, interval, worse)
+        options, worse = self.options, self.options.autoguidance
+        guidance = Guidance(
+            options.guidance_scale,
+            options.guidance_rescale,
+            options.guidance_interval,
+            None if worse is None else self._seen_through_windows(worse.unet),
+        )
         return {
             "scheduler": options.scheduler,
             "num_inference_steps": options.num_inference_steps,
             "guidance": guidance,
         }
 
-    def _seen_through_windows(self, network: PixelNetwork) -> Denoiser:
+    def _seen_through_windows(self, network: PixelNetwork) -> Denoise:
         options = self.options
-        side = window_size(options, self.trained)
-        if side is None:
+        if options.window is None:
             return network
-        return windowed(network, (side, side), overlap=window_overlap(options), batch_size=options.batch_size)
+        (side,) = self._network_sizes("window", [options.window])
+        overlap = OVERLAP if options.overlap is None else options.overlap
+        return windowed(network, (side, side), overlap=overlap, batch_size=options.batch_size)
 
 
-def _autoencoder(options: argparse.Namespace, trained: TrainedDenoiser) -> Autoencoder | None:
-    """Of the latents that the network denoises, on the device; None: it denoises images."""
-    if trained.latent_space is not None:
-        return autoencoder_of(trained.latent_space, options.autoencoder).to(options.device)
-    if options.autoencoder:
-        raise ValueError("--autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
-    return None
-
-
-def _given(options: argparse.Namespace, trained: TrainedDenoiser) -> dict[str, Tensor]:
-    """What the conditions are called with for all images: the options' labels and captions, by turns."""
-    takes = {condition.batch_key for condition in trained.all_conditions}
-    for name in ("labels", "captions"):
-        if getattr(options, name) and name not in takes:
-            raise ValueError(f"--{name}: the checkpoint was trained without {name}; leave --{name} out")
-    turns = torch.arange(options.num_images)
-    given = {}
-    if "labels" in takes:
-        labels = torch.tensor(label_numbers(options.labels, trained))
-        given["labels"] = labels[turns % len(labels)]
-    if text := trained.condition(TextTokens):
-        if not options.captions:
-            raise ValueError('--captions must be given, as the model draws what they say: --captions "a red heart"')
-        given["captions"] = text.token_ids(options.captions)[turns % len(options.captions)]
-    return given
-
-
-def label_numbers(labels: list[str] | None, trained: TrainedDenoiser) -> list[int]:
-    """The number of each class that is named; of all classes, where none is.
-
-    Args:
-        labels: Names of classes. What is no name but a number is that of a class.
-        trained: The denoiser.
+def check_autoguidance(worse: DenoiserParts, parts: DenoiserParts) -> None:
+    """Refuse to lead away from a denoiser of other images.
 
     Raises:
-        ValueError: If there is no such class.
+        ValueError: If its images, its schedule or its conditions are others.
     """
-    num_classes, names, numbers = trained.num_classes, trained.class_names or [], []
-    if labels is None:
-        return list(range(num_classes))
-    for label in labels:
-        number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
-        if not 0 <= number < num_classes:
-            known = f"names of classes ({', '.join(names)}), or " if names else ""
-            raise ValueError(f"--labels must be {known}numbers from 0 to {num_classes - 1}; got {label!r}")
-        numbers.append(number)
-    return numbers
+    if worse.sample_shape != parts.sample_shape or worse.schedule.config != parts.schedule.config:
+        raise ValueError("the denoiser of autoguidance must have the same images and schedule, and has not")
+    if _meanings(worse) != _meanings(parts):
+        raise ValueError("the denoiser of autoguidance must have the same classes and words, and has not")
 
 
-def _weaker(options: argparse.Namespace, trained: TrainedDenoiser) -> TrainedDenoiser | None:
-    """The checkpoint to be led away from."""
-    if options.autoguidance is None:
-        return None
-    weaker = load_denoiser(options.autoguidance)
-    if weaker.image_shape != trained.image_shape or weaker.schedule.config != trained.schedule.config:
-        raise ValueError(f"--autoguidance must have the same images and schedule; {options.autoguidance} has not")
-    if _what_is_given(weaker) != _what_is_given(trained):
-        raise ValueError(f"--autoguidance must have the same classes and words; {options.autoguidance} has not")
-    return weaker
+def _meanings(parts: DenoiserParts) -> list[Any]:
+    """What decides what the entries of a batch mean to the conditions."""
+    learned = [one.meaning() for one in parts.all_conditions]
+    return [parts.class_names, learned]
 
 
-def _what_is_given(trained: TrainedDenoiser) -> list[Any]:
-    """What decides which labels and token ids mean what."""
-    text = trained.condition(TextTokens)
-    words = None if text is None else (text.get_extra_state().tolist(), text.config["max_length"])
-    return [trained.num_classes, trained.class_names, words]
+def _largest_size(side: int, network: PixelNetwork) -> int:
+    """The largest side up to that one that the network takes; its smallest, if that is larger."""
+    smallest, step = network.smallest_size, network.size_step
+    return smallest + max(side - smallest, 0) // step * step

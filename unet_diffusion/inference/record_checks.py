@@ -53,7 +53,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _is_space(value: Any) -> bool:
-    checks = {"autoencoder": _is_text, "fingerprint": _is_text, "image_shape": _is_shape}
+    checks = {"autoencoder": _is_text, "fingerprint": _is_text, "image_shape": _is_shape, "downsampling": is_count}
     checks |= {"mean": _is_numbers, "std": _is_numbers}
     return isinstance(value, dict) and value.keys() == checks.keys() and all(checks[key](value[key]) for key in checks)
 
@@ -69,7 +69,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "denoiser": {
         "unet": _NETWORK,
         "schedule": _DICT,
-        "image_shape": _SHAPE,
+        "sample_shape": _SHAPE,
         "null_label": _NUMBER_OR_NONE,
         "class_names": ("a list of different texts, or None", lambda value: value is None or _is_classes(value)),
         "settings": _DICT,

@@ -19,7 +19,7 @@ from unet_diffusion.data.fingerprints import MadeOf, fingerprint, is_of
 from unet_diffusion.data.listing import TIFF_EXTENSIONS
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.stored import StoredImage, stored_images
-from unet_diffusion.inference.record import TrainedSegmenter
+from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.pictures import write_png
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
@@ -120,7 +120,7 @@ class ImagesToSegment:
 
 
 def segment_images(
-    trained: TrainedSegmenter,
+    trained: Segmenter,
     images: ImagesToSegment,
     outputs: Outputs,
     *,
@@ -166,7 +166,7 @@ def mask_name(name: str) -> str:
 
 
 def _segment_pages(
-    trained: TrainedSegmenter,
+    trained: Segmenter,
     pages: list[StoredImage],
     mask: str,
     outputs: Outputs,

@@ -1,35 +1,228 @@
-"""Latents of images and back: an autoencoder, and the scale that diffusion takes."""
+"""Codecs: between images and what is denoised, x0. Pixels are their own codec; an autoencoder is the other one.
+
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 3.1): diffusion takes place in the latents of an
+autoencoder that was trained before. Whoever trains, samples or exports asks a codec, and never which of the two it is.
+"""
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from unet_diffusion.latents.space import MOMENTS, LatentSpace, fingerprint
-from unet_diffusion.models.autoencoders import Autoencoder, downsampling, num_latent_channels, pretrained_autoencoder
+
+if TYPE_CHECKING:  # it imports diffusers, which takes seconds, and which pixels do without
+    from unet_diffusion.models.autoencoders import AutoencoderNetwork
+
+Shape = tuple[int, int, int]
+DECODED_AT_ONCE = 16  # a decoder takes more memory than a denoiser
+
+
+class Codec:
+    """Turns images into x0, and x0 into images.
+
+    Attributes:
+        clip_sample: Whether each estimate of x0 may be clipped to [-1, 1] in sampling, as x0 lies there.
+        space: What is known of the latents, to be kept in checkpoints; None for pixels.
+        name: What x0 is called in a sentence: "images" or "latents".
+    """
+
+    clip_sample: bool
+    space: LatentSpace | None
+    name: str
+
+    def sample_shape(self, image_shape: Shape) -> Shape:
+        """(C, h, w) of the x0 of images of a shape (C, H, W).
+
+        Raises:
+            ValueError: If there are no x0 of such images.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define sample_shape()")
+
+    def image_shape(self, sample_shape: Shape) -> Shape:
+        """(C, H, W) of the images of x0 of a shape (C, h, w)."""
+        raise NotImplementedError(f"{type(self).__name__} must define image_shape()")
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The x0 of images, (B, C, h, w) float32, on their device.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            generator: Draws x0 from its distribution, as training does; None: the mean of the distribution.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define encode()")
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """The images of x0, (N, C, H, W) float32 on the CPU, in about [-1, 1].
+
+        Args:
+            x0: (N, C, h, w), on any device.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define decode()")
+
+    def to(self, device: torch.device | str) -> None:
+        """Encode and decode on this device from now on."""
+
+    def check(self) -> None:
+        """Raises an error if what it needs to encode and decode is missing or is another one by now."""
+
+    def release(self) -> None:
+        """Free the memory of what it loaded only to decode; it is loaded again when it is needed."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of an image along a side for one of x0."""
+        return self.image_shape((1, 1, 1))[1]
+
+
+class PixelCodec(Codec):
+    """The identity: images are denoised themselves."""
+
+    clip_sample = True
+    space = None
+    name = "images"
+
+    def sample_shape(self, image_shape: Shape) -> Shape:
+        return image_shape
+
+    def image_shape(self, sample_shape: Shape) -> Shape:
+        return sample_shape
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return images
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0.float().cpu()
+
+
+class LatentCodec(Codec):
+    """An autoencoder, with the mean and deviation that bring each channel of its latents to 0 and 1.
+
+    The autoencoder stays where it is: checkpoints hold its path and a fingerprint, not its weights.
+
+    Args:
+        autoencoder: Folder of the autoencoder: a run folder or a diffusers folder.
+        scaling_factor: One scale for all channels, such as 0.18215 in Stable Diffusion 1; None: what the configuration
+            of the autoencoder names.
+
+    Raises:
+        ValueError: If the scale is not above 0.
+    """
+
+    clip_sample = False
+    name = "latents"
+
+    def __init__(self, autoencoder: str | os.PathLike[str], *, scaling_factor: float | None = None) -> None:
+        if scaling_factor is not None and not scaling_factor > 0:
+            raise ValueError(f"scaling_factor must be above 0, got {scaling_factor}; null takes the autoencoder's")
+        self.folder = autoencoder
+        self.scaling_factor = scaling_factor
+        self.space: LatentSpace | None = None
+        self._autoencoder: AutoencoderNetwork | None = None
+        self._device = torch.device("cpu")
+        self._is_only_to_decode = False
+
+    @classmethod
+    def of(cls, space: LatentSpace, autoencoder: str | os.PathLike[str] | None = None) -> "LatentCodec":
+        """The codec of latents that exist already; its autoencoder is loaded when it is first needed.
+
+        Args:
+            space: What is known of the latents.
+            autoencoder: Folder where the autoencoder is now; None: where it was when the latents were made.
+        """
+        codec = cls(space.autoencoder if autoencoder is None else autoencoder)
+        codec.space, codec._is_only_to_decode = space, True
+        return codec
+
+    @property
+    def autoencoder(self) -> "AutoencoderNetwork":
+        """The autoencoder, in eval mode.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+            ValueError: If another one is there.
+        """
+        if self._autoencoder is None:
+            if self.space is None:
+                from unet_diffusion.models.autoencoders import pretrained_autoencoder
+
+                autoencoder = pretrained_autoencoder(self.folder).eval()
+            else:
+                autoencoder = _autoencoder_of(self.space, self.folder)
+            self._autoencoder = autoencoder.to(self._device)
+        return self._autoencoder
+
+    def sample_shape(self, image_shape: Shape) -> Shape:
+        if self.space is None:  # the autoencoder is on the CPU still, as its fingerprint wants it
+            self.space = latent_space_of(self.autoencoder, self.folder, image_shape, scaling_factor=self.scaling_factor)
+        factor = self.space.downsampling
+        return len(self.space.std), image_shape[1] // factor, image_shape[2] // factor
+
+    def image_shape(self, sample_shape: Shape) -> Shape:
+        factor = self.downsampling
+        return self._space.image_shape[0], sample_shape[1] * factor, sample_shape[2] * factor
+
+    @property
+    def downsampling(self) -> int:
+        return self._space.downsampling
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        from unet_diffusion.models.autoencoders import latent_moments
+
+        self.to(images.device)
+        mean, std = (one.float() for one in latent_moments(self.autoencoder, images))
+        if generator is not None:
+            mean = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
+        return self._space.normalise(mean)
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        return decode_latents(self.autoencoder, self._space, x0)
+
+    def to(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        if self._autoencoder is not None:
+            self._autoencoder.to(self._device)
+
+    def check(self) -> None:
+        if self._autoencoder is None:
+            _autoencoder_of(self._space, self.folder)
+
+    def release(self) -> None:
+        if self._is_only_to_decode:
+            self._autoencoder = None
+
+    @property
+    def _space(self) -> LatentSpace:
+        assert self.space is not None, "sample_shape must be called with the shape of the images first"
+        return self.space
 
 
 def latent_space_of(
-    autoencoder: Autoencoder,
+    autoencoder: "AutoencoderNetwork",
     folder: str | os.PathLike[str],
     image_shape: Sequence[int],
     *,
     scaling_factor: float | None = None,
 ) -> LatentSpace:
-    """That of an autoencoder, with the scale that its configuration names, or one scale for all channels.
+    """The latent space of an autoencoder, scaled as its configuration says, or by one scale for all channels.
 
     Args:
-        autoencoder: float32, on the CPU.
-        folder: where it is.
+        autoencoder: The autoencoder, float32 and on the CPU.
+        folder: Where it is.
         image_shape: (C, H, W) of the images.
-        scaling_factor: the scale; None: that of its configuration, and its mean and deviation of each channel.
+        scaling_factor: The scale; None: the scale of its configuration, with its mean and deviation of each channel.
 
     Raises:
-        ValueError: if it does not take such images.
+        ValueError: If it does not take such images.
     """
+    from unet_diffusion.models.autoencoders import downsampling, num_latent_channels
+
     channels, height, width = image_shape
     factor, takes = downsampling(autoencoder), autoencoder.config["in_channels"]
     if channels != takes or height % factor or width % factor:
@@ -38,9 +231,14 @@ def latent_space_of(
             f"{channels} channels of {height}x{width}; set channels and image_size of the images"
         )
     count = num_latent_channels(autoencoder)
-    path = str(Path(folder).resolve())
-    prints = fingerprint(autoencoder, autoencoder.config)
-    space = LatentSpace(path, prints, (channels, height, width), mean=(0.0,) * count, std=(1.0,) * count)
+    space = LatentSpace(
+        autoencoder=str(Path(folder).resolve()),
+        fingerprint=fingerprint(autoencoder, autoencoder.config),
+        image_shape=(channels, height, width),
+        downsampling=factor,
+        mean=(0.0,) * count,
+        std=(1.0,) * count,
+    )
     if scaling_factor is not None:
         return space.rescaled(scaling_factor)
     # As diffusers' pipelines for Stable Diffusion XL do: latents * latents_std / scaling_factor + latents_mean.
@@ -49,40 +247,37 @@ def latent_space_of(
     return replace(space, mean=tuple(mean or space.mean), std=tuple(one / scale for one in std or space.std))
 
 
-def autoencoder_of(space: LatentSpace, folder: str | os.PathLike[str] | None = None) -> Autoencoder:
-    """The autoencoder that latents are of, on the CPU and in eval mode.
+@torch.no_grad()
+def decode_latents(autoencoder: "AutoencoderNetwork", space: LatentSpace, latents: Tensor) -> Tensor:
+    """The images of normalised latents, (N, C, H, W) float32 on the CPU, in about [-1, 1].
 
     Args:
-        space: of the latents.
-        folder: where it is now; None: where it was.
+        autoencoder: The autoencoder, on any device.
+        space: The space that the latents lie in.
+        latents: (N, c, h, w), on any device.
+    """
+    device = next(autoencoder.parameters()).device
+    raw = space.denormalise(latents.float())
+    parts = raw.split(DECODED_AT_ONCE)
+    return torch.cat([autoencoder.decode(part.to(device)).sample.float().cpu() for part in parts])
+
+
+def _autoencoder_of(space: LatentSpace, folder: str | os.PathLike[str]) -> "AutoencoderNetwork":
+    """The autoencoder that latents were made with, on the CPU and in eval mode.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if another one is there.
+        FileNotFoundError: If it is not there.
+        ValueError: If another one is there.
     """
-    path = space.autoencoder if folder is None else folder
+    from unet_diffusion.models.autoencoders import pretrained_autoencoder
+
     try:
-        autoencoder = pretrained_autoencoder(path).eval()
+        autoencoder = pretrained_autoencoder(folder).eval()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; say where the autoencoder is now with --autoencoder DIR") from error
     if fingerprint(autoencoder, autoencoder.config) != space.fingerprint:
         raise ValueError(
-            f"the autoencoder in {path} is not the one that the latents are of: it was trained on or replaced; "
+            f"the autoencoder in {folder} is not the one that the latents are of: it was trained on or replaced; "
             "bring the old one back, or encode the images and train the denoiser again"
         )
     return autoencoder
-
-
-@torch.no_grad()
-def decode_latents(autoencoder: Autoencoder, space: LatentSpace, latents: Tensor, batch_size: int = 16) -> Tensor:
-    """The images of normalised latents, (N, C, H, W) float32 on the CPU, in about [-1, 1].
-
-    Args:
-        autoencoder: on any device.
-        space: of the latents.
-        latents: (N, c, h, w).
-        batch_size: images at once: a decoder takes more memory than a denoiser.
-    """
-    device = next(autoencoder.parameters()).device
-    raw = space.denormalise(latents.float())
-    return torch.cat([autoencoder.decode(part.to(device)).sample.float().cpu() for part in raw.split(batch_size)])

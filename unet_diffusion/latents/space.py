@@ -18,16 +18,18 @@ class LatentSpace:
     """Which autoencoder latents are of, and what brings them to mean 0 and standard deviation 1.
 
     Args:
-        autoencoder: path of the diffusers folder.
-        fingerprint: of its weights and configuration, see `fingerprint`.
-        image_shape: (C, H, W) of the images.
-        mean: of each channel.
-        std: of each channel; all the same for a codebook, whose distances it may not change.
+        autoencoder: Path of its folder.
+        fingerprint: Hash of its weights and configuration, see `fingerprint`.
+        image_shape: (C, H, W) of the images, in pixels.
+        downsampling: Pixels of an image along a side for one latent.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel; the same for all with a codebook, whose distances it may not change.
     """
 
     autoencoder: str
     fingerprint: str
     image_shape: tuple[int, int, int]
+    downsampling: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

@@ -199,8 +199,10 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
 
 def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     mean, std = _moments(folder, settings["num_images"], shared=settings["has_codes"])
-    fields = ("autoencoder", "fingerprint", "image_shape")
-    space = LatentSpace.from_plain({**{field: settings[field] for field in fields}, "mean": mean, "std": std})
+    fields = {name: settings[name] for name in ("autoencoder", "fingerprint", "image_shape")}
+    (_, first), *_ = _shards(folder, settings["num_images"])
+    factor = settings["image_shape"][1] // _read_shard(first)["mean"].shape[2]
+    space = LatentSpace.from_plain({**fields, "downsampling": factor, "mean": mean, "std": std})
     kept = ("num_images", "has_mirrored", "class_names", "captions", "names")
     index = {"space": space.plain(), **{key: settings.get(key) for key in kept}}
     with atomic_write(folder / INDEX) as partial:

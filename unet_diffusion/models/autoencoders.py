@@ -16,9 +16,9 @@ from torch import Tensor
 from unet_diffusion.runtime.atomic_files import read_json
 from unet_diffusion.runtime.safe_loading import check_safetensors
 
-Autoencoder: TypeAlias = AutoencoderKL | VQModel
+AutoencoderNetwork: TypeAlias = AutoencoderKL | VQModel
 MOST_LAYERS = 100  # blocks a level
-CLASSES: dict[str, type[Autoencoder]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+CLASSES: dict[str, type[AutoencoderNetwork]] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 
 def kl_autoencoder(
@@ -97,7 +97,7 @@ def pretrained_autoencoder(folder: str | os.PathLike[str]) -> ModelMixin:  # not
     return autoencoder
 
 
-def autoencoder_class(folder: str | os.PathLike[str]) -> tuple[type[Autoencoder], Path]:
+def autoencoder_class(folder: str | os.PathLike[str]) -> tuple[type[AutoencoderNetwork], Path]:
     """The class of the autoencoder that `pretrained_autoencoder` loads, and the folder where it is.
 
     Raises:
@@ -116,12 +116,12 @@ def autoencoder_class(folder: str | os.PathLike[str]) -> tuple[type[Autoencoder]
     )
 
 
-def downsampling(autoencoder: Autoencoder) -> int:
+def downsampling(autoencoder: AutoencoderNetwork) -> int:
     """Pixels of the image, along a side, for one of the latents."""
     return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
 
 
-def num_latent_channels(autoencoder: Autoencoder) -> int:
+def num_latent_channels(autoencoder: AutoencoderNetwork) -> int:
     """Channels of what `encode` gives."""
     return autoencoder.config.get("vq_embed_dim") or autoencoder.config["latent_channels"]
 
@@ -142,14 +142,14 @@ def decode_codes(autoencoder: VQModel, codes: Tensor) -> Tensor:
     return autoencoder.decode(codes, force_not_quantize=True).sample
 
 
-def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+def reconstruct(autoencoder: AutoencoderNetwork, images: Tensor) -> Tensor:
     """Images there and back, (B, C, H, W): through the means of their latents, or the codes nearest to them."""
     if isinstance(autoencoder, VQModel):
         return autoencoder.decode(autoencoder.encode(images).latents).sample
     return autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
 
 
-def latent_moments(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+def latent_moments(autoencoder: AutoencoderNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent of images, (B, c, h, w) each; the latter 0 for a codebook."""
     if isinstance(autoencoder, VQModel):
         latents = autoencoder.encode(images).latents

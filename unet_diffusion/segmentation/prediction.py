@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from unet_diffusion.inference.record import TrainedSegmenter
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.tiles import predict_tiled, predict_views
 
@@ -12,29 +11,37 @@ def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tens
     """Class scores before the softmax, (B, K, H, W), of a network that may want a timestep.
 
     Args:
-        network: called `network(x, t)`.
-        x: images in [-1, 1], (B, C, H, W).
-        timestep: the same for all; None: the network takes none.
+        network: The network, called `network(x, t)`.
+        x: Images in [-1, 1], (B, C, H, W).
+        timestep: The timestep of all images; None: the network takes none.
     """
     return network(x, None if timestep is None else torch.full((len(x),), timestep, device=x.device))
 
 
 def class_probabilities(
-    trained: TrainedSegmenter, image: Tensor, *, views: bool = False, device: torch.device | str = "cpu"
+    network: PixelNetwork,
+    image: Tensor,
+    *,
+    timestep: int | None,
+    window_size: int,
+    views: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """The probability of each class at each pixel, (K, H, W) float32 on the CPU.
 
     Args:
-        trained: the network, on the device.
+        network: The network, on the device.
         image: (C, H, W) in [-1, 1], of any size.
-        views: average over the eight rotated and mirrored views.
-        device: where the network is.
+        timestep: The timestep that the network is given; None: it takes none.
+        window_size: Height and width of the windows that the network sees, in pixels.
+        views: Average over the eight rotated and mirrored views.
+        device: Where the network is.
     """
 
     def predict(x: Tensor) -> Tensor:
-        return torch.softmax(class_scores(trained.unet, x, trained.timestep).float(), dim=1)
+        return torch.softmax(class_scores(network, x, timestep).float(), dim=1)
 
     def whole(view: Tensor) -> Tensor:
-        return predict_tiled(predict, view, trained.unet, window_size=trained.window_size, device=device)
+        return predict_tiled(predict, view, network, window_size=window_size, device=device)
 
     return predict_views(whole, image) if views else whole(image)

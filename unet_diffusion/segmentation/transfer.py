@@ -6,14 +6,14 @@ After denoising without labels, the same network at a fixed timestep, with a new
 
 from torch import Tensor
 
-from unet_diffusion.inference.record import TrainedDenoiser
+from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.features import FeatureClassifier
 
 HEADS = ("conv_out.", "class_embedding.")  # predicts noise before, classes after; images to segment have no class
 
 
-def load_denoiser_weights(network: PixelNetwork, denoiser: TrainedDenoiser) -> str:
+def load_denoiser_weights(network: PixelNetwork, denoiser: DenoiserParts) -> str:
     """Copy a denoiser's weights into a segmenter, in place, and say what was copied and what was not.
 
     Of a FeatureClassifier, all weights of its frozen denoiser are copied; of another network, all but the head's and

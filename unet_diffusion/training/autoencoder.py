@@ -7,6 +7,7 @@ start counts the autoencoder's steps, and so does the trainer.
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unet_diffusion.data.base import refuse_unused
-from unet_diffusion.inference.record import TrainedAutoencoder, autoencoder_record, read_autoencoder
+from unet_diffusion.inference.autoencoder import Autoencoder
+from unet_diffusion.inference.record import autoencoder_record, read_autoencoder
 from unet_diffusion.latents.space import moment_sums
 from unet_diffusion.models.autoencoders import (
-    Autoencoder,
     decode_codes,
     downsampling,
     latent_moments,
@@ -79,8 +80,8 @@ class AutoencoderModule(NetworkModule):
         FileNotFoundError: If LPIPS's weights are not there.
     """
 
-    autoencoder: Autoencoder
-    ema_autoencoder: Autoencoder
+    autoencoder: AutoencoderKL | VQModel
+    ema_autoencoder: AutoencoderKL | VQModel
 
     network_name = "autoencoder"
     record_key = "autoencoder"
@@ -148,7 +149,7 @@ class AutoencoderModule(NetworkModule):
         self.latent_std: float | None = None  # as last validated
 
     @property
-    def trained(self) -> TrainedAutoencoder:
+    def trained(self) -> Autoencoder:
         """The averaged autoencoder with all that is needed to use it.
 
         Raises:
@@ -156,7 +157,7 @@ class AutoencoderModule(NetworkModule):
         """
         if self.image_shape is None:
             raise ValueError("the image shape is not known before training; fit the module first")
-        return TrainedAutoencoder(
+        return Autoencoder(
             autoencoder=self.ema_autoencoder,
             image_shape=self.image_shape,
             latent_std=self.latent_std,
@@ -298,7 +299,9 @@ class AutoencoderModule(NetworkModule):
         return record["config"]
 
     @classmethod
-    def rebuilt(cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], **arguments: Any) -> Self:
+    def rebuilt(
+        cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
+    ) -> Self:
         trained = read_autoencoder(path)
         module = cls(trained.autoencoder, **{"adversarial": adversarial_in(checkpoint, trained.settings), **arguments})
         module.image_shape = trained.image_shape

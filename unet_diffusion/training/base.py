@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -117,8 +118,6 @@ class NetworkModule(LightningModule):
         """Each average, and the network that it is of, whose weights are trained; the main one first."""
         return [(self.ema_network, self.network)]
 
-    # ---------------------------------------------------------------------------------------- what a subclass defines
-
     def bind_data(self, datamodule: Any) -> None:
         """Take from the data what the module needs to know of them, `image_shape` too.
 
@@ -141,12 +140,15 @@ class NetworkModule(LightningModule):
         raise NotImplementedError("a subclass must define identity_in()")
 
     @classmethod
-    def rebuilt(cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], **arguments: Any) -> Self:
+    def rebuilt(
+        cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
+    ) -> Self:
         """A module as the one in a checkpoint; `load_from_checkpoint` then loads the weights.
 
         Args:
             path: The file of the checkpoint.
             checkpoint: What it holds.
+            allow: Modules of one's own whose classes the checkpoint may name.
             arguments: Arguments of the constructor that are no networks.
 
         Raises:
@@ -161,8 +163,6 @@ class NetworkModule(LightningModule):
     def data_notes(self) -> list[str]:
         """A line for each kind of data that the module cuts."""
         return []
-
-    # -------------------------------------------------------------------------------------------------- beginning a run
 
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type == "cpu":
@@ -236,8 +236,6 @@ class NetworkModule(LightningModule):
             average.eval()
         return self
 
-    # ------------------------------------------------------------------------------------------------------------ steps
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed torch's own generators, of which dropout draws, by seed, step and process."""
         key = (self.seed, DROPOUT_KEY, total_batches(self.trainer), self.global_rank)
@@ -302,8 +300,6 @@ class NetworkModule(LightningModule):
         decay = min(self.ema_decay, (1 + n) / (10 + n))
         self._averages.move(decay)
 
-    # ---------------------------------------------------------------------------------------------------------- testing
-
     @property
     def scores_prefix(self) -> str:
         """What begins the names of logged scores: "val", or "test" in `trainer.test`."""
@@ -317,8 +313,6 @@ class NetworkModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
-
-    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["speed"], checkpoint["precision"] = self.chosen_speed, self.trainer.precision
@@ -370,7 +364,12 @@ class NetworkModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # what else a checkpoint needs is in it
-        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = None, **arguments: Any
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        map_location: Any = None,
+        *,
+        allow: Sequence[str] = (),
+        **arguments: Any,
     ) -> Self:
         """The module of a checkpoint, with its raw and its averaged weights.
 
@@ -380,6 +379,7 @@ class NetworkModule(LightningModule):
         Args:
             checkpoint_path: The checkpoint.
             map_location: The device for the weights; None: the CPU.
+            allow: Modules of one's own whose classes the checkpoint may name.
             arguments: Arguments of the constructor, in place of those that the checkpoint names.
 
         Raises:
@@ -388,12 +388,10 @@ class NetworkModule(LightningModule):
         checkpoint = load_plain(checkpoint_path)
         settings = cls._record_in(checkpoint)["settings"]
         known = scalar_arguments(cls, settings.get("model", {}))
-        module = cls.rebuilt(checkpoint_path, checkpoint, **{**known, **arguments})
+        module = cls.rebuilt(checkpoint_path, checkpoint, allow, **{**known, **arguments})
         module.load_state_dict(checkpoint["state_dict"])
         module.settings = settings
         return module.to(map_location or "cpu").train()
-
-    # ---------------------------------------------------------------------------------------------- speed and precision
 
     def run_at(self, speed: Speed) -> None:
         """Set the speed: both networks get the same memory format, so that the average moves fast.

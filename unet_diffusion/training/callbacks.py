@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageBatches
-from unet_diffusion.data.maps import ImagesWithMaps
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.segmentation import SegmentationDataModule
-from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.schedulers import SchedulerName
+from unet_diffusion.inference.sample_options import SampleOptions
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.messages import printable
 from unet_diffusion.runtime.pictures import image_grid, write_png
@@ -115,9 +114,9 @@ class PictureGrid(Callback):
 class SampleGrid(PictureGrid):
     """Samples of the averaged denoiser, of the same seeds every time. With classes, each column is a class.
 
-    With captions or maps they are those of the first validation images, and run folder/captions.txt has the captions
-    row by row. With maps what the network is shown of an image is above what it makes of it: the part that the mask
-    leaves, or the small image.
+    Captions are those of the first validation images, and run folder/captions.txt has them row by row. A model that is
+    shown something of an image, such as the part that a mask leaves, or a small image, is shown the first validation
+    images; what it sees is above what it makes of it.
 
     Args:
         every_n_steps: optimiser steps between grids; 0: only at the end.
@@ -154,15 +153,9 @@ class SampleGrid(PictureGrid):
         """
         if stage != "fit":
             return
-        space = getattr(data_of(trainer), "latent_space", None)
-        if space is not None:
-            from unet_diffusion.latents.codec import autoencoder_of
-
-            autoencoder_of(space)
-        has_maps = any(one.batch_key == "concat" for one in pl_module.all_conditions)
-        if has_maps and not isinstance(data_of(trainer), ImagesWithMaps):
-            raise ValueError("samples of a model with maps cannot be drawn here, as there are no maps to give; "
-                             "train it without this callback, from Python")  # fmt: skip
+        codec = getattr(data_of(trainer), "codec", None)
+        if codec is not None:
+            codec.check()
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
             raise ValueError(
                 f"samples.guidance_scale {self.guidance_scale} needs a null label or caption; "
@@ -180,61 +173,61 @@ class SampleGrid(PictureGrid):
         )
 
     def picture(self, trainer: Trainer, module: "DiffusionModule") -> Image:
-        num_classes = module.trained.num_classes
-        images = self.sample(trainer, module, num_classes)
-        if module.latent_space is not None:  # the autoencoder takes memory only while it is needed
-            from unet_diffusion.latents.codec import autoencoder_of, decode_latents
-
-            autoencoder = autoencoder_of(module.latent_space).to(module.device)
-            images = decode_latents(autoencoder, module.latent_space, images)
-        columns = num_classes if 0 < num_classes <= MAX_COLUMNS else None
-        if module.captions is not None and trainer.is_global_zero:
+        captions = self.captions(trainer, module)
+        images, seen = self.sample(trainer, module)
+        module.codec.release()  # an autoencoder takes memory only while it is needed
+        if captions and trainer.is_global_zero:
             with atomic_write(run_folder(trainer) / "captions.txt") as partial:  # row by row
-                partial.write_text("\n".join(self.captions(trainer, module)) + "\n", encoding="utf-8")
-        data = data_of(trainer)
-        if isinstance(data, ImagesWithMaps):
-            return in_pairs(data.examples(self.num_images, module.device)["seen"].cpu(), images)
-        return image_grid(images, columns=columns)
+                partial.write_text("\n".join(captions) + "\n", encoding="utf-8")
+        if seen is not None:
+            return in_pairs(seen, images)
+        num_classes = module.trained.num_classes
+        return image_grid(images, columns=num_classes if 0 < num_classes <= MAX_COLUMNS else None)
 
-    def sample(self, trainer: Trainer, module: "DiffusionModule", num_classes: int) -> Tensor:
-        """The grid's images in [-1, 1], or latents, (num_images, C, H, W) float32, in the trainer's precision."""
-        from unet_diffusion.diffusion.sampling import sample
+    def sample(self, trainer: Trainer, module: "DiffusionModule") -> tuple[Tensor, Tensor | None]:
+        """The grid's images, (num_images, C, H, W) in [-1, 1], and what the network was shown of images, if it was."""
+        from unet_diffusion.inference.drawing import Drawing
 
-        trained, given = module.trained, self.given(trainer, module, num_classes)
+        options = SampleOptions(
+            num_images=self.num_images,
+            captions=self.captions(trainer, module) or None,
+            scheduler=self.scheduler,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+        )
         with trainer.precision_plugin.forward_context(), torch.no_grad():
-            inputs, unconditional = trained.inputs(given)
-            return sample(
-                trained.unet,
-                trained.schedule,
-                (self.num_images, *trained.image_shape),
-                scheduler=self.scheduler,
-                num_inference_steps=self.num_inference_steps,
-                seed=self.seed,
-                inputs=inputs,
-                unconditional=unconditional,
-                guidance=Guidance(self.guidance_scale),
-                clip_sample=module.latent_space is None,
-                device=module.device,
-            )
+            if not any(one.is_asked_of_images for one in module.all_conditions):
+                return module.trained.drawing(options).draw(range(self.num_images)), None
+            entries, seen = self.examples(trainer, module)
+            drawing = Drawing(module.trained, options, device=module.device, entries=entries)
+            return drawing.draw(range(self.num_images)), seen
 
-    def given(self, trainer: Trainer, module: "DiffusionModule", num_classes: int) -> dict[str, Tensor]:
-        """What the conditions are called with: classes by turns, captions and maps of the first validation images."""
-        given: dict[str, Tensor] = {}
-        if num_classes:
-            given["labels"] = torch.arange(self.num_images, device=module.device) % num_classes
-        if module.captions is not None:
-            given |= module.caption_tokens(self.captions(trainer, module))
+    def examples(self, trainer: Trainer, module: "DiffusionModule") -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the conditions read of the first validation images, by turns, and what the network is shown of them."""
         data = data_of(trainer)
-        if isinstance(data, ImagesWithMaps):
-            examples = data.examples(self.num_images, module.device)
-            given |= {name: examples[name] for name in ("labels", "concat") if name in examples}
-        return given
+        numbers, found = self._shown(trainer), ImageBatches(data.image_set)
+        parts, seen = [], []
+        for first in range(0, len(numbers), data.batch_size):
+            batch = {
+                name: one.to(module.device) for name, one in found[numbers[first : first + data.batch_size]].items()
+            }
+            batch["images"] = scale_to_unit_range(batch["images"])
+            _, entries = module.fixed_entries(batch)
+            parts.append({one.batch_key: entries[one.batch_key] for one in module.all_conditions})
+            shown = [one.seen(batch["images"], entries) for one in module.all_conditions]
+            seen += [one.cpu() for one in shown if one is not None]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(seen) if seen else None
 
     def captions(self, trainer: Trainer, module: "DiffusionModule") -> list[str]:
-        """Those of the first validation images, by turns."""
-        assert module.captions is not None
+        """Those of the first validation images, by turns; none of a model without captions."""
+        values = [one.values_of(self._shown(trainer)) for one in module.all_conditions]
+        return next((one["captions"] for one in values if "captions" in one), [])
+
+    def _shown(self, trainer: Trainer) -> list[int]:
+        """Numbers of the first validation images, by turns."""
         kept_apart = data_of(trainer).val_indices.tolist()
-        return [module.captions[kept_apart[i % len(kept_apart)]] for i in range(self.num_images)]
+        return [kept_apart[i % len(kept_apart)] for i in range(self.num_images)]
 
 
 class SegmentationGrid(PictureGrid):

@@ -5,9 +5,10 @@ The training of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 1), 
 & Salimans 2022, https://arxiv.org/abs/2207.12598); the moving average of the weights is what is sampled.
 """
 
+import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, cast, get_args
 
 import torch
@@ -15,18 +16,16 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from unet_diffusion.data.base import refuse_unused
-from unet_diffusion.data.maps import ImagesWithMaps
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
-from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
-from unet_diffusion.diffusion.conditions.concat import Concat
-from unet_diffusion.diffusion.conditions.condition import Condition, Inputs, network_inputs
-from unet_diffusion.diffusion.conditions.text import TextTokens
+from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Condition, Encode, Inputs, network_inputs
 from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
+from unet_diffusion.diffusion.parts import all_conditions
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import TrainedDenoiser, denoiser_record, network_record, read_checkpoint
-from unet_diffusion.latents.space import LatentSpace
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import channels_beside, denoiser_record, network_record, read_denoiser
+from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
-from unet_diffusion.models.unet import DenoiserUNet, PixelNetwork
+from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 from unet_diffusion.training.averaging import averaged_copy
 from unet_diffusion.training.base import NetworkModule, check_choice
@@ -41,28 +40,29 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenl
 class DiffusionModule(NetworkModule):
     """A denoiser, its noise schedule and how it is trained.
 
-    Batches are dicts: "images" (B, C, H, W) float32 in [-1, 1], or latents of mean 0 and variance 1; "labels" (B,)
-    int64 if the model has classes; "concat" (B, K, H, W) if it has maps; and "index" (B,) int64, the number of each
-    image in its data set, which finds its caption and fixes its noise in validation.
+    Batches are dicts with "images" (B, C, H, W) float32 in [-1, 1], or "x0" (B, C, h, w) of mean 0 and variance 1 where
+    images were encoded before; "index" (B,) int64, the number of each image in its data set, which fixes its noise in
+    validation; and what the conditions read, such as "labels" (B,) int64.
 
     Args:
-        unet: the network to train; its weights are the raw ones.
-        schedule: noise schedule and prediction type.
-        optimizer: makes the optimiser from the parameters.
-        lr_warmup_steps: optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
+        unet: The network to train; its weights are the raw ones.
+        schedule: The noise schedule and what is predicted.
+        codec: Turns images into what is denoised; None: images are denoised themselves, or the data hold latents.
+        conditions: What the network is conditioned on, beside the class labels that it embeds itself; trained with it.
+        label_dropout: Probability of training on the null label, which is then the last row of the network's class
+            embedding; 0: there is no null label and no guidance.
+        optimizer: Makes the optimiser from the parameters.
+        lr_warmup_steps: Optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
         lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
-        ema_decay: share of the average kept at each optimiser step; less at first: (1 + n) / (10 + n) after n steps;
+        ema_decay: Share of the average kept at each optimiser step; less at first: (1 + n) / (10 + n) after n steps;
             0 is off.
         loss_weighting: "uniform", or "min_snr" with gamma 5.
-        label_dropout: probability of training on the null label, which is then the last row of the network's class
-            embedding; 0: no null label and no guidance.
-        conditions: what the network is conditioned on beside the class labels that it embeds itself; trained with it.
-        speed: how the network runs, see `speed.py`; they differ in rounding. "auto" times them on this machine before
-            the run, for about 5 % of it at most, and a run that is continued keeps what was found.
-        seed: of noise, timesteps and label dropout.
+        speed: How the network runs, see `models.speed`; speeds differ in rounding. "auto" times them on this machine
+            before the run, for about 5 % of it at most, and a run that is continued keeps what was found.
+        seed: Seed of noise, timesteps, dropout of conditions, and all that is drawn in training.
 
     Raises:
-        ValueError: if the settings contradict each other, or (in `setup`) the data.
+        ValueError: If the settings contradict each other, or (in `setup`) the data.
     """
 
     unet: PixelNetwork
@@ -80,19 +80,20 @@ class DiffusionModule(NetworkModule):
         unet: PixelNetwork,
         schedule: NoiseSchedule,
         *,
+        codec: Codec | None = None,
+        conditions: list[Condition] | None = None,
+        label_dropout: float = 0.0,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup_steps: int = 0,
         lr_decay: LRDecay = "constant",
         ema_decay: float = 0.9999,
         loss_weighting: LossWeighting = "uniform",
-        label_dropout: float = 0.0,
-        conditions: list[Condition] | None = None,
         speed: Speed | Literal["auto"] = "plain",
         seed: int = 0,
     ):
         _check_denoises(unet)
         _check_conditions(unet, conditions or [])
-        num_class_embeds = unet.config["num_class_embeds"]
+        num_class_embeds = unet.config.get("num_class_embeds")
         check_choice("loss_weighting", loss_weighting, get_args(LossWeighting))
         _check_settings(schedule, loss_weighting, label_dropout, num_class_embeds)
         super().__init__(
@@ -111,32 +112,32 @@ class DiffusionModule(NetworkModule):
         self.conditions = nn.ModuleList(conditions or [])
         self.ema_conditions = averaged_copy(self.conditions)
 
-        self.null_label = num_class_embeds - 1 if label_dropout > 0 else None
-        self.captions: list[str] | None = None  # of all images, if there is a condition on them
-        self._token_ids: dict[str, Tensor] = {}  # of the captions
+        self.null_label = num_class_embeds - 1 if label_dropout > 0 and num_class_embeds else None
         self.class_names: list[str] | None = None
-        self.latent_space: LatentSpace | None = None
+        self.codec: Codec = codec or PixelCodec()
 
     @property
-    def trained(self) -> TrainedDenoiser:
-        """The averaged network with all that is needed to sample and export it.
+    def trained(self) -> Denoiser:
+        """The averaged network with all that is needed to draw with it and to export it.
 
         Raises:
-            ValueError: before the module has met its data.
+            ValueError: Before the module has met its data.
         """
         if self.image_shape is None:
             raise ValueError("the image shape is not known before training; fit the module, or set its image_shape")
-        return TrainedDenoiser(
+        denoiser = Denoiser(
             unet=self.ema_unet,
             schedule=self.schedule,
-            image_shape=self.image_shape,
+            sample_shape=self.image_shape,
+            codec=self.codec,
             null_label=self.null_label,
             class_names=self.class_names,
             settings=self.settings,
-            latent_space=self.latent_space,
             conditions=self.ema_conditions,
             speed=self.chosen_speed,
         )
+        denoiser.device = self.device
+        return denoiser
 
     @property
     def all_conditions(self) -> list[Condition]:
@@ -144,52 +145,62 @@ class DiffusionModule(NetworkModule):
         return self._conditions_of(self.conditions)
 
     def _conditions_of(self, others: nn.ModuleList) -> list[Condition]:
-        labels = [] if self.unet.class_embedding is None else [ClassLabels(self.null_label, self.label_dropout)]
-        return [*labels, *cast(list[Condition], list(others))]
+        return all_conditions(self.unet, others, self.null_label, self.label_dropout)
 
     def averaged_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [*super().averaged_pairs(), (self.ema_conditions, self.conditions)]
 
     def bind_data(self, datamodule: Any) -> None:
-        self.image_shape = tuple(datamodule.image_shape)
+        self.codec = getattr(datamodule, "codec", None) or self.codec
+        self.image_shape = self._sample_shape(datamodule)
         self.class_names = datamodule.class_names
-        self.latent_space = getattr(datamodule, "latent_space", None)
-        self._check_data(datamodule.num_classes)
+        self._check_channels()
+        provided = {entry for one in self.all_conditions for entry in one.provides}
+        if provided and getattr(datamodule, "codec", None) is not None:
+            makers = ", ".join(type(one).__name__ for one in self.all_conditions if one.provides)
+            raise ValueError(f"{makers} needs images, and the data hold latents; train on the images, with model.codec")
+        taken = {one.batch_key for one in self.all_conditions if one.batch_key not in provided or one.provides}
         names = {"labels": "class_labels", "captions": "captions"}
-        refuse_unused(datamodule, {names.get(one.batch_key, "") for one in self.all_conditions})
-        _check_maps(self.all_conditions, datamodule)
-        self._meet_captions(datamodule)
+        refuse_unused(datamodule, {names.get(key, "") for key in taken})
+        if "labels" in provided:
+            self.class_names = None  # they are no classes of the images
+        for condition in self.all_conditions:  # the trained ones
+            condition.bind_sample_shape(self.image_shape)
+            if condition.provides or condition.batch_key not in provided:
+                condition.bind_data(datamodule)
+        self._check_labels(provided)
+        for average, trained in zip(self.ema_conditions, self.conditions, strict=True):
+            cast(Condition, average).copy_learned(cast(Condition, trained))
 
     def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
         assert self.image_shape is not None
-        given = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
-        for condition in self.all_conditions:
-            if condition.batch_key == "captions":
-                given["captions"] = torch.zeros(batch_size, condition.config["max_length"], dtype=torch.int64)
-            elif condition.batch_key == "concat":
-                given["concat"] = torch.zeros(batch_size, condition.config["channels"], *self.image_shape[1:])
-        return {name: value.detach() for name, value in network_inputs(self.all_conditions, given).items()}
+        batch = {one.batch_key: one.example(batch_size, self.image_shape) for one in self.all_conditions}
+        return {name: value.detach() for name, value in network_inputs(self.all_conditions, batch).items()}
 
     def record(self) -> dict[str, Any]:
         return denoiser_record(self.trained)
 
     def identity(self) -> dict[str, Any]:
-        space = None if self.latent_space is None else self.latent_space.plain()
+        space = None if self.codec.space is None else self.codec.space.plain()
         kept = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
         conditions = [network_record(cast(Condition, one)) for one in self.conditions]
         return {**kept, **_space_identity(space), "conditions": _conditions_identity(conditions)}
 
     @classmethod
-    def rebuilt(cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], **arguments: Any) -> Self:
-        trained = read_checkpoint(path)
+    def rebuilt(
+        cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
+    ) -> Self:
+        trained = read_denoiser(path, allow=allow)
         if trained.null_label is None:
             arguments["label_dropout"] = 0.0
         elif not arguments.get("label_dropout"):
             arguments["label_dropout"] = USUAL_DROPOUT
         conditions = cast(list[Condition], list(trained.conditions))
-        module = cls(trained.unet, trained.schedule, **{**arguments, "conditions": conditions})
-        module.image_shape, module.class_names = trained.image_shape, trained.class_names
-        module.latent_space = trained.latent_space
+        parts = {"codec": trained.codec, "conditions": conditions}
+        module = cls(trained.unet, trained.schedule, **{**arguments, **parts})
+        module.image_shape, module.class_names = trained.sample_shape, trained.class_names
+        for condition in module.all_conditions:
+            condition.bind_sample_shape(module.image_shape)
         return module
 
     @staticmethod
@@ -206,20 +217,19 @@ class DiffusionModule(NetworkModule):
                 f"the classes of the checkpoint are {', '.join(names)}, and those of the data "
                 f"{', '.join(self.class_names)}; give the folders of the data the names that they had"
             )
-        self._token_ids = {}  # the checkpoint has a tokenizer of its own
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The weighted loss of a batch at random timesteps."""
-        x0 = batch["images"]
+        # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would have.
+        step = total_batches(self.trainer)
+        x0, entries = self._encoded(batch, step)
         if self.image_shape is None:
             channels, height, width = x0.shape[1:]
             self.image_shape = (channels, height, width)
-        # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would have.
-        step = total_batches(self.trainer)
         generator = keyed_generator(self.seed, step, self.global_rank, device=x0.device)
         t = stratified_timesteps(len(x0), self.schedule.num_train_timesteps, generator)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=torch.float32)
-        inputs = network_inputs(self.all_conditions, self._given(batch), generator=generator)
+        inputs = network_inputs(self.all_conditions, entries, generator=generator)
 
         errors = self._errors(self.unet, x0, noise, t, inputs)
         loss = (errors * loss_weights(self.schedule, t, self.loss_weighting)).mean()
@@ -227,17 +237,22 @@ class DiffusionModule(NetworkModule):
         self._log_quarters(errors.detach(), t)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Adds up the averaged network's errors on noise and timesteps that are fixed for each image."""
-        x0, index = batch["images"], batch["index"]
+        x0, entries = self._encoded(batch, None)
+        index = entries["index"]
         t = self.fixed_timesteps(index)
         generators = image_generators(self.seed, index.tolist())
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g, dtype=torch.float32) for g in generators]).to(
             x0.device
         )
-        inputs = network_inputs(self._conditions_of(self.ema_conditions), self._given(batch))
+        inputs = network_inputs(self._conditions_of(self.ema_conditions), entries)
         errors = self._errors(self.ema_unet, x0, noise, t, inputs)
         self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
+
+    def fixed_entries(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What is denoised of a batch, (B, C, h, w), and what the conditions read, as they are validated on."""
+        return self._encoded(batch, None)
 
     def on_validation_epoch_start(self) -> None:
         self._validation_sums = torch.zeros(2, NUM_QUARTERS, device=self.device)
@@ -264,41 +279,55 @@ class DiffusionModule(NetworkModule):
         prediction = unet(self.schedule.add_noise(x0, noise, t), t, **inputs)
         return squared_error(prediction, self.schedule.target(x0, noise, t))
 
-    def _given(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the conditions are called with for a batch."""
-        given: dict[str, Tensor] = {name: batch[name] for name in batch if name in ("labels", "concat")}
-        if self.captions is not None:
-            self._token_ids = self._token_ids or self.caption_tokens(self.captions)
-            given["captions"] = self._token_ids["captions"][batch["index"]]
-        return given
+    def _encoded(self, batch: Any, step: int | None) -> tuple[Tensor, dict[str, Any]]:
+        """What is denoised of a batch, (B, C, h, w), and the entries that the conditions read.
 
-    def caption_tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The entry "captions" of what conditions are given: token ids, (N, L) int64, on the module's device."""
-        text = next(one for one in self.conditions if isinstance(one, TextTokens))
-        return {"captions": text.token_ids(captions).to(self.device)}
+        Args:
+            batch: A batch of the data.
+            step: Number of the batch in the run, which what is random is drawn for; None: it is fixed for each image.
+        """
+        check_batch(batch, needs_index=step is None)
+        entries: dict[str, Any] = dict(batch)
+        conditions = self.all_conditions
+        provided = {entry for one in conditions for entry in one.provides}
+        if "x0" in batch and not provided:
+            x0 = batch["x0"]
+        else:
+            images = batch["images"]
+            generator = None
+            if step is not None and (provided or self.codec.space is not None):
+                generator = keyed_generator(self.seed, CONDITION_KEY, step, self.global_rank, device=images.device)
+            drawn = self._drawn(images, entries, generator)
+            encode = self._encode_with(generator)
+            x0 = encode(images)
+            for condition, one in drawn:
+                entries |= {**one, **condition.entries(images, one, encode)}
+        for condition in conditions:
+            entries[condition.batch_key] = condition.read(entries)
+        return x0, entries
 
-    def _meet_captions(self, datamodule: Any) -> None:
-        self._token_ids = {}  # those of other data
-        texts = [one for one in self.conditions if isinstance(one, TextTokens)]
-        self.captions = getattr(datamodule, "captions", None) if texts else None
-        if texts and self.captions is None:
-            raise ValueError(
-                "the model is conditioned on captions, and the data have none; set data.init_args.captions to true, or "
-                "encode the images again with --captions"
+    def _drawn(
+        self, images: Tensor, batch: Mapping[str, Any], generator: torch.Generator | None
+    ) -> list[tuple[Condition, dict[str, Tensor]]]:
+        """What is random in the entries that conditions provide; without a generator, the same for an image always."""
+        providing = [one for one in self.all_conditions if one.provides]
+        if generator is not None:
+            return [(one, one.draw(images.shape, generator)) for one in providing]
+        shape = torch.Size([1, *images.shape[1:]])
+        drawn = []
+        for condition in providing:
+            keys = [keyed_generator(self.seed, CONDITION_KEY, index) for index in batch["index"].tolist()]
+            each = [condition.draw(shape, key) for key in keys]
+            drawn.append(
+                (condition, {name: torch.cat([one[name] for one in each]).to(images.device) for name in each[0]})
             )
-        for text, average in zip(self.conditions, self.ema_conditions, strict=True):
-            if isinstance(text, TextTokens) and self.captions is not None:
-                text.learn_words([self.captions[i] for i in datamodule.train_indices.tolist()])
-                average.set_extra_state(text.get_extra_state())
+        return drawn
+
+    def _encode_with(self, generator: torch.Generator | None) -> Encode:
+        return lambda images: self.codec.encode(images, generator)
 
     def data_notes(self) -> list[str]:
-        if self.captions is None:
-            return []
-        text = next(one for one in self.conditions if isinstance(one, TextTokens))
-        num_cut, num_equal = text.cut(self.captions)
-        equal = f", by which {num_equal} become equal to another" if num_equal else ""
-        length = f"max_length {text.config['max_length']}"
-        return [f"captions: {num_cut} of {len(self.captions)} cut to the tokens of {length}{equal}"]
+        return [line for condition in self.all_conditions for line in condition.notes()]
 
     def _log_quarters(self, errors: Tensor, t: Tensor) -> None:
         """Logs the error in each quarter of the noise range, for the step at which Lightning writes its log."""
@@ -309,36 +338,50 @@ class DiffusionModule(NetworkModule):
         sums, counts = sums_by_quarter(errors, t, self.schedule.num_train_timesteps)
         self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in range(NUM_QUARTERS)})
 
-    def _check_data(self, num_classes: int | None) -> None:
+    def _sample_shape(self, datamodule: Any) -> tuple[int, int, int]:
+        """(C, h, w) of what is denoised, by the codec where the data hold images."""
+        channels, height, width = datamodule.image_shape
+        holds_x0 = getattr(datamodule, "codec", None) is not None
+        return (channels, height, width) if holds_x0 else self.codec.sample_shape((channels, height, width))
+
+    def _check_channels(self) -> None:
         assert self.image_shape is not None
-        in_channels, num_class_embeds = self.unet.in_channels, self.unet.config["num_class_embeds"]
-        in_maps = sum(one.config["channels"] for one in self.all_conditions if one.batch_key == "concat")
-        if self.image_shape[0] + in_maps != in_channels:
-            beside = f" with {in_maps} of maps" if in_maps else ""
+        in_channels, beside = self.unet.in_channels, channels_beside(self.conditions)
+        if self.image_shape[0] + beside != in_channels:
+            more = f" with {beside} of maps beside them" if beside else ""
             raise ValueError(
-                f"the images have {self.image_shape[0]} channels{beside} and the network takes {in_channels}; "
-                "set model.unet.init_args.in_channels or data.init_args.channels"
+                f"the {self.codec.name} have {self.image_shape[0]} channels{more} and the network takes {in_channels}; "
+                "set model.unet.in_channels or data.channels"
             )
         self.unet.check_size(*self.image_shape[1:])
-        for tokens in self.conditions:
-            if isinstance(tokens, ClassTokens) and tokens.config["num_classes"] != num_classes:
-                raise ValueError(
-                    f"num_classes of ClassTokens must be that of the data, {num_classes}, got "
-                    f"{tokens.config['num_classes']}"
-                )
-        if num_class_embeds is None:
+
+    def _check_labels(self, provided: set[str]) -> None:
+        """Labels that another condition provides need as many rows of the network's class embedding."""
+        if "labels" not in provided or not isinstance(self.all_conditions[0], ClassLabels):
             return
-        num_null = int(self.null_label is not None)
-        if num_classes is None:
-            raise ValueError(
-                f"the network has {num_class_embeds} class embeddings and the data have no classes; "
-                "set data.init_args.class_labels to true or model.unet.init_args.num_class_embeds to null"
-            )
-        if num_class_embeds != num_classes + num_null:
-            raise ValueError(
-                f"num_class_embeds must be {num_classes + num_null} ({num_classes} classes and {num_null} null labels, "
-                f"as label_dropout is {self.label_dropout}), got {num_class_embeds}"
-            )
+        wanted = next(one.num_classes for one in self.conditions if "labels" in cast(Condition, one).provides)
+        if (rows := self.all_conditions[0].num_embeddings) != wanted:
+            raise ValueError(f"num_class_embeds must be {wanted}, a class for each level of noise, got {rows}")
+
+
+def check_batch(batch: Any, *, needs_index: bool) -> None:
+    """Refuse a batch that is not a dict with images or x0.
+
+    Args:
+        batch: The batch.
+        needs_index: Whether it must hold the numbers of its images, as in validation.
+
+    Raises:
+        ValueError: If so; it says what a batch must be.
+    """
+    has_images = isinstance(batch, Mapping) and ("images" in batch or "x0" in batch)
+    if has_images and ("index" in batch or not needs_index):
+        return
+    got = f"entries {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    raise ValueError(
+        'a batch must be a dict with "images" (B, C, H, W) in [-1, 1], or "x0", and "index" (B,), the number of each '
+        f"image in its data set, got {got}; make such a dict in the dataset or in collate_fn"
+    )
 
 
 def stratified_timesteps(batch_size: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
@@ -390,34 +433,34 @@ def _check_denoises(unet: PixelNetwork) -> None:
 
 def _check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> None:
     """What the conditions give and what the network takes must be the same."""
-    if unet.config.get("vector_dim") is not None:
-        raise ValueError(f"vector_dim must be None to be trained here, got {unet.config['vector_dim']}; "
-                         "no condition gives a vector")  # fmt: skip
+    if unet.config.get("vector_dim") is not None and not any(one.network_argument == "vector" for one in conditions):
+        raise ValueError(f"vector_dim must be None to be trained without a condition that gives a vector, got "
+                         f"{unet.config['vector_dim']}")  # fmt: skip
     if any(isinstance(one, ClassLabels) for one in conditions):
         raise ValueError("ClassLabels must not be among the conditions; set num_class_embeds and label_dropout instead")
-    if sum(isinstance(one, TextTokens) for one in conditions) > 1:
-        raise ValueError("there must be at most one TextTokens among the conditions, as there is one caption an image")
-    if not isinstance(unet, DenoiserUNet) and any(one.network_argument == "concat" for one in conditions):
-        raise ValueError(f"maps need a DenoiserUNet, got a {type(unet).__name__}")
-    takes = unet.config.get("context_dim")
+    for condition in conditions:
+        if not hasattr(condition, "config"):
+            raise ValueError(f"the condition {type(condition).__name__} must set self.config to the arguments that "
+                             "build it again, as plain values")  # fmt: skip
+        reads = [one.batch_key for one in conditions]
+        if condition.batch_key in ("captions", "concat") and reads.count(condition.batch_key) > 1:
+            raise ValueError(f"there must be at most one condition that reads {condition.batch_key!r}, as there is one "
+                             "an image")  # fmt: skip
+    taken = inspect.signature(unet.forward).parameters
+    for condition in conditions:
+        takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+        if condition.network_argument not in taken and not takes_all:
+            raise ValueError(f"{type(unet).__name__} takes no {condition.network_argument!r}, which the condition "
+                             f"{type(condition).__name__} gives; use a DenoiserUNet")  # fmt: skip
+    if "context_dim" not in unet.config:
+        return  # a network of one's own
+    takes = unet.config["context_dim"]
     widths = {one.config["context_dim"] for one in conditions if one.network_argument == "context"}
     if widths != ({takes} if takes else set()):
         raise ValueError(
             f"context_dim of the network and of its conditions must be the same, got {takes} and "
-            f"{', '.join(map(str, sorted(widths))) or 'no condition with one'}; set model.unet.init_args.context_dim "
-            "and model.conditions"
-        )
-
-
-def _check_maps(conditions: Sequence[Condition], datamodule: Any) -> None:
-    """Concat of a kind that a data module gives must come from that one; others come as its owner wants them."""
-    takes = {type(one) for one in conditions if isinstance(one, Concat)} - {Concat}
-    gives = {datamodule.gives} if isinstance(datamodule, ImagesWithMaps) else set()
-    if takes != gives:
-        got, wanted = (" and ".join(one.__name__ for one in kinds) or "none" for kinds in (gives, takes))
-        raise ValueError(
-            f"the data must give the maps that the model is conditioned on, {wanted}, and give {got}; set "
-            "data.class_path, such as unet_diffusion.data.InpaintingDataModule, and model.conditions"
+            f"{', '.join(map(str, sorted(widths))) or 'no condition with one'}; set model.unet.context_dim and "
+            "model.conditions"
         )
 
 

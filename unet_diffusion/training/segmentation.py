@@ -5,6 +5,7 @@ loss, or both; of a SegmentationUNet, of a DenoiserUNet at a fixed timestep, or 
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
@@ -13,13 +14,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.inference.record import TrainedSegmenter, read_segmenter, segmenter_record
+from unet_diffusion.inference.record import read_segmenter, segmenter_record
+from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, NO_VALUE
 from unet_diffusion.segmentation.losses import SegmentationLoss, segmentation_loss
-from unet_diffusion.segmentation.prediction import class_probabilities, class_scores
+from unet_diffusion.segmentation.prediction import class_scores
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule, check_choice
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
@@ -97,7 +99,7 @@ class SegmentationModule(NetworkModule):
         self._validation_sums: Tensor | None = None
 
     @property
-    def trained(self) -> TrainedSegmenter:
+    def trained(self) -> Segmenter:
         """The averaged network with all that is needed to segment with it.
 
         Raises:
@@ -105,7 +107,7 @@ class SegmentationModule(NetworkModule):
         """
         if self.image_shape is None:
             raise ValueError("the classes are not known before training; fit the module first")
-        return TrainedSegmenter(
+        segmenter = Segmenter(
             unet=self.ema_unet,
             kind=self.kind,
             class_names=self.class_names,
@@ -115,6 +117,8 @@ class SegmentationModule(NetworkModule):
             settings=self.settings,
             speed=self.chosen_speed,
         )
+        segmenter.device = self.device
+        return segmenter
 
     def bind_data(self, datamodule: Any) -> None:
         self.image_shape = tuple(datamodule.image_shape)
@@ -137,7 +141,7 @@ class SegmentationModule(NetworkModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.init_from is not None and not self.is_continued:
-            from unet_diffusion.diffusers_io.interop import load_denoiser  # imports diffusers, which only this needs
+            from unet_diffusion.inference.loading import load_denoiser  # imports diffusers, which only this needs
 
             denoiser = load_denoiser(self.init_from)
             load_denoiser_weights(self.ema_unet, denoiser)
@@ -150,8 +154,10 @@ class SegmentationModule(NetworkModule):
         return segmenter_record(self.trained)
 
     @classmethod
-    def rebuilt(cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], **arguments: Any) -> Self:
-        trained = read_segmenter(path)
+    def rebuilt(
+        cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
+    ) -> Self:
+        trained = read_segmenter(path, allow=allow)
         module = cls(trained.unet, **{**arguments, "timestep": trained.timestep, "init_from": None})
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
         module.image_shape = (trained.unet.in_channels, trained.window_size, trained.window_size)
@@ -216,4 +222,4 @@ class SegmentationModule(NetworkModule):
             image: The image, (C, H, W) in [-1, 1], of any size.
         """
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            return class_probabilities(self.trained, image, device=self.device)
+            return self.trained.probabilities(image)

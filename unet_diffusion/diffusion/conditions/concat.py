@@ -1,38 +1,42 @@
-"""Concat of an image's size, which the network has beside the noised image."""
+"""Maps of an image's size, which the network has beside the noised image."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unet_diffusion.diffusion.conditions.condition import Condition
 
-MAPS_KEY = 2  # keeps what is drawn here apart from noise, which has the same seed
-
-Encode = Callable[[Tensor], Tensor]
-"""encode(images): what is denoised for images (B, C, H, W) in [-1, 1]: their normalised latents, or they themselves."""
-
 
 class Concat(Condition):
-    """Concat of an image's size, (B, channels, H, W), that the network has beside the noised image; null is 0.
+    """Maps of the size of what is denoised, (B, channels, h, w), that the network has beside x; the null is 0.
 
-    The network's in_channels count them.
+    The network's in_channels count them. The data must give them, as the entry "concat" of a batch.
 
     Args:
-        channels: of the maps.
-        dropout: probability of the null in training; 0: there is no null.
+        channels: Channels of the maps.
+        dropout: Probability of the null in training; 0: there is no null.
     """
 
     batch_key = network_argument = "concat"
+    pipeline_role = "concat"
 
     def __init__(self, channels: int, *, dropout: float = 0.0):
         super().__init__(dropout)
+        self.channels = channels
         self.config = {"channels": channels, "dropout": dropout}
 
-    def null(self, given: Tensor) -> Tensor:
-        return torch.zeros_like(given)
+    def null(self, entry: Tensor) -> Tensor:
+        return torch.zeros_like(entry)
 
-    def forward(self, given: Tensor) -> Tensor:
-        if given.shape[1] != self.config["channels"]:
-            raise ValueError(f"maps must have {self.config['channels']} channels, got {given.shape[1]}")
-        return given
+    def forward(self, entry: Tensor) -> Tensor:
+        if entry.shape[1] != self.channels:
+            raise ValueError(f"maps beside the noised image must have {self.channels} channels, got {entry.shape[1]}")
+        return entry
+
+    def example(self, batch_size: int, sample_shape: tuple[int, int, int]) -> Tensor:
+        return torch.zeros(batch_size, self.channels, *sample_shape[1:])
+
+    @property
+    def pipeline_null(self) -> Any:
+        return 0.0

@@ -4,11 +4,15 @@ Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.5), laid out as
 inpainting.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from unet_diffusion.diffusion.conditions.concat import Concat, Encode
+from unet_diffusion.diffusion.conditions.concat import Concat
+from unet_diffusion.diffusion.conditions.condition import Encode, Request
 
 MOST_BOXES = 4  # of a mask
 SMALLEST_SIDE, LARGEST_SIDE = 0.2, 0.6  # of a box, as a share of the image's
@@ -16,26 +20,51 @@ COVERS_ALL = 0.25  # share of the masks, as in the training of Stable Diffusion'
 
 
 class MaskedImage(Concat):
-    """A mask, 1 where to paint, and the image or its latents without what it covers: (B, 1 + C, H, W).
+    """A mask, 1 where to paint, and what it leaves of the image or of its x0, (B, 1 + C, h, w).
+
+    Masks to train on are one to four boxes, or cover everything in a quarter of the cases; they are drawn anew in each
+    step. To draw, a user gives an image and a mask.
 
     Args:
         channels: 1 + C.
     """
 
+    provides = ("concat",)
+    needs = ("image", "mask")
+    pipeline_role = "mask"
+
     def __init__(self, channels: int):
         super().__init__(channels)
         self.config = {"channels": channels}
 
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"mask": draw_masks(shape[0], (shape[2], shape[3]), generator)}
+
+    def entries(self, images: Tensor, drawn: Mapping[str, Tensor], encode: Encode) -> dict[str, Tensor]:
+        return {"concat": masked_image_maps(images, drawn["mask"], encode)}
+
+    def seen(self, images: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
+        return images * (1 - entries["mask"])
+
+    def from_user(self, request: Request) -> dict[str, Tensor]:
+        assert request.image is not None
+        assert request.mask is not None
+        maps = masked_image_maps(request.image, request.mask, request.encode)
+        return {"concat": maps.expand(request.num_images, -1, -1, -1)}
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        return {"takes_mask": True}
+
 
 def masked_image_maps(images: Tensor, mask: Tensor, encode: Encode) -> Tensor:
-    """What `MaskedImage` is given, (B, 1 + C, h, w): the mask at the latents' size, and those of the image under it.
+    """What `MaskedImage` reads, (B, 1 + C, h, w): the mask at the size of x0, and the x0 of the image under the mask.
 
-    What is covered is grey, 0, and a latent is covered where its first pixel is, both as in diffusers.
+    What the mask covers is grey, 0, and a latent is covered where its first pixel is, both as in diffusers.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
         mask: 1 where to paint, 0 elsewhere, (B, 1, H, W) float32.
-        encode: of images.
+        encode: Gives the x0 of images.
     """
     latents = encode(images * (1 - mask))
     return torch.cat([interpolate(mask, latents.shape[2:]), latents], dim=1)
@@ -47,9 +76,9 @@ def draw_masks(count: int, size: tuple[int, int], generator: torch.Generator) ->
     Boxes may reach beyond the border, or nothing would be learnt of it.
 
     Args:
-        count: how many.
+        count: How many masks.
         size: H and W.
-        generator: of the boxes; the masks are on its device.
+        generator: Draws the boxes; the masks are on its device.
     """
     device = generator.device
     y, x, height, width = torch.rand(4, count, MOST_BOXES, 1, generator=generator, device=device)

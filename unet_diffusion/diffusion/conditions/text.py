@@ -7,14 +7,14 @@ the same class here, of the package transformers, so that either kind of model i
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.conditions.condition import Condition, Request, by_turns
 from unet_diffusion.runtime.atomic_files import read_json
 from unet_diffusion.runtime.safe_loading import check_safetensors
 
@@ -51,6 +51,8 @@ class TextTokens(Condition):
     """
 
     batch_key, network_argument = "captions", "context"
+    options = needs = ("captions",)
+    pipeline_role = "prompt"
 
     def __init__(
         self,
@@ -79,6 +81,8 @@ class TextTokens(Condition):
         }
         self.encoder = _text_model(self.config).requires_grad_(not frozen)
         self.tokenizer: CLIPTokenizer | None = None
+        self.captions: list[str] | None = None  # of all images of the data, once it has met them
+        self._tokens_of_data: Tensor | None = None  # token ids of these, (N, L), on the device
         self.empty_caption: Tensor  # token ids, (L,), kept on the device: a step would wait for a copy
         self.register_buffer("empty_caption", torch.zeros(max_length, dtype=torch.int64), persistent=False)
 
@@ -118,11 +122,74 @@ class TextTokens(Condition):
             meant.setdefault(after, set()).add(before)
         return sum(is_long), sum(long and len(meant[after]) > 1 for long, after in zip(is_long, left, strict=True))
 
-    def null(self, given: Tensor) -> Tensor:
-        return self.empty_caption.expand_as(given)
+    def null(self, entry: Tensor) -> Tensor:
+        return self.empty_caption.expand_as(entry)
 
-    def forward(self, given: Tensor) -> Tensor:
-        return self.encoder(input_ids=given).last_hidden_state
+    def forward(self, entry: Tensor) -> Tensor:
+        return self.encoder(input_ids=entry).last_hidden_state
+
+    def example(self, batch_size: int, sample_shape: tuple[int, int, int]) -> Tensor:
+        return torch.zeros(batch_size, self.config["max_length"], dtype=torch.int64)
+
+    def bind_data(self, datamodule: Any) -> None:
+        """Keep the captions of the data, and train the tokenizer on those of the training images if there is none.
+
+        Raises:
+            ValueError: If the data have no captions.
+        """
+        captions = getattr(datamodule, "captions", None)
+        if captions is None:
+            raise ValueError(
+                "the model is conditioned on captions, and the data have none; set data.captions to true, or encode "
+                "the images again with --captions"
+            )
+        self.captions, self._tokens_of_data = captions, None
+        self.learn_words([captions[i] for i in datamodule.train_indices.tolist()])
+
+    def copy_learned(self, other: Condition) -> None:
+        self.set_extra_state(other.get_extra_state())
+
+    def notes(self) -> list[str]:
+        if self.captions is None:
+            return []
+        num_cut, num_equal = self.cut(self.captions)
+        equal = f", by which {num_equal} become equal to another" if num_equal else ""
+        length = f"max_length {self.config['max_length']}"
+        return [f"captions: {num_cut} of {len(self.captions)} cut to the tokens of {length}{equal}"]
+
+    def read(self, batch: Mapping[str, Any]) -> Tensor:
+        """The token ids of the images of a batch: its "captions", or those of the data that its "index" names."""
+        if self.batch_key in batch or self.captions is None or "index" not in batch:
+            return super().read(batch)
+        if self._tokens_of_data is None:
+            self._tokens_of_data = self.token_ids(self.captions).to(batch["index"].device)
+        return self._tokens_of_data[batch["index"]]
+
+    def meaning(self) -> Any:
+        return [self.get_extra_state().tolist(), self.config["max_length"]]
+
+    def values_of(self, indices: Sequence[int]) -> dict[str, Any]:
+        return {} if self.captions is None else {"captions": [self.captions[i] for i in indices]}
+
+    def from_user(self, request: Request) -> dict[str, Tensor]:
+        captions = request.values["captions"]
+        tokens = self.token_ids([captions] if isinstance(captions, str) else captions)
+        return {"captions": by_turns(tokens, request.num_images)}
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        return {"text_encoder": copy.deepcopy(self.encoder).cpu().float().eval(), "tokenizer": self.tokenizer}
+
+    @property
+    def pipeline_null(self) -> Any:
+        return ""
+
+    def pipeline_outputs(self, pipeline: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """On a caption, each with its own tokenizer, called as the pipeline does."""
+        caption, tokenizer = ["A caption of 7 words, and more"], pipeline.tokenizer
+        options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        loaded = pipeline.text_encoder(tokenizer(caption, **options, return_tensors="pt").input_ids)[0]
+        encoder = copy.deepcopy(self.encoder).cpu().float().eval()
+        return {"outputs of the text encoder": (encoder(self.token_ids(caption))[0], loaded)}
 
     def get_extra_state(self) -> Tensor:
         """The tokenizer as the bytes of its JSON, which a checkpoint may hold; empty without one."""
@@ -145,7 +212,7 @@ class TextTokens(Condition):
         if num_tokens > most:
             raise ValueError(f"the tokenizer has {num_tokens} tokens, and vocab_size is {most}; raise it")
         tokenizer.model_max_length = self.config["max_length"]
-        self.tokenizer = tokenizer
+        self.tokenizer, self._tokens_of_data = tokenizer, None
         self.empty_caption.copy_(self.token_ids([""])[0])
         config = self.encoder.config  # goes out with a pipeline
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -1,0 +1,97 @@
+"""An autoencoder that was trained: what makes latents of images, and images of latents."""
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from unet_diffusion.inference.running import Running
+
+if TYPE_CHECKING:  # it imports diffusers, which takes seconds
+    from unet_diffusion.models.autoencoders import AutoencoderNetwork
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(repr=False)
+class Autoencoder(Running):
+    """An autoencoder and what is known of its latents. `unet_diffusion.load` makes one of files.
+
+    Args:
+        autoencoder: diffusers' AutoencoderKL or VQModel; the averaged (EMA) weights.
+        image_shape: (C, H, W) of the images that it was trained on, in pixels.
+        latent_std: Standard deviation of the latents of the images that it was validated on; None: it is not known, as
+            in a checkpoint, which may be older or newer than the last validation.
+        settings: How it was trained, as plain values.
+    """
+
+    autoencoder: "AutoencoderNetwork"
+    image_shape: tuple[int, int, int]
+    latent_std: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """The latents of images, (B, c, h, w) float32 on the CPU: the means of their distributions, not normalised.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1], with sides that are multiples of what it divides by.
+        """
+        from unet_diffusion.models.autoencoders import latent_moments
+
+        with self._context():
+            return latent_moments(self.autoencoder, images.to(self.device))[0].float().cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The images of latents, (B, C, H, W) float32 on the CPU, in about [-1, 1].
+
+        Args:
+            latents: (B, c, h, w), as `encode` gives them.
+        """
+        with self._context():
+            return self.autoencoder.decode(latents.to(self.device)).sample.float().cpu()
+
+    def save(self, path: StrPath) -> None:
+        """Write a checkpoint file that `load` reads.
+
+        Raises:
+            FileExistsError: If the file exists; nothing is overwritten.
+        """
+        from unet_diffusion.inference.record import save_autoencoder
+
+        save_autoencoder(self, path)
+
+    def export(self, folder: StrPath, *, overwrite: bool = False) -> None:
+        """Write a folder that diffusers loads without this package, with the latents' scale if it is known.
+
+        Args:
+            folder: The folder to make; it appears whole or not at all.
+            overwrite: Replace the folder, if all that it holds was exported there.
+
+        Raises:
+            FileExistsError: If the folder exists and is not to be overwritten, or holds something else.
+        """
+        from unet_diffusion.diffusers_io.exporting import export_autoencoder
+
+        export_autoencoder(
+            self.autoencoder,
+            folder,
+            image_shape=self.image_shape,
+            latent_std=self.latent_std,
+            settings=self.settings,
+            overwrite=overwrite,
+        )
+
+    def __repr__(self) -> str:
+        weights = sum(parameter.numel() for parameter in self.autoencoder.parameters())
+        size = " x ".join(map(str, self.image_shape))
+        return (
+            f"Autoencoder of {size} images, {type(self.autoencoder).__name__} of {weights / 1e6:.2f} M weights; on "
+            f"{self.device} in {self.precision or 'float32'}"
+        )
+
+    def _modules_to_move(self) -> list[nn.Module]:
+        return [self.autoencoder]

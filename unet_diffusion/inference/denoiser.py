@@ -1,0 +1,179 @@
+"""A denoiser that was trained: what one draws images with."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.inference.running import Running
+from unet_diffusion.inference.sample_options import ImageLike, SampleOptions
+from unet_diffusion.models.speed import Speed
+
+if TYPE_CHECKING:  # it imports diffusers, which takes seconds: while one trains, when the first picture is drawn
+    from unet_diffusion.inference.drawing import Drawing
+
+StrPath = str | os.PathLike[str]
+
+
+class Denoiser(DenoiserParts, Running):
+    """A denoiser with its noise schedule, its conditions and its codec. `unet_diffusion.load` makes one of files."""
+
+    def sample(
+        self,
+        num_images: int = 1,
+        *,
+        labels: Sequence[str | int] | str | int | None = None,
+        captions: Sequence[str] | str | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        image: ImageLike | None = None,
+        mask: ImageLike | None = None,
+        strength: float | None = None,
+        noise_level: int | None = None,
+        scheduler: Any = "DPMSolverMultistepScheduler",
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[int, int] | None = None,
+        autoguidance: "Denoiser | None" = None,
+        image_size: tuple[int, int] | None = None,
+        window: int | None = None,
+        overlap: float | None = None,
+        interpolate: tuple[int, int] | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int = 64,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Images drawn from noise, (N, C, H, W) float32 on the CPU, in about [-1, 1].
+
+        Image i is a function of (seed, i) and of what it is drawn from, up to rounding, whatever the batch size.
+
+        Args:
+            num_images: How many images.
+            labels: Numbers or names of classes, used in turn; None: all classes in turn.
+            captions: What to draw, used in turn; for a denoiser of captions.
+            conditions: Values for conditions of one's own, by the name of their option.
+            image: Image to start from in place of noise, scaled and cut to the size to draw; for a denoiser that
+                enlarges, the image to enlarge. A file, a PIL image, an array, or a tensor (C, H, W) in [-1, 1].
+            mask: Mask of the size of the image: white is painted anew, black stays.
+            strength: Share of the steps that are taken from the image, in (0, 1]; less leaves more of the image. None:
+                0.8, or 1 with a mask.
+            noise_level: For a denoiser that enlarges, 0 to 350: the more, the less of the image is kept. None: 20.
+            scheduler: A diffusers scheduler, or the name of its class.
+            num_inference_steps: Denoising steps.
+            guidance_scale: How strongly images are pulled towards labels or captions; 1 is off.
+            guidance_rescale: Share in [0, 1] of the contrast that guidance adds which is taken away again.
+            guidance_interval: Lowest and highest timestep that is guided; None: all.
+            autoguidance: A worse denoiser, such as an earlier checkpoint of the run, to be led away from.
+            image_size: Height and width of the images in pixels; None: as in training.
+            window: Side in pixels of overlapping windows, in which the network sees images larger than in training;
+                None: it sees all at once.
+            overlap: Share in [0, 1) of a window that it has in common with the next, at least; None: 0.5.
+            interpolate: Two seeds: the images lead from the first image of one to the first image of the other.
+            seed: Seed of the noise.
+            indices: Numbers of the images to draw, of 0 to num_images - 1; None: all.
+            batch_size: Images that are drawn at once.
+            progress: Called with the number of images that took a step, as tqdm's update.
+
+        Raises:
+            ValueError: If options do not fit each other or this denoiser; it says what would.
+            FileNotFoundError: If a file is not there.
+        """
+        options = SampleOptions(
+            num_images=num_images,
+            labels=labels,
+            captions=captions,
+            conditions=conditions or {},
+            image=image,
+            mask=mask,
+            strength=strength,
+            noise_level=noise_level,
+            scheduler=scheduler,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            autoguidance=autoguidance,
+            image_size=image_size,
+            window=window,
+            overlap=overlap,
+            interpolate=interpolate,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        return self.drawing(options).draw(range(num_images) if indices is None else indices, progress)
+
+    def drawing(self, options: SampleOptions) -> "Drawing":
+        """A request, read and checked once, whose images are drawn batch by batch.
+
+        Raises:
+            ValueError: If options do not fit each other or this denoiser.
+            FileNotFoundError: If a file is not there.
+        """
+        from unet_diffusion.inference.drawing import Drawing
+
+        if options.autoguidance is not None:
+            for module in options.autoguidance._modules_to_move():
+                module.to(self.device)
+        return Drawing(self, options, device=self.device, context=self._context)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What is denoised for images, (B, C, h, w) on the CPU: their normalised latents, or the images themselves.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+        """
+        with self._context():
+            return self.codec.encode(images.to(self.device)).cpu()
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """The images of what is denoised, (B, C, H, W) float32 on the CPU, in about [-1, 1].
+
+        Args:
+            x0: (B, C, h, w).
+        """
+        self.codec.to(self.device)
+        with self._context():
+            return self.codec.decode(x0)
+
+    def save(self, path: StrPath) -> None:
+        """Write a checkpoint file that `load` reads, and on which `fit --ckpt_path` trains on with a new optimiser.
+
+        Raises:
+            FileExistsError: If the file exists; nothing is overwritten.
+        """
+        from unet_diffusion.inference.record import save_denoiser
+
+        save_denoiser(self, path)
+
+    def export(self, folder: StrPath, *, overwrite: bool = False) -> None:
+        """Write a pipeline folder that diffusers loads without this package.
+
+        Args:
+            folder: The folder to make; it appears whole or not at all.
+            overwrite: Replace the folder, if all that it holds was exported there.
+
+        Raises:
+            FileExistsError: If the folder exists and is not to be overwritten, or holds something else.
+            ValueError: If there is no such pipeline; it says why.
+        """
+        from unet_diffusion.diffusers_io.exporting import export_pipeline
+
+        export_pipeline(self, folder, overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        weights = sum(parameter.numel() for parameter in self.unet.parameters())
+        kinds = [type(one).__name__ for one in self.all_conditions]
+        size = " x ".join(map(str, self.image_shape))
+        return (
+            f"Denoiser of {self.codec.name} of {size} images, {type(self.unet).__name__} of {weights / 1e6:.2f} M "
+            f"weights, conditions: {', '.join(kinds) or 'none'}; on {self.device} in {self.precision or 'float32'}"
+        )
+
+    def _modules_to_move(self) -> list[nn.Module]:
+        return [self.unet, self.conditions]
+
+    def _networks(self) -> list[tuple[nn.Module, Speed]]:
+        return [(self.unet, self.speed)]

@@ -1,0 +1,89 @@
+"""Whatever was trained or exported, as the object that one uses: a denoiser, a segmenter or an autoencoder."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from unet_diffusion.inference.autoencoder import Autoencoder
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import (
+    checkpoint_file,
+    kind_of,
+    read_autoencoder,
+    read_denoiser,
+    read_segmenter,
+)
+from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.runtime.safe_loading import load_plain
+
+StrPath = str | os.PathLike[str]
+PIPELINE_FILES = ("model_index.json", "unet/config.json", "config.json")  # of a diffusers folder
+
+
+def load(
+    path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None
+) -> Denoiser | Segmenter | Autoencoder:
+    """The model in a run folder, a checkpoint file or a diffusers folder; printed, it says what it is.
+
+    Nothing in the files is run as code. The model is on the CPU, in float32 and in eval mode; `to` moves it.
+
+    Args:
+        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, or a local diffusers folder.
+        allow: Modules of one's own, or of somebody one trusts, whose classes a checkpoint may name.
+        autoencoder: For a denoiser of latents, the folder where their autoencoder is now; None: where it was.
+
+    Raises:
+        FileNotFoundError: If none of these is there.
+        ValueError: If it cannot be read, is damaged, or is not of this package.
+    """
+    if not is_checkpoint(path):
+        return _from_diffusers(Path(path), autoencoder)
+    file = checkpoint_file(path)
+    kind = kind_of(load_plain(file), file)
+    if kind == "denoiser":
+        return read_denoiser(file, allow=allow, autoencoder=autoencoder)
+    return read_segmenter(file, allow=allow) if kind == "segmenter" else read_autoencoder(file)
+
+
+def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None) -> Denoiser:
+    """As `load`, where a denoiser is wanted.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If there is something else, or it cannot be read.
+    """
+    if is_checkpoint(path):
+        return read_denoiser(path, allow=allow, autoencoder=autoencoder)
+    model = _from_diffusers(Path(path), autoencoder)
+    if not isinstance(model, Denoiser):
+        raise ValueError(f"{path} holds an autoencoder, not a denoiser; use unet-diffusion encode")
+    return model
+
+
+def is_checkpoint(path: StrPath) -> bool:
+    """Whether there is a checkpoint file, or a run folder with one; if not, it may be a diffusers folder.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    path = Path(path)
+    if path.is_file() or (path / "checkpoints" / "last.ckpt").is_file():
+        return True
+    if any((path / name).is_file() for name in PIPELINE_FILES):
+        return False
+    raise FileNotFoundError(
+        f"there is no model at {path}: it must be a checkpoint file, a run folder with checkpoints/last.ckpt, or a "
+        "diffusers folder with model_index.json"
+    )
+
+
+def _from_diffusers(folder: Path, autoencoder: StrPath | None) -> Denoiser | Autoencoder:
+    from unet_diffusion.diffusers_io.importing import holds_autoencoder, import_pipeline
+    from unet_diffusion.models.autoencoders import pretrained_autoencoder
+
+    if holds_autoencoder(folder):
+        network = pretrained_autoencoder(folder).eval()
+        size = network.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return Autoencoder(network, (network.config["in_channels"], height, width))
+    return Denoiser(**vars(import_pipeline(folder, autoencoder=autoencoder)))

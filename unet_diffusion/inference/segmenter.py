@@ -1,0 +1,158 @@
+"""A segmenter that was trained: what one makes masks with."""
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from unet_diffusion.data.scaling import to_float
+from unet_diffusion.inference.init_images import read_at_its_own_size
+from unet_diffusion.inference.running import Running
+from unet_diffusion.inference.sample_options import ImageLike
+from unet_diffusion.models.speed import Speed
+from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.segmentation.labels import instances_from, mask_from
+from unet_diffusion.segmentation.prediction import class_probabilities
+
+Kind = Literal["binary", "classes", "instances"]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a segmenter makes of an image.
+
+    Args:
+        probabilities: The probability of each class at each pixel, (K, H, W) float32.
+        kind: What the classes mean, as in `Segmenter`.
+        class_names: The name of each class.
+    """
+
+    probabilities: NDArray[np.float32]
+    kind: Kind
+    class_names: list[str]
+
+    @property
+    def classes(self) -> NDArray[np.uint8]:
+        """The mask, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class."""
+        return mask_from(self.probabilities, self.kind)
+
+    @cached_property
+    def instances(self) -> NDArray[np.int32]:
+        """A number for each object, 0 for the background, (H, W).
+
+        Raises:
+            ValueError: If the segmenter was trained on classes, which are no objects.
+        """
+        return instances_from(self.probabilities, self.kind)
+
+
+@dataclass(repr=False)
+class Segmenter(Running):
+    """A network that segments, and all that is needed to do so. `unet_diffusion.load` makes one of files.
+
+    Args:
+        unet: The network, called `unet(x, t)`, gives class scores; the averaged (EMA) weights.
+        kind: "binary" (background and foreground), "classes", or "instances" (background, cell and cell border).
+        class_names: The name of each score.
+        timestep: The timestep that a denoiser's network is given; None: the network takes none.
+        stretch: Scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
+        window_size: Height and width of the windows that it was trained on, in pixels.
+        settings: How it was trained, as plain values.
+        speed: The speed that it was trained at.
+
+    Raises:
+        ValueError: If they do not fit the network.
+    """
+
+    unet: PixelNetwork
+    kind: Kind
+    class_names: list[str]
+    timestep: int | None
+    stretch: bool
+    window_size: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    speed: Speed = "plain"
+
+    def __post_init__(self) -> None:
+        num_scores = self.unet.config.get("out_channels") or self.unet.in_channels
+        wanted = {"binary": 2, "instances": 3}.get(self.kind, num_scores)
+        if num_scores != wanted or len(self.class_names) != num_scores:
+            raise ValueError(
+                f"there must be {wanted} class_names, one a score of the network, got {len(self.class_names)} and "
+                f"{num_scores} scores"
+            )
+        if (self.timestep is None) != (self.unet.time_embedding is None):
+            raise ValueError(f"timestep must be given if the network takes one, and only then, got {self.timestep}")
+
+    @torch.inference_mode()
+    def segment(self, image: ImageLike, *, views: bool = False) -> Segmentation:
+        """Classes, probabilities and objects of an image of any size.
+
+        Args:
+            image: A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits, or a tensor (C, H, W) in [-1, 1].
+            views: Average over the eight rotated and mirrored views; takes eight times as long.
+
+        Raises:
+            ValueError: If the image cannot be read, or a tensor has other channels than the network takes.
+            FileNotFoundError: If there is no such file.
+        """
+        channels = self.unet.in_channels
+        if not isinstance(image, Tensor):
+            image = to_float(read_at_its_own_size(image, channels), stretch=self.stretch)
+        elif image.ndim != 3 or image.shape[0] != channels:
+            raise ValueError(f"image as a tensor must be ({channels}, H, W), got {tuple(image.shape)}")
+        return Segmentation(self.probabilities(image, views=views).numpy(), self.kind, self.class_names)
+
+    @torch.no_grad()
+    def probabilities(self, image: Tensor, *, views: bool = False) -> Tensor:
+        """The probability of each class at each pixel, (K, H, W) float32 on the CPU.
+
+        Args:
+            image: (C, H, W) in [-1, 1], of any size.
+            views: Average over the eight rotated and mirrored views.
+        """
+        with self._context():
+            return class_probabilities(
+                self.unet,
+                image,
+                timestep=self.timestep,
+                window_size=self.window_size,
+                views=views,
+                device=self.device,
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint file that `load` reads, and on which `fit --ckpt_path` trains on with a new optimiser.
+
+        Raises:
+            FileExistsError: If the file exists; nothing is overwritten.
+        """
+        from unet_diffusion.inference.record import save_segmenter
+
+        save_segmenter(self, path)
+
+    def export(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Refused so far: diffusers has no pipeline for segmentation.
+
+        Raises:
+            ValueError: Always; it says what to do.
+        """
+        raise ValueError("a segmenter has no counterpart in diffusers to export to; hand over its checkpoint (save)")
+
+    def __repr__(self) -> str:
+        weights = sum(parameter.numel() for parameter in self.unet.parameters())
+        return (
+            f"Segmenter of {', '.join(self.class_names)}, {type(self.unet).__name__} of {weights / 1e6:.2f} M weights, "
+            f"windows of {self.window_size} pixels; on {self.device} in {self.precision or 'float32'}"
+        )
+
+    def _modules_to_move(self) -> list[nn.Module]:
+        return [self.unet]
+
+    def _networks(self) -> list[tuple[nn.Module, Speed]]:
+        return [(self.unet, self.speed)]
