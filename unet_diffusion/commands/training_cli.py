@@ -8,34 +8,44 @@ whole; a folder that holds a run of other settings is never trained into, except
 """
 
 import atexit
-import re
 import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import unet_diffusion.data
 from unet_diffusion.commands.fit_arguments import FINDS_CHECKPOINTS, TASKS, FitArguments
-from unet_diffusion.commands.named_classes import check_names, check_written, refuse_names_but
+from unet_diffusion.commands.named_classes import check_written, refuse_names_but
 from unet_diffusion.commands.parser_errors import TRIED_ALL, in_short
+from unet_diffusion.commands.run_loggers import loggers_of
+from unet_diffusion.commands.run_parser import RunParser
+from unet_diffusion.commands.run_rules import check_monitors, check_run_folder, check_settings, refuse_images_in
+from unet_diffusion.commands.run_settings import (
+    CHECKPOINTS,
+    RUN_SETTINGS,
+    SaveRunConfig,
+    has_checkpoint,
+    refuse_other_settings,
+    run_root,
+    step_changes,
+)
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.known import KnownImages
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
 from unet_diffusion.inference.record import explained, read_denoiser
 from unet_diffusion.inference.record_checks import check_weights
-from unet_diffusion.runtime.atomic_files import RUN_HEADER, ClaimedFolder, atomic_write, check_replaceable
-from unet_diffusion.runtime.messages import UsageError, did_you_mean
+from unet_diffusion.runtime.atomic_files import ClaimedFolder, check_replaceable
 from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.runtime.signals import Interrupted
 from unet_diffusion.training.callbacks import (
@@ -48,11 +58,9 @@ from unet_diffusion.training.callbacks import (
     run_folder,
 )
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
-from unet_diffusion.training.csv_log import RunCSVLogger
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.lightning_internals import (
     OpenCLI,
-    callbacks_of,
     killer_of_processes,
     leave_requeue_to_callbacks,
     shard_over_all_processes,
@@ -60,43 +68,7 @@ from unet_diffusion.training.lightning_internals import (
 from unet_diffusion.training.precision import RunTrainer, smaller_precision
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
-from unet_diffusion.training.wandb_run import RunWandbLogger, continue_wandb_run, start_wandb_run
-
-CHECKPOINTS = "checkpoints"
-RUN_SETTINGS = "run_settings"  # in a checkpoint: those that a run which goes on by itself is compared in
-PATHS = {"default_root_dir", "root", "images", "labels", "init_from", "folder", "autoencoder"}  # of this machine
-WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a run keeps when it goes on by itself
-STEP_SETTINGS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
-MAX_SHOWN = 5  # settings that differ
-# Less is accepted by Lightning, which then does something else: it would climb the loss, or do nothing.
-LEAST = {
-    "trainer.max_epochs": -1,
-    "trainer.max_steps": -1,
-    "trainer.accumulate_grad_batches": 1,
-    "trainer.gradient_clip_val": 0,
-    "trainer.log_every_n_steps": 0,
-    "trainer.limit_val_batches": 0,
-    "trainer.check_val_every_n_epoch": 1,
-    "trainer.num_sanity_val_steps": -1,
-    "trainer.num_nodes": 1,
-    "samples.every_n_steps": 0,
-    "samples.num_images": 1,
-    "checkpoint.every_n_train_steps": 0,
-    "checkpoint.save_top_k": -1,
-}
-NOT_NOTHING = ("trainer.val_check_interval", "trainer.limit_train_batches")  # a share, or a number of batches
-MOST_PICTURES = 1000  # in a grid
-DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+(,\d+)*,|\d+(,\d+)+")  # how many, or their numbers with commas
-DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
-AUTO = "auto"
-LEFT_TO_THE_MACHINE = ("model.speed", "trainer.precision")  # by "auto"
-COMMON = (  # of the trainer's options those that people set
-    "",
-    *("max_steps", "default_root_dir", "precision", "accelerator", "devices", "num_nodes", "strategy", "max_time"),
-    *("val_check_interval", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val", "logger"),
-    *("enable_progress_bar", "fast_dev_run"),
-)
-HELP_ORDER = ("help", "model", "data", "trainer", "samples", "checkpoint", "ckpt_path")  # of the help, in this order
+from unet_diffusion.training.wandb_run import RunWandbLogger, start_wandb_run
 
 
 @dataclass(frozen=True)
@@ -121,82 +93,6 @@ class Task:
         from unet_diffusion.training.module import DiffusionModule
 
         return cls(DiffusionModule, ImageDataModule, SampleGrid)
-
-
-class RunParser(LightningArgumentParser):
-    """Lightning's parser, with errors of a line and a help that begins with what people set."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """As jsonargparse calls it.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(in_short(message, self._option_string_actions)) from ex
-
-    def format_help(self, *args: Any) -> str:
-        if self.usage is None and any("trainer.max_steps" in _names(group) for group in self._action_groups):
-            self._put_in_order()
-            command = self.prog.split()[-1]
-            options = "--config RECIPE [--config FILE] [--OPTION VALUE] ... [--allow MODULE]"
-            self.usage = f"unet-diffusion {command} {options}"
-            self.epilog = "--allow MODULE lets the configuration name classes and functions of a module of your own."
-        return super().format_help(*args)
-
-    def _put_in_order(self) -> None:
-        """Sorts the sections of the help; the trainer's options that few set come last and in brief."""
-        groups: Any = self._action_groups
-        (trainer,) = (group for group in groups if "trainer.max_steps" in _names(group))
-        common = [action for action in trainer._group_actions if (*action.dest.split("."), "")[1] in COMMON]
-        rare = self.add_argument_group("The trainer's other options")
-        rare._group_actions = [action for action in trainer._group_actions if action not in common]
-        trainer._group_actions = sorted(common, key=lambda action: COMMON.index((*action.dest.split("."), "")[1]))
-        for action in rare._group_actions:
-            action.help = re.split(r"\.\s|\n\s*\n", (action.help or "").strip())[0]
-        groups.sort(
-            key=lambda group: max((HELP_ORDER.index(name) for name in _names(group) if name in HELP_ORDER), default=0)
-        )
-        groups.append(groups.pop(groups.index(rare)))
-
-
-def _names(group: Any) -> list[str]:
-    return [action.dest for action in group._group_actions]
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole configuration to run folder/config.yaml, and tells it to the loggers.
-
-    Speed and precision that were left to the machine stand there as it chose them.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: the machine has not chosen."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.config.trainer.precision == AUTO:
-            self.config.trainer.precision = trainer.precision
-        if self.config.model.get("speed") == AUTO:
-            self.config.model.speed = pl_module.chosen_speed
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        kept = {key: settings[key] for key in (*WHAT_IS_TRAINED, "ckpt_path")}
-        self.kept_settings = {**kept, "trainer": _of_steps(settings["trainer"])}
-        # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
-        wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
-        wanted["trainer"] = {key: value for key, value in wanted["trainer"].items() if key != "logger"}
-        pl_module.settings = _without(wanted, PATHS)
-        if trainer.is_global_zero:
-            self.save_config(trainer, pl_module, "fit")
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint knows the settings that it was trained with: config.yaml may be edited to start another run."""
-        checkpoint[RUN_SETTINGS] = self.kept_settings
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        text = self.parser.dump(self.config, skip_unset=False)
-        with atomic_write(run_folder(trainer) / "config.yaml") as partial:
-            partial.write_text(f"{RUN_HEADER}\n{text}", encoding="utf-8")
-        for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(text))
 
 
 class TrainingCLI(OpenCLI):
@@ -307,7 +203,7 @@ class TrainingCLI(OpenCLI):
         if config.weights_only is False:
             raise ValueError("weights_only must be true, got false, which lets a file run code; leave it out")
         if config.ckpt_path in FINDS_CHECKPOINTS:
-            files = sorted((_root(config) / CHECKPOINTS).glob("*.ckpt"))
+            files = sorted((run_root(config) / CHECKPOINTS).glob("*.ckpt"))
         else:
             files = [Path(config.ckpt_path)] if config.ckpt_path else []
         for file in files:
@@ -320,17 +216,17 @@ class TrainingCLI(OpenCLI):
     def before_instantiate_classes(self) -> None:
         check_settings(self.config, self.modules)
         config = self.config[self.subcommand]
-        root = _root(config)
+        root = run_root(config)
         config.trainer.default_root_dir = str(root)
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
-        config.trainer.logger = _loggers(config.trainer.logger, root)
+        config.trainer.logger = loggers_of(config.trainer.logger, root)
         check_written(config, root)
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same
         elif self.subcommand == "fit":
-            _check_run_folder(root)
-            _refuse_images_in(config.data, root)
+            check_run_folder(root)
+            refuse_images_in(config.data, root)
             config.ckpt_path = self._checkpoint_to_go_on_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -375,8 +271,8 @@ class TrainingCLI(OpenCLI):
                 f"{root} holds a run whose checkpoint does not say its settings; train it on by --ckpt_path {path}, or "
                 "start another with --trainer.default_root_dir DIR"
             )
-        _refuse_other_settings(root, before, self._settings())
-        changed = _differences(_of_steps(before.get("trainer")), _of_steps(self._settings()["trainer"]), "trainer")
+        refuse_other_settings(root, before, self._settings())
+        changed = step_changes(before, self._settings())
         if changed:
             rank_zero_warn(f"{root} goes on with other settings than it had: {'; '.join(changed)}")
         self.goes_on_by_itself = True
@@ -391,11 +287,11 @@ class TrainingCLI(OpenCLI):
     def before_fit(self) -> None:
         if isinstance(self.datamodule, KnownImages):
             self.datamodule.must_be_same = self.goes_on_by_itself
-        _check_monitors(self.trainer, self.model.logged)
+        check_monitors(self.trainer, self.model.logged)
         if self.task != "segment" and self.trainer.is_global_zero:
             name = "autoencoder" if self.task == "autoencode" else "pipeline"
             check_replaceable(run_folder(self.trainer).resolve() / name, overwrite=True)
-        self.model.is_continued = _has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
+        self.model.is_continued = has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
 
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
@@ -452,164 +348,3 @@ def _silence_what_is_meant() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _check_run_folder(root: Path) -> None:
-    """Refuse a folder in which training would replace files that no run has written.
-
-    Raises:
-        FileExistsError: If it holds such.
-    """
-    settings = root / "config.yaml"
-    if settings.is_file() and settings.read_text(encoding="utf-8", errors="replace").startswith(RUN_HEADER):
-        return
-    names = ("config.yaml", "samples.png", "samples", "pipeline", "autoencoder")
-    others = [name for name in names if (root / name).exists()]
-    if others and not any((root / CHECKPOINTS).glob("*.ckpt")):
-        raise FileExistsError(
-            f"{root} holds {', '.join(others)} that no run has written there, and training would replace; choose "
-            "another --trainer.default_root_dir"
-        )
-
-
-def _refuse_images_in(data: Any, root: Path) -> None:
-    """Refuse to put a run's pictures among the images that it is trained on; folders of runs below them are left out.
-
-    Raises:
-        ValueError: If the images, or their labels, are in the run folder.
-    """
-    for name, value in data.items():
-        if name.rpartition(".")[2] not in ("root", "images", "labels") or not isinstance(value, str | Path):
-            continue
-        if Path(value).expanduser().resolve() == root.resolve():
-            raise ValueError(f"{name} and trainer.default_root_dir must be two folders, got {value} for both; the run "
-                             "would read its own pictures")  # fmt: skip
-
-
-def check_settings(config: Any, modules: Sequence[str]) -> None:
-    """Refuse what a configuration may not name, and numbers that Lightning takes without doing what they say.
-
-    Args:
-        config: All settings, of a command.
-        modules: Modules of the user's own that it may name.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    check_names(config, modules)
-    _check_numbers(config[config.subcommand])
-
-
-def _check_numbers(config: Any) -> None:
-    """Refuse numbers that Lightning takes without doing what they say.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    for name, least in LEAST.items():
-        value = config.get(name)
-        if isinstance(value, int | float) and not value >= least:
-            raise ValueError(f"{name} must be {least} or more, got {value}")
-    for name in NOT_NOTHING:
-        value = config.get(name)
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"{name} must be more than 0, got {value}; leave it out for all")
-    devices = config.trainer.devices
-    if isinstance(devices, int | str) and not DEVICES.fullmatch(str(devices)):
-        raise ValueError(f"trainer.devices must be a number from 1, or -1 or auto for all, got {devices}")
-    if config.trainer.overfit_batches:
-        raise ValueError(
-            f"trainer.overfit_batches must be 0, got {config.trainer.overfit_batches}; to overfit, train on a folder "
-            "with a few images"
-        )
-    if config.samples.get("num_images", 0) > MOST_PICTURES:
-        raise ValueError(f"samples.num_images must be at most {MOST_PICTURES}, got {config.samples.num_images}")
-    if config.trainer.max_steps == 0:
-        raise ValueError(
-            "trainer.max_steps must be 1 or more, or -1 for no end but that of max_epochs or max_time, got 0"
-        )
-    if config.checkpoint.filename is not None and not config.checkpoint.filename.strip():
-        raise ValueError("checkpoint.filename must not be empty; leave it out")
-
-
-def _check_monitors(trainer: Trainer, logged: Sequence[str]) -> None:
-    """Refuse callbacks that wait for what is never logged: Lightning finds out after an epoch, or not at all.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    for callback in callbacks_of(trainer):
-        monitor = getattr(callback, "monitor", None)
-        if monitor is not None and monitor not in logged:
-            similar = did_you_mean(monitor, logged)
-            raise ValueError(
-                f"monitor of {type(callback).__name__} must be one of {', '.join(logged)}, got {monitor!r}{similar}"
-            )
-
-
-def _root(config: Any) -> Path:
-    """The run folder that the settings of a command name."""
-    return Path(config.trainer.default_root_dir or "runs/unnamed").expanduser()
-
-
-def _has_checkpoint(root: Path, ckpt_path: Any) -> bool:
-    """Whether there is one to continue from: with a word of Lightning's and no checkpoint, a run starts afresh."""
-    return bool(ckpt_path) and (Path(ckpt_path).is_file() or any((root / CHECKPOINTS).glob("*.ckpt")))
-
-
-def _without(settings: Any, keys: set[str]) -> Any:
-    """Nested settings without these keys, wherever they are, unless there are settings below them."""
-    if not isinstance(settings, dict):
-        return settings
-    return {key: _without(value, keys) for key, value in settings.items() if key not in keys or isinstance(value, dict)}
-
-
-def _of_steps(trainer: Any) -> dict[str, Any]:
-    """Of the trainer's settings those that make other steps of the same images."""
-    return {name: trainer.get(name) for name in STEP_SETTINGS} if isinstance(trainer, dict) else {}
-
-
-def _refuse_other_settings(root: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises FileExistsError if the settings that a run had before train something else."""
-    wanted = {key: settings[key] for key in WHAT_IS_TRAINED}
-    if settings["ckpt_path"]:
-        wanted["ckpt_path"] = settings["ckpt_path"]
-    differ = _differences({key: before.get(key) for key in wanted}, wanted)
-    if differ:
-        more = f"; and {len(differ) - MAX_SHOWN} more" if differ[MAX_SHOWN:] else ""
-        raise FileExistsError(
-            f"{root} holds a run of other settings ({'; '.join(differ[:MAX_SHOWN])}{more}). "
-            f"Train it on with these by --ckpt_path {root / CHECKPOINTS / LAST}, or start another with "
-            "--trainer.default_root_dir DIR"
-        )
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """A line for each nested setting that is not the same."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
-        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}")]
-    name = name.lstrip(".")
-    is_kept = name in LEFT_TO_THE_MACHINE and now == AUTO and before is not None  # what was chosen then is kept
-    return [] if before == now or is_kept else [f"{name} was {before}, is {now}"]
-
-
-def _loggers(wanted: Any, root: Path) -> Any:
-    """The loggers asked for, writing into the run folder, after a CSV file that is always there."""
-    if wanted is False:
-        return False
-    csv = {
-        "class_path": f"{RunCSVLogger.__module__}.{RunCSVLogger.__name__}",
-        # A version of its own each time it starts: a continued run would otherwise delete the log it continues.
-        # Each row is written at once: a process that is killed leaves what it logged.
-        "init_args": {"save_dir": str(root), "name": "logs", "flush_logs_every_n_steps": 1},
-    }
-    others = [] if wanted in (None, True) else wanted if isinstance(wanted, list) else [wanted]
-    for logger in others:
-        if "save_dir" in logger.init_args and logger.init_args.save_dir in DEFAULT_FOLDERS:
-            logger.init_args.save_dir = str(root)
-        if logger.class_path.startswith("lightning.") and logger.class_path.endswith(".WandbLogger"):
-            logger.class_path = f"{RunWandbLogger.__module__}.{RunWandbLogger.__name__}"
-            is_continued = any((root / CHECKPOINTS).glob("*.ckpt"))  # a run is never trained over
-            continue_wandb_run(logger.init_args, root, is_continued=is_continued)
-    return [csv, *others]

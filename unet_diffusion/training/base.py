@@ -34,6 +34,7 @@ from unet_diffusion.training.precision import (
     settle_precision,
     warn_of_emulation,
 )
+from unet_diffusion.training.resuming import differences
 from unet_diffusion.training.sharding import shard
 from unet_diffusion.training.timing import can_be_graphed, fastest
 
@@ -326,13 +327,9 @@ class NetworkModule(LightningModule):
             ValueError: Naming each setting that differs.
         """
         check_callbacks(checkpoint)
-        then = self.identity_in(self._record_in(checkpoint))
-        differ = [
-            f"{name}: {then.get(name)} in the checkpoint, {value} here"
-            for name, value in self.identity().items()
-            if name != "dropout" and then.get(name) != value  # dropout may change: it has no weights
-        ]
-        if differ:
+        now = {name: value for name, value in self.identity().items() if name != "dropout"}  # which has no weights
+        before = self.identity_in(self._record_in(checkpoint))
+        if differ := differences({name: before.get(name) for name in now}, now):
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
         if is_attached(self):
             self._resume(checkpoint)
