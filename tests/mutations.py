@@ -576,7 +576,7 @@ MUTATIONS = [
              "if self.must_be_same and (changed or num_gone or moved):",
              "if self.must_be_same and (num_gone or moved):", "data/test_known.py training/test_continued.py"),
     Mutation("resume: never by itself", "commands/training_cli.py",
-             "self.datamodule.must_be_same = self.goes_on_by_itself", "pass", "training/test_continued.py"),
+             "self.datamodule.must_be_same = self.resumes_by_itself", "pass", "training/test_continued.py"),
     Mutation("resume: validated on what was trained on", "data/known.py",
              "if is_val and content in trained]", "if False]", "data/test_known.py"),
     Mutation("two stages: done before, of other images", "commands/two_stages.py",

@@ -108,7 +108,7 @@ def test_rules_of_the_script_are_broken_by_what_breaks_them():
         (
             'Parser key "a":\n\n  - Expected a path but b.C either not accessible or invalid\n  - Problem with given '
             "class_path 'b.C':\n    module 'b' has no attribute 'C'",
-            "there is no class b.C; see whether it is spelt right",
+            "there is no class b.C; check its spelling",
         ),
     ],
 )

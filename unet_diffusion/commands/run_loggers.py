@@ -11,7 +11,12 @@ DEFAULT_FOLDERS = (None, "", ".", "./mlruns")  # of loggers
 
 
 def loggers_of(wanted: Any, root: Path) -> Any:
-    """The loggers asked for, writing into the run folder, after a CSV file that is always there."""
+    """The settings of a CSV logger, which every run has, and of the loggers asked for; all write into the run folder.
+
+    Args:
+        wanted: The setting `trainer.logger`; False: there are no loggers.
+        root: The run folder.
+    """
     if wanted is False:
         return False
     csv = {

@@ -21,10 +21,10 @@ class RunParser(LightningArgumentParser):
     """Lightning's parser, with errors of a line and a help that begins with what people set."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """As jsonargparse calls it.
+        """Raise an error of a line, in place of jsonargparse's own.
 
         Raises:
-            UsageError: always.
+            UsageError: Always.
         """
         raise UsageError(in_short(message, self._option_string_actions)) from ex
 
@@ -38,7 +38,7 @@ class RunParser(LightningArgumentParser):
         return super().format_help(*args)
 
     def _put_in_order(self) -> None:
-        """Sorts the sections of the help; the trainer's options that few set come last and in brief."""
+        """Sort the sections of the help; options of the trainer that few people set come last and in brief."""
         groups: Any = self._action_groups
         (trainer,) = (group for group in groups if "trainer.max_steps" in _names(group))
         common = [action for action in trainer._group_actions if (*action.dest.split("."), "")[1] in COMMON]

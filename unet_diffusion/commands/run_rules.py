@@ -81,7 +81,7 @@ def _check_numbers(config: Any) -> None:
 
 
 def check_monitors(trainer: Trainer, logged: Sequence[str]) -> None:
-    """Refuse callbacks that wait for what is never logged: Lightning finds out after an epoch, or not at all.
+    """Refuse callbacks that monitor what is never logged; Lightning would notice after an epoch, or not at all.
 
     Raises:
         ValueError: If there is one.
@@ -99,7 +99,7 @@ def check_run_folder(root: Path) -> None:
     """Refuse a folder in which training would replace files that no run has written.
 
     Raises:
-        FileExistsError: If it holds such.
+        FileExistsError: If it holds such files.
     """
     settings = root / "config.yaml"
     if settings.is_file() and settings.read_text(encoding="utf-8", errors="replace").startswith(RUN_HEADER):

@@ -23,13 +23,13 @@ LEFT_TO_THE_MACHINE = (("model", "speed"), ("trainer", "precision"))  # by "auto
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole configuration to run folder/config.yaml, and tells it to the loggers.
+    """Writes the whole configuration to config.yaml in the run folder, and logs it.
 
-    Speed and precision that were left to the machine stand there as it chose them.
+    Where speed and precision were left to the machine, the file has what the machine chose.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: the machine has not chosen."""
+        """Do nothing yet: the machine has not chosen."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.config.trainer.precision == AUTO:
@@ -47,7 +47,7 @@ class SaveRunConfig(SaveConfigCallback):
             self.save_config(trainer, pl_module, "fit")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint knows the settings that it was trained with: config.yaml may be edited to start another run."""
+        """Save the settings in the checkpoint: the user may edit config.yaml to start another run."""
         checkpoint[RUN_SETTINGS] = self.kept_settings
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,7 +64,7 @@ def run_root(config: Any) -> Path:
 
 
 def has_checkpoint(root: Path, ckpt_path: Any) -> bool:
-    """Whether there is one to continue from: with a word of Lightning's and no checkpoint, a run starts afresh."""
+    """Whether there is a checkpoint to continue from; a word of Lightning's, such as last, may name none."""
     return bool(ckpt_path) and (Path(ckpt_path).is_file() or any((root / CHECKPOINTS).glob("*.ckpt")))
 
 
@@ -88,7 +88,16 @@ def step_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def refuse_other_settings(root: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises FileExistsError if the settings that a run had before train something else."""
+    """Refuse to continue a run with settings that train something else.
+
+    Args:
+        root: The run folder.
+        before: The settings in the run's checkpoint.
+        settings: The settings of today.
+
+    Raises:
+        FileExistsError: If they differ; it names them.
+    """
     wanted = {key: settings[key] for key in WHAT_IS_TRAINED}
     if settings["ckpt_path"]:
         wanted["ckpt_path"] = settings["ckpt_path"]
@@ -97,18 +106,18 @@ def refuse_other_settings(root: Path, before: dict[str, Any], settings: dict[str
         more = f"; and {len(differ) - MAX_SHOWN} more" if differ[MAX_SHOWN:] else ""
         raise FileExistsError(
             f"{root} holds a run of other settings ({'; '.join(differ[:MAX_SHOWN])}{more}). "
-            f"Train it on with these by --ckpt_path {root / CHECKPOINTS / LAST}, or start another with "
+            f"Continue it with these by --ckpt_path {root / CHECKPOINTS / LAST}, or start another with "
             "--trainer.default_root_dir DIR"
         )
 
 
 def _without(settings: Any, keys: set[str]) -> Any:
-    """Nested settings without these keys, wherever they are, unless there are settings below them."""
+    """Nested settings without the values of these keys, at any depth."""
     if not isinstance(settings, dict):
         return settings
     return {key: _without(value, keys) for key, value in settings.items() if key not in keys or isinstance(value, dict)}
 
 
 def _of_steps(trainer: Any) -> dict[str, Any]:
-    """Of the trainer's settings those that make other steps of the same images."""
+    """The settings of a trainer that make other steps of the same images."""
     return {name: trainer.get(name) for name in STEP_SETTINGS} if isinstance(trainer, dict) else {}

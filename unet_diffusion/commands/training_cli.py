@@ -3,8 +3,8 @@
 What is trained is the configuration's `task`: "denoise", the default, "segment" or "autoencode".
 
 The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png,
-checkpoints/ and the exported pipeline/ or autoencoder/. The same command again goes on from the last checkpoint that is
-whole; a folder that holds a run of other settings is never trained into, except to continue it by name.
+checkpoints/ and the exported pipeline/ or autoencoder/. The same command again continues from the last checkpoint that
+is whole. A folder with a run of other settings is refused, unless --ckpt_path names a checkpoint to continue from.
 """
 
 import atexit
@@ -73,7 +73,7 @@ from unet_diffusion.training.wandb_run import RunWandbLogger, start_wandb_run
 
 @dataclass(frozen=True)
 class Task:
-    """What a run trains, on what, and what it shows."""
+    """The classes of the module, the data and the pictures of a run."""
 
     module: type[LightningModule]
     data: type[LightningDataModule]
@@ -81,7 +81,7 @@ class Task:
 
     @classmethod
     def named(cls, name: str) -> "Task":
-        """One of TASKS. Only its own module is imported: that of autoencoders needs seconds of diffusers."""
+        """The task of that name, one of TASKS; only its own module is imported, because diffusers takes seconds."""
         if name == "segment":
             from unet_diffusion.training.segmentation import SegmentationModule
 
@@ -99,13 +99,13 @@ class TrainingCLI(OpenCLI):
     """Lightning's command line with this project's callbacks, run folder and last step: the exported pipeline.
 
     Args:
-        task: what is trained; one of TASKS.
+        task: The name of the task, one of TASKS.
         modules: Modules of the user's own that the configuration may name.
-        options: those of LightningCLI.
+        options: The options of LightningCLI.
     """
 
-    goes_on_by_itself = False  # from a checkpoint that was found in the run folder, and not asked for
-    writes = True  # into the run folder, which it claims
+    resumes_by_itself = False  # whether the run continues from a checkpoint in the run folder that nobody asked for
+    writes = True  # whether it writes into the run folder, which it then claims
 
     def __init__(self, task: str, modules: Sequence[str], **options: Any):
         self.modules = modules
@@ -139,15 +139,15 @@ class TrainingCLI(OpenCLI):
         """Parse and carry out `fit ...` or `validate ...`.
 
         Args:
-            arguments: Those of the command, its name first, after `check_arguments`.
+            arguments: The arguments of the command, its name first, after `check_arguments`.
 
         Raises:
-            ValueError: if the settings contradict each other.
-            FileExistsError: if the run folder holds a run of other settings.
-            MemoryError: if memory does not suffice.
-            Interrupted: if a signal ended it.
+            ValueError: If the settings contradict each other.
+            FileExistsError: If the run folder holds a run of other settings.
+            MemoryError: If memory does not suffice.
+            Interrupted: If a signal ended it.
         """
-        _silence_what_is_meant()
+        _silence_expected_warnings()
         try:
             return cls._run(arguments)
         except SIGTERMException as error:  # before the first step, when Lightning has the signal
@@ -186,7 +186,9 @@ class TrainingCLI(OpenCLI):
         return {"fit": skipped, "validate": skipped}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--task", choices=TASKS, default="denoise", help="what is trained")
+        parser.add_argument(
+            "--task", choices=TASKS, default="denoise", help="The task that the network is trained for."
+        )
         parser.add_lightning_class_args(self.pictures, "samples")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
@@ -209,7 +211,7 @@ class TrainingCLI(OpenCLI):
         for file in files:
             checkpoint = load_plain(file)
             if not (isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint):
-                raise ValueError(f"{file} must be a checkpoint of a run of fit, or made by import, and is neither")
+                raise ValueError(f"{file} must be a checkpoint of `fit` or of `import`, and is neither")
             with explained(file, "run"):
                 check_weights(checkpoint.get("state_dict"))
 
@@ -227,7 +229,7 @@ class TrainingCLI(OpenCLI):
         elif self.subcommand == "fit":
             check_run_folder(root)
             refuse_images_in(config.data, root)
-            config.ckpt_path = self._checkpoint_to_go_on_from(root)
+            config.ckpt_path = self._checkpoint_to_resume_from(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config = self.written
@@ -251,32 +253,32 @@ class TrainingCLI(OpenCLI):
         """All settings as plain values, as config.yaml has them."""
         return yaml.safe_load(self.parser.dump(self.written, skip_unset=False))[self.subcommand]
 
-    def _checkpoint_to_go_on_from(self, root: Path) -> str | None:
-        """The one asked for, or the newest good one of a run of these settings in the folder, or None.
+    def _checkpoint_to_resume_from(self, root: Path) -> str | None:
+        """The checkpoint asked for, or the newest good one of a run of these settings in the folder, or None.
 
         Raises:
-            FileExistsError: if the folder holds a run of other settings.
-            ValueError: if all its checkpoints are damaged.
+            FileExistsError: If the folder holds a run of other settings.
+            ValueError: If all its checkpoints are damaged.
         """
         asked = self.written[self.subcommand].ckpt_path
         if asked and (not Path(asked).is_file() or root.resolve() in Path(asked).resolve().parents):
-            return asked  # one of its own, or a word of Lightning's, like last
-        found = newest_good(root / CHECKPOINTS)
-        if found is None:
+            return asked  # a checkpoint of the run itself, or a word of Lightning's, like last
+        newest = newest_good(root / CHECKPOINTS)
+        if newest is None:
             return asked
-        path, step = found
+        path, step = newest
         before = load_plain(path).get(RUN_SETTINGS)
         if before is None:
             raise FileExistsError(
-                f"{root} holds a run whose checkpoint does not say its settings; train it on by --ckpt_path {path}, or "
-                "start another with --trainer.default_root_dir DIR"
+                f"{root} holds a run whose checkpoint does not say its settings; continue it with --ckpt_path {path}, "
+                "or start another with --trainer.default_root_dir DIR"
             )
         refuse_other_settings(root, before, self._settings())
         changed = step_changes(before, self._settings())
         if changed:
-            rank_zero_warn(f"{root} goes on with other settings than it had: {'; '.join(changed)}")
-        self.goes_on_by_itself = True
-        rank_zero_info(f"{root} holds this run; it goes on from step {step} ({path.name})")
+            rank_zero_warn(f"{root} continues with other settings than it had: {'; '.join(changed)}")
+        self.resumes_by_itself = True
+        rank_zero_info(f"{root} holds this run; it continues from step {step} ({path.name})")
         return str(path)
 
     def after_instantiate_classes(self) -> None:
@@ -286,7 +288,7 @@ class TrainingCLI(OpenCLI):
 
     def before_fit(self) -> None:
         if isinstance(self.datamodule, KnownImages):
-            self.datamodule.must_be_same = self.goes_on_by_itself
+            self.datamodule.must_be_same = self.resumes_by_itself
         check_monitors(self.trainer, self.model.logged)
         if self.task != "segment" and self.trainer.is_global_zero:
             name = "autoencoder" if self.task == "autoencode" else "pipeline"
@@ -296,17 +298,17 @@ class TrainingCLI(OpenCLI):
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:
             return
-        if self.task == "autoencode":  # on all processes: what is exported is of the last weights
+        if self.task == "autoencode":  # on all processes: the export holds the scale of the last weights' latents
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         folder = run_folder(self.trainer)
         if not self.trainer.strategy.broadcast((folder / "samples.png").exists()):
-            # A run that had all its steps was killed before that.
+            # An earlier run had all its steps, and was killed before it drew them.
             self.setting(self.config_init, "samples").on_train_end(self.trainer, self.model)
         if self.trainer.is_global_zero:
-            rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and {self._hand_over(folder)}")
+            rank_zero_info(f"{folder} holds samples.png, {CHECKPOINTS}/ and {self._export(folder)}")
 
-    def _hand_over(self, folder: Path) -> str:
-        """Exports what has a counterpart in diffusers, and says what a user would do next."""
+    def _export(self, folder: Path) -> str:
+        """Export the model if diffusers has a counterpart; return a text that says what to do next."""
         if self.task == "segment":
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
         from unet_diffusion.diffusers_io.exporting import why_not_exported
@@ -314,7 +316,7 @@ class TrainingCLI(OpenCLI):
         if self.task == "autoencode":
             self.model.trained.export(folder / "autoencoder", overwrite=True)
             return "autoencoder/, which diffusers loads"
-        # A network that was shared out is whole in its checkpoint only.
+        # A network that is shared out over processes is whole in its checkpoint only.
         trained = read_denoiser(folder / CHECKPOINTS / LAST) if self.model.is_sharded else self.model.trained
         if why_not_exported(trained):  # export says it to whoever asks for a pipeline
             return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
@@ -323,7 +325,7 @@ class TrainingCLI(OpenCLI):
 
 
 class BuildOnly(TrainingCLI):
-    """fit, but it ends when everything is built: nothing is trained or written."""
+    """`fit` that ends when everything is built: it trains and writes nothing."""
 
     writes = False
 
@@ -336,13 +338,13 @@ class BuildOnly(TrainingCLI):
         """Do nothing."""
 
 
-def _silence_what_is_meant() -> None:
-    """Hides Lightning's warnings about things that are as they should be here."""
+def _silence_expected_warnings() -> None:
+    """Hide Lightning's warnings about things that are as they should be here."""
     for message in (
         "LightningCLI's args parameter is intended",
         r"Found \d+ module\(s\) in eval mode",  # the averaged network
         "Using ModelCheckpoint with manual optimization",  # of GANs with steps of several optimisers
-        "Checkpoint directory .* exists and is not empty",  # a run goes on
+        "Checkpoint directory .* exists and is not empty",  # a run is resumed
         "The number of training batches .* is smaller than the logging interval",  # steps are counted, not epochs
         ".*does not have many workers",  # the images are in memory
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch

@@ -1,8 +1,8 @@
-"""Trains an autoencoder: reconstruction, a KL term or a codebook, and a discriminator that makes it look sharp.
+"""Trains an autoencoder: reconstruction, a KL term or a codebook, and a discriminator for sharp reconstructions.
 
 The first stage of Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, appendix G), after Esser et al. 2021
-(https://arxiv.org/abs/2012.09841). Unlike in their code the learned variance is in the optimiser, the discriminator's
-start counts the autoencoder's steps, and so does the trainer.
+(https://arxiv.org/abs/2012.09841). It differs from their code in two points: the optimiser trains the learned variance,
+and the trainer and the discriminator's start count the steps of the autoencoder alone.
 """
 
 import math
@@ -213,7 +213,7 @@ class AutoencoderModule(NetworkModule):
         return [0, self.adversarial.start] if self.adversarial else [0]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """A step of the autoencoder and, once it has started, one of the discriminator on the same reconstructions."""
+        """Step the autoencoder and, from its start on, the discriminator, on the same reconstructions."""
         images, step = batch["images"], self.trainer.global_step
         optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         adversary = self.adversarial if self.adversarial and step >= self.adversarial.start else None
@@ -244,7 +244,7 @@ class AutoencoderModule(NetworkModule):
         self._latent_sums = torch.zeros(4, num_latent_channels(self.autoencoder), device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add up how near the averaged autoencoder's reconstructions are, and what its latents are like."""
+        """Add up the quality of the averaged autoencoder's reconstructions, and the moments of its latents."""
         images, autoencoder = batch["images"], self.ema_autoencoder
         latents, std = latent_moments(autoencoder, images)
         if isinstance(autoencoder, VQModel):
@@ -356,7 +356,10 @@ class AutoencoderModule(NetworkModule):
         self.idle_steps.masked_fill_(is_idle, 0)
 
     def _fidelity(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Errors of an image by their learned scale, plus its logarithm, (): for l1 the likelihood of Laplace's law."""
+        """The errors of an image divided by their learned scale, plus its logarithm, ().
+
+        For l1 this is the negative logarithm of the likelihood under Laplace's law.
+        """
         difference = images - reconstructions.float()
         errors = difference.abs() if self.reconstruction == "l1" else difference.square()
         for perceptual in self._perceptual:
@@ -404,7 +407,7 @@ class AutoencoderModule(NetworkModule):
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Lightning's optimisers or schedulers, which are no list where there is one."""
+    """Lightning's optimisers or schedulers as a list; Lightning gives a single one without."""
     return value if isinstance(value, list) else [value]
 
 

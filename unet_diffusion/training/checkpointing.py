@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there, and the newest good one to go on from.
+"""Checkpoints that are whole or not there, and the newest good one to resume from.
 
 Lightning's ModelCheckpoint decides when to save, and what to keep. Here every file takes its place in one step and is
-on the disk by then; last.ckpt is the newest that was saved, and previous.ckpt the one before it, should the newest be
-damaged. A checkpoint that is due every so many steps, when a validation is due too, is written after it: a resumed run
-would not make up for it.
+on the disk by then. last.ckpt is the newest checkpoint, and previous.ckpt the one before it, in case the newest is
+damaged. Where a checkpoint and a validation are due at the same step, the checkpoint is written after the validation,
+because a resumed run would not repeat the validation.
 """
 
 import os
@@ -38,7 +38,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Write beside the place, wait for the disk, and take the place.
 
         Raises:
-            OSError: if it cannot be written, as when the disk is full; what was there is left as it was.
+            OSError: If the file cannot be written, for example because the disk is full. An earlier file stays as it
+                was.
         """
         try:
             with atomic_write(path) as partial, open(partial, "wb") as file:
@@ -49,14 +50,14 @@ class WholeCheckpoints(TorchCheckpointIO):
             free = shutil.disk_usage(Path(path).parent).free
             raise OSError(
                 f"the checkpoint {path} was not written ({error}; {free / 2**20:.0f} MiB are free there); make room, "
-                "and the same command goes on from the checkpoint before"
+                "and the same command continues from the checkpoint before"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Tensors on the CPU, and plain values.
+        """Read tensors, on the CPU, and plain values.
 
         Raises:
-            ValueError: if the file is damaged, or holds anything that could run code.
+            ValueError: If the file is damaged, or holds anything that could run code.
         """
         return load_plain(path)
 
@@ -64,9 +65,9 @@ class WholeCheckpoints(TorchCheckpointIO):
 class RunCheckpoint(OpenModelCheckpoint):
     """ModelCheckpoint whose last.ckpt and previous.ckpt are the newest two, whatever else it keeps.
 
-    Its arguments are ModelCheckpoint's. last.ckpt takes no room of its own while the same step is kept by name too.
-    Checkpoints are of whole steps: what is due within one is saved after it. The best by a validation's metric are
-    those that were just validated.
+    Its arguments are ModelCheckpoint's. last.ckpt takes no room of its own while another file of the same step exists.
+    Checkpoints are of whole steps: one that is due within a step is saved after it. The best checkpoints by a metric of
+    the validation are of weights that were just validated.
     """
 
     _is_due = False
@@ -78,10 +79,10 @@ class RunCheckpoint(OpenModelCheckpoint):
             remove_left_behind(Path(self.dirpath))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks whether what will be kept has room.
+        """Refuse to train where the disk has too little room for the checkpoints.
 
         Raises:
-            OSError: if there is too little.
+            OSError: If there is too little.
         """
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and self.dirpath is not None and not is_trial(trainer):
@@ -157,12 +158,12 @@ class RunCheckpoint(OpenModelCheckpoint):
 
 
 def newest_good(folder: Path) -> tuple[Path, int] | None:
-    """The checkpoint of the last step in a folder that is whole, and its step; None if there are none.
+    """The whole checkpoint of the last step in a folder, and its step; None if there are no checkpoints.
 
-    Times of files say nothing: a copy of the folder has them in any order. Warns of damaged ones.
+    The times of files say nothing: a copy of the folder has them in any order. A damaged checkpoint gives a warning.
 
     Raises:
-        ValueError: if there are checkpoints, and all are damaged.
+        ValueError: If there are checkpoints, and all are damaged.
     """
     checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: (step_of(path), path.name == LAST))
     damaged = []
@@ -170,26 +171,35 @@ def newest_good(folder: Path) -> tuple[Path, int] | None:
         try:
             step = int(load_plain(path)["global_step"])
         except (ValueError, KeyError, TypeError, OSError) as error:
-            rank_zero_warn(f"{path} is passed over: {error}")
+            rank_zero_warn(f"{path} is not used: {error}")
             damaged.append(path.name)
         else:
             return path, step
     if damaged:
         raise ValueError(
-            f"no checkpoint in {folder} is whole ({', '.join(damaged)}); remove the folder to start afresh, or choose "
+            f"no checkpoint in {folder} is whole ({', '.join(damaged)}); remove the folder to start again, or choose "
             "another --trainer.default_root_dir"
         )
     return None
 
 
 def num_bytes(module: LightningModule) -> int:
-    """Size of a checkpoint, about: all weights and averages, and two moments of each weight that is trained."""
+    """The approximate size of a checkpoint: all weights and averages, and two moments of each trained weight."""
     held = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     return held + 2 * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
 def check_room(folder: Path, needed: int, *, are_replaced: bool = True) -> None:
-    """Raises OSError if a folder's disk has less room, with that of the checkpoints there if they will be replaced."""
+    """Refuse a folder whose disk has too little room.
+
+    Args:
+        folder: The folder, which is made if it is not there.
+        needed: The number of bytes that are needed.
+        are_replaced: Whether the checkpoints in the folder will be replaced, so that their room counts as free.
+
+    Raises:
+        OSError: If there is too little room.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     there = folder.glob("*.ckpt") if are_replaced else []
     held = sum({file.stat().st_ino: file.stat().st_size for file in there}.values())
@@ -202,7 +212,7 @@ def check_room(folder: Path, needed: int, *, are_replaced: bool = True) -> None:
 
 
 def _put(path: Path, place: Path) -> None:
-    """The same file under another name too, or a copy where the file system has no such links; in one step."""
+    """Give a file a second name, in one step; file systems without such links get a copy."""
     if place.exists() and place.samefile(path):
         return
     with atomic_write(place) as partial:

@@ -1,7 +1,7 @@
-"""Trains a segmenter: a class for each pixel of a window, and validation on whole images.
+"""Trains a segmenter on windows, to give each pixel a class, and validates it on whole images.
 
-The training of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597) with its weighted cross-entropy, or the Dice
-loss, or both; of a SegmentationUNet, of a DenoiserUNet at a fixed timestep, or of a classifier of denoiser features.
+The loss is the weighted cross-entropy of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597), the Dice loss, or
+both. The network is a SegmentationUNet, a DenoiserUNet at a fixed timestep, or a classifier of a denoiser's features.
 """
 
 import os
@@ -186,7 +186,7 @@ class SegmentationModule(NetworkModule):
         self._validation_sums = torch.zeros(num_classes, 3, device=self.device, dtype=torch.int64)
 
     def validation_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
-        """Adds up what is right and wrong in whole images: in the masks that `segment` would write."""
+        """Count right and wrong pixels of whole images, in the masks that `segment` would write."""
         assert self._validation_sums is not None
         for one in batch:
             classes = one["classes"]
