@@ -382,8 +382,8 @@ SAME_NOISE = """
 import torch
 from lightning.pytorch import Callback
 
-from unet_diffusion.diffusion.guidance import network_inputs
-from unet_diffusion.diffusion.sampling import image_generators
+from unet_diffusion.diffusion.conditions.condition import network_inputs
+from unet_diffusion.runtime.randomness import image_generators
 
 
 class SameNoise(Callback):
@@ -391,10 +391,11 @@ class SameNoise(Callback):
 
     def setup(self, trainer, module, stage):
         def training_step(batch, batch_idx):
-            x0, index = batch["images"], batch["index"]
+            x0, entries = module._encoded(batch, None)
+            index = entries["index"]
             generators = image_generators(0, index.tolist())
             noise = torch.stack([torch.randn(x0.shape[1:], generator=one) for one in generators])
-            inputs = network_inputs(module.all_conditions, module._given(batch))
+            inputs = network_inputs(module.all_conditions, entries)
             return module._errors(module.unet, x0, noise, module.fixed_timesteps(index), inputs).mean()
 
         module.training_step = training_step
