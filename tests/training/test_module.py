@@ -438,7 +438,7 @@ def test_resumed_run_is_the_uninterrupted_one(fit_with_checkpoints, tmp_path, lr
 def test_checkpoint_holds_plain_values_and_no_hyper_parameters(fit_with_checkpoints):
     checkpoint = fit_with_checkpoints("plain")  # was loaded with weights_only=True
     assert "hyper_parameters" not in checkpoint
-    assert checkpoint["denoiser"]["image_shape"] == [1, 8, 8]
+    assert checkpoint["denoiser"]["sample_shape"] == [1, 8, 8]
     assert checkpoint["denoiser"]["class_names"] == ["cat", "dog"]
     assert checkpoint["denoiser"]["null_label"] == 2
 
