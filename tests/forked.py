@@ -124,7 +124,7 @@ def _execute(arguments: list[str]) -> None:
 
 def import_everything() -> None:
     """What programs import where they use it."""
-    parts = ("commands.main", "commands.training_cli", "data.standard", "diffusers_io.interop")
+    parts = ("commands.main", "commands.training_cli", "data.standard", "diffusers_io.exporting")
     for part in (*parts, "training.autoencoder", "training.module", "training.segmentation"):
         importlib.import_module(f"unet_diffusion.{part}")
     import torch.distributed.run

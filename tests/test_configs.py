@@ -176,7 +176,12 @@ def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, na
 def test_recipe_trains_and_leaves_an_autoencoder(run_cli, tmp_path, name):
     write_folder(tmp_path / "data", None)
     smaller = [option for option in SMALLER if "speed" not in option]
-    smaller += ["--model.autoencoder.init_args.channels=[32,32,32]", "--model.discriminator_start=1"]
+    smaller += [
+        "--model.autoencoder.init_args.channels=[32,32,32]",
+        "--model.adversarial.discriminator=PatchDiscriminator",
+        "--model.adversarial.discriminator.channels=32",
+        "--model.adversarial.start=1",
+    ]
     arguments = ["--config", CONFIGS / name, *smaller, "--data.root", tmp_path / "data"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err

@@ -303,7 +303,8 @@ class Keeper(Callback):
 AUTOENCODER = "--data.root images --data.num_val 3 --data.image_size 32 "
 AUTOENCODER += "--data.batch_size 2 --model.autoencoder.init_args.channels [32,32,32] "
 AUTOENCODER += "--trainer.accelerator cpu --trainer.precision 32-true --samples.num_images 2"
-CRITIC = "--model.discriminator PatchDiscriminator --model.discriminator.init_args.channels 32"
+CRITIC = "--model.adversarial.discriminator PatchDiscriminator --model.adversarial.discriminator.channels 32 "
+CRITIC += "--model.adversarial.start 1"
 TWO = f"--config {CONFIGS / 'trainer' / 'ddp.yaml'} --trainer.strategy.init_args.find_unused_parameters true "
 TWO += "--trainer.devices 2"
 
@@ -330,7 +331,7 @@ def autoencoder_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoencoder")
     noise_folder(folder / "images")
     (folder / "keeper.py").write_text(KEEPER)
-    arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} {TWO} --model.discriminator_start 1 --trainer.max_steps 3 "
+    arguments = f"--config {CONFIGS / 'autoencoder_kl.yaml'} {TWO} --trainer.max_steps 3 "
     arguments += f"{CRITIC} --trainer.default_root_dir run --allow keeper --trainer.callbacks+=keeper.Keeper"
     with_autoencoder(folder, "fit", arguments)
     return folder
@@ -380,8 +381,8 @@ SAME_NOISE = """
 import torch
 from lightning.pytorch import Callback
 
-from unet_diffusion.diffusion.guidance import network_inputs
-from unet_diffusion.diffusion.sampling import image_generators
+from unet_diffusion.diffusion.conditions.condition import network_inputs
+from unet_diffusion.runtime.randomness import image_generators
 
 
 class SameNoise(Callback):
@@ -389,10 +390,11 @@ class SameNoise(Callback):
 
     def setup(self, trainer, module, stage):
         def training_step(batch, batch_idx):
-            x0, index = batch["images"], batch["index"]
+            x0, entries = module._encoded(batch, None)
+            index = entries["index"]
             generators = image_generators(0, index.tolist())
             noise = torch.stack([torch.randn(x0.shape[1:], generator=one) for one in generators])
-            inputs = network_inputs(module.all_conditions, module._given(batch))
+            inputs = network_inputs(module.all_conditions, entries)
             return module._errors(module.unet, x0, noise, module.fixed_timesteps(index), inputs).mean()
 
         module.training_step = training_step

@@ -54,7 +54,7 @@ def test_processes_of_torchrun_start_again_and_end_as_if_untouched(tiny_digits, 
     untouched, _ = fit(tmp_path, tiny_digits, "untouched")
     restarted, said = fit(tmp_path, tiny_digits, "restarted", "--allow=killed", "--trainer.callbacks+=killed.Killed")
     assert (tmp_path / "killed").exists()
-    assert "restarted holds this run; it goes on from step 6 (last.ckpt)" in said
+    assert "restarted holds this run; it continues from step 6 (last.ckpt)" in said
     assert "rank 1 (process" in said  # the other one says who is gone
     for entry in ("state_dict", "optimizer_states", "global_step", "epoch"):
         torch.testing.assert_close(restarted[entry], untouched[entry], rtol=0, atol=0)

@@ -29,7 +29,7 @@ SMALL_WITH_MAPS = [*SMALL_DENOISER, "--data.num_val=2"]
 SMALL_SEGMENTER = [*SMALL, "--model.unet.init_args.channels=[8, 16]", "--data.window_size=32"]
 SMALL_NUCLEI = ["--model.unet.init_args.norm_num_groups=4", "--data.num_val=4"]
 SMALL_RECIPE = {
-    "autoencoder_kl": [*SMALL, "--model.discriminator_start=0", "--model.autoencoder.init_args.channels=[32, 32, 32]"],
+    "autoencoder_kl": [*SMALL, "--model.autoencoder.init_args.channels=[32, 32, 32]"],
     "cells": [*SMALL_SEGMENTER, "--data.num_images=13"],
     "inpainting": SMALL_WITH_MAPS,
     "upscaling": SMALL_WITH_MAPS,

@@ -23,7 +23,8 @@ from unet_diffusion.commands.arguments import Precision, Speed
 from unet_diffusion.commands.completion import FIT_OPTIONS
 from unet_diffusion.commands.fit_arguments import check_arguments
 from unet_diffusion.commands.recipes import recipe_path
-from unet_diffusion.commands.training_cli import TrainingCLI, _differences
+from unet_diffusion.commands.run_settings import changes
+from unet_diffusion.commands.training_cli import TrainingCLI
 from unet_diffusion.data import Folder, ImageDataModule
 from unet_diffusion.diffusers_io.exporting import export_pipeline
 from unet_diffusion.diffusers_io.importing import import_pipeline
@@ -1016,7 +1017,7 @@ def test_every_section_of_the_parsers_is_known():
 def test_only_speed_and_precision_are_kept_when_they_are_auto():
     before = {"model": {"speed": "fused"}, "trainer": {"precision": "32-true", "devices": 2}}
     now = {"model": {"speed": "auto"}, "trainer": {"precision": "auto", "devices": "auto"}}
-    assert _differences(before, now) == ["trainer.devices was 2, is auto"]
+    assert changes(before, now) == ["trainer.devices was 2, is auto"]
 
 
 def test_recipes_are_listed_shown_and_copied(run_cli, tmp_path):

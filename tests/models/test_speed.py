@@ -272,7 +272,7 @@ def test_auto_times_once_and_a_continued_run_keeps_what_was_found(
 ):
     found = iter(["channels_last"])
     monkeypatch.setattr(
-        "unet_diffusion.training.base.fastest_setting", lambda *args, **options: (next(found), FLOAT32, "for a test")
+        "unet_diffusion.training.timing.fastest_setting", lambda *args, **options: (next(found), FLOAT32, "for a test")
     )
     data = tiny_images(class_names=None)
     trainer = quiet_trainer(max_steps=2, limit_val_batches=0)
@@ -331,11 +331,11 @@ def test_auto_takes_graphs_where_compiling_pays_and_they_can_be(
     tiny_module, tiny_images, quiet_trainer, monkeypatch, can_be_graphed, expected
 ):
     monkeypatch.setattr(
-        "unet_diffusion.training.base.fastest_setting", lambda *args, **options: ("compiled", FLOAT32, "for a test")
+        "unet_diffusion.training.timing.fastest_setting", lambda *args, **options: ("compiled", FLOAT32, "for a test")
     )
-    monkeypatch.setattr(NetworkModule, "_can_be_graphed", can_be_graphed)
+    monkeypatch.setattr("unet_diffusion.training.timing.can_be_graphed", lambda trainer: can_be_graphed)
     ran_at = []
-    monkeypatch.setattr(NetworkModule, "_run_at", lambda self, speed: ran_at.append(speed))
+    monkeypatch.setattr(NetworkModule, "run_at", lambda self, speed: ran_at.append(speed))
     quiet_trainer(max_steps=1, limit_val_batches=0).fit(tiny_module(speed="auto"), tiny_images(class_names=None))
     assert ran_at == [expected]
 
@@ -356,7 +356,7 @@ def test_auto_without_a_data_module_is_refused(tiny_module, tiny_images, quiet_t
 def test_fit_times_the_speeds_of_this_machine_and_says_so(run_cli, tiny_digits, tmp_path, monkeypatch):
     said = []
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")
-    monkeypatch.setattr("unet_diffusion.training.base.rank_zero_info", said.append)
+    monkeypatch.setattr("unet_diffusion.training.timing.rank_zero_info", said.append)
     status, _, err = run_cli("fit", *tiny_digits, "--model.speed", "auto", "--trainer.default_root_dir", tmp_path)
     assert status == 0, err
     (reason,) = [line for line in said if ": a step takes " in line]

@@ -83,7 +83,7 @@ def has_only(monkeypatch, *dtypes) -> None:
     """Pretends that this machine has these in hardware, the last of them the fastest."""
     monkeypatch.setattr("unet_diffusion.training.precision.precisions_for", lambda device: dtypes)
     monkeypatch.setattr(
-        "unet_diffusion.training.base.fastest_setting",
+        "unet_diffusion.training.timing.fastest_setting",
         lambda *args, speeds, precisions, **options: (speeds[0], precisions[-1], "for a test"),
     )
 
@@ -154,7 +154,7 @@ def test_a_run_that_goes_on_where_its_precision_is_not_in_hardware_says_so(
     trainer = trainer_on(tmp_path, max_steps=2)
     trainer.fit(module, data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
     assert trainer.precision == "32-true"
-    assert said == ["the run was in bf16-mixed, which this machine does not have in hardware; it goes on in 32-true"]
+    assert said == ["the run was in bf16-mixed, which this machine does not have in hardware; it continues in 32-true"]
 
 
 def test_a_float16_run_goes_on_so_on_a_gpu_with_bfloat16_and_not_on_a_cpu(monkeypatch):

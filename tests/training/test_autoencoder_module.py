@@ -20,6 +20,8 @@ from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoen
 from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.training import AutoencoderModule
 from unet_diffusion.training import autoencoder as training
+from unet_diffusion.training.adversarial import AdversarialLoss
+from unet_diffusion.training.image_quality import PERCEPTUAL_FILES, psnr, ssim
 
 SMALL = {"layers_per_block": 1, "norm_num_groups": 4, "mid_attention": False}
 ADAM = functools.partial(torch.optim.Adam, lr=1.0e-2)
@@ -42,8 +44,11 @@ def critic() -> PatchDiscriminator:
 
 
 def module(autoencoder=None, **options) -> AutoencoderModule:
-    settings = {"optimizer": ADAM, "discriminator_optimizer": ADAM, **options}
-    return AutoencoderModule(autoencoder or kl_net(), **settings)
+    return AutoencoderModule(autoencoder or kl_net(), **{"optimizer": ADAM, **options})
+
+
+def adversary(discriminator=None, **options) -> AdversarialLoss:
+    return AdversarialLoss(discriminator or critic(), **{"optimizer": ADAM, **options})
 
 
 def noise(*shape, seed=0) -> torch.Tensor:
@@ -70,17 +75,18 @@ def test_fidelity_is_the_likelihood_of_an_image_under_the_learned_variance(kind,
 
 
 def test_adversarial_weight_makes_gradients_at_the_last_layer_equal(monkeypatch):
-    made = module(discriminator=critic(), discriminator_weight=0.8)
+    made = module(adversarial=adversary(weight=0.8))
     images = noise(2, *SHAPE)
     reconstructions = made.autoencoder(images).sample
     fidelity = made._fidelity(images, reconstructions)
     adversarial = -made.discriminator(reconstructions).mean()
     last = made.autoencoder.decoder.conv_out.weight
     wanted, got = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (fidelity, adversarial))
-    weight = made._adaptive_weight(fidelity, adversarial)
+    weight = made.adversarial.adaptive_weight(fidelity, adversarial, last)
     torch.testing.assert_close(weight, 0.8 * wanted / (got + 1e-4))
-    monkeypatch.setattr(training, "MAX_ADAPTIVE_WEIGHT", 0.5)
-    torch.testing.assert_close(made._adaptive_weight(fidelity, adversarial), torch.tensor(0.8 * 0.5))
+    monkeypatch.setattr("unet_diffusion.training.adversarial.MAX_ADAPTIVE_WEIGHT", 0.5)
+    weight = made.adversarial.adaptive_weight(fidelity, adversarial, last)
+    torch.testing.assert_close(weight, torch.tensor(0.8 * 0.5))
 
 
 def test_hinge_loss_of_a_closed_case():
@@ -103,7 +109,7 @@ def test_discriminator_sees_patches_of_the_stated_size():
 
 
 def test_steps_are_those_of_the_autoencoder_and_the_discriminator_starts_at_one(quiet_trainer, tiny_images):
-    made = module(discriminator=critic(), discriminator_start=3)
+    made = module(adversarial=adversary(start=3))
     before, changed = copy.deepcopy(made.discriminator.state_dict()), []
 
     def has_changed():
@@ -117,7 +123,7 @@ def test_steps_are_those_of_the_autoencoder_and_the_discriminator_starts_at_one(
 
 def test_discriminator_learns_to_tell_images_from_reconstructions(quiet_trainer, tiny_images):
     frozen = functools.partial(torch.optim.SGD, lr=0.0)  # the autoencoder
-    made, data = module(discriminator=critic(), optimizer=frozen), tiny_images(shape=SHAPE)
+    made, data = module(adversarial=adversary(), optimizer=frozen), tiny_images(shape=SHAPE)
     quiet_trainer(max_steps=30, limit_val_batches=0).fit(made, data)
     images = data.image_set.images[data.train_indices].float() / 127.5 - 1
     with torch.no_grad():
@@ -127,8 +133,8 @@ def test_discriminator_learns_to_tell_images_from_reconstructions(quiet_trainer,
 
 def test_autoencoder_moves_towards_what_the_discriminator_takes_for_real(quiet_trainer, tiny_images, monkeypatch):
     frozen = functools.partial(torch.optim.SGD, lr=0.0)  # the discriminator
-    made = module(discriminator=critic(), discriminator_optimizer=frozen, kl_weight=0.0)
-    monkeypatch.setattr(made, "_adaptive_weight", lambda fidelity, adversarial: 1e6)  # nothing else counts
+    made = module(adversarial=adversary(optimizer=frozen), kl_weight=0.0)
+    monkeypatch.setattr(made.adversarial, "adaptive_weight", lambda *losses: 1e6)  # nothing else counts
     data = tiny_images(shape=SHAPE)
     data.setup()
     images = data.image_set.images[data.train_indices].float() / 127.5 - 1
@@ -220,7 +226,7 @@ def test_learned_variance_is_in_the_optimiser(quiet_trainer, tiny_images, learne
 
 
 def test_average_moves_once_a_step_with_warm_up(quiet_trainer, tiny_images):
-    made, raw = module(discriminator=critic(), ema_decay=0.5), []
+    made, raw = module(adversarial=adversary(), ema_decay=0.5), []
     expected = made.autoencoder.decoder.conv_out.bias.detach().clone()
     made.on_train_batch_end = lambda *args: raw.append(made.autoencoder.decoder.conv_out.bias.detach().clone())
     quiet_trainer(max_steps=4, limit_val_batches=0).fit(made, tiny_images(shape=SHAPE))
@@ -245,18 +251,16 @@ def test_scores_of_images_are_those_of_scikit_image():
     images, others = noise(2, 3, 24, 24), (noise(2, 3, 24, 24) + 0.2 * noise(2, 3, 24, 24, seed=1)).clamp(-1, 1)
     for i in range(2):
         pair = images[i].numpy(), others[i].numpy()
-        assert training.psnr(images, others)[i].item() == pytest.approx(
-            peak_signal_noise_ratio(*pair, data_range=2), abs=1e-4
-        )
+        assert psnr(images, others)[i].item() == pytest.approx(peak_signal_noise_ratio(*pair, data_range=2), abs=1e-4)
         options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0}
         # theirs leaves out the border, which ours mirrors
         padded = (np.pad(one, ((0, 0), (5, 5), (5, 5)), mode="reflect") for one in pair)
         expected = structural_similarity(*padded, data_range=2, **options)
-        assert training.ssim(images, others)[i].item() == pytest.approx(expected, abs=1e-4)
+        assert ssim(images, others)[i].item() == pytest.approx(expected, abs=1e-4)
         with torch.autocast("cpu", torch.bfloat16):  # as in validation
-            assert training.ssim(images, others)[i].item() == pytest.approx(expected, abs=1e-4)
-    assert training.psnr(images, images).tolist() == [100, 100]
-    assert training.ssim(images, images).tolist() == pytest.approx([1, 1])
+            assert ssim(images, others)[i].item() == pytest.approx(expected, abs=1e-4)
+    assert psnr(images, images).tolist() == [100, 100]
+    assert ssim(images, images).tolist() == pytest.approx([1, 1])
 
 
 def validated(made, data, quiet_trainer) -> tuple[dict, torch.Tensor]:
@@ -269,13 +273,13 @@ def test_validation_tells_the_moments_of_the_latents(quiet_trainer, tiny_images)
     logged, images = validated(made, data, quiet_trainer)
     with torch.no_grad():
         posterior = made.ema_autoencoder.encode(images).latent_dist
-        psnr = training.psnr(images, reconstruct(made.ema_autoencoder, images)).mean()
+        expected = psnr(images, reconstruct(made.ema_autoencoder, images)).mean()
     signal, noise_share = posterior.mean.var(dim=(0, 2, 3), correction=0).mean(), posterior.var.mean()
     std = (posterior.mean.var(correction=0) + noise_share).sqrt()
     assert logged["val/latent_mean"] == pytest.approx(posterior.mean.mean().item(), abs=1e-5)
     assert logged["val/latent_std"] == pytest.approx(std.item(), rel=1e-4)
     assert logged["val/latent_signal"] == pytest.approx((signal / (signal + noise_share)).item(), rel=1e-3)
-    assert logged["val/psnr"] == pytest.approx(psnr.item(), abs=1e-3)
+    assert logged["val/psnr"] == pytest.approx(expected.item(), abs=1e-3)
     assert made.latent_std == pytest.approx(logged["val/latent_std"])
 
 
@@ -316,7 +320,7 @@ def fit_with_critic_loss(losses, quiet_trainer, tiny_images, monkeypatch):
     given = iter(losses)
     monkeypatch.setattr(training, "hinge_loss", lambda real, fake: 0 * (real.mean() + fake.mean()) + next(given))
     trainer = quiet_trainer(max_steps=len(losses), limit_val_batches=0, log_every_n_steps=1)
-    trainer.fit(module(discriminator=critic()), tiny_images(shape=SHAPE))
+    trainer.fit(module(adversarial=adversary()), tiny_images(shape=SHAPE))
 
 
 @pytest.mark.parametrize(
@@ -353,8 +357,7 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(quiet_trainer, tiny_im
     def fit(max_steps, **options):
         made = module(
             make(),
-            discriminator=critic(),
-            discriminator_start=1,
+            adversarial=adversary(start=1),
             restart_codes_after=2,
             lr_warmup_steps=3,
             learn_variance=True,
@@ -461,7 +464,7 @@ def test_published_autoencoder_has_its_published_number_of_parameters():
 def test_checkpoint_of_another_autoencoder_is_refused(trained_file, quiet_trainer, tiny_images):
     _, path = trained_file(kl_net())
     other = module(kl_net(latent_channels=3))
-    with pytest.raises(ValueError, match="latent_channels: 2 in the checkpoint, 3 here"):
+    with pytest.raises(ValueError, match="latent_channels was 2, is 3"):
         quiet_trainer(max_steps=4).fit(other, tiny_images(shape=SHAPE), ckpt_path=path)
 
 
@@ -469,7 +472,7 @@ def test_checkpoint_of_another_autoencoder_is_refused(trained_file, quiet_traine
 def squeezenet(tmp_path, monkeypatch):
     """Random weights where torchvision's would be, as a stand-in."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    path = tmp_path / "cache" / "hub" / "checkpoints" / training.PERCEPTUAL_FILES["squeeze"]
+    path = tmp_path / "cache" / "hub" / "checkpoints" / PERCEPTUAL_FILES["squeeze"]
     path.parent.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(squeezenet1_1().state_dict(), path)
@@ -505,7 +508,7 @@ def test_missing_weights_of_the_perceptual_network_are_named(tmp_path, monkeypat
     [
         ("reconstruction must be one of l1, l2", {"reconstruction": "l3"}),
         ("kl_weight must be 0 or more, got -1", {"kl_weight": -1.0}),
-        ("discriminator_start must be 0 or more", {"discriminator_start": -1}),
+        ("restart_codes_after must be 0 or more", {"restart_codes_after": -1}),
         ("ema_decay", {"ema_decay": 1.0}),
         (
             "got UNet2DModel",
@@ -527,9 +530,12 @@ def test_impossible_settings_are_refused(message, options):
     [
         ("the images have 3 channels and the autoencoder takes 1", lambda: module(), (3, 16, 16)),
         ("multiples of 2, got 15 x 16", lambda: module(), (1, 15, 16)),
-        ("the discriminator takes 3", lambda: module(discriminator=PatchDiscriminator(3, num_layers=1)), SHAPE),
-        ("images of 24 pixels", lambda: module(discriminator=PatchDiscriminator(1, channels=32)), SHAPE),
-        ("set trainer.max_steps", lambda: module(lr_decay="cosine"), SHAPE),
+        (
+            "the discriminator takes 3",
+            lambda: module(adversarial=adversary(PatchDiscriminator(3, num_layers=1))),
+            SHAPE,
+        ),
+        ("images of 24 pixels", lambda: module(adversarial=adversary(PatchDiscriminator(1, channels=32))), SHAPE),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(quiet_trainer, tiny_images, message, made, shape):
@@ -544,6 +550,7 @@ def test_what_does_not_fit_is_refused_before_training(quiet_trainer, tiny_images
         (r"attention_levels must be in \[0, 2\), got 2", lambda: kl_net(attention_levels=[2])),
         ("multiple of 32, got 8", lambda: PatchDiscriminator(1, channels=8)),
         ("num_layers must be at least 1", lambda: PatchDiscriminator(1, num_layers=0)),
+        ("adversarial.start and weight must be 0 or more, got -1 and 0.5", lambda: adversary(start=-1)),
     ],
 )
 def test_impossible_networks_are_refused(message, make):

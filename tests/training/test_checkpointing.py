@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
-from unet_diffusion.training.checkpointing import RunCheckpoint, WholeCheckpoints, is_within_step, newest_good
+from unet_diffusion.training.checkpointing import RunCheckpoint, WholeCheckpoints, newest_good
+from unet_diffusion.training.lightning_internals import is_within_step
 
 
 @pytest.fixture
@@ -63,11 +64,11 @@ def test_newest_checkpoint_that_is_whole_is_found(tmp_path, damage):
     last = tmp_path / "last.ckpt"
     assert newest_good(tmp_path) == (last, 2)
     last.write_bytes(damage(last.read_bytes()))
-    with pytest.warns(UserWarning, match=r"last\.ckpt is passed over: .*(is damaged|only a part of one)"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is not used: .*(is damaged|only a part of one)"):
         assert newest_good(tmp_path) == (tmp_path / "previous.ckpt", 1)
     (tmp_path / "previous.ckpt").unlink()
     with (
-        pytest.warns(UserWarning, match="passed over"),
+        pytest.warns(UserWarning, match="not used"),
         pytest.raises(ValueError, match=r"is whole \(last\.ckpt\); remove the folder"),
     ):
         newest_good(tmp_path)
@@ -140,6 +141,6 @@ def test_run_that_goes_on_with_other_steps_says_so(tiny_digits, run_cli, tmp_pat
     assert run_cli("fit", *arguments)[0] == 0
     arguments += ["--trainer.max_steps", 6, "--trainer.accumulate_grad_batches", 2, "--trainer.devices", 1]
     changed = "trainer.accumulate_grad_batches was 1, is 2; trainer.devices was auto, is 1"
-    with pytest.warns(UserWarning, match=f"goes on with other settings than it had: {changed}$"):
+    with pytest.warns(UserWarning, match=f"continues with other settings than it had: {changed}$"):
         status, _, err = run_cli("fit", *arguments)
     assert status == 0, err

@@ -458,7 +458,7 @@ def test_checkpoint_of_another_network_is_refused_with_what_differs(tiny_module,
     trainer.fit(tiny_module(), tiny_images(class_names=None))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     other = tiny_module(num_class_embeds=2)
-    with pytest.raises(ValueError, match="num_class_embeds: None in the checkpoint, 2 here") as error:
+    with pytest.raises(ValueError, match="num_class_embeds was None, is 2") as error:
         quiet_trainer(max_steps=2).fit(other, tiny_images(), ckpt_path=tmp_path / "one.ckpt")
     assert not re.search(r"size mismatch|Missing key", str(error.value))
 
@@ -504,7 +504,7 @@ def test_checkpoint_of_another_prediction_type_is_refused(tiny_module, tiny_imag
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     module = tiny_module()
     module.schedule = NoiseSchedule(prediction_type="sample")
-    with pytest.raises(ValueError, match=r"prediction_type: .* in the checkpoint, sample here"):
+    with pytest.raises(ValueError, match="prediction_type was v_prediction, is sample"):
         quiet_trainer(max_steps=2).fit(module, tiny_images(class_names=None), ckpt_path=tmp_path / "one.ckpt")
 
 
@@ -515,5 +515,5 @@ def test_checkpoint_of_another_program_is_refused(tiny_module, tiny_images, quie
     checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
     del checkpoint["denoiser"]
     torch.save(checkpoint, tmp_path / "one.ckpt")
-    with pytest.raises(ValueError, match="must have an entry 'denoiser'"):
+    with pytest.raises(ValueError, match="the checkpoint holds no denoiser: another task or another program"):
         quiet_trainer(max_steps=2).fit(tiny_module(), tiny_images(class_names=None), ckpt_path=tmp_path / "one.ckpt")

@@ -278,7 +278,7 @@ def test_run_that_is_told_to_stop_saves_and_ends_with_the_status_of_the_signal(r
         stopped.start()
         assert stopped.status() == 128 + signum, stopped.log.read_text()
         assert stopped.last()["global_step"] == step
-        assert f"stopped at step {step}; the same command goes on from there" in stopped.log.read_text()
+        assert f"stopped at step {step}; the same command continues from there" in stopped.log.read_text()
     stopped.start()
     assert stopped.status() == 0, stopped.log.read_text()
     assert_same(stopped, untouched(24))
@@ -308,7 +308,7 @@ def test_run_that_fails_goes_on_from_its_checkpoint(run, untouched):
         *("failed_run", 24, "--allow=faults", "--trainer.callbacks+=faults.FullDisk"),
         "--trainer.callbacks+=faults.FailsInValidation",
     )
-    full = "make room, and the same command goes on from the checkpoint before"
+    full = "make room, and the same command continues from the checkpoint before"
     for said, step in ((full, 6), ("the validation failed", 9)):
         failed.start()
         assert failed.status() == 1
@@ -358,8 +358,8 @@ def test_damaged_checkpoint_is_said_and_the_one_before_is_used(run, untouched):
     last.write_bytes(content)  # step_*.ckpt is the same file under another name
     hurt.start()
     assert hurt.status() == 0, hurt.log.read_text()
-    assert re.search(rf"{last.relative_to(hurt.folder.parent)} is passed over: .* is damaged", hurt.log.read_text())
-    assert f"goes on from step {before['global_step']} (previous.ckpt)" in hurt.log.read_text()
+    assert re.search(rf"{last.relative_to(hurt.folder.parent)} is not used: .* is damaged", hurt.log.read_text())
+    assert f"continues from step {before['global_step']} (previous.ckpt)" in hurt.log.read_text()
     assert before["global_step"] < step
     assert_same(hurt, untouched(24))
 

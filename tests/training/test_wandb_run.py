@@ -163,7 +163,7 @@ def test_training_goes_on_if_the_process_of_wandb_fails(fit, tmp_path, monkeypat
         log(run, data, *arguments, **options)
 
     monkeypatch.setattr(Run, "log", fail_at_the_third)
-    with pytest.warns(UserWarning, match="W&B has failed .*Connection lost.* training and the other logs go on"):
+    with pytest.warns(UserWarning, match="W&B has failed .*Connection lost.* training and the other logs continue"):
         status, err = fit()
     assert status == 0, err
     assert len(told) == 3

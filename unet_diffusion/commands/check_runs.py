@@ -1,6 +1,6 @@
-"""Whether the runs of `two-stages` can begin: both are built, and nothing is trained or written.
+"""Checks that the runs of `two-stages` can begin: it builds both, and trains and writes nothing.
 
-In a process of its own, as the stages are, so that nothing stays in the memory of the one that waits for them:
+It runs in a process of its own, as the stages do, so that nothing stays in the memory of the process that waits:
 
     python -m unet_diffusion.commands.check_runs '{"autoencoder": [WORDS OF fit], "denoiser": [WORDS OF fit]}'
 """
@@ -17,7 +17,7 @@ from unet_diffusion.runtime.messages import UsageError, in_words
 
 
 def check_runs(runs: dict[str, Sequence[str]]) -> None:
-    """Build what the stages would train, and see whether they fit each other.
+    """Build the networks and data of both stages, and check that they fit each other.
 
     Args:
         runs: The arguments of fit, its name first, of "autoencoder" and "denoiser".

@@ -1,9 +1,9 @@
-"""What a configuration may name, as it may come from anyone: classes of this package and a few others.
+"""The classes that a configuration may name: those of this package and a few others. It may come from anyone.
 
-The parser, jsonargparse, imports what a configuration names, and builds it with arguments from there. It does so only
-for what lies below ALLOWED; anything else, a user's own classes too, is refused before it is imported, unless the user
-allows its module on the command line. The parser checks that a class is of the kind that is asked for. A function is
-neither called nor handed on, but for FACTORIES and those of modules that the user allows.
+The parser, jsonargparse, imports the classes that a configuration names, and builds them with arguments from there. It
+does so only for classes below ALLOWED. Any other class, also one of the user's own, is refused before it is imported,
+unless the user allows its module on the command line. The parser checks that a class is of the required kind. Functions
+are neither called nor passed on, except for FACTORIES and functions of modules that the user allows.
 """
 
 import re
@@ -47,8 +47,8 @@ FACTORIES = (
     "unet_diffusion.models.autoencoders.kl_autoencoder",
     "unet_diffusion.models.autoencoders.vq_autoencoder",
     "unet_diffusion.models.autoencoders.pretrained_autoencoder",
-    "unet_diffusion.training.autoencoder.adam_of_gans",  # the last two are defaults
-    "unet_diffusion.training.base.default_optimizer",
+    "unet_diffusion.training.optimizers.adam_of_gans",  # the last two are defaults
+    "unet_diffusion.training.optimizers.default_optimizer",
 )
 WRITE = ("checkpoint", *(f"trainer.{name}" for name in ("callbacks", "logger", "profiler", "plugins", "strategy")))
 FOLDERS = ("dirpath", "save_dir", "root_dir", "log_dir", "dir")  # arguments that are relative to the current folder
@@ -63,10 +63,13 @@ _once_allowed: set[str] = set()
 
 
 def refuse_names_but(modules: Sequence[str]) -> None:
-    """Have the parser import only what lies below ALLOWED or these modules, and build nothing where any value will do.
+    """Have the parser import only from ALLOWED and these modules, and build no class where any value is accepted.
+
+    Args:
+        modules: Modules of the user's own.
 
     Raises:
-        ValueError: If one is no name of a module.
+        ValueError: If a module has no valid name.
     """
     before = sorted(_once_allowed - {*ALLOWED, *modules})  # the parser adds to what it was told
     set_parsing_settings(
@@ -82,10 +85,10 @@ def check_names(settings: Any, modules: Sequence[str]) -> None:
 
     Args:
         settings: Nested namespaces, dicts and lists.
-        modules: Those whose functions the user allows.
+        modules: Modules of the user's own, whose functions are allowed.
 
     Raises:
-        ValueError: If it names one; nothing has been called then.
+        ValueError: If it names a function; no function has been called then.
     """
     for place, value in _named(settings):
         path = f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', value)}"
@@ -105,7 +108,7 @@ def check_written(settings: Any, run: Path) -> None:
         run: The run folder.
 
     Raises:
-        ValueError: If they could.
+        ValueError: If one could.
     """
     if OTHER_FILE_SYSTEM.match(str(run)):
         raise ValueError(f"trainer.default_root_dir must be a folder, got {run}")
@@ -140,7 +143,7 @@ def _is_below(path: str, module: str) -> bool:
 
 
 def _leaves(settings: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value with the names that lead to it, dots between them."""
+    """Each value of nested settings, with the names that lead to it, joined by dots."""
     if isinstance(settings, Namespace):
         settings = vars(settings)
     if isinstance(settings, dict):
@@ -154,7 +157,7 @@ def _leaves(settings: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _named(settings: Any) -> Iterator[tuple[str, Any]]:
-    """Each class, function or the like that a configuration names, with the place where it does."""
+    """Each class or function that a configuration names, with its place in the configuration."""
     for place, value in _leaves(settings):
         if place.rpartition(".")[2] == "class_path" and isinstance(value, str):
             yield place, _loaded(value)
@@ -163,7 +166,7 @@ def _named(settings: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _loaded(path: str) -> Any:
-    """What stands under a name in the modules that are loaded; None without importing any."""
+    """The object of that name in the modules that are loaded; None if there is none. Nothing is imported."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         value: Any = sys.modules.get(".".join(parts[:end]))

@@ -1,4 +1,4 @@
-"""What jsonargparse says of a wrong configuration, in a sentence: it tells of each type that it tried, line by line."""
+"""Shortens the errors of jsonargparse to a sentence; its own have a line for each type that it tried."""
 
 import re
 from collections.abc import Iterable
@@ -25,11 +25,11 @@ NOISE = re.compile(r"Subtypes: |Errors:|Given value type: |Given value: |Expecte
 
 
 def in_short(message: str, known: Iterable[str]) -> str:
-    """What jsonargparse says: which value is wrong and what it must be, with the name that was meant.
+    """A sentence that says which value or name is wrong, what it must be, and which name may have been meant.
 
     Args:
-        message: The text of its error.
-        known: Options that there are.
+        message: The text of jsonargparse's error.
+        known: The options of the command.
     """
     line = " ".join(message.split())
     short = _of_names(line, known) or _of_values(message)
@@ -39,7 +39,7 @@ def in_short(message: str, known: Iterable[str]) -> str:
 
 
 def _of_names(line: str, known: Iterable[str]) -> str | None:
-    """Of an option or a class that is not there, or that may not be named."""
+    """The sentence for an option or class that does not exist or may not be named; None for other errors."""
     if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", line):
         name = unknown[1] or unknown[2]
         similar = did_you_mean(name, (option.removeprefix("--") for option in known)) or "; --help lists the options"
@@ -47,16 +47,16 @@ def _of_names(line: str, known: Iterable[str]) -> str | None:
     if no_class := re.search(r'key "([^"]+)".*Expected a dot import path string: (\w+)', line):
         return f"{no_class[1]}: there is no class {no_class[2]}{did_you_mean(no_class[2], unet_diffusion.data.__all__)}"
     if denied := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", line):
-        refused = f"{denied[1]} is not among what a configuration may name"
+        refused = f"a configuration may not name {denied[1]}"
         module = denied[1].rpartition(".")[0]
         return f"{refused}; if you trust it, add --allow {module} to the command line" if denied[2] == "*" else refused
     if no_name := re.search(r"Problem with given class_path '([\w.]+)': module '[\w.]+' has no attribute", line):
-        return f"there is no class {no_name[1]}; see whether it is spelt right"
+        return f"there is no class {no_name[1]}; check its spelling"
     return None
 
 
 def _of_values(message: str) -> str:
-    """Of a value that is of no kind that it may be, or that a class refuses."""
+    """The sentence for a value of the wrong type, or one that a class refuses."""
     keys, kinds, reasons, value = list[str](), list[str](), list[str](), None
     for text in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if key := re.match(r'Parser key "([^"]+)":\s*', text):

@@ -33,6 +33,10 @@ class KnownImages(LightningDataModule):
         """The name of each image, and a text that changes with what it holds; None: the images are streamed."""
         raise NotImplementedError(f"{type(self).__name__} must define names_and_contents()")
 
+    def test_dataloader(self) -> Any:
+        """The validation batches: `trainer.test` measures on them."""
+        return self.val_dataloader()
+
     def state_dict(self) -> dict[str, Any]:
         """Hashes of names and of contents, (N,) int64 each, and which images are validated on, (N,) bool."""
         if self._hashes is None:

@@ -28,6 +28,7 @@ from unet_diffusion.runtime.messages import printable
 from unet_diffusion.runtime.pictures import image_grid, write_png
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.base import NetworkModule
+from unet_diffusion.training.lightning_internals import data_of, is_trial, log_interval
 
 if TYPE_CHECKING:
     from unet_diffusion.training.autoencoder import AutoencoderModule
@@ -59,7 +60,7 @@ class DataSummary(Callback):
         if not trainer.is_global_zero:
             return
         notes = module.data_notes() if isinstance(module, NetworkModule) else []
-        for line in [*trainer.datamodule.summary(), *notes]:  # type: ignore[attr-defined]  # set at runtime
+        for line in [*data_of(trainer).summary(), *notes]:
             rank_zero_info(printable(line))
 
 
@@ -82,7 +83,7 @@ class PictureGrid(Callback):
         raise NotImplementedError(f"{type(self).__name__} must define picture()")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set at runtime
+        if trainer.is_global_zero and not is_trial(trainer):
             (run_folder(trainer) / "samples.png").unlink(missing_ok=True)  # of fewer steps
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -94,14 +95,14 @@ class PictureGrid(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._drawn_at or self._drawn_at == 0:
             self._draw(trainer, pl_module, run_folder(trainer) / "samples.png")
-        elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set at runtime
+        elif trainer.is_global_zero and not is_trial(trainer):
             last = run_folder(trainer) / "samples" / f"step_{trainer.global_step:07d}.png"
             with atomic_write(run_folder(trainer) / "samples.png") as partial:
                 shutil.copyfile(last, partial)
 
     def _draw(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
         """By the first process; a network that is shared out runs on all of them at once."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        if is_trial(trainer):
             return
         if trainer.is_global_zero or getattr(module, "is_sharded", False):
             picture = self.picture(trainer, module)
@@ -152,7 +153,7 @@ class SampleGrid(PictureGrid):
         """
         if stage != "fit":
             return
-        codec = getattr(trainer.datamodule, "codec", None)  # type: ignore[attr-defined]  # set at runtime
+        codec = getattr(data_of(trainer), "codec", None)
         if codec is not None:
             codec.check()
             codec.release()
@@ -205,7 +206,7 @@ class SampleGrid(PictureGrid):
 
     def examples(self, trainer: Trainer, module: "DiffusionModule") -> tuple[dict[str, Tensor], Tensor | None]:
         """What the conditions read of the first validation images, by turns, and what the network is shown of them."""
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set at runtime
+        data = data_of(trainer)
         numbers, found = self._shown(trainer), ImageBatches(data.image_set)
         parts, seen = [], []
         for first in range(0, len(numbers), data.batch_size):
@@ -226,7 +227,7 @@ class SampleGrid(PictureGrid):
 
     def _shown(self, trainer: Trainer) -> list[int]:
         """Numbers of the first validation images, by turns."""
-        kept_apart = trainer.datamodule.val_indices.tolist()  # type: ignore[attr-defined]  # set at runtime
+        kept_apart = data_of(trainer).val_indices.tolist()
         return [kept_apart[i % len(kept_apart)] for i in range(self.num_images)]
 
 
@@ -243,7 +244,7 @@ class SegmentationGrid(PictureGrid):
         self.num_images = num_images
 
     def picture(self, trainer: Trainer, module: "SegmentationModule") -> Image:
-        data = cast(SegmentationDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set at runtime
+        data = cast(SegmentationDataModule, data_of(trainer))
         shown = [data.whole(index) for index in data.val_indices[: self.num_images].tolist()]
         predictions = [module.probabilities(one["images"]).argmax(dim=0).numpy() for one in shown]
         return comparison([one["images"] for one in shown], [one["classes"].numpy() for one in shown], predictions)
@@ -267,7 +268,7 @@ class ReconstructionGrid(PictureGrid):
         self.num_images = num_images
 
     def picture(self, trainer: Trainer, module: "AutoencoderModule") -> Image:
-        data = cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]  # set at runtime
+        data = cast(ImageDataModule, data_of(trainer))
         columns = min(self.num_images, PAIRS_IN_A_ROW, len(data.val_indices))
         num_shown = min(self.num_images, len(data.val_indices)) // columns * columns  # whole rows
         shown = ImageBatches(data.image_set)[data.val_indices[:num_shown].tolist()]
@@ -315,8 +316,8 @@ class RunProgressBar(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self._bar is None:
             return
-        # Reading a loss waits for the device: not each step. Lightning sets log_every_n_steps at runtime.
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        # Reading a loss waits for the device: not each step.
+        every = log_interval(trainer)
         if every and trainer.global_step % every == 0:
             losses = {
                 key: f"{value:.4f}" for key, value in self.get_metrics(trainer, pl_module).items() if key != "v_num"

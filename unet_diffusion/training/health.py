@@ -1,4 +1,4 @@
-"""Notices a run that goes wrong: gradients that are not finite, memory that does not suffice."""
+"""Detects a run that goes wrong: gradients that are not finite, and memory that does not suffice."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from unet_diffusion.runtime.atomic_files import atomic_write
+from unet_diffusion.training.lightning_internals import log_interval
 
 MAX_BAD_STEPS = 10  # in a row; one outlier is skipped, a run of them is no outlier
 MAX_BAD_STEPS_IN_FLOAT16 = 30  # in a row: each halves the scale of the losses, from 2^16 until gradients fit
@@ -18,14 +19,14 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAlloca
 
 
 class SkipBadSteps(Callback):
-    """Leaves out optimiser steps whose gradients are not finite, and ends a run of them.
+    """Skips optimiser steps whose gradients are not finite, and ends the run after too many in a row.
 
-    Gradients are looked at after they were summed over processes, so that all of them do the same. A fused optimiser
-    is told on the device, as `torch.amp.GradScaler` does it; another one, or one of sharded weights, is left without
-    gradients, for which one number is read. `train/skipped_steps` counts those of the run, of all its optimisers, and
-    is read when losses are logged; if ten in a row were skipped by then, the run ends, and `bad_batch_RANK.pt` in its
-    folder holds the last batch. In float16 a GradScaler skips the steps, some of them to find its scale: they are
-    counted too, and thirty in a row end the run.
+    Gradients are checked after they were summed over processes, so that all processes do the same. A fused optimiser
+    skips the step on the device, as `torch.amp.GradScaler` has it do. Any other optimiser, and one of sharded weights,
+    is left without gradients, for which one number is read from the device. `train/skipped_steps` counts the skipped
+    steps of the run, of all its optimisers, and is read when losses are logged. If ten in a row were skipped by then,
+    the run ends, and `bad_batch_RANK.pt` in its folder holds the last batch. In float16 a GradScaler skips the steps,
+    some of them to find its scale: they are counted too, and thirty in a row end the run.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,13 @@ class SkipBadSteps(Callback):
         self._looked_at = 0  # step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Of the optimiser itself, not Lightning's wrapper; Lightning calls it, or who steps past Lightning."""
+        """Check the gradients; modules that step without Lightning call it themselves.
+
+        Args:
+            trainer: The run's trainer.
+            pl_module: The module, which gets the norm of the gradients.
+            optimizer: The optimiser itself, not Lightning's wrapper.
+        """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         is_sharded = isinstance(norm, DTensor)
@@ -55,7 +62,7 @@ class SkipBadSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = trainer.log_every_n_steps or MAX_BAD_STEPS  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        every = log_interval(trainer) or MAX_BAD_STEPS
         step = trainer.global_step
         if step % every or step == self._looked_at:  # with accumulation, several batches end at the same step
             return
@@ -71,9 +78,9 @@ class SkipBadSteps(Callback):
             path = Path(trainer.default_root_dir) / f"bad_batch_{trainer.global_rank}.pt"
             keep_batch(path, batch, step)
             raise RuntimeError(
-                f"the gradients of {most} steps in a row, to step {step} or shortly before, were not finite; they were "
+                f"the gradients of {most} steps in a row, up to about step {step}, were not finite; the steps were "
                 f"skipped, and the weights are as before them. The last batch is in {path}. Look for images or labels "
-                "that are not numbers; else lower --model.optimizer.init_args.lr and start afresh"
+                "that are not numbers; otherwise lower --model.optimizer.lr and start again"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +91,7 @@ class SkipBadSteps(Callback):
         self._reported = state_dict["skipped"]
 
     def _read(self) -> tuple[int, int]:
-        """How many were skipped, and the most in a row since the losses were logged last; waits for the device."""
+        """The number of skipped steps, and the most in a row since losses were last logged; waits for the device."""
         counts = [[int(number) for number in one.tolist()] for one in self._counts.values()]
         return sum(total for total, *_ in counts), max((most for *_, most in counts), default=0)
 
@@ -94,25 +101,25 @@ def _has_scaler(trainer: Trainer) -> bool:
 
 
 def keep_batch(path: Path, batch: dict[str, Tensor], step: int) -> None:
-    """Write a batch and its step, to be read by `torch.load(path, weights_only=True)`."""
+    """Write a batch and its step to a file that `torch.load(path, weights_only=True)` reads."""
     with atomic_write(path) as partial:
         torch.save({"step": step, **{name: value.cpu() for name, value in batch.items()}}, partial)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
+    """Whether an error says that a device or the host had no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def memory_advice(
     error: BaseException, batch_size: int | None, accumulate_grad_batches: int, smaller_precision: str | None
 ) -> str:
-    """What to change, after `is_out_of_memory`.
+    """An error message that says what to change when memory does not suffice.
 
     Args:
-        error: What was raised.
-        batch_size: Images of a batch; None if unknown.
-        accumulate_grad_batches: Batches of a step.
+        error: The error that was raised.
+        batch_size: The number of images in a batch; None if unknown.
+        accumulate_grad_batches: The number of batches in a step.
         smaller_precision: The trainer's precision that would take less memory here; None if there is none.
     """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

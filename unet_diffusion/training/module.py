@@ -7,8 +7,9 @@ The training of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 1), 
 
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -21,14 +22,18 @@ from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_we
 from unet_diffusion.diffusion.parts import all_conditions
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.record import channels_beside, denoiser_record, network_record
+from unet_diffusion.inference.record import channels_beside, denoiser_record, network_record, read_denoiser
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
-from unet_diffusion.training.base import LRDecay, NetworkModule, averaged_copy, check_choice, default_optimizer
+from unet_diffusion.training.averaging import averaged_copy
+from unet_diffusion.training.base import NetworkModule, check_choice
+from unet_diffusion.training.lightning_internals import log_interval, total_batches
+from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 
 FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
+USUAL_DROPOUT = 0.1  # of labels (Ho & Salimans 2022), where a checkpoint does not say
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly however many there are
 
 
@@ -59,6 +64,9 @@ class DiffusionModule(NetworkModule):
     Raises:
         ValueError: If the settings contradict each other, or (in `setup`) the data.
     """
+
+    unet: PixelNetwork
+    ema_unet: PixelNetwork
 
     record_key = "denoiser"
 
@@ -178,6 +186,23 @@ class DiffusionModule(NetworkModule):
         conditions = [network_record(cast(Condition, one)) for one in self.conditions]
         return {**kept, **_space_identity(space), "conditions": _conditions_identity(conditions)}
 
+    @classmethod
+    def rebuilt(
+        cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
+    ) -> Self:
+        trained = read_denoiser(path, allow=allow)
+        if trained.null_label is None:
+            arguments["label_dropout"] = 0.0
+        elif not arguments.get("label_dropout"):
+            arguments["label_dropout"] = USUAL_DROPOUT
+        conditions = cast(list[Condition], list(trained.conditions))
+        parts = {"codec": trained.codec, "conditions": conditions}
+        module = cls(trained.unet, trained.schedule, **{**arguments, **parts})
+        module.image_shape, module.class_names = trained.sample_shape, trained.class_names
+        for condition in module.all_conditions:
+            condition.bind_sample_shape(module.image_shape)
+        return module
+
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
         kept = {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
@@ -196,7 +221,7 @@ class DiffusionModule(NetworkModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The weighted loss of a batch at random timesteps."""
         # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would have.
-        step = self.trainer.fit_loop.total_batch_idx
+        step = total_batches(self.trainer)
         x0, entries = self._encoded(batch, step)
         if self.image_shape is None:
             channels, height, width = x0.shape[1:]
@@ -235,10 +260,10 @@ class DiffusionModule(NetworkModule):
     def on_validation_epoch_end(self) -> None:
         sums, counts = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
         # Equal on all processes; sync_dist lets callbacks on each of them monitor it.
-        self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, sync_dist=True)
+        self.log(f"{self.scores_prefix}/loss", sums.sum() / counts.sum(), prog_bar=True, sync_dist=True)
         for quarter in range(NUM_QUARTERS):
             if counts[quarter] > 0:
-                self.log(f"val/loss_q{quarter + 1}", sums[quarter] / counts[quarter], sync_dist=True)
+                self.log(f"{self.scores_prefix}/loss_q{quarter + 1}", sums[quarter] / counts[quarter], sync_dist=True)
 
     def fixed_timesteps(self, index: Tensor) -> Tensor:
         """The timestep at which each image is validated, (B,) int64: even over the range, whatever the batches.
@@ -306,7 +331,7 @@ class DiffusionModule(NetworkModule):
 
     def _log_quarters(self, errors: Tensor, t: Tensor) -> None:
         """Logs the error in each quarter of the noise range, for the step at which Lightning writes its log."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it at runtime
+        every = log_interval(self.trainer)
         # A smaller batch may leave a quarter empty; counting would wait for the device.
         if not every or (self.trainer.global_step + 1) % every or len(t) < FILLS_EVERY_QUARTER:
             return

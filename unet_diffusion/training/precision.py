@@ -81,7 +81,7 @@ def precision_before(
         return (before,)  # float16 on a GPU that has bfloat16
     reason = "" if _is_in_hardware(before, device) else ", which this machine does not have in hardware"
     names = " or ".join(NAMES[dtype] for dtype in possible)
-    rank_zero_info(f"the run was in {NAMES[before]}{reason}; it goes on in {names}")
+    rank_zero_info(f"the run was in {NAMES[before]}{reason}; it continues in {names}")
     return possible
 
 

@@ -1,18 +1,20 @@
-"""Trains a segmenter: a class for each pixel of a window, and validation on whole images.
+"""Trains a segmenter on windows, to give each pixel a class, and validates it on whole images.
 
-The training of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597) with its weighted cross-entropy, or the Dice
-loss, or both; of a SegmentationUNet, of a DenoiserUNet at a fixed timestep, or of a classifier of denoiser features.
+The loss is the weighted cross-entropy of Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597), the Dice loss, or
+both. The network is a SegmentationUNet, a DenoiserUNet at a fixed timestep, or a classifier of a denoiser's features.
 """
 
+import os
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.inference.record import segmenter_record
+from unet_diffusion.inference.record import read_segmenter, segmenter_record
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
@@ -21,30 +23,40 @@ from unet_diffusion.segmentation.labels import BACKGROUND, NO_VALUE
 from unet_diffusion.segmentation.losses import SegmentationLoss, segmentation_loss
 from unet_diffusion.segmentation.prediction import class_scores
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
-from unet_diffusion.training.base import LRDecay, NetworkModule, check_choice, default_optimizer
+from unet_diffusion.training.base import NetworkModule, check_choice
+from unet_diffusion.training.optimizers import LRDecay, default_optimizer
+from unet_diffusion.training.prediction import images_of
 
 
 class SegmentationModule(NetworkModule):
     """A network that gives each pixel a class, and how it is trained.
 
-    Batches are those of `SegmentationDataModule`.
+    Batches are those of `SegmentationDataModule`. `trainer.predict` takes images of any size, in [-1, 1], and gives the
+    class probabilities of each, (K, H, W).
 
     Args:
-        unet: the network to train; its out_channels are the classes.
+        unet: The network to train; its out_channels are the classes.
         loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum.
-        timestep: given to a network with a timestep embedding, such as a DenoiserUNet; 0 means almost no noise.
-        init_from: a denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
-            pipeline folder. What was taken over is printed.
-        optimizer: makes the optimiser from the parameters.
-        lr_warmup_steps: optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
+        timestep: The timestep for a network with a timestep embedding, such as a DenoiserUNet; 0 means almost no noise.
+        init_from: A denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
+            pipeline folder. The run prints what was taken over.
+        optimizer: A function that makes the optimiser from the parameters.
+        lr_warmup_steps: The number of optimiser steps over which the learning rate rises linearly to its full value; 0
+            is off.
         lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
-        ema_decay: share of the moving average of the weights kept at each optimiser step; 0 is off.
-        speed: how the network runs, see `speed.py`.
-        seed: of what the module draws.
+        ema_decay: The share of the moving average of the weights that stays at each optimiser step; 0 is off.
+        speed: How the network runs, see `speed.py`.
+        seed: Seed of all that the module draws.
 
     Raises:
-        ValueError: if the settings contradict each other, or (in `setup`) the data or the denoiser.
+        ValueError: If the settings contradict each other, or (in `setup`) the data or the denoiser.
     """
+
+    unet: PixelNetwork
+    ema_unet: PixelNetwork
+    kind: Literal["binary", "classes", "instances"]  # the three below are known with the data
+    class_names: list[str]
+    stretch: bool
 
     record_key = "segmenter"
 
@@ -91,14 +103,14 @@ class SegmentationModule(NetworkModule):
         """The averaged network with all that is needed to segment with it.
 
         Raises:
-            ValueError: before the module has met its data.
+            ValueError: If the module has neither met its data nor come from a checkpoint.
         """
         if self.image_shape is None:
             raise ValueError("the classes are not known before training; fit the module first")
         segmenter = Segmenter(
             unet=self.ema_unet,
-            kind=self.targets.kind,
-            class_names=self.targets.class_names,
+            kind=self.kind,
+            class_names=self.class_names,
             timestep=self.timestep,
             stretch=self.stretch,
             window_size=self.image_shape[-1],
@@ -110,10 +122,11 @@ class SegmentationModule(NetworkModule):
 
     def bind_data(self, datamodule: Any) -> None:
         self.image_shape = tuple(datamodule.image_shape)
-        self.targets, self.stretch = datamodule.targets, datamodule.stretch
+        targets = datamodule.targets
+        self.kind, self.class_names, self.stretch = targets.kind, list(targets.class_names), datamodule.stretch
         datamodule.margin = self.unet.margin
         channels, height, width = self.image_shape
-        num_classes, num_scores = len(self.targets.class_names), self.unet.config["out_channels"]
+        num_classes, num_scores = len(self.class_names), self.unet.config["out_channels"]
         if self.unet.in_channels != channels:
             raise ValueError(
                 f"the images have {channels} channels and the network takes {self.unet.in_channels}; set "
@@ -121,7 +134,7 @@ class SegmentationModule(NetworkModule):
             )
         if num_scores != num_classes:
             raise ValueError(
-                f"out_channels must be {num_classes}, one a class ({', '.join(self.targets.class_names)}), "
+                f"out_channels must be {num_classes}, one a class ({', '.join(self.class_names)}), "
                 f"got {num_scores}; set model.unet.init_args.out_channels"
             )
         self.unet.check_size(height, width)
@@ -140,8 +153,18 @@ class SegmentationModule(NetworkModule):
     def record(self) -> dict[str, Any]:
         return segmenter_record(self.trained)
 
+    @classmethod
+    def rebuilt(
+        cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
+    ) -> Self:
+        trained = read_segmenter(path, allow=allow)
+        module = cls(trained.unet, **{**arguments, "timestep": trained.timestep, "init_from": None})
+        module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
+        module.image_shape = (trained.unet.in_channels, trained.window_size, trained.window_size)
+        return module
+
     def identity(self) -> dict[str, Any]:
-        return self.identity_in(self.record())
+        return {} if self.image_shape is None else self.identity_in(self.record())
 
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
@@ -159,16 +182,16 @@ class SegmentationModule(NetworkModule):
 
     def on_validation_epoch_start(self) -> None:
         # Of each class, pixels: of truth and prediction, of the truth, of the prediction.
-        num_classes = len(self.targets.class_names) if self.targets.kind == "classes" else 2
+        num_classes = len(self.class_names) if self.kind == "classes" else 2
         self._validation_sums = torch.zeros(num_classes, 3, device=self.device, dtype=torch.int64)
 
     def validation_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
-        """Adds up what is right and wrong in whole images: in the masks that `segment` would write."""
+        """Count right and wrong pixels of whole images, in the masks that `segment` would write."""
         assert self._validation_sums is not None
         for one in batch:
             classes = one["classes"]
             probabilities = self.probabilities(one["images"])
-            if self.targets.kind == "classes":
+            if self.kind == "classes":
                 truth, predicted = classes, probabilities.argmax(dim=0)
             else:
                 truth, predicted = (classes > 0).long(), (probabilities[BACKGROUND] < 0.5).long()
@@ -185,13 +208,18 @@ class SegmentationModule(NetworkModule):
         right, truth, predicted = sums[1:][occurs].unbind(dim=1)
         dice = (2 * right / (truth + predicted)).mean()
         iou = (right / (truth + predicted - right)).mean()
-        self.log_dict({"val/dice": dice, "val/iou": iou, "val/pixel_error": error}, prog_bar=True, sync_dist=True)
+        scores = {"dice": dice, "iou": iou, "pixel_error": error}
+        named = {f"{self.scores_prefix}/{name}": value for name, value in scores.items()}
+        self.log_dict(named, prog_bar=True, sync_dist=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[Tensor]:
+        return [self.probabilities(image) for image in images_of(batch)]
 
     def probabilities(self, image: Tensor) -> Tensor:
         """Class probabilities of the averaged network for a whole image, (K, H, W) float32 on the CPU.
 
         Args:
-            image: (C, H, W) in [-1, 1], of any size.
+            image: The image, (C, H, W) in [-1, 1], of any size.
         """
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             return self.trained.probabilities(image)

@@ -1,8 +1,8 @@
-"""Names the process that the others wait for, where an operation of all of them would only hang or time out.
+"""Names the process that the others wait for, where torch alone would only hang or time out.
 
-A thread of each process tells the store that they met by, every few seconds, how far training is: on a connection of
-its own, and without asking the device. Who falls silent is stopped, dead or cut off; who goes on telling, but is behind
-the others, is busy or stuck in what it tells of.
+Every few seconds a thread of each process writes how far training is into the store through which the processes met. It
+has a connection of its own and does not ask the device. A process that falls silent is stopped, dead or cut off. A
+process that keeps writing but is behind the others is busy, or stuck in what it last wrote of.
 """
 
 import json
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.constants import default_pg_timeout
+
+from unet_diffusion.training.lightning_internals import strategy_timeout
 
 MAX_BEAT_SECONDS = 2.0
 BEATS_IN_TIMEOUT = 20  # at least
@@ -27,14 +28,14 @@ WAITED = "an operation of all processes failed"
 
 
 class Beat(NamedTuple):
-    """What a process tells of itself."""
+    """What a process writes about itself."""
 
-    passed: int  # places in the loop, which all processes pass in the same order
-    step: int  # the last that was finished
-    doing: str  # since the last of those places
-    where: str
-    number: int = 0  # of the telling
-    ended: str = ""  # by what: WAITED, or an error of its own
+    passed: int  # number of places in the loop that it passed; all processes pass them in the same order
+    step: int  # the last step that it finished
+    doing: str  # what it does since the last of those places
+    where: str  # process and host
+    number: int = 0  # of the beat
+    ended: str = ""  # the error that ended it: WAITED, or one of its own
 
     @property
     def failed(self) -> bool:
@@ -43,11 +44,11 @@ class Beat(NamedTuple):
 
 
 class NameStalled(Callback):
-    """Says which of several processes is stalled, on which host, after which step: see above.
+    """Says which of several processes is stalled, on which host, and after which step.
 
-    After half the strategy's timeout one that waits prints it, as NCCL ends a process at the timeout without a word of
-    Python. And it is added to the error of an operation that timed out, or whose partner is gone; that error ends the
-    run with status 1, and the processes that this one started.
+    After half the strategy's timeout a process that waits prints it, because NCCL ends a process at the timeout before
+    Python can say anything. It is also added to the error of an operation that timed out, or whose partner is gone.
+    That error ends the run with status 1, and with it the processes that this one started.
     """
 
     def __init__(self) -> None:
@@ -112,14 +113,14 @@ class NameStalled(Callback):
             self._store.set(f"beat/{self._rank}", json.dumps(self._beat._replace(number=self._told)))
 
     def _read(self) -> list[Beat]:
-        """What all processes told last; nothing if the store, which is in the first of them, does not answer."""
+        """The last beat of each process; none if the store, which is in the first process, does not answer."""
         try:
             return [Beat(*json.loads(self._store.get(f"beat/{rank}"))) for rank in range(self._world_size)]
         except dist.DistError:
             return []
 
     def _two_readings(self) -> tuple[list[Beat], list[Beat]]:
-        """Between which each process that is not silent has told something; so must this one, for the others."""
+        """The beats of all processes twice; in between, each process that is not silent writes another one."""
         before = self._read()
         if any(one.failed for one in before):  # then it does not matter who is silent
             return before, before
@@ -137,7 +138,7 @@ class NameStalled(Callback):
                 self._say(*self._two_readings())
 
     def _say(self, before: list[Beat], now: list[Beat]) -> None:
-        """By one of those who wait, and not if it is not known who is behind."""
+        """Print who is behind, on one of the processes that wait; print nothing if nobody is."""
         behind = who_is_behind(before, now)
         if behind and self._rank == min(set(range(self._world_size)) - set(behind), default=-1):
             print(
@@ -148,22 +149,17 @@ class NameStalled(Callback):
             )
 
 
-def strategy_timeout(trainer: Trainer) -> timedelta:
-    """How long an operation of all processes may take."""
-    return getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
-
-
 def is_of_all_processes(error: BaseException) -> bool:
-    """Whether an operation of all processes failed, which tells of the others; gloo has no error class of its own."""
+    """Whether an error is of an operation of all processes; gloo has no error class of its own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def who_is_behind(before: list[Beat], now: list[Beat]) -> list[int]:
-    """Ranks of those that failed by themselves, else of the silent ones, else of those that are behind; or of nobody.
+    """The ranks of processes that failed by themselves, or else are silent, or else are behind; none if all wait.
 
     Args:
-        before: what each process told, by rank.
-        now: the same, some beats later.
+        before: The beat of each process, by rank.
+        now: The same, some beats later.
     """
     if not before or not now:
         return []
@@ -175,7 +171,7 @@ def who_is_behind(before: list[Beat], now: list[Beat]) -> list[int]:
 
 
 def describe(before: list[Beat], now: list[Beat]) -> str:
-    """Who is behind, where, and since which step."""
+    """A sentence that says which process is behind, on which host, and since which step."""
     if not before or not now:
         return "rank 0, through which the processes know of each other, does not answer: it is stopped, dead or cut off"
     behind = who_is_behind(before, now)

@@ -1,7 +1,7 @@
-"""Stops a run at a signal: the step is finished, a checkpoint saved, and the same command goes on from there.
+"""Stops a run at a signal: the run finishes its step and saves a checkpoint, from which the same command continues.
 
-Lightning's own handling ends with exit status 0, saves from within the signal's handler under SLURM, in the middle of a
-step (TrainingCLI turns that off), and raises on the processes at different batches if only one of them got the signal.
+Lightning's own handling ends with exit status 0. Under SLURM it saves from within the signal's handler, in the middle
+of a step (TrainingCLI turns that off). If only one process gets the signal, the processes stop at different batches.
 """
 
 import os
@@ -20,17 +20,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from unet_diffusion.runtime.signals import Interrupted
-from unet_diffusion.training.checkpointing import RunCheckpoint, is_within_step, validation_follows
-from unet_diffusion.training.stalled import strategy_timeout
+from unet_diffusion.training.checkpointing import RunCheckpoint
+from unet_diffusion.training.lightning_internals import (
+    is_within_step,
+    leave_signals_to_callbacks,
+    strategy_timeout,
+    validation_follows,
+)
 
 
 class StopOnSignal(Callback):
-    """SIGINT and SIGTERM, or the signal before a SLURM job is preempted, which is then requeued: see above.
+    """Stops at SIGINT, at SIGTERM, and at the signal before a SLURM job is preempted, which is then requeued.
 
-    A second signal ends the run at once, without a checkpoint. A step and its validation belong together: what was
-    trained is saved after the validation that is due. With several processes, each of which may get the signal, all
-    stop at the same step: they tell each other over the host's network at each step, and read the answer a step later,
-    so that no device waits for it.
+    A second signal ends the run at once, without a checkpoint. A step and its validation belong together: if a
+    validation is due, the checkpoint is saved after it. With several processes, each of which may get the signal, all
+    stop at the same step: they exchange the signal over the host's network at each step, and read the answer a step
+    later, so that no device waits for it.
     """
 
     def __init__(self) -> None:
@@ -46,8 +51,7 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=strategy_timeout(trainer))
-            # Lightning's own agreement, whose place this takes, would wait for the device at each step.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            leave_signals_to_callbacks(trainer)
         for signum in _signals():
             signal.signal(signum, self._receive)  # Lightning puts back what was there at the end
 
@@ -60,11 +64,11 @@ class StopOnSignal(Callback):
             self._save_if_asked(trainer, RunCheckpoint.save_now)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Leaves; not with the checkpoint, as the losses of its step are logged after it."""
+        """End the run; not right after the checkpoint, because Lightning logs the losses of its step later."""
         if self._leaving:
             if self._leaving == _requeue_signal() and trainer.is_global_zero:
                 _requeue()
-            rank_zero_info(f"stopped at step {trainer.global_step}; the same command goes on from there")
+            rank_zero_info(f"stopped at step {trainer.global_step}; the same command continues from there")
             # Lightning kills the first process if another one that it started ends with a status.
             raise Interrupted(self._leaving) if trainer.local_rank == 0 else SystemExit(0)
 
@@ -87,7 +91,7 @@ class StopOnSignal(Callback):
                     save(one, trainer)
 
     def _agreed(self) -> int:
-        """The signal that some process had a step ago, or 0; the same on all."""
+        """The signal that any process had a step ago, or 0; the same on all processes."""
         if self._group is None:
             return self._signum
         before, now = self._asked, torch.tensor(self._signum)
@@ -104,7 +108,7 @@ def _signals() -> tuple[int, ...]:
 
 
 def _requeue_signal() -> int:
-    """That SLURM sends before it preempts a job, if told to (#SBATCH --signal=SIGUSR1@90); 0 outside of SLURM."""
+    """The signal that SLURM sends before it preempts a job, with #SBATCH --signal=SIGUSR1@90; 0 outside of SLURM."""
     return signal.SIGUSR1 if SLURMEnvironment.detect() else 0
 
 

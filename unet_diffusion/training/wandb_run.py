@@ -1,4 +1,4 @@
-"""Weights & Biases: one run of it for each run folder, which goes on when training does, with a network or without."""
+"""Weights & Biases (W&B): one run of theirs for each run folder, which continues when training does."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ PATIENCE = {  # seconds to wait for the network, unless these variables are set;
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's WandbLogger, without which training goes on if W&B's own process fails."""
+    """Lightning's WandbLogger; training continues without it if W&B's own process fails."""
 
     _has_failed = False
 
@@ -30,19 +30,19 @@ class RunWandbLogger(WandbLogger):
             super().log_metrics(metrics, step)
         except Exception as error:  # whatever it is, it is not worth the run
             self._has_failed = True
-            rank_zero_warn(f"W&B has failed ({error!r}), and is told nothing more; training and the other logs go on")
+            rank_zero_warn(f"W&B has failed ({error!r}) and gets no more losses; training and the other logs continue")
 
 
 def continue_wandb_run(init_args: Any, root: Path, *, is_continued: bool) -> None:
-    """Give a W&B logger the id that the run in this folder has, if training goes on, and check its settings.
+    """Give a W&B logger the id of the run in this folder, if training is resumed, and check its settings.
 
     Args:
-        init_args: of Lightning's WandbLogger; changed.
-        root: the run folder.
-        is_continued: whether training goes on.
+        init_args: The arguments of Lightning's WandbLogger, which are changed.
+        root: The run folder.
+        is_continued: Whether training is resumed.
 
     Raises:
-        ValueError: if checkpoints are to be uploaded, and nothing is.
+        ValueError: If checkpoints are to be uploaded while W&B is offline.
     """
     is_offline = init_args.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
     if init_args.log_model and is_offline:
@@ -56,11 +56,13 @@ def continue_wandb_run(init_args: Any, root: Path, *, is_continued: bool) -> Non
 
 @rank_zero_only
 def start_wandb_run(logger: RunWandbLogger, root: Path) -> None:
-    """Begin or continue the run, and note its id in the run folder; offline, with a warning, if W&B cannot be reached.
+    """Begin or continue the run, and write its id into the run folder.
+
+    If W&B cannot be reached, a warning says so, and the run stays on the disk.
 
     Args:
-        logger: before anything else has begun its run.
-        root: the run folder.
+        logger: The logger, whose run nothing else has begun.
+        root: The run folder.
     """
     import wandb
 
@@ -73,7 +75,7 @@ def start_wandb_run(logger: RunWandbLogger, root: Path) -> None:
         os.environ["WANDB_MODE"] = "offline"
         run = logger.experiment
         rank_zero_warn(
-            f"W&B cannot be reached, and this run is kept on disk; upload it with: wandb sync {Path(run.dir).parent} "
+            f"W&B cannot be reached, and this run stays on the disk; upload it with: wandb sync {Path(run.dir).parent} "
             f"({error})"
         )
     with atomic_write(root / ID_FILE) as partial:

@@ -1,0 +1,17 @@
+"""Compares the settings of a run that is resumed with those that it was begun with."""
+
+from typing import Any
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """A line for each setting that is not the same, with both values.
+
+    Args:
+        before: The settings of the run so far, nested dicts of plain values.
+        now: The settings of today.
+        name: The name of these settings; names of nested ones are joined by dots.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        lines = [differences(before.get(key), now.get(key), f"{name}.{key}") for key in sorted({*before, *now})]
+        return [line for nested in lines for line in nested]
+    return [] if before == now else [f"{name.lstrip('.')} was {before}, is {now}"]

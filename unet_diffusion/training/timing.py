@@ -1,0 +1,67 @@
+"""Finds the speed and the precision in which a network trains fastest on this machine, by timing some steps."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from unet_diffusion.models.speed import Speed, fastest_setting
+from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.training.lightning_internals import data_of
+
+
+def fastest(
+    trainer: Trainer,
+    network: PixelNetwork,
+    x: Tensor,
+    inputs: dict[str, Tensor],
+    *,
+    speeds: tuple[Speed, ...],
+    precisions: tuple[torch.dtype, ...],
+) -> tuple[Speed, torch.dtype]:
+    """The fastest of these speeds and precisions on the first process, for all processes.
+
+    Args:
+        trainer: The run's trainer, with its data module.
+        network: The network, which stays as it is.
+        x: A batch of inputs, on the device.
+        inputs: The network's other arguments.
+        speeds: The speeds to choose from.
+        precisions: The precisions to choose from.
+    """
+    num_steps = num_batches(trainer, data_of(trainer))
+    speed, precision, reason = fastest_setting(
+        network, x, inputs=inputs, num_steps=num_steps, speeds=speeds, precisions=precisions
+    )
+    rank_zero_info(reason)
+    speed, precision = trainer.strategy.broadcast((speed, precision))
+    if len(speeds) > 1 and speed == "compiled" and can_be_graphed(trainer):
+        speed = "graphed"
+    return speed, precision
+
+
+def can_be_graphed(trainer: Trainer) -> bool:
+    """Whether a step may run as a CUDA graph, whose gradients are there until its next replay only.
+
+    Graphs were not tried with several processes.
+    """
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    return on_gpu and trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+
+
+def num_batches(trainer: Trainer, datamodule: Any) -> float:
+    """The number of batches of the whole run; infinite if it has no end.
+
+    Lightning's own number is not asked for before the first step: to answer, it would set up the data, and then not
+    resume them.
+    """
+    ends = [math.inf]
+    if trainer.max_steps != -1:
+        ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    if trainer.max_epochs not in (None, -1):
+        an_epoch = len(datamodule.train_indices) // (datamodule.batch_size * trainer.world_size)
+        ends.append(trainer.max_epochs * max(an_epoch, 1))
+    return min(ends)
