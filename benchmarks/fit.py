@@ -30,7 +30,7 @@ from measure import Step, alternate, describe, empty_caches, environment, table,
 from ours import our_step, setting_for
 from step_times import STEPS
 
-from unet_diffusion.inference.record import read_denoiser
+from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.training.precision import NAMES
 
 # a run that ends soon after its first step

@@ -29,7 +29,7 @@ from measure import RESULTS, environment, fastest_autocast, process_seconds, tab
 
 from unet_diffusion.data import PairedFiles
 from unet_diffusion.data.scaling import to_float
-from unet_diffusion.inference.record import read_segmenter
+from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory, set_speed
 from unet_diffusion.segmentation.labels import instances_from
 from unet_diffusion.segmentation.scores import average_precisions

@@ -15,7 +15,7 @@ from forked import run_python
 from PIL import Image
 
 from unet_diffusion.data import SyntheticCells, scale_to_unit_range
-from unet_diffusion.inference.record import read_segmenter
+from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.latents.store import read_latents
 from unet_diffusion.models.autoencoders import kl_autoencoder
 from unet_diffusion.segmentation.scores import dice

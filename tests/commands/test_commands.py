@@ -29,7 +29,8 @@ from unet_diffusion.data import Folder, ImageDataModule
 from unet_diffusion.diffusers_io.exporting import export_pipeline
 from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.inference.loading import load_denoiser
-from unet_diffusion.inference.record import read_denoiser, save_denoiser
+from unet_diffusion.inference.reading import read_denoiser
+from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.runtime.messages import UsageError
 from unet_diffusion.training.precision import RunTrainer

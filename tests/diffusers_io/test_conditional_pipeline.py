@@ -34,7 +34,8 @@ from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, masked
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import image_generators, sample
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.record import denoiser_record, read_denoiser, save_denoiser
+from unet_diffusion.inference.reading import read_denoiser
+from unet_diffusion.inference.record import denoiser_record, save_denoiser
 from unet_diffusion.latents.codec import LatentCodec, PixelCodec, decode_latents
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import latent_moments

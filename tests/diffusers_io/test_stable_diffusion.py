@@ -31,7 +31,8 @@ from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import build_scheduler, image_generators, sample
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.loading import load_denoiser
-from unet_diffusion.inference.record import denoiser_record, read_denoiser, save_denoiser
+from unet_diffusion.inference.reading import read_denoiser
+from unet_diffusion.inference.record import denoiser_record, save_denoiser
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.runtime.randomness import keyed_generator
 

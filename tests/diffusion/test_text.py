@@ -17,7 +17,7 @@ from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.text import TextTokens, pretrained_text
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import sample
-from unet_diffusion.inference.record import read_denoiser
+from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.runtime.pictures import read_images
 from unet_diffusion.training import SampleGrid
 

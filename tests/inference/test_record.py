@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.record import denoiser_record, read_denoiser, save_denoiser
+from unet_diffusion.inference.reading import read_denoiser
+from unet_diffusion.inference.record import denoiser_record, save_denoiser
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 LEARNING_RATE = 0.125

@@ -12,7 +12,7 @@ from PIL import Image
 
 from unet_diffusion.commands.main import main
 from unet_diffusion.data.scaling import to_float
-from unet_diffusion.inference.record import read_segmenter, segmenter_record
+from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.segment_files import mask_name
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
@@ -283,7 +283,7 @@ def classes_checkpoint(tmp_path):
     unet = SegmentationUNet(3, 4, channels=(4, 8))
     trained = Segmenter(unet, "classes", list("abcd"), timestep=None, stretch=True, window_size=50)
     weights = {f"ema_unet.{name}": value for name, value in unet.state_dict().items()}
-    torch.save({"segmenter": segmenter_record(trained), "state_dict": weights}, tmp_path / "classes.ckpt")
+    torch.save({"segmenter": trained.record(), "state_dict": weights}, tmp_path / "classes.ckpt")
     return tmp_path / "classes.ckpt"
 
 

@@ -20,7 +20,7 @@ from unet_diffusion.diffusers_io.exporting import export_pipeline, normalised_au
 from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.diffusion.image_to_image import InitImage
 from unet_diffusion.diffusion.sampling import image_generators, sample
-from unet_diffusion.inference.record import read_denoiser
+from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.latents import store as latents_module
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import fingerprint

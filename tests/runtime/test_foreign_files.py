@@ -137,12 +137,11 @@ def test_picture_that_decodes_to_gigabytes_is_not_segmented(run_cli, tmp_path, c
 @pytest.fixture
 def cells_checkpoint(tmp_path):
     """Of an untrained tiny segmenter."""
-    from unet_diffusion.inference.record import segmenter_record
     from unet_diffusion.inference.segmenter import Segmenter
     from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
     unet = SegmentationUNet(1, 2, channels=(4, 8), padding="same")
-    record = segmenter_record(Segmenter(unet, "classes", ["background", "cell"], None, False, 64))
+    record = Segmenter(unet, "classes", ["background", "cell"], None, False, 64).record()
     weights = {f"ema_unet.{key}": value for key, value in unet.state_dict().items()}
     torch.save({"segmenter": record, "state_dict": weights}, tmp_path / "cells.ckpt")
     return tmp_path / "cells.ckpt"

@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.distributions import Normal, kl_divergence
 from torchvision.models import squeezenet1_1
 
-from unet_diffusion.inference.record import read_autoencoder, read_denoiser
+from unet_diffusion.inference.reading import read_autoencoder, read_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.training import AutoencoderModule

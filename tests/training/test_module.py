@@ -14,7 +14,7 @@ from unet_diffusion.data import (
     ImageDataModule,
 )
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.record import read_denoiser
+from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.models.speed import SPEEDS
 from unet_diffusion.training import DiffusionModule
 

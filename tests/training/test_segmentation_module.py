@@ -17,7 +17,8 @@ from unet_diffusion.data import (
 )
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.record import read_denoiser, read_segmenter, save_denoiser
+from unet_diffusion.inference.reading import read_denoiser, read_segmenter
+from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation.augmentation import Augmentation

@@ -123,7 +123,7 @@ def sample(
         import torch
 
         from unet_diffusion.inference.loading import load_denoiser
-        from unet_diffusion.inference.record import contents_of
+        from unet_diffusion.inference.reading import contents_of
         from unet_diffusion.inference.sample_options import SampleOptions
         from unet_diffusion.models.speed import prepare_weights
 

@@ -76,7 +76,7 @@ def segment(
         import torch
         from tqdm import tqdm
 
-        from unet_diffusion.inference.record import contents_of, read_segmenter
+        from unet_diffusion.inference.reading import contents_of, read_segmenter
         from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
         from unet_diffusion.models.speed import prepare_weights
         from unet_diffusion.runtime.processes import process_group

@@ -43,7 +43,8 @@ from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.known import KnownImages
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
-from unet_diffusion.inference.record import explained, read_denoiser
+from unet_diffusion.inference.reading import read_denoiser
+from unet_diffusion.inference.record import explained
 from unet_diffusion.inference.record_checks import check_weights
 from unet_diffusion.runtime.atomic_files import check_replaceable
 from unet_diffusion.runtime.folder_settings import ClaimedFolder

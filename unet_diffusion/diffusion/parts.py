@@ -96,3 +96,9 @@ def all_conditions(
     rows = unet.config.get("num_class_embeds")
     labels = [] if rows is None else [ClassLabels(rows, null_label, label_dropout)]
     return [*labels, *cast(list[Condition], list(others))]
+
+
+def channels_beside(conditions: nn.ModuleList) -> int:
+    """Channels that the network has beside the noised image, by its conditions."""
+    found = [cast(Condition, one) for one in conditions]
+    return sum(one.config["channels"] for one in found if one.network_argument == "concat")

@@ -1,5 +1,6 @@
 """An autoencoder that was trained: what makes latents of images, and images of latents."""
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unet_diffusion.inference.record import write_checkpoint
 from unet_diffusion.inference.running import Running
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds
@@ -60,9 +62,17 @@ class Autoencoder(Running):
         Raises:
             FileExistsError: If the file exists; nothing is overwritten.
         """
-        from unet_diffusion.inference.record import save_autoencoder
+        write_checkpoint(path, "autoencoder", self.record(), {"autoencoder": self.autoencoder})
 
-        save_autoencoder(self, path)
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights, as plain values."""
+        config = json.loads(self.autoencoder.to_json_string())
+        return {
+            "class_name": type(self.autoencoder).__name__,
+            "config": {name: value for name, value in config.items() if name[0] != "_"},
+            "image_shape": list(self.image_shape),
+            "settings": self.settings,
+        }
 
     def export(self, folder: StrPath, *, overwrite: bool = False) -> None:
         """Write a folder that diffusers loads without this package, with the latents' scale if it is known.

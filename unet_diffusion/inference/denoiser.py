@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike, SampleOptions
 from unet_diffusion.models.speed import Speed
@@ -144,8 +145,6 @@ class Denoiser(DenoiserParts, Running):
         Raises:
             FileExistsError: If the file exists; nothing is overwritten.
         """
-        from unet_diffusion.inference.record import save_denoiser
-
         save_denoiser(self, path)
 
     def export(self, folder: StrPath, *, overwrite: bool = False) -> None:

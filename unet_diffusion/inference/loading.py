@@ -6,13 +6,8 @@ from pathlib import Path
 
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.record import (
-    checkpoint_file,
-    kind_of,
-    read_autoencoder,
-    read_denoiser,
-    read_segmenter,
-)
+from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
+from unet_diffusion.inference.record import checkpoint_file, kind_of
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.safe_loading import load_plain
 

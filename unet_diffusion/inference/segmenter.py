@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.init_images import read_at_its_own_size
+from unet_diffusion.inference.record import network_record, write_checkpoint
 from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike
 from unet_diffusion.models.speed import Speed
@@ -19,6 +20,7 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.labels import instances_from, mask_from
 from unet_diffusion.segmentation.prediction import class_probabilities
 
+FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")  # in a record, beside the network
 Kind = Literal["binary", "classes", "instances"]
 
 
@@ -132,9 +134,11 @@ class Segmenter(Running):
         Raises:
             FileExistsError: If the file exists; nothing is overwritten.
         """
-        from unet_diffusion.inference.record import save_segmenter
+        write_checkpoint(path, "segmenter", self.record(), {"unet": self.unet})
 
-        save_segmenter(self, path)
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights, as plain values."""
+        return {"unet": network_record(self.unet), **{name: getattr(self, name) for name in FIELDS}}
 
     def export(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Refused so far: diffusers has no pipeline for segmentation.

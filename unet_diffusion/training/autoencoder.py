@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.inference.autoencoder import Autoencoder
-from unet_diffusion.inference.record import autoencoder_record, read_autoencoder
+from unet_diffusion.inference.reading import read_autoencoder
 from unet_diffusion.latents.space import moment_sums
 from unet_diffusion.models.autoencoders import (
     decode_codes,
@@ -289,7 +289,7 @@ class AutoencoderModule(NetworkModule):
         return {"latent_signal": share}
 
     def record(self) -> dict[str, Any]:
-        return autoencoder_record(self.trained)
+        return self.trained.record()
 
     def identity(self) -> dict[str, Any]:
         return {} if self.image_shape is None else self.identity_in(self.record())

@@ -19,10 +19,11 @@ from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Condition, Encode, Inputs, network_inputs
 from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
-from unet_diffusion.diffusion.parts import all_conditions
+from unet_diffusion.diffusion.parts import all_conditions, channels_beside
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.record import channels_beside, denoiser_record, network_record, read_denoiser
+from unet_diffusion.inference.reading import read_denoiser
+from unet_diffusion.inference.record import denoiser_record, network_record
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.inference.record import read_segmenter, segmenter_record
+from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
@@ -151,7 +151,7 @@ class SegmentationModule(NetworkModule):
         super().setup(stage)
 
     def record(self) -> dict[str, Any]:
-        return segmenter_record(self.trained)
+        return self.trained.record()
 
     @classmethod
     def rebuilt(

@@ -1,0 +1,134 @@
+"""Models of checkpoints: the averaged weights, on the CPU and in eval mode."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.parts import channels_beside
+from unet_diffusion.inference.autoencoder import Autoencoder
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import (
+    averaged_weights,
+    checkpoint_file,
+    class_of,
+    denoiser_record,
+    explained,
+    network_with_weights,
+    read_record,
+    schedule_of,
+)
+from unet_diffusion.inference.record_checks import built, no_larger_than
+from unet_diffusion.inference.segmenter import FIELDS, Segmenter
+from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
+from unet_diffusion.latents.space import LatentSpace, fingerprint
+
+StrPath = str | os.PathLike[str]
+
+
+def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None) -> Denoiser:
+    """The denoiser in a checkpoint, with its averaged (EMA) weights, on the CPU and in eval mode.
+
+    Args:
+        path: A checkpoint file, or a run folder.
+        allow: Modules of one's own whose classes the checkpoint may name.
+        autoencoder: Folder of the autoencoder of its latents; None: where it was in training.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ImportError: If the denoiser takes captions, and the package transformers is not there.
+        ValueError: If the file is no checkpoint, is damaged, holds code, or holds no denoiser of this package.
+    """
+    file = checkpoint_file(path)
+    record, weights, speed = read_record(file, "denoiser")
+    with explained(file, "denoiser"), no_larger_than(weights):
+        channels, height, width = record["sample_shape"]
+        conditions = nn.ModuleList(
+            built(class_of(one["class_path"], Condition, allow), one["init_args"]) for one in record["conditions"]
+        )
+        conditions.load_state_dict(averaged_weights("conditions", weights))
+        unet = network_with_weights(record["unet"], weights, allow)
+        beside = channels_beside(conditions)
+        if unet.in_channels != channels + beside:
+            raise ValueError(
+                f"sample_shape in its record must have the {unet.in_channels - beside} channels that the network "
+                f"takes, got {record['sample_shape']}"
+            )
+        unet.check_size(height, width)
+        return Denoiser(
+            unet=unet,
+            schedule=schedule_of(record["schedule"]),
+            sample_shape=(channels, height, width),
+            null_label=record["null_label"],
+            class_names=record["class_names"],
+            settings=record["settings"],
+            codec=_codec(record["latent_space"], autoencoder),
+            conditions=conditions.eval(),
+            speed=speed,
+        )
+
+
+def read_segmenter(path: StrPath, *, allow: Sequence[str] = ()) -> Segmenter:
+    """The segmenter in a checkpoint, with its averaged (EMA) weights, on the CPU and in eval mode.
+
+    Args:
+        path: A checkpoint file, or a run folder.
+        allow: Modules of one's own whose classes the checkpoint may name.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If the file is no checkpoint, is damaged, holds code, or holds no segmenter of this package.
+    """
+    file = checkpoint_file(path)
+    record, weights, speed = read_record(file, "segmenter")
+    with explained(file, "segmenter"), no_larger_than(weights):
+        fields = {name: record[name] for name in FIELDS}
+        return Segmenter(unet=network_with_weights(record["unet"], weights, allow), **fields, speed=speed)
+
+
+def read_autoencoder(path: StrPath) -> Autoencoder:
+    """The autoencoder in a checkpoint, with its averaged (EMA) weights, on the CPU and in eval mode.
+
+    Args:
+        path: A checkpoint file, or a run folder.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If the file is no checkpoint, is damaged, holds code, or holds no autoencoder of this package.
+    """
+    from unet_diffusion.models.autoencoders import CLASSES  # imports diffusers, which only this needs
+
+    file = checkpoint_file(path)
+    record, weights, _ = read_record(file, "autoencoder")
+    with explained(file, "autoencoder"), no_larger_than(weights):
+        network = built(CLASSES[record["class_name"]], record["config"])
+        network.load_state_dict(averaged_weights("autoencoder", weights))
+        channels, height, width = record["image_shape"]
+        step = 2 ** (len(network.config["block_out_channels"]) - 1)
+        if channels != network.config["in_channels"] or height % step or width % step:
+            raise ValueError(
+                f"image_shape in its record must have {network.config['in_channels']} channels and sides that are "
+                f"multiples of {step}, got {record['image_shape']}"
+            )
+        return Autoencoder(network.eval(), (channels, height, width), settings=record["settings"])
+
+
+def contents_of(model: Denoiser | Segmenter) -> str:
+    """A hash of all that decides what a model makes: averaged weights and configuration, whatever file they are in.
+
+    Args:
+        model: The model, on the CPU, as it was read.
+    """
+    record = denoiser_record(model) if isinstance(model, Denoiser) else model.record()
+    parts = nn.ModuleList([model.unet, *getattr(model, "conditions", [])])
+    return fingerprint(parts, {name: value for name, value in record.items() if name != "settings"})
+
+
+def _codec(space: dict[str, Any] | None, autoencoder: StrPath | None) -> Codec:
+    if space is not None:
+        return LatentCodec.of(LatentSpace.from_plain(space), autoencoder)
+    if autoencoder is not None:
+        raise ValueError("autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
+    return PixelCodec()
