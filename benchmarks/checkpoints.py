@@ -67,7 +67,7 @@ def measure(network: str, folder: Path, repeats: int) -> dict[str, Any]:
     trainer = Trainer(max_steps=1, limit_val_batches=0, accelerator="cpu", enable_checkpointing=False,
                       default_root_dir=folder, **quiet)  # fmt: skip
     trainer.strategy.checkpoint_io = WholeCheckpoints()
-    data = ImageDataModule(Black(trained.sample_shape), num_val=1, batch_size=2, num_workers=0)
+    data = ImageDataModule(Black(trained.image_shape), num_val=1, batch_size=2, num_workers=0)
     trainer.fit(module, data)
     whole, weights = folder / "whole.ckpt", folder / "weights.pt"
     raw = module.unet.state_dict()

@@ -65,12 +65,6 @@ def test_stretch_belongs_to_tiles_and_to_the_data_module_of_labelled_images():
     assert words("--task=segment", "--data.images=x")[1:] == ["--data.source.images=x"]
 
 
-def test_images_of_a_data_module_within_another_have_a_source_too():
-    inpainting = words("--config", "inpainting", "--data.images.root=x", "--data.images.batch_size=2")
-    assert inpainting[2:] == ["--data.images.source.root=x", "--data.images.batch_size=2"]
-    assert words("--config", "inpainting", "--data.autoencoder=x")[2:] == ["--data.autoencoder=x"]
-
-
 def test_data_module_of_ones_own_keeps_its_options():
     assert words("--data=mine.Data", "--data.root=x") == ["--data=mine.Data", "--data.root=x"]
 

@@ -15,11 +15,11 @@ from unet_diffusion.commands import arguments, parsing
 from unet_diffusion.commands.pack import pack
 from unet_diffusion.commands.parsing import ACTIONS, COMMANDS, TRAINING, command_parser, function_of, parsed
 from unet_diffusion.commands.recipes import copy_recipe
-from unet_diffusion.commands.sample import sample
+from unet_diffusion.commands.sample import sample_images
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import save_denoiser
-from unet_diffusion.models.unet import DenoiserUNet
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.runtime.folder_settings import require_same_settings
 from unet_diffusion.runtime.messages import UsageError
 
@@ -162,7 +162,7 @@ def test_program_calls_commands_with_values_of_python(tmp_path, capsys):
     torch.manual_seed(0)
     unet = DenoiserUNet(1, (4, 4), norm_num_groups=2, layers_per_block=1)
     save_denoiser(Denoiser(unet, NoiseSchedule(10), (1, 8, 8)), tmp_path / "a.ckpt")
-    sample(tmp_path / "a.ckpt", num_images=2, num_inference_steps=2, output=tmp_path / "drawn", device="cpu")
+    sample_images(tmp_path / "a.ckpt", num_images=2, num_inference_steps=2, output=tmp_path / "drawn", device="cpu")
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
         *("000000.png", "000001.png", "grid.png", "settings.json"),
     }

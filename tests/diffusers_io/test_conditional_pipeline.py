@@ -287,7 +287,8 @@ def test_imported_folder_is_trained_on_with_other_images(exported, tmp_path, run
         Image.fromarray(noise).save(image)
     latents, imported = tmp_path / "latents", tmp_path / "imported.ckpt"
     recipe = yaml.safe_load((CONFIGS / "latents_text.yaml").read_text())
-    recipe["data"]["init_args"] |= {"root": str(latents), "horizontal_flip": False, "batch_size": 4, "num_val": 2}
+    recipe["data"]["init_args"]["source"]["init_args"]["root"] = str(latents)
+    recipe["data"]["init_args"] |= {"horizontal_flip": False, "batch_size": 4, "num_val": 2}
     shorten(recipe, tmp_path / "run", steps=1)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     recipes = ["--config", tmp_path / "recipe.yaml", "--config", tmp_path / "imported.yaml"]
@@ -379,7 +380,7 @@ def recipe_for_captions() -> dict:
         {"class_path": "unet_diffusion.diffusion.conditions.text.TextTokens", "init_args": captions}
     ]
     recipe["model"]["unet"]["init_args"]["context_dim"] = WIDTH
-    recipe["data"]["init_args"]["captions"] = True
+    recipe["data"]["init_args"]["source"]["init_args"]["captions"] = True
     return recipe
 
 
@@ -391,7 +392,7 @@ def recipe_for_masks() -> dict:
     ]
     recipe["model"]["unet"]["init_args"] |= {"in_channels": 7, "out_channels": 3, "context_dim": None}
     del recipe["model"]["codec"]
-    recipe["data"]["init_args"]["captions"] = False
+    recipe["data"]["init_args"]["source"]["init_args"]["captions"] = False
     return recipe
 
 
@@ -419,7 +420,8 @@ def test_run_ends_with_a_pipeline_that_is_drawn_from_as_the_run(tmp_path, run_cl
     network = {"channels": [8, 16], "attention_levels": [1], "head_channels": 8, "norm_num_groups": 4}
     recipe["model"]["unet"]["init_args"] |= network
     shorten(recipe, tmp_path / "run", steps=2)
-    recipe["data"]["init_args"] |= {"root": str(tmp_path / "images"), "image_size": 16, "batch_size": 4, "num_val": 2}
+    recipe["data"]["init_args"]["source"]["init_args"] |= {"root": str(tmp_path / "images"), "image_size": 16}
+    recipe["data"]["init_args"] |= {"batch_size": 4, "num_val": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml")
     assert status == 0, err

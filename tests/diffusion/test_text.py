@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from unet_diffusion.data import ImageDataModule
 from unet_diffusion.data.batches import ImageSet
 from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.text import TextTokens, pretrained_text
@@ -133,12 +134,13 @@ def test_text_encoder_of_another_build_is_refused(tmp_path):
 def captioned(tiny_images):
     """Tiny images with captions."""
 
-    class Captioned(tiny_images):
-        def load(self):
-            found = super().load()
-            return ImageSet(found.images, captions=CAPTIONS)
+    def make() -> ImageDataModule:
+        data = tiny_images(class_names=None)
+        load = data.source.load
+        data.source.load = lambda **options: ImageSet(load(**options).images, captions=CAPTIONS)
+        return data
 
-    return Captioned
+    return make
 
 
 @pytest.fixture

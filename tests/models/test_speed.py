@@ -386,7 +386,7 @@ def test_sample_runs_at_the_speed_of_the_training(run_cli, tiny_digits, tmp_path
     status, _, err = run_cli("fit", *tiny_digits, *options)
     assert status == 0, err
     set_to = []
-    monkeypatch.setattr("unet_diffusion.models.speed.set_speed", lambda unet, speed: set_to.append(speed))
+    monkeypatch.setattr("unet_diffusion.inference.running.set_speed", lambda unet, speed: set_to.append(speed))
     for asked in ([], ["--speed", "plain"]):
         command = ("sample", tmp_path / "run", "--num_images", 1, "--num_inference_steps", 2, "--overwrite", *asked)
         status, _, err = run_cli(*command, "--output", tmp_path / "drawn")

@@ -398,7 +398,7 @@ def test_checkpoint_is_read_with_its_averaged_weights(trained_file, make):
     with torch.no_grad():
         # the one is channels last in memory, and the other is not
         torch.testing.assert_close(reconstruct(trained.autoencoder, x), reconstruct(made.ema_autoencoder, x))
-    with pytest.raises(ValueError, match="it holds the entry 'autoencoder'"):
+    with pytest.raises(ValueError, match="holds an autoencoder, not a denoiser; use unet-diffusion encode or export"):
         read_denoiser(path)
 
 

@@ -76,8 +76,9 @@ def shown(monkeypatch):
     draw = SampleGrid.sample
 
     def drawn(self, *arguments):
-        grids.append(draw(self, *arguments))
-        return grids[-1]
+        images, seen = draw(self, *arguments)
+        grids.append(images)
+        return images, seen
 
     monkeypatch.setattr(SampleGrid, "sample", drawn)
     return grids

@@ -15,7 +15,7 @@ from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.autoencoders import kl_autoencoder, reconstruct, vq_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator
-from unet_diffusion.models.unet import SegmentationUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.training import AutoencoderModule, DiffusionModule, SegmentationModule
 from unet_diffusion.training.adversarial import AdversarialLoss

@@ -27,7 +27,7 @@ COMMANDS = {  # the module of each command, and its function there
     "pack": "pack.pack",
     "encode": "encode.encode",
     "two-stages": "two_stages.two_stages",
-    "sample": "sample.sample",
+    "sample": "sample.sample_images",
     "segment": "segment.segment",
     "export": "export.export",
     "import": "import_pipeline.import_pipeline",

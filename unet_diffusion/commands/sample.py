@@ -23,7 +23,7 @@ NOT_OF_AN_IMAGE = (  # arguments that an image does not depend on
 )
 
 
-def sample(
+def sample_images(
     checkpoint: Checkpoint,
     *,
     num_images: int = 64,
