@@ -332,3 +332,9 @@ def test_processes(tmp_path):
     small = [argument for argument in TINY_FIT if argument not in ("--model.speed", "plain")]
     report = run("processes.py", *small, "--steps", 3, "--repeats", 1, output=tmp_path / "processes.json")
     assert report["ratio"] == report["images_per_second"]["2"][0] / report["images_per_second"]["1"][0]
+
+
+def test_house_is_counted(tmp_path):
+    counts = json.loads(printed([sys.executable, ROOT / "benchmarks" / "house.py"], cwd=tmp_path))
+    assert counts["files in circles"] == counts["folders in circles"] == 0
+    assert counts["lines"] > counts["longest file"][0] > 100

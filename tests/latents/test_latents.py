@@ -428,9 +428,7 @@ def test_size_of_images_of_latents_is_in_pixels(trained, run_cli, tmp_path):
     assert status == 0, err
     assert Image.open(tmp_path / "out" / "000000.png").size == (32, 20)
     status, _, err = run_cli("sample", *arguments, "--image_size", 18, 32)
-    assert (status, "a multiple of 4 for this denoiser, got 18 32; the next that fits is 20" in err) == (1, True), (
-        err
-    )
+    assert (status, "a multiple of 4 for this denoiser, got 18 32; the next that fits is 20" in err) == (1, True), err
 
 
 def test_sampling_says_where_the_autoencoder_should_be(trained, run_cli, tmp_path):
