@@ -49,7 +49,7 @@ class NetworkModule(LightningModule):
 
     Args:
         network: The network to train, with the raw weights. It becomes the attribute `network_name`, and its average
-            "ema_" and that name.
+            `ema_` and that name.
         optimizer: A function that makes the optimiser from the parameters that are trained.
         lr_warmup_steps: The number of optimiser steps over which the learning rate rises linearly to its full value; 0
             is off.
