@@ -115,6 +115,8 @@ def why_not_exported(parts: DenoiserParts) -> str | None:
     except ValueError as error:
         return f"{error}; draw its images with unet-diffusion sample"
     reason = _why_no_pipeline_takes(parts)
+    if parts.codec.config is not None:
+        reason = f"no pipeline of diffusers decodes with the codec {type(parts.codec).__name__}"
     return reason and f"{reason}; draw its images with unet-diffusion sample"
 
 
