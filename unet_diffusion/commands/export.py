@@ -1,10 +1,17 @@
 """export: a checkpoint becomes a folder that diffusers loads."""
 
+from typing import Annotated
+
 from unet_diffusion.commands.arguments import Checkpoint, Folder, check_exists
 
 
 def export(
-    checkpoint: Checkpoint, folder: Folder, *, overwrite: bool = False, autoencoder: Folder | None = None
+    checkpoint: Checkpoint,
+    folder: Folder,
+    *,
+    overwrite: bool = False,
+    autoencoder: Folder | None = None,
+    allow: Annotated[list[str], "MODULE"] | None = None,
 ) -> None:
     """Write a checkpoint as a diffusers pipeline folder.
 
@@ -19,6 +26,7 @@ def export(
         folder: The folder to make.
         overwrite: Replace the folder if it is an earlier export.
         autoencoder: The folder of the autoencoder of a denoiser of latents, if it is not where it was in training.
+        allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -29,7 +37,7 @@ def export(
     from unet_diffusion.inference.autoencoder import Autoencoder
     from unet_diffusion.inference.loading import load
 
-    model = load(checkpoint, autoencoder=autoencoder)
+    model = load(checkpoint, allow=allow or (), autoencoder=autoencoder)
     model.export(folder, overwrite=overwrite)
     what = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
     print(f"{folder} holds the {what}; loaded again with diffusers, it gives the same output")

@@ -126,8 +126,10 @@ def sample_images(
         from unet_diffusion.inference.reading import contents_of
         from unet_diffusion.inference.sample_options import SampleOptions
         from unet_diffusion.models.speed import prepare_weights
+        from unet_diffusion.runtime.pictures import check_channels
 
     denoiser = load_denoiser(checkpoint, allow=allow or (), autoencoder=autoencoder)
+    check_channels(denoiser.image_shape[0])
     worse = None if autoguidance is None else load_denoiser(autoguidance, allow=allow or ())
     networks = {"checkpoint": denoiser} if worse is None else {"checkpoint": denoiser, "autoguidance": worse}
     contents = {name: contents_of(network) for name, network in networks.items()}

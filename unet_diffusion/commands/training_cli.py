@@ -321,7 +321,8 @@ class TrainingCLI(OpenCLI):
         # A network that is shared out over processes is whole in its checkpoint only.
         trained = read_denoiser(folder / CHECKPOINTS / LAST) if self.model.is_sharded else self.model.trained
         if why_not_exported(trained):  # export says it to whoever asks for a pipeline
-            return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
+            allowed = "".join(f" --allow {module}" for module in self.modules)
+            return f"logs/; to draw images: unet-diffusion sample {folder}{allowed} --output DIR"
         trained.export(folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"
 

@@ -115,6 +115,8 @@ def why_not_exported(parts: DenoiserParts) -> str | None:
     except ValueError as error:
         return f"{error}; draw its images with unet-diffusion sample"
     reason = _why_no_pipeline_takes(parts)
+    if parts.codec.config is not None:
+        reason = f"no pipeline of diffusers decodes with the codec {type(parts.codec).__name__}"
     return reason and f"{reason}; draw its images with unet-diffusion sample"
 
 
@@ -163,8 +165,11 @@ def export_autoencoder(
 
 def _config_of(model: PixelNetwork) -> dict[str, Any]:
     """The configuration of the same network in diffusers; a ValueError says why there is none."""
-    if not isinstance(model, DenoiserUNet):
-        raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {type(model).__name__}")
+    # A class of a user's own that inherits from it may compute something else. Weights that are shared out over
+    # processes are of a class of torch's that inherits from it, too.
+    kind = next(one for one in type(model).__mro__ if not one.__module__.startswith("torch."))
+    if kind is not DenoiserUNet or not isinstance(model, DenoiserUNet):
+        raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {kind.__name__}")
     return config_to_diffusers(model.config)
 
 

@@ -64,7 +64,7 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
             null_label=record["null_label"],
             class_names=record["class_names"],
             settings=record["settings"],
-            codec=_codec(record["latent_space"], autoencoder),
+            codec=_codec(record, allow, autoencoder),
             conditions=conditions.eval(),
             speed=speed,
         )
@@ -126,9 +126,11 @@ def contents_of(model: Denoiser | Segmenter) -> str:
     return fingerprint(parts, {name: value for name, value in record.items() if name != "settings"})
 
 
-def _codec(space: dict[str, Any] | None, autoencoder: StrPath | None) -> Codec:
+def _codec(record: dict[str, Any], allow: Sequence[str], autoencoder: StrPath | None) -> Codec:
+    space, own = record["latent_space"], record["codec"]
     if space is not None:
         return LatentCodec.of(LatentSpace.from_plain(space), autoencoder)
     if autoencoder is not None:
-        raise ValueError("autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
-    return PixelCodec()
+        raise ValueError(f"autoencoder is for a denoiser of an autoencoder's latents, and this one denoises "
+                         f"{'images' if own is None else 'what its codec makes'}; leave it out")  # fmt: skip
+    return PixelCodec() if own is None else built(class_of(own["class_path"], Codec, allow), own["init_args"])

@@ -19,6 +19,7 @@ from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.record_checks import built, check_record, check_weights
+from unet_diffusion.latents.codec import Codec
 from unet_diffusion.models.speed import SPEEDS, Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.atomic_files import atomic_write
@@ -31,7 +32,7 @@ KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 COMMANDS = {"denoiser": "draw from it with unet-diffusion sample", "segmenter": "use unet-diffusion segment",
             "autoencoder": "use unet-diffusion encode or export"}  # fmt: skip
 PACKAGE = __name__.partition(".")[0]  # whose classes a checkpoint may name without being allowed
-Part = TypeVar("Part", bound=nn.Module)
+Part = TypeVar("Part")
 LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
 
 
@@ -78,6 +79,7 @@ def denoiser_record(parts: DenoiserParts) -> dict[str, Any]:
         "class_names": parts.class_names,
         "settings": parts.settings,
         "latent_space": None if parts.codec.space is None else parts.codec.space.plain(),
+        "codec": codec_record(parts.codec),
         "conditions": [network_record(cast(Condition, one)) for one in parts.conditions],
     }
 
@@ -91,11 +93,16 @@ def save_denoiser(parts: DenoiserParts, path: StrPath) -> None:
     write_checkpoint(path, "denoiser", denoiser_record(parts), {"unet": parts.unet, "conditions": parts.conditions})
 
 
-def network_record(network: PixelNetwork | Condition) -> dict[str, Any]:
-    """The class of a network or condition and the arguments that build it, as plain values."""
+def network_record(network: PixelNetwork | Condition | Codec) -> dict[str, Any]:
+    """The class of a network, condition or codec and the arguments that build it, as plain values."""
     # Where weights are shared out over processes, a class of torch's comes first.
     kind = next(one for one in type(network).__mro__ if not one.__module__.startswith("torch."))
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config}
+
+
+def codec_record(codec: Codec) -> dict[str, Any] | None:
+    """As `network_record`, of a codec of a user's own; None for pixels and autoencoders."""
+    return None if codec.config is None else network_record(codec)
 
 
 def check_callbacks(checkpoint: Mapping[str, Any]) -> None:

@@ -74,6 +74,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "class_names": ("a list of different texts, or None", lambda value: value is None or _is_classes(value)),
         "settings": _DICT,
         "latent_space": ("a latent space, or None", lambda value: value is None or _is_space(value)),
+        "codec": ("class_path and init_args, or None", lambda value: value is None or _is_network(value)),
         "conditions": (
             "a list of class_path and init_args",
             lambda value: isinstance(value, list) and all(map(_is_network, value)),

@@ -8,12 +8,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from unet_diffusion.latents.space import MOMENTS, LatentSpace, fingerprint
+from unet_diffusion.models.unet import check_config
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds, and which pixels do without
     from unet_diffusion.models.autoencoders import AutoencoderNetwork
@@ -25,15 +26,21 @@ DECODED_AT_ONCE = 16  # a decoder takes more memory than a denoiser
 class Codec:
     """Turns images into x0, and x0 into images.
 
+    A codec of your own is a subclass in a file of your own that the configuration names. It defines `sample_shape`,
+    `image_shape`, `encode`, `decode`, and sets `config`, by which a checkpoint builds it again.
+
     Attributes:
+        config: The constructor's arguments by name, as plain values. Pixels and autoencoders have None: a checkpoint
+            knows them by `space`.
         clip_sample: Whether each estimate of x0 may be clipped to [-1, 1] in sampling, as x0 lies there.
-        space: What is known of the latents, to be kept in checkpoints; None for pixels.
+        space: What is known of the latents of an autoencoder, to be kept in checkpoints; None for all other codecs.
         name: What x0 is called in a sentence: "images" or "latents".
     """
 
-    clip_sample: bool
-    space: LatentSpace | None
-    name: str
+    config: dict[str, Any] | None = None
+    clip_sample: bool = False
+    space: LatentSpace | None = None
+    name: str = "latents"
 
     def sample_shape(self, image_shape: Shape) -> Shape:
         """(C, h, w) of the x0 of images of a shape (C, H, W).
@@ -73,6 +80,16 @@ class Codec:
     def release(self) -> None:
         """Free the memory of what it loaded only to decode; it is loaded again when it is needed."""
 
+    def check_config(self) -> None:
+        """Check that a checkpoint can build the codec again.
+
+        Raises:
+            ValueError: If it is a codec of a user's own, and its `config` does not hold its constructor's arguments.
+        """
+        if self.config is None and type(self) in (PixelCodec, LatentCodec):
+            return
+        check_config(self)
+
     @property
     def downsampling(self) -> int:
         """Pixels of an image along a side for one of x0."""
@@ -83,7 +100,6 @@ class PixelCodec(Codec):
     """The identity: images are denoised themselves."""
 
     clip_sample = True
-    space = None
     name = "images"
 
     def sample_shape(self, image_shape: Shape) -> Shape:
@@ -113,15 +129,11 @@ class LatentCodec(Codec):
         ValueError: If the scale is not above 0.
     """
 
-    clip_sample = False
-    name = "latents"
-
     def __init__(self, autoencoder: str | os.PathLike[str], *, scaling_factor: float | None = None) -> None:
         if scaling_factor is not None and not scaling_factor > 0:
             raise ValueError(f"scaling_factor must be above 0, got {scaling_factor}; null takes the autoencoder's")
         self.folder = autoencoder
         self.scaling_factor = scaling_factor
-        self.space: LatentSpace | None = None
         self._autoencoder: AutoencoderNetwork | None = None
         self._device = torch.device("cpu")
         self._is_only_to_decode = False

@@ -163,28 +163,11 @@ class PixelNetwork(nn.Module):
             ValueError: If `config` is missing, holds other arguments than the constructor takes, holds a value that is
                 not plain, or has no "in_channels" and the class does not define `in_channels` either.
         """
-        name, config = type(self).__name__, getattr(self, "config", None)
-        if not isinstance(config, dict):
-            got = "nothing" if config is None else f"a {type(config).__name__}"
-            raise ValueError(f"{name} must set self.config to a dict of its constructor's arguments, got {got}")
-        arguments = inspect.signature(type(self)).parameters.values()
-        names = [one.name for one in arguments if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-        takes_others = any(one.kind == one.VAR_KEYWORD for one in arguments)
-        missing = [argument for argument in names if argument not in config]
-        unknown = [] if takes_others else [key for key in config if key not in names]
-        if missing or unknown:
+        check_config(self)
+        if "in_channels" not in self.config and type(self).in_channels is PixelNetwork.in_channels:
             raise ValueError(
-                f"the config of {name} must hold exactly the arguments of its constructor ({', '.join(names)}), got "
-                f"{', '.join(map(str, config)) or 'none'}"
+                f"{type(self).__name__} must have an argument in_channels, or define the attribute in_channels"
             )
-        for key, value in config.items():
-            if not _is_plain(value):
-                raise ValueError(
-                    f"{key} in the config of {name} must be a plain value (a number, a text, True, False, None, or a "
-                    f"list or dict of them), got a {type(value).__name__}"
-                )
-        if "in_channels" not in config and type(self).in_channels is PixelNetwork.in_channels:
-            raise ValueError(f"{name} must have an argument in_channels, or define the attribute in_channels")
 
     def embed(self, t: Tensor | None, labels: Tensor | None = None) -> Tensor | None:
         """Return the embedding of timesteps, plus that of labels: (B, D), or None for a network without embeddings.
@@ -200,6 +183,38 @@ class PixelNetwork(nn.Module):
         _check_embedded("labels", labels, "class embedding", self.class_embedding)
         emb = None if self.time_embedding is None else self.time_embedding(t)
         return emb if self.class_embedding is None else emb + self.class_embedding(labels)
+
+
+def check_config(part: Any) -> None:
+    """Check that a checkpoint can build a network, condition or codec again from its `config`.
+
+    Args:
+        part: The network, condition or codec.
+
+    Raises:
+        ValueError: If `config` is missing, holds other arguments than the constructor takes, or holds a value that is
+            not plain.
+    """
+    name, config = type(part).__name__, getattr(part, "config", None)
+    if not isinstance(config, dict):
+        got = "nothing" if config is None else f"a {type(config).__name__}"
+        raise ValueError(f"{name} must set self.config to a dict of its constructor's arguments, got {got}")
+    arguments = inspect.signature(type(part)).parameters.values()
+    names = [one.name for one in arguments if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    takes_others = any(one.kind == one.VAR_KEYWORD for one in arguments)
+    missing = [argument for argument in names if argument not in config]
+    unknown = [] if takes_others else [key for key in config if key not in names]
+    if missing or unknown:
+        raise ValueError(
+            f"the config of {name} must hold exactly the arguments of its constructor ({', '.join(names)}), got "
+            f"{', '.join(map(str, config)) or 'none'}"
+        )
+    for key, value in config.items():
+        if not _is_plain(value):
+            raise ValueError(
+                f"{key} in the config of {name} must be a plain value (a number, a text, True, False, None, or a "
+                f"list or dict of them), got a {type(value).__name__}"
+            )
 
 
 def _is_plain(value: Any) -> bool:

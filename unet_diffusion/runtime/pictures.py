@@ -19,6 +19,22 @@ GRID_GREY = 128  # grey level of the padding, which stands out against black dig
 CHECKERBOARD = (255, 224)  # the two grey levels behind transparent pixels
 
 
+def check_channels(channels: int) -> None:
+    """Refuse images that no picture shows.
+
+    Args:
+        channels: The number of channels of the images.
+
+    Raises:
+        ValueError: If it is not 1, 3 or 4.
+    """
+    if channels not in CHANNELS:
+        raise ValueError(
+            f"images must have 1, 3 or 4 channels to be drawn as pictures, got {channels}; add or leave out a channel, "
+            "or stay in Python, where lightning's Trainer needs no pictures and sample() gives tensors"
+        )
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Return images as bytes, (N, C, H, W) uint8: -1 becomes 0 and 1 becomes 255, rounded like diffusers' pipelines.
 

@@ -22,10 +22,12 @@ from unet_diffusion.data.batches import ImageBatches
 from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.diffusion.schedulers import SchedulerName
+from unet_diffusion.inference.record import PACKAGE, network_record
 from unet_diffusion.inference.sample_options import SampleOptions
+from unet_diffusion.latents.codec import PixelCodec
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.messages import printable
-from unet_diffusion.runtime.pictures import image_grid, write_png
+from unet_diffusion.runtime.pictures import check_channels, image_grid, write_png
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.lightning_internals import data_of, is_trial, log_interval
@@ -51,6 +53,9 @@ class DataSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer, pl_module)
+        reason = _why_no_pipeline(pl_module) if trainer.is_global_zero else None
+        if reason:
+            rank_zero_info(f"this run exports no pipeline: {reason}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:  # by itself, not within fit
@@ -154,7 +159,10 @@ class SampleGrid(PictureGrid):
         if stage != "fit":
             return
         codec = getattr(data_of(trainer), "codec", None)
-        if codec is not None:
+        if codec is None:
+            is_of_pixels = isinstance(pl_module.codec, PixelCodec)
+            _check_image_channels(trainer, pl_module.unet.out_channels if is_of_pixels else None)
+        else:
             codec.check()
             codec.release()
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
@@ -267,6 +275,15 @@ class ReconstructionGrid(PictureGrid):
             raise ValueError(f"samples.num_images must be at least 1, got {num_images}")
         self.num_images = num_images
 
+    def setup(self, trainer: Trainer, pl_module: "AutoencoderModule", stage: str) -> None:  # type: ignore[override]
+        """Refuses images that no picture shows.
+
+        Raises:
+            ValueError: If they have other channels than pictures.
+        """
+        if stage == "fit":
+            _check_image_channels(trainer, pl_module.autoencoder.config["in_channels"])
+
     def picture(self, trainer: Trainer, module: "AutoencoderModule") -> Image:
         data = cast(ImageDataModule, data_of(trainer))
         columns = min(self.num_images, PAIRS_IN_A_ROW, len(data.val_indices))
@@ -335,6 +352,35 @@ class RunProgressBar(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _check_image_channels(trainer: Trainer, predicted: int | None) -> None:
+    """Refuse images that no picture shows, by their channels: those of the data module, else those of the network.
+
+    Args:
+        trainer: The trainer.
+        predicted: The channels of the images that the network gives. None: it gives latents.
+    """
+    data = data_of(trainer)
+    channels = predicted if data is None else data.image_shape[0]
+    if channels is not None:
+        check_channels(channels)
+
+
+def _why_no_pipeline(module: LightningModule) -> str | None:
+    """Why the pipeline of a denoiser with classes of a user's own cannot be exported; None if it can be.
+
+    Without such classes nothing is asked, as diffusers takes seconds to import.
+    """
+    if not isinstance(module, NetworkModule) or module.record_key != "denoiser":
+        return None
+    trained = cast("DiffusionModule", module).trained
+    paths = [network_record(part)["class_path"] for part in (trained.unet, trained.codec, *trained.conditions)]
+    if all(path.startswith(f"{PACKAGE}.") for path in paths):
+        return None
+    from unet_diffusion.diffusers_io.exporting import why_not_exported
+
+    return why_not_exported(trained)
 
 
 def run_folder(trainer: Trainer) -> Path:

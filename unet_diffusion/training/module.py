@@ -23,7 +23,7 @@ from unet_diffusion.diffusion.parts import all_conditions, channels_beside
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_denoiser
-from unet_diffusion.inference.record import denoiser_record, network_record
+from unet_diffusion.inference.record import codec_record, denoiser_record, network_record
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
@@ -116,6 +116,7 @@ class DiffusionModule(NetworkModule):
         self.null_label = num_class_embeds - 1 if label_dropout > 0 and num_class_embeds else None
         self.class_names: list[str] | None = None
         self.codec: Codec = codec or PixelCodec()
+        self.codec.check_config()
 
     @property
     def trained(self) -> Denoiser:
@@ -184,6 +185,7 @@ class DiffusionModule(NetworkModule):
     def identity(self) -> dict[str, Any]:
         space = None if self.codec.space is None else self.codec.space.plain()
         kept = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
+        kept["codec"] = codec_record(self.codec)
         conditions = [network_record(cast(Condition, one)) for one in self.conditions]
         return {**kept, **_space_identity(space), "conditions": _conditions_identity(conditions)}
 
@@ -207,6 +209,7 @@ class DiffusionModule(NetworkModule):
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
         kept = {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
+        kept["codec"] = record["codec"]
         conditions = _conditions_identity(record["conditions"])
         return {**kept, **_space_identity(record["latent_space"]), "conditions": conditions}
 
@@ -296,7 +299,7 @@ class DiffusionModule(NetworkModule):
         else:
             images = batch["images"]
             generator = None
-            if step is not None and (provided or self.codec.space is not None):
+            if step is not None and (provided or not isinstance(self.codec, PixelCodec)):
                 generator = keyed_generator(self.seed, CONDITION_KEY, step, self.global_rank, device=images.device)
             drawn = self._drawn(images, entries, generator)
             encode = self._encode_with(generator)
@@ -440,9 +443,7 @@ def _check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> No
     if any(isinstance(one, ClassLabels) for one in conditions):
         raise ValueError("ClassLabels must not be among the conditions; set num_class_embeds and label_dropout instead")
     for condition in conditions:
-        if not hasattr(condition, "config"):
-            raise ValueError(f"the condition {type(condition).__name__} must set self.config to the arguments that "
-                             "build it again, as plain values")  # fmt: skip
+        condition.check_config()
         reads = [one.batch_key for one in conditions]
         if condition.batch_key in ("captions", "concat") and reads.count(condition.batch_key) > 1:
             raise ValueError(f"there must be at most one condition that reads {condition.batch_key!r}, as there is one "

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from unet_diffusion.models.unet import check_config
+
 Inputs = Mapping[str, Tensor]
 """Arguments of a network beside x and t, (B, ...) each: any of "labels", "context", "vector" and "concat"."""
 
@@ -20,6 +22,7 @@ Encode = Callable[[Tensor], Tensor]
 """encode(images): the x0 of images (B, C, H, W) in [-1, 1]: their normalised latents, or the images themselves."""
 
 CONDITION_KEY = 2  # keeps what conditions draw apart from noise, which has the same seed
+WIDTHS = {"context": "context_dim", "concat": "channels"}  # arguments of conditions, by what they give the network
 JOINED_ALONG = {"context": 1, "vector": 1, "concat": 1}  # dimension: tokens, or channels
 
 
@@ -49,7 +52,7 @@ class Request:
 class Condition(nn.Module):
     """Something known of an image, and the argument of the network that it becomes.
 
-    A kind of one's own is a subclass in a file of one's own that is named in the configuration. It defines `batch_key`,
+    A kind of your own is a subclass in a file of your own that the configuration names. It defines `batch_key`,
     `network_argument`, `config`, `forward`, `null`, `example` and, to be sampled with, `options` and `from_user`. It is
     called with its entry of a batch, (B, ...), and gives the network's argument, (B, ...).
 
@@ -122,6 +125,18 @@ class Condition(nn.Module):
             sample_shape: (C, h, w) of what is denoised.
         """
         raise NotImplementedError(f"{type(self).__name__} must define example()")
+
+    def check_config(self) -> None:
+        """Check that a checkpoint can build the condition again, and that its width is known.
+
+        Raises:
+            ValueError: If `config` does not hold its constructor's arguments, or lacks the width of what it gives.
+        """
+        check_config(self)
+        width = WIDTHS.get(self.network_argument)
+        if width is not None and width not in self.config:
+            raise ValueError(f"{type(self).__name__} gives the network {self.network_argument!r}, and must have an "
+                             f"argument {width} that says how wide it is")  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- data
 
