@@ -8,7 +8,8 @@ import pytest
 from unet_diffusion.runtime.imports import quick_imports
 
 DRAWING = [
-    *("diffusion.losses", "diffusion.sampling", "diffusers_io.interop", "diffusers_io.pipelines.conditional"),
+    *("diffusion.losses", "diffusion.sampling", "diffusers_io.exporting", "diffusers_io.importing"),
+    *("diffusers_io.pipelines.conditional", "inference.denoiser", "inference.loading", "inference.reading"),
     *("inference.drawing", "inference.record", "inference.sample_options", "inference.segment_files"),
 ]
 SEGMENTING = [

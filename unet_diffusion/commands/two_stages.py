@@ -186,6 +186,9 @@ class TwoStages:
 
     def _check(self, options: Sequence[str]) -> None:
         """Refuse before the first stage what would make a later one fail."""
+        for stage, recipe in {"autoencoder": self.autoencoder, "denoiser": self.denoiser}.items():
+            if (task := read_settings(recipe).get("task", "denoise")) != TASKS[stage]:
+                raise UsageError(f"the recipe of the {stage} must have task {TASKS[stage]}, got {task}")
         files = find_images(self.images)
         num_classes = len(class_names_of(files.names, self.images)) if self.class_labels else 0
         if self.captions:
@@ -196,9 +199,8 @@ class TwoStages:
         autoencoder = self._fit("autoencoder", self.autoencoder, self.images)
         denoiser = [*self._fit("denoiser", self.denoiser, self.images), *self._of_classes(num_classes)]
         runs = {"autoencoder": [*autoencoder, *options], "denoiser": [*denoiser, *options]}
-        for stage, words in runs.items():
-            if (task := check_arguments(words).task) != TASKS[stage]:
-                raise UsageError(f"the recipe of the {stage} must have task {TASKS[stage]}, got {task}")
+        for words in runs.values():
+            check_arguments(words)
         check_runs(runs)
 
     def settings(self, stage: str, images: Mapping[str, Fingerprint]) -> dict[str, Any]:

@@ -166,9 +166,10 @@ class Denoiser(DenoiserParts, Running):
         weights = sum(parameter.numel() for parameter in self.unet.parameters())
         kinds = [type(one).__name__ for one in self.all_conditions]
         size = " x ".join(map(str, self.image_shape))
+        by = "" if self.codec.space is None else f" by their {self.codec.name}"
         return (
-            f"Denoiser of {self.codec.name} of {size} images, {type(self.unet).__name__} of {weights / 1e6:.2f} M "
-            f"weights, conditions: {', '.join(kinds) or 'none'}; on {self.device} in {self.precision or 'float32'}"
+            f"Denoiser of {size} images{by}, {type(self.unet).__name__} of {weights / 1e6:.2f} M weights, conditions: "
+            f"{', '.join(kinds) or 'none'}; on {self.device} in {self.precision or 'float32'}"
         )
 
     def _modules_to_move(self) -> list[nn.Module]:

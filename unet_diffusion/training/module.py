@@ -5,7 +5,6 @@ The training of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 1), 
 & Salimans 2022, https://arxiv.org/abs/2207.12598); the moving average of the weights is what is sampled.
 """
 
-import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,14 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 from unet_diffusion.training.averaging import averaged_copy
 from unet_diffusion.training.base import NetworkModule, check_choice
+from unet_diffusion.training.denoising_rules import (
+    check_batch,
+    check_conditions,
+    check_denoises,
+    check_settings,
+    conditions_identity,
+    space_identity,
+)
 from unet_diffusion.training.lightning_internals import log_interval, total_batches
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 
@@ -92,11 +99,11 @@ class DiffusionModule(NetworkModule):
         speed: Speed | Literal["auto"] = "plain",
         seed: int = 0,
     ):
-        _check_denoises(unet)
-        _check_conditions(unet, conditions or [])
+        check_denoises(unet)
+        check_conditions(unet, conditions or [])
         num_class_embeds = unet.config.get("num_class_embeds")
         check_choice("loss_weighting", loss_weighting, get_args(LossWeighting))
-        _check_settings(schedule, loss_weighting, label_dropout, num_class_embeds)
+        check_settings(schedule, loss_weighting, label_dropout, num_class_embeds)
         super().__init__(
             unet,
             optimizer=optimizer,
@@ -187,7 +194,7 @@ class DiffusionModule(NetworkModule):
         kept = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
         kept["codec"] = codec_record(self.codec)
         conditions = [network_record(cast(Condition, one)) for one in self.conditions]
-        return {**kept, **_space_identity(space), "conditions": _conditions_identity(conditions)}
+        return {**kept, **space_identity(space), "conditions": conditions_identity(conditions)}
 
     @classmethod
     def rebuilt(
@@ -210,8 +217,8 @@ class DiffusionModule(NetworkModule):
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
         kept = {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
         kept["codec"] = record["codec"]
-        conditions = _conditions_identity(record["conditions"])
-        return {**kept, **_space_identity(record["latent_space"]), "conditions": conditions}
+        conditions = conditions_identity(record["conditions"])
+        return {**kept, **space_identity(record["latent_space"]), "conditions": conditions}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -368,26 +375,6 @@ class DiffusionModule(NetworkModule):
             raise ValueError(f"num_class_embeds must be {wanted}, a class for each level of noise, got {rows}")
 
 
-def check_batch(batch: Any, *, needs_index: bool) -> None:
-    """Refuse a batch that is not a dict with images or x0.
-
-    Args:
-        batch: The batch.
-        needs_index: Whether it must hold the numbers of its images, as in validation.
-
-    Raises:
-        ValueError: If so; it says what a batch must be.
-    """
-    has_images = isinstance(batch, Mapping) and ("images" in batch or "x0" in batch)
-    if has_images and ("index" in batch or not needs_index):
-        return
-    got = f"entries {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-    raise ValueError(
-        'a batch must be a dict with "images" (B, C, H, W) in [-1, 1], or "x0", and "index" (B,), the number of each '
-        f"image in its data set, got {got}; make such a dict in the dataset or in collate_fn"
-    )
-
-
 def stratified_timesteps(batch_size: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
     """One uniform timestep from each of batch_size equal parts of the range, in random order: (B,) int64.
 
@@ -398,78 +385,3 @@ def stratified_timesteps(batch_size: int, num_train_timesteps: int, generator: t
     part = torch.randperm(batch_size, generator=generator, device=device)
     t = ((part + uniform) / batch_size * num_train_timesteps).long()
     return t.clamp(max=num_train_timesteps - 1)  # float32 rounds the highest draws up to the end
-
-
-def _check_settings(
-    schedule: NoiseSchedule,
-    loss_weighting: LossWeighting,
-    label_dropout: float,
-    num_class_embeds: int | None,
-) -> None:
-    if not 0 <= label_dropout < 1:
-        raise ValueError(f"label_dropout must be in [0, 1), got {label_dropout}")
-    if label_dropout > 0 and num_class_embeds is None:
-        raise ValueError(
-            f"label_dropout {label_dropout} needs a network with classes; set num_class_embeds to their number + 1"
-        )
-    if loss_weighting == "min_snr" and schedule.rescale_betas_zero_snr:
-        raise ValueError(
-            "min_snr gives the last timestep of rescale_betas_zero_snr no weight, and sampling starts there; "
-            "use loss_weighting uniform"
-        )
-
-
-def _space_identity(space: dict[str, Any] | None) -> dict[str, Any]:
-    """Of latents, what may not change; their autoencoder may have been moved."""
-    return {f"latent {name}": (space or {}).get(name) for name in ("fingerprint", "mean", "std")}
-
-
-def _check_denoises(unet: PixelNetwork) -> None:
-    """A denoiser is told the timestep and gives a prediction as large as its input."""
-    if unet.time_embedding is None:
-        raise ValueError(f"a denoiser needs a timestep: set timestep_embedding of {type(unet).__name__} to true")
-    if unet.margin:
-        raise ValueError(
-            f"a denoiser must keep height and width, and this network takes {unet.margin} pixels off each side; "
-            "set padding to same"
-        )
-
-
-def _check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> None:
-    """What the conditions give and what the network takes must be the same."""
-    if unet.config.get("vector_dim") is not None and not any(one.network_argument == "vector" for one in conditions):
-        raise ValueError(f"vector_dim must be None to be trained without a condition that gives a vector, got "
-                         f"{unet.config['vector_dim']}")  # fmt: skip
-    if any(isinstance(one, ClassLabels) for one in conditions):
-        raise ValueError("ClassLabels must not be among the conditions; set num_class_embeds and label_dropout instead")
-    for condition in conditions:
-        condition.check_config()
-        reads = [one.batch_key for one in conditions]
-        if condition.batch_key in ("captions", "concat") and reads.count(condition.batch_key) > 1:
-            raise ValueError(f"there must be at most one condition that reads {condition.batch_key!r}, as there is one "
-                             "an image")  # fmt: skip
-    taken = inspect.signature(unet.forward).parameters
-    for condition in conditions:
-        takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
-        if condition.network_argument not in taken and not takes_all:
-            raise ValueError(f"{type(unet).__name__} takes no {condition.network_argument!r}, which the condition "
-                             f"{type(condition).__name__} gives; use a DenoiserUNet")  # fmt: skip
-    if "context_dim" not in unet.config:
-        return  # a network of one's own
-    takes = unet.config["context_dim"]
-    widths = {one.config["context_dim"] for one in conditions if one.network_argument == "context"}
-    if widths != ({takes} if takes else set()):
-        raise ValueError(
-            f"context_dim of the network and of its conditions must be the same, got {takes} and "
-            f"{', '.join(map(str, sorted(widths))) or 'no condition with one'}; set model.unet.context_dim and "
-            "model.conditions"
-        )
-
-
-def _conditions_identity(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what may change: how often a condition is dropped, and whether its weights are trained."""
-    kept = []
-    for record in records:
-        init_args = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
-        kept.append({**record, "init_args": init_args})
-    return kept

@@ -1,0 +1,135 @@
+"""What may be trained together: a denoiser's network, settings, conditions and batches, and what a run keeps."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
+from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.losses import LossWeighting
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.models.unet import PixelNetwork
+
+
+def check_batch(batch: Any, *, needs_index: bool) -> None:
+    """Refuse a batch that is not a dict with images or x0.
+
+    Args:
+        batch: The batch.
+        needs_index: Whether it must hold the numbers of its images, as in validation.
+
+    Raises:
+        ValueError: If so; it says what a batch must be.
+    """
+    has_images = isinstance(batch, Mapping) and ("images" in batch or "x0" in batch)
+    if has_images and ("index" in batch or not needs_index):
+        return
+    got = f"entries {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    raise ValueError(
+        'a batch must be a dict with "images" (B, C, H, W) in [-1, 1], or "x0", and "index" (B,), the number of each '
+        f"image in its data set, got {got}; make such a dict in the dataset or in collate_fn"
+    )
+
+
+def check_settings(
+    schedule: NoiseSchedule,
+    loss_weighting: LossWeighting,
+    label_dropout: float,
+    num_class_embeds: int | None,
+) -> None:
+    """Refuse settings that contradict each other.
+
+    Args:
+        schedule: The noise schedule.
+        loss_weighting: The weighting of the loss.
+        label_dropout: The probability of training on the null label.
+        num_class_embeds: The rows of the network's class embedding; None: it has none.
+
+    Raises:
+        ValueError: If two settings contradict each other.
+    """
+    if not 0 <= label_dropout < 1:
+        raise ValueError(f"label_dropout must be in [0, 1), got {label_dropout}")
+    if label_dropout > 0 and num_class_embeds is None:
+        raise ValueError(
+            f"label_dropout {label_dropout} needs a network with classes; set num_class_embeds to their number + 1"
+        )
+    if loss_weighting == "min_snr" and schedule.rescale_betas_zero_snr:
+        raise ValueError(
+            "min_snr gives the last timestep of rescale_betas_zero_snr no weight, and sampling starts there; "
+            "use loss_weighting uniform"
+        )
+
+
+def space_identity(space: dict[str, Any] | None) -> dict[str, Any]:
+    """What may not change of the latents while a run goes on; their autoencoder may be moved.
+
+    Args:
+        space: The record of the latents; None: images are denoised.
+    """
+    return {f"latent {name}": (space or {}).get(name) for name in ("fingerprint", "mean", "std")}
+
+
+def check_denoises(unet: PixelNetwork) -> None:
+    """Refuse a network that takes no timestep, or gives a prediction of another size than its input.
+
+    Raises:
+        ValueError: If the network is one.
+    """
+    if unet.time_embedding is None:
+        raise ValueError(f"a denoiser needs a timestep: set timestep_embedding of {type(unet).__name__} to true")
+    if unet.margin:
+        raise ValueError(
+            f"a denoiser must keep height and width, and this network takes {unet.margin} pixels off each side; "
+            "set padding to same"
+        )
+
+
+def check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> None:
+    """Refuse conditions that give what the network does not take, or lack what it takes.
+
+    Raises:
+        ValueError: If there is one; it is named.
+    """
+    if unet.config.get("vector_dim") is not None and not any(one.network_argument == "vector" for one in conditions):
+        raise ValueError(f"vector_dim must be None to be trained without a condition that gives a vector, got "
+                         f"{unet.config['vector_dim']}")  # fmt: skip
+    if any(isinstance(one, ClassLabels) for one in conditions):
+        raise ValueError("ClassLabels must not be among the conditions; set num_class_embeds and label_dropout instead")
+    for condition in conditions:
+        condition.check_config()
+        reads = [one.batch_key for one in conditions]
+        if condition.batch_key in ("captions", "concat") and reads.count(condition.batch_key) > 1:
+            raise ValueError(f"there must be at most one condition that reads {condition.batch_key!r}, as there is one "
+                             "an image")  # fmt: skip
+    taken = inspect.signature(unet.forward).parameters
+    for condition in conditions:
+        takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+        if condition.network_argument not in taken and not takes_all:
+            raise ValueError(f"{type(unet).__name__} takes no {condition.network_argument!r}, which the condition "
+                             f"{type(condition).__name__} gives; use a DenoiserUNet")  # fmt: skip
+    if "context_dim" not in unet.config:
+        return  # a network of one's own
+    takes = unet.config["context_dim"]
+    widths = {one.config["context_dim"] for one in conditions if one.network_argument == "context"}
+    if widths != ({takes} if takes else set()):
+        raise ValueError(
+            f"context_dim of the network and of its conditions must be the same, got {takes} and "
+            f"{', '.join(map(str, sorted(widths))) or 'no condition with one'}; set model.unet.context_dim and "
+            "model.conditions"
+        )
+
+
+def conditions_identity(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What may not change of the conditions while a run goes on.
+
+    How often a condition is dropped may change, and whether its weights are trained.
+
+    Args:
+        records: The records of the conditions.
+    """
+    kept = []
+    for record in records:
+        init_args = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
+        kept.append({**record, "init_args": init_args})
+    return kept
