@@ -34,7 +34,7 @@ import torch
 import yaml
 from caption_words import average_precision, features, frequent_words, has_words, trained_classifier
 from features import frechet_distance
-from measure import RESULTS, environment, fastest_autocast, process_seconds, table, write_json
+from measure import RESULTS, environment, process_seconds, table, write_json
 from torch import Tensor
 from until_time import STEPS
 
@@ -43,10 +43,7 @@ from unet_diffusion.data import (
     ImageDataModule,
     scale_to_unit_range,
 )
-from unet_diffusion.diffusion.guidance import Guidance
-from unet_diffusion.diffusion.sampling import sample
 from unet_diffusion.inference.loading import load_denoiser
-from unet_diffusion.latents.codec import LatentCodec, decode_latents
 from unet_diffusion.latents.space import fingerprint
 from unet_diffusion.latents.store import encode_images
 from unet_diffusion.models.autoencoders import downsampling, kl_autoencoder
@@ -369,32 +366,17 @@ def judged(options: argparse.Namespace, name: str, judge: Judge) -> dict[str, An
     return {"num_images": num_images, "seconds_drawing": round(seconds, 1), **judge.verdict(images, captions)}
 
 
-@torch.no_grad()
 def drawn(options: argparse.Namespace, name: str, captions: list[str]) -> Tensor:
     """Images of these captions, (N, 3, H, W) in [-1, 1]."""
-    trained = load_denoiser(options.work / name)
-    trained.unet.to(options.device)
-    trained.conditions.to(options.device)
-    text = trained.conditions[0]
-    inputs, unconditional = trained.inputs({"captions": text.token_ids(captions).to(options.device)})
-    space = trained.codec.space
-    with fastest_autocast(options.device):
-        images = sample(
-            trained.unet,
-            trained.schedule,
-            (len(captions), *trained.image_shape),
-            scheduler="DPMSolverMultistepScheduler",
-            num_inference_steps=NUM_INFERENCE_STEPS,
-            seed=options.seed,
-            inputs=inputs,
-            unconditional=unconditional,
-            guidance=Guidance(GUIDANCE_SCALE),
-            batch_size=SAMPLE_BATCH_SIZE,
-            device=options.device,
-            clip_sample=space is None,
-        )
-        if space is not None:
-            images = decode_latents(LatentCodec.of(space).autoencoder.to(options.device), space, images)
+    denoiser = load_denoiser(options.work / name).to(str(options.device))
+    images = denoiser.sample(
+        len(captions),
+        captions=captions,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        seed=options.seed,
+        batch_size=SAMPLE_BATCH_SIZE,
+    )
     return images.clamp(-1, 1)
 
 
