@@ -59,7 +59,7 @@ def sample(
     schedule: NoiseSchedule,
     shape: Sequence[int],
     *,
-    scheduler: str = "DDIMScheduler",
+    scheduler: Any = "DDIMScheduler",
     num_inference_steps: int = 50,
     seed: int = 0,
     indices: Iterable[int] | None = None,
@@ -82,7 +82,7 @@ def sample(
         denoiser: called as denoiser(x, t, **inputs) with float32 x (B, C, H, W) and t (B,).
         schedule: the noise schedule that the denoiser was trained with.
         shape: (N, C, H, W) of all images; H and W need not be those of training.
-        scheduler: name of a diffusers scheduler, one of `supported_schedulers(schedule)`.
+        scheduler: A diffusers scheduler, or the name of its class, one of `supported_schedulers(schedule)`.
         num_inference_steps: in [1, num_train_timesteps]; schedulers of second order call the denoiser twice a step.
         seed: of the noise, any integer.
         indices: N numbers of the images among all of this seed; default 0 to N - 1.
@@ -187,27 +187,34 @@ def denoise(
     return x
 
 
-def build_scheduler(schedule: NoiseSchedule, name: str = "DDIMScheduler", *, clip_sample: bool = True) -> Any:
-    """A new diffusers scheduler of this name for this schedule, with timesteps not yet set.
+def build_scheduler(schedule: NoiseSchedule, scheduler: Any = "DDIMScheduler", *, clip_sample: bool = True) -> Any:
+    """A new diffusers scheduler for this schedule, with timesteps not yet set.
 
     Args:
-        schedule: the noise schedule.
-        name: a class of diffusers.
-        clip_sample: clip each estimate of x0 to [-1, 1], where the scheduler can.
+        schedule: The noise schedule.
+        scheduler: The name of a class of diffusers; or an object of one, whose settings of the solver are kept, while
+            those of the noise schedule, the prediction and the spacing of timesteps are this schedule's.
+        clip_sample: Clip each estimate of x0 to [-1, 1], where the scheduler can.
 
     Raises:
-        ValueError: if there is no such scheduler, or it is not valid for the schedule; it says why.
+        ValueError: If there is no such scheduler, or it is not valid for the schedule; it says why.
     """
+    name, own = name_of(scheduler), {} if isinstance(scheduler, str) else dict(getattr(scheduler, "config", {}))
     valid = ", ".join(supported_schedulers(schedule))
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {valid}, got {name!r}")
     reason = refusal(schedule, name)
     if reason is not None:
         raise ValueError(f"{name} cannot sample this model: {reason}; use one of {valid}")
-    fields = scheduler_config(schedule, clip_sample=clip_sample) | BEYOND_DDPM.get(name, {})
+    fields = own | scheduler_config(schedule, clip_sample=clip_sample) | BEYOND_DDPM.get(name, {})
     scheduler_class = getattr(diffusers, name)
     accepted = inspect.signature(scheduler_class).parameters
     return scheduler_class(**{field: value for field, value in fields.items() if field in accepted})
+
+
+def name_of(scheduler: Any) -> str:
+    """The name of a scheduler's class, of which it may be an object or the name."""
+    return scheduler if isinstance(scheduler, str) else type(scheduler).__name__
 
 
 def supported_schedulers(schedule: NoiseSchedule) -> list[str]:
@@ -230,7 +237,7 @@ def refusal(schedule: NoiseSchedule, name: str) -> str | None:
 
 
 def num_network_steps(
-    schedule: NoiseSchedule, name: str, num_inference_steps: int, init_image: InitImage | None = None
+    schedule: NoiseSchedule, scheduler: Any, num_inference_steps: int, init_image: InitImage | None = None
 ) -> int:
     """How often sampling calls the denoiser for a batch: num_inference_steps, or up to twice that with some schedulers.
 
@@ -239,18 +246,18 @@ def num_network_steps(
     Raises:
         ValueError: if the scheduler is not valid or cannot make so many steps.
     """
-    scheduler = build_scheduler(schedule, name)
-    _check_num_inference_steps(scheduler, num_inference_steps)
-    scheduler.set_timesteps(num_inference_steps, device="cpu")
+    built = build_scheduler(schedule, scheduler)
+    _check_num_inference_steps(built, num_inference_steps)
+    built.set_timesteps(num_inference_steps, device="cpu")
     skipped = num_inference_steps - num_steps_from(init_image, num_inference_steps)
-    return len(scheduler.timesteps) - skipped * scheduler.order
+    return len(built.timesteps) - skipped * built.order
 
 
 def check_sampling(
     schedule: NoiseSchedule,
     shape: Sequence[int],
     *,
-    scheduler: str = "DDIMScheduler",
+    scheduler: Any = "DDIMScheduler",
     num_inference_steps: int = 50,
     inputs: Inputs | None = None,
     unconditional: Inputs | None = None,
@@ -275,7 +282,7 @@ def check_sampling(
         low, high = guidance.interval
         raise ValueError(f"the interval of guidance must hold timesteps of 0 to {last}, got {low} to {high}; lower it")
     if init_image is not None:
-        check_init_image(init_image, shape, scheduler, num_inference_steps)
+        check_init_image(init_image, shape, name_of(scheduler), num_inference_steps)
     _check_finite(schedule, scheduler, num_inference_steps)
 
 
@@ -389,7 +396,7 @@ def _trailing_rule(name: str, num_train: int) -> tuple[str, Callable[[int], bool
 
 
 @lru_cache(maxsize=64)  # a trajectory takes as long as that of one image on a GPU
-def _check_finite(schedule: NoiseSchedule, name: str, num_steps: int) -> None:
+def _check_finite(schedule: NoiseSchedule, name: Any, num_steps: int) -> None:
     """Refuses a number of steps at which a scheduler's own coefficients are not numbers.
 
     Found by a trajectory of one pixel with a prediction of zero. Ancestral schedulers split a step's noise by the root
@@ -403,8 +410,8 @@ def _check_finite(schedule: NoiseSchedule, name: str, num_steps: int) -> None:
         finite = False
     if not finite:
         raise ValueError(
-            f"num_inference_steps must keep {name} finite on this schedule, got {num_steps}, at which float32 rounds "
-            "its split of the noise to nan; use another number, or EulerDiscreteScheduler"
+            f"num_inference_steps must keep {name_of(name)} finite on this schedule, got {num_steps}, at which float32 "
+            "rounds its split of the noise to nan; use another number, or EulerDiscreteScheduler"
         )
 
 

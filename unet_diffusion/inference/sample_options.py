@@ -113,11 +113,11 @@ class SampleOptions:
             raise ValueError(f"interpolate must name two different seeds, got {first} twice")
         if self.num_images < 2:
             raise ValueError(f"interpolate needs at least 2 images, the ends, got num_images {self.num_images}")
-        from unet_diffusion.diffusion.sampling import STOCHASTIC, supported_schedulers  # they import diffusers
+        from unet_diffusion.diffusion.sampling import STOCHASTIC, name_of, supported_schedulers  # needs diffusers
 
-        if self.scheduler in STOCHASTIC:
+        if (scheduler := name_of(self.scheduler)) in STOCHASTIC:
             smooth = ", ".join(name for name in supported_schedulers(parts.schedule) if name not in STOCHASTIC)
-            raise ValueError(f"interpolate needs a scheduler that adds no noise, got {self.scheduler}; use {smooth}")
+            raise ValueError(f"interpolate needs a scheduler that adds no noise, got {scheduler}; use {smooth}")
         for name, default in (("labels", parts.num_classes), ("captions", 1)):
             value = self.values.get(name)
             count = default if value is None else 1 if isinstance(value, str | int) else len(value)
