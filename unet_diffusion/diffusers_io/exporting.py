@@ -167,7 +167,8 @@ def _config_of(model: PixelNetwork) -> dict[str, Any]:
     """The configuration of the same network in diffusers; a ValueError says why there is none."""
     # A class of a user's own that inherits from it may compute something else. Weights that are shared out over
     # processes are of a class of torch's that inherits from it, too.
-    kind = next(one for one in type(model).__mro__ if not one.__module__.startswith("torch."))
+    ours = [one for one in type(model).__mro__ if one is not object and not one.__module__.startswith("torch.")]
+    kind = (*ours, type(model))[0]
     if kind is not DenoiserUNet or not isinstance(model, DenoiserUNet):
         raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {kind.__name__}")
     return config_to_diffusers(model.config)
