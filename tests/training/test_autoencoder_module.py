@@ -18,7 +18,7 @@ from torchvision.models import squeezenet1_1
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
-from unet_diffusion.training import AutoencoderModule
+from unet_diffusion.training import AutoencoderModule, latent_terms
 from unet_diffusion.training import autoencoder as training
 from unet_diffusion.training.adversarial import AdversarialLoss
 from unet_diffusion.training.image_quality import PERCEPTUAL_FILES, psnr, ssim
@@ -57,10 +57,10 @@ def noise(*shape, seed=0) -> torch.Tensor:
 
 def test_kl_divergence_is_that_of_torch_and_of_diffusers():
     mean, std = noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1).exp()
-    ours = training.kl_divergence(mean, std)
+    ours = latent_terms.kl_divergence(mean, std)
     torch.testing.assert_close(ours, kl_divergence(Normal(mean, std), Normal(0.0, 1.0)))
     posterior = kl_net().encode(noise(2, *SHAPE)).latent_dist
-    torch.testing.assert_close(training.kl_divergence(posterior.mean, posterior.std).sum((1, 2, 3)), posterior.kl())
+    torch.testing.assert_close(latent_terms.kl_divergence(posterior.mean, posterior.std).sum((1, 2, 3)), posterior.kl())
 
 
 @pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
@@ -199,10 +199,10 @@ def test_code_unused_for_so_many_steps_becomes_a_latent_and_the_others_stay(quie
 
 def test_latents_that_are_not_finite_restart_no_code(quiet_trainer):
     made = module(vq_net(), restart_codes_after=1)
-    made.idle_steps += 1
-    made.trainer = quiet_trainer(max_steps=1)
+    made.latent_term.idle_steps += 1
+    trainer, networks = quiet_trainer(max_steps=1), [made.autoencoder, made.ema_autoencoder]
     before = made.autoencoder.quantize.embedding.weight.clone()
-    made._restart_idle_codes(torch.full((1, 2, 4, 4), torch.nan))
+    made.latent_term.restart_idle_codes(networks, torch.full((1, 2, 4, 4), torch.nan), trainer)
     assert torch.equal(made.autoencoder.quantize.embedding.weight, before)
 
 

@@ -148,15 +148,14 @@ def _image_size(autoencoder: "AutoencoderNetwork", image_size: tuple[int, int] |
 
 def _latents_settings(autoencoder: "AutoencoderNetwork", data: "ImageDataModule") -> dict[str, Any]:
     """Those settings of `latents.encode_images` that follow from the autoencoder and the images."""
-    from diffusers import VQModel
-
     from unet_diffusion.latents.space import fingerprint
+    from unet_diffusion.models.autoencoders import num_codes
 
     return {
         "fingerprint": fingerprint(autoencoder, autoencoder.config),
         "image_shape": data.image_shape,
         "num_images": len(data.image_set.images),
-        "has_codes": isinstance(autoencoder, VQModel),
+        "has_codes": num_codes(autoencoder) > 0,
         "class_names": data.class_names,
         "captions": data.captions,
         "names": data.image_set.names,

@@ -293,7 +293,7 @@ def _takes_scale(autoencoder: AutoencoderNetwork, space: LatentSpace, scaling_fa
 def _with_scale(autoencoder: AutoencoderNetwork, **fields: Any) -> AutoencoderNetwork:
     """A copy whose configuration has these fields, and no moments of the latents but those."""
     autoencoder = copy.deepcopy(autoencoder)
-    moments = dict.fromkeys(MOMENTS) if isinstance(autoencoder, AutoencoderKL) else {}  # VQModel has no such fields
+    moments = {name: None for name in MOMENTS if name in autoencoder.config}  # a VQModel has no such fields
     autoencoder.register_to_config(**{**moments, **fields})
     return autoencoder
 

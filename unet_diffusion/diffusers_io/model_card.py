@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.parts import DenoiserParts
-from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, num_latent_channels
+from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, num_codes, num_latent_channels
 
 MODEL_CARD = """---
 library_name: diffusers
@@ -166,9 +166,9 @@ def autoencoder_card(
         settings: How it was trained, as plain values; empty: not known.
     """
     channels, height, width = image_shape
-    has_codes, factor = "num_vq_embeddings" in autoencoder.config, downsampling(autoencoder)
+    codes, factor = num_codes(autoencoder), downsampling(autoencoder)
     return AUTOENCODER_CARD.format(
-        kind=f"{autoencoder.config['num_vq_embeddings']} codes" if has_codes else "KL",
+        kind=f"{codes} codes" if codes else "KL",
         network=type(autoencoder).__name__,
         parameters=sum(parameter.numel() for parameter in autoencoder.parameters()),
         channels=channels,
@@ -178,7 +178,7 @@ def autoencoder_card(
         latent_channels=num_latent_channels(autoencoder),
         latent_height=height // factor,
         latent_width=width // factor,
-        latents="latents" if has_codes else "latent_dist.mean",
+        latents="latents" if codes else "latent_dist.mean",
         about_scale=_about_scale(latent_std),
         settings=_yaml(settings) if settings else "# not known\n",
     )

@@ -136,6 +136,11 @@ def num_latent_channels(autoencoder: AutoencoderNetwork) -> int:
     return autoencoder.config.get("vq_embed_dim") or autoencoder.config["latent_channels"]
 
 
+def num_codes(autoencoder: AutoencoderNetwork) -> int:
+    """Return the number of codes in the codebook; 0 if there is no codebook, but a distribution of each latent."""
+    return autoencoder.config.get("num_vq_embeddings", 0)
+
+
 def quantize(autoencoder: VQModel, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the codes nearest to latents, (B, C, h, w), their loss, (), and their numbers, (B * h * w,) int64.
 
@@ -158,14 +163,12 @@ def decode_codes(autoencoder: VQModel, codes: Tensor) -> Tensor:
 
 def reconstruct(autoencoder: AutoencoderNetwork, images: Tensor) -> Tensor:
     """Encode images and decode the means of their latents, or the codes nearest to them: (B, C, H, W)."""
-    if isinstance(autoencoder, VQModel):
-        return autoencoder.decode(autoencoder.encode(images).latents).sample
-    return autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
+    return autoencoder.decode(latent_moments(autoencoder, images)[0]).sample
 
 
 def latent_moments(autoencoder: AutoencoderNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the latents of images, (B, c, h, w) each; a codebook has deviation 0."""
-    if isinstance(autoencoder, VQModel):
+    if num_codes(autoencoder):
         latents = autoencoder.encode(images).latents
         return latents, torch.zeros_like(latents)
     posterior = autoencoder.encode(images).latent_dist

@@ -21,14 +21,7 @@ from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.reading import read_autoencoder
 from unet_diffusion.latents.space import moment_sums
-from unet_diffusion.models.autoencoders import (
-    decode_codes,
-    downsampling,
-    latent_moments,
-    num_latent_channels,
-    quantize,
-    reconstruct,
-)
+from unet_diffusion.models.autoencoders import downsampling, latent_moments, num_latent_channels, reconstruct
 from unet_diffusion.models.discriminator import hinge_loss
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -36,16 +29,13 @@ from unet_diffusion.training.adversarial import AdversarialLoss, adversarial_in,
 from unet_diffusion.training.base import NetworkModule, check_choice
 from unet_diffusion.training.health import SkipBadSteps
 from unet_diffusion.training.image_quality import SSIM_SIDE, PerceptualNet, lpips, psnr, ssim
+from unet_diffusion.training.latent_terms import LEAST_STD, latent_term
 from unet_diffusion.training.lightning_internals import callbacks_of, log_interval
 from unet_diffusion.training.optimizers import LRDecay, adam_of_gans
 from unet_diffusion.training.prediction import images_of
 
 Reconstruction = Literal["l1", "l2"]
 
-RESTART_KEY = 4  # keeps the draws of codes apart from others with the same seed
-MIN_SIGNAL = 0.1  # share of the latents' variance that comes from the images
-MIN_CODE_USE = 0.1  # share of the codebook
-LEAST_STD = 1e-6  # of latents
 MIN_STEPS_TO_JUDGE = 500  # before, networks have learnt too little to be warned about
 
 
@@ -136,13 +126,14 @@ class AutoencoderModule(NetworkModule):
         self.log_variance = nn.Parameter(torch.zeros(()), requires_grad=learn_variance)
         # In a list: frozen weights that come from a file of their own are not in checkpoints.
         self._perceptual = [lpips(perceptual_net)] if perceptual_weight else []
-        if isinstance(autoencoder, VQModel):
-            self.idle_steps: Tensor  # since each code was last used
-            self.register_buffer("idle_steps", torch.zeros(autoencoder.quantize.n_e, dtype=torch.int64))
+        self.latent_term = latent_term(
+            autoencoder,
+            kl_weight=kl_weight,
+            codebook_weight=codebook_weight,
+            restart_codes_after=restart_codes_after,
+            seed=seed,
+        )
         self.reconstruction = reconstruction
-        self.kl_weight = kl_weight
-        self.codebook_weight = codebook_weight
-        self.restart_codes_after = restart_codes_after
         self.perceptual_weight = perceptual_weight
         self.perceptual_net = perceptual_net
         self.learn_variance = learn_variance
@@ -218,7 +209,11 @@ class AutoencoderModule(NetworkModule):
         optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         adversary = self.adversarial if self.adversarial and step >= self.adversarial.start else None
         generator = keyed_generator(self.seed, step, self.global_rank, device=images.device)
-        reconstructions, regularisation = self._reconstruct(images, generator)
+        networks = [self.autoencoder, self.ema_autoencoder]
+        reconstructions, regularisation, logged = self.latent_term.reconstruct(
+            networks, images, generator, self.trainer
+        )
+        self.log_dict(logged)
 
         fidelity = self._fidelity(images, reconstructions)
         loss = fidelity + regularisation
@@ -238,8 +233,7 @@ class AutoencoderModule(NetworkModule):
             schedulers[1].step()
 
     def on_validation_epoch_start(self) -> None:
-        codes = self.autoencoder.config["num_vq_embeddings"] if isinstance(self.autoencoder, VQModel) else 0
-        self._code_counts = torch.zeros(codes, dtype=torch.int64, device=self.device)
+        self.latent_term.start_validation()
         self._quality_sums = torch.zeros(3, device=self.device)  # images, their PSNR and SSIM
         self._latent_sums = torch.zeros(4, num_latent_channels(self.autoencoder), device=self.device)
 
@@ -247,12 +241,7 @@ class AutoencoderModule(NetworkModule):
         """Add up the quality of the averaged autoencoder's reconstructions, and the moments of its latents."""
         images, autoencoder = batch["images"], self.ema_autoencoder
         latents, std = latent_moments(autoencoder, images)
-        if isinstance(autoencoder, VQModel):
-            codes, _, numbers = quantize(autoencoder, latents.float())
-            self._code_counts += torch.bincount(numbers, minlength=len(self._code_counts))
-            reconstructions = decode_codes(autoencoder, codes)
-        else:
-            reconstructions = autoencoder.decode(latents.float()).sample
+        reconstructions = self.latent_term.validate(autoencoder, latents.float())
         qualities = (torch.ones_like(images[:, 0, 0, 0]), psnr(images, reconstructions), ssim(images, reconstructions))
         self._quality_sums += torch.stack([quality.sum() for quality in qualities])
         self._latent_sums += moment_sums(latents.float(), std.float())
@@ -269,24 +258,11 @@ class AutoencoderModule(NetworkModule):
         scores = {"latent_mean": means.mean().item(), "latent_std": self.latent_std}
         if self.image_shape is not None and min(self.image_shape[1:]) >= SSIM_SIDE:
             scores["ssim"] = ssim_sum / num_images
-        has_codes = isinstance(self.autoencoder, VQModel)
-        scores |= self._use_of_codes() if has_codes else self._share_of_signal(signal, noise)
+        own, warning = self.latent_term.scores(signal, noise, self.trainer)
+        scores |= own
+        self._warn_if(warning is not None, str(warning))
         self.log_dict({f"{self.scores_prefix}/{name}": score for name, score in scores.items()}, sync_dist=True)
         self.log(f"{self.scores_prefix}/psnr", psnr_sum / num_images, prog_bar=True, sync_dist=True)
-
-    def _use_of_codes(self) -> dict[str, float]:
-        counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum").float()
-        shares = counts[counts > 0] / counts.sum()
-        used = len(shares) / len(counts)
-        self._warn_if(used < MIN_CODE_USE, f"only {used:.0%} of the codes are used; fewer of them (num_codes), or "
-                      "shorter ones (latent_channels), are used better")  # fmt: skip
-        return {"codes_used": used, "code_perplexity": math.exp(-(shares * shares.log()).sum().item())}
-
-    def _share_of_signal(self, signal: float, noise: float) -> dict[str, float]:
-        share = signal / max(signal + noise, LEAST_STD**2)
-        self._warn_if(share < MIN_SIGNAL, f"{1 - share:.1%} of the latents' variance is noise, not image (posterior "
-                      f"collapse); lower kl_weight from {self.kl_weight:g}")  # fmt: skip
-        return {"latent_signal": share}
 
     def record(self) -> dict[str, Any]:
         return self.trained.record()
@@ -318,42 +294,6 @@ class AutoencoderModule(NetworkModule):
         """
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             return reconstruct(self.ema_autoencoder, images.to(self.device)).float().clamp(-1, 1)
-
-    def _reconstruct(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Reconstructions, (B, C, H, W), and the weighted term that regularises the latents, ()."""
-        if isinstance(self.autoencoder, VQModel):
-            latents = self.autoencoder.encode(images).latents
-            if self.restart_codes_after:
-                self._restart_idle_codes(latents.detach().float())
-            codes, codebook_loss, numbers = quantize(self.autoencoder, latents)
-            if self.restart_codes_after:
-                self.idle_steps += 1
-                self.idle_steps.index_fill_(0, self.trainer.strategy.all_gather(numbers).flatten(), 0)
-            self.log("train/codebook", codebook_loss.detach())
-            # The error is a sum over an image: so is this, as if each of its pixels had it.
-            weight = self.codebook_weight * images[0].numel()
-            return decode_codes(self.autoencoder, codes), weight * codebook_loss.float()
-        posterior = self.autoencoder.encode(images).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
-        kl = kl_divergence(mean, std).sum() / len(images)
-        self.log("train/kl", kl.detach())
-        return self.autoencoder.decode(mean + std * noise).sample, self.kl_weight * kl
-
-    def _restart_idle_codes(self, latents: Tensor) -> None:
-        """Put latents, drawn from those of all processes, in place of codes that were not used for long."""
-        vectors = self.trainer.strategy.all_gather(latents.movedim(1, -1).contiguous()).flatten(0, -2)
-        # Without the rank in its key: processes keep the same codebook.
-        generator = keyed_generator(self.seed, RESTART_KEY, self.trainer.global_step, device=latents.device)
-        drawn = torch.randint(len(vectors), (len(self.idle_steps),), generator=generator, device=latents.device)
-        fresh = vectors[drawn]
-        # A batch that is not finite is skipped, and may leave nothing here either.
-        is_idle = (self.idle_steps >= self.restart_codes_after) & fresh.isfinite().all(dim=1)
-        with torch.no_grad():
-            for autoencoder in (self.autoencoder, self.ema_autoencoder):
-                codebook = autoencoder.quantize.embedding.weight
-                codebook.copy_(torch.where(is_idle[:, None], fresh, codebook))
-        self.idle_steps.masked_fill_(is_idle, 0)
 
     def _fidelity(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """The errors of an image divided by their learned scale, plus its logarithm, ().
@@ -409,8 +349,3 @@ class AutoencoderModule(NetworkModule):
 def _as_list(value: Any) -> list[Any]:
     """Lightning's optimisers or schedulers as a list; Lightning gives a single one without."""
     return value if isinstance(value, list) else [value]
-
-
-def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(0, 1)) of each latent (Kingma & Welling 2014, appendix B), of the shape of the mean."""
-    return 0.5 * (mean.square() + std.square() - 1) - std.log()
