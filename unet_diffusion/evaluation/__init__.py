@@ -1,0 +1,1 @@
+"""How good a model is: figures of samples, reconstructions and masks, and what they mean."""
