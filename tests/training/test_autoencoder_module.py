@@ -18,7 +18,7 @@ from torchvision.models import squeezenet1_1
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
-from unet_diffusion.training import AutoencoderModule, latent_terms
+from unet_diffusion.training import AutoencoderModule, latent_terms, symptoms
 from unet_diffusion.training import autoencoder as training
 from unet_diffusion.training.adversarial import AdversarialLoss
 from unet_diffusion.training.image_quality import PERCEPTUAL_FILES, psnr, ssim
@@ -299,6 +299,7 @@ def test_validation_tells_how_many_codes_are_used(quiet_trainer, tiny_images):
 @pytest.fixture
 def judged_at_once(monkeypatch):
     monkeypatch.setattr(training, "MIN_STEPS_TO_JUDGE", 0)
+    monkeypatch.setattr(symptoms.warn_of, "__kwdefaults__", {"after": 0})
 
 
 def test_collapsed_posterior_is_warned_about(quiet_trainer, tiny_images, judged_at_once):

@@ -55,3 +55,19 @@ def sums_by_quarter(errors: Tensor, t: Tensor, num_train_timesteps: int) -> tupl
     """
     quarter = F.one_hot(t * NUM_QUARTERS // num_train_timesteps, NUM_QUARTERS).to(errors.dtype)  # (B, 4)
     return errors @ quarter, quarter.sum(0)
+
+
+def gaussian_errors(schedule: NoiseSchedule, variance: Tensor) -> Tensor:
+    """The mean squared error of the best prediction at each timestep if x0 were Gaussian, (T,) float32.
+
+    Once x_t is seen, the variance that remains of x0 ~ N(m, s^2) is s^2 (1 - a) / (a s^2 + 1 - a). The errors of
+    epsilon and v are that times a / (1 - a) and 1 / (1 - a). A network that knows more of images is better.
+
+    Args:
+        schedule: The schedule, with its prediction type.
+        variance: The variance of each value of x0, of any shape; the error is the mean over them.
+    """
+    a = schedule.alphas_cumprod.double()[:, None]  # (T, 1)
+    s2 = variance.double().cpu().flatten()[None]  # (1, N)
+    numerator = {"epsilon": a * s2, "v_prediction": s2, "sample": (1 - a) * s2}[schedule.prediction_type]
+    return (numerator / (a * s2 + 1 - a).clamp(min=1e-12)).mean(dim=1).float()

@@ -33,10 +33,9 @@ from unet_diffusion.training.latent_terms import LEAST_STD, latent_term
 from unet_diffusion.training.lightning_internals import callbacks_of, log_interval
 from unet_diffusion.training.optimizers import LRDecay, adam_of_gans
 from unet_diffusion.training.prediction import images_of
+from unet_diffusion.training.symptoms import MIN_STEPS_TO_JUDGE, warn_of
 
 Reconstruction = Literal["l1", "l2"]
-
-MIN_STEPS_TO_JUDGE = 500  # before, networks have learnt too little to be warned about
 
 
 class AutoencoderModule(NetworkModule):
@@ -260,7 +259,7 @@ class AutoencoderModule(NetworkModule):
             scores["ssim"] = ssim_sum / num_images
         own, warning = self.latent_term.scores(signal, noise, self.trainer)
         scores |= own
-        self._warn_if(warning is not None, str(warning))
+        warn_of(self, warning)
         self.log_dict({f"{self.scores_prefix}/{name}": score for name, score in scores.items()}, sync_dist=True)
         self.log(f"{self.scores_prefix}/psnr", psnr_sum / num_images, prog_bar=True, sync_dist=True)
 
@@ -321,13 +320,7 @@ class AutoencoderModule(NetworkModule):
         self.log("train/discriminator", loss.detach(), prog_bar=True)
         average, every = adversary.count(loss), log_interval(self.trainer)
         if every and self.trainer.global_step % every == 0:  # reading the loss waits for the device
-            problem = problem_of(average.item())
-            self._warn_if(problem is not None, str(problem), since=adversary.start)
-
-    def _warn_if(self, condition: bool, message: str, *, since: int = 0) -> None:
-        """Warn, unless the networks in question were trained for too few steps to be judged."""
-        if condition and self.trainer.global_step >= since + MIN_STEPS_TO_JUDGE:
-            rank_zero_warn(message)
+            warn_of(self, problem_of(average.item()), after=adversary.start + MIN_STEPS_TO_JUDGE)
 
     def bind_data(self, datamodule: Any) -> None:
         refuse_unused(datamodule, set())

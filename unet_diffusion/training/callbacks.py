@@ -31,6 +31,7 @@ from unet_diffusion.runtime.pictures import check_channels, image_grid, write_pn
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.lightning_internals import data_of, is_trial, log_interval
+from unet_diffusion.training.symptoms import colour_drift, warn_of
 
 if TYPE_CHECKING:
     from unet_diffusion.training.autoencoder import AutoencoderModule
@@ -42,6 +43,7 @@ ALWAYS_DRAWS = [  # scheduler, its steps, those of training: known to be possibl
     ("DPMSolverMultistepScheduler", 15, 1000),
     ("DPMSolverMultistepScheduler", 25, 1000),
 ]
+NUM_COMPARED = 256  # validation images whose colours samples are compared with
 MAX_COLUMNS = 16  # with more classes than this, a column a class would make the grid too wide to look at
 
 
@@ -148,6 +150,7 @@ class SampleGrid(PictureGrid):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
+        self._real_colours: Tensor | None = None  # of the run's data
 
     def setup(self, trainer: Trainer, pl_module: "DiffusionModule", stage: str) -> None:  # type: ignore[override]
         """Refuses what would only fail at the first grid.
@@ -184,14 +187,34 @@ class SampleGrid(PictureGrid):
     def picture(self, trainer: Trainer, module: "DiffusionModule") -> Image:
         captions = self.captions(trainer, module)
         images, seen = self.sample(trainer, module)
+        num_classes = module.trained.num_classes
+        if self._real_colours is None:
+            self._real_colours = self.real_colours(trainer, num_classes)
+        warn_of(module, colour_drift(images.mean(dim=(2, 3)), self._real_colours))
         module.codec.release()  # an autoencoder takes memory only while it is needed
         if captions and trainer.is_global_zero:
             with atomic_write(run_folder(trainer) / "captions.txt") as partial:  # row by row
                 partial.write_text("\n".join(captions) + "\n", encoding="utf-8")
         if seen is not None:
             return in_pairs(seen, images)
-        num_classes = module.trained.num_classes
         return image_grid(images, columns=num_classes if 0 < num_classes <= MAX_COLUMNS else None)
+
+    def real_colours(self, trainer: Trainer, num_classes: int) -> Tensor:
+        """The mean of each channel of validation images, (N, C), the same number of each class.
+
+        There are none where the data hold latents or not all classes.
+        """
+        data = data_of(trainer)
+        if data is None or data.codec is not None:
+            return torch.empty(0, 0)
+        batch = ImageBatches(data.image_set)[data.val_indices[:NUM_COMPARED].tolist()]
+        means = scale_to_unit_range(batch["images"]).mean(dim=(2, 3))
+        if not num_classes:
+            return means
+        if "labels" not in batch:
+            return means[:0]
+        of_class = [means[batch["labels"] == label] for label in range(num_classes)]
+        return torch.cat([part[: min(map(len, of_class))] for part in of_class])
 
     def sample(self, trainer: Trainer, module: "DiffusionModule") -> tuple[Tensor, Tensor | None]:
         """The grid's images, (num_images, C, H, W) in [-1, 1], and what the network was shown of images, if it was."""

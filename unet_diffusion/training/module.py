@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Condition, Encode, Inputs, network_inputs
-from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
+from unet_diffusion.diffusion.losses import (
+    NUM_QUARTERS,
+    LossWeighting,
+    gaussian_errors,
+    loss_weights,
+    squared_error,
+    sums_by_quarter,
+)
 from unet_diffusion.diffusion.parts import all_conditions, channels_beside
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
@@ -39,9 +46,11 @@ from unet_diffusion.training.denoising_rules import (
 )
 from unet_diffusion.training.lightning_internals import log_interval, total_batches
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
+from unet_diffusion.training.symptoms import warn_of, worse_than_gaussian
 
 FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
 USUAL_DROPOUT = 0.1  # of labels (Ho & Salimans 2022), where a checkpoint does not say
+LEAST_FOR_VARIANCE = 20  # images
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly however many there are
 
 
@@ -75,6 +84,7 @@ class DiffusionModule(NetworkModule):
 
     unet: PixelNetwork
     ema_unet: PixelNetwork
+    _moment_sums: Tensor
 
     record_key = "denoiser"
 
@@ -260,6 +270,7 @@ class DiffusionModule(NetworkModule):
         inputs = network_inputs(self._conditions_of(self.ema_conditions), entries)
         errors = self._errors(self.ema_unet, x0, noise, t, inputs)
         self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
+        self._moment_sums = torch.stack([x0.sum(dim=0), x0.square().sum(dim=0)]) + self._moment_sums
 
     def fixed_entries(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What is denoised of a batch, (B, C, h, w), and what the conditions read, as they are validated on."""
@@ -267,6 +278,7 @@ class DiffusionModule(NetworkModule):
 
     def on_validation_epoch_start(self) -> None:
         self._validation_sums = torch.zeros(2, NUM_QUARTERS, device=self.device)
+        self._moment_sums = torch.zeros((), device=self.device)  # of x0 and its square, (2, C, h, w)
 
     def on_validation_epoch_end(self) -> None:
         sums, counts = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
@@ -275,6 +287,19 @@ class DiffusionModule(NetworkModule):
         for quarter in range(NUM_QUARTERS):
             if counts[quarter] > 0:
                 self.log(f"{self.scores_prefix}/loss_q{quarter + 1}", sums[quarter] / counts[quarter], sync_dist=True)
+        self._compare_with_gaussian(sums, counts)
+
+    def _compare_with_gaussian(self, sums: Tensor, counts: Tensor) -> None:
+        """Warn where the network loses more than what knows each pixel's mean and variance alone."""
+        num_images = counts.sum().item()
+        mean, square = self.trainer.strategy.reduce(self._moment_sums, reduce_op="sum") / num_images
+        if num_images < LEAST_FOR_VARIANCE or (counts == 0).any():
+            return
+        variance = (square - mean.square()).clamp(min=0) * num_images / (num_images - 1)
+        num_timesteps = self.schedule.num_train_timesteps
+        errors = gaussian_errors(self.schedule, variance)
+        gaussian_sums, gaussian_counts = sums_by_quarter(errors, torch.arange(num_timesteps), num_timesteps)
+        warn_of(self, worse_than_gaussian((sums / counts).tolist(), (gaussian_sums / gaussian_counts).tolist()))
 
     def fixed_timesteps(self, index: Tensor) -> Tensor:
         """The timestep at which each image is validated, (B,) int64: even over the range, whatever the batches.

@@ -26,6 +26,9 @@ from unet_diffusion.segmentation.transfer import load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule, check_choice
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 from unet_diffusion.training.prediction import images_of
+from unet_diffusion.training.symptoms import one_class_only, warn_of
+
+MIN_STEPS_OF_ALL_CLASSES = 100  # after which a segmenter that predicts one class only is warned about
 
 
 class SegmentationModule(NetworkModule):
@@ -203,6 +206,8 @@ class SegmentationModule(NetworkModule):
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum").float()
+        names = self.class_names if self.kind == "classes" else [self.class_names[0], "foreground"]
+        warn_of(self, one_class_only(sums[:, 2], sums[:, 1], names), after=MIN_STEPS_OF_ALL_CLASSES)
         error = 1 - sums[:, 0].sum() / sums[:, 1].sum()
         occurs = sums[1:, 1:].sum(dim=1) > 0  # the others, and the background, do not count
         right, truth, predicted = sums[1:][occurs].unbind(dim=1)
