@@ -70,7 +70,7 @@ def test_example_of_the_page_is_trained_continued_drawn_with_and_refused_by_name
     status, _, err = run_cli("export", run, "pipeline", "--allow", module)
     assert (status != 0, reason in err) == (True, True)
 
-    (call,) = re.findall(rf'`(unet_diffusion\.load\("{run}", .*)` draws', PAGE)
+    (call,) = re.findall(rf'draw with\s`(unet_diffusion\.load\("{run}", .*)`', PAGE)
     assert eval(call, {"unet_diffusion": unet_diffusion}).shape == (4, 3, 16, 16)
 
 

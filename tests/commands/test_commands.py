@@ -315,7 +315,7 @@ def test_weaker_checkpoint_of_other_classes_is_refused(strong_run, run_cli, tmp_
     options = ["--autoguidance", tmp_path / "other.ckpt", "--guidance_scale", 2, "--labels", 3]
     status, _, err = run_cli("sample", strong_run, *options, "--output", tmp_path / "drawn")
     assert status == 1
-    assert "autoguidance must have the same classes and words" in err
+    assert "autoguidance must be a denoiser of the same classes" in err
 
 
 def test_sample_writes_images_a_grid_and_the_settings(strong_run, draw):
@@ -653,7 +653,7 @@ START_ERRORS = {
     "one seed": ("--interpolate 3 3", "two different seeds, got 3 twice"),
     "one frame": ("--interpolate 1 2 --num_images 1", "at least 2 images, got num_images 1"),
     "noisy": ("--interpolate 1 2 --scheduler DDPMScheduler", "adds no noise, got DDPMScheduler; use one of DDIM"),
-    "all classes": ("--interpolate 1 2", "draws a single class or caption, got 3 labels; give one"),
+    "all classes": ("--interpolate 1 2", "draws a single class or caption, got 10 labels; give one"),
 }
 
 
