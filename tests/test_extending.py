@@ -27,7 +27,7 @@ TINY_RUN = shlex.split(
 )
 TINY_U = shlex.split("--model.unet.channels [8,8,8,8] --model.unet.norm_num_groups 4 --model.unet.head_channels 4")
 EXAMPLES = {  # heading: file, its options in a tiny run, why diffusers has no counterpart
-    "A condition": ("ages", TINY_U, "no pipeline of diffusers gives a network the condition Age"),
+    "A condition": ("ages", TINY_U, "no pipeline of diffusers takes the condition Age"),
     "A network": ("stack", [], "only a DenoiserUNet has a counterpart in diffusers, got a Stack"),
     "A codec": ("blocks", TINY_U, "no pipeline of diffusers decodes with the codec Blocks"),
 }
@@ -54,7 +54,7 @@ def test_example_of_the_page_is_trained_continued_drawn_with_and_refused_by_name
 
     status, _, err = run_cli(*fit, *TINY_RUN, *options)
     assert status == 0, err
-    said = f"this run exports no pipeline: {reason}; draw its images with unet-diffusion sample"
+    said = f"this run exports no pipeline: {reason}; draw images with unet-diffusion sample"
     assert caplog.text.index(said) < caplog.text.index("max_steps=2` reached")
     run = f"runs/{module}"
     assert f"to draw images: unet-diffusion sample {run} --allow {module} --output DIR" in caplog.text
@@ -70,7 +70,7 @@ def test_example_of_the_page_is_trained_continued_drawn_with_and_refused_by_name
     status, _, err = run_cli("export", run, "pipeline", "--allow", module)
     assert (status != 0, reason in err) == (True, True)
 
-    (call,) = re.findall(rf'`(unet_diffusion\.load\("{run}", .*)` draws', PAGE)
+    (call,) = re.findall(rf'draw with\s`(unet_diffusion\.load\("{run}", .*)`', PAGE)
     assert eval(call, {"unet_diffusion": unet_diffusion}).shape == (4, 3, 16, 16)
 
 
@@ -100,8 +100,8 @@ class NoChannels(NoWidth):
     ("condition", "said"),
     [
         (NoConfig, "NoConfig must set self.config to a dict of its constructor's arguments, got nothing"),
-        (NoWidth, "NoWidth gives the network 'context', and must have an argument context_dim that says how wide"),
-        (NoChannels, "NoChannels gives the network 'concat', and must have an argument channels that says how wide"),
+        (NoWidth, "NoWidth gives the network 'context' and must have its width as an argument context_dim"),
+        (NoChannels, "NoChannels gives the network 'concat' and must have its width as an argument channels"),
     ],
 )
 def test_condition_that_a_checkpoint_cannot_hold_is_refused_before_training(tiny_module, condition, said):

@@ -315,7 +315,7 @@ def test_weaker_checkpoint_of_other_classes_is_refused(strong_run, run_cli, tmp_
     options = ["--autoguidance", tmp_path / "other.ckpt", "--guidance_scale", 2, "--labels", 3]
     status, _, err = run_cli("sample", strong_run, *options, "--output", tmp_path / "drawn")
     assert status == 1
-    assert "autoguidance must have the same classes and words" in err
+    assert "autoguidance must be a denoiser of the same classes" in err
 
 
 def test_sample_writes_images_a_grid_and_the_settings(strong_run, draw):
@@ -634,14 +634,14 @@ def test_resume_needs_the_same_size_window_and_start(
 
 
 START_ERRORS = {
-    "size": ("--image_size 8 13", "plus a multiple of 2 for this denoiser, got 8 13; the next that fits is 8 14"),
+    "size": ("--image_size 8 13", "plus a multiple of 2 for this denoiser, got 8 13; the next size that fits"),
     "window": ("--window 7", "window must be 2 pixels plus a multiple of 2 for this denoiser, got 7; the next"),
     "no window": ("--window 0", "window must be"),
     "all overlap": ("--window 8 --overlap 1", "overlap must be in [0, 1), got 1.0; 0.5 is usual"),
     "negative overlap": ("--window 8 --overlap -0.25", "overlap must be in [0, 1), got -0.25"),
-    "overlap of nothing": ("--overlap 0.25", "overlap must come with windows that have one; give window"),
-    "mask alone": ("--mask {tmp}/mask.png", "mask must come with an image to start from; give image"),
-    "strength alone": ("--strength 0.5", "strength must come with an image"),
+    "overlap of nothing": ("--overlap 0.25", "overlap needs windows; give window, too"),
+    "mask alone": ("--mask {tmp}/mask.png", "mask needs an image; give image, too"),
+    "strength alone": ("--strength 0.5", "strength needs an image"),
     "no picture": ("--image {tmp}/none.png", "image must be an image file, and there is none at"),
     "text": ("--image {tmp}/text.ckpt", "text.ckpt cannot be read as an image"),
     "small": ("--image {tmp}/image.png --image_size 16 16", "too small: 8x8, must be at least 16x16"),
@@ -651,9 +651,9 @@ START_ERRORS = {
     "other mask": ("--image {tmp}/image.png --mask {tmp}/large.png", "as large as image, 8x8, got 9x8; resize it"),
     "black mask": ("--image {tmp}/image.png --mask {tmp}/black.png", "black.png has no white"),
     "one seed": ("--interpolate 3 3", "two different seeds, got 3 twice"),
-    "one frame": ("--interpolate 1 2 --num_images 1", "at least 2 images, the ends, got num_images 1"),
-    "noisy": ("--interpolate 1 2 --scheduler DDPMScheduler", "adds no noise, got DDPMScheduler; use DDIMScheduler"),
-    "all classes": ("--interpolate 1 2", "draws one class or caption; give one of labels"),
+    "one frame": ("--interpolate 1 2 --num_images 1", "at least 2 images, got num_images 1"),
+    "noisy": ("--interpolate 1 2 --scheduler DDPMScheduler", "adds no noise, got DDPMScheduler; use one of DDIM"),
+    "all classes": ("--interpolate 1 2", "draws a single class or caption, got 10 labels; give one"),
 }
 
 

@@ -355,7 +355,7 @@ def test_folder_that_takes_a_mask_must_have_a_network_that_does(exported, tmp_pa
         ),
         ("small picture", {"image": "image", "class_labels": 3}, "class_labels must be left out .* which takes image"),
         ("small picture", {"image": "image", "noise_level": 351}, r"noise_level must be in \[0, 350\], got 351"),
-        ("small picture", {"image": "image", "height": 32}, "height and width must be left out, as the size of image"),
+        ("small picture", {"image": "image", "height": 32}, "height and width must be left out, because image"),
         ("small picture", {"image": "odd"}, "2 times those of image, must be multiples of 4, got 10 and 12"),
         (
             "maps and captions",

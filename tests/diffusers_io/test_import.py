@@ -432,7 +432,7 @@ def test_pipeline_without_scheduler_or_size_says_what_is_missing(tmp_path):
         (
             "text_encoder",
             ValueError,
-            "only a UNet2DConditionModel makes images from captions or class tokens, got a UNet2DModel",
+            "from captions or class tokens to images must have a UNet2DConditionModel, got a UNet2DModel",
         ),
         ("bert", ValueError, "got also bert"),
     ],

@@ -241,11 +241,11 @@ def maps_twice(folder):
     [
         (
             tokens_from_nowhere,
-            r"this denoiser has no condition with them; .*unet-diffusion sample",
+            r"this denoiser has no condition for them; .*unet-diffusion sample",
         ),
-        (a_condition_of_ones_own, r"no pipeline of diffusers gives a network the condition Words"),
-        (maps_twice, r"one condition of a kind, and this denoiser has several that become 'concat'"),
-        (lambda folder: text_denoiser(folder, vector_dim=8), r"the network has vector_dim 8"),
+        (a_condition_of_ones_own, r"no pipeline of diffusers takes the condition Words"),
+        (maps_twice, r"one condition of each kind, and this denoiser has several for 'concat'"),
+        (lambda folder: text_denoiser(folder, vector_dim=8), r"a network with vector_dim, got 8"),
         (
             lambda folder: text_denoiser(folder, mid_attention=False),
             r"mid_attention must be True.*-diffusion sample",
@@ -292,7 +292,7 @@ def test_import_says_which_parts_of_the_pipeline_are_not_kept(stable_diffusion, 
     import_pipeline(stable_diffusion)
     assert not [one for one in recwarn if "not kept" in str(one.message)]
     edit_index(stable_diffusion, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
-    with pytest.warns(UserWarning, match="not kept of the pipeline: safety_checker"):
+    with pytest.warns(UserWarning, match="that are not imported: safety_checker"):
         import_pipeline(stable_diffusion)
 
 
@@ -300,7 +300,7 @@ def test_import_says_which_parts_of_the_pipeline_are_not_kept(stable_diffusion, 
     ("changes", "message"),
     [
         ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "got also text_encoder_2"),
-        ({"text_encoder": [None, None], "tokenizer": [None, None]}, "only a UNet2DModel makes images from noise alone"),
+        ({"text_encoder": [None, None], "tokenizer": [None, None]}, "from noise to images must have a UNet2DModel"),
     ],
 )
 def test_pipeline_of_another_build_is_refused(stable_diffusion, changes, message):
@@ -458,7 +458,7 @@ def test_a_model_for_inpainting_wants_a_picture_and_a_mask(tmp_path, run_cli, pi
     arguments = ["sample", tmp_path / "inpainter.ckpt", "--captions", "x", "--output", tmp_path / "out"]
     for more in ([], ["--image", picture[0][0]]):
         status, _, err = run_cli(*arguments, *more)
-        assert (status, "image and mask must be given" in err) == (1, True), err
+        assert (status, "paints into an image; give image and mask" in err) == (1, True), err
     assert not (tmp_path / "out").exists()
 
 
@@ -527,7 +527,7 @@ def test_stable_diffusion_for_upscaling_is_trained_on(
 @pytest.mark.parametrize(
     ("kind", "in_channels", "message"),
     [
-        (StableDiffusionInpaintPipeline, 8, "must be as out_channels 4, or with captions 9, .* got 8"),
+        (StableDiffusionInpaintPipeline, 8, "must be 4, as out_channels, or with captions 9, .* got 8"),
         (StableDiffusionUpscalePipeline, 4, "must be more than out_channels 4, for a small image, got 4"),
     ],
 )
@@ -548,7 +548,7 @@ def test_upscaler_of_other_noise_is_refused(stable_upscaling):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "image must be given, as this denoiser enlarges an image"),
+        ([], "this denoiser enlarges an image; give image"),
         (["--image", "{tmp}/none.png"], "image must be an image file, and there is none at"),
         (["--image", "{tmp}/small.png", "--noise_level", "351"], r"noise_level must be in [0, 350], got 351"),
         (["--image", "{tmp}/small.png", "--strength", "0.5"], "strength is not for a denoiser that enlarges"),

@@ -259,8 +259,8 @@ def test_network_draws_any_size_that_it_takes(tiny_unet, size):
     [
         ({"strength": 0.0}, r"strength must be in \(0, 1\], got 0.0"),
         ({"strength": 1.5}, "got 1.5"),
-        ({"keep_mask": torch.zeros(1, 1, 6, 6)}, r"bool, \(N, 1, 6, 6\), got torch.float32"),
-        ({"keep_mask": torch.zeros(1, 1, 5, 6).bool()}, r"got torch.bool \(1, 1, 5, 6\)"),
+        ({"keep_mask": torch.zeros(1, 1, 6, 6)}, r"bool of shape \(N, 1, 6, 6\), got torch.float32"),
+        ({"keep_mask": torch.zeros(1, 1, 5, 6).bool()}, r"got torch.bool of shape \(1, 1, 5, 6\)"),
     ],
 )
 def test_start_out_of_range_is_refused(wrong, message):

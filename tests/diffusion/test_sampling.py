@@ -490,18 +490,18 @@ def labels(values: torch.Tensor) -> dict:
         (labels(torch.tensor([0.0, 1.0])), "int64"),
         (labels(torch.tensor([-1, 1])), "at least 0, got -1"),
         ({**labels(torch.tensor([0, 4])), "unconditional": {"labels": torch.tensor([3, 3])}}, r"in \[0, 3\].* got 4"),
-        ({**labels(torch.tensor([0, 1])), "unconditional": {}}, r"must have the shape \(2,\), got none"),
+        ({**labels(torch.tensor([0, 1])), "unconditional": {}}, r"must have the shape of labels, \(2,\), got none"),
         ({"guidance": Guidance(2.0)}, "without labels"),
-        ({**labels(torch.tensor([0, 1])), "guidance": Guidance(2.0)}, "without a null"),
+        ({**labels(torch.tensor([0, 1])), "guidance": Guidance(2.0)}, "trained without dropout of its labels"),
         (
             {
                 **labels(torch.tensor([0, 1])),
                 "unconditional": {"labels": torch.tensor([2, 2])},
                 "guidance": Guidance(2.0, interval=(1000, 2000)),
             },
-            "must hold timesteps of 0 to 999, got 1000 to 2000",
+            r"timestep in \[0, 999\], got 1000 and 2000",
         ),
-        ({"indices": [1, 2, 3]}, "indices must number each of the 2 images of shape, got 3"),
+        ({"indices": [1, 2, 3]}, "indices must have one number for each of 2 images, got 3"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
@@ -516,7 +516,7 @@ def test_shape_without_batch_is_refused():
 
 
 def test_denoise_wants_a_generator_for_each_image():
-    with pytest.raises(ValueError, match="each of 2 images, got 1"):
+    with pytest.raises(ValueError, match="must be 2, one per image, got 1"):
         denoise(curved, build_scheduler(LINEAR), image_generators(0, [0]), (2, 1, 4, 4))
 
 

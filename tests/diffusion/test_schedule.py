@@ -97,7 +97,7 @@ def test_timestep_out_of_range_is_refused(t):
 
 def test_timesteps_must_be_one_a_sample():
     x0, noise, _ = batch(3)
-    with pytest.raises(ValueError, match=r"one timestep a sample.*\(3,\).*\(1,\)"):
+    with pytest.raises(ValueError, match=r"one timestep per sample.*\(3,\).*\(1,\)"):
         NoiseSchedule().add_noise(x0, noise, torch.tensor([1]))
 
 

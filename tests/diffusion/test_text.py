@@ -121,7 +121,7 @@ def test_text_encoder_of_another_build_is_refused(tmp_path):
     config = CLIPTextConfig(hidden_size=16, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     config.save_pretrained(tmp_path / "text_encoder")
     (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(ValueError, match="intermediate_size of a text encoder must be 64, got 48"):
+    with pytest.raises(ValueError, match="intermediate_size of a text encoder must be 64, as in CLIP, got 48"):
         pretrained_text(tmp_path)
     with pytest.raises(FileNotFoundError, match="must be a local folder with text_encoder"):
         pretrained_text(tmp_path / "tokenizer")
@@ -328,7 +328,7 @@ def test_what_to_install_is_said_without_transformers(trained_run, run_cli, tmp_
 def test_captions_must_be_given(trained_run, run_cli, tmp_path):
     _, path = trained_run
     status, _, err = run_cli("sample", path, "--output", tmp_path / "out")
-    assert (status, "captions must be given" in err) == (1, True), err
+    assert (status, "draws from captions; give captions" in err) == (1, True), err
     status, _, err = run_cli("sample", path, "--labels", "1", "--captions", "x", "--output", tmp_path / "out")
     assert (status, "trained without labels" in err) == (1, True), err
     assert not (tmp_path / "out").exists()

@@ -112,9 +112,9 @@ def test_saved_segmenter_comes_back_and_segments_files_arrays_and_tensors_alike(
 
 REFUSED = {
     "trained without captions": {"captions": "a cat"},
-    "numbers from 0 to 1; got 'bird'": {"labels": ["cat", "bird"]},
-    "strength must come with an image": {"strength": 0.5},
-    "the next that fits is 8 10": {"image_size": (8, 9)},
+    "numbers from 0 to 1, got 'bird'": {"labels": ["cat", "bird"]},
+    "strength needs an image": {"strength": 0.5},
+    "the next size that fits is 8 10": {"image_size": (8, 9)},
     "num_images must be at least 1, got 0": {"num_images": 0},
     "trained without moon": {"conditions": {"moon": 1}},
 }

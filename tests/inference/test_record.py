@@ -226,14 +226,14 @@ def test_one_flipped_bit_is_refused(tmp_path):
 
 
 WRONG_FIELDS = {
-    "weights must be numbers, and ema_unet.conv_in.bias is not": lambda checkpoint: checkpoint["state_dict"][
+    "weights must be finite, and ema_unet.conv_in.bias is not": lambda checkpoint: checkpoint["state_dict"][
         "ema_unet.conv_in.bias"
     ].fill_(torch.nan),
-    "there must be 2 class_names, one a class, got 1": lambda checkpoint: checkpoint["denoiser"].update(
+    "class_names must name each of the 2 classes, got 1 names": lambda checkpoint: checkpoint["denoiser"].update(
         class_names=["cat"]
     ),
     "speed must be one of plain, .*, got 'warp'": lambda checkpoint: checkpoint.update(speed="warp"),
-    "null_label must be one of the 3 labels of the network, got 3": lambda checkpoint: checkpoint["denoiser"].update(
+    "null_label must be one of the network's 3 labels, got 3": lambda checkpoint: checkpoint["denoiser"].update(
         null_label=3
     ),
 }

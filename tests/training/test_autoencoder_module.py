@@ -427,7 +427,7 @@ def test_card_of_an_exported_autoencoder_says_how_to_use_it_and_its_python_runs(
     front_matter = yaml.safe_load(card.split("---")[1])
     assert front_matter == {"library_name": "diffusers", "tags": ["autoencoder", tag, "unet-diffusion"]}
     assert yaml.safe_load(card.split("Settings:\n```yaml\n")[1].split("```")[0]) == made.settings
-    assert ("standard deviation of 2.5 on images" if std else "was not measured: `scaling_factor` is 1") in card
+    assert ("standard deviation of 2.5 to 1" if std else "was not measured, so `scaling_factor` is 1") in card
     names: dict = {}
     exec(card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out")), names)
     assert names["latents"].shape == (1, 2, 8, 8)

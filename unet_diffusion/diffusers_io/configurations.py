@@ -1,7 +1,7 @@
-"""Configurations to and from diffusers: what a network and a noise schedule are called there.
+"""Translation of the configurations of networks and noise schedules from and to diffusers.
 
-`DenoiserUNet` names its parts as diffusers' UNet2DModel and UNet2DConditionModel do, so that only the configuration is
-translated; a field that the network cannot honour is refused by name.
+`DenoiserUNet` has the module names of diffusers' UNet2DModel and UNet2DConditionModel, so only the configuration needs
+translation. A field that the network cannot honour raises an error that names it.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.runtime.messages import printable
 
-SHARED_FIELDS = (  # of the same name and meaning in DenoiserUNet, UNet2DModel and UNet2DConditionModel
+SHARED_FIELDS = (  # the same name and meaning in DenoiserUNet, UNet2DModel and UNet2DConditionModel
     "in_channels",
     "out_channels",
     "num_class_embeds",
@@ -26,7 +26,7 @@ SHARED_FIELDS = (  # of the same name and meaning in DenoiserUNet, UNet2DModel a
     "flip_sin_to_cos",
     "freq_shift",
 )
-SUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {  # of UNet2DModel and UNet2DConditionModel
+SUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {  # values that can be imported, for both networks of diffusers
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "mid_block_scale_factor": (1,),
@@ -36,7 +36,7 @@ SUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {  # of UNet2DModel and UNet2DCon
     "class_embed_type": (None,),
 }
 SUPPORTED_UNET_FIELDS = {**SUPPORTED_FIELDS, "mid_block_type": ("UNetMidBlock2D",)}
-SDXL_TIME_DIM = 256  # sinusoids for each size in the vector of Stable Diffusion XL
+SDXL_TIME_DIM = 256  # sinusoids for each size in Stable Diffusion XL's vector
 SUPPORTED_CONDITION_FIELDS = {
     **SUPPORTED_FIELDS,
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -64,7 +64,7 @@ SUPPORTED_SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "snr_shift_scale": (1,),
 }
-RESAMPLE_OF_BLOCK = {  # None: as downsample_type or upsample_type says; the other blocks ignore these fields
+RESAMPLE_OF_BLOCK = {  # None: downsample_type or upsample_type decides; the other blocks ignore these fields
     "DownBlock2D": "conv",
     "AttnDownBlock2D": None,
     "ResnetDownsampleBlock2D": "resnet",
@@ -73,33 +73,34 @@ RESAMPLE_OF_BLOCK = {  # None: as downsample_type or upsample_type says; the oth
     "ResnetUpsampleBlock2D": "resnet",
 }
 CONDITION_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-LEGACY_BLOCK_PREFIX = "UNetRes"  # of block names in old files
+LEGACY_BLOCK_PREFIX = "UNetRes"  # block names in old files begin with it
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the DenoiserUNet that a network of this configuration is; missing fields are its defaults.
+    """The arguments of the DenoiserUNet that equals a diffusers network; missing fields have diffusers' defaults.
 
     Args:
-        config: of a UNet2DModel or UNet2DConditionModel, as its "_class_name" says; without one, of the former.
+        config: Configuration of the network that its "_class_name" names, UNet2DModel or UNet2DConditionModel; the
+            default is UNet2DModel.
 
     Raises:
-        ValueError: if the network is another one, or a field is not supported; it says which.
+        ValueError: If the network is of another class, or a field is not supported; the message names it.
     """
     kind = config.get("_class_name", "UNet2DModel")
     if kind == "UNet2DModel":
         return _from_unet(complete(UNet2DModel, config))
-    if kind in ("UNet2DConditionModel", "FlaxUNet2DConditionModel"):  # the latter in old files
+    if kind in ("UNet2DConditionModel", "FlaxUNet2DConditionModel"):  # old files have the latter
         return _from_condition_unet(complete(UNet2DConditionModel, config))
-    raise ValueError(f"_class_name must be UNet2DModel or UNet2DConditionModel, got {kind}, which is another network")
+    raise ValueError(f"_class_name must be UNet2DModel or UNet2DConditionModel to be imported, got {kind}")
 
 
 def config_to_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the UNet2DModel that a DenoiserUNet of this configuration is, but for sample_size.
+    """The arguments, except sample_size, of the diffusers network that equals a DenoiserUNet.
 
-    With "context_dim" those of the UNet2DConditionModel.
+    They are those of a UNet2DConditionModel if the configuration has a context_dim, otherwise of a UNet2DModel.
 
     Raises:
-        ValueError: if there is none; it says which argument is not supported.
+        ValueError: If diffusers has no such network; the message names the argument that is not supported.
     """
     return _to_unet(config) if config["context_dim"] is None else _to_condition_unet(config)
 
@@ -134,7 +135,7 @@ def _to_unet(config: Mapping[str, Any]) -> dict[str, Any]:
         "downsample_type": config["resample"],
         "upsample_type": config["resample"],
         "attention_head_dim": config["head_channels"],
-        # with scale_shift, the attention at the bottom has a norm only if this is set
+        # With scale_shift, the attention of the mid block has a norm only if this is set.
         "attn_norm_num_groups": config["norm_num_groups"] if config["scale_shift"] else None,
         "add_attention": config["mid_attention"],
     }
@@ -150,7 +151,7 @@ def _from_condition_unet(config: Mapping[str, Any]) -> dict[str, Any]:
         **_shared_from_diffusers(config),
         "layers_per_block": _same_on_all_levels(config, "layers_per_block"),
         "attention_levels": levels,
-        "num_heads": config["attention_head_dim"],  # so called there, and a number of heads
+        "num_heads": config["attention_head_dim"],  # a misnomer in diffusers: it is a number of heads
         "context_dim": _same_on_all_levels(config, "cross_attention_dim"),
         "transformer_depth": _of_levels(config, "transformer_layers_per_block"),
         "linear_projection": config["use_linear_projection"],
@@ -187,10 +188,11 @@ def _to_condition_unet(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The noise schedule of a variance-preserving scheduler's configuration; missing fields are its class's defaults.
+    """The noise schedule of a diffusers scheduler's configuration; missing fields have the scheduler's defaults.
 
     Raises:
-        ValueError: if the scheduler is of another kind, or a field is not supported; it says which.
+        ValueError: If the scheduler is not for variance-preserving diffusion, or a field is not supported; the message
+            names it.
     """
     name = config.get("_class_name", "DDPMScheduler")
     fields = {**_defaults(getattr(diffusers, name, object)), **config}
@@ -201,23 +203,23 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
         )
     _check_fields(name, fields, SUPPORTED_SCHEDULER_FIELDS)
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
-    # schedulers without these fields have them off: they predict noise, and do not rescale
+    # A scheduler without these fields predicts noise and does not rescale.
     optional = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     return NoiseSchedule(**{key: fields.get(key, optional.get(key)) for key in (*names, "rescale_betas_zero_snr")})
 
 
 def _defaults(diffusers_class: type) -> dict[str, Any]:
-    """The constructor's default of each configuration field."""
+    """The default of each argument of a constructor."""
     parameters = inspect.signature(diffusers_class.__init__).parameters.values()  # type: ignore[misc]
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def complete(diffusers_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with missing fields filled in; unknown ones are warned about and left out, as in diffusers."""
+    """The configuration with defaults for missing fields. As in diffusers, unknown fields give a warning only."""
     defaults = _defaults(diffusers_class)
     unknown = [key for key in config if key not in defaults and not key.startswith("_")]
     if unknown:
-        message = f"{diffusers_class.__name__} has no field {', '.join(unknown)}; ignored"
+        message = f"{diffusers_class.__name__} has no field {', '.join(unknown)}; it is ignored"
         warnings.warn(printable(message), stacklevel=4)
     return {key: config.get(key, default) for key, default in defaults.items()}
 
@@ -231,8 +233,11 @@ def _check_fields(owner: str, config: Mapping[str, Any], supported: Mapping[str,
 
 def _shared_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     channels = list(config["block_out_channels"])
-    if config["time_embedding_dim"] not in (None, 0, 4 * channels[0]):  # diffusers: 0 is as None
-        raise ValueError(f"time_embedding_dim must be 4 x {channels[0]}, got {config['time_embedding_dim']}")
+    if config["time_embedding_dim"] not in (None, 0, 4 * channels[0]):  # in diffusers 0 means None
+        raise ValueError(
+            f"time_embedding_dim must be {4 * channels[0]}, four times block_out_channels[0], to be imported, "
+            f"got {config['time_embedding_dim']}"
+        )
     if config["norm_num_groups"] is None:
         raise ValueError("norm_num_groups must be a number to be imported, got None")
     return {
@@ -269,21 +274,22 @@ def _of_levels(config: Mapping[str, Any], field: str) -> int | list[int]:
     value = config[field]
     if isinstance(value, int):
         return value
-    if not all(isinstance(one, int) for one in value):
+    if not all(isinstance(depth, int) for depth in value):
         raise ValueError(f"{field} must be the same for all transformers of a level to be imported, got {value}")
     return list(value)
 
 
 def _block_types(config: Mapping[str, Any], field: str, supported: Iterable[str]) -> list[str]:
-    """The block types in that field, from its first block to its last, without the prefix of old files."""
+    """The block types in a field, without the prefix of old files."""
     side = "Down" if field == "down_block_types" else "Up"
     allowed = [name for name in supported if side in name]
     types = [name.removeprefix(LEGACY_BLOCK_PREFIX) for name in config[field]]
     for name in types:
         if name not in allowed:
-            raise ValueError(f"{field} must be of {', '.join(allowed)} to be imported, got {name}")
+            raise ValueError(f"{field} must consist of {', '.join(allowed)} to be imported, got {name}")
     if len(types) != len(config["block_out_channels"]):
-        raise ValueError(f"{field} must be as many as block_out_channels {config['block_out_channels']}, got {types}")
+        raise ValueError(f"{field} must have as many entries as block_out_channels {config['block_out_channels']}, "
+                         f"got {types}")  # fmt: skip
     return types
 
 
@@ -299,7 +305,7 @@ def _attention_levels(down: list[str], up: list[str]) -> list[int]:
 
 
 def _resample(config: Mapping[str, Any], down: list[str], up: list[str]) -> str:
-    """How every level resamples; the last block on either way does not."""
+    """How all levels resample, "conv" or "resnet"; the last block down and the last block up do not resample."""
     kinds = {RESAMPLE_OF_BLOCK[name] or config["downsample_type"] for name in down[:-1]}
     kinds |= {RESAMPLE_OF_BLOCK[name] or config["upsample_type"] for name in up[:-1]}
     if len(kinds) > 1 or not kinds <= {"conv", "resnet"}:
@@ -312,7 +318,7 @@ def _resample(config: Mapping[str, Any], down: list[str], up: list[str]) -> str:
 
 
 def _check_attention(config: Mapping[str, Any], attention_levels: list[int]) -> None:
-    """Refuse the fields that set a norm or a width of attention which this network derives from others."""
+    """Refuse values for the norm and width of attention that differ from those this network derives."""
     channels, groups, head_dim = (
         config[field] for field in ("block_out_channels", "norm_num_groups", "attention_head_dim")
     )
@@ -320,8 +326,8 @@ def _check_attention(config: Mapping[str, Any], attention_levels: list[int]) -> 
     if mid_groups is None and config["resnet_time_scale_shift"] == "default":
         mid_groups = groups
     if config["add_attention"] and mid_groups != groups:
-        raise ValueError(f"attn_norm_num_groups must be as norm_num_groups {groups}, got {mid_groups}")
+        raise ValueError(f"attn_norm_num_groups must be norm_num_groups, {groups}, to be imported, got {mid_groups}")
     attended = {*attention_levels, len(channels) - 1} if config["add_attention"] else {*attention_levels}
     for width in (channels[level] for level in attended):
         if head_dim is not None and width % head_dim:
-            raise ValueError(f"attention_head_dim must divide the width {width} of its level, got {head_dim}")
+            raise ValueError(f"attention_head_dim must divide the {width} channels of its level, got {head_dim}")

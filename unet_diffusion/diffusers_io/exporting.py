@@ -1,6 +1,6 @@
-"""Networks and pipelines to diffusers' folders.
+"""Export of networks and pipelines to diffusers folders.
 
-An exported folder needs diffusers and nothing of this package. It is reloaded and compared before it gets its name.
+An exported folder needs diffusers but not this package. It is reloaded and compared before it gets its name.
 """
 
 import copy
@@ -48,23 +48,23 @@ from unet_diffusion.runtime.randomness import keyed_generator
 
 StrPath = str | os.PathLike[str]
 
-MULTIPLE = 8  # pixels, of the sides of what a StableDiffusionPipeline draws
-UPSCALED_SCALE = 0.08333  # scaling_factor that a StableDiffusionUpscalePipeline sets, whatever there was
-INPAINTED_CHANNELS = 4  # of the latents of a StableDiffusionInpaintPipeline, whose network must take 9
-EXPORT_TOLERANCE = 1e-4  # of outputs of order 1; the same float32 operations in another order differ by 1e-6
+MULTIPLE = 8  # StableDiffusionPipeline draws images whose sides are multiples of 8 pixels
+UPSCALED_SCALE = 0.08333  # StableDiffusionUpscalePipeline overwrites scaling_factor with this value
+INPAINTED_CHANNELS = 4  # StableDiffusionInpaintPipeline needs latents of 4 channels
+EXPORT_TOLERANCE = 1e-4  # for outputs of order 1; another order of the same float32 operations differs by 1e-6
 
 
 def to_diffusers(
     model: PixelNetwork, sample_size: int | tuple[int, int] | None = None
 ) -> UNet2DModel | UNet2DConditionModel:
-    """The same network as diffusers': float32, on the CPU, in eval mode.
+    """The diffusers network that equals this one, float32 on the CPU and in eval mode.
 
     Args:
-        model: the network; with tokens to attend to it becomes a UNet2DConditionModel, otherwise a UNet2DModel.
-        sample_size: side, or height and width, of the images that diffusers' pipelines are to make; they need it.
+        model: The network; it becomes a UNet2DConditionModel if it has a context_dim, otherwise a UNet2DModel.
+        sample_size: Side, or height and width, of x0, which diffusers' pipelines need.
 
     Raises:
-        ValueError: if diffusers has no such network.
+        ValueError: If diffusers has no such network.
     """
     config = _config_of(model)
     counterpart = UNet2DModel if model.config["context_dim"] is None else UNet2DConditionModel
@@ -74,24 +74,27 @@ def to_diffusers(
 
 
 def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = False) -> None:
-    """Write a folder that diffusers loads without this package, after a comparison of what it loads with the original.
+    """Write a folder that diffusers loads without this package; the reloaded parts are compared with the originals.
 
-    It is one of diffusers' pipelines where there is one that draws the same: of images from nothing a DDPMPipeline, of
-    latents an LDMPipeline; of latents from captions a StableDiffusionPipeline, from masked images too a
-    StableDiffusionInpaintPipeline, and from small ones a StableDiffusionUpscalePipeline. Else it holds its own
-    `pipeline.py`, and is loaded with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md
-    says how, for each.
+    If a pipeline of diffusers draws the same images, the folder is of its class:
+
+    - for pixels without conditions DDPMPipeline, for latents without conditions LDMPipeline;
+    - for latents from captions StableDiffusionPipeline, with a mask StableDiffusionInpaintPipeline, with a small image
+      StableDiffusionUpscalePipeline.
+
+    Otherwise the folder has its own `pipeline.py` and loads with
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. Its README.md shows how to use it.
 
     Args:
         parts: The denoiser.
         folder: The folder to make; it appears whole or not at all.
-        overwrite: Replace the folder, if all that it holds was exported there.
+        overwrite: Replace the folder, if everything in it was exported there.
 
     Raises:
-        FileExistsError: If the folder exists and is not to be overwritten, or holds something else.
-        FileNotFoundError: If the autoencoder of its latents is not there.
-        ValueError: If there is no such pipeline (`why_not_exported`), or the autoencoder is another one.
-        RuntimeError: If diffusers loads something else than was written.
+        FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
+        FileNotFoundError: If the autoencoder of the latents is missing.
+        ValueError: If there is no such pipeline (see `why_not_exported`), or if the autoencoder was replaced.
+        RuntimeError: If the reloaded folder gives other results than the original.
     """
     folder = Path(folder).resolve()
     check_replaceable(folder, overwrite=overwrite)
@@ -109,15 +112,15 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
 
 
 def why_not_exported(parts: DenoiserParts) -> str | None:
-    """Why a denoiser cannot be a pipeline of diffusers, and what to do then; None if it can."""
+    """The reason why a denoiser cannot become a diffusers pipeline, and what to do; None if it can."""
     try:
         _config_of(parts.unet)
     except ValueError as error:
-        return f"{error}; draw its images with unet-diffusion sample"
+        return f"{error}; draw images with unet-diffusion sample"
     reason = _why_no_pipeline_takes(parts)
     if parts.codec.config is not None:
         reason = f"no pipeline of diffusers decodes with the codec {type(parts.codec).__name__}"
-    return reason and f"{reason}; draw its images with unet-diffusion sample"
+    return reason and f"{reason}; draw images with unet-diffusion sample"
 
 
 def export_autoencoder(
@@ -129,21 +132,21 @@ def export_autoencoder(
     settings: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder that diffusers loads, with the latents' scale if it is known, after a comparison.
+    """Write a folder that diffusers loads without this package; the reloaded autoencoder is compared with the original.
 
-    A README.md in it says how.
+    The folder's README.md shows how to use it.
 
     Args:
         autoencoder: The autoencoder.
         folder: The folder to make; it appears whole or not at all.
-        image_shape: (C, H, W) of the images that it was trained on.
-        latent_std: Standard deviation of its latents; None: not known.
-        settings: How it was trained, as plain values; None: not known.
-        overwrite: Replace the folder, if all that it holds was exported there.
+        image_shape: (C, H, W) of the images that the autoencoder was trained on.
+        latent_std: Standard deviation of the latents, whose inverse becomes scaling_factor; None: it is not known.
+        settings: The settings of the training as plain values; None: they are not known.
+        overwrite: Replace the folder, if everything in it was exported there.
 
     Raises:
-        FileExistsError: If the folder exists and is not to be overwritten, or holds something else.
-        RuntimeError: If diffusers loads something else than was written.
+        FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
+        RuntimeError: If the reloaded autoencoder gives other results than the original.
     """
     folder = Path(folder).resolve()
     check_replaceable(folder, overwrite=overwrite)
@@ -164,31 +167,30 @@ def export_autoencoder(
 
 
 def _config_of(model: PixelNetwork) -> dict[str, Any]:
-    """The configuration of the same network in diffusers; a ValueError says why there is none."""
-    # A class of a user's own that inherits from it may compute something else. Weights that are shared out over
-    # processes are of a class of torch's that inherits from it, too.
-    ours = [one for one in type(model).__mro__ if one is not object and not one.__module__.startswith("torch.")]
-    kind = (*ours, type(model))[0]
+    """The configuration of the diffusers network that equals this one; a ValueError says why there is none."""
+    # A user's subclass of DenoiserUNet may compute something else. torch's subclass for sharded weights does not.
+    classes = [cls for cls in type(model).__mro__ if cls is not object and not cls.__module__.startswith("torch.")]
+    kind = (*classes, type(model))[0]
     if kind is not DenoiserUNet or not isinstance(model, DenoiserUNet):
         raise ValueError(f"only a DenoiserUNet has a counterpart in diffusers, got a {kind.__name__}")
     return config_to_diffusers(model.config)
 
 
 def _why_no_pipeline_takes(parts: DenoiserParts) -> str | None:
-    """What of a denoiser's conditions no pipeline gives it."""
+    """The reason why no pipeline fits the denoiser's conditions; None if one does."""
     conditions = parts.all_conditions
-    # A kind of one's own that inherits a role may do something else with it.
-    known = [vars(type(one)).get("pipeline_role") for one in conditions]
-    if unknown := [type(one).__name__ for one, role in zip(conditions, known, strict=True) if role is None]:
-        return f"no pipeline of diffusers gives a network the condition {unknown[0]}"
-    arguments = [(one.network_argument, one.batch_key) for one in conditions]
-    if twice := [name for name, key in arguments if arguments.count((name, key)) > 1]:
-        return f"a pipeline gives one condition of a kind, and this denoiser has several that become {twice[0]!r}"
+    # Only the class's own role counts: a user's subclass may do something else.
+    roles = [vars(type(condition)).get("pipeline_role") for condition in conditions]
+    if unknown := [type(condition).__name__ for condition, role in zip(conditions, roles, strict=True) if role is None]:
+        return f"no pipeline of diffusers takes the condition {unknown[0]}"
+    arguments = [(condition.network_argument, condition.batch_key) for condition in conditions]
+    if repeated := [name for name, key in arguments if arguments.count((name, key)) > 1]:
+        return f"a pipeline takes one condition of each kind, and this denoiser has several for {repeated[0]!r}"
     takes_context = parts.unet.config.get("context_dim") is not None
-    if takes_context and not any(one.network_argument == "context" for one in conditions):
-        return "a pipeline must give tokens to a network with context_dim, and this denoiser has no condition with them"
+    if takes_context and not any(condition.network_argument == "context" for condition in conditions):
+        return "the network has context_dim and needs tokens to attend to, and this denoiser has no condition for them"
     if parts.unet.config.get("vector_dim") is not None:
-        return f"no pipeline here gives a vector, and the network has vector_dim {parts.unet.config['vector_dim']}"
+        return f"no pipeline of diffusers fits a network with vector_dim, got {parts.unet.config['vector_dim']}"
     return None
 
 
@@ -219,8 +221,8 @@ def _build_pipeline(parts: DenoiserParts) -> DiffusionPipeline:
 def _stock_pipeline(
     parts: DenoiserParts, space: LatentSpace, vae: AutoencoderNetwork
 ) -> type[DiffusionPipeline] | None:
-    """The pipeline of diffusers that draws the same latents from the same; None if there is none."""
-    roles = {one.pipeline_role for one in parts.all_conditions}
+    """The class of diffusers' pipeline that draws the same latents from the same conditions; None if there is none."""
+    roles = {condition.pipeline_role for condition in parts.all_conditions}
     channels, height, width = parts.sample_shape
     takes_scale = _takes_scale(vae, space, None)
     if not roles:
@@ -248,9 +250,11 @@ def _own_pipeline(
         scheduler,
         vae,
         class_names=parts.class_names,
-        unconditional={one.pipeline_role: one.pipeline_null for one in conditions if one.has_null},
+        unconditional={
+            condition.pipeline_role: condition.pipeline_null for condition in conditions if condition.has_null
+        },
         max_noise_level=MAX_NOISE_LEVEL,
-        **{name: part for one in conditions for name, part in one.pipeline_parts().items()},
+        **{name: part for condition in conditions for name, part in condition.pipeline_parts().items()},
     )
 
 
@@ -262,36 +266,36 @@ def _text_pipeline(
     scheduler: DDIMScheduler,
     vae: AutoencoderKL,
 ) -> DiffusionPipeline:
-    made = {name: part for one in parts.all_conditions for name, part in one.pipeline_parts().items()}
+    own = {name: part for condition in parts.all_conditions for name, part in condition.pipeline_parts().items()}
     components = {
         "vae": vae,
-        "text_encoder": made["text_encoder"],
-        "tokenizer": made["tokenizer"],
+        "text_encoder": own["text_encoder"],
+        "tokenizer": own["tokenizer"],
         "unet": unet,
-        # They would set this themselves, with a warning; it has no effect where timesteps are spaced as here.
+        # The pipelines would set steps_offset with a warning. It has no effect on "trailing" timesteps.
         "scheduler": DDIMScheduler.from_config({**scheduler.config, "steps_offset": 1}),
         "safety_checker": None,
         "feature_extractor": None,
     }
     if kind is StableDiffusionUpscalePipeline:
-        return kind(**components, low_res_scheduler=made["low_res_scheduler"], max_noise_level=MAX_NOISE_LEVEL)
+        return kind(**components, low_res_scheduler=own["low_res_scheduler"], max_noise_level=MAX_NOISE_LEVEL)
     return kind(**components, requires_safety_checker=False)
 
 
 def _has_scale(space: LatentSpace, scaling_factor: float | None) -> bool:
-    """Whether latents have that one scale; None: any one."""
-    found = space.scaling_factor
-    return found is not None and (scaling_factor is None or math.isclose(found, scaling_factor))
+    """Whether all channels of the latents have this scale; None: have any one scale."""
+    scale = space.scaling_factor
+    return scale is not None and (scaling_factor is None or math.isclose(scale, scaling_factor))
 
 
 def _takes_scale(autoencoder: AutoencoderNetwork, space: LatentSpace, scaling_factor: float | None) -> bool:
-    """Whether `normalised_autoencoder` can do it."""
+    """Whether `normalised_autoencoder` works for these arguments."""
     has_convolutions = autoencoder.quant_conv is not None and autoencoder.post_quant_conv is not None
     return has_convolutions or _has_scale(space, scaling_factor)
 
 
 def _with_scale(autoencoder: AutoencoderNetwork, **fields: Any) -> AutoencoderNetwork:
-    """A copy whose configuration has these fields, and no moments of the latents but those."""
+    """A copy whose configuration has these fields, and no other moments of the latents."""
     autoencoder = copy.deepcopy(autoencoder)
     moments = {name: None for name in MOMENTS if name in autoencoder.config}  # a VQModel has no such fields
     autoencoder.register_to_config(**{**moments, **fields})
@@ -299,7 +303,7 @@ def _with_scale(autoencoder: AutoencoderNetwork, **fields: Any) -> AutoencoderNe
 
 
 def _with_moments(autoencoder: AutoencoderNetwork, space: LatentSpace) -> AutoencoderNetwork:
-    """A copy whose configuration has the latents' mean and deviation of each channel."""
+    """A copy whose configuration has the mean and standard deviation of each channel of the latents."""
     mean, std = MOMENTS
     return _with_scale(autoencoder, scaling_factor=1.0, **{mean: list(space.mean), std: list(space.std)})
 
@@ -308,21 +312,21 @@ def _with_moments(autoencoder: AutoencoderNetwork, space: LatentSpace) -> Autoen
 def normalised_autoencoder(
     autoencoder: AutoencoderNetwork, space: LatentSpace, scaling_factor: float | None = None
 ) -> AutoencoderNetwork:
-    """The same autoencoder for latents of mean 0 and standard deviation 1 a channel, for pipelines with one scale only.
+    """A copy of the autoencoder whose scaling_factor alone normalises the latents, for pipelines that know no moments.
 
-    Its convolutions of one pixel, the encoder's last and the decoder's first, take the moments in. One scale for all
-    channels, as with a codebook, becomes diffusers' scaling_factor.
+    If all channels have one scale, as with a codebook, it becomes scaling_factor. Otherwise quant_conv and
+    post_quant_conv, the 1x1 convolutions after the encoder and before the decoder, absorb the moments.
 
     Args:
-        autoencoder: of any scale.
-        space: of its latents.
-        scaling_factor: that diffusers is to have, whatever the scale of the latents; None: it does not matter.
+        autoencoder: The autoencoder.
+        space: The space of its latents.
+        scaling_factor: The scaling_factor of the copy; None: any.
 
     Raises:
-        ValueError: if it lacks these convolutions.
+        ValueError: If the autoencoder lacks these convolutions and needs them.
     """
     if not _takes_scale(autoencoder, space, scaling_factor):
-        raise ValueError("an autoencoder must have quant_conv and post_quant_conv to take in a scale for each channel")
+        raise ValueError("an autoencoder must have quant_conv and post_quant_conv to absorb a scale for each channel")
     if _has_scale(space, scaling_factor):
         return _with_scale(autoencoder, scaling_factor=scaling_factor or space.scaling_factor)
     scaling_factor = scaling_factor or 1.0
@@ -332,7 +336,7 @@ def normalised_autoencoder(
     first.bias += first.weight.flatten(1) @ mean
     first.weight *= std[:, None, None]
     last.bias -= torch.cat([mean, 2 * std.log()])
-    scale = torch.cat([std, torch.ones_like(std)])  # of means; of the logarithms of variances
+    scale = torch.cat([std, torch.ones_like(std)])  # for the means; for the logarithms of the variances
     last.bias /= scale
     last.weight /= scale[:, None, None, None]
     return autoencoder
@@ -340,7 +344,7 @@ def normalised_autoencoder(
 
 @torch.no_grad()
 def _check_equal(parts: DenoiserParts, pipeline: DiffusionPipeline) -> None:
-    """Compare a reloaded pipeline with its original, on random input."""
+    """Compare a reloaded pipeline with its original on random input."""
     alphas = parts.schedule.alphas_cumprod
     differences = {
         "outputs of the network": _network_difference(parts, pipeline.unet),
@@ -356,7 +360,7 @@ def _check_equal(parts: DenoiserParts, pipeline: DiffusionPipeline) -> None:
 
 
 def _network_difference(parts: DenoiserParts, loaded: UNet2DModel | UNet2DConditionModel) -> float:
-    """On input that is two pixels wide at the bottom."""
+    """The difference of the networks' outputs, for input that is two pixels wide in the mid block."""
     unet = copy.deepcopy(parts.unet).cpu().float().eval()
     set_speed(unet, "plain")
     side = 2 ** len(unet.config["channels"])
@@ -376,20 +380,20 @@ def _decoded_difference(codec: LatentCodec, channels: int, loaded: AutoencoderNe
     space = codec.space
     assert space is not None
     latents = torch.randn(1, channels, 2, 2, generator=keyed_generator(0))
-    found = latent_space_of(loaded, "", space.image_shape)
+    loaded_space = latent_space_of(loaded, "", space.image_shape)
     original = copy.deepcopy(codec.autoencoder).cpu()
-    return _difference(decode_latents(original, space, latents), decode_latents(loaded, found, latents))
+    return _difference(decode_latents(original, space, latents), decode_latents(loaded, loaded_space, latents))
 
 
 def _difference(expected: Tensor, got: Tensor) -> float:
-    """The largest, as a share of the largest expected; of values below 1, as it is."""
+    """The largest difference, relative to the largest expected value if that is above 1."""
     return float((expected - got).abs().max() / expected.abs().max().clamp(min=1))
 
 
 def _check_small(differences: Mapping[str, float]) -> None:
-    if not all(one <= EXPORT_TOLERANCE for one in differences.values()):  # not: NaN is a failure too
-        found = ", ".join(f"{name} differ by {one:.1e} of their largest" for name, one in differences.items())
-        raise RuntimeError(f"diffusers must load what was written, but {found}; nothing was exported")
+    if not all(value <= EXPORT_TOLERANCE for value in differences.values()):  # this form refuses nan, too
+        listed = ", ".join(f"{name} differ by {value:.1e}" for name, value in differences.items())
+        raise RuntimeError(f"the exported folder must give the original's results, but {listed}; nothing was exported")
 
 
 @torch.no_grad()
@@ -400,7 +404,7 @@ def _check_same_reconstruction(autoencoder: AutoencoderNetwork, loaded: Autoenco
 
 
 def _ship_pipeline_code(folder: Path) -> None:
-    """Put the pipeline's source into the folder, and its names into model_index.json in the form for custom code."""
+    """Copy the pipeline's source into the folder, and name it in model_index.json as diffusers does for custom code."""
     index = read_json(folder / "model_index.json")
     shutil.copyfile(conditional.__file__, folder / "pipeline.py")
     index["_class_name"] = ["pipeline", ConditionalPipeline.__name__]

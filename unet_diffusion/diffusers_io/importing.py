@@ -1,7 +1,7 @@
-"""Networks and pipelines from diffusers' folders.
+"""Import of networks and pipelines from diffusers folders.
 
-Weights pass with a strict load and no key map; `configurations.py` translates the configuration. Code in a folder is
-never run.
+Weights load strictly and without a key map; `configurations.py` translates the configuration. Code in a folder never
+runs.
 """
 
 import os
@@ -30,25 +30,25 @@ from unet_diffusion.runtime.atomic_files import field_of, read_json
 
 StrPath = str | os.PathLike[str]
 
-SAMPLER_FIELDS = {"variance_type": "fixed_small", "thresholding": False}  # of `scheduler_config`
+SAMPLER_FIELDS = {"variance_type": "fixed_small", "thresholding": False}  # values that `scheduler_config` sets
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
-CLASS_TOKENS = "class_tokens"  # part of a pipeline with code of its own
-DROPOUT = 0.1  # of an imported condition that has a null; usual
-LOW_RES = "low_res_scheduler"  # part of an upscaler: the noise of its small image
-LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")  # parts that do not draw
+CLASS_TOKENS = "class_tokens"  # part of a ConditionalPipeline
+DROPOUT = 0.1  # the usual dropout, for imported conditions that have a null
+LOW_RES = "low_res_scheduler"  # part of an upscaler, which noises its small image
+LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")  # parts that sampling does not need
 
 
 def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath) -> DenoiserUNet:
-    """The same network as one of diffusers: float32, on the CPU, in eval mode.
+    """The DenoiserUNet that equals a diffusers network, float32 on the CPU and in eval mode.
 
     Args:
-        model_or_folder: a UNet2DModel or UNet2DConditionModel; or a folder with its config.json and weights
-            (safetensors or .bin, whole or in shards; of a variant such as fp16 if there is no other), or with a
-            subfolder unet that has them.
+        model_or_folder: A UNet2DModel or UNet2DConditionModel, or a folder that holds one directly or in its subfolder
+            unet. Weights are safetensors or .bin files, whole or in shards. A variant such as fp16 is read only if
+            there is no other.
 
     Raises:
-        FileNotFoundError: if the folder or a file in it is missing.
-        ValueError: if the configuration is not supported, or the weights do not fit it.
+        FileNotFoundError: If the folder or a file in it is missing.
+        ValueError: If the configuration is not supported, or the weights do not fit it.
     """
     if isinstance(model_or_folder, UNet2DModel | UNet2DConditionModel):
         kind = UNet2DModel if isinstance(model_or_folder, UNet2DModel) else UNet2DConditionModel
@@ -66,14 +66,14 @@ def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath
 
 
 def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> DenoiserParts:
-    """The denoiser in a local pipeline folder of diffusers: what `export_pipeline` writes, or Stable Diffusion 1 or 2.
+    """The denoiser in a local diffusers pipeline folder: from `export_pipeline`, or of Stable Diffusion 1 or 2.
 
-    Pipelines for inpainting and for upscaling are read, too. The text encoder is frozen, and latents keep the scale
-    that the autoencoder's configuration names. Code in the folder is not run.
+    Pipelines for inpainting and upscaling can be imported, too. The text encoder is frozen. Latents are normalised as
+    the autoencoder's configuration says. Code in the folder does not run.
 
     Args:
-        folder: The folder.
-        autoencoder: Folder of the autoencoder of its latents; None: the one in the folder.
+        folder: The pipeline folder.
+        autoencoder: Folder of the autoencoder of the latents; None: the autoencoder in the pipeline folder.
 
     Raises:
         FileNotFoundError: If the folder lacks a network, a scheduler or another part that its index names.
@@ -89,9 +89,13 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
     scheduler_config = read_json(scheduler_file)
     field_of(scheduler_config, "_class_name", scheduler_file)
     sample_shape = _sample_shape(config)
-    unconditional = index.get("unconditional", {"prompt": ""})  # Stable Diffusion names none
+    unconditional = index.get("unconditional", {"prompt": ""})  # Stable Diffusion has no such field
     maps = _maps(
-        index, parts, drawn=sample_shape[0], taken=config["in_channels"], dropout=DROPOUT * ("concat" in unconditional)
+        index,
+        parts,
+        in_channels=config["in_channels"],
+        out_channels=sample_shape[0],
+        dropout=DROPOUT * ("concat" in unconditional),
     )
     if LOW_RES in parts:
         _check_low_res_schedule(folder / LOW_RES / "scheduler_config.json")
@@ -109,7 +113,7 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
 
 
 def _parts(index: Mapping[str, Any]) -> set[str]:
-    """The parts of a pipeline that draw; refuses unknown ones, and warns of those that are LEFT_OUT."""
+    """The parts that sampling needs; unknown parts raise an error, and parts in LEFT_OUT give a warning."""
     known = {"unet", "scheduler", LOW_RES, CLASS_TOKENS, *AUTOENCODERS, *TEXT}
     parts = {
         name
@@ -119,29 +123,29 @@ def _parts(index: Mapping[str, Any]) -> set[str]:
     if others := sorted(parts - known - {*LEFT_OUT}):
         raise ValueError(
             f"a pipeline must consist of {', '.join(sorted(known))} to be imported, got also {', '.join(others)}; "
-            "from_diffusers reads the network alone"
+            "use from_diffusers to read the network alone"
         )
     if lost := sorted(parts & {*LEFT_OUT}):
-        warnings.warn(f"not kept of the pipeline: {', '.join(lost)}", stacklevel=3)
+        warnings.warn(f"parts of the pipeline that are not imported: {', '.join(lost)}", stacklevel=3)
     return parts & known
 
 
 def _network_config(folder: Path, *, has_tokens: bool) -> dict[str, Any]:
-    """The whole configuration of the network, which must be of the kind that takes what the pipeline gives it."""
+    """The complete configuration of the network, which must be of the class that the pipeline's inputs need."""
     config = read_json(_unet_folder(folder) / "config.json")
-    wanted, given = (UNet2DConditionModel, "captions or class tokens") if has_tokens else (UNet2DModel, "noise alone")
+    expected, source = (UNet2DConditionModel, "captions or class tokens") if has_tokens else (UNet2DModel, "noise")
     got = config.get("_class_name", "UNet2DModel")
-    if got != wanted.__name__:
+    if got != expected.__name__:
         raise ValueError(
-            f"only a {wanted.__name__} makes images from {given}, got a {got} in {folder}; "
-            "from_diffusers reads the network alone"
+            f"a pipeline from {source} to images must have a {expected.__name__}, got a {got} in {folder}; "
+            "use from_diffusers to read the network alone"
         )
-    return complete(wanted, config)
+    return complete(expected, config)
 
 
 def _codec(folder: Path, parts: set[str], sample_shape: tuple[int, int, int], elsewhere: StrPath | None) -> Codec:
-    """Of the autoencoder in the folder, with the scale that its configuration names; of pixels without one."""
-    name = next((one for one in AUTOENCODERS if one in parts), None)
+    """The codec of the autoencoder in the folder, normalised as its configuration says; pixels without one."""
+    name = next((part for part in AUTOENCODERS if part in parts), None)
     if name is None:
         if elsewhere is not None:
             raise ValueError("autoencoder is for a denoiser of latents, and this one denoises images; leave it out")
@@ -153,53 +157,57 @@ def _codec(folder: Path, parts: set[str], sample_shape: tuple[int, int, int], el
 
 
 def holds_autoencoder(folder: Path) -> bool:
-    """Whether a diffusers folder is that of an autoencoder."""
+    """Whether a diffusers folder holds an autoencoder."""
     config = folder / "config.json"
     return config.is_file() and read_json(config).get("_class_name") in CLASSES
 
 
 def _warn_of_lost_fields(config: Mapping[str, Any], *, clip_sample: bool) -> None:
-    """Says which settings of the sampler, not of the schedule, are replaced by ours."""
+    """Warn of settings of the sampler, not of the noise schedule, that are replaced."""
     lost = [
         f"{field} {config[field]} (here {ours})"
         for field, ours in {**SAMPLER_FIELDS, "clip_sample": clip_sample}.items()
         if config.get(field, ours) != ours
     ]
     if lost:
-        warnings.warn(f"not kept of the scheduler, so samples will differ: {', '.join(lost)}", stacklevel=3)
+        warnings.warn(f"samples will differ, as the scheduler's settings are replaced: {', '.join(lost)}", stacklevel=3)
 
 
 def _sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Of what is drawn."""
+    """(C, h, w) of x0."""
     size = config["sample_size"]
     if size is None:
-        raise ValueError("sample_size must be given in the network's config.json, got None; add the side of the images")
+        raise ValueError("sample_size must be set in the network's config.json, got None; add the size of its output")
     height, width = (size, size) if isinstance(size, int) else size
     return config["out_channels"], height, width
 
 
-def _maps(index: Mapping[str, Any], parts: set[str], *, drawn: int, taken: int, dropout: float) -> list[Condition]:
-    """What the network takes beside the channels that it draws: nothing, a mask and a masked image, or a small image.
+def _maps(
+    index: Mapping[str, Any], parts: set[str], *, in_channels: int, out_channels: int, dropout: float
+) -> list[Condition]:
+    """The condition on the input channels beyond x: a small image, a mask and a masked image, other maps, or none.
 
-    A pipeline with code of its own says whether it is the second, and may have other maps.
+    The index of a ConditionalPipeline says by takes_mask whether they are a mask and a masked image.
     """
     if LOW_RES in parts:
-        if taken <= drawn:
-            raise ValueError(f"in_channels must be more than out_channels {drawn}, for a small image, got {taken}")
-        return [LowResolution(taken - drawn)]
-    takes_mask = index.get("takes_mask", taken != drawn and "text_encoder" in parts)
-    if takes_mask and taken == 2 * drawn + 1:
-        return [MaskedImage(taken - drawn)]
-    if taken == drawn and not takes_mask:
+        if in_channels <= out_channels:
+            raise ValueError(
+                f"in_channels must be more than out_channels {out_channels}, for a small image, got {in_channels}"
+            )
+        return [LowResolution(in_channels - out_channels)]
+    takes_mask = index.get("takes_mask", in_channels != out_channels and "text_encoder" in parts)
+    if takes_mask and in_channels == 2 * out_channels + 1:
+        return [MaskedImage(in_channels - out_channels)]
+    if in_channels == out_channels and not takes_mask:
         return []
-    if takes_mask or taken < drawn or "takes_mask" not in index:
-        raise ValueError(f"in_channels must be as out_channels {drawn}, or with captions {2 * drawn + 1}, for a mask "
-                         f"and a masked image, got {taken}")  # fmt: skip
-    return [Concat(taken - drawn, dropout=dropout)]
+    if takes_mask or in_channels < out_channels or "takes_mask" not in index:
+        raise ValueError(f"in_channels must be {out_channels}, as out_channels, or with captions "
+                         f"{2 * out_channels + 1}, for a mask and a masked image, got {in_channels}")  # fmt: skip
+    return [Concat(in_channels - out_channels, dropout=dropout)]
 
 
 def _tokens(folder: Path, parts: set[str], unconditional: Mapping[str, Any]) -> list[Condition]:
-    """What the network attends to."""
+    """The conditions that the network attends to."""
     conditions: list[Condition] = []
     if CLASS_TOKENS in parts:
         config = read_json(folder / CLASS_TOKENS / "config.json")
@@ -212,7 +220,7 @@ def _tokens(folder: Path, parts: set[str], unconditional: Mapping[str, Any]) -> 
 
 
 def _check_low_res_schedule(path: Path) -> None:
-    """An upscaler's small images must have been noised as they are here."""
+    """Refuse an upscaler whose small images were noised by another schedule than LOW_RES_SCHEDULE."""
     alphas = schedule_from_diffusers(read_json(path)).alphas_cumprod
     ours = LOW_RES_SCHEDULE.alphas_cumprod
     if alphas.shape != ours.shape or not torch.allclose(alphas, ours):
@@ -234,4 +242,4 @@ def _scheduler_file(folder: Path) -> Path:
     for candidate in (folder / "scheduler", folder):
         if (candidate / "scheduler_config.json").is_file():
             return candidate / "scheduler_config.json"
-    raise FileNotFoundError(f"{folder} must have [scheduler/]scheduler_config.json, and has not")
+    raise FileNotFoundError(f"{folder} must have scheduler/scheduler_config.json or scheduler_config.json")

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what it is, how to load it, how it was parts."""
+"""The README.md of an exported folder: what the folder holds, how to load it, and how it was trained."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +17,8 @@ tags: [image-generation, {kind}, unet-diffusion]
 ---
 # A denoising U-Net, {kind}
 
-Makes {what} of {channels} x {height} x {width} (channels, height, width) by diffusion. The network is a `{network}`
-of {parameters:,} parameters.
+Generates {samples} of {channels} x {height} x {width} (channels, height, width) by diffusion. The network is a
+`{network}` with {parameters:,} parameters.
 
 ## Use
 {usage}
@@ -31,7 +31,7 @@ Settings:
 {settings}```
 
 ## Licence
-Not stated: whoever publishes this folder chooses one that fits the images that the network was trained on.
+Not stated. If you publish this folder, choose a licence that fits the training images.
 """
 UNCONDITIONAL_USAGE = """```python
 from diffusers import DDPMPipeline
@@ -39,9 +39,9 @@ from diffusers import DDPMPipeline
 pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")
 images = pipeline(batch_size=4, num_inference_steps={steps}).images
 ```
-In fewer steps with `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`; their number must
-divide {steps}. `DPMSolverMultistepScheduler` fits too; Euler and its like do not, as `DDPMPipeline` does not scale its
-input for them.
+To sample in fewer steps, set `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)` and choose a
+number of steps that divides {steps}. `DPMSolverMultistepScheduler` works, too. Euler schedulers do not, because
+`DDPMPipeline` does not scale the network's input for them.
 """
 LATENT_USAGE = """```python
 from diffusers import LDMPipeline
@@ -49,33 +49,33 @@ from diffusers import LDMPipeline
 pipeline = LDMPipeline.from_pretrained("path/to/this/folder")
 images = pipeline(batch_size=4, num_inference_steps=50).images
 ```
-Any scheduler for the same noise schedule fits, such as
+Any scheduler with the same noise schedule works, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
 OWN_USAGE = """```python
 from diffusers import DiffusionPipeline
 {preparation}
-# trust_remote_code: runs pipeline.py of this folder, the sampling loop with classifier-free guidance
+# trust_remote_code runs this folder's pipeline.py, the sampling loop with classifier-free guidance
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
 images = pipeline({arguments}, num_inference_steps={steps}{guidance}).images
 ```
-{about}In fewer steps with another scheduler for the same noise schedule, such as
+{about}To sample in fewer steps, use another scheduler with the same noise schedule, such as
 `pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)`.
 """
 LOAD_IMAGE = "from diffusers.utils import load_image\n\n"
-PREPARATIONS = {  # of what an argument names, in a pipeline with code of its own
+PREPARATIONS = {  # code that prepares an argument of a ConditionalPipeline
     "mask_image": f'{LOAD_IMAGE}image, mask_image = load_image("image.png"), load_image("mask.png")  '
-    "# white is painted anew, black stays\n",
-    "image": f'{LOAD_IMAGE}image = load_image("image.png")  # to be enlarged\n',
-    "concat": "import torch\n\nconcat = torch.zeros(1, {num_maps}, {height}, {width})  # yours here\n",
+    "# white is painted, black stays\n",
+    "image": f'{LOAD_IMAGE}image = load_image("image.png")  # the image to enlarge\n',
+    "concat": "import torch\n\nconcat = torch.zeros(1, {num_maps}, {height}, {width})  # replace by your maps\n",
 }
 TEXT_USAGE = """```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
-images = pipeline("what is to be seen", num_inference_steps=50, guidance_scale={guidance}).images
+images = pipeline("a caption", num_inference_steps=50, guidance_scale={guidance}).images
 ```
-{about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
+{about_guidance} A caption has at most {max_length} tokens. Any scheduler with the same noise schedule works, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
 INPAINTING_USAGE = """```python
@@ -83,10 +83,10 @@ from diffusers import StableDiffusionInpaintPipeline
 from diffusers.utils import load_image
 
 pipeline = StableDiffusionInpaintPipeline.from_pretrained("path/to/this/folder")
-image, mask = load_image("image.png"), load_image("mask.png")  # white is painted anew, black stays
-images = pipeline("what is to be seen", image, mask, num_inference_steps=50, guidance_scale={guidance}).images
+image, mask = load_image("image.png"), load_image("mask.png")  # white is painted, black stays
+images = pipeline("a caption", image, mask, num_inference_steps=50, guidance_scale={guidance}).images
 ```
-{about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
+{about_guidance} A caption has at most {max_length} tokens. Any scheduler with the same noise schedule works, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
 UPSCALING_USAGE = """```python
@@ -94,10 +94,10 @@ from diffusers import StableDiffusionUpscalePipeline
 from diffusers.utils import load_image
 
 pipeline = StableDiffusionUpscalePipeline.from_pretrained("path/to/this/folder")
-image = load_image("image.png")  # to be enlarged
-images = pipeline("what is to be seen", image, num_inference_steps=50, guidance_scale={guidance}).images
+image = load_image("image.png")  # the image to enlarge
+images = pipeline("a caption", image, num_inference_steps=50, guidance_scale={guidance}).images
 ```
-{about_guidance} A caption has {max_length} tokens at most. Any scheduler for the same noise schedule fits, such as
+{about_guidance} A caption has at most {max_length} tokens. Any scheduler with the same noise schedule works, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
 AUTOENCODER_CARD = """---
@@ -106,9 +106,9 @@ tags: [autoencoder, {kind}, unet-diffusion]
 ---
 # An autoencoder, {kind}
 
-Makes latents of {latent_channels} x {latent_height} x {latent_width} (channels, height, width) of images of
-{channels} x {height} x {width}, and images of them: the first stage of latent diffusion. The network is an `{network}`
-of {parameters:,} parameters. It takes images of other sizes too, if height and width are multiples of {factor}.
+The first stage of latent diffusion: it encodes images of {channels} x {height} x {width} (channels, height, width) as
+latents of {latent_channels} x {latent_height} x {latent_width}, and decodes them. The network is an `{network}` with
+{parameters:,} parameters. It also takes images of other sizes, if height and width are multiples of {factor}.
 
 ## Use
 ```python
@@ -116,7 +116,7 @@ import torch
 from diffusers import {network}
 
 autoencoder = {network}.from_pretrained("path/to/this/folder")
-images = torch.rand(1, {channels}, {height}, {width}) * 2 - 1  # yours here; -1 is black, 1 white
+images = torch.rand(1, {channels}, {height}, {width}) * 2 - 1  # replace by your images; -1 is black, 1 is white
 scale = autoencoder.config.scaling_factor
 with torch.no_grad():
     latents = autoencoder.encode(images).{latents} * scale
@@ -130,16 +130,16 @@ Settings:
 {settings}```
 
 ## Licence
-Not stated: whoever publishes this folder chooses one that fits the images that the network was trained on.
+Not stated. If you publish this folder, choose a licence that fits the training images.
 """
 
 
 def model_card(parts: DenoiserParts, pipeline: DiffusionPipeline) -> str:
-    """The text of README.md for a denoiser that is exported as that pipeline; its licence is left to the user."""
+    """The text of README.md for a denoiser and its exported pipeline; the licence is left to the user."""
     channels, height, width = parts.sample_shape
     return MODEL_CARD.format(
         kind=_kind(parts),
-        what="images" if parts.codec.space is None else "latents, from which an autoencoder makes images,",
+        samples="images" if parts.codec.space is None else "latents, which an autoencoder decodes into images,",
         channels=channels,
         height=height,
         width=width,
@@ -157,13 +157,13 @@ def autoencoder_card(
     latent_std: float | None,
     settings: Mapping[str, Any],
 ) -> str:
-    """The text of README.md for an autoencoder; its licence is left to the user.
+    """The text of README.md for an autoencoder; the licence is left to the user.
 
     Args:
         autoencoder: The autoencoder.
         image_shape: (C, H, W) of the images that it was trained on.
-        latent_std: Standard deviation of its latents; None: not known.
-        settings: How it was trained, as plain values; empty: not known.
+        latent_std: Standard deviation of its latents; None: it is not known.
+        settings: The settings of the training as plain values; empty: they are not known.
     """
     channels, height, width = image_shape
     codes, factor = num_codes(autoencoder), downsampling(autoencoder)
@@ -186,12 +186,12 @@ def autoencoder_card(
 
 def _about_scale(latent_std: float | None) -> str:
     if latent_std is None:
-        return "How far the latents spread was not measured: `scaling_factor` is 1."
-    return f"Latents have a standard deviation of {latent_std:.3g} on images kept apart, and 1 times `scaling_factor`."
+        return "The standard deviation of the latents was not measured, so `scaling_factor` is 1."
+    return f"`scaling_factor` brings latents of validation images from a standard deviation of {latent_std:.3g} to 1."
 
 
 def _kind(parts: DenoiserParts) -> str:
-    """What a folder is for, in the words of its tags."""
+    """The task of the denoiser, in the words of the Hub's tags."""
     kinds = {
         "mask": "inpainting",
         "low_res": "upscaling",
@@ -200,14 +200,14 @@ def _kind(parts: DenoiserParts) -> str:
         "class_labels": "class-conditional",
         "class_tokens": "class-conditional",
     }
-    roles = [one.pipeline_role for one in parts.all_conditions]
+    roles = [condition.pipeline_role for condition in parts.all_conditions]
     return next((name for role, name in kinds.items() if role in roles), "unconditional")
 
 
 def _usage(parts: DenoiserParts, pipeline: DiffusionPipeline) -> str:
     if isinstance(pipeline, ConditionalPipeline):
         return _own_usage(parts, pipeline)
-    if text := next((one for one in parts.all_conditions if one.pipeline_role == "prompt"), None):
+    if text := next((condition for condition in parts.all_conditions if condition.pipeline_role == "prompt"), None):
         stock = {"StableDiffusionInpaintPipeline": INPAINTING_USAGE, "StableDiffusionUpscalePipeline": UPSCALING_USAGE}
         return _text_usage(text, stock.get(type(pipeline).__name__, TEXT_USAGE))
     if parts.codec.space is not None:
@@ -221,26 +221,27 @@ def _yaml(settings: Mapping[str, Any]) -> str:
 
 def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     names, last = parts.class_names, parts.num_classes - 1
-    values = {"class_labels": names[:2] if names else [0, last], "prompt": '"what is to be seen"'}
-    taken = pipeline.arguments
-    preparation = next((text for name, text in PREPARATIONS.items() if name in taken), "")
+    values = {"class_labels": names[:2] if names else [0, last], "prompt": '"a caption"'}
+    preparation = next((text for name, text in PREPARATIONS.items() if name in pipeline.arguments), "")
     _, height, width = parts.sample_shape
     num_maps = pipeline.unet.config.in_channels - pipeline.unet.config.out_channels
     guidance = 3.0 if "prompt" in pipeline.config.unconditional else 2.0
     return OWN_USAGE.format(
         preparation=preparation.format(num_maps=num_maps, height=height, width=width),
-        arguments=", ".join(f"{name}={values.get(name, name)}" for name in taken) or "batch_size=4",
+        arguments=", ".join(f"{name}={values.get(name, name)}" for name in pipeline.arguments) or "batch_size=4",
         steps=parts.schedule.num_train_timesteps if parts.codec.space is None else 50,
         guidance=f", guidance_scale={guidance}" if pipeline.config.unconditional else "",
-        about=f"Classes: {', '.join(names) if names else f'0 to {last}'}.\n\n" if "class_labels" in taken else "",
+        about=f"Classes: {', '.join(names) if names else f'0 to {last}'}.\n\n"
+        if "class_labels" in pipeline.arguments
+        else "",
     )
 
 
 def _text_usage(text: Condition, usage: str) -> str:
     return usage.format(
         guidance=3.0 if text.has_null else 1.0,
-        about_guidance="More guidance keeps closer to the caption."
+        about_guidance="A larger guidance_scale follows the caption more closely."
         if text.has_null
-        else "It was not trained without captions, so guidance_scale must be 1.",
+        else "The network was not trained without captions, so guidance_scale must be 1.",
         max_length=text.config["max_length"],
     )

@@ -1,4 +1,4 @@
-"""Weights in diffusers' folders: which files hold them, read as tensors, under the names of today."""
+"""Weights in diffusers' folders: finding their files, and reading them under diffusers' current names."""
 
 import re
 from collections import defaultdict
@@ -11,19 +11,24 @@ from torch import Tensor, nn
 from unet_diffusion.runtime.messages import in_words
 from unet_diffusion.runtime.safe_loading import load_plain
 
-LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in old files
-# a variant, such as fp16, stands before or after the number of the shard
+LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # old -> current
+# A variant, such as fp16, stands before or after the number of the shard.
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(safetensors|bin)")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights in a folder, under the names that diffusers gives them today."""
+    """All weights in a folder, under diffusers' current names.
+
+    Raises:
+        FileNotFoundError: If the folder has no weights.
+        ValueError: If the folder has a weight twice or several variants, or a file would run code.
+    """
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         loaded = load_file(file) if file.suffix == ".safetensors" else load_plain(file)
         loaded = {_current_key(key): value for key, value in loaded.items()}
-        if twice := weights.keys() & loaded.keys():
-            raise ValueError(f"{folder} must hold each weight once, got {min(twice)} again in {file.name}")
+        if repeated := weights.keys() & loaded.keys():
+            raise ValueError(f"{folder} must hold each weight once, got {min(repeated)} again in {file.name}")
         weights |= loaded
     return weights
 
@@ -32,7 +37,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights strictly.
 
     Raises:
-        ValueError: If they are not those of the module; it names a few.
+        ValueError: If the weights do not fit the module; the message names a few.
     """
     try:
         module.load_state_dict(weights)
@@ -41,7 +46,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of one set of weights: full precision before variants, safetensors before pickles."""
+    """The files of one set of weights; full precision wins over variants, safetensors over pickles."""
     sets = defaultdict(list)
     for file in sorted(folder.iterdir()):
         if match := WEIGHTS_FILE.fullmatch(file.name):
@@ -55,7 +60,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _current_key(key: str) -> str:
-    """The key of a weight today; attention had other names once."""
+    """The current key of a weight; old files use other names for attention."""
     module, _, parameter = key.rpartition(".")
     parent, _, name = module.rpartition(".")
     return f"{parent}.{LEGACY_ATTENTION_KEYS[name]}.{parameter}" if name in LEGACY_ATTENTION_KEYS else key

@@ -1,9 +1,9 @@
-"""Where sampling starts from, if not from the noise of one seed: noise between two seeds, or a given image.
+"""Other starts of sampling than the noise of one seed: noise between two seeds, or an image.
 
-From an image: it is noised as far as it may change, and denoised from there (Meng et al. 2022, SDEdit,
-https://arxiv.org/abs/2108.01073). An image of which a part is to be painted: after each step the rest is
-put back, noised to where the step led (Lugmayr et al. 2022, RePaint, https://arxiv.org/abs/2201.09865, eq. 8). Unlike
-there its noise is the initial one at every step, as in diffusers, so that solvers that look back see one trajectory.
+Image to image noises an image as far as it may change, and denoises it from there (Meng et al. 2022, SDEdit,
+https://arxiv.org/abs/2108.01073). Painting under a mask puts the rest of the image back after each step, noised to the
+level of that step (Lugmayr et al. 2022, RePaint, https://arxiv.org/abs/2201.09865, eq. 8). RePaint draws new noise at
+every step; as in diffusers, the initial noise is used here, so multistep solvers see one trajectory.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unet_diffusion.runtime.randomness import keyed_generator
 
-NO_START_MIDWAY = (  # PNDM's first steps differ from the rest; LMS weights steps that were not taken
+NO_START_MIDWAY = (  # PNDM's first steps differ from the rest; LMS looks back at steps that were skipped
     "LMSDiscreteScheduler",
     "PNDMScheduler",
 )
@@ -23,16 +23,16 @@ NO_START_MIDWAY = (  # PNDM's first steps differ from the rest; LMS weights step
 
 @dataclass(frozen=True)
 class InitImage:
-    """A given image for each image to draw.
+    """The x0 of images to start from, and the parts of them that stay.
 
     Args:
-        image: (N, C, H, W) float32, scaled as the denoiser's; (1, C, H, W) for all.
-        strength: share in (0, 1] of the steps that are taken; the less, the more of the image is left. With 1 it is
-            noised to the level that sampling starts at.
-        keep_mask: True where a pixel is to stay as it is, (N, 1, H, W) or (1, 1, H, W) bool; None: nowhere.
+        image: The x0 to start from, (N, C, H, W) float32, or (1, C, H, W) for all N images.
+        strength: Share in (0, 1] of the steps that are taken; a smaller share keeps more of the image. With 1 the image
+            is noised to the level at which sampling starts.
+        keep_mask: True where the image stays as it is, (N, 1, H, W) or (1, 1, H, W) bool; None: nowhere.
 
     Raises:
-        ValueError: if an argument is out of range or does not fit.
+        ValueError: If strength is out of range, or keep_mask does not fit the image.
     """
 
     image: Tensor
@@ -47,32 +47,33 @@ class InitImage:
         shape = (1, *self.image.shape[2:])
         if self.keep_mask.dtype != torch.bool or self.keep_mask.shape[1:] != shape:
             raise ValueError(
-                f"keep_mask must be bool, (N, {', '.join(map(str, shape))}), got {self.keep_mask.dtype} "
-                f"{tuple(self.keep_mask.shape)}"
+                f"keep_mask must be bool of shape (N, {', '.join(map(str, shape))}), got {self.keep_mask.dtype} "
+                f"of shape {tuple(self.keep_mask.shape)}"
             )
 
     def part(self, images: slice, device: torch.device | str) -> "InitImage":
-        """The same for some of the images, on a device."""
+        """The start of a slice of the images, on a device."""
         image, keep_mask = (
-            one if one is None or len(one) == 1 else one[images] for one in (self.image, self.keep_mask)
+            tensor if tensor is None or len(tensor) == 1 else tensor[images] for tensor in (self.image, self.keep_mask)
         )
         assert image is not None
         return InitImage(image.to(device), self.strength, None if keep_mask is None else keep_mask.to(device))
 
 
 def interpolated_noise(seeds: tuple[int, int], fractions: Sequence[float], shape: Sequence[int]) -> Tensor:
-    """Noise on the great circle from image 0 of one seed to image 0 of the other, (N, C, H, W) float32 on the CPU.
+    """Noise on the great circle between the first images of two seeds, (N, C, H, W) float32 on the CPU.
 
-    With a scheduler that adds no noise, images change smoothly along it (Song et al. 2021, DDIM,
-    https://arxiv.org/abs/2010.02502, eq. 67). A straight line would lead through noise that is too weak.
+    It is (sin((1 - f) angle) first + sin(f angle) last) / sin(angle) for each fraction f (Song et al. 2021, DDIM,
+    https://arxiv.org/abs/2010.02502, eq. 67). With a scheduler that adds no noise, the images change smoothly with f. A
+    straight line would pass through noise that is too weak.
 
     Args:
-        seeds: of the noise at 0 and at 1.
-        fractions: N numbers in [0, 1], how far along.
-        shape: (C, H, W).
+        seeds: Seeds of the noise at fraction 0 and at fraction 1.
+        fractions: N positions on the way, in [0, 1].
+        shape: (C, H, W) of the noise.
 
     Raises:
-        ValueError: if the seeds are the same.
+        ValueError: If the seeds are equal.
     """
     if seeds[0] == seeds[1]:
         raise ValueError(f"the seeds to interpolate between must differ, got {seeds[0]} twice")
@@ -83,62 +84,71 @@ def interpolated_noise(seeds: tuple[int, int], fractions: Sequence[float], shape
 
 
 def check_init_image(init_image: InitImage, shape: Sequence[int], scheduler: str, num_inference_steps: int) -> None:
-    """Refuses an image that does not fit what is drawn, or a scheduler that cannot start from it.
+    """Refuse an image that does not fit the images to draw, or a scheduler that cannot start from an image.
+
+    Args:
+        init_image: The image to start from.
+        shape: (N, C, H, W) of the images to draw.
+        scheduler: The class name of the scheduler.
+        num_inference_steps: Denoising steps before strength shortens them.
 
     Raises:
-        ValueError: if so.
+        ValueError: If sampling cannot start from the image.
     """
-    for name, one in (("image", init_image.image), ("keep_mask", init_image.keep_mask)):
-        if one is not None and (len(one) not in (1, shape[0]) or one.shape[2:] != tuple(shape[2:])):
+    for name, tensor in (("image", init_image.image), ("keep_mask", init_image.keep_mask)):
+        if tensor is not None and (len(tensor) not in (1, shape[0]) or tensor.shape[2:] != tuple(shape[2:])):
             raise ValueError(
                 f"the {name} to start from must be for 1 or {shape[0]} images of {shape[2]} x {shape[3]}, "
-                f"got shape {tuple(one.shape)}"
+                f"got shape {tuple(tensor.shape)}"
             )
     if init_image.image.shape[1] != shape[1]:
         raise ValueError(f"the image to start from must have {shape[1]} channels, got {init_image.image.shape[1]}")
     if scheduler in NO_START_MIDWAY:
-        raise ValueError(f"{scheduler} cannot start from an image, as its steps build on the first ones; use another")
+        raise ValueError(
+            f"{scheduler} cannot start from an image, because each of its steps needs all steps before it; "
+            "use another scheduler"
+        )
     if not num_steps_from(init_image, num_inference_steps):
         raise ValueError(
-            f"strength must leave a step, and {init_image.strength} of {num_inference_steps} steps is none; "
+            f"strength must leave at least one step, and {init_image.strength} of {num_inference_steps} steps is none; "
             "raise strength or num_inference_steps"
         )
 
 
 def num_steps_from(init_image: InitImage | None, num_inference_steps: int) -> int:
-    """How many of the steps are taken, rounded down as in diffusers' image-to-image pipelines."""
+    """The number of steps that strength leaves, rounded down as in diffusers' image-to-image pipelines."""
     return num_inference_steps if init_image is None else int(num_inference_steps * init_image.strength)
 
 
 def begin(scheduler: Any, noise: Tensor, init_image: InitImage | None, num_inference_steps: int) -> tuple[int, Tensor]:
-    """Which of the scheduler's timesteps comes first, and the state there, (B, C, H, W).
+    """The position of the first timestep in the scheduler's list, and the state there, (B, C, H, W).
 
     Args:
-        scheduler: of diffusers, its timesteps set; it is told where to begin.
-        noise: standard normal, (B, C, H, W).
-        init_image: image on the device of the noise; None: begin with noise alone.
-        num_inference_steps: that the timesteps were set for.
+        scheduler: A diffusers scheduler with its timesteps set; its begin index is set here.
+        noise: Standard normal noise, (B, C, H, W).
+        init_image: The image to start from, on the device of the noise; None: start from noise alone.
+        num_inference_steps: The number of steps that the timesteps were set for.
     """
     if init_image is None:
         return 0, noise * scheduler.init_noise_sigma
     first = (num_inference_steps - num_steps_from(init_image, num_inference_steps)) * scheduler.order
-    if hasattr(scheduler, "set_begin_index"):  # the others find their place by the timestep
+    if hasattr(scheduler, "set_begin_index"):  # the others look their position up by the timestep
         scheduler.set_begin_index(first)
     return first, _noised(init_image.image, noise, scheduler, first)
 
 
 def apply_keep_mask(x: Tensor, init_image: InitImage, noise: Tensor, scheduler: Any, num_calls: int) -> Tensor:
-    """The state with what the mask keeps noised to the level of the state; after the last step, as it is.
+    """x with the kept part of the image put back, noised to the level of x; after the last step without noise.
 
     Args:
-        x: state, (B, C, H, W), that the scheduler's last step led to.
-        init_image: image, and which of it is kept; on the device of x.
-        noise: that sampling began with.
-        scheduler: as the loop has it.
-        num_calls: which of the scheduler's timesteps comes next.
+        x: The state after a step of the scheduler, (B, C, H, W).
+        init_image: The image and its keep_mask, on the device of x.
+        noise: The initial noise of sampling, (B, C, H, W).
+        scheduler: The scheduler of the sampling loop.
+        num_calls: Calls of the denoiser so far, which is also the position of the next timestep.
     """
     is_last = num_calls == len(scheduler.timesteps)
-    # Halfway through a step of second order, some states are at a level between those of the schedule.
+    # Halfway through a second-order step, a state can lie between two levels of the schedule.
     if init_image.keep_mask is None or (num_calls % scheduler.order and not is_last):
         return x
     image = init_image.image if is_last else _noised(init_image.image, noise, scheduler, num_calls)
@@ -146,9 +156,9 @@ def apply_keep_mask(x: Tensor, init_image: InitImage, noise: Tensor, scheduler: 
 
 
 def _noised(image: Tensor, noise: Tensor, scheduler: Any, number: int) -> Tensor:
-    """The image at the level of the scheduler's timestep of that number, (B, C, H, W).
+    """The image noised to the level of the scheduler's timestep at this position, (B, C, H, W).
 
-    The scheduler is asked for the two factors, not for the sum: so its table stays on the CPU.
+    The scheduler computes only the two factors, so that its table can stay on the CPU.
     """
     one, zero, t = torch.ones(1), torch.zeros(1), scheduler.timesteps[number : number + 1]
     signal, sigma = scheduler.add_noise(one, zero, t), scheduler.add_noise(zero, one, t)

@@ -1,7 +1,7 @@
-"""The training loss: squared error of the prediction, weighted by noise level.
+"""The training loss: the squared error of the prediction, weighted by noise level.
 
-Min-SNR weighting is that of Hang et al. 2023 (https://arxiv.org/abs/2303.09556, section 3.4): the error of x0, which is
-SNR times the error of epsilon and 1 / (SNR + 1) times that of v, is weighted by min(SNR, gamma).
+Min-SNR weighting (Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4) weights the error of x0 by
+min(SNR, gamma). The error of epsilon is SNR times that of x0, and the error of v is SNR + 1 times that of x0.
 """
 
 from typing import Literal
@@ -14,17 +14,17 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule
 
 LossWeighting = Literal["uniform", "min_snr"]
 
-NUM_QUARTERS = 4  # the range of t is logged in quarters
+NUM_QUARTERS = 4  # training logs the loss of each quarter of the range of t
 
 
 def loss_weights(schedule: NoiseSchedule, t: Tensor, weighting: LossWeighting, gamma: float = 5.0) -> Tensor:
     """The weight of each sample's squared error, (B,) float32.
 
     Args:
-        schedule: gives the signal-to-noise ratio, and the prediction type, whose form of the weight is used.
-        t: timesteps, (B,) int64.
+        schedule: The noise schedule; its prediction_type decides the form of the weight.
+        t: Timesteps, (B,) int64 in [0, num_train_timesteps).
         weighting: "uniform" (1 everywhere) or "min_snr".
-        gamma: where min-SNR stops growing; 5 in the paper.
+        gamma: The SNR at which the weight of x0 stops growing; 5 in the paper.
     """
     if weighting == "uniform":
         return torch.ones_like(t, dtype=torch.float32)
@@ -38,20 +38,19 @@ def loss_weights(schedule: NoiseSchedule, t: Tensor, weighting: LossWeighting, g
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample in float32: (B, C, H, W) twice -> (B,)."""
+    """The mean squared error of each sample, (B,) float32, for a prediction and a target (B, C, H, W)."""
     return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
 
 
 def sums_by_quarter(errors: Tensor, t: Tensor, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
-    """Sums of errors and counts in each quarter of the range of t, from least to most noise; on the device.
+    """The sums of the errors in each quarter of the range of t, (4,), and their counts, (4,), least noisy first.
+
+    The mean over several batches or processes is the ratio of their totals.
 
     Args:
-        errors: one for each sample, (B,).
-        t: timesteps, (B,) int64 in [0, num_train_timesteps).
+        errors: The error of each sample, (B,).
+        t: Timesteps, (B,) int64 in [0, num_train_timesteps).
         num_train_timesteps: T.
-
-    Returns:
-        (4,) sums and (4,) counts: a mean over several batches or processes is the ratio of their totals.
     """
     quarter = F.one_hot(t * NUM_QUARTERS // num_train_timesteps, NUM_QUARTERS).to(errors.dtype)  # (B, 4)
     return errors @ quarter, quarter.sum(0)

@@ -1,4 +1,4 @@
-"""What a denoiser consists of, whoever made it and whatever is done with it."""
+"""The parts of a denoiser, which training, sampling, import and export share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,18 +18,18 @@ Kind = TypeVar("Kind", bound=Condition)
 
 @dataclass(repr=False)
 class DenoiserParts:
-    """A network, and all that is needed to draw with it, to train it on and to export it.
+    """A network with everything needed to sample from it, to continue its training and to export it.
 
     Args:
-        unet: The network, called `unet(x_t, t, **inputs)`; the averaged (EMA) weights, where there are any.
-        schedule: The noise schedule that it was trained with.
-        sample_shape: (C, h, w) of what it was trained to denoise.
-        codec: Between images and what is denoised; pixels by default.
-        null_label: The label that stands for no class, for guidance; None: it was trained without.
+        unet: The network, called as `unet(x_t, t, **inputs)`, with its averaged (EMA) weights if it has any.
+        schedule: The noise schedule that the network was trained with.
+        sample_shape: (C, h, w) of the x0 that the network was trained on.
+        codec: The codec between images and x0; pixels by default.
+        null_label: The label that stands for no class, for guidance; None: there is no null label.
         class_names: The name of each class; None: there are no classes, or they have no names.
-        settings: How it was trained, as plain values, for the model card.
-        conditions: What it is conditioned on, beside the class labels that the network embeds itself.
-        speed: The speed that it was trained at.
+        settings: The settings of the training as plain values, for the model card.
+        conditions: The conditions beside the class labels that the network itself embeds.
+        speed: The speed that the network was trained at.
 
     Raises:
         ValueError: If null_label or class_names do not fit the network.
@@ -48,36 +48,38 @@ class DenoiserParts:
     def __post_init__(self) -> None:
         rows = self.unet.config.get("num_class_embeds")
         if self.null_label is not None and not 0 <= self.null_label < (rows or 0):
-            raise ValueError(f"null_label must be one of the {rows or 0} labels of the network, got {self.null_label}")
+            raise ValueError(f"null_label must be one of the network's {rows or 0} labels, got {self.null_label}")
         if self.class_names is not None and self.num_classes and len(self.class_names) != self.num_classes:
-            raise ValueError(f"there must be {self.num_classes} class_names, one a class, got {len(self.class_names)}")
+            raise ValueError(
+                f"class_names must name each of the {self.num_classes} classes, got {len(self.class_names)} names"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that it was trained on, in pixels."""
+        """(C, H, W) of the images that the denoiser was trained on, in pixels."""
         return self.codec.image_shape(self.sample_shape)
 
     @property
     def all_conditions(self) -> list[Condition]:
-        """The class labels that the network embeds itself, if it does, and the other conditions."""
+        """All conditions: the class labels, if the network embeds them itself, then `conditions`."""
         return all_conditions(self.unet, self.conditions, self.null_label)
 
     def condition(self, kind: type[Kind]) -> Kind | None:
-        """The condition of that class; None: there is none."""
-        return next((one for one in self.all_conditions if isinstance(one, kind)), None)
+        """The condition of this class, or None."""
+        return next((condition for condition in self.all_conditions if isinstance(condition, kind)), None)
 
     @property
     def num_classes(self) -> int:
-        """Classes to choose from, the null label not counted; 0: there are none."""
-        provided = {entry for one in self.all_conditions for entry in one.provides}
-        return next((one.num_classes for one in self.all_conditions
-                     if one.batch_key == "labels" and "labels" not in provided), 0)  # fmt: skip
+        """The number of classes to choose from, without the null label; 0: there are no classes."""
+        provided = {entry for condition in self.all_conditions for entry in condition.provides}
+        return next((condition.num_classes for condition in self.all_conditions
+                     if condition.batch_key == "labels" and "labels" not in provided), 0)  # fmt: skip
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """What the network is called with beside x and t, and the same without conditions, if it was trained without.
+        """The network's inputs beside x and t, and the unconditional ones; None if no condition has a null.
 
         Args:
-            batch: What the conditions read, (B, ...) each, on their device.
+            batch: The entries that the conditions read, (B, ...) each, on the conditions' device.
         """
         return network_inputs(self.all_conditions, batch), unconditional_inputs(self.all_conditions, batch)
 
@@ -85,12 +87,12 @@ class DenoiserParts:
 def all_conditions(
     unet: PixelNetwork, others: nn.ModuleList, null_label: int | None, label_dropout: float = 0.0
 ) -> list[Condition]:
-    """The class labels that a network embeds itself, if it does, and the other conditions.
+    """All conditions of a network: the class labels, if the network embeds them itself, then the others.
 
     Args:
         unet: The network.
         others: The other conditions.
-        null_label: The label that stands for no class; None: there is none.
+        null_label: The label that stands for no class; None: there is no null label.
         label_dropout: Probability of the null label in training.
     """
     rows = unet.config.get("num_class_embeds")
@@ -99,6 +101,6 @@ def all_conditions(
 
 
 def channels_beside(conditions: nn.ModuleList) -> int:
-    """Channels that the network has beside the noised image, by its conditions."""
-    found = [cast(Condition, one) for one in conditions]
-    return sum(one.config["channels"] for one in found if one.network_argument == "concat")
+    """The number of channels that conditions put beside the noised image."""
+    typed = [cast(Condition, condition) for condition in conditions]
+    return sum(condition.config["channels"] for condition in typed if condition.network_argument == "concat")

@@ -1,14 +1,14 @@
 """Sampling: images from noise, with a denoiser and one of diffusers' schedulers for variance-preserving diffusion.
 
 The loop is that of diffusers' pipelines (Ho et al. 2020, algorithm 2, https://arxiv.org/abs/2006.11239, and the solvers
-that followed). It differs in three ways. Each image has a generator of its own, so that image i of a seed does not
-depend on the batch it is drawn in. The scheduler and its timesteps stay on the CPU, where reading them does not stall a
-GPU. And combinations of scheduler, schedule and steps for which diffusers returns wrong images, or none, are refused.
+that followed), with three differences. Each image has its own generator, so image i of a seed does not depend on its
+batch. The scheduler and its timesteps stay on the CPU, where reading them does not stall a GPU. And it refuses
+combinations of scheduler, schedule and number of steps for which diffusers returns wrong images or fails.
 
-Given a denoiser that knows x0, every scheduler returns x0 up to rounding, but for DEISMultistepScheduler, which ends at
-timestep 0 and returns sqrt(a_0) x0 + sqrt(1 - a_0) noise: 1 % noise with the linear schedule. A single step from noise
-multiplies rounding by 1 / sqrt(a_T), 160 with the linear schedule and 20 000 with the cosine one. With the cosine
-schedule HeunDiscreteScheduler needs about 100 steps: the slope at the end of its first, wide step is badly placed.
+With a denoiser that knows x0, every scheduler returns x0 up to rounding, except DEISMultistepScheduler: it ends at
+timestep 0 and returns sqrt(a_0) x0 + sqrt(1 - a_0) noise, which is 1 % noise with the linear schedule. A single step
+from noise amplifies rounding by 1 / sqrt(a_T), which is 160 for the linear schedule and 20 000 for the cosine schedule.
+With the cosine schedule HeunDiscreteScheduler needs about 100 steps: the second slope of its wide first step is wrong.
 """
 
 import inspect
@@ -31,7 +31,7 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule, scheduler_config
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 
-NO_SAMPLE_PREDICTION = (  # their step raises NotImplementedError or ValueError
+NO_SAMPLE_PREDICTION = (  # their step() raises NotImplementedError or ValueError
     "DPMSolverSDEScheduler",
     "EulerAncestralDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
@@ -45,12 +45,12 @@ STOCHASTIC = (  # they add noise at each step
     "KDPM2AncestralDiscreteScheduler",
 )
 NO_GUIDANCE = Guidance()
-MIN_PNDM_SIGNAL = 1e-5  # a_T below which PNDM misses x0 by more than 1e-5 (measured; the linear schedule has 4e-5)
-MIN_PNDM_STEPS = 4  # its Runge-Kutta start takes the first four steps
+MIN_PNDM_SIGNAL = 1e-5  # below this a_T, PNDM misses x0 by more than 1e-5 (measured; the linear schedule has 4e-5)
+MIN_PNDM_STEPS = 4  # the Runge-Kutta start of PNDM takes the first four steps
 
 BEYOND_DDPM: dict[str, dict[str, Any]] = {  # fields that DDPMScheduler lacks and whose defaults are wrong here
-    "DPMSolverSinglestepScheduler": {"lower_order_final": True},  # it sets this itself, with a warning
-    "PNDMScheduler": {"set_alpha_to_one": True},  # else it stops at timestep 0, still noisy, as DEIS does
+    "DPMSolverSinglestepScheduler": {"lower_order_final": True},  # the default makes it set this with a warning
+    "PNDMScheduler": {"set_alpha_to_one": True},  # the default stops at timestep 0, which is still noisy
 }
 
 
@@ -73,35 +73,36 @@ def sample(
     clip_sample: bool = True,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Images drawn from noise, (N, C, H, W) float32 on the CPU; about [-1, 1], where the denoiser was trained on that.
+    """Images drawn from noise, (N, C, H, W) float32 on the CPU, in the range of the x0 that the denoiser learned.
 
-    Image i is a function of (seed, indices[i]) and its conditions, up to floating-point rounding: neither the batch
-    size nor how many processes share the indices matters.
+    Image i is a function of (seed, indices[i]) and its conditions, up to rounding. It depends neither on the batch size
+    nor on the number of processes that share the indices.
 
     Args:
-        denoiser: called as denoiser(x, t, **inputs) with float32 x (B, C, H, W) and t (B,).
-        schedule: the noise schedule that the denoiser was trained with.
-        shape: (N, C, H, W) of all images; H and W need not be those of training.
+        denoiser: The denoiser, called as denoiser(x, t, **inputs) with float32 x (B, C, H, W) and t (B,).
+        schedule: The noise schedule that the denoiser was trained with.
+        shape: (N, C, H, W) of all images; H and W may differ from those of training.
         scheduler: A diffusers scheduler, or the name of its class, one of `supported_schedulers(schedule)`.
-        num_inference_steps: in [1, num_train_timesteps]; schedulers of second order call the denoiser twice a step.
-        seed: of the noise, any integer.
-        indices: N numbers of the images among all of this seed; default 0 to N - 1.
-        inputs: what else the denoiser is called with, (N, ...) each (`conditioning.network_inputs`); None: nothing.
-        unconditional: the same without conditions (`conditioning.unconditional_inputs`); None if it was not trained
-            without.
-        guidance: off by default (`conditioning.guide`).
-        noise: standard normal, of that shape, to begin with; None: that of the seed. What a scheduler adds is always
-            that of the seed.
-        init_image: an image to begin with, or of which a part is known (`image_to_image.InitImage`); None: begin with
-            noise alone.
-        batch_size: images at once; guidance doubles what the denoiser sees.
-        device: where the denoiser is.
-        clip_sample: clip each estimate of x0 to [-1, 1], as DDPM, DDIM and Heun can: right for pixels, not for latents.
-        progress: called after each call of the denoiser with the number of images that took a step, as tqdm's update;
+        num_inference_steps: Denoising steps, in [1, num_train_timesteps]. Second-order schedulers call the denoiser
+            twice per step.
+        seed: Seed of the noise, any integer.
+        indices: Number of each image among those of this seed, N integers; None: 0 to N - 1.
+        inputs: Inputs of the denoiser beside x and t, (N, ...) each, from `network_inputs`; None: there are none.
+        unconditional: The inputs without conditions, from `unconditional_inputs`; None: the denoiser was not trained
+            without conditions.
+        guidance: The guidance; off by default.
+        noise: Initial standard normal noise, (N, C, H, W); None: noise of the seed. Noise that a scheduler adds always
+            comes from the seed.
+        init_image: The image to start from or to paint into; None: start from noise alone.
+        batch_size: Number of images drawn at once; guidance doubles the denoiser's batch.
+        device: The device of the denoiser.
+        clip_sample: Clip each estimate of x0 to [-1, 1], as DDPM, DDIM and Heun can; right for pixels, wrong for
+            latents.
+        progress: Called after each call of the denoiser with the number of images that took a step, as tqdm's update;
             the sum is N * num_network_steps(...).
 
     Raises:
-        ValueError: before the denoiser is first called, if the request cannot be met; see `check_sampling`.
+        ValueError: If the arguments do not fit each other (see `check_sampling`), before the denoiser is first called.
     """
     check_sampling(
         schedule,
@@ -151,26 +152,26 @@ def denoise(
     device: torch.device | str = "cpu",
     on_step: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Tensor:
-    """One batch's way from noise to images, (B, C, H, W) float32 on the device.
+    """One batch of images denoised from noise, (B, C, H, W) float32 on the device.
 
     Args:
-        predictor: called as predictor(x, t) with float32 x (B, C, H, W) and t (B,) in the scheduler's type: int64, or
-            float where a scheduler visits fractional timesteps.
-        scheduler: a diffusers scheduler of its own for this batch, not used before.
-        generators: B generators; each gives its image's initial noise and then what a stochastic scheduler adds.
-        shape: (B, C, H, W).
-        num_inference_steps: in [1, num_train_timesteps].
-        noise: standard normal, of that shape, on the device, to begin with; None: that of the generators.
-        init_image: an image to begin with, on the device; None: begin with noise alone.
-        device: where the predictor is.
-        on_step: called as on_step(t, x) after each call of the predictor, with the timestep of the call, 0-d on the
-            CPU, and the state it led to; a scheduler in terms of sigma has x = image + sigma * noise.
+        predictor: The denoiser, called as predictor(x, t) with float32 x (B, C, H, W) and t (B,). t is int64, or float
+            for schedulers that visit fractional timesteps.
+        scheduler: A new diffusers scheduler for this batch alone.
+        generators: B generators, one per image, for the initial noise and the noise that a stochastic scheduler adds.
+        shape: (B, C, H, W) of the images.
+        num_inference_steps: Denoising steps, in [1, num_train_timesteps].
+        noise: Initial standard normal noise, (B, C, H, W) on the device; None: noise of the generators.
+        init_image: The image to start from, on the device; None: start from noise alone.
+        device: The device of the predictor.
+        on_step: Called as on_step(t, x) after each call of the predictor, with the timestep (0-d, on the CPU) and the
+            state after the step. Schedulers in terms of sigma have x = image + sigma * noise.
 
     Raises:
-        ValueError: if the scheduler cannot make so many steps, or shapes do not agree.
+        ValueError: If the scheduler cannot take this number of steps, or shapes do not agree.
     """
     if len(generators) != shape[0]:
-        raise ValueError(f"there must be a generator for each of {shape[0]} images, got {len(generators)}")
+        raise ValueError(f"generators must be {shape[0]}, one per image, got {len(generators)}")
     _check_num_inference_steps(scheduler, num_inference_steps)
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     if noise is None:
@@ -192,12 +193,12 @@ def build_scheduler(schedule: NoiseSchedule, scheduler: Any = "DDIMScheduler", *
 
     Args:
         schedule: The noise schedule.
-        scheduler: The name of a class of diffusers; or an object of one, whose settings of the solver are kept, while
-            those of the noise schedule, the prediction and the spacing of timesteps are this schedule's.
-        clip_sample: Clip each estimate of x0 to [-1, 1], where the scheduler can.
+        scheduler: The name of a diffusers scheduler, or a scheduler object. The object's solver settings are used; the
+            noise schedule, prediction type and timestep spacing come from `schedule`.
+        clip_sample: Clip each estimate of x0 to [-1, 1], if the scheduler can.
 
     Raises:
-        ValueError: If there is no such scheduler, or it is not valid for the schedule; it says why.
+        ValueError: If there is no such scheduler, or it is not valid for the schedule; the message says why.
     """
     name, own = name_of(scheduler), {} if isinstance(scheduler, str) else dict(getattr(scheduler, "config", {}))
     valid = ", ".join(supported_schedulers(schedule))
@@ -213,38 +214,39 @@ def build_scheduler(schedule: NoiseSchedule, scheduler: Any = "DDIMScheduler", *
 
 
 def name_of(scheduler: Any) -> str:
-    """The name of a scheduler's class, of which it may be an object or the name."""
+    """The class name of a scheduler, which may be an object or the name itself."""
     return scheduler if isinstance(scheduler, str) else type(scheduler).__name__
 
 
 def supported_schedulers(schedule: NoiseSchedule) -> list[str]:
-    """Names of the schedulers that are valid for this schedule, in alphabetical order."""
+    """The names of the schedulers that are valid for this schedule, in alphabetical order."""
     return [name for name in SCHEDULERS if refusal(schedule, name) is None]
 
 
 def refusal(schedule: NoiseSchedule, name: str) -> str | None:
-    """Why this scheduler, one of SCHEDULERS, is not valid for the schedule; None if it is."""
+    """The reason why a scheduler, one of SCHEDULERS, is not valid for the schedule; None if it is valid."""
     if name == "EDMEulerScheduler":
-        return "it is for networks with EDM's preconditioning, which are told log(sigma) / 4 in place of a timestep"
+        return "it is for networks with EDM's preconditioning, which take log(sigma) / 4 instead of a timestep"
     if name == "DPMSolverSDEScheduler" and not is_torchsde_available():
         return "it needs the package torchsde (pip install torchsde)"
     if schedule.prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
         return "it does not implement prediction_type sample"
     fields = inspect.signature(getattr(diffusers, name)).parameters
     if schedule.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in fields:
-        return "it ignores rescale_betas_zero_snr, and would take the noise for less than it is"
+        return "it ignores rescale_betas_zero_snr, and would underestimate the noise"
     return _pndm_refusal(schedule) if name == "PNDMScheduler" else None
 
 
 def num_network_steps(
     schedule: NoiseSchedule, scheduler: Any, num_inference_steps: int, init_image: InitImage | None = None
 ) -> int:
-    """How often sampling calls the denoiser for a batch: num_inference_steps, or up to twice that with some schedulers.
+    """The number of calls of the denoiser per batch, for arguments of `sample`.
 
-    From an image of less strength than 1 it is called less often.
+    It is num_inference_steps, or up to twice that with second-order schedulers, and less for an image with strength
+    below 1.
 
     Raises:
-        ValueError: if the scheduler is not valid or cannot make so many steps.
+        ValueError: If the scheduler is not valid or cannot take this number of steps.
     """
     built = build_scheduler(schedule, scheduler)
     _check_num_inference_steps(built, num_inference_steps)
@@ -264,14 +266,11 @@ def check_sampling(
     guidance: Guidance = NO_GUIDANCE,
     init_image: InitImage | None = None,
 ) -> None:
-    """Refuses what `sample` cannot do, within half a second and without the denoiser.
-
-    Arguments are those of `sample`.
+    """Refuse arguments that `sample` cannot serve, within half a second and without the denoiser.
 
     Raises:
-        ValueError: if the scheduler is not valid for the schedule or the number of steps, if inputs or the
-            image to start from do not fit, or if guidance is asked for without conditions, without a null or beyond
-            the last timestep.
+        ValueError: If the scheduler is not valid for the schedule or the number of steps, if the inputs or init_image
+            do not fit, or if guidance lacks conditions or a null or starts beyond the last timestep.
     """
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape must be (N, C, H, W), each at least 1, got {tuple(shape)}")
@@ -280,7 +279,7 @@ def check_sampling(
     last = schedule.num_train_timesteps - 1
     if guidance.interval is not None and guidance.interval[0] > last:
         low, high = guidance.interval
-        raise ValueError(f"the interval of guidance must hold timesteps of 0 to {last}, got {low} to {high}; lower it")
+        raise ValueError(f"guidance_interval must start at a timestep in [0, {last}], got {low} and {high}; lower it")
     if init_image is not None:
         check_init_image(init_image, shape, name_of(scheduler), num_inference_steps)
     _check_finite(schedule, scheduler, num_inference_steps)
@@ -289,7 +288,7 @@ def check_sampling(
 def _image_numbers(count: int, indices: Iterable[int] | None) -> list[int]:
     numbers = list(range(count) if indices is None else indices)
     if len(numbers) != count:
-        raise ValueError(f"indices must number each of the {count} images of shape, got {len(numbers)}")
+        raise ValueError(f"indices must have one number for each of {count} images, got {len(numbers)}")
     return numbers
 
 
@@ -300,34 +299,36 @@ def _batches(count: int, batch_size: int) -> list[slice]:
 
 
 def _step(predictor: Predictor, scheduler: Any, t: Tensor, x: Tensor, options: dict[str, Any]) -> Tensor:
-    """The state that one call of the predictor leads to, (B, C, H, W) float32."""
+    """The state after one call of the predictor and one step of the scheduler, (B, C, H, W) float32."""
     prediction = _prediction(predictor, scheduler.scale_model_input(x, t), t)
-    with torch.autocast(x.device.type, enabled=False):  # some solvers use einsum, which autocast would round
+    with torch.autocast(x.device.type, enabled=False):  # autocast would round the einsum of some solvers
         return scheduler.step(prediction, t, x, **options).prev_sample
 
 
 def _linear_step(predictor: Predictor, solver: LinearSolver, t: Tensor, x: Tensor) -> Tensor:
-    """The same, by weights that are known."""
+    """As `_step`, with a LinearSolver in place of the scheduler."""
     return solver.step(_prediction(predictor, solver.scaled(x), t), x)
 
 
 def _prediction(predictor: Predictor, x: Tensor, t: Tensor) -> Tensor:
-    """What the predictor says at a timestep, 0-d on the CPU; float32."""
+    """The prediction at a timestep (0-d, on the CPU), (B, C, H, W) float32."""
     prediction = predictor(x, torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device))
-    if prediction.shape != x.shape:  # some shapes would broadcast
-        raise ValueError(f"a prediction must have the shape of x, {tuple(x.shape)}, got {tuple(prediction.shape)}")
+    if prediction.shape != x.shape:  # some other shapes would broadcast silently
+        raise ValueError(
+            f"the denoiser's prediction must have the shape of x, {tuple(x.shape)}, got {tuple(prediction.shape)}"
+        )
     return prediction.float()
 
 
 def _linear_solver(scheduler: Any, num_inference_steps: int) -> LinearSolver | None:
-    """What takes the scheduler's place on a GPU, which some schedulers wait for; None where nothing can."""
+    """A replacement of the scheduler that never makes a GPU wait; None if the scheduler has none."""
     steps = None if type(scheduler).__name__ in STOCHASTIC else linear_steps(scheduler, num_inference_steps)
     return None if steps is None else LinearSolver(steps)
 
 
 def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-    """What `scheduler.step` takes for its noise, so that each image's comes from the image's generator alone."""
-    if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDE: a Brownian path for each seed of the list
+    """Arguments of `scheduler.step` that draw each image's noise from the image's own generator."""
+    if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDE draws a Brownian path for each seed in the list
         scheduler.noise_sampler_seed = [int(torch.randint(2**62, (), generator=g)) for g in generators]
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     return {"generator": list(generators)} if takes_generator else {}
@@ -335,7 +336,7 @@ def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict
 
 def _pndm_refusal(schedule: NoiseSchedule) -> str | None:
     if schedule.prediction_type == "v_prediction":
-        return "it averages the predictions of several timesteps, and v means something else at each"
+        return "it averages the predictions of several timesteps, and v has another meaning at each"
     signal = float(schedule.alphas_cumprod[-1])
     if signal < MIN_PNDM_SIGNAL:
         return (
@@ -348,17 +349,17 @@ def _pndm_refusal(schedule: NoiseSchedule) -> str | None:
 def _check_inputs(inputs: Inputs, unconditional: Inputs | None, count: int) -> None:
     for name, value in inputs.items():
         if len(value) != count:
-            raise ValueError(f"{name} must have an entry for each of {count} images, got shape {tuple(value.shape)}")
+            raise ValueError(f"{name} must have one entry for each of {count} images, got shape {tuple(value.shape)}")
         if unconditional is not None and (name not in unconditional or unconditional[name].shape != value.shape):
             got = tuple(unconditional[name].shape) if name in unconditional else "none"
-            raise ValueError(f"{name} without conditions must have the shape {tuple(value.shape)}, got {got}")
+            raise ValueError(f"unconditional {name} must have the shape of {name}, {tuple(value.shape)}, got {got}")
     if "labels" in inputs:
         _check_labels(inputs["labels"], None if unconditional is None else int(unconditional["labels"].max()))
 
 
 def _check_labels(labels: Tensor, null_label: int | None) -> None:
     if labels.ndim != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 classes, (N,), got shape {tuple(labels.shape)} of {labels.dtype}")
+        raise ValueError(f"labels must be int64 of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or (null_label is not None and highest > null_label):
         rule = "at least 0" if null_label is None else f"in [0, {null_label}], where {null_label} is the null label"
@@ -366,7 +367,7 @@ def _check_labels(labels: Tensor, null_label: int | None) -> None:
 
 
 def _check_num_inference_steps(scheduler: Any, num_steps: int) -> None:
-    """Refuses a number of steps at which the scheduler's timesteps and the noise levels it steps to disagree."""
+    """Refuse a number of steps for which the scheduler's timesteps do not match the noise levels it steps to."""
     num_train = scheduler.config.num_train_timesteps
     if not 1 <= num_steps <= num_train:
         raise ValueError(f"num_inference_steps must be in [1, num_train_timesteps] = [1, {num_train}], got {num_steps}")
@@ -376,31 +377,31 @@ def _check_num_inference_steps(scheduler: Any, num_steps: int) -> None:
     if fits(num_steps):
         return
     fitting = [k for k in range(1, num_train + 1) if fits(k)]
-    near = [str(k) for k in (*[k for k in fitting if k < num_steps][-1:], *[k for k in fitting if k > num_steps][:1])]
-    fix = f"use {' or '.join(near)}, or another scheduler" if near else "use another scheduler"
+    nearest = [*[k for k in fitting if k < num_steps][-1:], *[k for k in fitting if k > num_steps][:1]]
+    fix = f"use {' or '.join(map(str, nearest))}, or another scheduler" if nearest else "use another scheduler"
     raise ValueError(f"num_inference_steps must {rule} (num_train_timesteps is {num_train}), got {num_steps}; {fix}")
 
 
 def _trailing_rule(name: str, num_train: int) -> tuple[str, Callable[[int], bool]]:
-    """What a number of steps must satisfy for diffusers to space timesteps as "trailing", in words and as a test."""
+    """The rule for the number of steps with "trailing" timesteps, in words and as a predicate."""
     if name == "DDIMScheduler":  # it steps to t - num_train // n, not to the next timestep: 60 steps leave 5 % noise
         return "divide num_train_timesteps for DDIMScheduler, whose steps are all equal", lambda n: num_train % n == 0
-    if name == "PNDMScheduler":  # likewise, and by half of it in its Runge-Kutta start
+    if name == "PNDMScheduler":  # it does the same, with half of that step in its Runge-Kutta start
         return (
             f"be at least {MIN_PNDM_STEPS} and divide half of num_train_timesteps for PNDMScheduler, "
             "whose steps are all equal and begin with half steps",
             lambda n: n >= MIN_PNDM_STEPS and num_train % (2 * n) == 0,
         )
-    # diffusers spaces them so; where rounding makes one timestep too many, the last is -1
+    # This is diffusers' own formula; if rounding adds a timestep, the last one is -1.
     return "not make the trailing timesteps end below 0", lambda n: len(np.arange(num_train, 0, -num_train / n)) == n
 
 
-@lru_cache(maxsize=64)  # a trajectory takes as long as that of one image on a GPU
+@lru_cache(maxsize=64)  # this trajectory takes as long as sampling one image on a GPU
 def _check_finite(schedule: NoiseSchedule, name: Any, num_steps: int) -> None:
-    """Refuses a number of steps at which a scheduler's own coefficients are not numbers.
+    """Refuse a number of steps for which a scheduler's own coefficients are not finite.
 
-    Found by a trajectory of one pixel with a prediction of zero. Ancestral schedulers split a step's noise by the root
-    of a difference, which rounding can make negative where a step spans a large range of noise.
+    It runs a trajectory of one pixel whose prediction is always zero. Ancestral schedulers split the noise of a step by
+    the root of a difference, which rounding can make negative if the step spans a large range of noise.
     """
     scheduler, generators = build_scheduler(schedule, name), [keyed_generator(0)]
     try:
@@ -410,8 +411,8 @@ def _check_finite(schedule: NoiseSchedule, name: Any, num_steps: int) -> None:
         finite = False
     if not finite:
         raise ValueError(
-            f"num_inference_steps must keep {name_of(name)} finite on this schedule, got {num_steps}, at which float32 "
-            "rounds its split of the noise to nan; use another number, or EulerDiscreteScheduler"
+            f"num_inference_steps must keep {name_of(name)} finite on this schedule, got {num_steps}, for which "
+            "float32 rounding makes it nan; use another number, or EulerDiscreteScheduler"
         )
 
 

@@ -1,4 +1,4 @@
-"""The names of diffusers' schedulers that can draw; apart from `sampling`, which needs diffusers for more."""
+"""The names of diffusers' schedulers, in a file of their own because importing diffusers takes seconds."""
 
 from typing import Literal, get_args
 

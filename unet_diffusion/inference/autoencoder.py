@@ -1,4 +1,4 @@
-"""An autoencoder that was trained: what makes latents of images, and images of latents."""
+"""A trained autoencoder, which turns images into latents and latents into images."""
 
 import json
 import os
@@ -19,14 +19,14 @@ StrPath = str | os.PathLike[str]
 
 @dataclass(repr=False)
 class Autoencoder(Running):
-    """An autoencoder and what is known of its latents. `unet_diffusion.load` makes one of files.
+    """A trained autoencoder. `unet_diffusion.load` reads one from files.
 
     Args:
-        autoencoder: diffusers' AutoencoderKL or VQModel; the averaged (EMA) weights.
+        autoencoder: diffusers' AutoencoderKL or VQModel with its averaged (EMA) weights.
         image_shape: (C, H, W) of the images that it was trained on, in pixels.
-        latent_std: Standard deviation of the latents of the images that it was validated on; None: it is not known, as
-            in a checkpoint, which may be older or newer than the last validation.
-        settings: How it was trained, as plain values.
+        latent_std: Standard deviation of the latents of its validation images; None: it is not known. That is so for a
+            checkpoint, which may be older or newer than the last validation.
+        settings: The settings of its training as plain values.
     """
 
     autoencoder: "AutoencoderNetwork"
@@ -39,7 +39,7 @@ class Autoencoder(Running):
         """The latents of images, (B, c, h, w) float32 on the CPU: the means of their distributions, not normalised.
 
         Args:
-            images: (B, C, H, W) in [-1, 1], with sides that are multiples of what it divides by.
+            images: Images, (B, C, H, W) in [-1, 1]; H and W must be multiples of the downsampling.
         """
         from unet_diffusion.models.autoencoders import latent_moments
 
@@ -51,7 +51,7 @@ class Autoencoder(Running):
         """The images of latents, (B, C, H, W) float32 on the CPU, in about [-1, 1].
 
         Args:
-            latents: (B, c, h, w), as `encode` gives them.
+            latents: Latents from `encode`, (B, c, h, w).
         """
         with self._context():
             return self.autoencoder.decode(latents.to(self.device)).sample.float().cpu()
@@ -65,7 +65,7 @@ class Autoencoder(Running):
         write_checkpoint(path, "autoencoder", self.record(), {"autoencoder": self.autoencoder})
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights, as plain values."""
+        """The plain values that a checkpoint holds beside the weights."""
         config = json.loads(self.autoencoder.to_json_string())
         return {
             "class_name": type(self.autoencoder).__name__,
@@ -79,10 +79,10 @@ class Autoencoder(Running):
 
         Args:
             folder: The folder to make; it appears whole or not at all.
-            overwrite: Replace the folder, if all that it holds was exported there.
+            overwrite: Replace the folder, if everything in it was exported there.
 
         Raises:
-            FileExistsError: If the folder exists and is not to be overwritten, or holds something else.
+            FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
         """
         from unet_diffusion.diffusers_io.exporting import export_autoencoder
 

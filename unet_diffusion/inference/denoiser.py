@@ -1,4 +1,4 @@
-"""A denoiser that was trained: what one draws images with."""
+"""A trained denoiser, which draws images."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +12,14 @@ from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike, SampleOptions
 from unet_diffusion.models.speed import Speed
 
-if TYPE_CHECKING:  # it imports diffusers, which takes seconds: while one trains, when the first picture is drawn
+if TYPE_CHECKING:  # it imports diffusers, which takes seconds, so `drawing` imports it when the first image is drawn
     from unet_diffusion.inference.drawing import Drawing
 
 StrPath = str | os.PathLike[str]
 
 
 class Denoiser(DenoiserParts, Running):
-    """A denoiser with its noise schedule, its conditions and its codec. `unet_diffusion.load` makes one of files."""
+    """A trained denoiser with its noise schedule, conditions and codec. `unet_diffusion.load` reads one from files."""
 
     def sample(
         self,
@@ -49,38 +49,38 @@ class Denoiser(DenoiserParts, Running):
     ) -> Tensor:
         """Images drawn from noise, (N, C, H, W) float32 on the CPU, in about [-1, 1].
 
-        Image i is a function of (seed, i) and of what it is drawn from, up to rounding, whatever the batch size.
+        Image i is a function of (seed, i) and its conditions, up to rounding; the batch size does not matter.
 
         Args:
-            num_images: How many images.
+            num_images: Number of images.
             labels: Numbers or names of classes, used in turn; None: all classes in turn.
-            captions: What to draw, used in turn; for a denoiser of captions.
-            conditions: Values for conditions of one's own, by the name of their option.
-            image: Image to start from in place of noise, scaled and cut to the size to draw; for a denoiser that
-                enlarges, the image to enlarge. A file, a PIL image, an array, or a tensor (C, H, W) in [-1, 1].
-            mask: Mask of the size of the image: white is painted anew, black stays.
-            strength: Share of the steps that are taken from the image, in (0, 1]; less leaves more of the image. None:
-                0.8, or 1 with a mask.
-            noise_level: For a denoiser that enlarges, 0 to 350: the more, the less of the image is kept. None: 20.
+            captions: Captions to draw, used in turn, for a denoiser that takes captions.
+            conditions: Values for your own kinds of conditions, by the name of their option.
+            image: Image to start from instead of noise, scaled and cropped to the size to draw; for an upscaler, the
+                image to enlarge. It is a file, a PIL image, an array, or a tensor (C, H, W) in [-1, 1].
+            mask: Mask of the size of the image; white is painted, black stays.
+            strength: Share in (0, 1] of the steps that are taken from the image; a smaller share keeps more of the
+                image. None: 0.8, or 1 with a mask.
+            noise_level: Noise level of the image to enlarge, 0 to 350; a higher level keeps less of it. None: 20.
             scheduler: A diffusers scheduler, or the name of its class.
             num_inference_steps: Denoising steps.
-            guidance_scale: How strongly images are pulled towards labels or captions; 1 is off.
-            guidance_rescale: Share in [0, 1] of the contrast that guidance adds which is taken away again.
-            guidance_interval: Lowest and highest timestep that is guided; None: all.
-            autoguidance: A worse denoiser, such as an earlier checkpoint of the run, to be led away from.
+            guidance_scale: Strength of the pull towards labels or captions; 1 is off.
+            guidance_rescale: Share in [0, 1] of the contrast added by guidance that is removed again.
+            guidance_interval: Lowest and highest timestep that is guided; None: all timesteps.
+            autoguidance: A worse denoiser to guide away from, such as an earlier checkpoint of the run.
             image_size: Height and width of the images in pixels; None: as in training.
-            window: Side in pixels of overlapping windows, in which the network sees images larger than in training;
-                None: it sees all at once.
+            window: Side in pixels of overlapping windows for images larger than in training; None: the network sees the
+                whole image at once.
             overlap: Share in [0, 1) of a window that it has in common with the next, at least; None: 0.5.
-            interpolate: Two seeds: the images lead from the first image of one to the first image of the other.
+            interpolate: Two seeds; the images lead from the first image of one to the first image of the other.
             seed: Seed of the noise.
-            indices: Numbers of the images to draw, of 0 to num_images - 1; None: all.
-            batch_size: Images that are drawn at once.
+            indices: Numbers of the images to draw, from 0 to num_images - 1; None: all.
+            batch_size: Number of images drawn at once.
             progress: Called with the number of images that took a step, as tqdm's update.
 
         Raises:
-            ValueError: If options do not fit each other or this denoiser; it says what would.
-            FileNotFoundError: If a file is not there.
+            ValueError: If options do not fit each other or this denoiser; the message says which values do.
+            FileNotFoundError: If a file is missing.
         """
         options = SampleOptions(
             num_images=num_images,
@@ -107,11 +107,11 @@ class Denoiser(DenoiserParts, Running):
         return self.drawing(options).draw(range(num_images) if indices is None else indices, progress)
 
     def drawing(self, options: SampleOptions) -> "Drawing":
-        """A request, read and checked once, whose images are drawn batch by batch.
+        """A drawing of the request, which is read and checked once and then drawn batch by batch.
 
         Raises:
             ValueError: If options do not fit each other or this denoiser.
-            FileNotFoundError: If a file is not there.
+            FileNotFoundError: If a file is missing.
         """
         from unet_diffusion.inference.drawing import Drawing
 
@@ -121,26 +121,26 @@ class Denoiser(DenoiserParts, Running):
         return Drawing(self, options, device=self.device, context=self._context)
 
     def encode(self, images: Tensor) -> Tensor:
-        """What is denoised for images, (B, C, h, w) on the CPU: their normalised latents, or the images themselves.
+        """The x0 of images, (B, C, h, w) on the CPU: their normalised latents, or the images themselves.
 
         Args:
-            images: (B, C, H, W) in [-1, 1].
+            images: Images, (B, C, H, W) in [-1, 1].
         """
         with self._context():
             return self.codec.encode(images.to(self.device)).cpu()
 
     def decode(self, x0: Tensor) -> Tensor:
-        """The images of what is denoised, (B, C, H, W) float32 on the CPU, in about [-1, 1].
+        """The images of x0, (B, C, H, W) float32 on the CPU, in about [-1, 1].
 
         Args:
-            x0: (B, C, h, w).
+            x0: Normalised latents, or images, (B, C, h, w).
         """
         self.codec.to(self.device)
         with self._context():
             return self.codec.decode(x0)
 
     def save(self, path: StrPath) -> None:
-        """Write a checkpoint file that `load` reads, and on which `fit --ckpt_path` trains on with a new optimiser.
+        """Write a checkpoint file that `load` reads, and from which `fit --ckpt_path` continues with a new optimiser.
 
         Raises:
             FileExistsError: If the file exists; nothing is overwritten.
@@ -152,11 +152,11 @@ class Denoiser(DenoiserParts, Running):
 
         Args:
             folder: The folder to make; it appears whole or not at all.
-            overwrite: Replace the folder, if all that it holds was exported there.
+            overwrite: Replace the folder, if everything in it was exported there.
 
         Raises:
-            FileExistsError: If the folder exists and is not to be overwritten, or holds something else.
-            ValueError: If there is no such pipeline; it says why.
+            FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
+            ValueError: If no such pipeline exists; the message says why.
         """
         from unet_diffusion.diffusers_io.exporting import export_pipeline
 
@@ -164,7 +164,7 @@ class Denoiser(DenoiserParts, Running):
 
     def __repr__(self) -> str:
         weights = sum(parameter.numel() for parameter in self.unet.parameters())
-        kinds = [type(one).__name__ for one in self.all_conditions]
+        kinds = [type(condition).__name__ for condition in self.all_conditions]
         size = " x ".join(map(str, self.image_shape))
         by = "" if self.codec.space is None else f" by their {self.codec.name}"
         return (

@@ -1,4 +1,4 @@
-"""Draws what a user asks for: everything is read and checked once, then images are drawn batch by batch."""
+"""The drawing of a user's request: it is read and checked once, then images are drawn batch by batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,28 +16,28 @@ from unet_diffusion.diffusion.image_to_image import InitImage, interpolated_nois
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.diffusion.sampling import check_sampling, num_network_steps, sample
 from unet_diffusion.diffusion.tiling import windowed
-from unet_diffusion.inference.init_images import GivenImage, read_given_image, size_of
+from unet_diffusion.inference.init_images import UserImage, read_user_image, size_of
 from unet_diffusion.inference.sample_options import OVERLAP, SampleOptions
 from unet_diffusion.models.unet import PixelNetwork
 
 MOST_PIXELS = 2**26  # 8192 x 8192: a float32 channel takes 256 MiB, and a layer of a network many times as much
-STRENGTH = 0.8  # of an image without a mask, as in diffusers' image-to-image pipeline
+STRENGTH = 0.8  # default without a mask, as in diffusers' image-to-image pipeline
 
 
 class Drawing:
-    """A denoiser, and what it is to draw.
+    """A denoiser and a request for images.
 
     Args:
         parts: The denoiser.
-        options: What the user asks for.
-        device: Where the networks are.
-        entries: What the conditions read, (N, ...) each of N images, as a batch of data holds them, in place of what
-            the options say of them; None: the options say it.
-        context: Gives the context in which networks are called, such as autocast.
+        options: The request.
+        device: The device of the networks.
+        entries: The entries that the conditions read, (N, ...) each, as in a batch of the data; None: the entries
+            follow from the options.
+        context: Function that gives the context in which networks are called, such as autocast.
 
     Raises:
         ValueError: If options do not fit each other or the denoiser.
-        FileNotFoundError: If a file is not there.
+        FileNotFoundError: If a file is missing.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Drawing:
         if options.autoguidance is not None:
             check_autoguidance(options.autoguidance, parts)
         self.sample_shape = self._sample_shape()
-        self.image = self._given_image()
+        self.image = self._user_image()
         parts.codec.check()
         parts.codec.to(device)
         self.entries = dict(entries) if entries is not None else self._entries()
@@ -65,7 +65,7 @@ class Drawing:
 
     @property
     def classes(self) -> list[str] | None:
-        """Number and name of each class that is drawn, in turn; None of a denoiser without classes."""
+        """The number and name of each class to draw, in turn; None for a denoiser without classes."""
         if not self.parts.num_classes:
             return None
         names = self.parts.class_names or []
@@ -74,15 +74,15 @@ class Drawing:
 
     @property
     def num_steps(self) -> int:
-        """Calls of the network for a batch."""
+        """The number of calls of the network per batch."""
         options = self.options
         return num_network_steps(self.parts.schedule, options.scheduler, options.num_inference_steps, self.init_image)
 
     def draw(self, indices: Sequence[int], progress: Callable[[int], object] | None = None) -> Tensor:
-        """The images of these numbers, (N, C, H, W) float32 on the CPU, in about [-1, 1].
+        """The images with these numbers, (N, C, H, W) float32 on the CPU, in about [-1, 1].
 
         Args:
-            indices: N numbers of images, of those of the request.
+            indices: N numbers of images of the request.
             progress: Called with the number of images that took a step.
         """
         options, codec = self.options, self.parts.codec
@@ -107,23 +107,23 @@ class Drawing:
 
     @property
     def _conditions(self) -> list[Condition]:
-        """Those that a user is asked about: what a condition provides, no other one is asked for."""
+        """The conditions that need a user's values, without those whose entry another condition provides."""
         conditions = self.parts.all_conditions
-        provided = {entry for one in conditions for entry in one.provides}
-        return [one for one in conditions if one.provides or one.batch_key not in provided]
+        provided = {entry for condition in conditions for entry in condition.provides}
+        return [condition for condition in conditions if condition.provides or condition.batch_key not in provided]
 
     @property
-    def _reads_image(self) -> Condition | None:
-        """The condition that a given image is for; None: it is where sampling starts."""
-        return next((one for one in self._conditions if "image" in one.needs), None)
+    def _image_condition(self) -> Condition | None:
+        """The condition that reads the user's image; None: sampling starts from the image."""
+        return next((condition for condition in self._conditions if "image" in condition.needs), None)
 
     @property
     def _enlarges(self) -> bool:
-        """Whether a given image is of the size of what is denoised."""
-        return self._reads_image is not None and "mask" not in self._reads_image.needs
+        """Whether the user's image is a small image to enlarge, of the size of x0."""
+        return self._image_condition is not None and "mask" not in self._image_condition.needs
 
     def _sample_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of what is denoised for the images asked for; an image is enlarged whole, as far as that goes."""
+        """(C, h, w) of x0 for the request; an image to enlarge is cut to the largest size that the network takes."""
         options, parts = self.options, self.parts
         channels, height, width = parts.sample_shape
         if options.image_size is not None:
@@ -133,33 +133,34 @@ class Drawing:
         if options.window is not None:
             self._network_sizes("window", [options.window])
         if height * width > MOST_PIXELS:
-            raise ValueError(f"images must have at most {MOST_PIXELS} values a channel where the network sees them, "
-                             f"got {height} x {width}; draw smaller ones with image_size")  # fmt: skip
+            raise ValueError(f"images must have at most {MOST_PIXELS} pixels where the network sees them, got "
+                             f"{height} x {width}; draw smaller images with image_size")  # fmt: skip
         return channels, height, width
 
     def _network_sizes(self, name: str, sides: Sequence[int]) -> list[int]:
-        """Sides in pixels as sides of what is denoised."""
+        """The sides of x0 for sides in pixels."""
         unet, factor = self.parts.unet, self.parts.codec.downsampling
         fitting = [unet.next_size(-(-side // factor)) * factor for side in sides]
         if min(sides) < 1 or fitting != list(sides):
-            got, next_fit = (" ".join(map(str, one)) for one in (sides, fitting))
+            got, next_fit = " ".join(map(str, sides)), " ".join(map(str, fitting))
             raise ValueError(
                 f"{name} must be {unet.smallest_size * factor} pixels plus a multiple of {unet.size_step * factor} "
-                f"for this denoiser, got {got}; the next that fits is {next_fit}"
+                f"for this denoiser, got {got}; the next size that fits is {next_fit}"
             )
         return [side // factor for side in sides]
 
-    def _given_image(self) -> GivenImage | None:
+    def _user_image(self) -> UserImage | None:
+        """The user's image and mask at the size to draw, or to enlarge."""
         options = self.options
         if options.image is None:
             return None
         channels, height, width = self.parts.codec.image_shape(self.sample_shape)
         if self._enlarges:
             height, width = self.sample_shape[1:]
-        return read_given_image(options.image, options.mask, (channels, height, width))
+        return read_user_image(options.image, options.mask, (channels, height, width))
 
     def _entries(self) -> dict[str, Tensor]:
-        """What the conditions read for all images."""
+        """The entries that the conditions read, (num_images, ...) each."""
         options, image = self.options, self.image
         request = Request(
             num_images=options.num_images,
@@ -170,15 +171,15 @@ class Drawing:
             mask=None if image is None or image.keep_mask is None else (~image.keep_mask).float(),
             encode=self._encode,
         )
-        return {name: entry for one in self._conditions for name, entry in one.from_user(request).items()}
+        return {name: entry for condition in self._conditions for name, entry in condition.from_user(request).items()}
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.parts.codec.encode(pixels.to(self.device)).cpu()
 
     def _init_image(self) -> InitImage | None:
-        """The given image as what is denoised; a latent is kept where all of its pixels are.
+        """The x0 of the user's image to start from; a latent is kept if all its pixels are.
 
-        A denoiser that has the mask beside x is left to paint by it, and with full strength begins with noise alone.
+        An inpainting denoiser reads the mask itself, and with full strength starts from noise alone.
         """
         if self.image is None or self._enlarges:
             return None
@@ -186,14 +187,14 @@ class Drawing:
         if strength is None:
             strength = STRENGTH if keep_mask is None else 1.0
         x0 = self._encode(self.image.pixels)
-        if self._reads_image is not None:
+        if self._image_condition is not None:
             return None if strength == 1 else InitImage(x0, strength)
         if keep_mask is not None:
             keep_mask = avg_pool2d(keep_mask.float(), self.parts.codec.downsampling) == 1
         return InitImage(x0, strength, keep_mask)
 
     def _noise(self, indices: Sequence[int]) -> Tensor | None:
-        """The noise of frames between two seeds, (N, C, h, w); None: the noise is that of the seed."""
+        """The noise of frames between two seeds, (N, C, h, w); None: noise of the seed."""
         if self.options.interpolate is None:
             return None
         last = self.options.num_images - 1
@@ -201,7 +202,7 @@ class Drawing:
 
     @torch.no_grad()
     def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Arguments of the network, and those of the worse prediction of guidance."""
+        """The network's inputs, and those for the prediction that guidance leads away from."""
         part = {name: entry[list(indices)].to(self.device) for name, entry in self.entries.items()}
         inputs, unconditional = self.parts.inputs(part)
         worse = self.options.autoguidance
@@ -232,24 +233,29 @@ class Drawing:
 
 
 def check_autoguidance(worse: DenoiserParts, parts: DenoiserParts) -> None:
-    """Refuse to lead away from a denoiser of other images.
+    """Refuse autoguidance by a denoiser of other images or conditions.
+
+    Args:
+        worse: The denoiser to guide away from.
+        parts: The denoiser that draws.
 
     Raises:
-        ValueError: If its images, its schedule or its conditions are others.
+        ValueError: If the image shapes, noise schedules or conditions differ.
     """
     if worse.sample_shape != parts.sample_shape or worse.schedule.config != parts.schedule.config:
-        raise ValueError("the denoiser of autoguidance must have the same images and schedule, and has not")
+        raise ValueError("autoguidance must be a denoiser of the same image shape and noise schedule; use an earlier "
+                         "checkpoint of the run")  # fmt: skip
     if _meanings(worse) != _meanings(parts):
-        raise ValueError("the denoiser of autoguidance must have the same classes and words, and has not")
+        raise ValueError("autoguidance must be a denoiser of the same classes and words; use an earlier checkpoint "
+                         "of the run")  # fmt: skip
 
 
 def _meanings(parts: DenoiserParts) -> list[Any]:
-    """What decides what the entries of a batch mean to the conditions."""
-    learned = [one.meaning() for one in parts.all_conditions]
-    return [parts.class_names, learned]
+    """Plain values that decide the meaning of a batch's entries for the conditions."""
+    return [parts.class_names, [condition.meaning() for condition in parts.all_conditions]]
 
 
 def _largest_size(side: int, network: PixelNetwork) -> int:
-    """The largest side up to that one that the network takes; its smallest, if that is larger."""
+    """The largest size up to `side` that the network takes, but at least the network's smallest size."""
     smallest, step = network.smallest_size, network.size_step
     return smallest + max(side - smallest, 0) // step * step

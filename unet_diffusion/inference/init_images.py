@@ -1,4 +1,4 @@
-"""An image that a user gives, and its mask: read, scaled and cut to the size to draw, as images are for training."""
+"""A user's image and mask, read, scaled and cropped to the size to draw in the same way as training images."""
 
 import io
 import os
@@ -20,55 +20,55 @@ from unet_diffusion.inference.sample_options import ImageLike, check_file
 
 
 @dataclass(frozen=True)
-class GivenImage:
-    """An image and where it is to stay as it is.
+class UserImage:
+    """A user's image and the part of it that stays as it is.
 
     Args:
-        pixels: (1, C, H, W) in [-1, 1].
-        keep_mask: (1, 1, H, W) bool, True where it is to stay; None: nowhere.
+        pixels: The image, (1, C, H, W) in [-1, 1].
+        keep_mask: True where the image stays as it is, (1, 1, H, W) bool; None: nowhere.
     """
 
     pixels: Tensor
     keep_mask: Tensor | None
 
     def pasted(self, images: Tensor) -> Tensor:
-        """The images, (N, C, H, W), with the given image where it is to stay."""
+        """The images, (N, C, H, W), with the kept part of the user's image pasted in."""
         return images if self.keep_mask is None else torch.where(self.keep_mask, self.pixels, images)
 
 
-def read_given_image(image: ImageLike, mask: ImageLike | None, image_shape: tuple[int, int, int]) -> GivenImage:
-    """The image to start from, and its mask, at the size to draw.
+def read_user_image(image: ImageLike, mask: ImageLike | None, image_shape: tuple[int, int, int]) -> UserImage:
+    """A user's image and mask at the size to draw.
 
     Args:
         image: The image.
-        mask: Of the size of the image: white is painted anew, black stays; None: there is none.
+        mask: Mask of the size of the image; white is painted, black stays; None: there is no mask.
         image_shape: (C, H, W) of the images to draw.
 
     Raises:
-        ValueError: If one cannot be read, or does not fit.
+        ValueError: If the image or the mask cannot be read, or does not fit.
     """
     pixels = _read("image", image, image_shape)
     if mask is None:
-        return GivenImage(pixels, None)
+        return UserImage(pixels, None)
     keep_mask = _read("mask", mask, (1, *image_shape[1:])) < 0
-    wanted, got = ("{}x{}".format(*size_of(name, one)) for name, one in (("image", image), ("mask", mask)))
-    if got != wanted:
-        raise ValueError(f"mask must be as large as image, {wanted}, got {got}; resize it")
+    expected, got = "{}x{}".format(*size_of("image", image)), "{}x{}".format(*size_of("mask", mask))
+    if got != expected:
+        raise ValueError(f"mask must be as large as image, {expected}, got {got}; resize it")
     if keep_mask.all():
-        name = f" {mask}" if isinstance(mask, str | os.PathLike) else ""
+        name = f" {mask}" if isinstance(mask, str | os.PathLike) else " it"
         raise ValueError(f"mask must be white where the image is to be painted, and{name} has no white")
-    return GivenImage(pixels, keep_mask)
+    return UserImage(pixels, keep_mask)
 
 
 def size_of(name: str, image: ImageLike) -> tuple[int, int]:
-    """Height and width of an image, upright.
+    """The height and width of an image, upright.
 
     Args:
-        name: What it is called in an error.
+        name: Name of the image in errors.
         image: The image.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If the image cannot be read.
     """
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
@@ -79,7 +79,7 @@ def size_of(name: str, image: ImageLike) -> tuple[int, int]:
 
 
 def read_at_its_own_size(image: ImageLike, channels: int) -> Tensor:
-    """The image, upright and at its own size, as uint8 or uint16 (channels, H, W); of several pages the first.
+    """The image or its first page, upright and at its own size, (channels, H, W) uint8 or uint16.
 
     Args:
         image: A file, a PIL image or an array.
@@ -87,7 +87,7 @@ def read_at_its_own_size(image: ImageLike, channels: int) -> Tensor:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read.
+        ValueError: If the image cannot be read.
     """
     check_file("image", image)
     pages = _with(lambda data: decode_pages(data, channels), image)
@@ -97,7 +97,7 @@ def read_at_its_own_size(image: ImageLike, channels: int) -> Tensor:
 
 
 def _read(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Tensor:
-    """The image, scaled and cut to a shape (C, H, W), as (1, C, H, W) in [-1, 1]."""
+    """The image scaled and cropped to a shape (C, H, W), as (1, C, H, W) in [-1, 1]."""
     channels, height, width = shape
     if isinstance(image, Tensor):
         if image.shape != shape:
@@ -111,7 +111,7 @@ def _read(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _with(read: Callable[[bytes], Any], image: Any) -> Any:
-    """What a reader of files makes of an image, or why it cannot."""
+    """The result of a reader of files for an image, or the reason why it cannot read the image."""
     if isinstance(image, str | os.PathLike):
         file = OneFile(Path(image))
         return decoded(read, file, file.names[0])

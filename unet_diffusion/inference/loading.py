@@ -1,4 +1,4 @@
-"""Whatever was trained or exported, as the object that one uses: a denoiser, a segmenter or an autoencoder."""
+"""Loading of any trained or exported model: a denoiser, a segmenter or an autoencoder."""
 
 import os
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.safe_loading import load_plain
 
 StrPath = str | os.PathLike[str]
-PIPELINE_FILES = ("model_index.json", "unet/config.json", "config.json")  # of a diffusers folder
+PIPELINE_FILES = ("model_index.json", "unet/config.json", "config.json")  # a diffusers folder has one of them
 
 
 def load(
     path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None
 ) -> Denoiser | Segmenter | Autoencoder:
-    """The model in a run folder, a checkpoint file or a diffusers folder; printed, it says what it is.
+    """The model in a run folder, a checkpoint file or a diffusers folder; print it to see a summary.
 
-    Nothing in the files is run as code. The model is on the CPU, in float32 and in eval mode; `to` moves it.
+    No code in the files is run. The model is on the CPU, in float32 and in eval mode; `to` moves it.
 
     Args:
         path: A run folder (its checkpoints/last.ckpt), a .ckpt file, or a local diffusers folder.
-        allow: Modules of one's own, or of somebody one trusts, whose classes a checkpoint may name.
-        autoencoder: For a denoiser of latents, the folder where their autoencoder is now; None: where it was.
+        allow: Further modules that you trust, whose classes a checkpoint may name.
+        autoencoder: Current folder of the autoencoder of a denoiser of latents; None: its folder in training.
 
     Raises:
-        FileNotFoundError: If none of these is there.
-        ValueError: If it cannot be read, is damaged, or is not of this package.
+        FileNotFoundError: If there is no model at the path.
+        ValueError: If the model cannot be read, is damaged, or is not of this package.
     """
     if not is_checkpoint(path):
         return _from_diffusers(Path(path), autoencoder)
@@ -41,11 +41,11 @@ def load(
 
 
 def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None) -> Denoiser:
-    """As `load`, where a denoiser is wanted.
+    """The denoiser at a path, with the arguments of `load`.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If there is something else, or it cannot be read.
+        FileNotFoundError: If there is no model at the path.
+        ValueError: If the model is not a denoiser, or cannot be read.
     """
     if is_checkpoint(path):
         return read_denoiser(path, allow=allow, autoencoder=autoencoder)
@@ -56,10 +56,10 @@ def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
 
 
 def is_checkpoint(path: StrPath) -> bool:
-    """Whether there is a checkpoint file, or a run folder with one; if not, it may be a diffusers folder.
+    """Whether a path is a checkpoint file or a run folder with one, rather than a diffusers folder.
 
     Raises:
-        FileNotFoundError: If there is neither.
+        FileNotFoundError: If it is none of these.
     """
     path = Path(path)
     if path.is_file() or (path / "checkpoints" / "last.ckpt").is_file():

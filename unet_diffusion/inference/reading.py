@@ -1,4 +1,4 @@
-"""Models of checkpoints: the averaged weights, on the CPU and in eval mode."""
+"""Reading of models from checkpoints: with averaged weights, on the CPU and in eval mode."""
 
 import os
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
 
     Args:
         path: A checkpoint file, or a run folder.
-        allow: Modules of one's own whose classes the checkpoint may name.
-        autoencoder: Folder of the autoencoder of its latents; None: where it was in training.
+        allow: Further modules whose classes the checkpoint may name.
+        autoencoder: Current folder of the autoencoder of the latents; None: its folder in training.
 
     Raises:
         OSError: If the file is missing or cannot be opened.
-        ImportError: If the denoiser takes captions, and the package transformers is not there.
+        ImportError: If the denoiser takes captions, and the package transformers is missing.
         ValueError: If the file is no checkpoint, is damaged, holds code, or holds no denoiser of this package.
     """
     file = checkpoint_file(path)
@@ -46,15 +46,16 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
     with explained(file, "denoiser"), no_larger_than(weights):
         channels, height, width = record["sample_shape"]
         conditions = nn.ModuleList(
-            built(class_of(one["class_path"], Condition, allow), one["init_args"]) for one in record["conditions"]
+            built(class_of(condition["class_path"], Condition, allow), condition["init_args"])
+            for condition in record["conditions"]
         )
         conditions.load_state_dict(averaged_weights("conditions", weights))
         unet = network_with_weights(record["unet"], weights, allow)
         beside = channels_beside(conditions)
         if unet.in_channels != channels + beside:
             raise ValueError(
-                f"sample_shape in its record must have the {unet.in_channels - beside} channels that the network "
-                f"takes, got {record['sample_shape']}"
+                f"sample_shape must have the network's {unet.in_channels - beside} channels, "
+                f"got {record['sample_shape']}"
             )
         unet.check_size(height, width)
         return Denoiser(
@@ -75,7 +76,7 @@ def read_segmenter(path: StrPath, *, allow: Sequence[str] = ()) -> Segmenter:
 
     Args:
         path: A checkpoint file, or a run folder.
-        allow: Modules of one's own whose classes the checkpoint may name.
+        allow: Further modules whose classes the checkpoint may name.
 
     Raises:
         OSError: If the file is missing or cannot be opened.
@@ -109,17 +110,17 @@ def read_autoencoder(path: StrPath) -> Autoencoder:
         step = 2 ** (len(network.config["block_out_channels"]) - 1)
         if channels != network.config["in_channels"] or height % step or width % step:
             raise ValueError(
-                f"image_shape in its record must have {network.config['in_channels']} channels and sides that are "
-                f"multiples of {step}, got {record['image_shape']}"
+                f"image_shape must have {network.config['in_channels']} channels and sides that are multiples of "
+                f"{step}, got {record['image_shape']}"
             )
         return Autoencoder(network.eval(), (channels, height, width), settings=record["settings"])
 
 
 def contents_of(model: Denoiser | Segmenter) -> str:
-    """A hash of all that decides what a model makes: averaged weights and configuration, whatever file they are in.
+    """A hash of the averaged weights and the configuration of a model, which does not depend on its file.
 
     Args:
-        model: The model, on the CPU, as it was read.
+        model: The model on the CPU, as it was read.
     """
     record = denoiser_record(model) if isinstance(model, Denoiser) else model.record()
     parts = nn.ModuleList([model.unet, *getattr(model, "conditions", [])])
@@ -131,6 +132,6 @@ def _codec(record: dict[str, Any], allow: Sequence[str], autoencoder: StrPath | 
     if space is not None:
         return LatentCodec.of(LatentSpace.from_plain(space), autoencoder)
     if autoencoder is not None:
-        raise ValueError(f"autoencoder is for a denoiser of an autoencoder's latents, and this one denoises "
-                         f"{'images' if own is None else 'what its codec makes'}; leave it out")  # fmt: skip
+        raise ValueError(f"autoencoder is for a denoiser of latents, and this one "
+                         f"{'denoises images' if own is None else 'has a codec of its own'}; leave it out")  # fmt: skip
     return PixelCodec() if own is None else built(class_of(own["class_path"], Codec, allow), own["init_args"])

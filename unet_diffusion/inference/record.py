@@ -1,8 +1,8 @@
-"""The checkpoint that holds a model: its plain record and its weights, written, read safely, and built again.
+"""Checkpoints of models: a record of plain values and the weights, written and read safely.
 
-A checkpoint is read with `weights_only=True`: it can hold tensors and plain values, never code. What is needed to build
-the model again is the plain dictionary `checkpoint["denoiser"]` (or "segmenter", or "autoencoder"), beside the weights
-that Lightning saves. `reading.py` makes models of it.
+A checkpoint is read with `weights_only=True`, so it can hold tensors and plain values but no code. The record is the
+dictionary `checkpoint["denoiser"]` (or "segmenter", or "autoencoder") beside the weights that Lightning saves. It holds
+everything needed to build the model again, which `reading.py` does.
 """
 
 import importlib.util
@@ -31,36 +31,36 @@ ModelKind = Literal["denoiser", "segmenter", "autoencoder"]
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 COMMANDS = {"denoiser": "draw from it with unet-diffusion sample", "segmenter": "use unet-diffusion segment",
             "autoencoder": "use unet-diffusion encode or export"}  # fmt: skip
-PACKAGE = __name__.partition(".")[0]  # whose classes a checkpoint may name without being allowed
+PACKAGE = __name__.partition(".")[0]  # a checkpoint may name its classes without the user's permission
 Part = TypeVar("Part")
-LIGHTNING_VERSION = "2.6.0"  # whose checkpoint layout is written here; later versions of Lightning migrate it
+LIGHTNING_VERSION = "2.6.0"  # version of the checkpoint layout; later versions of Lightning migrate it
 
 
 def kind_of(checkpoint: Any, path: StrPath) -> ModelKind:
-    """What a checkpoint is of.
+    """The kind of model in a checkpoint: "denoiser", "segmenter" or "autoencoder".
 
     Args:
-        checkpoint: What its file holds.
-        path: The file.
+        checkpoint: The contents of the file.
+        path: The file, for errors.
 
     Raises:
-        ValueError: If it was not written by this package.
+        ValueError: If the checkpoint was not written by this package.
     """
     entries = checkpoint if isinstance(checkpoint, dict) else {}
-    found = next((kind for kind in KINDS if isinstance(entries.get(kind), dict)), None)
-    if found is None:
+    kind = next((kind for kind in KINDS if isinstance(entries.get(kind), dict)), None)
+    if kind is None:
         raise ValueError(
-            f"{path} was not written by {PACKAGE}; for another program's weights, convert them to a diffusers folder "
-            "and import that"
+            f"{path} was not written by {PACKAGE}; convert another program's weights to a diffusers folder and import "
+            "that"
         )
-    return found
+    return kind
 
 
 def checkpoint_file(path: StrPath) -> Path:
-    """The file itself, or that of a run folder: its checkpoints/last.ckpt.
+    """The path itself if it is a file, or the checkpoints/last.ckpt of a run folder.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no checkpoint.
     """
     path = Path(path)
     file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
@@ -70,7 +70,7 @@ def checkpoint_file(path: StrPath) -> Path:
 
 
 def denoiser_record(parts: DenoiserParts) -> dict[str, Any]:
-    """What a checkpoint holds beside the weights, as plain values: the counterpart of `reading.read_denoiser`."""
+    """The plain values that a checkpoint holds beside the weights; `reading.read_denoiser` reads them."""
     return {
         "unet": network_record(parts.unet),
         "schedule": parts.schedule.config,
@@ -80,12 +80,12 @@ def denoiser_record(parts: DenoiserParts) -> dict[str, Any]:
         "settings": parts.settings,
         "latent_space": None if parts.codec.space is None else parts.codec.space.plain(),
         "codec": codec_record(parts.codec),
-        "conditions": [network_record(cast(Condition, one)) for one in parts.conditions],
+        "conditions": [network_record(cast(Condition, condition)) for condition in parts.conditions],
     }
 
 
 def save_denoiser(parts: DenoiserParts, path: StrPath) -> None:
-    """Write a checkpoint at step 0, from which `Trainer.fit(ckpt_path=...)` trains on with a fresh optimiser.
+    """Write a checkpoint at step 0, from which `Trainer.fit(ckpt_path=...)` continues with a new optimiser.
 
     Raises:
         FileExistsError: If the file exists; nothing is overwritten.
@@ -94,30 +94,30 @@ def save_denoiser(parts: DenoiserParts, path: StrPath) -> None:
 
 
 def network_record(network: PixelNetwork | Condition | Codec) -> dict[str, Any]:
-    """The class of a network, condition or codec and the arguments that build it, as plain values."""
-    # Where weights are shared out over processes, a class of torch's comes first.
-    kind = next(one for one in type(network).__mro__ if not one.__module__.startswith("torch."))
+    """The class and the constructor's arguments of a network, condition or codec, as plain values."""
+    # With sharded weights, the first class is torch's own subclass.
+    kind = next(cls for cls in type(network).__mro__ if not cls.__module__.startswith("torch."))
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config}
 
 
 def codec_record(codec: Codec) -> dict[str, Any] | None:
-    """As `network_record`, of a codec of a user's own; None for pixels and autoencoders."""
+    """The `network_record` of a user's own codec; None for pixels and autoencoders."""
     return None if codec.config is None else network_record(codec)
 
 
 def check_callbacks(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse paths in the states of callbacks that lead out of their folder: Lightning removes what they name.
+    """Refuse paths in callback states that lead out of the run folder, because Lightning removes these files.
 
     Raises:
-        ValueError: If there is one; it is named.
+        ValueError: If there is such a path; the message names it.
     """
     for text in _texts(checkpoint.get("callbacks", {})):
         if ".." in PurePath(text).parts or "://" in text:
-            raise ValueError(f"a checkpoint must name files in the folder of its run, got {text!r}; do not use it")
+            raise ValueError(f"a checkpoint must name files in its run folder, got {text!r}; do not use it")
 
 
 def _texts(state: Any) -> Iterator[str]:
-    """Every string in nested plain values."""
+    """All strings in nested plain values."""
     if isinstance(state, str):
         yield state
     elif isinstance(state, Mapping):
@@ -130,39 +130,39 @@ def _texts(state: Any) -> Iterator[str]:
 
 @contextmanager
 def explained(path: StrPath, kind: str) -> Iterator[None]:
-    """Within it, errors about a record or its weights name the file.
+    """A context in which errors about a record or its weights become errors that name the file.
 
     Args:
         path: The file.
-        kind: What it is a checkpoint of.
+        kind: The kind of model in it.
 
     Raises:
-        ValueError: If there is such an error.
+        ValueError: If such an error occurs.
     """
     try:
         yield
-    # A class of a module that is not there; an ImportError is of a package that is to be installed, and says so.
+    # ModuleNotFoundError: a class's module is missing. Other ImportErrors already say which package to install.
     except (ValueError, KeyError, TypeError, RuntimeError, ModuleNotFoundError) as error:
-        raise ValueError(f"{path} must hold a whole {kind} of this version, and does not: {in_words(error)}") from error
+        raise ValueError(f"{path} is not a complete {kind} of this version: {in_words(error)}") from error
 
 
 def read_record(path: Path, kind: ModelKind) -> tuple[dict[str, Any], dict[str, Tensor], Speed]:
-    """The record of a checkpoint, its weights, and the speed of the training.
+    """The record of a checkpoint, its weights, and the speed of its training.
 
     Args:
         path: The checkpoint file.
-        kind: What it must be a checkpoint of.
+        kind: The kind of model that the file must hold.
 
     Raises:
         OSError: If the file is missing or cannot be opened.
         ValueError: If the file is no checkpoint, is damaged, holds code, or holds no such model of this package.
     """
     checkpoint = load_plain(path)
-    found = kind_of(checkpoint, path)
-    record = checkpoint[found]
-    if found != kind:
-        raise ValueError(f"{path} holds a{'n' * (found[0] == 'a')} {found}, not a{'n' * (kind[0] == 'a')} {kind}; "
-                         f"{COMMANDS[found]}")  # fmt: skip
+    actual = kind_of(checkpoint, path)
+    record = checkpoint[actual]
+    if actual != kind:
+        raise ValueError(f"{path} holds a{'n' * (actual[0] == 'a')} {actual}, not a{'n' * (kind[0] == 'a')} {kind}; "
+                         f"{COMMANDS[actual]}")  # fmt: skip
     with explained(path, kind):
         weights, speed = checkpoint.get("state_dict"), checkpoint.get("speed", "plain")
         if speed not in SPEEDS:
@@ -173,13 +173,13 @@ def read_record(path: Path, kind: ModelKind) -> tuple[dict[str, Any], dict[str, 
 
 
 def write_checkpoint(path: StrPath, kind: ModelKind, record: dict[str, Any], parts: Mapping[str, nn.Module]) -> None:
-    """Write a checkpoint at step 0 of the parts of a model, each as raw and as averaged weights, with its record.
+    """Write a checkpoint at step 0 with a model's record and its weights, which become both raw and averaged weights.
 
     Args:
         path: The file to make.
-        kind: What the model is.
-        record: What builds it again, as plain values.
-        parts: Its networks, by name.
+        kind: The kind of the model.
+        record: The plain values from which the model is built again.
+        parts: The model's networks by name.
 
     Raises:
         FileExistsError: If the file exists; nothing is overwritten.
@@ -198,7 +198,7 @@ def write_checkpoint(path: StrPath, kind: ModelKind, record: dict[str, Any], par
         "pytorch-lightning_version": LIGHTNING_VERSION,
         "epoch": 0,
         "global_step": 0,
-        "optimizer_states": [],  # Lightning restores one state for each entry: none, so all start afresh
+        "optimizer_states": [],  # Lightning restores one optimiser per entry; without entries all start afresh
         "lr_schedulers": [],
     }
     with atomic_write(path) as partial:
@@ -206,7 +206,7 @@ def write_checkpoint(path: StrPath, kind: ModelKind, record: dict[str, Any], par
 
 
 def averaged_weights(part: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The averaged weights of one part of a model, of those of a checkpoint."""
+    """The averaged weights of one part of a model, from all weights of a checkpoint."""
     prefix = f"ema_{part}."
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
@@ -215,12 +215,12 @@ def network_with_weights(record: dict[str, Any], weights: dict[str, Tensor], all
     """The network of a record with its averaged weights, in eval mode.
 
     Args:
-        record: Its class and the arguments that build it.
+        record: The record of the network, from `network_record`.
         weights: All weights of the checkpoint.
-        allow: Modules of one's own whose classes the record may name.
+        allow: Further modules whose classes the record may name.
 
     Raises:
-        ValueError: If it cannot be built.
+        ValueError: If the network cannot be built.
     """
     network = _build(record, allow)
     network.load_state_dict(averaged_weights("unet", weights))
@@ -228,7 +228,7 @@ def network_with_weights(record: dict[str, Any], weights: dict[str, Tensor], all
 
 
 def _build(record: dict[str, Any], allow: Sequence[str]) -> PixelNetwork:
-    """The network of a record; networks within it, and their noise schedule, are built first."""
+    """The network of a record; inner networks and noise schedules among its arguments are built first."""
     arguments = dict(record["init_args"])
     for name, value in arguments.items():
         if isinstance(value, dict) and "class_path" in value:
@@ -239,24 +239,33 @@ def _build(record: dict[str, Any], allow: Sequence[str]) -> PixelNetwork:
 
 
 def schedule_of(record: dict[str, Any]) -> NoiseSchedule:
-    """The noise schedule of a record, all of whose settings must be there."""
+    """The noise schedule of a record, which must hold all settings of a schedule."""
     schedule = built(NoiseSchedule, record)
     if missing := schedule.config.keys() - record.keys():
-        raise ValueError(f"schedule in its record must have {', '.join(sorted(missing))}, and has not")
+        raise ValueError(f"its schedule must have {', '.join(sorted(missing))}")
     return schedule
 
 
 def class_of(class_path: str, base: type[Part], allow: Sequence[str]) -> type[Part]:
-    """The class of that path, in this package or in an allowed module: a checkpoint may come from anyone."""
+    """The class at a path in this package or in an allowed module; other modules could run code from anyone.
+
+    Args:
+        class_path: Module and name of the class.
+        base: The class that it must inherit from.
+        allow: Modules outside this package whose classes may be used.
+
+    Raises:
+        ValueError: If the module is not allowed, or has no such class.
+    """
     module, _, name = class_path.rpartition(".")
-    is_allowed = module.split(".")[0] == PACKAGE or any(module == one or module.startswith(f"{one}.") for one in allow)
+    is_allowed = module.split(".")[0] == PACKAGE or any(f"{module}.".startswith(f"{trusted}.") for trusted in allow)
     if not is_allowed:
         raise ValueError(
             f"class_path must name a class of {PACKAGE}, got {class_path!r}; if you trust its module, allow it with "
             f"--allow {module or class_path}, or allow=[{module!r}] in Python"
         )
     if importlib.util.find_spec(module):
-        found = getattr(importlib.import_module(module), name, None)
-        if isinstance(found, type) and issubclass(found, base):
-            return found
+        cls = getattr(importlib.import_module(module), name, None)
+        if isinstance(cls, type) and issubclass(cls, base):
+            return cls
     raise ValueError(f"class_path must name a {base.__name__}, got {class_path!r}")

@@ -1,7 +1,7 @@
-"""What a checkpoint must be before anything is made of it: it may come from anyone, and may be damaged or hurt.
+"""Checks of a checkpoint before a model is built from it, because it may come from anyone or may be damaged.
 
-A file of a few bytes can ask for any amount of memory: its pickle for an array of a size that it names, a tensor for a
-view that is larger than what it is of, and the description of a network for one that its weights are not of.
+A file of a few bytes can demand any amount of memory: by an array of any size in its pickle, by a tensor that is a view
+larger than its storage, or by the description of a network larger than its weights.
 """
 
 import inspect
@@ -16,13 +16,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 T = TypeVar("T")
 Rule = tuple[str, Callable[[Any], bool]]
 
-LARGEST = 2  # times as many parameters as there are weights: some are made and put aside
-SPARE_PARAMETERS = 2**20
-MAX_SHOWN = 80  # characters of a value
+LARGEST = 2  # most parameters built per stored weight; constructors build some that they replace
+SPARE_PARAMETERS = 2**20  # allowance beyond that
+MAX_SHOWN = 80  # characters of a value in an error
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number from 1."""
+    """Whether a value is an integer of at least 1."""
     return type(value) is int and value >= 1
 
 
@@ -49,7 +49,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(one, int | float) for one in value)
+    return isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value)
 
 
 def _is_space(value: Any) -> bool:
@@ -102,48 +102,48 @@ RULES: dict[str, dict[str, Rule]] = {
 
 
 def check_record(record: Mapping[str, Any], kind: str) -> None:
-    """Refuse a record that lacks a field, or has one that it cannot have.
+    """Refuse a record with a missing or wrong field.
 
     Args:
-        record: Of a checkpoint.
-        kind: Of what, a key of RULES.
+        record: The record of a checkpoint.
+        kind: The kind of model, a key of RULES.
 
     Raises:
-        ValueError: Naming the field.
+        ValueError: If a field is missing or wrong; the message names it.
     """
     for name, (rule, fits) in RULES[kind].items():
         if name not in record:
-            raise ValueError(f"its record must have the field {name}, and has not")
+            raise ValueError(f"the field {name} is missing")
         if not fits(record[name]):
-            raise ValueError(f"{name} in its record must be {rule}, got {_short(record[name])}")
+            raise ValueError(f"{name} must be {rule}, got {_short(record[name])}")
 
 
 def check_weights(weights: Any) -> None:
-    """Refuse weights that are no tensors, that claim more memory than they have, or that are no numbers.
+    """Refuse weights that are no tensors, that claim more memory than they have, or that are not finite.
 
     Args:
-        weights: Of a checkpoint, by name.
+        weights: The weights of a checkpoint by name.
 
     Raises:
-        ValueError: Naming one.
+        ValueError: If a weight is wrong; the message names it.
     """
     if not isinstance(weights, dict):
-        raise ValueError(f"its state_dict must hold weights by name, and is {_short(weights)}")
+        raise ValueError(f"state_dict must hold weights by name, got {_short(weights)}")
     for name, weight in weights.items():
         if not isinstance(weight, Tensor):
             raise ValueError(f"weights must be tensors, and {name} is {_short(weight)}")
         if weight.device.type == "cpu" and weight.nbytes > weight.untyped_storage().nbytes():
-            raise ValueError(f"weights must be as large as they say, and {name} {tuple(weight.shape)} is not")
+            raise ValueError(f"weights must store all their elements, and {name} {tuple(weight.shape)} is not stored")
         if name.startswith("ema_") and not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"weights must be numbers, and {name} is not; use an earlier checkpoint")
+            raise ValueError(f"weights must be finite, and {name} is not; use an earlier checkpoint")
 
 
 @contextmanager
 def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it networks are built that have no more parameters than there are weights, about.
+    """A context in which networks cannot be built with many more parameters than there are weights.
 
     Raises:
-        ValueError: When one gets larger.
+        ValueError: If a network grows larger.
     """
     most = LARGEST * sum(weight.numel() for weight in weights.values()) + SPARE_PARAMETERS
     made = 0
@@ -152,7 +152,7 @@ def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
         nonlocal made
         made += 0 if parameter is None else parameter.numel()
         if made > most:
-            raise ValueError("its record must describe the network that its weights are of, and describes a larger one")
+            raise ValueError("the network that it describes would be larger than its weights")
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -162,25 +162,25 @@ def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def built(kind: Callable[..., T], arguments: Mapping[str, Any]) -> T:
-    """What a class makes of the arguments in a record.
+    """An object of a class, built with the arguments in a record.
 
     Args:
         kind: The class.
-        arguments: By name.
+        arguments: The arguments by name.
 
     Raises:
-        ValueError: If it takes others.
+        ValueError: If the class does not take these arguments.
     """
     name = getattr(kind, "__name__", "a class")
     try:
         inspect.signature(kind).bind(**arguments)
     except TypeError as error:
         got = ", ".join(arguments) or "none"
-        raise ValueError(f"its record must have the arguments of {name}, and has {got}") from error
+        raise ValueError(f"{name} cannot be built from the arguments {got}: {error}") from error
     try:
         return kind(**arguments)
     except (TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot be made of the arguments in its record, {_short(dict(arguments))}") from error
+        raise ValueError(f"{name} cannot be built from the arguments {_short(dict(arguments))}") from error
 
 
 def _short(value: Any) -> str:

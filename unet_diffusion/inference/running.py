@@ -1,4 +1,4 @@
-"""Where and how a trained network runs: device, precision and speed."""
+"""The device, precision and speed of a trained network."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
@@ -12,13 +12,13 @@ from unet_diffusion.runtime.processes import own_device
 
 
 class Running:
-    """What trained models have in common: they run on a device, in a precision, at a speed.
+    """Base class of trained models: `to` sets their device, precision and speed.
 
-    A model that was loaded runs on the CPU in float32 until `to` says otherwise.
+    A loaded model runs on the CPU in float32 until `to` is called.
 
     Attributes:
-        device: Where it is.
-        precision: What it computes in; None: its weights' own, or what the context around it says.
+        device: The device of the model.
+        precision: The precision of computation; None: that of the weights, or of the surrounding autocast.
     """
 
     device = torch.device("cpu")
@@ -31,15 +31,15 @@ class Running:
         precision: Precision | Literal["auto"] = "auto",
         speed: Speed | None = None,
     ) -> Self:
-        """Run on a device from now on; gives the model itself.
+        """The model itself, moved to a device.
 
         Args:
             device: A device such as "cuda", "cuda:1", "mps" or "cpu"; "auto": a GPU, if there is one.
-            precision: What the network computes in; "auto": 16 bits where the hardware has them, else float32.
-            speed: How the network runs, see `models.speed`; None: as in training, but nothing is compiled as a whole.
+            precision: Precision of computation; "auto": 16 bits if the hardware supports it, otherwise float32.
+            speed: Speed of the network, see `models.speed`; None: as in training, but without torch.compile.
 
         Raises:
-            ValueError: If there is no such device, or it does not have the precision.
+            ValueError: If there is no such device, or it does not support the precision.
         """
         self.device = torch.device(own_device(str(device)))
         self.precision = chosen_precision(precision, self.device)
@@ -52,12 +52,12 @@ class Running:
         return self
 
     def _context(self) -> AbstractContextManager[Any]:
-        """The context in which the network computes in the precision."""
+        """The autocast context for the precision."""
         return nullcontext() if self.precision is None else autocast(self.device.type, getattr(torch, self.precision))
 
     def _modules_to_move(self) -> list[nn.Module]:
         raise NotImplementedError(f"{type(self).__name__} must define _modules_to_move()")
 
     def _networks(self) -> list[tuple[nn.Module, Speed]]:
-        """The networks that have a speed, and the speed that each was trained at."""
+        """The networks that have a speed, each with the speed of its training."""
         return []

@@ -1,4 +1,4 @@
-"""What a user may ask of a denoiser: how many images, of what, from what, how large, and how they are drawn."""
+"""The options of a user's request to a denoiser, and their checks."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,13 @@ if TYPE_CHECKING:
 ImageLike = str | os.PathLike[str] | Image | NDArray[Any] | Tensor
 """A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits, or a tensor (C, H, W) in [-1, 1]."""
 
-OVERLAP = 0.5  # of windows
+OVERLAP = 0.5  # default overlap of windows
 MOST_IMAGES = 1_000_000
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """A user's request, as `Denoiser.sample` describes it.
-
-    Sizes are in pixels. None means: not given.
-    """
+    """A user's request, with the arguments of `Denoiser.sample`. Sizes are in pixels; None is an option left out."""
 
     num_images: int = 1
     labels: Sequence[str | int] | str | int | None = None
@@ -50,32 +47,32 @@ class SampleOptions:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What is given for conditions, by their option."""
+        """The user's values for conditions, by the name of the option."""
         own = {"labels": self.labels, "captions": self.captions, "noise_level": self.noise_level}
         return {name: value for name, value in own.items() if value is not None} | dict(self.conditions)
 
     @property
-    def given(self) -> set[str]:
-        """Names of the options that conditions may need or refuse, of those that are given."""
+    def option_names(self) -> set[str]:
+        """The names of the options in use that conditions may need or refuse."""
         others = {"image": self.image, "mask": self.mask, "strength": self.strength}
         return {*self.values, *(name for name, value in others.items() if value is not None)}
 
     def check(self, parts: "DenoiserParts") -> None:
-        """Refuse numbers out of range, and options that the denoiser does not take or that do not fit each other.
+        """Refuse numbers out of range, and options that do not fit the denoiser or each other.
 
         Raises:
-            ValueError: If there are such.
-            FileNotFoundError: If a file is not there.
+            ValueError: If an option does not fit.
+            FileNotFoundError: If a file is missing.
         """
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_images > MOST_IMAGES:
-            raise ValueError(f"num_images must be at most {MOST_IMAGES}, whose names have six digits, got "
+            raise ValueError(f"num_images must be at most {MOST_IMAGES}, as file names have six digits, got "
                              f"{self.num_images}; draw more with another seed into another folder")  # fmt: skip
         for name in ("mask", "strength"):
-            if name in self.given and self.image is None:
-                raise ValueError(f"{name} must come with an image to start from; give image, too")
+            if name in self.option_names and self.image is None:
+                raise ValueError(f"{name} needs an image; give image, too")
         check_file("image", self.image)
         check_file("mask", self.mask)
         self._check_overlap()
@@ -85,25 +82,25 @@ class SampleOptions:
 
     def _check_overlap(self) -> None:
         if self.overlap is not None and self.window is None:
-            raise ValueError("overlap must come with windows that have one; give window, too")
+            raise ValueError("overlap needs windows; give window, too")
         if self.overlap is not None and not 0 <= self.overlap < 1:
             raise ValueError(f"overlap must be in [0, 1), got {self.overlap}; {OVERLAP} is usual")
 
     def _check_conditions(self, parts: "DenoiserParts") -> None:
         conditions = parts.all_conditions
-        provided = {entry for one in conditions for entry in one.provides}
-        asked = [one for one in conditions if one.provides or one.batch_key not in provided]
+        provided = {entry for condition in conditions for entry in condition.provides}
+        asked = [condition for condition in conditions if condition.provides or condition.batch_key not in provided]
         for condition in asked:
             for name in condition.needs:
-                if name not in self.given:
+                if name not in self.option_names:
                     needs = " and ".join(condition.needs)
-                    raise ValueError(f"{needs} must be given, as this denoiser {condition.purpose}; give {name}")
+                    raise ValueError(f"this denoiser {condition.purpose}; give {needs}")
             for name in condition.refuses:
-                if name in self.given:
+                if name in self.option_names:
                     raise ValueError(f"{name} is not for a denoiser that {condition.purpose}; leave it out")
-        taken = {option for one in asked for option in one.options}
+        options = {option for condition in asked for option in condition.options}
         for name in self.values:
-            if name not in taken:
+            if name not in options:
                 raise ValueError(f"this denoiser was trained without {name.replace('_', ' ')}; leave {name} out")
 
     def _check_interpolation(self, parts: "DenoiserParts") -> None:
@@ -112,24 +109,28 @@ class SampleOptions:
         if first == last:
             raise ValueError(f"interpolate must name two different seeds, got {first} twice")
         if self.num_images < 2:
-            raise ValueError(f"interpolate needs at least 2 images, the ends, got num_images {self.num_images}")
+            raise ValueError(f"interpolate needs at least 2 images, got num_images {self.num_images}; raise it")
         from unet_diffusion.diffusion.sampling import STOCHASTIC, name_of, supported_schedulers  # needs diffusers
 
         if (scheduler := name_of(self.scheduler)) in STOCHASTIC:
             smooth = ", ".join(name for name in supported_schedulers(parts.schedule) if name not in STOCHASTIC)
-            raise ValueError(f"interpolate needs a scheduler that adds no noise, got {scheduler}; use {smooth}")
+            raise ValueError(f"interpolate needs a scheduler that adds no noise, got {scheduler}; use one of {smooth}")
         for name, default in (("labels", parts.num_classes), ("captions", 1)):
             value = self.values.get(name)
             count = default if value is None else 1 if isinstance(value, str | int) else len(value)
             if count > 1:
-                raise ValueError(f"interpolate draws one class or caption; give one of {name}")
+                raise ValueError(f"interpolate draws a single class or caption, got {count} {name}; give one")
 
 
 def check_file(name: str, image: ImageLike | None) -> None:
-    """Refuse a path where there is no file.
+    """Refuse a path without a file.
+
+    Args:
+        name: Name of the option in the error.
+        image: The image; only a path is checked.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no file at the path.
     """
     if isinstance(image, str | os.PathLike) and not Path(image).is_file():
         raise FileNotFoundError(f"{name} must be an image file, and there is none at {image}")

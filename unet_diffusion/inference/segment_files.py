@@ -1,4 +1,4 @@
-"""Segments images with a trained network: class probabilities of an image, and masks for a folder of them."""
+"""Segmentation of files: masks for images in folders and archives."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,21 +26,21 @@ from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 from unet_diffusion.segmentation.labels import instances_from, mask_from
 from unet_diffusion.segmentation.pictures import outlined
 
-PNG = ".png"  # of outputs whose input has a lossy or multi-purpose format
+PNG = ".png"  # extension of a mask whose image has a lossy or multi-purpose format
 EXTRAS = ("probabilities", "overlays", "instances")  # folders beside the masks
-INPUTS = "inputs.jsonl"  # beside the masks: which image each is of
+INPUTS = "inputs.jsonl"  # file beside the masks that says from which image each was made
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is written for each image, under its own name.
+    """The files to write for each image, NAME.
 
     Args:
-        folder: masks go to folder/NAME; what else is asked for to folders inside it. Of a stack, each page has a file
-            there in a folder named as the stack.
-        probabilities: folder/probabilities/NAME.npy, float16 (K, H, W).
-        overlays: folder/overlays/NAME.png, the image with outlines.
-        instances: folder/instances/NAME, a 16-bit number for each object.
+        folder: Folder of the masks, folder/NAME. Further outputs go to subfolders; there each page of a stack NAME has
+            a file of its own, NAME/0000 and so on.
+        probabilities: Write folder/probabilities/NAME.npy, float16 (K, H, W).
+        overlays: Write folder/overlays/NAME.png, the image with outlines.
+        instances: Write folder/instances/NAME, with a 16-bit number for each object.
     """
 
     folder: Path
@@ -50,11 +50,11 @@ class Outputs:
 
     @property
     def made_of(self) -> MadeOf:
-        """Of which image each mask is."""
+        """The record of the image that each mask was made from."""
         return MadeOf(self.folder / INPUTS)
 
     def remove(self, mask: str) -> None:
-        """Remove a mask, and what was written with it."""
+        """Remove a mask and the other outputs of its image."""
         stem = PurePosixPath(mask).with_suffix("")
         for folder in (self.folder / extra for extra in EXTRAS):
             pages = [path for path in (folder / stem).glob("*") if path.stem.isdecimal() and path.is_file()]
@@ -64,18 +64,18 @@ class Outputs:
 
 
 class ImagesToSegment:
-    """Files, folders and zip archives of images, each with the name that its mask is to have.
+    """Images in files, folders and zip archives, and the names of their masks.
 
     Args:
-        roots: an image file, a folder, archive.zip or archive.zip/folder each.
+        roots: Paths, each an image file, a folder, archive.zip or archive.zip/folder.
 
     Attributes:
-        sources: where the image of each mask is, and its name there.
-        left_out: what else there is, in a line; "" if there is nothing.
+        sources: For each mask the collection that holds its image, and the image's name there.
+        left_out: One line about files that are no images; "" if there are none.
 
     Raises:
-        FileNotFoundError: if one does not exist.
-        ValueError: if one holds no images, or two outputs would have the same name.
+        FileNotFoundError: If a path does not exist.
+        ValueError: If a path holds no images, or two outputs would have the same name.
     """
 
     def __init__(self, roots: list[Path]):
@@ -95,26 +95,26 @@ class ImagesToSegment:
                         "segment them into different folders"
                     )
                 if PurePosixPath(name).parts[0] in EXTRAS:
-                    raise ValueError(f"{name} would lie among other outputs; rename its folder")
+                    raise ValueError(f"the mask of {name} would lie among other outputs; rename its folder")
                 stems[stem] = name
                 folders.update({str(folder): name for folder in PurePosixPath(stem).parents})
                 self.sources[mask] = (files, name)
-        if both := next((stem for stem in stems if stem in folders), None):  # of a stack's pages, too
-            raise ValueError(f"{stems[both]} and {folders[both]} would both have outputs in a folder {both}; rename "
-                             "one, or segment them into different folders")  # fmt: skip
+        if shared := next((stem for stem in stems if stem in folders), None):  # pages of a stack go there, too
+            raise ValueError(f"{stems[shared]} and {folders[shared]} would both have outputs in a folder {shared}; "
+                             "rename one, or segment them into different folders")  # fmt: skip
         self.left_out = "; ".join(filter(None, others))
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def changed(self, outputs: Outputs) -> list[str]:
-        """Masks whose image has changed since, or that were not finished."""
+        """The masks whose image has changed since, or that were not finished."""
         made_of = outputs.made_of.read()
         there = [mask for mask in self.sources if mask in made_of and (outputs.folder / mask).exists()]
         return [mask for mask in there if not is_of(*self.sources[mask], made_of[mask])]
 
     def pages(self, mask: str) -> list[StoredImage] | str:
-        """The pages of the image that the mask is of, or why there are none."""
+        """The pages of the image of a mask, or the reason why it cannot be read."""
         files, name = self.sources[mask]
         return decoded(lambda data: list(stored_images(data)), files, name)
 
@@ -128,17 +128,17 @@ def segment_images(
     progress: Callable[[], object] = lambda: None,
     group: ProcessGroup = ALONE,
 ) -> list[str]:
-    """Write a mask for each image that has none, and return "name: reason" for those that could not be.
+    """Write a mask for each image that has none, and return "name: reason" for each image that failed.
 
     A file appears whole or not at all. The pages of a TIFF file become the pages of its mask.
 
     Args:
-        trained: says how images are scaled and what the classes mean.
-        images: what to segment.
-        outputs: what to write, and where.
-        predict: from an image, (C, H, W) in [-1, 1], to class probabilities, (K, H, W).
-        progress: called after each image.
-        group: the processes that share the images out.
+        trained: The segmenter, which says how images are scaled and what the classes mean.
+        images: The images to segment.
+        outputs: The files to write.
+        predict: Function from an image, (C, H, W) in [-1, 1], to class probabilities, (K, H, W).
+        progress: Called after each image.
+        group: The processes that share the images.
     """
     failed = []
     for mask in group.shard(list(images.sources)):
@@ -150,7 +150,7 @@ def segment_images(
                 try:
                     _segment_pages(trained, pages, mask, outputs, predict)
                     outputs.made_of.note(mask, made_of)
-                except (ValueError, RuntimeError, OSError) as error:  # out of memory, disk full: others may do
+                except (ValueError, RuntimeError, OSError) as error:  # out of memory, disk full: other images may work
                     pages = str(error)
             if isinstance(pages, str):
                 failed.append(f"{images.sources[mask][1]}: {pages}")
@@ -159,7 +159,7 @@ def segment_images(
 
 
 def mask_name(name: str) -> str:
-    """The name of the mask of an image: the same, or with .png where the image's format would spoil a mask."""
+    """The name of an image's mask: the image's name, with .png if the image's format would spoil a mask."""
     path = PurePosixPath(name)
     keeps = path.suffix.lower() in (PNG, *TIFF_EXTENSIONS)
     return str(path if keeps else path.with_suffix(PNG))
@@ -172,9 +172,9 @@ def _segment_pages(
     outputs: Outputs,
     predict: Callable[[Tensor], Tensor],
 ) -> None:
-    """Writes what is asked for, one page after the other; the mask last, as it says that the image is done."""
+    """Write the outputs page by page; the mask appears last, as it marks the image as done."""
     if len(pages) > 1 and PurePosixPath(mask).suffix.lower() not in TIFF_EXTENSIONS:
-        raise ValueError(f"a file of {len(pages)} pages must be named .tif, for its masks to be pages too; rename it")
+        raise ValueError(f"a file of {len(pages)} pages must be named .tif, so that its mask has pages, too; rename it")
     stem = PurePosixPath(mask).with_suffix("")
     stems = [stem] if len(pages) == 1 else [stem / f"{number:04d}" for number in range(len(pages))]
     has_objects = trained.kind != "classes"
@@ -201,20 +201,20 @@ def _segment_pages(
 def _decoded_page(page: StoredImage, channels: int) -> Tensor:
     try:
         return decode_page(page, channels)
-    except Exception as error:  # on damaged files decoders raise anything
+    except Exception as error:  # decoders raise anything for damaged files
         raise ValueError(reason(error)) from error
 
 
 def _sixteen_bits(numbers: NDArray[np.int32]) -> NDArray[np.uint16]:
     limit = np.iinfo(np.uint16).max
     if numbers.max(initial=0) > limit:
-        raise ValueError(f"instance numbers must fit 16 bits, got {numbers.max()} objects; cut the image into parts")
+        raise ValueError(f"an image must have at most {limit} objects, got {numbers.max()}; cut the image into parts")
     return numbers.astype(np.uint16)
 
 
 @contextmanager
 def _whole_pages(path: Path) -> Iterator[Callable[[NDArray[Any]], object]]:
-    """Writes one page after the other to a file, which appears when all are written; of PNG there is one."""
+    """A function that writes the next page to a file, which appears after the last page; a PNG has one page."""
     with atomic_write(path) as partial:
         if path.suffix.lower() in TIFF_EXTENSIONS:
             with TiffWriter(partial) as tiff:
@@ -224,5 +224,5 @@ def _whole_pages(path: Path) -> Iterator[Callable[[NDArray[Any]], object]]:
 
 
 def _save_array(path: Path, array: NDArray[np.float16]) -> None:
-    with open(path, "wb") as file:  # given a path, numpy would add an extension
+    with open(path, "wb") as file:  # numpy would add an extension to a path
         np.save(file, array)

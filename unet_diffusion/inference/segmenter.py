@@ -1,4 +1,4 @@
-"""A segmenter that was trained: what one makes masks with."""
+"""A trained segmenter, which makes masks."""
 
 import os
 from dataclasses import dataclass, field
@@ -20,17 +20,17 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.labels import instances_from, mask_from
 from unet_diffusion.segmentation.prediction import class_probabilities
 
-FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")  # in a record, beside the network
+FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")  # of a record, beside the network
 Kind = Literal["binary", "classes", "instances"]
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a segmenter makes of an image.
+    """The segmentation of an image.
 
     Args:
         probabilities: The probability of each class at each pixel, (K, H, W) float32.
-        kind: What the classes mean, as in `Segmenter`.
+        kind: The meaning of the classes, as in `Segmenter`.
         class_names: The name of each class.
     """
 
@@ -45,30 +45,30 @@ class Segmentation:
 
     @cached_property
     def instances(self) -> NDArray[np.int32]:
-        """A number for each object, 0 for the background, (H, W).
+        """The number of the object at each pixel, (H, W); 0 is background.
 
         Raises:
-            ValueError: If the segmenter was trained on classes, which are no objects.
+            ValueError: If the kind is "classes", which has no objects.
         """
         return instances_from(self.probabilities, self.kind)
 
 
 @dataclass(repr=False)
 class Segmenter(Running):
-    """A network that segments, and all that is needed to do so. `unet_diffusion.load` makes one of files.
+    """A trained network for segmentation and its settings. `unet_diffusion.load` reads one from files.
 
     Args:
-        unet: The network, called `unet(x, t)`, gives class scores; the averaged (EMA) weights.
+        unet: The network, called as `unet(x, t)` for class scores, with its averaged (EMA) weights.
         kind: "binary" (background and foreground), "classes", or "instances" (background, cell and cell border).
-        class_names: The name of each score.
-        timestep: The timestep that a denoiser's network is given; None: the network takes none.
-        stretch: Scale each image's grey values from its 1st and 99th percentile, not from the range of its type.
-        window_size: Height and width of the windows that it was trained on, in pixels.
-        settings: How it was trained, as plain values.
-        speed: The speed that it was trained at.
+        class_names: The name of each class score.
+        timestep: The timestep for a network that was a denoiser; None: the network takes no timestep.
+        stretch: Scale grey values by each image's 1st and 99th percentile instead of the range of its type.
+        window_size: Height and width of the training windows in pixels.
+        settings: The settings of the training as plain values.
+        speed: The speed that the network was trained at.
 
     Raises:
-        ValueError: If they do not fit the network.
+        ValueError: If class_names or timestep do not fit the network.
     """
 
     unet: PixelNetwork
@@ -82,25 +82,26 @@ class Segmenter(Running):
 
     def __post_init__(self) -> None:
         num_scores = self.unet.config.get("out_channels") or self.unet.in_channels
-        wanted = {"binary": 2, "instances": 3}.get(self.kind, num_scores)
-        if num_scores != wanted or len(self.class_names) != num_scores:
+        expected = {"binary": 2, "instances": 3}.get(self.kind, num_scores)
+        if num_scores != expected or len(self.class_names) != num_scores:
             raise ValueError(
-                f"there must be {wanted} class_names, one a score of the network, got {len(self.class_names)} and "
-                f"{num_scores} scores"
+                f"a segmenter of kind {self.kind} must have {expected} class_names and as many scores of the network, "
+                f"got {len(self.class_names)} and {num_scores}"
             )
         if (self.timestep is None) != (self.unet.time_embedding is None):
-            raise ValueError(f"timestep must be given if the network takes one, and only then, got {self.timestep}")
+            rule = "must be None for a network without timestep" if self.unet.time_embedding is None else "must be set"
+            raise ValueError(f"timestep {rule}, got {self.timestep}")
 
     @torch.inference_mode()
     def segment(self, image: ImageLike, *, views: bool = False) -> Segmentation:
-        """Classes, probabilities and objects of an image of any size.
+        """The classes, probabilities and objects of an image of any size.
 
         Args:
             image: A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits, or a tensor (C, H, W) in [-1, 1].
-            views: Average over the eight rotated and mirrored views; takes eight times as long.
+            views: Average over the eight rotated and mirrored views, which takes eight times as long.
 
         Raises:
-            ValueError: If the image cannot be read, or a tensor has other channels than the network takes.
+            ValueError: If the image cannot be read, or the channels of a tensor do not fit the network.
             FileNotFoundError: If there is no such file.
         """
         channels = self.unet.in_channels
@@ -115,7 +116,7 @@ class Segmenter(Running):
         """The probability of each class at each pixel, (K, H, W) float32 on the CPU.
 
         Args:
-            image: (C, H, W) in [-1, 1], of any size.
+            image: Image of any size, (C, H, W) in [-1, 1].
             views: Average over the eight rotated and mirrored views.
         """
         with self._context():
@@ -129,7 +130,7 @@ class Segmenter(Running):
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint file that `load` reads, and on which `fit --ckpt_path` trains on with a new optimiser.
+        """Write a checkpoint file that `load` reads, and from which `fit --ckpt_path` continues with a new optimiser.
 
         Raises:
             FileExistsError: If the file exists; nothing is overwritten.
@@ -137,16 +138,16 @@ class Segmenter(Running):
         write_checkpoint(path, "segmenter", self.record(), {"unet": self.unet})
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights, as plain values."""
+        """The plain values that a checkpoint holds beside the weights."""
         return {"unet": network_record(self.unet), **{name: getattr(self, name) for name in FIELDS}}
 
     def export(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Refused so far: diffusers has no pipeline for segmentation.
+        """Not possible: diffusers has no pipeline for segmentation.
 
         Raises:
-            ValueError: Always; it says what to do.
+            ValueError: Always.
         """
-        raise ValueError("a segmenter has no counterpart in diffusers to export to; hand over its checkpoint (save)")
+        raise ValueError("a segmenter cannot be exported, as diffusers has no pipeline for it; pass on its checkpoint")
 
     def __repr__(self) -> str:
         weights = sum(parameter.numel() for parameter in self.unet.parameters())

@@ -1,7 +1,7 @@
-"""Codecs: between images and what is denoised, x0. Pixels are their own codec; an autoencoder is the other one.
+"""Codecs turn images into x0, which is denoised, and back: the identity for pixels, or an autoencoder.
 
 Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 3.1): diffusion takes place in the latents of an
-autoencoder that was trained before. Whoever trains, samples or exports asks a codec, and never which of the two it is.
+autoencoder that was trained before. Training, sampling and export call a codec and need not know which one it is.
 """
 
 import os
@@ -16,25 +16,25 @@ from torch import Tensor
 from unet_diffusion.latents.space import MOMENTS, LatentSpace, fingerprint
 from unet_diffusion.models.unet import check_config
 
-if TYPE_CHECKING:  # it imports diffusers, which takes seconds, and which pixels do without
+if TYPE_CHECKING:  # it imports diffusers, which takes seconds and which pixels do not need
     from unet_diffusion.models.autoencoders import AutoencoderNetwork
 
 Shape = tuple[int, int, int]
-DECODED_AT_ONCE = 16  # a decoder takes more memory than a denoiser
+DECODED_AT_ONCE = 16  # images per batch; a decoder takes more memory than a denoiser
 
 
 class Codec:
     """Turns images into x0, and x0 into images.
 
-    A codec of your own is a subclass in a file of your own that the configuration names. It defines `sample_shape`,
-    `image_shape`, `encode`, `decode`, and sets `config`, by which a checkpoint builds it again.
+    For a codec of your own, write a subclass in a file of your own and name it in the configuration. Define
+    `sample_shape`, `image_shape`, `encode` and `decode`, and set `config`, from which a checkpoint builds the codec.
 
     Attributes:
-        config: The constructor's arguments by name, as plain values. Pixels and autoencoders have None: a checkpoint
-            knows them by `space`.
-        clip_sample: Whether each estimate of x0 may be clipped to [-1, 1] in sampling, as x0 lies there.
-        space: What is known of the latents of an autoencoder, to be kept in checkpoints; None for all other codecs.
-        name: What x0 is called in a sentence: "images" or "latents".
+        config: The constructor's arguments by name, as plain values. It is None for pixels and autoencoders, which a
+            checkpoint describes by `space`.
+        clip_sample: Whether sampling may clip each estimate of x0 to [-1, 1], because x0 lies in that range.
+        space: The latent space of an autoencoder, which checkpoints store; None for all other codecs.
+        name: The word for x0 in a sentence: "images" or "latents".
     """
 
     config: dict[str, Any] | None = None
@@ -43,23 +43,23 @@ class Codec:
     name: str = "latents"
 
     def sample_shape(self, image_shape: Shape) -> Shape:
-        """(C, h, w) of the x0 of images of a shape (C, H, W).
+        """The shape (C, h, w) of x0 for images of a shape (C, H, W).
 
         Raises:
-            ValueError: If there are no x0 of such images.
+            ValueError: If the codec cannot encode images of this shape.
         """
         raise NotImplementedError(f"{type(self).__name__} must define sample_shape()")
 
     def image_shape(self, sample_shape: Shape) -> Shape:
-        """(C, H, W) of the images of x0 of a shape (C, h, w)."""
+        """The shape (C, H, W) of images for x0 of a shape (C, h, w)."""
         raise NotImplementedError(f"{type(self).__name__} must define image_shape()")
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The x0 of images, (B, C, h, w) float32, on their device.
 
         Args:
-            images: (B, C, H, W) in [-1, 1].
-            generator: Draws x0 from its distribution, as training does; None: the mean of the distribution.
+            images: Images, (B, C, H, W) in [-1, 1].
+            generator: Generator that samples x0 from its distribution, as in training; None: the mean.
         """
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
@@ -67,7 +67,7 @@ class Codec:
         """The images of x0, (N, C, H, W) float32 on the CPU, in about [-1, 1].
 
         Args:
-            x0: (N, C, h, w), on any device.
+            x0: Denoised images or latents, (N, C, h, w), on any device.
         """
         raise NotImplementedError(f"{type(self).__name__} must define decode()")
 
@@ -75,16 +75,16 @@ class Codec:
         """Encode and decode on this device from now on."""
 
     def check(self) -> None:
-        """Raises an error if what it needs to encode and decode is missing or is another one by now."""
+        """Raise an error if a file that the codec needs is missing or was replaced."""
 
     def release(self) -> None:
-        """Free the memory of what it loaded only to decode; it is loaded again when it is needed."""
+        """Free the memory of networks that were loaded only to decode; they load again when needed."""
 
     def check_config(self) -> None:
         """Check that a checkpoint can build the codec again.
 
         Raises:
-            ValueError: If it is a codec of a user's own, and its `config` does not hold its constructor's arguments.
+            ValueError: If a user's own codec has a `config` that does not hold its constructor's arguments.
         """
         if self.config is None and type(self) in (PixelCodec, LatentCodec):
             return
@@ -92,12 +92,12 @@ class Codec:
 
     @property
     def downsampling(self) -> int:
-        """Pixels of an image along a side for one of x0."""
+        """The height of an image divided by the height of its x0."""
         return self.image_shape((1, 1, 1))[1]
 
 
 class PixelCodec(Codec):
-    """The identity: images are denoised themselves."""
+    """The identity: x0 is the image itself."""
 
     clip_sample = True
     name = "images"
@@ -116,22 +116,24 @@ class PixelCodec(Codec):
 
 
 class LatentCodec(Codec):
-    """An autoencoder, with the mean and deviation that bring each channel of its latents to 0 and 1.
+    """An autoencoder and the normalisation of its latents to mean 0 and standard deviation 1 per channel.
 
-    The autoencoder stays where it is: checkpoints hold its path and a fingerprint, not its weights.
+    Checkpoints hold the path and a fingerprint of the autoencoder, not its weights.
 
     Args:
         autoencoder: Folder of the autoencoder: a run folder or a diffusers folder.
-        scaling_factor: One scale for all channels, such as 0.18215 in Stable Diffusion 1; None: what the configuration
-            of the autoencoder names.
+        scaling_factor: One scale for all channels, such as 0.18215 in Stable Diffusion 1; None: the normalisation in
+            the autoencoder's configuration.
 
     Raises:
-        ValueError: If the scale is not above 0.
+        ValueError: If scaling_factor is not above 0.
     """
 
     def __init__(self, autoencoder: str | os.PathLike[str], *, scaling_factor: float | None = None) -> None:
         if scaling_factor is not None and not scaling_factor > 0:
-            raise ValueError(f"scaling_factor must be above 0, got {scaling_factor}; null takes the autoencoder's")
+            raise ValueError(
+                f"scaling_factor must be above 0, got {scaling_factor}; leave it out to use the autoencoder's own"
+            )
         self.folder = autoencoder
         self.scaling_factor = scaling_factor
         self._autoencoder: AutoencoderNetwork | None = None
@@ -140,11 +142,11 @@ class LatentCodec(Codec):
 
     @classmethod
     def of(cls, space: LatentSpace, autoencoder: str | os.PathLike[str] | None = None) -> "LatentCodec":
-        """The codec of latents that exist already; its autoencoder is loaded when it is first needed.
+        """The codec of existing latents; it loads the autoencoder when first needed.
 
         Args:
-            space: What is known of the latents.
-            autoencoder: Folder where the autoencoder is now; None: where it was when the latents were made.
+            space: The latent space.
+            autoencoder: Current folder of the autoencoder; None: the folder that `space` names.
         """
         codec = cls(space.autoencoder if autoencoder is None else autoencoder)
         codec.space, codec._is_only_to_decode = space, True
@@ -155,8 +157,8 @@ class LatentCodec(Codec):
         """The autoencoder, in eval mode.
 
         Raises:
-            FileNotFoundError: If it is not there.
-            ValueError: If another one is there.
+            FileNotFoundError: If the autoencoder is not in its folder.
+            ValueError: If the folder holds another autoencoder.
         """
         if self._autoencoder is None:
             if self.space is None:
@@ -169,7 +171,7 @@ class LatentCodec(Codec):
         return self._autoencoder
 
     def sample_shape(self, image_shape: Shape) -> Shape:
-        if self.space is None:  # the autoencoder is on the CPU still, as its fingerprint wants it
+        if self.space is None:  # the autoencoder is still on the CPU, as its fingerprint requires
             self.space = latent_space_of(self.autoencoder, self.folder, image_shape, scaling_factor=self.scaling_factor)
         factor = self.space.downsampling
         return len(self.space.std), image_shape[1] // factor, image_shape[2] // factor
@@ -187,7 +189,7 @@ class LatentCodec(Codec):
         from unet_diffusion.models.autoencoders import latent_moments
 
         self.to(images.device)
-        mean, std = (one.float() for one in latent_moments(self.autoencoder, images))
+        mean, std = (moment.float() for moment in latent_moments(self.autoencoder, images))
         if generator is not None:
             mean = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
         return self._space.normalise(mean)
@@ -221,25 +223,25 @@ def latent_space_of(
     *,
     scaling_factor: float | None = None,
 ) -> LatentSpace:
-    """The latent space of an autoencoder, scaled as its configuration says, or by one scale for all channels.
+    """The latent space of an autoencoder, normalised as its configuration says, or by one scale for all channels.
 
     Args:
         autoencoder: The autoencoder, float32 and on the CPU.
-        folder: Where it is.
+        folder: Folder of the autoencoder.
         image_shape: (C, H, W) of the images.
-        scaling_factor: The scale; None: the scale of its configuration, with its mean and deviation of each channel.
+        scaling_factor: The scale; None: the scale, means and deviations in the autoencoder's configuration.
 
     Raises:
-        ValueError: If it does not take such images.
+        ValueError: If the autoencoder does not take images of this shape.
     """
     from unet_diffusion.models.autoencoders import downsampling, num_latent_channels
 
     channels, height, width = image_shape
-    factor, takes = downsampling(autoencoder), autoencoder.config["in_channels"]
-    if channels != takes or height % factor or width % factor:
+    factor, in_channels = downsampling(autoencoder), autoencoder.config["in_channels"]
+    if channels != in_channels or height % factor or width % factor:
         raise ValueError(
-            f"images must have {takes} channels and multiples of {factor} pixels for the autoencoder in {folder}, got "
-            f"{channels} channels of {height}x{width}; set channels and image_size of the images"
+            f"images must have {in_channels} channels and multiples of {factor} pixels for the autoencoder in "
+            f"{folder}, got {channels} channels of {height}x{width}; set channels and image_size of the images"
         )
     count = num_latent_channels(autoencoder)
     space = LatentSpace(
@@ -252,10 +254,10 @@ def latent_space_of(
     )
     if scaling_factor is not None:
         return space.rescaled(scaling_factor)
-    # As diffusers' pipelines for Stable Diffusion XL do: latents * latents_std / scaling_factor + latents_mean.
+    # diffusers' pipelines for Stable Diffusion XL decode latents * latents_std / scaling_factor + latents_mean.
     mean, std = (autoencoder.config.get(name) for name in MOMENTS)
     scale = autoencoder.config["scaling_factor"]
-    return replace(space, mean=tuple(mean or space.mean), std=tuple(one / scale for one in std or space.std))
+    return replace(space, mean=tuple(mean or space.mean), std=tuple(value / scale for value in std or space.std))
 
 
 @torch.no_grad()
@@ -264,8 +266,8 @@ def decode_latents(autoencoder: "AutoencoderNetwork", space: LatentSpace, latent
 
     Args:
         autoencoder: The autoencoder, on any device.
-        space: The space that the latents lie in.
-        latents: (N, c, h, w), on any device.
+        space: The latent space.
+        latents: Normalised latents, (N, c, h, w), on any device.
     """
     device = next(autoencoder.parameters()).device
     raw = space.denormalise(latents.float())
@@ -274,21 +276,21 @@ def decode_latents(autoencoder: "AutoencoderNetwork", space: LatentSpace, latent
 
 
 def _autoencoder_of(space: LatentSpace, folder: str | os.PathLike[str]) -> "AutoencoderNetwork":
-    """The autoencoder that latents were made with, on the CPU and in eval mode.
+    """The autoencoder of a latent space, on the CPU and in eval mode.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If another one is there.
+        FileNotFoundError: If the autoencoder is not in the folder.
+        ValueError: If the folder holds another autoencoder.
     """
     from unet_diffusion.models.autoencoders import pretrained_autoencoder
 
     try:
         autoencoder = pretrained_autoencoder(folder).eval()
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; say where the autoencoder is now with --autoencoder DIR") from error
+        raise FileNotFoundError(f"{error}; name its current folder with --autoencoder DIR") from error
     if fingerprint(autoencoder, autoencoder.config) != space.fingerprint:
         raise ValueError(
-            f"the autoencoder in {folder} is not the one that the latents are of: it was trained on or replaced; "
-            "bring the old one back, or encode the images and train the denoiser again"
+            f"{folder} must hold the autoencoder that made the latents, and it was trained further or replaced since; "
+            "restore it, or encode the images and train the denoiser again"
         )
     return autoencoder

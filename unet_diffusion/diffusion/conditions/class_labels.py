@@ -10,11 +10,11 @@ from unet_diffusion.diffusion.conditions.condition import Condition, Request, by
 
 
 class ClassLabels(Condition):
-    """A class for each image, (B,) int64, that the network itself embeds and adds to the time embedding.
+    """The class of each image, (B,) int64, which the network itself embeds and adds to the time embedding.
 
     Args:
-        num_embeddings: Rows of the network's class embedding, the null label included.
-        null_label: The label that stands for no class; None: there is none.
+        num_embeddings: Number of rows of the network's class embedding, with the null label.
+        null_label: The label that stands for no class; None: there is no null label.
         dropout: Probability of null_label in training.
     """
 
@@ -28,7 +28,7 @@ class ClassLabels(Condition):
 
     @property
     def num_classes(self) -> int:
-        """Classes to choose from; the null label does not count."""
+        """The number of classes to choose from, without the null label."""
         return self.num_embeddings - (self.null_label is not None)
 
     @property
@@ -70,7 +70,7 @@ class ClassLabels(Condition):
 
 
 def labels_by_turns(request: Request, num_classes: int) -> Tensor:
-    """The label of each image that a user asks for, (N,) int64; all classes by turns where none is named."""
+    """The label of each image that a user asks for, (N,) int64; if the user names no class, all classes in turn."""
     numbers = label_numbers(request.values.get("labels"), num_classes, request.class_names)
     return by_turns(torch.tensor(numbers), request.num_images)
 
@@ -78,12 +78,12 @@ def labels_by_turns(request: Request, num_classes: int) -> Tensor:
 def label_numbers(
     labels: Sequence[str | int] | str | int | None, num_classes: int, class_names: Sequence[str] | None
 ) -> list[int]:
-    """The number of each class that is named; of all classes, where none is.
+    """The numbers of the classes in `labels`, or of all classes if labels is None.
 
     Args:
-        labels: Names or numbers of classes. A text that is no name but a number is the number of a class.
-        num_classes: How many classes there are.
-        class_names: The name of each class; None: they have none.
+        labels: Names or numbers of classes. A numeric string is a number only if no class has that name.
+        num_classes: The number of classes.
+        class_names: The name of each class; None: they have no names.
 
     Raises:
         ValueError: If there is no such class.
@@ -96,6 +96,6 @@ def label_numbers(
         number = names.index(text) if text in names else int(text) if text.isdecimal() else -1
         if not 0 <= number < num_classes:
             known = f"names of classes ({', '.join(names)}), or " if names else ""
-            raise ValueError(f"labels must be {known}numbers from 0 to {num_classes - 1}; got {text!r}")
+            raise ValueError(f"labels must be {known}numbers from 0 to {num_classes - 1}, got {text!r}")
         numbers.append(number)
     return numbers

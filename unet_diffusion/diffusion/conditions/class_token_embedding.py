@@ -1,4 +1,4 @@
-"""A class as a token to attend to: what an exported folder has in `class_tokens/`, this file with it."""
+"""The embedding of classes as tokens; an exported folder has it and this file in `class_tokens/`."""
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class ClassTokenEmbedding(ModelMixin, ConfigMixin):
-    """A token for each class, (B,) int64 to (B, 1, context_dim).
+    """A token for each label, (B,) int64 to (B, 1, context_dim).
 
     Args:
-        context_dim: width of a token.
-        num_classes: how many classes there are; the row after theirs stands for none.
+        context_dim: Width of a token.
+        num_classes: The number of classes; label num_classes stands for no class.
     """
 
     @register_to_config
@@ -19,5 +19,5 @@ class ClassTokenEmbedding(ModelMixin, ConfigMixin):
         self.embedding = nn.Embedding(num_classes + 1, context_dim)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """The token of each label."""
+        """The token of each label, (B, 1, context_dim)."""
         return self.embedding(labels)[:, None]

@@ -1,4 +1,4 @@
-"""The class of an image, as a token to attend to."""
+"""The class of an image as a token to attend to."""
 
 import copy
 from typing import Any
@@ -11,11 +11,11 @@ from unet_diffusion.diffusion.conditions.condition import Condition, Request
 
 
 class ClassTokens(Condition):
-    """A class for each image, (B,) int64, as one token to attend to, (B, 1, context_dim).
+    """The class of each image, (B,) int64, as one token to attend to, (B, 1, context_dim).
 
     Args:
-        context_dim: Width of a token, as that of the network.
-        num_classes: How many classes there are; the null does not count.
+        context_dim: Width of a token, which must be the network's context_dim.
+        num_classes: The number of classes, without the null.
         dropout: Probability of the null in training; 0: there is no null.
     """
 
@@ -25,7 +25,7 @@ class ClassTokens(Condition):
 
     def __init__(self, context_dim: int, num_classes: int, *, dropout: float = 0.1):
         super().__init__(dropout)
-        self.embedding = nn.Embedding(num_classes + 1, context_dim)  # as published: the null is the last row
+        self.embedding = nn.Embedding(num_classes + 1, context_dim)  # the last row is the null
         self.config = {"context_dim": context_dim, "num_classes": num_classes, "dropout": dropout}
 
     @property
@@ -44,7 +44,7 @@ class ClassTokens(Condition):
     def bind_data(self, datamodule: Any) -> None:
         if datamodule.num_classes != self.num_classes:
             raise ValueError(
-                f"num_classes of ClassTokens must be that of the data, {datamodule.num_classes}, got {self.num_classes}"
+                f"num_classes of ClassTokens must be {datamodule.num_classes}, as in the data, got {self.num_classes}"
             )
 
     def meaning(self) -> Any:

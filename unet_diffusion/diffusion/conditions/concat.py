@@ -1,4 +1,4 @@
-"""Maps of an image's size, which the network has beside the noised image."""
+"""Maps of the size of x0, which the network takes as channels beside the noised image."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from unet_diffusion.diffusion.conditions.condition import Condition
 
 
 class Concat(Condition):
-    """Maps of the size of what is denoised, (B, channels, h, w), that the network has beside x; the null is 0.
+    """Maps of the size of x0, (B, channels, h, w), as further channels of the network's input; the null is 0.
 
-    The network's in_channels count them. The data must give them, as the entry "concat" of a batch.
+    The network's in_channels includes them. The data must hold them as the entry "concat" of a batch.
 
     Args:
-        channels: Channels of the maps.
+        channels: Number of channels of the maps.
         dropout: Probability of the null in training; 0: there is no null.
     """
 
@@ -31,7 +31,7 @@ class Concat(Condition):
 
     def forward(self, entry: Tensor) -> Tensor:
         if entry.shape[1] != self.channels:
-            raise ValueError(f"maps beside the noised image must have {self.channels} channels, got {entry.shape[1]}")
+            raise ValueError(f"concat must have {self.channels} channels, got {entry.shape[1]}")
         return entry
 
     def example(self, batch_size: int, sample_shape: tuple[int, int, int]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Conditions: what is known of an image, and all that concerns it, in one class a kind.
+"""Conditions: knowledge about an image, such as its class or caption, with one class for each kind.
 
-One algebra for all of them (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.3): a condition reads an
-entry of a batch and gives an argument of the network, which adds it to the time embedding ("labels", "vector"), attends
-to it ("context") or has it beside the noised image ("concat"). Each has a null, which stands for "not known", and a
-dropout of its own; several conditions that give the same argument are joined.
+All follow one scheme (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.3): a condition reads an entry
+of a batch and gives an argument of the network. The network adds it to the time embedding ("labels", "vector"), attends
+to it ("context") or concatenates it with the noised image ("concat"). Each condition has its own dropout and its own
+null, which stands for "not known". Conditions that give the same argument are joined.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,25 +19,25 @@ Inputs = Mapping[str, Tensor]
 """Arguments of a network beside x and t, (B, ...) each: any of "labels", "context", "vector" and "concat"."""
 
 Encode = Callable[[Tensor], Tensor]
-"""encode(images): the x0 of images (B, C, H, W) in [-1, 1]: their normalised latents, or the images themselves."""
+"""encode(images) gives the x0 of images (B, C, H, W) in [-1, 1]: their normalised latents, or the images themselves."""
 
-CONDITION_KEY = 2  # keeps what conditions draw apart from noise, which has the same seed
-WIDTHS = {"context": "context_dim", "concat": "channels"}  # arguments of conditions, by what they give the network
-JOINED_ALONG = {"context": 1, "vector": 1, "concat": 1}  # dimension: tokens, or channels
+CONDITION_KEY = 2  # keeps the random numbers of conditions apart from noise of the same seed
+WIDTHS = {"context": "context_dim", "concat": "channels"}  # network argument -> the condition's argument for its width
+JOINED_ALONG = {"context": 1, "vector": 1, "concat": 1}  # network argument -> dimension of tokens or channels
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for, as conditions see it.
+    """A user's request for images, as conditions see it.
 
     Args:
-        num_images: N, how many images.
+        num_images: N, the number of images.
         seed: Seed of the images.
-        values: What the user gave, by the name of the option: labels, captions, ...
+        values: The user's values by the name of the option: labels, captions, ...
         class_names: The name of each class; None: there are no names.
-        image: The given image, (1, C, H, W) in [-1, 1]; None: there is none.
-        mask: Where to paint into it, (1, 1, H, W) float32, 1 where, 0 elsewhere; None: there is none.
-        encode: Gives the x0 of images.
+        image: The user's image, (1, C, H, W) in [-1, 1]; None: there is no image.
+        mask: The area to paint, (1, 1, H, W) float32, 1 inside and 0 outside; None: there is no mask.
+        encode: Function that gives the x0 of images.
     """
 
     num_images: int
@@ -50,25 +50,25 @@ class Request:
 
 
 class Condition(nn.Module):
-    """Something known of an image, and the argument of the network that it becomes.
+    """A kind of knowledge about an image: a module that turns its entry of a batch into an argument of the network.
 
-    A kind of your own is a subclass in a file of your own that the configuration names. It defines `batch_key`,
-    `network_argument`, `config`, `forward`, `null`, `example` and, to be sampled with, `options` and `from_user`. It is
-    called with its entry of a batch, (B, ...), and gives the network's argument, (B, ...).
+    For a new kind, write a subclass in a file of your own and name it in the configuration. Define `batch_key`,
+    `network_argument`, `config`, `forward`, `null` and `example`, and for sampling `options` and `from_user`. `forward`
+    takes the entry, (B, ...), and gives the network's argument, (B, ...).
 
     Args:
         dropout: Probability of the null in training; 0: there is no null, and no guidance.
 
     Attributes:
-        batch_key: Entry of a batch that it reads.
-        network_argument: Argument of the network that it gives.
-        config: Arguments that build it again, as plain values.
-        provides: Entries of a batch that it makes itself, of the images; the data need not have them.
-        options: What a user gives to draw with it: keywords of `Denoiser.sample`, options of the command.
-        needs: Those of its options, and of "image" and "mask", without which it cannot draw.
-        refuses: Options that make no sense beside it.
-        purpose: What a denoiser with it does, in an error: "... as this denoiser paints into an image".
-        pipeline_role: What it is in an exported pipeline, see `diffusers_io`; None: no pipeline knows it.
+        batch_key: Name of the entry of a batch that the condition reads.
+        network_argument: Name of the argument of the network that the condition gives.
+        config: The constructor's arguments as plain values, from which a checkpoint builds the condition.
+        provides: Names of the entries that the condition makes from the images; the data need not hold them.
+        options: Names of the values that a user may give: keywords of `Denoiser.sample` and options of the command.
+        needs: Those of `options`, "image" and "mask" that sampling requires.
+        refuses: Options that make no sense together with the condition.
+        purpose: Verb phrase for errors, as in "this denoiser paints into an image; give image and mask".
+        pipeline_role: Name of the role in an exported pipeline, see `diffusers_io`; None: no pipeline takes it.
 
     Raises:
         ValueError: If dropout is not in [0, 1).
@@ -81,7 +81,7 @@ class Condition(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     refuses: ClassVar[tuple[str, ...]] = ()
-    purpose: ClassVar[str] = "was trained on them"
+    purpose: ClassVar[str] = "has conditions of its own"
     pipeline_role: ClassVar[str | None] = None
 
     def __init__(self, dropout: float):
@@ -92,24 +92,24 @@ class Condition(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Classes to choose from, of a condition that reads "labels"."""
+        """The number of classes to choose from, for a condition that reads "labels"."""
         return 0
 
     @property
     def has_null(self) -> bool:
-        """Whether the network was trained without this condition, too."""
+        """Whether the network was also trained without this condition."""
         return self.dropout > 0
 
     def null(self, entry: Tensor) -> Tensor:
-        """The entry of images of which this is not known, of the shape of `entry`."""
+        """The entry that stands for "not known", of the shape of `entry`."""
         raise NotImplementedError(f"{type(self).__name__} must define null()")
 
     def drop(self, entry: Tensor, generator: torch.Generator) -> Tensor:
-        """The entry of a batch, (B, ...), with the null in place of each image's with probability dropout.
+        """The entry, (B, ...), with the null in place of each image's value with probability `dropout`.
 
         Args:
-            entry: What the batch holds.
-            generator: Draws the choice: B numbers, or none if dropout is 0.
+            entry: The entry of a batch.
+            generator: Generator of the choice, which takes B numbers, or none if dropout is 0.
         """
         if self.dropout == 0:
             return entry
@@ -118,11 +118,11 @@ class Condition(nn.Module):
         return torch.where(is_dropped, self.null(entry), entry)
 
     def example(self, batch_size: int, sample_shape: tuple[int, int, int]) -> Tensor:
-        """An entry of a batch of any images, (B, ...) on the CPU, to time and to trace the network with.
+        """A valid entry for any images, (B, ...) on the CPU, to time and to trace the network with.
 
         Args:
             batch_size: B.
-            sample_shape: (C, h, w) of what is denoised.
+            sample_shape: (C, h, w) of x0.
         """
         raise NotImplementedError(f"{type(self).__name__} must define example()")
 
@@ -130,38 +130,38 @@ class Condition(nn.Module):
         """Check that a checkpoint can build the condition again, and that its width is known.
 
         Raises:
-            ValueError: If `config` does not hold its constructor's arguments, or lacks the width of what it gives.
+            ValueError: If `config` does not hold the constructor's arguments, or lacks the width.
         """
         check_config(self)
         width = WIDTHS.get(self.network_argument)
         if width is not None and width not in self.config:
-            raise ValueError(f"{type(self).__name__} gives the network {self.network_argument!r}, and must have an "
-                             f"argument {width} that says how wide it is")  # fmt: skip
+            raise ValueError(f"{type(self).__name__} gives the network {self.network_argument!r} and must have its "
+                             f"width as an argument {width}")  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- data
 
     def bind_data(self, datamodule: Any) -> None:
-        """Take from the data what it needs to know of them before training, and refuse data that do not fit.
+        """Learn from the data before training, and refuse data that do not fit.
 
         Args:
             datamodule: The data, set up.
 
         Raises:
-            ValueError: If the data lack what this condition reads.
+            ValueError: If the data lack the entry that this condition reads.
         """
 
     def bind_sample_shape(self, sample_shape: tuple[int, int, int]) -> None:
-        """Take note of the shape (C, h, w) of what is denoised, before training."""
+        """Take note of the shape (C, h, w) of x0, before training."""
 
     def copy_learned(self, other: "Condition") -> None:
-        """Take over what another condition of this kind learned from the data, such as a tokenizer."""
+        """Copy everything that another condition of this kind learned from the data, such as a tokenizer."""
 
     def notes(self) -> list[str]:
-        """What a user should know of the data as this condition reads them, a line each; said before training."""
+        """Lines about the data for the user, printed before training, such as how many captions were cut."""
         return []
 
     def read(self, batch: Mapping[str, Any]) -> Tensor:
-        """Its entry of a batch of the data, (B, ...).
+        """The condition's entry of a batch, (B, ...).
 
         Raises:
             ValueError: If the batch has no such entry.
@@ -169,95 +169,95 @@ class Condition(nn.Module):
         if self.batch_key not in batch:
             raise ValueError(
                 f"a batch must hold {self.batch_key!r}, which the condition {type(self).__name__} reads, and holds "
-                f"{', '.join(map(str, batch)) or 'nothing'}; let the data give it, or remove the condition"
+                f"{', '.join(map(str, batch)) or 'nothing'}; add it to the data, or remove the condition"
             )
         return batch[self.batch_key]
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> dict[str, Tensor]:
-        """What is random in the entries that it provides, (B, ...) each, on the generator's device.
+        """The random numbers behind the provided entries, (B, ...) each, on the generator's device.
 
         Args:
             shape: (B, C, H, W) of the images.
-            generator: Draws the numbers.
+            generator: Generator of the numbers.
         """
         return {}
 
     def entries(self, images: Tensor, drawn: Mapping[str, Tensor], encode: Encode) -> dict[str, Tensor]:
-        """The entries of a batch that it provides.
+        """The entries of a batch that the condition provides, (B, ...) each.
 
         Args:
-            images: (B, C, H, W) in [-1, 1].
-            drawn: What `draw` gave.
-            encode: Gives the x0 of images.
+            images: Images, (B, C, H, W) in [-1, 1].
+            drawn: The random numbers from `draw`.
+            encode: Function that gives the x0 of images.
         """
         return {}
 
     def seen(self, images: Tensor, entries: Mapping[str, Tensor]) -> Tensor | None:
-        """What the network is shown of images, as images of the same size to look at; None: nothing to look at.
+        """Pictures of the network's view of images, (B, C, H, W); None: there is nothing to look at.
 
         Args:
-            images: (B, C, H, W) in [-1, 1].
-            entries: What `draw` and `entries` gave.
+            images: Images, (B, C, H, W) in [-1, 1].
+            entries: The results of `draw` and `entries`.
         """
         return None
 
     def meaning(self) -> Any:
-        """What decides what its entries mean, as plain values: two conditions with the same can share them."""
+        """Plain values that decide the meaning of an entry: conditions with equal values can share entries."""
         return None
 
     # ------------------------------------------------------------------------------------------------- users
 
     @property
     def is_asked_of_images(self) -> bool:
-        """Whether only images of the data say what it reads, and no words or names of a user."""
+        """Whether its entry can only come from images of the data, not from a user's words or names."""
         return bool(self.provides) or type(self).from_user is Condition.from_user
 
     def values_of(self, indices: Sequence[int]) -> dict[str, Any]:
-        """What a user would give to draw images like those of the data, by option.
+        """The values by option that a user would give to draw images like these images of the data.
 
         Args:
-            indices: Numbers of N images of the data, after `bind_data`.
+            indices: Numbers of N images of the data; `bind_data` must have been called.
         """
         return {}
 
     def from_user(self, request: Request) -> dict[str, Tensor]:
-        """The entries of a batch that a user's request means, (N, ...) each on the CPU, an entry each image by turns.
+        """The entries for a user's request, (N, ...) each on the CPU; fewer than N values are repeated in turn.
 
         Raises:
-            ValueError: If a value does not fit; it says what would.
+            ValueError: If a value does not fit; the message says which values do.
         """
         raise NotImplementedError(f"{type(self).__name__} must define from_user() to draw images")
 
     # ------------------------------------------------------------------------------------------------- pipelines
 
     def pipeline_parts(self) -> dict[str, Any]:
-        """The parts and settings of an exported pipeline that it becomes, by name."""
+        """The parts and settings that the condition adds to an exported pipeline, by name."""
         return {}
 
     @property
     def pipeline_null(self) -> Any:
-        """What an exported pipeline takes for "not known"."""
+        """The value that stands for "not known" in an exported pipeline."""
         return None
 
     def pipeline_outputs(self, pipeline: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """What it and an exported pipeline that was loaded again make of the same, to be compared, by name."""
+        """Outputs for the same input by name, as pairs: of the condition, and of its reloaded exported pipeline."""
         return {}
 
 
 def by_turns(values: Tensor, count: int) -> Tensor:
-    """The values, (n, ...), one after the other and again, (count, ...)."""
+    """The values, (n, ...), repeated in turn up to `count`, (count, ...)."""
     return values[torch.arange(count) % len(values)]
 
 
 def network_inputs(
     conditions: Iterable[Condition], batch: Mapping[str, Tensor], *, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """What the network is called with beside x and t, for a batch.
+    """The network's inputs beside x and t for a batch, (B, ...) each.
 
     Args:
-        conditions: The conditions; what several of them give for one argument is joined in their order.
-        batch: What the batch holds, (B, ...) each.
-        generator: In training, drops each condition of each image by its own probability; None: all are kept.
+        conditions: The conditions; those that give the same argument are joined in this order.
+        batch: The entries of a batch, (B, ...) each.
+        generator: Generator of the dropout in training; None: no dropout.
 
     Raises:
         ValueError: If the batch lacks an entry.
@@ -272,15 +272,16 @@ def network_inputs(
 
 
 def unconditional_inputs(conditions: Iterable[Condition], batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """As `network_inputs`, with the null for each condition that has one; None if none has."""
+    """As `network_inputs`, with the null of each condition that has one; None if no condition has one."""
     conditions = list(conditions)
-    if not any(one.has_null for one in conditions):
+    if not any(condition.has_null for condition in conditions):
         return None
-    return network_inputs([_Nulled(one) if one.has_null else one for one in conditions], batch)
+    nulled = [_Nulled(condition) if condition.has_null else condition for condition in conditions]
+    return network_inputs(nulled, batch)
 
 
 class _Nulled(Condition):
-    """A condition of which nothing is known, whatever a batch holds."""
+    """A condition that gives its null for every entry."""
 
     def __init__(self, condition: Condition):
         super().__init__(0.0)

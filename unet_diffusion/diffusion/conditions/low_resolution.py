@@ -1,8 +1,8 @@
-"""A small image, to be enlarged.
+"""A small image to enlarge, as a condition.
 
-Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.5), laid out as in Stable Diffusion's network for
-upscaling. The small image is noised, and the network told how much (Ho et al. 2021, https://arxiv.org/abs/2106.15282,
-section 4.2), so that its errors are not taken for detail.
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.5), laid out as in Stable Diffusion's upscaler. The
+small image is noised and the network learns its noise level (Ho et al. 2021, https://arxiv.org/abs/2106.15282, section
+4.2), so that the network does not take errors of the small image for detail.
 """
 
 from collections.abc import Mapping
@@ -17,21 +17,21 @@ from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Encode,
 from unet_diffusion.diffusion.schedule import NoiseSchedule, scheduler_config
 from unet_diffusion.runtime.randomness import keyed_generator
 
-# Of a small image, as in Stable Diffusion's upscaler; and the highest timestep of it that is used.
+# The noise schedule of the small image and its highest timestep in use, as in Stable Diffusion's upscaler.
 LOW_RES_SCHEDULE = NoiseSchedule(1000, "scaled_linear", beta_start=1.0e-4, beta_end=0.02)
 MAX_NOISE_LEVEL = 350
-NOISE_LEVEL = 20  # unless a user gives another, as in diffusers' pipeline
+NOISE_LEVEL = 20  # default of diffusers' pipeline
 
 
 class LowResolution(Concat):
-    """A small image of the size of x0, noised to the level that is the network's class: (B, C, h, w).
+    """A small image of the size of x0, (B, C, h, w), noised to a level that is the network's class label.
 
-    The network has a class for each level, `LOW_RES_SCHEDULE.num_train_timesteps`. How far it enlarges is what the
-    autoencoder divides by, 4 in Stable Diffusion. Levels of noise to train on are drawn from 0 to 350. To draw, a user
-    gives an image, and a level if 20 does not suit.
+    The network has one class for each of the `LOW_RES_SCHEDULE.num_train_timesteps` levels. It enlarges by the
+    autoencoder's downsampling, 4 in Stable Diffusion. Training draws levels from 0 to 350. To sample, a user gives an
+    image and, if 20 does not suit, a noise_level.
 
     Args:
-        channels: Channels of the small image.
+        channels: Number of channels of the small image.
     """
 
     provides = ("labels", "concat")
@@ -48,7 +48,7 @@ class LowResolution(Concat):
 
     @property
     def num_classes(self) -> int:
-        """Levels of noise that the network's class embedding has, whether they are used or not."""
+        """The number of noise levels in the network's class embedding, used or not."""
         return LOW_RES_SCHEDULE.num_train_timesteps
 
     def bind_sample_shape(self, sample_shape: tuple[int, int, int]) -> None:
@@ -76,7 +76,7 @@ class LowResolution(Concat):
             raise ValueError(f"noise_level must be in [0, {MAX_NOISE_LEVEL}], got {level}; {NOISE_LEVEL} is usual")
         levels = torch.full((request.num_images,), level)
         generators = [keyed_generator(request.seed, CONDITION_KEY, index) for index in range(request.num_images)]
-        noise = torch.stack([torch.randn(request.image.shape[1:], generator=one) for one in generators])
+        noise = torch.stack([torch.randn(request.image.shape[1:], generator=generator) for generator in generators])
         return {"labels": levels, "concat": LOW_RES_SCHEDULE.add_noise(request.image.expand_as(noise), noise, levels)}
 
     def pipeline_parts(self) -> dict[str, Any]:
@@ -86,5 +86,5 @@ class LowResolution(Concat):
 
 
 def shrink(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images at a smaller size, (B, C, *size) in [-1, 1], bicubic and antialiased."""
+    """Images at a smaller size (h, w), (B, C, h, w) in [-1, 1], by antialiased bicubic interpolation."""
     return interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)

@@ -1,7 +1,7 @@
-"""What a mask leaves of an image, to paint the rest.
+"""A mask and the part of an image outside it, as a condition for inpainting.
 
-Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.5), laid out as in Stable Diffusion's network for
-inpainting.
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.5), laid out as in Stable Diffusion's inpainting
+network.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from torch.nn.functional import interpolate
 from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.condition import Encode, Request
 
-MOST_BOXES = 4  # of a mask
-SMALLEST_SIDE, LARGEST_SIDE = 0.2, 0.6  # of a box, as a share of the image's
-COVERS_ALL = 0.25  # share of the masks, as in the training of Stable Diffusion's networks for inpainting
+MOST_BOXES = 4  # boxes per mask
+SMALLEST_SIDE, LARGEST_SIDE = 0.2, 0.6  # sides of a box as shares of the image's
+COVERS_ALL = 0.25  # share of masks that cover the image, as in the training of Stable Diffusion's inpainting
 
 
 class MaskedImage(Concat):
-    """A mask, 1 where to paint, and what it leaves of the image or of its x0, (B, 1 + C, h, w).
+    """A mask, 1 where to paint, and the x0 of the masked image, (B, 1 + C, h, w).
 
-    Masks to train on are one to four boxes, or cover everything in a quarter of the cases; they are drawn anew in each
-    step. To draw, a user gives an image and a mask.
+    Each training step draws new masks: one to four boxes, or in a quarter of the cases the whole image. To sample, a
+    user gives an image and a mask.
 
     Args:
-        channels: 1 + C.
+        channels: 1 + C, for the mask and x0.
     """
 
     provides = ("concat",)
@@ -58,28 +58,28 @@ class MaskedImage(Concat):
 
 
 def masked_image_maps(images: Tensor, mask: Tensor, encode: Encode) -> Tensor:
-    """What `MaskedImage` reads, (B, 1 + C, h, w): the mask at the size of x0, and the x0 of the image under the mask.
+    """The entry of `MaskedImage`, (B, 1 + C, h, w): the mask at the size of x0, and the x0 of the masked images.
 
-    What the mask covers is grey, 0, and a latent is covered where its first pixel is, both as in diffusers.
+    As in diffusers, the masked area is grey (0), and a latent is masked if its first pixel is.
 
     Args:
-        images: (B, C, H, W) in [-1, 1].
-        mask: 1 where to paint, 0 elsewhere, (B, 1, H, W) float32.
-        encode: Gives the x0 of images.
+        images: Images, (B, C, H, W) in [-1, 1].
+        mask: Masks, (B, 1, H, W) float32, 1 where to paint and 0 elsewhere.
+        encode: Function that gives the x0 of images.
     """
     latents = encode(images * (1 - mask))
     return torch.cat([interpolate(mask, latents.shape[2:]), latents], dim=1)
 
 
 def draw_masks(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Masks to train on, (count, 1, H, W) float32: 1 in one to four boxes, or everywhere, 0 elsewhere.
+    """Random masks for training, (count, 1, H, W) float32: 1 in one to four boxes or everywhere, 0 elsewhere.
 
-    Boxes may reach beyond the border, or nothing would be learnt of it.
+    Boxes may reach beyond the border, so that the network learns to paint there, too.
 
     Args:
-        count: How many masks.
+        count: The number of masks.
         size: H and W.
-        generator: Draws the boxes; the masks are on its device.
+        generator: Generator of the boxes; the masks are on its device.
     """
     device = generator.device
     y, x, height, width = torch.rand(4, count, MOST_BOXES, 1, generator=generator, device=device)
@@ -92,7 +92,13 @@ def draw_masks(count: int, size: tuple[int, int], generator: torch.Generator) ->
 
 
 def _within(centre: Tensor, share: Tensor, side: int) -> Tensor:
-    """Which pixels of a side boxes cover, (..., side) bool, where centre and share, in [0, 1], say where they lie."""
+    """Whether boxes cover each pixel of a side, (..., side) bool.
+
+    Args:
+        centre: Centre of each box as a share of the side, (..., 1).
+        share: Size of each box in [0, 1], between SMALLEST_SIDE and LARGEST_SIDE, (..., 1).
+        side: Length of the side in pixels.
+    """
     extent = SMALLEST_SIDE + (LARGEST_SIDE - SMALLEST_SIDE) * share
     pixels = (torch.arange(side, device=centre.device) + 0.5) / side
     return (pixels - centre).abs() <= extent / 2

@@ -1,8 +1,8 @@
-"""Captions as a condition: a BPE tokenizer and a transformer, CLIP's text encoder in build, trained or taken as it is.
+"""Captions as a condition: a BPE tokenizer and a transformer with the architecture of CLIP's text encoder.
 
-Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.3.1) train a transformer on the captions together with
-the denoiser; Stable Diffusion keeps CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020) as it is. Both are
-the same class here, of the package transformers, so that either kind of model is a stock StableDiffusionPipeline.
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.3.1) train the transformer on the captions together
+with the denoiser; Stable Diffusion freezes CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020). Both use
+the same class of the package transformers here, so that either becomes a stock StableDiffusionPipeline.
 """
 
 import copy
@@ -21,10 +21,10 @@ from unet_diffusion.runtime.safe_loading import check_safetensors
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-SPECIAL = {"<|startoftext|>": 0, "<|endoftext|>": 1}  # of a tokenizer of one's own
+SPECIAL = {"<|startoftext|>": 0, "<|endoftext|>": 1}  # ids in a tokenizer that is trained here
 WORD_END = "</w>"
 SMALLEST_VOCAB = len(SPECIAL) + 2 * 256
-FIXED = {  # of a text encoder's config.json: what is as in CLIP, and no argument here
+FIXED = {  # fields of a text encoder's config.json that must be as in CLIP
     "attention_dropout": 0.0,
     "layer_norm_eps": 1e-5,
 }
@@ -33,26 +33,26 @@ FIXED = {  # of a text encoder's config.json: what is as in CLIP, and no argumen
 class TextTokens(Condition):
     """A caption for each image as tokens to attend to: token ids (B, L) int64 become (B, L, context_dim).
 
-    L is max_length. The null is the empty caption. The tokenizer is trained by `learn_words`, and is part of the state.
+    L is max_length. The null is the empty caption. `learn_words` trains the tokenizer, which is part of the state.
 
     Args:
-        context_dim: width of the transformer, and context_dim of the network.
-        vocab_size: most tokens that the tokenizer may have.
-        max_length: tokens of a caption, its beginning and end included; longer ones are cut off.
-        num_layers: of the transformer.
-        num_heads: of its attention.
-        hidden_act: "quick_gelu" as in CLIP, or "gelu".
-        frozen: keep the transformer's weights as they are.
-        dropout: probability of the empty caption in training; 0: there is no null.
+        context_dim: Width of the transformer, which must be the network's context_dim.
+        vocab_size: Largest number of tokens of the tokenizer, at least 514.
+        max_length: Length L of a caption in tokens, with its start and end token; longer captions are cut.
+        num_layers: Number of layers of the transformer.
+        num_heads: Number of attention heads of the transformer.
+        hidden_act: Activation of the transformer, "quick_gelu" as in CLIP or "gelu".
+        frozen: Keep the transformer's weights as they are.
+        dropout: Probability of the empty caption in training; 0: there is no null.
 
     Raises:
-        ImportError: without the package transformers.
-        ValueError: if the width cannot be divided into heads.
+        ImportError: If the package transformers is missing.
+        ValueError: If context_dim is not a multiple of num_heads.
     """
 
     batch_key, network_argument = "captions", "context"
     options = needs = ("captions",)
-    purpose = "draws what they say"
+    purpose = "draws from captions"
     pipeline_role = "prompt"
 
     def __init__(
@@ -82,25 +82,25 @@ class TextTokens(Condition):
         }
         self.encoder = _text_model(self.config).requires_grad_(not frozen)
         self.tokenizer: CLIPTokenizer | None = None
-        self.captions: list[str] | None = None  # of all images of the data, once it has met them
-        self._tokens_of_data: Tensor | None = None  # token ids of these, (N, L), on the device
-        self.empty_caption: Tensor  # token ids, (L,), kept on the device: a step would wait for a copy
+        self.captions: list[str] | None = None  # of all images of the data, after bind_data
+        self._tokens_of_data: Tensor | None = None  # token ids of these captions, (N, L), on the device
+        self.empty_caption: Tensor  # token ids, (L,), on the device: a step would wait for a copy
         self.register_buffer("empty_caption", torch.zeros(max_length, dtype=torch.int64), persistent=False)
 
     def learn_words(self, captions: Sequence[str]) -> None:
-        """Train the tokenizer (byte pair encoding, as CLIP's) on captions, unless there is one.
+        """Train the tokenizer (byte pair encoding, as in CLIP) on captions, unless there already is one.
 
         Raises:
-            ValueError: if vocab_size has no room for the 256 bytes, within a word and at its end.
+            ValueError: If vocab_size has no room for the 256 bytes, within a word and at its end.
         """
         if self.tokenizer is None:
             self._take(_tokenizer_of(captions, self.config["vocab_size"]))
 
     def token_ids(self, captions: Sequence[str]) -> Tensor:
-        """The tokens of captions, (N, max_length) int64, filled up at the end.
+        """The token ids of captions, (N, max_length) int64, padded at the end.
 
         Raises:
-            RuntimeError: if there is no tokenizer yet.
+            RuntimeError: If there is no tokenizer yet.
         """
         if self.tokenizer is None:
             raise RuntimeError("the tokenizer must be trained first: call learn_words")
@@ -108,20 +108,20 @@ class TextTokens(Condition):
         return encoded.input_ids
 
     def cut(self, captions: Sequence[str]) -> tuple[int, int]:
-        """How many captions have more than max_length tokens, and how many of these become equal to another by the cut.
+        """The number of captions longer than max_length, and how many of these equal another one after the cut.
 
         Raises:
-            RuntimeError: if there is no tokenizer yet.
+            RuntimeError: If there is no tokenizer yet.
         """
         if self.tokenizer is None:
             raise RuntimeError("the tokenizer must be trained first: call learn_words")
         whole = [tuple(ids) for ids in self.tokenizer(list(captions), verbose=False).input_ids]
         is_long = [len(ids) > self.config["max_length"] for ids in whole]
-        meant: dict[tuple[int, ...], set[tuple[int, ...]]] = {}  # by what is left of them
-        left = [tuple(ids) for ids in self.token_ids(captions).tolist()]
-        for before, after in zip(whole, left, strict=True):
-            meant.setdefault(after, set()).add(before)
-        return sum(is_long), sum(long and len(meant[after]) > 1 for long, after in zip(is_long, left, strict=True))
+        originals: dict[tuple[int, ...], set[tuple[int, ...]]] = {}  # by the tokens after the cut
+        cut = [tuple(ids) for ids in self.token_ids(captions).tolist()]
+        for before, after in zip(whole, cut, strict=True):
+            originals.setdefault(after, set()).add(before)
+        return sum(is_long), sum(long and len(originals[ids]) > 1 for long, ids in zip(is_long, cut, strict=True))
 
     def null(self, entry: Tensor) -> Tensor:
         return self.empty_caption.expand_as(entry)
@@ -133,7 +133,7 @@ class TextTokens(Condition):
         return torch.zeros(batch_size, self.config["max_length"], dtype=torch.int64)
 
     def bind_data(self, datamodule: Any) -> None:
-        """Keep the captions of the data, and train the tokenizer on those of the training images if there is none.
+        """Keep the captions of the data, and train the tokenizer, if there is none, on those of the training images.
 
         Raises:
             ValueError: If the data have no captions.
@@ -159,7 +159,7 @@ class TextTokens(Condition):
         return [f"captions: {num_cut} of {len(self.captions)} cut to the tokens of {length}{equal}"]
 
     def read(self, batch: Mapping[str, Any]) -> Tensor:
-        """The token ids of the images of a batch: its "captions", or those of the data that its "index" names."""
+        """The token ids of a batch, (B, L): its "captions", or the captions of the images that its "index" names."""
         if self.batch_key in batch or self.captions is None or "index" not in batch:
             return super().read(batch)
         if self._tokens_of_data is None:
@@ -185,7 +185,7 @@ class TextTokens(Condition):
         return ""
 
     def pipeline_outputs(self, pipeline: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """On a caption, each with its own tokenizer, called as the pipeline does."""
+        """The outputs for a caption, each with its own tokenizer, called as in the pipeline."""
         caption, tokenizer = ["A caption of 7 words, and more"], pipeline.tokenizer
         options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         loaded = pipeline.text_encoder(tokenizer(caption, **options, return_tensors="pt").input_ids)[0]
@@ -193,44 +193,44 @@ class TextTokens(Condition):
         return {"outputs of the text encoder": (encoder(self.token_ids(caption))[0], loaded)}
 
     def get_extra_state(self) -> Tensor:
-        """The tokenizer as the bytes of its JSON, which a checkpoint may hold; empty without one."""
+        """The tokenizer as the bytes of its JSON, uint8, for a checkpoint; empty if there is no tokenizer."""
         if self.tokenizer is None:
             return torch.zeros(0, dtype=torch.uint8)
         model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
-        kept = {"vocab": model["vocab"], "merges": model["merges"], "pad_token": self.tokenizer.pad_token}
-        return torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8)
+        words = {"vocab": model["vocab"], "merges": model["merges"], "pad_token": self.tokenizer.pad_token}
+        return torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The counterpart of `get_extra_state`."""
+        """Restore the tokenizer from `get_extra_state`."""
         if len(state):
-            kept = json.loads(bytes(state.tolist()))
-            merges = [tuple(one) for one in kept["merges"]]
+            words = json.loads(bytes(state.tolist()))
+            merges = [tuple(pair) for pair in words["merges"]]
             tokenizer_class = _transformers().CLIPTokenizer
-            self._take(tokenizer_class(vocab=kept["vocab"], merges=merges, pad_token=kept["pad_token"]))
+            self._take(tokenizer_class(vocab=words["vocab"], merges=merges, pad_token=words["pad_token"]))
 
     def _take(self, tokenizer: "CLIPTokenizer") -> None:
-        num_tokens, most = len(tokenizer), self.config["vocab_size"]
-        if num_tokens > most:
-            raise ValueError(f"the tokenizer has {num_tokens} tokens, and vocab_size is {most}; raise it")
+        num_tokens, vocab_size = len(tokenizer), self.config["vocab_size"]
+        if num_tokens > vocab_size:
+            raise ValueError(f"vocab_size must be at least the tokenizer's {num_tokens} tokens, got {vocab_size}")
         tokenizer.model_max_length = self.config["max_length"]
         self.tokenizer, self._tokens_of_data = tokenizer, None
         self.empty_caption.copy_(self.token_ids([""])[0])
-        config = self.encoder.config  # goes out with a pipeline
+        config = self.encoder.config  # an exported pipeline contains it
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
 
 
 def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = True) -> TextTokens:
-    """A text encoder of CLIP's build and its tokenizer, from a local pipeline folder of diffusers.
+    """The condition of a CLIP text encoder and its tokenizer, from a local diffusers pipeline folder.
 
     Args:
-        folder: holds text_encoder/ and tokenizer/, as Stable Diffusion 1 and 2 do.
-        dropout: probability of the empty caption in training.
-        frozen: keep the weights as they are.
+        folder: Folder with text_encoder/ and tokenizer/, as in Stable Diffusion 1 and 2.
+        dropout: Probability of the empty caption in training.
+        frozen: Keep the weights as they are.
 
     Raises:
-        FileNotFoundError: if they are not there, or the weights are not safetensors.
-        ValueError: if the encoder is of another build.
+        FileNotFoundError: If a subfolder is missing, or the weights are not safetensors.
+        ValueError: If the encoder does not have CLIP's architecture.
     """
     folder = Path(folder)
     config_file = folder / "text_encoder" / "config.json"
@@ -251,7 +251,7 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
         frozen=frozen,
         dropout=dropout,
     )
-    # By the configuration made here, not by the file's, which may ask for kernels to be downloaded and run.
+    # The file's own configuration could ask transformers to download and run kernels, so it is not used.
     model = transformers.CLIPTextModel.from_pretrained(
         config_file.parent,
         config=copy.deepcopy(text.encoder.config),
@@ -265,17 +265,17 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
 
 
 def _tokenizer_of(captions: Sequence[str], vocab_size: int) -> "CLIPTokenizer":
-    """Trained on captions; as in CLIP every byte is a token, within a word and at its end, whether seen or not."""
+    """A tokenizer trained on captions. As in CLIP, every byte is a token, within a word and at its end."""
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
     if vocab_size < SMALLEST_VOCAB:
-        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB}, for single bytes, got {vocab_size}")
+        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB}, for single bytes, got {vocab_size}; raise it")
     alphabet = sorted(ByteLevel.alphabet())
-    single = [*SPECIAL, *alphabet, *(one + WORD_END for one in alphabet)]
+    single = [*SPECIAL, *alphabet, *(byte + WORD_END for byte in alphabet)]
     tokenizer_class = _transformers().CLIPTokenizer
     backend = tokenizer_class(vocab=dict(SPECIAL), merges=[]).backend_tokenizer
-    # The trainer settles ties by number, and numbers what it meets in the order of a hash, but "special" tokens first.
+    # The trainer breaks ties by token id and gives ids in hash order, except that "special" tokens come first.
     trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=single, end_of_word_suffix=WORD_END, show_progress=False)
     backend.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
@@ -287,7 +287,7 @@ def _check_build(config: dict[str, Any], path: Path) -> None:
     expected = {"model_type": "clip_text_model", "intermediate_size": 4 * config["hidden_size"], **FIXED}
     for name, value in expected.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{name} of a text encoder must be {value}, got {config[name]} in {path}")
+            raise ValueError(f"{name} of a text encoder must be {value}, as in CLIP, got {config[name]} in {path}")
 
 
 def _text_model(config: dict[str, Any]) -> "CLIPTextModel":
