@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
-from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Condition, Encode, Inputs, network_inputs
+from unet_diffusion.diffusion.conditions.condition import (
+    CONDITION_KEY,
+    Condition,
+    Encode,
+    Inputs,
+    Request,
+    network_inputs,
+)
 from unet_diffusion.diffusion.losses import NUM_QUARTERS, LossWeighting, loss_weights, squared_error, sums_by_quarter
 from unet_diffusion.diffusion.parts import all_conditions, channels_beside
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.inference.record import codec_record, denoiser_record, network_record
+from unet_diffusion.inference.sample_options import SampleOptions
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
@@ -39,6 +47,7 @@ from unet_diffusion.training.denoising_rules import (
 )
 from unet_diffusion.training.lightning_internals import log_interval, total_batches
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
+from unet_diffusion.training.prediction import numbered
 
 FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
 USUAL_DROPOUT = 0.1  # of labels (Ho & Salimans 2022), where a checkpoint does not say
@@ -51,6 +60,9 @@ class DiffusionModule(NetworkModule):
     Batches are dicts with "images" (B, C, H, W) float32 in [-1, 1], or "x0" (B, C, h, w) of mean 0 and variance 1 where
     images were encoded before; "index" (B,) int64, the number of each image in its data set, which fixes its noise in
     validation; and what the conditions read, such as "labels" (B,) int64.
+
+    `trainer.predict` draws an image for each "index" of a batch, as `Denoiser.sample` does by default with the module's
+    seed, and takes texts for captions and names for labels, too. A batch may be the numbers alone.
 
     Args:
         unet: The network to train; its weights are the raw ones.
@@ -284,6 +296,31 @@ class DiffusionModule(NetworkModule):
         """
         spread = (index.cpu().double() * GOLDEN_RATIO) % 1.0  # on the CPU: not every device has float64
         return (spread * self.schedule.num_train_timesteps).long().to(index.device)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Images drawn for a batch, (B, C, H, W) float32 on the CPU in [-1, 1]; image i is a function of "index" i."""
+        from unet_diffusion.inference.drawing import Drawing  # imports diffusers, which takes seconds
+
+        batch = numbered(batch)
+        numbers = batch["index"].tolist()
+        options = SampleOptions(num_images=len(numbers), seed=self.seed, batch_size=len(numbers))
+        entries = self._entries_to_draw(batch)
+        drawing = Drawing(self.trained, options, device=self.device, entries=entries, numbers=numbers)
+        return drawing.draw(range(len(numbers))).clamp(-1, 1)
+
+    def _entries_to_draw(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the conditions read of a batch; words are read as a user's."""
+        if any(one.provides for one in self.all_conditions):
+            _, batch = self.fixed_entries(batch)
+        entries = {}
+        for condition in self.all_conditions:
+            entry: Any = condition.read(batch)
+            if not isinstance(entry, Tensor):
+                values, names = {condition.batch_key: entry}, self.class_names
+                request = Request(num_images=len(entry), values=values, class_names=names)
+                entry = condition.from_user(request)[condition.batch_key]
+            entries[condition.batch_key] = entry
+        return entries
 
     def _errors(self, unet: PixelNetwork, x0: Tensor, noise: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         """Squared error of the prediction for each image, (B,)."""
