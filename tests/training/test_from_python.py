@@ -218,7 +218,7 @@ def test_denoiser_draws_captions_given_as_texts(tmp_path, quiet_trainer):
     module = DiffusionModule(
         drawn_from.unet, drawn_from.schedule, codec=drawn_from.codec, conditions=list(drawn_from.conditions)
     )
-    module.image_shape = drawn_from.sample_shape
+    module.sample_shape = drawn_from.sample_shape
     asked = [{"index": index, "captions": caption} for index, caption in enumerate(CAPTIONS)]
     (drawn,) = quiet_trainer().predict(module, DataLoader(asked, batch_size=2))
     assert torch.equal(drawn, module.trained.sample(2, captions=CAPTIONS).clamp(-1, 1))

@@ -89,6 +89,7 @@ class DiffusionModule(NetworkModule):
     ema_unet: PixelNetwork
 
     record_key = "denoiser"
+    sample_shape: tuple[int, int, int] | None = None  # (C, h, w) of what is denoised; known with the data
 
     logged = (
         *("train/loss", "val/loss", "train/skipped_steps"),
@@ -138,18 +139,22 @@ class DiffusionModule(NetworkModule):
         self.codec.check_config()
 
     @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        return self.sample_shape
+
+    @property
     def trained(self) -> Denoiser:
         """The averaged network with all that is needed to draw with it and to export it.
 
         Raises:
             ValueError: Before the module has met its data.
         """
-        if self.image_shape is None:
-            raise ValueError("the image shape is not known before training; fit the module, or set its image_shape")
+        if self.sample_shape is None:
+            raise ValueError("the sample shape is not known before training; fit the module, or set its sample_shape")
         denoiser = Denoiser(
             unet=self.ema_unet,
             schedule=self.schedule,
-            sample_shape=self.image_shape,
+            sample_shape=self.sample_shape,
             codec=self.codec,
             null_label=self.null_label,
             class_names=self.class_names,
@@ -173,7 +178,7 @@ class DiffusionModule(NetworkModule):
 
     def bind_data(self, datamodule: Any) -> None:
         self.codec = getattr(datamodule, "codec", None) or self.codec
-        self.image_shape = self._sample_shape(datamodule)
+        self.sample_shape = self._sample_shape_of(datamodule)
         self.class_names = datamodule.class_names
         self._check_channels()
         provided = {entry for one in self.all_conditions for entry in one.provides}
@@ -186,7 +191,7 @@ class DiffusionModule(NetworkModule):
         if "labels" in provided:
             self.class_names = None  # they are no classes of the images
         for condition in self.all_conditions:  # the trained ones
-            condition.bind_sample_shape(self.image_shape)
+            condition.bind_sample_shape(self.sample_shape)
             if condition.provides or condition.batch_key not in provided:
                 condition.bind_data(datamodule)
         self._check_labels(provided)
@@ -194,8 +199,8 @@ class DiffusionModule(NetworkModule):
             cast(Condition, average).copy_learned(cast(Condition, trained))
 
     def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
-        assert self.image_shape is not None
-        batch = {one.batch_key: one.example(batch_size, self.image_shape) for one in self.all_conditions}
+        assert self.sample_shape is not None
+        batch = {one.batch_key: one.example(batch_size, self.sample_shape) for one in self.all_conditions}
         return {name: value.detach() for name, value in network_inputs(self.all_conditions, batch).items()}
 
     def record(self) -> dict[str, Any]:
@@ -220,9 +225,9 @@ class DiffusionModule(NetworkModule):
         conditions = cast(list[Condition], list(trained.conditions))
         parts = {"codec": trained.codec, "conditions": conditions}
         module = cls(trained.unet, trained.schedule, **{**arguments, **parts})
-        module.image_shape, module.class_names = trained.sample_shape, trained.class_names
+        module.sample_shape, module.class_names = trained.sample_shape, trained.class_names
         for condition in module.all_conditions:
-            condition.bind_sample_shape(module.image_shape)
+            condition.bind_sample_shape(module.sample_shape)
         return module
 
     @staticmethod
@@ -246,9 +251,9 @@ class DiffusionModule(NetworkModule):
         # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would have.
         step = total_batches(self.trainer)
         x0, entries = self._encoded(batch, step)
-        if self.image_shape is None:
+        if self.sample_shape is None:
             channels, height, width = x0.shape[1:]
-            self.image_shape = (channels, height, width)
+            self.sample_shape = (channels, height, width)
         generator = keyed_generator(self.seed, step, self.global_rank, device=x0.device)
         t = stratified_timesteps(len(x0), self.schedule.num_train_timesteps, generator)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=torch.float32)
@@ -386,22 +391,22 @@ class DiffusionModule(NetworkModule):
         sums, counts = sums_by_quarter(errors, t, self.schedule.num_train_timesteps)
         self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in range(NUM_QUARTERS)})
 
-    def _sample_shape(self, datamodule: Any) -> tuple[int, int, int]:
+    def _sample_shape_of(self, datamodule: Any) -> tuple[int, int, int]:
         """(C, h, w) of what is denoised, by the codec where the data hold images."""
         channels, height, width = datamodule.image_shape
         holds_x0 = getattr(datamodule, "codec", None) is not None
         return (channels, height, width) if holds_x0 else self.codec.sample_shape((channels, height, width))
 
     def _check_channels(self) -> None:
-        assert self.image_shape is not None
+        assert self.sample_shape is not None
         in_channels, beside = self.unet.in_channels, channels_beside(self.conditions)
-        if self.image_shape[0] + beside != in_channels:
+        if self.sample_shape[0] + beside != in_channels:
             more = f" with {beside} of maps beside them" if beside else ""
             raise ValueError(
-                f"the {self.codec.name} have {self.image_shape[0]} channels{more} and the network takes {in_channels}; "
-                "set model.unet.in_channels or data.channels"
+                f"the {self.codec.name} have {self.sample_shape[0]} channels{more} and the network takes "
+                f"{in_channels}; set model.unet.in_channels or data.channels"
             )
-        self.unet.check_size(*self.image_shape[1:])
+        self.unet.check_size(*self.sample_shape[1:])
 
     def _check_labels(self, provided: set[str]) -> None:
         """Labels that another condition provides need as many rows of the network's class embedding."""
