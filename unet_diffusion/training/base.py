@@ -214,8 +214,7 @@ class NetworkModule(LightningModule):
         if not all(p.requires_grad for _, network in self.averaged_pairs() for p in network.parameters()):
             raise ValueError("a network with frozen parts cannot be shared out; use the strategy ddp")
         assert self.device_mesh is not None
-        networks = (network for pair in self.averaged_pairs() for network in pair)
-        shard(networks, self.device_mesh["data_parallel"])
+        shard((network for pair in self.averaged_pairs() for network in pair), self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         dtype = next(self.network.parameters()).dtype
@@ -333,14 +332,15 @@ class NetworkModule(LightningModule):
         """
         check_callbacks(checkpoint)
         now = {name: value for name, value in self.identity().items() if name != "dropout"}  # which has no weights
-        before = self.identity_in(self._record_in(checkpoint))
+        before = self.identity_in(self.record_in(checkpoint))
         if differ := differences({name: before.get(name) for name in now}, now):
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
         if is_attached(self):
             self._resume(checkpoint)
 
     @classmethod
-    def _record_in(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def record_in(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The `record` in a checkpoint; ValueError if another task wrote it."""
         if cls.record_key not in checkpoint:
             raise ValueError(
                 f"the checkpoint holds no {cls.record_key}: another task or another program wrote it; "
@@ -388,7 +388,7 @@ class NetworkModule(LightningModule):
             ValueError: If the checkpoint is of another task, damaged, or holds code.
         """
         checkpoint = load_plain(checkpoint_path)
-        settings = cls._record_in(checkpoint)["settings"]
+        settings = cls.record_in(checkpoint)["settings"]
         known = scalar_arguments(cls, settings.get("model", {}))
         module = cls.rebuilt(checkpoint_path, checkpoint, allow, **{**known, **arguments})
         module.load_state_dict(checkpoint["state_dict"])
