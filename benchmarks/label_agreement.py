@@ -14,15 +14,12 @@ from functools import partial
 
 import torch
 from features import classes, fashion_mnist, trained_classifier
-from measure import fastest_autocast
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 
-from unet_diffusion.diffusion.guidance import Guidance
-from unet_diffusion.diffusion.sampling import sample
-from unet_diffusion.inference.loading import load_denoiser
+import unet_diffusion as ud
 
 NUM_UNGUIDED = 500  # samples without guidance, and without label
 
@@ -36,34 +33,23 @@ def main() -> None:
     )
     print(f"classifier: {accuracy:.1%} right on held-out real images")
 
-    trained = load_denoiser(options.checkpoint)
+    denoiser = ud.load(options.checkpoint).to("cpu")
     draw = partial(
-        sample,
-        trained.unet,
-        trained.schedule,
+        denoiser.sample,
+        labels=range(10),
         scheduler=options.scheduler,
         num_inference_steps=options.num_inference_steps,
         seed=options.seed,
         batch_size=250,
     )
-    labels = torch.arange(options.num_images) % 10
-    few = labels[:NUM_UNGUIDED]
-    for guidance_scale, asked in ((1.0, few), (options.guidance_scale, labels)):
+    few = min(NUM_UNGUIDED, options.num_images)
+    for guidance_scale, num_images in ((1.0, few), (options.guidance_scale, options.num_images)):
         start = time.perf_counter()
-        with fastest_autocast():
-            inputs, unconditional = trained.inputs({"labels": asked})
-            images = draw(
-                (len(asked), *trained.sample_shape),
-                inputs=inputs,
-                unconditional=unconditional,
-                guidance=Guidance(guidance_scale),
-            )
+        images = draw(num_images, guidance_scale=guidance_scale)
         seconds = time.perf_counter() - start
-        agreement = (classify(images.clamp(-1, 1)) == asked).float().mean()
-        print(f"guidance {guidance_scale}: {agreement:.1%} of {len(asked)} are what was asked for ({seconds:.0f} s)")
-    with fastest_autocast():
-        _, unconditional = trained.inputs({"labels": few})
-        images = draw((len(few), *trained.sample_shape), inputs=unconditional)
+        agreement = (classify(images.clamp(-1, 1)) == torch.arange(num_images) % 10).float().mean()
+        print(f"guidance {guidance_scale}: {agreement:.1%} of {num_images} are what was asked for ({seconds:.0f} s)")
+    images = draw(few, guidance_scale=0)  # which ignores the labels
     counts = classify(images.clamp(-1, 1)).bincount(minlength=10)
     print(f"unconditional samples found in each class: {counts.tolist()}")
 

@@ -16,14 +16,9 @@ import torch
 from measure import RESULTS, Step, alternate, environment, fastest_autocast, table, write_json
 from torch import Tensor
 
-from unet_diffusion.data import (
-    Folder,
-    ImageDataModule,
-    scale_to_unit_range,
-)
+import unet_diffusion as ud
+from unet_diffusion.data import Folder, ImageDataModule, scale_to_unit_range
 from unet_diffusion.diffusion.losses import squared_error
-from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.loading import load_denoiser
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import LatentSpace
 from unet_diffusion.latents.store import read_latents
@@ -45,7 +40,7 @@ def main() -> None:
     keep_freed_memory()
     latents = read_latents(options.run / "latents")
     ways = {"kept latents": kept(options.run), "encoded at every step": encoded(options.run)}
-    trained = load_denoiser(options.run / "denoiser")
+    trained = ud.load(options.run / "denoiser")
     steps = {
         name: training_step(trained, latents.space, moments, len(latents), options.batch_size)
         for name, moments in ways.items()
@@ -79,7 +74,7 @@ def encoded(run: Path) -> Moments:
     return moments
 
 
-def training_step(trained: Denoiser, space: LatentSpace, moments: Moments, num_images: int, batch_size: int) -> Step:
+def training_step(trained: ud.Denoiser, space: LatentSpace, moments: Moments, num_images: int, batch_size: int) -> Step:
     unet, schedule, generator = trained.unet.train(), trained.schedule, keyed_generator(0)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1.0e-6)
     captions = [text.token_ids([""] * batch_size) for text in trained.conditions]

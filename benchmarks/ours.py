@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from unet_diffusion.data import ImageSet, Source
 from unet_diffusion.diffusion.losses import squared_error
-from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.schedule import NoiseSchedule, stratified_timesteps
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.speed import Speed, fastest_setting, keep_freed_memory, set_speed, speeds_for
 from unet_diffusion.runtime.precision import precisions_for
 from unet_diffusion.runtime.randomness import keyed_generator
-from unet_diffusion.training.module import stratified_timesteps
 
 EMA_DECAY = 0.9999
 NUM_IMAGES = 50_000  # as CIFAR-10

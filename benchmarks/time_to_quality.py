@@ -121,8 +121,8 @@ def measured(options: argparse.Namespace, name: str, minutes: float, seed: int) 
     print(f"{name}, {minutes:g} minutes, seed {seed}", flush=True)
     training = our_training if name in OURS else peer_training
     trained = training(options, name, minutes, seed)
-    denoiser = our_denoiser(folder) if name in OURS else peer_denoiser(name, folder)
-    images = drawn(denoiser, options.num_images, seed)
+    drawn = our_images if name in OURS else peer_images
+    images, network = drawn(name, folder, options.num_images, seed)
     if seed == options.seeds[0]:
         picture = options.json.with_name(f"time_to_quality_{name}_{minutes:g}.png")
         save_grid(images[:NUM_PICTURED], picture, columns=8, min_tile=28)
@@ -132,7 +132,7 @@ def measured(options: argparse.Namespace, name: str, minutes: float, seed: int) 
         "seed": seed,
         "num_images": options.num_images,
         **trained,
-        "parameters": denoiser.num_parameters,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         **judge(options.root, options.work).verdict(images),
         "environment": environment(),
     }
@@ -228,46 +228,46 @@ def judge(root: Path, work: Path) -> Judge:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-@dataclass
-class Denoiser:
-    predict: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x_t, t and labels
-    solver: Callable[[], Any]  # a new DPMSolverMultistepScheduler, on the schedule of the training
-    num_parameters: int
-    num_classes: int | None = None
+def our_images(name: str, folder: Path, num_images: int, seed: int) -> tuple[Tensor, nn.Module]:
+    """Samples in [-1, 1], at random labels where there are classes, and the network that they are of."""
+    import unet_diffusion as ud
+
+    denoiser = ud.load(folder).to("cpu")
+    images = denoiser.sample(
+        num_images,
+        labels=random_labels(denoiser.num_classes, num_images, seed),
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        seed=seed,
+        batch_size=SAMPLE_BATCH_SIZE,
+    )
+    return images.clamp(-1, 1), denoiser.unet
 
 
-def drawn(denoiser: Denoiser, num_images: int, seed: int) -> Tensor:
-    """Samples in [-1, 1]; image i starts from the same noise for every contender."""
+def peer_images(name: str, folder: Path, num_images: int, seed: int) -> tuple[Tensor, nn.Module]:
+    """The same of a peer: image i starts from the same noise for every contender."""
     from unet_diffusion.diffusion.sampling import denoise, image_generators
 
-    labels = random_labels(denoiser.num_classes, num_images, seed)
+    recipe = RECIPES[name]()
+    recipe.network.load_state_dict(torch.load(folder / "trained.pt", weights_only=True)["weights"])
+    recipe.network.eval()
     batches = []
     for numbers in torch.arange(num_images).split(SAMPLE_BATCH_SIZE):
-        batch_labels = None if labels is None else labels[numbers]
         with fastest_autocast():
             images = denoise(
-                partial(predict_at, denoiser, batch_labels),
-                denoiser.solver(),
+                recipe.predict,
+                recipe.solver(),
                 image_generators(seed, numbers.tolist()),
                 (len(numbers), *IMAGE_SHAPE),
                 num_inference_steps=NUM_INFERENCE_STEPS,
             )
         batches.append(images.clamp(-1, 1))
-    return torch.cat(batches)
+    return torch.cat(batches), recipe.network
 
 
-def predict_at(denoiser: Denoiser, labels: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
-    return denoiser.predict(x, t, labels)
-
-
-def random_labels(num_classes: int | None, num_images: int, seed: int) -> Tensor | None:
-    if num_classes is None:
+def random_labels(num_classes: int, num_images: int, seed: int) -> list[int] | None:
+    if num_classes == 0:
         return None
-    return torch.randint(num_classes, (num_images,), generator=torch.Generator().manual_seed(seed))
-
-
-def count_parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    return torch.randint(num_classes, (num_images,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------- ours
@@ -333,20 +333,6 @@ def fit_seconds(name: str, root: Path, folder: Path, max_steps: int, *options: s
         return process_seconds(command, log_of(folder))
 
 
-def our_denoiser(folder: Path) -> Denoiser:
-    from unet_diffusion.diffusion.sampling import build_scheduler
-    from unet_diffusion.inference.loading import load_denoiser
-
-    trained = load_denoiser(folder)
-    rows = trained.unet.config["num_class_embeds"]
-    return Denoiser(
-        trained.unet,
-        partial(build_scheduler, trained.schedule, "DPMSolverMultistepScheduler"),
-        count_parameters(trained.unet),
-        num_classes=None if rows is None else rows - (trained.null_label is not None),
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------- peers
 
 
@@ -361,7 +347,7 @@ class Recipe:
     averaged_weights: Callable[[], dict[str, Tensor]]
     bf16: bool
     predict: Callable[[Tensor, Tensor], Tensor]  # of x_t and t
-    solver: Callable[[], Any]  # as in Denoiser
+    solver: Callable[[], Any]  # a new DPMSolverMultistepScheduler, on the schedule of the training
 
 
 def peer_training(options: argparse.Namespace, name: str, minutes: float, seed: int) -> Result:
@@ -414,13 +400,6 @@ def set_tuned_rate(optimizer: Optimizer, share: float) -> None:
     rate = TUNED_RATE * min(0.1 + share / TUNED_WARM_UP, 1) * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def peer_denoiser(name: str, folder: Path) -> Denoiser:
-    recipe = RECIPES[name]()
-    recipe.network.load_state_dict(torch.load(folder / "trained.pt", weights_only=True)["weights"])
-    recipe.network.eval()
-    return Denoiser(lambda x, t, labels: recipe.predict(x, t), recipe.solver, count_parameters(recipe.network))
 
 
 def dpm_solver(**fields: Any) -> Any:

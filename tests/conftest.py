@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -148,6 +149,30 @@ def quiet_trainer(tmp_path):
         return Trainer(**{"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, **QUIET, **options})
 
     return make
+
+
+@pytest.fixture
+def check_resuming(quiet_trainer, tmp_path):
+    """Checks that a run that goes on after step 3 ends bit for bit as one that was not interrupted.
+
+    Made with functions that make the module and the data of a run.
+    """
+
+    def check(make_module, make_data) -> None:
+        def fit(max_steps: int, **options):
+            module = make_module()
+            saving = ModelCheckpoint(tmp_path / str(max_steps), every_n_train_steps=1, save_top_k=-1, filename="{step}")
+            kept = {"limit_val_batches": 0, "enable_checkpointing": True, "callbacks": [saving]}
+            quiet_trainer(max_steps=max_steps, **kept).fit(module, make_data(), **options)
+            return module.state_dict()
+
+        whole = fit(6)
+        fit(3)
+        resumed = fit(6, ckpt_path=tmp_path / "3" / "step=3.ckpt")
+        for key, value in whole.items():
+            assert torch.equal(resumed[key], value), key
+
+    return check
 
 
 @pytest.fixture

@@ -1,8 +1,14 @@
-"""Tiny denoisers of latents, by captions and by other conditions, what they are made of, and short runs of them."""
+"""Tiny denoisers of latents, by captions and by other conditions, what they are made of, and short runs of them.
 
+And what several files ask of networks and schedulers of diffusers.
+"""
+
+import pytest
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
+from unet_diffusion.diffusers_io.configurations import config_from_diffusers
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
@@ -18,6 +24,12 @@ WORDS = [*CAPTIONS, "a green cat on a red sofa"]
 WIDTH = 8  # of the text encoder
 TINY_UNET = {"in_channels": 4, "channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
+
+SCHEDULER_WARNINGS = [  # of diffusers' schedulers
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),  # it calls numpy in ways numpy will stop
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Should have t:UserWarning:torchsde"),  # float32 against float64 ends of a path
+]
 
 
 @torch.no_grad()
@@ -71,6 +83,15 @@ def upscaler(folder, **options) -> Denoiser:
     conditions = [text_tokens(), LowResolution(3)]
     network = {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000}
     return text_denoiser(folder, **{"conditions": conditions, **network, **options})
+
+
+def assert_published(model: type[ModelMixin], config: dict, num_parameters: int) -> None:
+    """Our network of a published configuration has as many parameters, and the keys and shapes of diffusers'."""
+    with torch.device("meta"):
+        ours, theirs = DenoiserUNet(**config_from_diffusers(config)), model(**config)
+    assert sum(parameter.numel() for parameter in ours.parameters()) == num_parameters
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
 
 
 def shorten(recipe: dict, run, steps: int) -> None:

@@ -167,7 +167,7 @@ class Wavy(DenoiserUNet):
 def test_network_that_inherits_from_one_of_diffusers_is_refused_by_name(tiny_module, tiny_images, tmp_path):
     torch.manual_seed(0)
     module = tiny_module(unet=Wavy(1, (8, 16), norm_num_groups=4, layers_per_block=1))
-    module.image_shape = (1, 8, 8)
+    module.sample_shape = (1, 8, 8)
     with pytest.raises(ValueError, match="only a DenoiserUNet has a counterpart in diffusers, got a Wavy"):
         module.trained.export(tmp_path / "pipeline")
 

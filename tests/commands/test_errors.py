@@ -411,6 +411,8 @@ def test_every_module_says_what_it_logs(task):
 
 def test_checkpoint_of_another_program_is_refused_before_anything_is_written(run_cli, tiny_digits, inputs, tmp_path):
     shutil.copy(inputs["cells"].with_suffix(".ckpt"), tmp_path / "cells.ckpt")
-    status, _, err = fit(run_cli, tiny_digits, tmp_path / "run", "--ckpt_path", tmp_path / "cells.ckpt")
-    assert (status, "the checkpoint holds no denoiser" in err) == (1, True), err
-    assert not (tmp_path / "run").exists()
+    options = ["--trainer.default_root_dir", tmp_path / "run", "--ckpt_path", tmp_path / "cells.ckpt"]
+    for command in ("fit", "validate"):
+        status, _, err = run_cli(command, *tiny_digits, *options)
+        assert (status, "the checkpoint holds no denoiser" in err) == (1, True), err
+        assert not (tmp_path / "run").exists()

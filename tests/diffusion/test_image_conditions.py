@@ -134,7 +134,7 @@ def test_images_become_latents_and_so_do_masked_images(painter, tiny_images, qui
     full_size = torch.cat([draw_masks(1, (8, 8), key) for key in keys])
     assert torch.equal(mask, full_size[..., ::2, ::2])
     torch.testing.assert_close(latents, 0.5 * encode(pixels * (full_size == 0)).latent_dist.mean)
-    assert (module.image_shape, codec.space.std) == ((2, 4, 4), (2.0, 2.0))
+    assert (module.sample_shape, codec.space.std) == ((2, 4, 4), (2.0, 2.0))
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -6,6 +6,7 @@ import math
 import diffusers
 import pytest
 import torch
+from denoisers import SCHEDULER_WARNINGS
 
 from unet_diffusion.diffusion import image_to_image as start_module
 from unet_diffusion.diffusion.image_to_image import NO_START_MIDWAY, InitImage, interpolated_noise
@@ -22,11 +23,7 @@ from unet_diffusion.diffusion.sampling import (
 )
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),  # it calls numpy in ways numpy will stop
-    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Should have t:UserWarning:torchsde"),  # float32 against float64 ends of a path
-]
+pytestmark = SCHEDULER_WARNINGS
 
 SHORT = NoiseSchedule(100, beta_end=0.2)
 SHORT_V = NoiseSchedule(100, beta_end=0.2, prediction_type="v_prediction")

@@ -5,9 +5,8 @@ from diffusers import DDPMScheduler
 from scipy.stats import chisquare
 
 from unet_diffusion.diffusion.losses import loss_weights, squared_error, sums_by_quarter
-from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.schedule import NoiseSchedule, stratified_timesteps
 from unet_diffusion.runtime.randomness import keyed_generator
-from unet_diffusion.training.module import stratified_timesteps
 from unet_diffusion.training.optimizers import lr_factor
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")

@@ -6,6 +6,7 @@ import math
 import diffusers
 import pytest
 import torch
+from denoisers import SCHEDULER_WARNINGS
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from unet_diffusion.diffusion import sampling
@@ -23,11 +24,7 @@ from unet_diffusion.diffusion.sampling import (
 )
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),  # it calls numpy in ways numpy will stop
-    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Should have t:UserWarning:torchsde"),  # float32 against float64 ends of a path
-]
+pytestmark = SCHEDULER_WARNINGS
 
 LINEAR = NoiseSchedule()
 SHORT = NoiseSchedule(

@@ -1,5 +1,8 @@
 """What a user holds: a denoiser that was loaded draws what our sampler draws, and comes back as it was saved."""
 
+import inspect
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,9 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 import unet_diffusion as ud
+from unet_diffusion.commands.sample import sample_images
 from unet_diffusion.diffusion.image_to_image import InitImage
+from unet_diffusion.inference.sample_options import SampleOptions
 from unet_diffusion.inference.segmenter import Segmenter
 
 SCHEDULE = ud.NoiseSchedule(100, "squaredcos_cap_v2", prediction_type="v_prediction")
@@ -129,3 +134,10 @@ def test_what_does_not_fit_is_refused(denoiser, message):
 def test_what_is_no_model_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no model at"):
         ud.load(tmp_path)
+
+
+def test_sample_and_the_command_have_every_option():
+    wanted = {option.name: option.default for option in fields(SampleOptions)}
+    parameters = inspect.signature(ud.Denoiser.sample).parameters
+    assert {name: parameters[name].default for name in wanted} == wanted
+    assert wanted.keys() - {"conditions"} <= inspect.signature(sample_images).parameters.keys()

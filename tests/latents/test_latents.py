@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, LDMPipeline
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -326,23 +325,12 @@ def data_batches(data) -> list[list[int]]:
     return list(loader.sampler)
 
 
-def test_resumed_run_draws_the_latents_of_the_uninterrupted_one(
-    encoded, quiet_trainer, tiny_module, tiny_unet, tmp_path
-):
+def test_resumed_run_draws_the_latents_of_the_uninterrupted_one(encoded, check_resuming, tiny_module, tiny_unet):
     folder = encoded()
-
-    def fit(max_steps, **options):
-        module = latent_module(tiny_module, tiny_unet)
-        saving = ModelCheckpoint(tmp_path / str(max_steps), every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        trainer = quiet_trainer(max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True, callbacks=[saving])
-        trainer.fit(module, ImageDataModule(Latents(folder), num_val=2, batch_size=2), **options)
-        return module
-
-    whole = fit(6)
-    fit(3)
-    resumed = fit(6, ckpt_path=tmp_path / "3" / "step=3.ckpt")
-    for key, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[key], value), key
+    check_resuming(
+        lambda: latent_module(tiny_module, tiny_unet),
+        lambda: ImageDataModule(Latents(folder), num_val=2, batch_size=2),
+    )
 
 
 @pytest.fixture

@@ -16,9 +16,7 @@ from unet_diffusion.segmentation.scores import (
     average_precisions,
     dice,
     iou,
-    match_objects,
     membrane_scores,
-    object_f1,
     pixel_error,
     rand_error,
     thin_borders,
@@ -429,12 +427,12 @@ def objects(*lengths: int) -> np.ndarray:
 
 @pytest.mark.parametrize("threshold", THRESHOLDS_OF_STARDIST)
 def test_an_object_of_just_the_iou_is_matched(threshold):
-    assert match_objects(objects(10), objects(round(10 * threshold)), threshold) == (1, 0, 0)
+    assert average_precision(objects(10), objects(round(10 * threshold)), threshold) == 1
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS_OF_STARDIST)
-def test_an_object_of_less_than_the_iou_is_false_twice(threshold):
-    assert match_objects(objects(10), objects(round(10 * threshold) - 1), threshold) == (0, 1, 1)
+def test_an_object_of_less_than_the_iou_is_not_matched(threshold):
+    assert average_precision(objects(10), objects(round(10 * threshold) - 1), threshold) == 0
 
 
 @pytest.mark.parametrize(("threshold", "num_matched"), [(0.5, 5), (0.6, 4), (0.7, 3), (0.8, 2), (0.9, 1)])
@@ -453,54 +451,42 @@ def test_several_thresholds_at_once_are_the_thresholds_one_by_one():
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS_OF_STARDIST)
-@pytest.mark.parametrize("score", [average_precision, object_f1])
-def test_scores_of_objects_are_symmetric(score, threshold):
+def test_average_precision_is_symmetric(threshold):
     truth, prediction = objects(10, 10, 10, 0, 8), objects(5, 7, 9, 4, 0)
-    assert score(truth, prediction, threshold) == score(prediction, truth, threshold)
-
-
-def test_object_f1_is_two_tp_over_all_objects():
-    truth, prediction = objects(10, 10, 0, 8), objects(9, 1, 4, 0)  # one right, two wrong, two missed
-    assert object_f1(truth, prediction, 0.5) == pytest.approx(2 / 6, abs=ROUNDING)
-
-
-def test_false_positives_are_of_the_prediction_and_false_negatives_of_the_truth():
-    assert match_objects(objects(10, 10, 10), objects(10, 0, 0), 0.5) == (1, 0, 2)
+    assert average_precision(truth, prediction, threshold) == average_precision(prediction, truth, threshold)
 
 
 def test_other_numbers_for_the_same_objects_change_nothing_in_the_matching():
     truth, prediction = objects(10, 10, 10, 0, 8), objects(5, 7, 9, 4, 0)
     renumbered = np.array([0, 4, 60000, 2, 9, 1])
-    assert match_objects(truth, renumbered[prediction], 0.6) == match_objects(truth, prediction, 0.6)
+    assert average_precision(truth, renumbered[prediction], 0.6) == average_precision(truth, prediction, 0.6)
 
 
 def test_as_many_objects_as_possible_are_matched():
     truth = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 0, 0]])
     prediction = np.array([[7, 5, 5, 5, 5, 5, 5, 5, 0, 7]])
     # 1 and 5 overlap most (5/8), but then 2 and 7 are left without a match.
-    assert match_objects(truth, prediction, 0.1) == (2, 0, 0)
+    assert average_precision(truth, prediction, 0.1) == 1
 
 
 def test_a_merged_object_matches_one_at_most():
     truth = np.array([[1, 1, 1, 2, 2, 2]])
-    assert match_objects(truth, np.ones_like(truth), 0.5) == (1, 0, 1)
+    assert average_precision(truth, np.ones_like(truth), 0.5) == 1 / 2
 
 
-@pytest.mark.parametrize("score", [average_precision, object_f1])
-def test_no_objects_in_either_are_equal(score):
+def test_no_objects_in_either_are_equal():
     nothing = np.zeros((3, 4), dtype=np.int32)
-    assert score(nothing, nothing, 0.5) == 1
+    assert average_precision(nothing, nothing, 0.5) == 1
 
 
-@pytest.mark.parametrize("score", [average_precision, object_f1])
 @pytest.mark.parametrize(("truth", "prediction"), [(objects(10), objects(0)), (objects(0), objects(10))])
-def test_objects_in_one_only_score_zero(score, truth, prediction):
-    assert score(truth, prediction, 0.5) == 0
+def test_objects_in_one_only_score_zero(truth, prediction):
+    assert average_precision(truth, prediction, 0.5) == 0
 
 
 def test_images_full_of_objects_have_no_background_to_match():
     full = np.array([[1, 1, 2, 2]])
-    assert match_objects(full, full, 1.0) == (2, 0, 0)
+    assert average_precision(full, full, 1.0) == 1
 
 
 # Errors
@@ -517,9 +503,7 @@ ALL = [
     (rand_error, LABELS, {}),
     (v_rand, LABELS, {}),
     (v_info, LABELS, {}),
-    (match_objects, LABELS, AT_HALF),
     (average_precision, LABELS, AT_HALF),
-    (object_f1, LABELS, AT_HALF),
 ]
 
 
@@ -565,7 +549,7 @@ def test_a_truth_without_segments_is_refused(score):
 @pytest.mark.parametrize("threshold", [0, 1.1, -0.5, float("nan")])
 def test_a_threshold_of_iou_out_of_range_is_refused(threshold):
     with pytest.raises(ValueError, match="threshold must be above 0 and at most 1"):
-        match_objects(LABELS, LABELS, threshold)
+        average_precision(LABELS, LABELS, threshold)
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])

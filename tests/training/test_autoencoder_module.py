@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
-from lightning.pytorch.callbacks import ModelCheckpoint
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.distributions import Normal, kl_divergence
 from torchvision.models import squeezenet1_1
@@ -354,26 +353,9 @@ def test_no_collapse_is_seen_before_there_was_time_to_learn(quiet_trainer, tiny_
 
 
 @pytest.mark.parametrize("make", [kl_net, vq_net])
-def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(quiet_trainer, tiny_images, tmp_path, make):
-    def fit(max_steps, **options):
-        made = module(
-            make(),
-            adversarial=adversary(start=1),
-            restart_codes_after=2,
-            lr_warmup_steps=3,
-            learn_variance=True,
-        )
-        saving = ModelCheckpoint(tmp_path / str(max_steps), every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        trainer = quiet_trainer(max_steps=max_steps, limit_val_batches=0, enable_checkpointing=True,
-                                callbacks=[saving])  # fmt: skip
-        trainer.fit(made, tiny_images(shape=SHAPE), **options)
-        return made
-
-    whole = fit(6)
-    fit(3)
-    resumed = fit(6, ckpt_path=tmp_path / "3" / "step=3.ckpt")
-    for key, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[key], value), key
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(check_resuming, tiny_images, make):
+    options = {"restart_codes_after": 2, "lr_warmup_steps": 3, "learn_variance": True}
+    check_resuming(lambda: module(make(), adversarial=adversary(start=1), **options), lambda: tiny_images(shape=SHAPE))
 
 
 @pytest.fixture

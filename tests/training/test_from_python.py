@@ -6,11 +6,13 @@ import inspect
 import pytest
 import torch
 import yaml
+from denoisers import CAPTIONS, text_denoiser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from unet_diffusion.data import SegmentationDataModule, SyntheticCells
+from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.autoencoders import kl_autoencoder, reconstruct, vq_autoencoder
@@ -155,6 +157,11 @@ def test_test_measures_what_validate_measures(fitted, quiet_trainer, task):
     assert scores.keys() == expected.keys()
 
 
+def prepared(data):
+    data.setup("fit")
+    return data
+
+
 def noise(*shape) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
@@ -180,6 +187,63 @@ def test_autoencoder_predicts_reconstructions(fitted, quiet_trainer, task):
     with torch.no_grad():
         expected = reconstruct(module.ema_autoencoder, images).clamp(-1, 1)
     torch.testing.assert_close(predicted, expected)
+
+
+ASKED = [{"index": index, "labels": index % 2} for index in range(5)]
+
+
+def test_denoiser_draws_the_images_of_sample(made, quiet_trainer):
+    module, data = made("denoiser")
+    module.bind_data(prepared(data))
+    expected = module.trained.sample(5, labels=[0, 1]).clamp(-1, 1)
+    (whole,) = quiet_trainer().predict(module, DataLoader(ASKED, batch_size=5))
+    assert torch.equal(whole, expected)
+    parts = quiet_trainer().predict(module, DataLoader(ASKED[3:] + ASKED[:3], batch_size=2))
+    torch.testing.assert_close(torch.cat(parts), expected[[3, 4, 0, 1, 2]], rtol=0, atol=1e-5)  # rounding of batches
+    names = [{"index": one["index"], "labels": ["cat", "dog"][one["labels"]]} for one in ASKED]
+    (named,) = quiet_trainer().predict(module, DataLoader(names, batch_size=5))
+    assert torch.equal(named, expected)
+
+
+def test_denoiser_draws_for_a_loader_of_numbers(tiny_module, tiny_images, quiet_trainer):
+    module = tiny_module(seed=3)
+    module.bind_data(prepared(tiny_images(class_names=None)))
+    (drawn,) = quiet_trainer().predict(module, DataLoader(range(4), batch_size=4))
+    assert torch.equal(drawn, module.trained.sample(4, seed=3).clamp(-1, 1))
+
+
+def test_denoiser_draws_captions_given_as_texts(tmp_path, quiet_trainer):
+    pytest.importorskip("transformers")
+    drawn_from = text_denoiser(tmp_path)
+    module = DiffusionModule(
+        drawn_from.unet, drawn_from.schedule, codec=drawn_from.codec, conditions=list(drawn_from.conditions)
+    )
+    module.sample_shape = drawn_from.sample_shape
+    asked = [{"index": index, "captions": caption} for index, caption in enumerate(CAPTIONS)]
+    (drawn,) = quiet_trainer().predict(module, DataLoader(asked, batch_size=2))
+    assert torch.equal(drawn, module.trained.sample(2, captions=CAPTIONS).clamp(-1, 1))
+
+
+def test_denoiser_that_paints_is_shown_the_images_of_the_batch(tiny_unet, tiny_images, quiet_trainer):
+    unet = tiny_unet(in_channels=3, out_channels=1)
+    module = DiffusionModule(unet, NoiseSchedule(100), conditions=[MaskedImage(2)])
+    module.bind_data(prepared(tiny_images(class_names=None)))
+    images = [{"index": index, "images": noise(1, 8, 8) * index} for index in range(3)]
+    (whole,) = quiet_trainer().predict(module, DataLoader(images, batch_size=3))
+    parts = quiet_trainer().predict(module, DataLoader(images, batch_size=1))
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("items", "message"), [
+    ([{"labels": 0}], 'must be a dict with "index" .* got entries labels'),
+    ([noise(1, 8, 8)], 'must be a dict with "index" .* got a Tensor'),
+    ([{"index": 0}], "must hold 'labels', which the condition ClassLabels reads"),
+])  # fmt: skip
+def test_batch_that_does_not_say_what_to_draw_is_refused(made, quiet_trainer, items, message):
+    module, data = made("denoiser")
+    module.bind_data(prepared(data))
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer().predict(module, DataLoader(items))
 
 
 @pytest.mark.parametrize("task", ["segmenter", "kl", "denoiser"])

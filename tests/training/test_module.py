@@ -318,7 +318,7 @@ def test_label_dropout_trains_the_null_label(tiny_module, tiny_images, quiet_tra
 
 def test_null_label_counts_as_no_class(tiny_module):
     module = tiny_module(num_class_embeds=3, label_dropout=0.5)
-    module.image_shape = (1, 8, 8)
+    module.sample_shape = (1, 8, 8)
     assert module.trained.num_classes == 2
 
 
@@ -402,7 +402,7 @@ def test_data_that_do_not_fit_the_network_are_refused_before_training(
 
 
 def test_what_was_trained_is_not_known_before_the_data_are(tiny_module):
-    with pytest.raises(ValueError, match="image shape is not known before training"):
+    with pytest.raises(ValueError, match="sample shape is not known before training"):
         _ = tiny_module().trained
 
 

@@ -135,28 +135,7 @@ def sample_images(
     contents = {name: contents_of(network) for name, network in networks.items()}
     denoiser.to(device, precision=precision, speed=speed)
     prepare_weights(denoiser.unet, getattr(torch, denoiser.precision or "float32"))
-    request = SampleOptions(
-        num_images=num_images,
-        labels=labels,
-        captions=captions,
-        conditions=values,
-        image=image,
-        mask=mask,
-        strength=strength,
-        noise_level=noise_level,
-        scheduler=scheduler,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval and (guidance_interval[0], guidance_interval[1]),
-        autoguidance=worse,
-        image_size=image_size and (image_size[0], image_size[1]),
-        window=window,
-        overlap=overlap,
-        interpolate=interpolate and (interpolate[0], interpolate[1]),
-        seed=seed,
-        batch_size=batch_size,
-    )
+    request = SampleOptions.among({**arguments, "conditions": values, "autoguidance": worse})
     drawing = denoiser.drawing(request)
     arguments["precision"] = denoiser.precision
     settings = _settings_of_images(arguments, drawing.classes, contents)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -50,6 +50,7 @@ from unet_diffusion.runtime.atomic_files import check_replaceable
 from unet_diffusion.runtime.folder_settings import ClaimedFolder
 from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.runtime.signals import Interrupted
+from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.callbacks import (
     DataSummary,
     PictureGrid,
@@ -77,7 +78,7 @@ from unet_diffusion.training.wandb_run import RunWandbLogger, start_wandb_run
 class Task:
     """The classes of the module, the data and the pictures of a run."""
 
-    module: type[LightningModule]
+    module: type[NetworkModule]
     data: type[LightningDataModule]
     pictures: type[PictureGrid]
 
@@ -198,7 +199,7 @@ class TrainingCLI(OpenCLI):
                              "checkpoint.enable_version_counter": False})  # fmt: skip
 
     def check_checkpoint(self) -> None:
-        """Refuse a checkpoint that could run code.
+        """Refuse a checkpoint that could run code, or is of another task.
 
         Raises:
             ValueError: If it could, or is not a checkpoint of a run.
@@ -216,6 +217,7 @@ class TrainingCLI(OpenCLI):
                 raise ValueError(f"{file} must be a checkpoint of `fit` or of `import`, and is neither")
             with explained(file, "run"):
                 check_weights(checkpoint.get("state_dict"))
+            Task.named(self.task).module.record_in(checkpoint)
 
     def before_instantiate_classes(self) -> None:
         check_settings(self.config, self.modules)

@@ -146,6 +146,18 @@ class NoiseSchedule:
         return self._on_device[device]
 
 
+def stratified_timesteps(batch_size: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """One uniform timestep from each of batch_size equal parts of the range, in random order: (B,) int64.
+
+    Each is uniform over the whole range by itself; together they spread evenly, and the loss varies less.
+    """
+    device = generator.device
+    uniform = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float32)
+    part = torch.randperm(batch_size, generator=generator, device=device)
+    t = ((part + uniform) / batch_size * num_train_timesteps).long()
+    return t.clamp(max=num_train_timesteps - 1)  # float32 rounds the highest draws up to the end
+
+
 def scheduler_config(schedule: NoiseSchedule, *, clip_sample: bool = True) -> dict[str, Any]:
     """Every field of diffusers' DDPMScheduler for this schedule.
 

@@ -82,28 +82,7 @@ class Denoiser(DenoiserParts, Running):
             ValueError: If options do not fit each other or this denoiser; the message says which values do.
             FileNotFoundError: If a file is missing.
         """
-        options = SampleOptions(
-            num_images=num_images,
-            labels=labels,
-            captions=captions,
-            conditions=conditions or {},
-            image=image,
-            mask=mask,
-            strength=strength,
-            noise_level=noise_level,
-            scheduler=scheduler,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            autoguidance=autoguidance,
-            image_size=image_size,
-            window=window,
-            overlap=overlap,
-            interpolate=interpolate,
-            seed=seed,
-            batch_size=batch_size,
-        )
+        options = SampleOptions.among(locals())
         return self.drawing(options).draw(range(num_images) if indices is None else indices, progress)
 
     def drawing(self, options: SampleOptions) -> "Drawing":

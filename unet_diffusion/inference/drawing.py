@@ -33,6 +33,7 @@ class Drawing:
         device: The device of the networks.
         entries: The entries that the conditions read, (N, ...) each, as in a batch of the data; None: the entries
             follow from the options.
+        numbers: The number of each of the N images, from which its noise is drawn; None: 0 to N - 1.
         context: Function that gives the context in which networks are called, such as autocast.
 
     Raises:
@@ -47,9 +48,11 @@ class Drawing:
         *,
         device: torch.device | str = "cpu",
         entries: Mapping[str, Tensor] | None = None,
+        numbers: Sequence[int] | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.parts, self.options, self.device, self.context = parts, options, device, context
+        self.numbers = range(options.num_images) if numbers is None else numbers
         if entries is None:
             options.check(parts)
         if options.autoguidance is not None:
@@ -92,7 +95,7 @@ class Drawing:
                 self.parts.schedule,
                 (len(indices), *self.sample_shape),
                 seed=options.seed,
-                indices=indices,
+                indices=[self.numbers[index] for index in indices],
                 noise=self._noise(indices),
                 init_image=self.init_image,
                 batch_size=options.batch_size,

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from numpy.typing import NDArray
 from PIL.Image import Image
@@ -27,7 +27,7 @@ class SampleOptions:
     num_images: int = 1
     labels: Sequence[str | int] | str | int | None = None
     captions: Sequence[str] | str | None = None
-    conditions: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Mapping[str, Any] | None = None
     image: ImageLike | None = None
     mask: ImageLike | None = None
     strength: float | None = None
@@ -45,11 +45,20 @@ class SampleOptions:
     seed: int = 0
     batch_size: int = 64
 
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> Self:
+        """The options among the arguments of a function, which has a parameter for each.
+
+        Args:
+            arguments: The arguments by their names, as `locals()` gives them where the function begins.
+        """
+        return cls(**{option.name: arguments[option.name] for option in fields(cls)})
+
     @property
     def values(self) -> dict[str, Any]:
         """The user's values for conditions, by the name of the option."""
         own = {"labels": self.labels, "captions": self.captions, "noise_level": self.noise_level}
-        return {name: value for name, value in own.items() if value is not None} | dict(self.conditions)
+        return {name: value for name, value in own.items() if value is not None} | dict(self.conditions or {})
 
     @property
     def option_names(self) -> set[str]:

@@ -285,11 +285,12 @@ def simple_points() -> tuple[bool, ...]:
 SIMPLE_POINTS = simple_points()
 
 
-def match_objects(truth: Labels, prediction: Labels, threshold: float) -> tuple[int, int, int]:
-    """Return true positives, false positives and false negatives of objects, matched one to one at IoU >= threshold.
+def average_precision(truth: Labels, prediction: Labels, threshold: float) -> float:
+    """Return TP / (TP + FP + FN) of objects; 1 if neither image has objects.
 
-    As many objects as possible are matched; among such matchings, one with the greatest sum of IoU is taken. Above a
-    threshold of 0.5 there is a single matching.
+    The Data Science Bowl 2018 and StarDist call it average precision, although it is no area under a curve. Objects are
+    matched one to one at IoU >= threshold, as many as possible; among such matchings, one with the greatest sum of IoU
+    is taken. Above a threshold of 0.5 there is a single matching.
 
     Args:
         truth: True instance numbers, 0 for background.
@@ -297,23 +298,7 @@ def match_objects(truth: Labels, prediction: Labels, threshold: float) -> tuple[
         threshold: Least IoU of a match, in (0, 1].
 
     Raises:
-        ValueError: If the shapes differ, labels are not integers of 0 or more, or the threshold is out of its range.
-    """
-    return _matched(_object_ious(truth, prediction), threshold)
-
-
-def average_precision(truth: Labels, prediction: Labels, threshold: float) -> float:
-    """Return TP / (TP + FP + FN) of objects; 1 if neither image has objects.
-
-    The Data Science Bowl 2018 and StarDist call it average precision, although it is no area under a curve.
-
-    Args:
-        truth: True instance numbers, 0 for background.
-        prediction: Predicted instance numbers.
-        threshold: Least IoU of a match, in (0, 1].
-
-    Raises:
-        ValueError: If `match_objects` refuses the arguments.
+        ValueError: If the shapes differ, labels are not integers of 0 or more, or a threshold is out of its range.
     """
     return average_precisions(truth, prediction, [threshold])[0]
 
@@ -327,27 +312,11 @@ def average_precisions(truth: Labels, prediction: Labels, thresholds: Sequence[f
         thresholds: Least IoU of a match, each in (0, 1].
 
     Raises:
-        ValueError: If `match_objects` refuses the arguments.
+        ValueError: If the shapes differ, labels are not integers of 0 or more, or a threshold is out of its range.
     """
     ious = _object_ious(truth, prediction)
     counts = [_matched(ious, threshold) for threshold in thresholds]
     return [matched[0] / sum(matched) if any(matched) else 1.0 for matched in counts]
-
-
-def object_f1(truth: Labels, prediction: Labels, threshold: float) -> float:
-    """Return 2 TP / (2 TP + FP + FN) of objects; 1 if neither image has objects.
-
-    Args:
-        truth: True instance numbers, 0 for background.
-        prediction: Predicted instance numbers.
-        threshold: Least IoU of a match, in (0, 1].
-
-    Raises:
-        ValueError: If `match_objects` refuses the arguments.
-    """
-    true_positives, false_positives, false_negatives = match_objects(truth, prediction, threshold)
-    total = 2 * true_positives + false_positives + false_negatives
-    return 2 * true_positives / total if total else 1.0
 
 
 def _object_ious(truth: Labels, prediction: Labels) -> NDArray[np.float64]:

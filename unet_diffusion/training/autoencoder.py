@@ -74,6 +74,7 @@ class AutoencoderModule(NetworkModule):
 
     network_name = "autoencoder"
     record_key = "autoencoder"
+    image_shape: tuple[int, int, int] | None = None  # (C, H, W) of an image; known with the data
     is_timed = False  # a step of two networks, each with its optimiser, is more than a trial can hold
     can_scale_losses = False  # gradients are compared, which scaling would spoil
 
@@ -133,10 +134,17 @@ class AutoencoderModule(NetworkModule):
             seed=seed,
         )
         self.reconstruction = reconstruction
+        self.kl_weight = kl_weight
+        self.codebook_weight = codebook_weight
+        self.restart_codes_after = restart_codes_after
         self.perceptual_weight = perceptual_weight
         self.perceptual_net = perceptual_net
         self.learn_variance = learn_variance
         self.latent_std: float | None = None  # as last validated
+
+    @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        return self.image_shape
 
     @property
     def trained(self) -> Autoencoder:

@@ -44,8 +44,8 @@ DROPOUT_KEY = 3  # keeps dropout apart from noise, which has the same seed
 class NetworkModule(LightningModule):
     """A network in training, and the moving average of its weights.
 
-    A subclass defines `training_step` and the hooks of validation, `bind_data`, `record`, `identity`, `identity_in` and
-    `rebuilt`. `trainer.test` does what `trainer.validate` does, and logs it under "test/".
+    A subclass defines `training_step` and the hooks of validation, `input_shape`, `bind_data`, `record`, `identity`,
+    `identity_in` and `rebuilt`. `trainer.test` does what `trainer.validate` does, and logs it under "test/".
 
     Args:
         network: The network to train, with the raw weights. It becomes the attribute `network_name`, and its average
@@ -70,7 +70,6 @@ class NetworkModule(LightningModule):
     logged: tuple[str, ...]  # what callbacks may monitor
     is_timed = True  # whether the precision is left to a trial; otherwise it is the last that the machine has
     can_scale_losses = True  # which float16 needs
-    image_shape: tuple[int, int, int] | None = None  # (C, H, W) of a training input; known with the data
     gradient_norm: Tensor | None = None  # of this step, before clipping, if a callback needed it
 
     def __init__(
@@ -121,8 +120,13 @@ class NetworkModule(LightningModule):
         """Each average, and the network that it is of, whose weights are trained; the main one first."""
         return [(self.ema_network, self.network)]
 
+    @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of what the network is trained on; None before the module has met its data."""
+        raise NotImplementedError(f"{type(self).__name__} must define input_shape")
+
     def bind_data(self, datamodule: Any) -> None:
-        """Take from the data what the module needs to know of them, `image_shape` too.
+        """Take from the data what the module needs to know of them, `input_shape` too.
 
         Raises:
             ValueError: If network and data do not fit.
@@ -210,8 +214,7 @@ class NetworkModule(LightningModule):
         if not all(p.requires_grad for _, network in self.averaged_pairs() for p in network.parameters()):
             raise ValueError("a network with frozen parts cannot be shared out; use the strategy ddp")
         assert self.device_mesh is not None
-        networks = (network for pair in self.averaged_pairs() for network in pair)
-        shard(networks, self.device_mesh["data_parallel"])
+        shard((network for pair in self.averaged_pairs() for network in pair), self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         dtype = next(self.network.parameters()).dtype
@@ -226,8 +229,7 @@ class NetworkModule(LightningModule):
 
     def hyperparameters(self) -> dict[str, Any]:
         """The arguments that the module was made with, as a configuration would name them; plain values."""
-        arguments = plain_arguments(self)
-        return {**arguments, "optimizer": plain_optimizer(self.trainer.optimizers[0])}
+        return {**plain_arguments(self), "optimizer": plain_optimizer(self.trainer.optimizers[0])}
 
     def on_train_start(self) -> None:
         lay_out_moments(self.trainer.optimizers)
@@ -319,7 +321,7 @@ class NetworkModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["speed"], checkpoint["precision"] = self.chosen_speed, self.trainer.precision
-        if self.image_shape is not None:
+        if self.input_shape is not None:
             checkpoint[self.record_key] = self.record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -330,14 +332,15 @@ class NetworkModule(LightningModule):
         """
         check_callbacks(checkpoint)
         now = {name: value for name, value in self.identity().items() if name != "dropout"}  # which has no weights
-        before = self.identity_in(self._record_in(checkpoint))
+        before = self.identity_in(self.record_in(checkpoint))
         if differ := differences({name: before.get(name) for name in now}, now):
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")
         if is_attached(self):
             self._resume(checkpoint)
 
     @classmethod
-    def _record_in(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def record_in(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The `record` in a checkpoint; ValueError if another task wrote it."""
         if cls.record_key not in checkpoint:
             raise ValueError(
                 f"the checkpoint holds no {cls.record_key}: another task or another program wrote it; "
@@ -385,7 +388,7 @@ class NetworkModule(LightningModule):
             ValueError: If the checkpoint is of another task, damaged, or holds code.
         """
         checkpoint = load_plain(checkpoint_path)
-        settings = cls._record_in(checkpoint)["settings"]
+        settings = cls.record_in(checkpoint)["settings"]
         known = scalar_arguments(cls, settings.get("model", {}))
         module = cls.rebuilt(checkpoint_path, checkpoint, allow, **{**known, **arguments})
         module.load_state_dict(checkpoint["state_dict"])
@@ -432,10 +435,10 @@ class NetworkModule(LightningModule):
                 f"speed auto needs a data module that knows its images; use one of {', '.join(SPEEDS)}, and name "
                 "trainer.precision"
             )
-        assert self.image_shape is not None
+        assert self.input_shape is not None
         batch_size, device = datamodule.batch_size, self.trainer.strategy.root_device
         generator = keyed_generator(self.seed, device=device)
-        x = torch.randn(batch_size, *self.image_shape, generator=generator, device=device)
+        x = torch.randn(batch_size, *self.input_shape, generator=generator, device=device)
         inputs = {name: value.to(device) for name, value in self.example_inputs(batch_size).items()}
         network = cast(PixelNetwork, self.network)
         return fastest(self.trainer, network, x, inputs, speeds=speeds, precisions=precisions)

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from unet_diffusion.data.base import refuse_unused
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
-from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Condition, Encode, Inputs, network_inputs
+from unet_diffusion.diffusion.conditions.condition import (
+    CONDITION_KEY,
+    Condition,
+    Encode,
+    Inputs,
+    Request,
+    network_inputs,
+)
 from unet_diffusion.diffusion.losses import (
     NUM_QUARTERS,
     LossWeighting,
@@ -26,10 +33,11 @@ from unet_diffusion.diffusion.losses import (
     sums_by_quarter,
 )
 from unet_diffusion.diffusion.parts import all_conditions, channels_beside
-from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.diffusion.schedule import NoiseSchedule, stratified_timesteps
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.inference.record import codec_record, denoiser_record, network_record
+from unet_diffusion.inference.sample_options import SampleOptions
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
@@ -46,6 +54,7 @@ from unet_diffusion.training.denoising_rules import (
 )
 from unet_diffusion.training.lightning_internals import log_interval, total_batches
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
+from unet_diffusion.training.prediction import numbered
 from unet_diffusion.training.symptoms import warn_of, worse_than_gaussian
 
 FILLS_EVERY_QUARTER = 2 * NUM_QUARTERS - 1  # with so many timesteps in a stratified batch, each quarter has one
@@ -60,6 +69,9 @@ class DiffusionModule(NetworkModule):
     Batches are dicts with "images" (B, C, H, W) float32 in [-1, 1], or "x0" (B, C, h, w) of mean 0 and variance 1 where
     images were encoded before; "index" (B,) int64, the number of each image in its data set, which fixes its noise in
     validation; and what the conditions read, such as "labels" (B,) int64.
+
+    `trainer.predict` draws an image for each "index" of a batch, as `Denoiser.sample` does by default with the module's
+    seed, and takes texts for captions and names for labels, too. A batch may be the numbers alone.
 
     Args:
         unet: The network to train; its weights are the raw ones.
@@ -87,6 +99,7 @@ class DiffusionModule(NetworkModule):
     _moment_sums: Tensor
 
     record_key = "denoiser"
+    sample_shape: tuple[int, int, int] | None = None  # (C, h, w) of what is denoised; known with the data
 
     logged = (
         *("train/loss", "val/loss", "train/skipped_steps"),
@@ -136,18 +149,22 @@ class DiffusionModule(NetworkModule):
         self.codec.check_config()
 
     @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        return self.sample_shape
+
+    @property
     def trained(self) -> Denoiser:
         """The averaged network with all that is needed to draw with it and to export it.
 
         Raises:
             ValueError: Before the module has met its data.
         """
-        if self.image_shape is None:
-            raise ValueError("the image shape is not known before training; fit the module, or set its image_shape")
+        if self.sample_shape is None:
+            raise ValueError("the sample shape is not known before training; fit the module, or set its sample_shape")
         denoiser = Denoiser(
             unet=self.ema_unet,
             schedule=self.schedule,
-            sample_shape=self.image_shape,
+            sample_shape=self.sample_shape,
             codec=self.codec,
             null_label=self.null_label,
             class_names=self.class_names,
@@ -171,7 +188,7 @@ class DiffusionModule(NetworkModule):
 
     def bind_data(self, datamodule: Any) -> None:
         self.codec = getattr(datamodule, "codec", None) or self.codec
-        self.image_shape = self._sample_shape(datamodule)
+        self.sample_shape = self._sample_shape_of(datamodule)
         self.class_names = datamodule.class_names
         self._check_channels()
         provided = {entry for one in self.all_conditions for entry in one.provides}
@@ -184,7 +201,7 @@ class DiffusionModule(NetworkModule):
         if "labels" in provided:
             self.class_names = None  # they are no classes of the images
         for condition in self.all_conditions:  # the trained ones
-            condition.bind_sample_shape(self.image_shape)
+            condition.bind_sample_shape(self.sample_shape)
             if condition.provides or condition.batch_key not in provided:
                 condition.bind_data(datamodule)
         self._check_labels(provided)
@@ -192,8 +209,8 @@ class DiffusionModule(NetworkModule):
             cast(Condition, average).copy_learned(cast(Condition, trained))
 
     def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
-        assert self.image_shape is not None
-        batch = {one.batch_key: one.example(batch_size, self.image_shape) for one in self.all_conditions}
+        assert self.sample_shape is not None
+        batch = {one.batch_key: one.example(batch_size, self.sample_shape) for one in self.all_conditions}
         return {name: value.detach() for name, value in network_inputs(self.all_conditions, batch).items()}
 
     def record(self) -> dict[str, Any]:
@@ -218,9 +235,9 @@ class DiffusionModule(NetworkModule):
         conditions = cast(list[Condition], list(trained.conditions))
         parts = {"codec": trained.codec, "conditions": conditions}
         module = cls(trained.unet, trained.schedule, **{**arguments, **parts})
-        module.image_shape, module.class_names = trained.sample_shape, trained.class_names
+        module.sample_shape, module.class_names = trained.sample_shape, trained.class_names
         for condition in module.all_conditions:
-            condition.bind_sample_shape(module.image_shape)
+            condition.bind_sample_shape(module.sample_shape)
         return module
 
     @staticmethod
@@ -244,9 +261,9 @@ class DiffusionModule(NetworkModule):
         # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would have.
         step = total_batches(self.trainer)
         x0, entries = self._encoded(batch, step)
-        if self.image_shape is None:
+        if self.sample_shape is None:
             channels, height, width = x0.shape[1:]
-            self.image_shape = (channels, height, width)
+            self.sample_shape = (channels, height, width)
         generator = keyed_generator(self.seed, step, self.global_rank, device=x0.device)
         t = stratified_timesteps(len(x0), self.schedule.num_train_timesteps, generator)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=torch.float32)
@@ -309,6 +326,31 @@ class DiffusionModule(NetworkModule):
         """
         spread = (index.cpu().double() * GOLDEN_RATIO) % 1.0  # on the CPU: not every device has float64
         return (spread * self.schedule.num_train_timesteps).long().to(index.device)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Images drawn for a batch, (B, C, H, W) float32 on the CPU in [-1, 1]; image i is a function of "index" i."""
+        from unet_diffusion.inference.drawing import Drawing  # imports diffusers, which takes seconds
+
+        batch = numbered(batch)
+        numbers = batch["index"].tolist()
+        options = SampleOptions(num_images=len(numbers), seed=self.seed, batch_size=len(numbers))
+        entries = self._entries_to_draw(batch)
+        drawing = Drawing(self.trained, options, device=self.device, entries=entries, numbers=numbers)
+        return drawing.draw(range(len(numbers))).clamp(-1, 1)
+
+    def _entries_to_draw(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the conditions read of a batch; words are read as a user's."""
+        if any(one.provides for one in self.all_conditions):
+            _, batch = self.fixed_entries(batch)
+        entries = {}
+        for condition in self.all_conditions:
+            entry: Any = condition.read(batch)
+            if not isinstance(entry, Tensor):
+                values, names = {condition.batch_key: entry}, self.class_names
+                request = Request(num_images=len(entry), values=values, class_names=names)
+                entry = condition.from_user(request)[condition.batch_key]
+            entries[condition.batch_key] = entry
+        return entries
 
     def _errors(self, unet: PixelNetwork, x0: Tensor, noise: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         """Squared error of the prediction for each image, (B,)."""
@@ -374,22 +416,22 @@ class DiffusionModule(NetworkModule):
         sums, counts = sums_by_quarter(errors, t, self.schedule.num_train_timesteps)
         self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in range(NUM_QUARTERS)})
 
-    def _sample_shape(self, datamodule: Any) -> tuple[int, int, int]:
+    def _sample_shape_of(self, datamodule: Any) -> tuple[int, int, int]:
         """(C, h, w) of what is denoised, by the codec where the data hold images."""
         channels, height, width = datamodule.image_shape
         holds_x0 = getattr(datamodule, "codec", None) is not None
         return (channels, height, width) if holds_x0 else self.codec.sample_shape((channels, height, width))
 
     def _check_channels(self) -> None:
-        assert self.image_shape is not None
+        assert self.sample_shape is not None
         in_channels, beside = self.unet.in_channels, channels_beside(self.conditions)
-        if self.image_shape[0] + beside != in_channels:
+        if self.sample_shape[0] + beside != in_channels:
             more = f" with {beside} of maps beside them" if beside else ""
             raise ValueError(
-                f"the {self.codec.name} have {self.image_shape[0]} channels{more} and the network takes {in_channels}; "
-                "set model.unet.in_channels or data.channels"
+                f"the {self.codec.name} have {self.sample_shape[0]} channels{more} and the network takes "
+                f"{in_channels}; set model.unet.in_channels or data.channels"
             )
-        self.unet.check_size(*self.image_shape[1:])
+        self.unet.check_size(*self.sample_shape[1:])
 
     def _check_labels(self, provided: set[str]) -> None:
         """Labels that another condition provides need as many rows of the network's class embedding."""
@@ -398,15 +440,3 @@ class DiffusionModule(NetworkModule):
         wanted = next(one.num_classes for one in self.conditions if "labels" in cast(Condition, one).provides)
         if (rows := self.all_conditions[0].num_embeddings) != wanted:
             raise ValueError(f"num_class_embeds must be {wanted}, a class for each level of noise, got {rows}")
-
-
-def stratified_timesteps(batch_size: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
-    """One uniform timestep from each of batch_size equal parts of the range, in random order: (B,) int64.
-
-    Each is uniform over the whole range by itself; together they spread evenly, and the loss varies less.
-    """
-    device = generator.device
-    uniform = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float32)
-    part = torch.randperm(batch_size, generator=generator, device=device)
-    t = ((part + uniform) / batch_size * num_train_timesteps).long()
-    return t.clamp(max=num_train_timesteps - 1)  # float32 rounds the highest draws up to the end

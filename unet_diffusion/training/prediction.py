@@ -1,5 +1,6 @@
 """Reads the batches of `trainer.predict`, which may come from any data loader."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,3 +20,23 @@ def images_of(batch: Any) -> list[Tensor]:
     if batch and isinstance(batch[0], dict):
         return [image for one in batch for image in images_of(one)]
     return list(batch[0])
+
+
+def numbered(batch: Any) -> Mapping[str, Any]:
+    """A batch that says which images to draw, as a dict with "index".
+
+    Args:
+        batch: A dict with "index" (B,) int64 and what the conditions read, or these numbers alone, (B,).
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(batch, Tensor) and batch.ndim == 1:
+        return {"index": batch}
+    if isinstance(batch, Mapping) and "index" in batch:
+        return batch
+    got = f"entries {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    raise ValueError(
+        'a batch to draw must be a dict with "index" (B,), the number of each image, and what the conditions read, or '
+        f"the numbers alone, got {got}; DataLoader(range(16), batch_size=4) draws 16 images"
+    )

@@ -62,6 +62,7 @@ class SegmentationModule(NetworkModule):
     stretch: bool
 
     record_key = "segmenter"
+    image_shape: tuple[int, int, int] | None = None  # (C, H, W) of a window; known with the data
 
     logged = ("train/loss", "train/skipped_steps", "val/dice", "val/iou", "val/pixel_error")
 
@@ -100,6 +101,10 @@ class SegmentationModule(NetworkModule):
         self.timestep = timestep
         self.init_from = init_from
         self._validation_sums: Tensor | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int] | None:
+        return self.image_shape
 
     @property
     def trained(self) -> Segmenter:
