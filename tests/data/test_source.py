@@ -84,7 +84,7 @@ def test_labels_captions_and_names_reach_the_data_module():
 
     data = loaded(make, class_names=["cat", "dog"])
     assert (data.class_names, data.num_classes) == (["cat", "dog"], 2)
-    assert data.captions == [f"a {index}" for index in range(10)]
+    assert data.entries["captions"] == [f"a {index}" for index in range(10)]
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].tolist() == [index % 2 for index in batch["index"].tolist()]
     assert data.image_set.names == [f"{index}.png" for index in range(10)]

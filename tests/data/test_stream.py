@@ -174,16 +174,16 @@ def test_every_image_is_read_as_from_its_folder_with_its_class_and_caption(image
     data = stream(packed, class_labels=True, captions=True)
     folder = ImageDataModule(Folder(images, image_size=8, class_labels=True, captions=True))
     folder.setup()
-    expected = {caption: i for i, caption in enumerate(folder.captions)}
+    expected = {caption: i for i, caption in enumerate(folder.entries["captions"])}
     assert data.class_names == folder.class_names
     seen = epoch_of(data) + list(data.val_dataloader())
     drawn = torch.cat([batch["index"] for batch in seen]).tolist()
     assert len(set(drawn)) == len(drawn) == 32 + 5
     for batch in seen:
         for image, label, index in zip(batch["images"], batch["labels"], batch["index"].tolist(), strict=True):
-            other = expected[data.captions[index]]
+            other = expected[data.entries["captions"][index]]
             assert torch.equal(image, folder.image_set.images[other])
-            assert label == folder.image_set.labels[other]
+            assert label == folder.entries["labels"][other]
 
 
 def test_shards_are_of_images_drawn_at_random_and_plain_tar_archives(packed):
@@ -192,7 +192,7 @@ def test_shards_are_of_images_drawn_at_random_and_plain_tar_archives(packed):
     with tarfile.open(packed / names[0]) as archive:
         pictures = [Image.open(io.BytesIO(archive.extractfile(member).read())) for member in archive]
     assert [picture.size for picture in pictures] == [(12, 10)] * 7
-    labels = [one["labels"] for one in json.loads((packed / "index.json").read_text())["shards"]]
+    labels = [one["entries"]["labels"] for one in json.loads((packed / "index.json").read_text())["shards"]]
     assert [len(one) for one in labels] == [7, 7, 7, 7, 7, 5]
     assert sum(0 < sum(one) < len(one) for one in labels) >= 5
 
@@ -519,8 +519,7 @@ def test_bad_shard_to_validate_on_is_an_error_of_one_line(packed, num_workers):
 
 def test_shard_with_fewer_images_than_the_index_has_is_an_error(packed):
     index = json.loads((packed / "index.json").read_text())
-    for name, value in (("num_images", 8), ("labels", [0] * 8), ("captions", [""] * 8)):
-        index["shards"][3][name] = value
+    index["shards"][3] |= {"num_images": 8, "entries": {"labels": [0] * 8, "captions": [""] * 8}}
     (packed / "index.json").write_text(json.dumps(index))
     with pytest.raises(ShardError, match=r"shard_00003.tar cannot be read: it holds 7 images, not 8 as index.json has"):
         epoch_of(stream(packed))

@@ -491,7 +491,7 @@ def labels(values: torch.Tensor) -> dict:
         (labels(torch.tensor([-1, 1])), "at least 0, got -1"),
         ({**labels(torch.tensor([0, 4])), "unconditional": {"labels": torch.tensor([3, 3])}}, r"in \[0, 3\].* got 4"),
         ({**labels(torch.tensor([0, 1])), "unconditional": {}}, r"must have the shape \(2,\), got none"),
-        ({"guidance": Guidance(2.0)}, "without labels"),
+        ({"guidance": Guidance(2.0)}, "without conditions"),
         ({**labels(torch.tensor([0, 1])), "guidance": Guidance(2.0)}, "without a null"),
         (
             {

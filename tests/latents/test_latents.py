@@ -111,7 +111,7 @@ def test_codes_have_one_scale_and_no_shift(encoded, images):
 def test_encoding_goes_on_where_it_was_cut_off(encoded):
     folder = encoded()
     whole = read_latents(folder)
-    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    first, second = sorted(folder.glob("latents_*.safetensors"))[:2]
     written = first.stat().st_mtime_ns
     second.unlink()
     (folder / "index.json").unlink()
@@ -160,14 +160,14 @@ def latents_now(images) -> torch.Tensor:
 
 def test_latents_of_an_image_that_was_replaced_are_made_again_and_said(encoded, images, run_cli, tmp_path):
     folder = encoded("--class_labels")
-    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("latents_*.safetensors")}
     replace_image(images / "dog" / "0.png", 5)
     arguments = [tmp_path / "autoencoder", images, "--output", folder, "--device=cpu", "--class_labels"]
     status, out, err = run_cli("encode", *arguments)
     assert (status, "latents_00001.safetensors is made again, because images in it have changed" in out) == (0, True), (
         err
     )
-    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("latents_*.safetensors")}
     assert [name for name in sorted(now) if now[name] != kept[name]] == ["latents_00001.safetensors"]
     torch.testing.assert_close(read_latents(folder).mean.float(), latents_now(images), atol=2e-3, rtol=2e-3)
 

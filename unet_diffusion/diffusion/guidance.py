@@ -122,11 +122,11 @@ def check_guidance(inputs: Inputs, unconditional: Inputs | None, guidance: Guida
             )
         return
     if guidance.autoguidance is None and not inputs:
-        raise ValueError(f"guidance_scale must be 1 without labels or captions, got {guidance.scale}; give them")
+        raise ValueError(f"guidance_scale must be 1 without conditions, got {guidance.scale}; give them")
     if unconditional is None and inputs:
         raise ValueError(
             f"guidance_scale must be 1 without a null, got {guidance.scale}; "
-            "guidance needs a network that was trained with dropout of its labels or captions"
+            "guidance needs a network that was trained with dropout of its conditions"
         )
 
 

@@ -143,12 +143,24 @@ class Condition(nn.Module):
     def bind_data(self, datamodule: Any) -> None:
         """Take from the data what it needs to know of them before training, and refuse data that do not fit.
 
+        By default, data that say what batches hold are refused if that is not what `read` takes.
+
         Args:
             datamodule: The data, set up.
 
         Raises:
             ValueError: If the data lack what this condition reads.
         """
+        entries = getattr(datamodule, "entries", None)
+        if entries is None or self.batch_key in self.provides or type(self).read is not Condition.read:
+            return
+        if not isinstance(entries.get(self.batch_key), Tensor):
+            known = [key if isinstance(rows, Tensor) else f"{key} (texts)" for key, rows in entries.items()]
+            raise ValueError(
+                f"the data must give numbers as {self.batch_key!r}, which the condition {type(self).__name__} reads, "
+                f"and give {', '.join(known) or 'images alone'}; let the items of the source hold it, define read(), "
+                "or remove the condition"
+            )
 
     def bind_sample_shape(self, sample_shape: tuple[int, int, int]) -> None:
         """Take note of the shape (C, h, w) of what is denoised, before training."""
@@ -213,7 +225,7 @@ class Condition(nn.Module):
         return bool(self.provides) or type(self).from_user is Condition.from_user
 
     def values_of(self, indices: Sequence[int]) -> dict[str, Any]:
-        """What a user would give to draw images like those of the data, by option.
+        """What a user would give to draw images like those of the data, a value an image, by option.
 
         Args:
             indices: Numbers of N images of the data, after `bind_data`.
