@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
@@ -18,6 +19,25 @@ WORDS = [*CAPTIONS, "a green cat on a red sofa"]
 WIDTH = 8  # of the text encoder
 TINY_UNET = {"in_channels": 4, "channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
+
+
+class Vectors(Condition):
+    """Three numbers that are known of an image by a name, as a vector."""
+
+    network_argument = "vector"
+
+    def __init__(self, key="feature", dropout=0.0):
+        super().__init__(dropout)
+        self.batch_key, self.config = key, {"key": key, "dropout": dropout}
+
+    def forward(self, entry):
+        return entry
+
+    def null(self, entry):
+        return torch.zeros_like(entry)
+
+    def example(self, batch_size, sample_shape):
+        return torch.zeros(batch_size, 3)
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ from unet_diffusion.data import (
     Shards,
     ShardStore,
     ShuffledShards,
+    find_images,
+    pack_images,
     shards,
 )
 
@@ -404,6 +406,31 @@ def test_what_was_not_packed_is_refused(images, run_cli):
             stream(images.parent / "plain", **{name: True})
 
 
+def test_further_entries_are_packed_and_streamed(images, tmp_path):
+    files = find_images(images)
+    entries = {
+        "age": list(range(40)),
+        "vector": torch.rand(40, 3).tolist(),
+        "is_old": [number > 20 for number in range(40)],
+        "name": files.names,
+    }
+    pack_images(files, tmp_path / "shards", root=images, shard_images=7, entries=entries)
+    data = stream(tmp_path / "shards")
+    names = data.entries["name"]
+    order = [files.names.index(name) for name in names]
+    assert sorted(names) == sorted(files.names)
+    for batch in epoch_of(data) + list(data.val_dataloader()):
+        assert batch.keys() == {"images", "index", "age", "vector", "is_old"}
+        for key, dtype in {"age": torch.int64, "vector": torch.float32, "is_old": torch.bool}.items():
+            assert torch.equal(batch[key], torch.tensor(entries[key], dtype=dtype)[order][batch["index"]])
+    folder = image_data(Folder, images, image_size=8)
+    folder.setup()
+    read = data.image_set.images.index_select(0, torch.arange(40))
+    assert torch.equal(read, folder.image_set.images[order])
+    with pytest.raises(FileExistsError, match=r"other settings \(contents of age\)"):
+        pack_images(files, tmp_path / "shards", root=images, shard_images=7, entries=entries | {"age": [0] * 40})
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -427,6 +454,12 @@ def test_arguments_out_of_range_are_refused(packed, options, said):
         '{"shards": 3}',
         '{"smallest": [1, 2], "shards": [{"file": "/etc/passwd"}]}',
         '{"smallest": [1, 2], "shards": [{"num_images": 1, "sha256": ""}], "class_names": ["cat"], "bits": 8}',
+        '{"smallest": [1, 2], "shards": [], "class_names": null, "bits": 8}',
+        *(
+            '{"smallest": [1, 2], "class_names": null, "bits": 8, "shards": [{"num_images": 1, "sha256": "", '
+            f'"entries": {{"age": [1]}}}}, {{"num_images": 1, "sha256": "", "entries": {entries}}}]}}'
+            for entries in ("{}", '{"age": [1, 2]}', '{"age": ["x"]}', '{"age": [null]}', '{"age": [[1]]}', "3")
+        ),
     ],
 )
 def test_damaged_index_is_refused(packed, content):

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from threading import Thread
@@ -105,7 +106,7 @@ class ShardIndex:
                     raise ValueError("a shard has not as many entries as images")
                 if shard.entries.keys() != index.shards[0].entries.keys():
                     raise ValueError("shards have not the same entries")
-            if index.class_names is not None and "labels" not in index.entries:
+            if "labels" not in index.entries and index.class_names is not None:
                 raise ValueError("there are class_names, but no labels")
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             reason = error if type(error) is ValueError else "its fields are not those that pack writes"
@@ -122,7 +123,7 @@ class ShardIndex:
         """Number of the first image of each shard, and of all images."""
         return list(accumulate((shard.num_images for shard in self.shards), initial=0))
 
-    @property
+    @cached_property
     def entries(self) -> Entries:
         """What is known of each image: numbers (N, ...), whole ones as int64, or texts."""
         rows = {key: [row for shard in self.shards for row in shard.entries[key]] for key in self.shards[0].entries}

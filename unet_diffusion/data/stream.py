@@ -101,7 +101,7 @@ class Shards(Source):
         store = ShardStore(self.root, num_retries=self.num_retries)
         index = store.index()
         self._check_size(index.smallest, index.channels)
-        entries = index.entries
+        entries = dict(index.entries)
         for key, name in OPTIONS.items():
             if not getattr(self, name):
                 entries.pop(key, None)
