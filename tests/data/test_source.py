@@ -225,14 +225,15 @@ MISTAKES = {
     "the label of item 0 of Mine must be a whole number from 0, got 'cat'": labelled("cat"),
     "the label of item 0 of Mine must be a whole number from 0, got -1": labelled(-1),
     "the label of item 0 of Mine must be a whole number from 0, got True": labelled(True),
-    "all items must have 'label', or none: item 0 of Mine has it, and item 7 of Mine has not": at(
+    "label must be of one type and shape in all items, and is there in item 0 of Mine and missing in item 7": at(
         7, lambda i: {"image": PIXELS[i]}, labelled(0)
     ),
-    "all items must have 'caption', or none: item 7 of Mine has it, and item 0 of Mine has not": at(
+    "caption must be of one type and shape in all items, and is missing in item 0 of Mine and a text in item 7": at(
         7, lambda i: {"image": PIXELS[i], "caption": "x"}
     ),
     "caption of item 0 of Mine must be text, got 3": lambda i: {"image": PIXELS[i], "caption": 3},
-    "all items must have 'age', or none: item 0 of Mine has it, and item 6 of Mine has not; give it a value": at(
+    "age must be of one type and shape in all items, and is int64 of the shape () in item 0 of Mine and missing in "
+    "item 6 of Mine; make them alike in __getitem__": at(
         6, known(age=None), known(age=3)
     ),
     "age must be of one type and shape in all items, and is int64 of the shape () in item 0 of Mine and float32 of the "

@@ -230,20 +230,18 @@ def _check_alike(item: Item, first: Item) -> None:
         raise ValueError(f"all images must have one size, and {first.where} is {sizes[0]} and {item.where} {sizes[1]} "
                          "(C x H x W); scale or cut them in __getitem__")  # fmt: skip
     for key in {**first.values, **item.values}:
-        if (key in item.values) != (key in first.values):
-            with_it, without = (item, first) if key in item.values else (first, item)
-            raise ValueError(f"all items must have {key!r}, or none: {with_it.where} has it, and {without.where} has "
-                             "not; give it a value that stands for not known, or leave it out")  # fmt: skip
-        kinds = [_kind(one.values[key]) for one in (first, item)]
-        if key != "label" and kinds[0] != kinds[1]:
+        kinds = [_kind(key, one.values.get(key)) for one in (first, item)]
+        if kinds[0] != kinds[1]:
             raise ValueError(f"{key} must be of one type and shape in all items, and is {kinds[0]} in {first.where} "
                              f"and {kinds[1]} in {item.where}; make them alike in __getitem__")  # fmt: skip
 
 
-def _kind(value: Tensor | str) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} of the shape {tuple(value.shape)}"
-    return "a text"
+def _kind(key: str, value: Any) -> str:
+    if value is None:
+        return "missing"
+    if key == "label":  # a whole number in any form
+        return "there"
+    return "a text" if isinstance(value, str) else f"{str(value.dtype)[6:]} of the shape {tuple(value.shape)}"
 
 
 def _classes(

@@ -77,7 +77,7 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
     """Write a folder that diffusers loads without this package, after a comparison of what it loads with the original.
 
     It is one of diffusers' pipelines where there is one that draws the same: of images from nothing a DDPMPipeline, of
-    latents an LDMPipeline; of latents from captions a StableDiffusionPipeline, from masked images too a
+    latents an LDMPipeline; of latents from texts a StableDiffusionPipeline, from masked images too a
     StableDiffusionInpaintPipeline, and from small ones a StableDiffusionUpscalePipeline. Else it holds its own
     `pipeline.py`, and is loaded with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. A README.md
     says how, for each.

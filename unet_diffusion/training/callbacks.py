@@ -119,10 +119,9 @@ class PictureGrid(Callback):
 class SampleGrid(PictureGrid):
     """Samples of the averaged denoiser, of the same seeds every time. With classes, each column is a class.
 
-    What else is known of the images, such as their texts, is that of the first validation images, and run
-    folder/captions.txt, or another file of its name, has it row by row. A model that is shown something of an image,
-    such as the part that a mask leaves, or a small image, is shown the first validation images; what it sees is above
-    what it makes of it.
+    Texts, and what else a user would give, are those of the first validation images, and run folder/OPTION.txt has them
+    row by row. A model that is shown something of an image, such as the part that a mask leaves, or a small image, is
+    shown the first validation images; what it sees is above what it makes of it.
 
     Args:
         every_n_steps: optimiser steps between grids; 0: only at the end.

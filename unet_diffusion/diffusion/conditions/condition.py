@@ -33,7 +33,7 @@ class Request:
     Args:
         num_images: N, how many images.
         seed: Seed of the images.
-        values: What the user gave, by the name of the option: labels, captions, ...
+        values: What the user gave, by the name of the option: labels, ...
         class_names: The name of each class; None: there are no names.
         image: The given image, (1, C, H, W) in [-1, 1]; None: there is none.
         mask: Where to paint into it, (1, 1, H, W) float32, 1 where, 0 elsewhere; None: there is none.
