@@ -409,9 +409,9 @@ def test_what_was_not_packed_is_refused(images, run_cli):
 def test_further_entries_are_packed_and_streamed(images, tmp_path):
     files = find_images(images)
     entries = {
-        "age": list(range(40)),
-        "vector": torch.rand(40, 3).tolist(),
-        "is_old": [number > 20 for number in range(40)],
+        "age": torch.arange(40, dtype=torch.uint8),
+        "vector": torch.rand(40, 3),
+        "is_old": torch.arange(40) > 20,
         "name": files.names,
     }
     pack_images(files, tmp_path / "shards", root=images, shard_images=7, entries=entries)
@@ -422,13 +422,14 @@ def test_further_entries_are_packed_and_streamed(images, tmp_path):
     for batch in epoch_of(data) + list(data.val_dataloader()):
         assert batch.keys() == {"images", "index", "age", "vector", "is_old"}
         for key, dtype in {"age": torch.int64, "vector": torch.float32, "is_old": torch.bool}.items():
-            assert torch.equal(batch[key], torch.tensor(entries[key], dtype=dtype)[order][batch["index"]])
+            assert batch[key].dtype == dtype
+            assert torch.equal(batch[key], entries[key][order][batch["index"]].to(dtype))
     folder = image_data(Folder, images, image_size=8)
     folder.setup()
     read = data.image_set.images.index_select(0, torch.arange(40))
     assert torch.equal(read, folder.image_set.images[order])
     with pytest.raises(FileExistsError, match=r"other settings \(contents of age\)"):
-        pack_images(files, tmp_path / "shards", root=images, shard_images=7, entries=entries | {"age": [0] * 40})
+        pack_images(files, tmp_path / "shards", root=images, shard_images=7, entries=entries | {"age": torch.zeros(40)})
 
 
 @pytest.mark.parametrize(

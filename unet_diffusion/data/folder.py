@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.data.batches import ImageSet
+from unet_diffusion.data.batches import Entries, ImageSet
 from unet_diffusion.data.captions import TEXT_EXTENSIONS, Captions, read_captions
 from unet_diffusion.data.checking import (
     CheckedImages,
@@ -98,8 +98,6 @@ class Folder(Source):
         entries, class_names = entries_of(
             files, checked.names, self.root, class_labels=self.class_labels, captions=self.captions
         )
-        if class_names:
-            entries["labels"] = torch.tensor(entries["labels"])
         return ImageSet(checked.images, entries, class_names, checked.names, checked.contents)
 
     def left_out(self) -> str:
@@ -119,8 +117,8 @@ class Folder(Source):
 
 def entries_of(
     files: ImageFiles, names: list[str], root: str | Path, *, class_labels: bool, captions: bool
-) -> tuple[dict[str, Any], list[str] | None]:
-    """What folders and files say of each image, a plain row each by name, and the name of each class.
+) -> tuple[Entries, list[str] | None]:
+    """What folders and files say of each image, by name, and the name of each class.
 
     Args:
         files: The files below the root.
@@ -133,7 +131,7 @@ def entries_of(
         ValueError: If there are no classes, or an image has no caption.
     """
     class_names = class_names_of(names, root) if class_labels else None
-    entries: dict[str, Any] = {"labels": labels_of(names, class_names)} if class_names else {}
+    entries: Entries = {"labels": torch.tensor(labels_of(names, class_names))} if class_names else {}
     return entries | ({"captions": read_captions(files, names).texts} if captions else {}), class_names
 
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.checking import decoded, in_threads
 from unet_diffusion.data.decoding import ImageFormat, fitted_image
 from unet_diffusion.data.files import ImageFiles
@@ -58,7 +59,7 @@ def pack_images(
     root: str | Path,
     shard_images: int = 1024,
     image_format: ImageFormat | None = None,
-    entries: Mapping[str, Sequence[Any]] | None = None,
+    entries: Entries | None = None,
     class_names: list[str] | None = None,
     skip_bad_files: bool = False,
     progress: Callable[[int], object] = lambda num_images: None,
@@ -73,7 +74,7 @@ def pack_images(
         shard_images: The number of images per shard; the last shard, and shards with images left out, hold fewer.
         image_format: The size and channels that each image is converted to, and kept as PNG. None keeps the files as
             they are.
-        entries: What is known of each image, plain numbers, lists of them or texts, by name; see `entries_of`.
+        entries: What is known of each image by name: numbers (N, ...), of which whole ones become int64, or N texts.
         class_names: The name of each class, or None.
         skip_bad_files: Whether files that cannot be decoded or are too small are left out. Otherwise no index is
             written if there are any.
@@ -90,7 +91,7 @@ def pack_images(
     """
     if shard_images < 1:
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
-    entries = entries or {}
+    plain = {key: rows.tolist() if isinstance(rows, Tensor) else rows for key, rows in (entries or {}).items()}
     settings = {
         "images": str(Path(root).resolve()),
         "num_images": len(files.names),
@@ -98,7 +99,7 @@ def pack_images(
         "shard_images": shard_images,
         "image_format": str(image_format),
         "class_names": class_names,
-        "entries": {f"{CONTENTS}{key}": text_digest(json.dumps(rows)).hex() for key, rows in entries.items()},
+        "entries": {f"{CONTENTS}{key}": text_digest(json.dumps(rows)).hex() for key, rows in plain.items()},
     }
     require_same_settings(folder, settings, "shards")
     remove_left_behind(folder)
@@ -112,7 +113,7 @@ def pack_images(
             say(f"{shard_name(number)} is packed again, because images in it have changed: {first_few(changed)}")
         if record is None or changed or (record["bad_files"] and not skip_bad_files):
             before = record["shard"]["sha256"] if record else None
-            record = _write_shard(folder, number, files, members, image_format, entries, before)
+            record = _write_shard(folder, number, files, members, image_format, plain, before)
         progress(len(members))
         records.append(record)
     bad_files = [line for record in records for line in record.pop("bad_files")]
@@ -141,7 +142,7 @@ def _write_shard(
     files: ImageFiles,
     members: list[int],
     image_format: ImageFormat | None,
-    entries: Mapping[str, Sequence[Any]],
+    entries: Mapping[str, list[Any]],
     before: str | None,
 ) -> dict[str, Any]:
     """Write a shard and return its record; `before` is the checksum of the shard in its place, if that is known."""

@@ -152,7 +152,8 @@ class Condition(nn.Module):
             ValueError: If the data lack what this condition reads.
         """
         entries = getattr(datamodule, "entries", None)
-        if entries is None or self.batch_key in self.provides or type(self).read is not Condition.read:
+        is_made = self.batch_key in ("images", "index", "x0", *self.provides)  # whatever the data know
+        if entries is None or is_made or type(self).read is not Condition.read:
             return
         if not isinstance(entries.get(self.batch_key), Tensor):
             known = [key if isinstance(rows, Tensor) else f"{key} (texts)" for key, rows in entries.items()]
