@@ -220,13 +220,13 @@ def compile_ahead(options: argparse.Namespace) -> None:
     shape = (autoencoder.config["latent_channels"], side, side)
     settings = {"autoencoder": str(folder / "autoencoder"), "image_shape": (3, image_size, image_size),
                 "fingerprint": fingerprint(autoencoder, autoencoder.config), "num_images": STAND_INS,
-                "has_mirrored": False, "has_codes": False, "class_names": None,
-                "captions": ["nothing"] * STAND_INS}  # fmt: skip
+                "has_mirrored": False, "has_codes": False, "class_names": None}  # fmt: skip
     encode_images(
         folder / "latents",
         lambda numbers: torch.empty(len(numbers), 0),
         lambda images: (torch.randn(len(images), *shape), torch.zeros(len(images), *shape)),
         settings=settings,
+        entries={"captions": ["nothing"] * STAND_INS},
     )
     few = ["--data.horizontal_flip=false", "--trainer.max_steps=3"]
     fit(options, "compiled", recipe_of_latents(options, folder / "latents"), NEVER + time.time(), few)
@@ -310,7 +310,7 @@ class Images:
     def of(cls, options: argparse.Namespace) -> "Images":
         data = ImageDataModule(Folder(options.images, image_size=SIZES[options.size].image_size, captions=True))
         data.setup()
-        images, captions = scale_to_unit_range(data.image_set.images), data.captions
+        images, captions = scale_to_unit_range(data.image_set.images), data.entries["captions"]
         trained_on, kept = data.train_indices.tolist(), data.val_indices.tolist()
         return cls(images[trained_on], [captions[i] for i in trained_on], images[kept], [captions[i] for i in kept])
 

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 from unet_diffusion.commands.main import main
 from unet_diffusion.data import ImageDataModule, ImageSet, Source, find_images, pack_images
+from unet_diffusion.data.folder import entries_of
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.training import DiffusionModule
@@ -76,7 +77,7 @@ class Noise(Source):
         images = torch.randint(256, (20, *self._shape), generator=generator).to(torch.uint8)
         if self.class_names is None:
             return ImageSet(images)
-        return ImageSet(images, torch.arange(20) % len(self.class_names), list(self.class_names))
+        return ImageSet(images, {"labels": torch.arange(20) % len(self.class_names)}, list(self.class_names))
 
 
 class TinyImages(ImageDataModule):
@@ -214,7 +215,10 @@ def streamed_digits(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         path = folder / "images" / str(label) / f"{number:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15).astype(np.uint8)).save(path)
-    pack_images(find_images(folder / "images"), folder / "shards", root="images", shard_images=50, class_labels=True)
+    files = find_images(folder / "images")
+    entries, class_names = entries_of(files, files.names, "images", class_labels=True, captions=False)
+    known = {"entries": entries, "class_names": class_names}
+    pack_images(files, folder / "shards", root="images", shard_images=50, **known)
     data = ["--data", "Shards", "--data.root", str(folder / "shards")]
     data += ["--data.image_size", "8", "--data.channels", "1"]
     data += ["--data.class_labels", "true", "--data.num_workers", "2"]

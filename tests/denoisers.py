@@ -9,6 +9,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from unet_diffusion.diffusers_io.configurations import config_from_diffusers
+from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
@@ -30,6 +31,25 @@ SCHEDULER_WARNINGS = [  # of diffusers' schedulers
     pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Should have t:UserWarning:torchsde"),  # float32 against float64 ends of a path
 ]
+
+
+class Vectors(Condition):
+    """Three numbers that are known of an image by a name, as a vector."""
+
+    network_argument = "vector"
+
+    def __init__(self, key="feature", dropout=0.0):
+        super().__init__(dropout)
+        self.batch_key, self.config = key, {"key": key, "dropout": dropout}
+
+    def forward(self, entry):
+        return entry
+
+    def null(self, entry):
+        return torch.zeros_like(entry)
+
+    def example(self, batch_size, sample_shape):
+        return torch.zeros(batch_size, 3)
 
 
 @torch.no_grad()

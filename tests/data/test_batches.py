@@ -102,7 +102,7 @@ def test_validation_is_in_order():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
 def test_index_beyond_the_set_is_the_mirrored_image(dtype):
     images = torch.arange(5 * 2 * 3 * 4).view(5, 2, 3, 4).to(dtype)
-    batch = ImageBatches(ImageSet(images, torch.arange(5) * 10, list("abcde")))[[3, 5 + 1, 0]]
+    batch = ImageBatches(ImageSet(images, {"labels": torch.arange(5) * 10}, list("abcde")))[[3, 5 + 1, 0]]
     assert batch["index"].tolist() == [3, 1, 0]
     assert batch["labels"].tolist() == [30, 10, 0]
     expected = torch.stack([images[3].int(), images[1].int().flip(-1), images[0].int()])

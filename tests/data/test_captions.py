@@ -78,14 +78,14 @@ def test_data_module_has_the_captions_of_its_images(images):
     (images / "metadata.csv").write_text("file_name,text\na.png,ant\nb.png,bee\nmore/c.png,cat\n")
     data = ImageDataModule(Folder(images, image_size=8, captions=True))
     data.setup()
-    assert dict(zip(data.image_set.names, data.captions, strict=True)) == {
+    assert dict(zip(data.image_set.names, data.entries["captions"], strict=True)) == {
         "a.png": "ant",
         "b.png": "bee",
         "more/c.png": "cat",
     }
     without = ImageDataModule(Folder(images, image_size=8))
     without.setup()
-    assert without.captions is None
+    assert "captions" not in without.entries
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def test_classes_are_those_of_torchvisions_image_folder(tmp_path):
     assert data_module.class_names == reference.classes
     assert data_module.num_classes == 3
     assert [str(tmp_path / name) for name in data_module.image_set.names] == [path for path, _ in reference.samples]
-    assert data_module.image_set.labels.tolist() == reference.targets
+    assert data_module.entries["labels"].tolist() == reference.targets
 
 
 def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
@@ -308,7 +308,7 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
     data_module = set_up(folder_module(tmp_path, class_labels=True))
     assert data_module.class_names == [*map(str, range(10)), "010", "10", "11", "a2", "a10", "a10b"]
     folders = [name.split("/")[0] for name in data_module.image_set.names]
-    assert [data_module.class_names[label] for label in data_module.image_set.labels] == folders
+    assert [data_module.class_names[label] for label in data_module.entries["labels"]] == folders
 
 
 def test_folder_without_classes_has_no_labels(tmp_path):
@@ -452,7 +452,7 @@ def test_digits_span_all_levels():
     assert data_module.image_shape == (1, 8, 8)
     assert data_module.class_names == list("0123456789")
     np.testing.assert_allclose(images[:, 0].numpy() / 255 * 16, load_digits().images, atol=0.04)  # half of 16 / 255
-    assert data_module.image_set.labels.tolist() == load_digits().target.tolist()
+    assert data_module.entries["labels"].tolist() == load_digits().target.tolist()
 
 
 def test_missing_torchvision_set_says_where_it_is_expected(tmp_path):

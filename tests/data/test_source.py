@@ -1,5 +1,6 @@
 """Sources of one's own: small classes, whose mistakes are named by item and rule."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from denoisers import Vectors
 from PIL import Image
 
 from unet_diffusion.data import ImageDataModule, LabelledSource, SegmentationDataModule, Source, source
@@ -34,6 +36,10 @@ def loaded(make, **options) -> ImageDataModule:
     data = ImageDataModule(Mine(make, **options), num_val=3, batch_size=4)
     data.setup()
     return data
+
+
+def known(**values):
+    return lambda index: {"image": PIXELS[index], **values}
 
 
 FORMS = {
@@ -84,11 +90,79 @@ def test_labels_captions_and_names_reach_the_data_module():
 
     data = loaded(make, class_names=["cat", "dog"])
     assert (data.class_names, data.num_classes) == (["cat", "dog"], 2)
-    assert data.captions == [f"a {index}" for index in range(10)]
+    assert data.entries["captions"] == [f"a {index}" for index in range(10)]
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].tolist() == [index % 2 for index in batch["index"].tolist()]
     assert data.image_set.names == [f"{index}.png" for index in range(10)]
     assert loaded(lambda index: {"image": PIXELS[index], "label": np.int64(index % 3)}).class_names == ["0", "1", "2"]
+
+
+def test_what_else_an_item_holds_is_an_entry_of_the_batch_or_a_text_of_the_data(monkeypatch):
+    boxes = torch.rand(10, 3, 4, dtype=torch.float64)
+    values = {
+        "age": lambda index: 20 + index,
+        "weight": lambda index: 0.5 * index,
+        "is_old": lambda index: index > 5,
+        "vector": lambda index: np.arange(index, index + 3, dtype=">u2"),
+        "boxes": lambda index: boxes[index],
+        "pair": lambda index: [index, -index],
+        "place": lambda index: f"place {index}",
+    }
+
+    def make(index):
+        return {"image": PIXELS[index], "label": index % 2, **{key: value(index) for key, value in values.items()}}
+
+    data = loaded(make)
+    dtypes = {"labels": torch.int64, "age": torch.int64, "weight": torch.float32, "is_old": torch.bool}
+    dtypes |= {"vector": torch.uint16, "boxes": torch.float32, "pair": torch.int64}
+    assert list(data.entries) == [*dtypes, "place"]
+    assert data.entries["place"] == [f"place {index}" for index in range(10)]
+    for batch in [*data.train_dataloader(), *data.val_dataloader()]:
+        assert batch.keys() == {"images", "index", *dtypes}
+        for key, dtype in dtypes.items():
+            rows = [index % 2 if key == "labels" else values[key](index) for index in batch["index"].tolist()]
+            expected = torch.from_numpy(np.stack([np.asarray(row) for row in rows]).astype(np.float64))
+            assert batch[key].dtype == dtype
+            torch.testing.assert_close(batch[key].double(), expected, rtol=1e-7, atol=0)  # float32 of float64
+        assert data.on_after_batch_transfer(batch, 0).keys() == batch.keys()
+    assert "classes of 5 to 5; age from 20 to 29; weight from 0 to 4.5; is_old from 0 to 1" in data.summary()[0]
+    assert data.summary()[0].endswith("pair from -9 to 9; place, 10 of them different")
+
+
+def test_mirrored_images_keep_what_is_known_of_them():
+    data = ImageDataModule(Mine(known(age=3)), num_val=3, batch_size=7, horizontal_flip=True)
+    data.setup()
+    assert [batch["age"].tolist() for batch in data.train_dataloader()] == [[3] * 7]
+
+
+@pytest.mark.parametrize("key", ["age", "vector", "place"])
+def test_image_of_which_something_else_is_known_now_has_other_contents(key):
+    def contents(changed):
+        values = {"age": 30, "vector": np.zeros(3), "place": "Graz"}
+        others = {"age": 31, "vector": np.eye(3)[0], "place": "Linz"}
+        return loaded(at(4, known(**(values | ({key: others[key]} if changed else {}))), known(**values))).state_dict()
+
+    before, now = contents(changed=False)["contents"], contents(changed=True)["contents"]
+    assert (before != now).nonzero().flatten().tolist() == [4]
+
+
+def vectors(index):
+    return {"image": np.full((8, 8), 20 * index, np.uint8), "feature": np.full(3, index / 10), "place": f"{index}"}
+
+
+def test_condition_reads_an_entry_of_ones_own_and_data_without_it_are_refused(tiny_module, tiny_unet, quiet_trainer):
+    module = tiny_module(unet=tiny_unet(vector_dim=3), conditions=[Vectors()])
+    quiet_trainer(max_steps=1).fit(module, loaded(vectors))
+    for key, given in (("age", "feature, place (texts)"), ("place", "feature, place (texts)")):
+        module = tiny_module(unet=tiny_unet(vector_dim=3), conditions=[Vectors(key)])
+        said = (
+            f"the data must give numbers as '{key}', which the condition Vectors reads, and give {given}; let the items"
+        )
+        with pytest.raises(ValueError, match=re.escape(said)):
+            quiet_trainer(max_steps=1).fit(module, loaded(vectors))
+    module = tiny_module(unet=tiny_unet(vector_dim=3), conditions=[Vectors()])
+    with pytest.raises(ValueError, match="and give images alone"):
+        quiet_trainer(max_steps=1).fit(module, loaded(lambda index: {"image": vectors(index)["image"]}))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -131,10 +205,6 @@ MISTAKES = {
     "item 2 of Mine must be a dict with an image, such as dict(image=..., label=...), got a dict with pixel_values": at(
         2, lambda i: {"pixel_values": PIXELS[i]}
     ),
-    "item 0 of Mine must hold no keys but image, label, caption, name, got lable; remove them": lambda i: {
-        "image": PIXELS[i],
-        "lable": 1,
-    },
     "the image of item 3 of Mine must be a PIL image, an array or a tensor, got a str": at(3, lambda i: {"image": "x"}),
     "all images must have one size, and item 0 of Mine is 3x6x8 and item 4 of Mine 3x5x8 (C x H x W)": at(
         4, lambda i: {"image": PIXELS[i, :5]}
@@ -155,13 +225,34 @@ MISTAKES = {
     "the label of item 0 of Mine must be a whole number from 0, got 'cat'": labelled("cat"),
     "the label of item 0 of Mine must be a whole number from 0, got -1": labelled(-1),
     "the label of item 0 of Mine must be a whole number from 0, got True": labelled(True),
-    "all items must have a label, or none: item 0 of Mine has one, and item 7 of Mine none": at(
+    "label must be of one type and shape in all items, and is there in item 0 of Mine and missing in item 7": at(
         7, lambda i: {"image": PIXELS[i]}, labelled(0)
     ),
-    "all items must have a caption, or none: item 7 of Mine has one, and item 0 of Mine none": at(
+    "caption must be of one type and shape in all items, and is missing in item 0 of Mine and a text in item 7": at(
         7, lambda i: {"image": PIXELS[i], "caption": "x"}
     ),
     "caption of item 0 of Mine must be text, got 3": lambda i: {"image": PIXELS[i], "caption": 3},
+    "age must be of one type and shape in all items, and is int64 of the shape () in item 0 of Mine and missing in "
+    "item 6 of Mine; make them alike in __getitem__": at(
+        6, known(age=None), known(age=3)
+    ),
+    "age must be of one type and shape in all items, and is int64 of the shape () in item 0 of Mine and float32 of the "
+    "shape () in item 2 of Mine; make them alike in __getitem__": at(2, known(age=3.5), known(age=3)),
+    "boxes must be of one type and shape in all items, and is float32 of the shape (2, 4) in item 0 of Mine and "
+    "float32 of the shape (1, 4) in item 9 of Mine": at(9, known(boxes=np.ones((1, 4))), known(boxes=np.ones((2, 4)))),
+    "place must be of one type and shape in all items, and is a text in item 0 of Mine and int64 of the shape () in "
+    "item 1 of Mine": at(1, known(place=3), known(place="Graz")),
+    "words of item 4 of Mine must be a number, an array or a tensor of numbers, or a text, got a list; convert it": at(
+        4, known(words=["a", "b"]), known(words=1)
+    ),
+    "age of item 0 of Mine must be a number, an array or a tensor of numbers, or a text, got a dict": known(age={}),
+    "age of item 0 of Mine must be a number, an array or a tensor of numbers, or a text, got float32": known(
+        age=torch.empty(0)
+    ),
+    "a key of item 0 of Mine must be a text, and none of images, index, x0, std, replaced, labels, captions, which "
+    "batches have for what the data module makes, got 'index'; rename it": known(index=3),
+    "got 'labels'; rename it": known(labels=3),
+    "got 7; rename it": lambda i: {"image": PIXELS[i], 7: 7},
     "names of the items of Mine must differ, and x occurs twice": lambda i: {"image": PIXELS[i], "name": "x"},
 }  # fmt: skip
 
@@ -218,6 +309,17 @@ def test_labelled_source_of_ones_own_is_trained_on():
     assert whole["images"].shape == (1, 23, 20)
     assert torch.equal(whole["classes"], torch.eye(23, 20).long())
     assert next(iter(data.train_dataloader()))["classes"].shape == (2, 16, 16)
+
+
+def test_labelled_item_with_another_key_is_refused():
+    class Others(Pairs):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"age": 3}
+
+    with pytest.raises(
+        ValueError, match="item 0 of Others must hold no keys but image, label and name, got age; remove"
+    ):
+        SegmentationDataModule(Others(), Targets("0/1")).setup()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from unet_diffusion.data import (
     Shards,
     ShardStore,
     ShuffledShards,
+    find_images,
+    pack_images,
     shards,
 )
 
@@ -174,16 +176,16 @@ def test_every_image_is_read_as_from_its_folder_with_its_class_and_caption(image
     data = stream(packed, class_labels=True, captions=True)
     folder = ImageDataModule(Folder(images, image_size=8, class_labels=True, captions=True))
     folder.setup()
-    expected = {caption: i for i, caption in enumerate(folder.captions)}
+    expected = {caption: i for i, caption in enumerate(folder.entries["captions"])}
     assert data.class_names == folder.class_names
     seen = epoch_of(data) + list(data.val_dataloader())
     drawn = torch.cat([batch["index"] for batch in seen]).tolist()
     assert len(set(drawn)) == len(drawn) == 32 + 5
     for batch in seen:
         for image, label, index in zip(batch["images"], batch["labels"], batch["index"].tolist(), strict=True):
-            other = expected[data.captions[index]]
+            other = expected[data.entries["captions"][index]]
             assert torch.equal(image, folder.image_set.images[other])
-            assert label == folder.image_set.labels[other]
+            assert label == folder.entries["labels"][other]
 
 
 def test_shards_are_of_images_drawn_at_random_and_plain_tar_archives(packed):
@@ -192,7 +194,7 @@ def test_shards_are_of_images_drawn_at_random_and_plain_tar_archives(packed):
     with tarfile.open(packed / names[0]) as archive:
         pictures = [Image.open(io.BytesIO(archive.extractfile(member).read())) for member in archive]
     assert [picture.size for picture in pictures] == [(12, 10)] * 7
-    labels = [one["labels"] for one in json.loads((packed / "index.json").read_text())["shards"]]
+    labels = [one["entries"]["labels"] for one in json.loads((packed / "index.json").read_text())["shards"]]
     assert [len(one) for one in labels] == [7, 7, 7, 7, 7, 5]
     assert sum(0 < sum(one) < len(one) for one in labels) >= 5
 
@@ -404,6 +406,32 @@ def test_what_was_not_packed_is_refused(images, run_cli):
             stream(images.parent / "plain", **{name: True})
 
 
+def test_further_entries_are_packed_and_streamed(images, tmp_path):
+    files = find_images(images)
+    entries = {
+        "age": torch.arange(40, dtype=torch.uint8),
+        "vector": torch.rand(40, 3),
+        "is_old": torch.arange(40) > 20,
+        "name": files.names,
+    }
+    pack_images(files, tmp_path / "shards", root=images, shard_images=7, entries=entries)
+    data = stream(tmp_path / "shards")
+    names = data.entries["name"]
+    order = [files.names.index(name) for name in names]
+    assert sorted(names) == sorted(files.names)
+    for batch in epoch_of(data) + list(data.val_dataloader()):
+        assert batch.keys() == {"images", "index", "age", "vector", "is_old"}
+        for key, dtype in {"age": torch.int64, "vector": torch.float32, "is_old": torch.bool}.items():
+            assert batch[key].dtype == dtype
+            assert torch.equal(batch[key], entries[key][order][batch["index"]].to(dtype))
+    folder = image_data(Folder, images, image_size=8)
+    folder.setup()
+    read = data.image_set.images.index_select(0, torch.arange(40))
+    assert torch.equal(read, folder.image_set.images[order])
+    with pytest.raises(FileExistsError, match=r"other settings \(contents of age\)"):
+        pack_images(files, tmp_path / "shards", root=images, shard_images=7, entries=entries | {"age": torch.zeros(40)})
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -427,6 +455,12 @@ def test_arguments_out_of_range_are_refused(packed, options, said):
         '{"shards": 3}',
         '{"smallest": [1, 2], "shards": [{"file": "/etc/passwd"}]}',
         '{"smallest": [1, 2], "shards": [{"num_images": 1, "sha256": ""}], "class_names": ["cat"], "bits": 8}',
+        '{"smallest": [1, 2], "shards": [], "class_names": null, "bits": 8}',
+        *(
+            '{"smallest": [1, 2], "class_names": null, "bits": 8, "shards": [{"num_images": 1, "sha256": "", '
+            f'"entries": {{"age": [1]}}}}, {{"num_images": 1, "sha256": "", "entries": {entries}}}]}}'
+            for entries in ("{}", '{"age": [1, 2]}', '{"age": ["x"]}', '{"age": [null]}', '{"age": [[1]]}', "3")
+        ),
     ],
 )
 def test_damaged_index_is_refused(packed, content):
@@ -519,8 +553,7 @@ def test_bad_shard_to_validate_on_is_an_error_of_one_line(packed, num_workers):
 
 def test_shard_with_fewer_images_than_the_index_has_is_an_error(packed):
     index = json.loads((packed / "index.json").read_text())
-    for name, value in (("num_images", 8), ("labels", [0] * 8), ("captions", [""] * 8)):
-        index["shards"][3][name] = value
+    index["shards"][3] |= {"num_images": 8, "entries": {"labels": [0] * 8, "captions": [""] * 8}}
     (packed / "index.json").write_text(json.dumps(index))
     with pytest.raises(ShardError, match=r"shard_00003.tar cannot be read: it holds 7 images, not 8 as index.json has"):
         epoch_of(stream(packed))

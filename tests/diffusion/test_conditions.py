@@ -125,7 +125,7 @@ def test_a_weaker_denoiser_is_led_away_from_with_its_own_conditions():
 @pytest.mark.parametrize(
     ("inputs", "unconditional", "guidance", "message"),
     [
-        ({}, None, Guidance(2.0), r"must be 1 without labels or captions, got 2\.0"),
+        ({}, None, Guidance(2.0), r"must be 1 without conditions .*got 2\.0"),
         ({"labels": torch.tensor([0])}, None, Guidance(2.0), r"must be 1 for a network .* without dropout .*got 2\.0"),
         ({}, None, Guidance(1.0, rescale=0.5), "guidance is off"),
     ],

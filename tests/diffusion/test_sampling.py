@@ -488,8 +488,8 @@ def labels(values: torch.Tensor) -> dict:
         (labels(torch.tensor([-1, 1])), "at least 0, got -1"),
         ({**labels(torch.tensor([0, 4])), "unconditional": {"labels": torch.tensor([3, 3])}}, r"in \[0, 3\].* got 4"),
         ({**labels(torch.tensor([0, 1])), "unconditional": {}}, r"must have the shape of labels, \(2,\), got none"),
-        ({"guidance": Guidance(2.0)}, "without labels"),
-        ({**labels(torch.tensor([0, 1])), "guidance": Guidance(2.0)}, "trained without dropout of its labels"),
+        ({"guidance": Guidance(2.0)}, "without conditions"),
+        ({**labels(torch.tensor([0, 1])), "guidance": Guidance(2.0)}, "trained without dropout of its conditions"),
         (
             {
                 **labels(torch.tensor([0, 1])),

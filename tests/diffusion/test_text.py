@@ -137,7 +137,7 @@ def captioned(tiny_images):
     def make() -> ImageDataModule:
         data = tiny_images(class_names=None)
         load = data.source.load
-        data.source.load = lambda **options: ImageSet(load(**options).images, captions=CAPTIONS)
+        data.source.load = lambda **options: ImageSet(load(**options).images, {"captions": CAPTIONS})
         return data
 
     return make
@@ -221,7 +221,7 @@ def test_a_continued_run_keeps_its_tokenizer(text_module, captioned, quiet_train
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     data = captioned()
     data.setup()
-    data.image_set.captions = [f"{caption} and other words" for caption in CAPTIONS]
+    data.entries["captions"] = [f"{caption} and other words" for caption in CAPTIONS]
     with pytest.warns(UserWarning, match=r"trained on: 20 changed \(0, 1, 2, 3, 4, \.\.\.\)$"):
         quiet_trainer(max_steps=2).fit(second, data, ckpt_path=tmp_path / "half.ckpt")
     assert torch.equal(second.conditions[0].get_extra_state(), first.conditions[0].get_extra_state())
@@ -231,7 +231,7 @@ def test_captions_are_those_of_the_data_at_hand(text_module, captioned, quiet_tr
     module, other = text_module(), captioned()
     quiet_trainer(max_steps=1).fit(module, captioned())
     other.setup()
-    other.image_set.captions = CAPTIONS[::-1]
+    other.entries["captions"] = CAPTIONS[::-1]
     quiet_trainer().validate(module, other, verbose=False)
     entry = module.conditions[0].read({"index": torch.arange(20)})
     assert torch.equal(entry, module.conditions[0].token_ids(CAPTIONS[::-1]))

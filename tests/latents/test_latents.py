@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from denoisers import Vectors
 from diffusers import DDIMScheduler, LDMPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -110,7 +111,7 @@ def test_codes_have_one_scale_and_no_shift(encoded, images):
 def test_encoding_goes_on_where_it_was_cut_off(encoded):
     folder = encoded()
     whole = read_latents(folder)
-    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    first, second = sorted(folder.glob("latents_*.safetensors"))[:2]
     written = first.stat().st_mtime_ns
     second.unlink()
     (folder / "index.json").unlink()
@@ -159,14 +160,14 @@ def latents_now(images) -> torch.Tensor:
 
 def test_latents_of_an_image_that_was_replaced_are_made_again_and_said(encoded, images, run_cli, tmp_path):
     folder = encoded("--class_labels")
-    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("latents_*.safetensors")}
     replace_image(images / "dog" / "0.png", 5)
     arguments = [tmp_path / "autoencoder", images, "--output", folder, "--device=cpu", "--class_labels"]
     status, out, err = run_cli("encode", *arguments)
     assert (status, "latents_00001.safetensors is made again, because images in it have changed" in out) == (0, True), (
         err
     )
-    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("latents_*.safetensors")}
     assert [name for name in sorted(now) if now[name] != kept[name]] == ["latents_00001.safetensors"]
     torch.testing.assert_close(read_latents(folder).mean.float(), latents_now(images), atol=2e-3, rtol=2e-3)
 
@@ -218,6 +219,83 @@ def test_latents_are_not_kept_under_the_old_name_of_a_class(encoded, images, run
     arguments = [tmp_path / "autoencoder", images, "--output", folder, "--device=cpu", "--class_labels"]
     status, _, err = run_cli("encode", *arguments)
     assert (status, "class_names: ['cat', 'dog'] there, ['dog', 'tiger'] here" in err) == (1, True), err
+
+
+# ------------------------------------------------------------------------------------- what else is known of the images
+
+
+ENTRIES = {
+    "labels": torch.arange(NUM_IMAGES) % 2,
+    "feature": torch.rand(NUM_IMAGES, 3, generator=torch.Generator().manual_seed(0)),
+    "mean": torch.arange(NUM_IMAGES) > 3,  # a name that a file of latents has for something else
+    "place": [f"place {number}" for number in range(NUM_IMAGES)],
+}
+
+
+@pytest.fixture
+def known(tmp_path, monkeypatch):
+    """Writes latents of a source with entries of its own, in shards of four; gives the folder."""
+    monkeypatch.setattr(latents_module, "SHARD_IMAGES", 4)
+
+    def make(**entries):
+        settings = {"autoencoder": "", "fingerprint": "", "image_shape": (3, 16, 16), "num_images": NUM_IMAGES}
+        settings |= {"has_mirrored": True, "has_codes": False, "class_names": ["cat", "dog"], "names": None}
+        latents_module.encode_images(
+            tmp_path / "known",
+            lambda numbers: torch.stack([torch.full((4, 8, 8), float(number)) for number in numbers]),
+            lambda images: (images, torch.ones_like(images)),
+            settings=settings,
+            entries=ENTRIES | entries,
+        )
+        return tmp_path / "known"
+
+    return make
+
+
+def test_latents_keep_what_is_known_of_the_images_and_a_condition_reads_it(
+    known, tiny_module, tiny_unet, quiet_trainer
+):
+    data = ImageDataModule(Latents(known()), num_val=2, batch_size=4, horizontal_flip=True)
+    data.setup()
+    assert data.entries.keys() == ENTRIES.keys()
+    assert data.entries["place"] == ENTRIES["place"]
+    for batch in [*data.train_dataloader(), *data.val_dataloader()]:
+        assert batch.keys() == {"images", "std", "index", "labels", "feature", "mean"}
+        assert torch.equal(batch["images"][:, 0, 0, 0], batch["index"].half())  # a mirror image is of the same image
+        for key in ("labels", "feature", "mean"):
+            assert batch[key].dtype == ENTRIES[key].dtype
+            assert torch.equal(batch[key], ENTRIES[key][batch["index"]])
+    unet = tiny_unet(in_channels=4, vector_dim=3)
+    quiet_trainer(max_steps=2).fit(tiny_module(unet=unet, conditions=[Vectors()]), data)
+
+
+def test_other_numbers_take_the_place_of_those_before_and_other_texts_are_refused(known):
+    known()
+    other = torch.zeros(NUM_IMAGES, 2)
+    assert torch.equal(read_latents(known(feature=other)).entries["feature"], other)
+    with pytest.raises(FileExistsError, match=r"other settings \(place: place 0, y\)"):
+        known(place=["y", *ENTRIES["place"][1:]])
+
+
+def test_damaged_entries_are_refused(known):
+    folder = known()
+    save_file({"feature": torch.zeros(NUM_IMAGES - 1)}, folder / "entries.safetensors")
+    with pytest.raises(ValueError, match="must hold feature of 10 images, and holds those of 9; encode again"):
+        read_latents(folder)
+    known()
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"texts": {"place": ["a"]}}))
+    with pytest.raises(ValueError, match="must hold place of 10 images, and holds those of 1; encode again"):
+        read_latents(folder)
+    (folder / "index.json").write_text(json.dumps(index | {"texts": None}))
+    with pytest.raises(ValueError, match=r"texts in .*index\.json must be a list for each name; remove the file"):
+        read_latents(folder)
+    (folder / "entries.safetensors").write_bytes(b"x")
+    known()
+    assert torch.equal(read_latents(folder).entries["feature"], ENTRIES["feature"])
+    (folder / "entries.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"entries\.safetensors is damaged or no safetensors .* encode again"):
+        read_latents(folder)
 
 
 def test_stale_latents_are_refused_before_training(encoded, tmp_path, quiet_trainer, tiny_module, tiny_unet):

@@ -170,7 +170,7 @@ def test_what_cannot_be_sampled_is_refused_before_training(fit_with_grid, tiny_m
 def test_guidance_without_null_label_is_refused_before_training(fit_with_grid, tiny_module):
     module = tiny_module(num_class_embeds=2)
     with pytest.raises(
-        ValueError, match=r"guidance_scale 2\.0 needs a null label or caption; set model\.label_dropout"
+        ValueError, match=r"guidance_scale 2\.0 needs a condition with a null; set model\.label_dropout"
     ):
         fit_with_grid(tiny_grid(guidance_scale=2.0), module=module)
     assert module.trainer.global_step == 0

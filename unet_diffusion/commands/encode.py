@@ -124,7 +124,7 @@ def encode(
         with tqdm(total=share, unit="image", desc="encode", disable=group.rank > 0) as bar:
             encode_images(
                 output, images_of, moments, settings=settings,
-                contents=data.image_set.contents or (), labels=data.image_set.labels,
+                contents=data.image_set.contents or (), entries=data.entries,
                 batch_size=batch_size, progress=bar.update, say=bar.write, group=group,
             )  # fmt: skip
         if group.rank > 0:
@@ -157,6 +157,5 @@ def _latents_settings(autoencoder: "AutoencoderNetwork", data: "ImageDataModule"
         "num_images": len(data.image_set.images),
         "has_codes": num_codes(autoencoder) > 0,
         "class_names": data.class_names,
-        "captions": data.captions,
         "names": data.image_set.names,
     }

@@ -58,6 +58,7 @@ def pack(
     from unet_diffusion.data import ImageFormat, find_images, pack_images
     from unet_diffusion.data.captions import TEXT_EXTENSIONS
     from unet_diffusion.data.checking import bad_files_message
+    from unet_diffusion.data.folder import entries_of
     from unet_diffusion.data.shards import INDEX
     from unet_diffusion.runtime.folder_settings import ClaimedFolder
 
@@ -65,9 +66,10 @@ def pack(
     files, is_new = find_images(images), not folder.exists()
     say_left_out(files.left_out.described(but=TEXT_EXTENSIONS if captions else ()))
     with closing(ClaimedFolder(folder)), tqdm(total=len(files.names), unit="image", desc="pack") as bar:
+        entries, class_names = entries_of(files, files.names, images, class_labels=class_labels, captions=captions)
         bad_files = pack_images(
             files, folder, root=images, shard_images=shard_images, image_format=image_format,
-            class_labels=class_labels, captions=captions, skip_bad_files=on_bad_file == "skip",
+            entries=entries, class_names=class_names, skip_bad_files=on_bad_file == "skip",
             progress=bar.update, say=bar.write,
         )  # fmt: skip
     if is_new and len(bad_files) == len(files.names):

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unet_diffusion.data.batches import Batch, ImageSet
+from unet_diffusion.data.batches import Batch, Entries, ImageSet
 from unet_diffusion.data.items import ItemSource
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.source import Source
@@ -71,8 +71,8 @@ class SourceDataModule(KnownImages):
 class ImageDataModule(SourceDataModule):
     """Batches of a source's images: the split, the order, the workers and the scaling.
 
-    Batches are {"images": float32 (B, C, H, W) in [-1, 1], "index": int64 (B,), the position in the whole set} and, if
-    there are classes, "labels": int64 (B,).
+    Batches are {"images": float32 (B, C, H, W) in [-1, 1], "index": int64 (B,), the position in the whole set} and what
+    else is known of the images in numbers: "labels", int64 (B,), if there are classes, and the source's own entries.
 
     Args:
         source: Where the images come from, such as `Folder`, or a class of your own; see `Source`.
@@ -110,7 +110,7 @@ class ImageDataModule(SourceDataModule):
         self._image_set: ImageSet | None = None
 
     def names_and_contents(self) -> tuple[Sequence[str], Sequence[str]] | None:
-        """The names and contents that `KnownImages` asks for; contents include class and caption.
+        """The names and contents that `KnownImages` asks for; contents include the entries.
 
         None stands for images in shards, which are known by the checksums of the shards.
         """
@@ -120,11 +120,16 @@ class ImageDataModule(SourceDataModule):
             if not isinstance(image_set.images, Tensor):
                 return None
             contents = contents_of_pixels(image_set.images)
-        labels = [""] * len(contents)
-        if image_set.class_names is not None and image_set.labels is not None:
-            labels = [image_set.class_names[i] for i in image_set.labels.tolist()]
-        texts = zip(contents, labels, image_set.captions or labels, strict=True)
-        return image_set.names or [str(i) for i in range(len(contents))], ["\n".join(text) for text in texts]
+        texts = [contents]
+        for key, rows in sorted(image_set.entries.items()):
+            if not isinstance(rows, Tensor):
+                texts.append(rows)
+            elif key == "labels" and image_set.class_names is not None:
+                texts.append([image_set.class_names[i] for i in rows.tolist()])
+            else:
+                texts.append(contents_of_pixels(rows))
+        names = image_set.names or [str(i) for i in range(len(contents))]
+        return names, ["\n".join(parts) for parts in zip(*texts, strict=True)]
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images, once, and split them.
@@ -154,17 +159,22 @@ class ImageDataModule(SourceDataModule):
         return [f"{name}: {line}" for name, line in lines.items() if line]
 
     def _found(self) -> str:
-        images, labels, captions = self.image_set.images, self.image_set.labels, self.captions
+        images = self.image_set.images
         size, depth = "x".join(map(str, images.shape[1:])), str(images.dtype).removeprefix("torch.")
         where = f" in {self.source.root}" if hasattr(self.source, "root") else ""
         parts = [f"{len(images)} {self.source.kind} of {size} ({depth}){where}"]
-        if labels is not None and self.class_names is not None:
-            counts = torch.bincount(labels, minlength=len(self.class_names))
-            parts.append(f"{len(self.class_names)} classes of {counts.min()} to {counts.max()}")
-        if captions is not None:
-            empty = sum(not text for text in captions)
-            parts.append(f"captions, {len(set(captions))} of them different" + (f", {empty} empty" if empty else ""))
-        return "; ".join(parts)
+        return "; ".join([*parts, *(self._about(key, rows) for key, rows in self.entries.items())])
+
+    def _about(self, key: str, rows: Tensor | list[str]) -> str:
+        """What a user should see of an entry."""
+        if not isinstance(rows, Tensor):
+            empty = sum(not text for text in rows)
+            return f"{key}, {len(set(rows))} of them different" + (f", {empty} empty" if empty else "")
+        if key == "labels" and self.class_names is not None:
+            counts = torch.bincount(rows, minlength=len(self.class_names))
+            return f"{len(self.class_names)} classes of {counts.min()} to {counts.max()}"
+        low, high = rows.double().aminmax()
+        return f"{key} from {low:.4g} to {high:.4g}"
 
     @property
     def image_set(self) -> ImageSet:
@@ -187,9 +197,9 @@ class ImageDataModule(SourceDataModule):
         return self.image_set.class_names
 
     @property
-    def captions(self) -> list[str] | None:
-        """The caption of each image of the whole set, or None if there are none."""
-        return self.image_set.captions
+    def entries(self) -> Entries:
+        """What is known of each image of the whole set beside its pixels, by name: numbers (N, ...), or N texts."""
+        return self.image_set.entries
 
     @property
     def num_classes(self) -> int | None:
@@ -237,18 +247,19 @@ class ImageDataModule(SourceDataModule):
 
 
 def refuse_unused(datamodule: Any, taken: set[str]) -> None:
-    """Refuse classes or captions that the user asked for and that the model does not use.
+    """Refuse entries that the user asked for by an option of the source, and that the model does not use.
 
     Args:
-        datamodule: A data module, whose source may have the arguments class_labels and captions.
-        taken: Which of "class_labels" and "captions" the model uses.
+        datamodule: A data module. An option of its source has the name of its entry; that of "labels" is class_labels.
+        taken: The entries that the model reads.
 
     Raises:
         ValueError: If there are such.
     """
-    for option in ("class_labels", "captions"):
-        if getattr(getattr(datamodule, "source", None), option, None) is True and option not in taken:
+    for key in getattr(datamodule, "entries", {}):
+        option = "class_labels" if key == "labels" else key
+        if getattr(getattr(datamodule, "source", None), option, None) is True and key not in taken:
             raise ValueError(
                 f"data.{option} is true, and what is trained takes no {option}; set it to false, or train a "
-                "network that takes them (num_class_embeds for classes, model.conditions for captions)"
+                "network that takes them (num_class_embeds for classes, model.conditions for others)"
             )

@@ -7,7 +7,7 @@ The samplers are DistributedSamplers, which tells Lightning to call `set_epoch` 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from unet_diffusion.runtime.randomness import keyed_generator
 
 Batch = dict[str, Tensor]
+
+Entries = dict[str, Tensor | list[str]]
+"""What is known of N images beside their pixels, a row each: numbers (N, ...), or texts."""
 
 
 class Images(Protocol):
@@ -43,17 +46,16 @@ class ImageSet:
 
     Args:
         images: The images (N, C, H, W), uint8 or uint16, in memory or read when a batch asks for them.
-        labels: The class of each image, (N,) int64, or None.
+        entries: What is known of each image: "labels", its class, (N,) int64, and whatever else conditions read.
+            Batches hold the numbers; texts stay here, and are found by the "index" of a batch.
         class_names: The name of each class, or None.
-        captions: The caption of each image, or None.
         names: The name of each image's file, which decides the split. None says that images have numbers only.
         contents: A hash of each image's file. None says that they are not known.
     """
 
     images: Images
-    labels: Tensor | None = None
+    entries: Entries = field(default_factory=dict)
     class_names: list[str] | None = None
-    captions: list[str] | None = None
     names: list[str] | None = None
     contents: list[str] | None = None
 
@@ -72,7 +74,7 @@ class ImageBatches(Dataset[Batch]):
         return len(self.image_set.images)
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        """The batch {"images": uint8 or uint16 (B, C, H, W), "index": (B,) int64[, "labels": (B,) int64]}."""
+        """The batch {"images": uint8 or uint16 (B, C, H, W), "index": (B,) int64, and the numbers of the entries}."""
         drawn = torch.tensor(indices)
         index = drawn % len(self)
         # index_select copies whole images, and is many times faster than images[index].
@@ -80,10 +82,12 @@ class ImageBatches(Dataset[Batch]):
         mirrored = (drawn >= len(self)).numpy()
         pixels = images.numpy()  # the same memory; torch does not write to parts of uint16 tensors
         pixels[mirrored] = pixels[mirrored][..., ::-1]
-        batch = {"images": images, "index": index}
-        if self.image_set.labels is not None:
-            batch["labels"] = self.image_set.labels[index]
-        return batch
+        return {"images": images, "index": index, **numbers_of(self.image_set.entries, index)}
+
+
+def numbers_of(entries: Entries, index: Tensor) -> Batch:
+    """The entries of a batch: the numbers of the images at index (B,); batches hold no texts."""
+    return {key: rows.index_select(0, index) for key, rows in entries.items() if isinstance(rows, Tensor)}
 
 
 class ShuffledBatches(DistributedSampler[list[int]]):

@@ -16,7 +16,7 @@ from unet_diffusion.data.listing import IMAGE_EXTENSIONS, LeftOut, composed, ima
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
 
 MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
-MAX_TEXT_BYTES = 256 * 1024**2  # of a table of captions, or a record: it is read whole
+MAX_TEXT_BYTES = 256 * 1024**2  # of a table of texts, or a record: it is read whole
 
 
 class ImageFiles(Protocol):

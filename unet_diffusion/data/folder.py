@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from unet_diffusion.data.batches import ImageSet
+from unet_diffusion.data.batches import Entries, ImageSet
 from unet_diffusion.data.captions import TEXT_EXTENSIONS, Captions, read_captions
 from unet_diffusion.data.checking import (
     CheckedImages,
@@ -95,10 +95,10 @@ class Folder(Source):
         self._report(checked)
         self._left_out = _left_out(files, checked, written)
         self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
-        captions = read_captions(files, checked.names).texts if self.captions else None
-        class_names = class_names_of(checked.names, self.root) if self.class_labels else None
-        labels = torch.tensor(labels_of(checked.names, class_names)) if class_names else None
-        return ImageSet(checked.images, labels, class_names, captions, checked.names, checked.contents)
+        entries, class_names = entries_of(
+            files, checked.names, self.root, class_labels=self.class_labels, captions=self.captions
+        )
+        return ImageSet(checked.images, entries, class_names, checked.names, checked.contents)
 
     def left_out(self) -> str:
         return self._left_out
@@ -113,6 +113,26 @@ class Folder(Source):
         if self.on_bad_file == "error" or not checked.names:
             raise ValueError(f'{message}\nRemove them, lower image_size, or set on_bad_file to "skip".')
         rank_zero_warn(f"{message}\nThe others are used.")
+
+
+def entries_of(
+    files: ImageFiles, names: list[str], root: str | Path, *, class_labels: bool, captions: bool
+) -> tuple[Entries, list[str] | None]:
+    """What folders and files say of each image, by name, and the name of each class.
+
+    Args:
+        files: The files below the root.
+        names: The names of the images.
+        root: The root, for messages.
+        class_labels: Whether the folder directly below the root that an image lies in is its class.
+        captions: Whether each image has a caption, see `captions.py`.
+
+    Raises:
+        ValueError: If there are no classes, or an image has no caption.
+    """
+    class_names = class_names_of(names, root) if class_labels else None
+    entries: Entries = {"labels": torch.tensor(labels_of(names, class_names))} if class_names else {}
+    return entries | ({"captions": read_captions(files, names).texts} if captions else {}), class_names
 
 
 def _left_out(files: ImageFiles, checked: CheckedImages, captions: Captions | None) -> str:

@@ -1,4 +1,4 @@
-"""Items of a user's own source: image, label, caption and name, with each mistake named by item and rule."""
+"""Items of a user's own source: an image and what is known of it, with each mistake named by item and rule."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-KEYS = ("image", "label", "caption", "name")
+RESERVED = ("images", "index", "x0", "std", "replaced", "labels", "captions")  # what batches hold by these names
 CHANNELS = (1, 3, 4)  # grey, RGB, RGB and alpha
 LAYOUTS = "(H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels"
 AS_THEY_ARE = ("L", "RGB", "RGBA", "I;16")  # modes of PIL images; others are converted
@@ -25,7 +25,7 @@ class Items(Protocol):
         """The number of items."""
 
     def __getitem__(self, index: int) -> Any:
-        """Item `index`, a dict with some of KEYS."""
+        """Item `index`, a dict with an "image"."""
 
 
 class ItemSource:
@@ -42,16 +42,12 @@ class Item:
     Args:
         where: The number of the item and the class of its source, for messages.
         image: The image, uint8 or uint16 (C, H, W).
-        label: The label as the source gave it, or None.
-        caption: The caption, or None.
-        name: The name, or None.
+        values: What else the item holds: "label" as the source gave it, numbers as a tensor, and texts.
     """
 
     where: str
     image: Tensor
-    label: Any = None
-    caption: str | None = None
-    name: str | None = None
+    values: dict[str, Any]
 
 
 def num_items(source: object) -> int:
@@ -94,13 +90,32 @@ def read_item(source: Any, index: int) -> Item:
     if not isinstance(item, Mapping) or "image" not in item:
         held = f"a dict with {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
         raise ValueError(f"{where} must be a dict with an image, such as dict(image=..., label=...), got {held}")
-    others = [str(key) for key in item if key not in KEYS]
-    if others:
-        raise ValueError(f"{where} must hold no keys but {', '.join(KEYS)}, got {', '.join(others)}; remove them")
-    for key in ("caption", "name"):
-        if not isinstance(item.get(key), str | None):
-            raise ValueError(f"{key} of {where} must be text, got {item[key]!r}")
-    return Item(where, pixels_of(item["image"], where), item.get("label"), item.get("caption"), item.get("name"))
+    known = {key: value for key, value in item.items() if key != "image" and value is not None}
+    return Item(where, pixels_of(item["image"], where), {key: _value(key, one, where) for key, one in known.items()})
+
+
+def _value(key: object, value: Any, where: str) -> Any:
+    """A value of an item: the label and texts as they are, and numbers as a tensor, float32 where they have fractions.
+
+    Raises:
+        ValueError: If batches use the key for something else, or the value is neither numbers nor text.
+    """
+    if not isinstance(key, str) or key in RESERVED:
+        raise ValueError(f"a key of {where} must be a text, and none of {', '.join(RESERVED)}, which batches have for "
+                         f"what the data module makes, got {key!r}; rename it")  # fmt: skip
+    if key == "label" or isinstance(value, str):
+        return value
+    if key in ("caption", "name"):
+        raise ValueError(f"{key} of {where} must be text, got {value!r}")
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        numbers = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+    except (TypeError, ValueError):
+        numbers = torch.empty(0)
+    if not numbers.numel() or numbers.is_complex():
+        raise ValueError(f"{key} of {where} must be a number, an array or a tensor of numbers, or a text, got "
+                         f"{_kind(value)}; convert it in __getitem__")  # fmt: skip
+    return numbers.float() if numbers.is_floating_point() else numbers
 
 
 def pixels_of(image: object, where: str) -> Tensor:

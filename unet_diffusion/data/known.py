@@ -1,9 +1,9 @@
 """Whether the images of a run that is continued are those that it was trained on.
 
-A checkpoint holds, for each image, 8 bytes of a hash of its name and 8 of one of its contents, with its class, label
-image and caption. A run that goes on by itself needs the images that it was trained on. New ones are allowed, and the
-run says so. Images that were replaced or are missing are an error, and so is one that was trained on and would be
-validated on now.
+A checkpoint holds, for each image, 8 bytes of a hash of its name and 8 of one of its contents, with its label image or
+what else is known of it. A run that goes on by itself needs the images that it was trained on. New ones are allowed,
+and the run says so. Images that were replaced or are missing are an error, and so is one that was trained on and would
+be validated on now.
 """
 
 from collections.abc import Sequence

@@ -64,6 +64,10 @@ class LabelledSource(ItemSource):
         """
         loaded = LabelledImages([], [], [])
         for number, item in enumerate(read_items(self, progress)):
+            others = item.values.keys() - {"label", "name"}
+            if others:
+                raise ValueError(f"{item.where} must hold no keys but image, label and name, got "
+                                 f"{', '.join(sorted(others))}; remove them")  # fmt: skip
             label = _label_image(item)
             mismatch = _mismatch([item.image], [label])
             if mismatch:
@@ -73,7 +77,7 @@ class LabelledSource(ItemSource):
                                  f"the first {len(loaded.images[0])}")  # fmt: skip
             loaded.images.append(item.image)
             loaded.labels.append(label)
-            loaded.names.append(item.name if item.name is not None else f"{number:06d}")
+            loaded.names.append(item.values.get("name", f"{number:06d}"))
         return loaded
 
 
@@ -181,9 +185,10 @@ def _label_image(item: Item) -> NDArray[np.int32]:
     Raises:
         ValueError: If there is none, or it is no image of whole numbers.
     """
-    if item.label is None:
+    if "label" not in item.values:
         raise ValueError(f"{item.where} must have a label, an image of whole numbers")
-    label = np.asarray(item.label.cpu() if isinstance(item.label, Tensor) else item.label)
+    label = item.values["label"]
+    label = np.asarray(label.cpu() if isinstance(label, Tensor) else label)
     if label.ndim != 2 or label.dtype.kind not in "iub" or not label.size:
         raise ValueError(
             f"the label of {item.where} must be (H, W) of whole numbers, got {label.dtype} of the shape {label.shape}"

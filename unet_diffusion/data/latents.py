@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from unet_diffusion.data.batches import Batch, ImageSet
+from unet_diffusion.data.batches import Batch, ImageSet, numbers_of
 from unet_diffusion.data.source import Source
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.store import LatentSet, read_latents
@@ -51,7 +50,7 @@ class Latents(Source):
         self.codec = LatentCodec.of(self.latents.space)
         latents = self.latents
         one_each = latents.mean[: len(latents)]  # without those of the mirrored images
-        return ImageSet(one_each, latents.labels, latents.class_names, latents.captions, latents.names)
+        return ImageSet(one_each, latents.entries, latents.class_names, latents.names)
 
     def check(self, *, horizontal_flip: bool, num_workers: int | None) -> None:
         if horizontal_flip and not self.latents.has_mirrored:
@@ -86,14 +85,12 @@ class LatentBatches(Dataset[Batch]):
         return len(self.latents)
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        """A batch {"images": means (B, C, h, w), "std": deviations, "index": (B,) int64[, "labels": (B,) int64]}."""
+        """A batch {"images": means (B, C, h, w), "std": deviations, "index": (B,) int64, numbers of the entries}."""
         drawn = torch.tensor(indices)
         index = drawn % len(self)
-        batch: dict[str, Tensor] = {
+        return {
             "images": self.latents.mean.index_select(0, drawn),
             "std": self.latents.std.index_select(0, drawn),
             "index": index,
+            **numbers_of(self.latents.entries, index),
         }
-        if self.latents.labels is not None:
-            batch["labels"] = self.latents.labels[index]
-        return batch

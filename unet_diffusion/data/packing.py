@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unet_diffusion.data.captions import read_captions
+from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.checking import decoded, in_threads
 from unet_diffusion.data.decoding import ImageFormat, fitted_image
-from unet_diffusion.data.files import ImageFiles, class_names_of, labels_of
+from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.data.stored import stored_images
@@ -59,8 +59,8 @@ def pack_images(
     root: str | Path,
     shard_images: int = 1024,
     image_format: ImageFormat | None = None,
-    class_labels: bool = False,
-    captions: bool = False,
+    entries: Entries | None = None,
+    class_names: list[str] | None = None,
     skip_bad_files: bool = False,
     progress: Callable[[int], object] = lambda num_images: None,
     say: Callable[[str], object] = lambda line: None,
@@ -74,8 +74,8 @@ def pack_images(
         shard_images: The number of images per shard; the last shard, and shards with images left out, hold fewer.
         image_format: The size and channels that each image is converted to, and kept as PNG. None keeps the files as
             they are.
-        class_labels: Whether the folder directly below the root that a file lies in is its class.
-        captions: Whether each image has a caption, see `captions.py`.
+        entries: What is known of each image by name: numbers (N, ...), of which whole ones become int64, or N texts.
+        class_names: The name of each class, or None.
         skip_bad_files: Whether files that cannot be decoded or are too small are left out. Otherwise no index is
             written if there are any.
         progress: The function that is called with the number of images that were done.
@@ -87,14 +87,11 @@ def pack_images(
 
     Raises:
         FileExistsError: If the folder holds something else, or shards of other images or settings.
-        ValueError: If a number is out of range, class_labels is set and there are no classes, captions is set and an
-            image has none, or no image can be used.
+        ValueError: If a number is out of range, or no image can be used.
     """
     if shard_images < 1:
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
-    class_names = class_names_of(files.names, root) if class_labels else None
-    labels = labels_of(files.names, class_names) if class_names else None
-    texts = read_captions(files, files.names).texts if captions else None
+    plain = {key: rows.tolist() if isinstance(rows, Tensor) else rows for key, rows in (entries or {}).items()}
     settings = {
         "images": str(Path(root).resolve()),
         "num_images": len(files.names),
@@ -102,7 +99,7 @@ def pack_images(
         "shard_images": shard_images,
         "image_format": str(image_format),
         "class_names": class_names,
-        f"{CONTENTS}captions": text_digest("\n".join(texts)).hex() if texts else None,
+        "entries": {f"{CONTENTS}{key}": text_digest(json.dumps(rows)).hex() for key, rows in plain.items()},
     }
     require_same_settings(folder, settings, "shards")
     remove_left_behind(folder)
@@ -116,7 +113,7 @@ def pack_images(
             say(f"{shard_name(number)} is packed again, because images in it have changed: {first_few(changed)}")
         if record is None or changed or (record["bad_files"] and not skip_bad_files):
             before = record["shard"]["sha256"] if record else None
-            record = _write_shard(folder, number, files, members, image_format, labels, texts, before)
+            record = _write_shard(folder, number, files, members, image_format, plain, before)
         progress(len(members))
         records.append(record)
     bad_files = [line for record in records for line in record.pop("bad_files")]
@@ -145,8 +142,7 @@ def _write_shard(
     files: ImageFiles,
     members: list[int],
     image_format: ImageFormat | None,
-    labels: list[int] | None,
-    texts: list[str] | None,
+    entries: Mapping[str, list[Any]],
     before: str | None,
 ) -> dict[str, Any]:
     """Write a shard and return its record; `before` is the checksum of the shard in its place, if that is known."""
@@ -174,12 +170,7 @@ def _write_shard(
         if sha256 != before:  # what is said of the shard is true no longer
             (folder / INDEX).unlink(missing_ok=True)
             _record_path(folder, number).unlink(missing_ok=True)
-    shard = Shard(
-        len(good),
-        sha256,
-        labels=[labels[i] for i in good] if labels else None,
-        captions=[texts[i] for i in good] if texts else None,
-    )
+    shard = Shard(len(good), sha256, {key: [rows[i] for i in good] for key, rows in entries.items()})
     sizes = [one.size for one in good.values()]
     record = {
         "shard": asdict(shard),

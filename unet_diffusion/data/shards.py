@@ -1,9 +1,9 @@
 """Images in shards: tar archives of about a thousand images each, in a folder or behind an address, and an index.
 
-`unet-diffusion pack` writes them. index.json says how many images each shard holds, of which classes, with which
-captions, and the shard's checksum, so that an epoch is planned before anything is read. A shard is read whole, which is
-what object stores are fast at, by fsspec (https://filesystem-spec.readthedocs.io): local paths, http, s3 and many more.
-Nothing in a shard is run: its members are image files.
+`unet-diffusion pack` writes them. index.json says how many images each shard holds, what is known of them, and the
+shard's checksum, so that an epoch is planned before anything is read. A shard is read whole, which is what object
+stores are fast at, by fsspec (https://filesystem-spec.readthedocs.io): local paths, http, s3 and many more. Nothing in
+a shard is run: its members are image files.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from threading import Thread
@@ -27,6 +28,7 @@ import fsspec
 import torch
 from torch import Tensor
 
+from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
 from unet_diffusion.runtime.messages import in_words, printable
 
@@ -59,14 +61,12 @@ class Shard:
     Args:
         num_images: The number of images in it, possibly 0.
         sha256: The checksum of the whole file.
-        labels: The class of each image, or None.
-        captions: The caption of each image, or None.
+        entries: What is known of each image, a list of numbers or texts by name.
     """
 
     num_images: int
     sha256: str
-    labels: list[int] | None = None
-    captions: list[str] | None = None
+    entries: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,14 @@ class ShardIndex:
         try:
             height, width = map(int, fields.pop("smallest"))
             index = cls(shards=[Shard(**one) for one in fields.pop("shards")], smallest=(height, width), **fields)
-            counts = [[len(known) for known in (s.labels, s.captions) if known is not None] for s in index.shards]
-            if any(n != s.num_images for s, lengths in zip(index.shards, counts, strict=True) for n in lengths):
-                raise ValueError("a shard has not as many labels or captions as images")
-            if index.class_names is not None and any(shard.labels is None for shard in index.shards):
-                raise ValueError("there are class_names, but a shard has no labels")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            for shard in index.shards:
+                if any(len(rows) != shard.num_images for rows in shard.entries.values()):
+                    raise ValueError("a shard has not as many entries as images")
+                if shard.entries.keys() != index.shards[0].entries.keys():
+                    raise ValueError("shards have not the same entries")
+            if "labels" not in index.entries and index.class_names is not None:
+                raise ValueError("there are class_names, but no labels")
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             reason = error if type(error) is ValueError else "its fields are not those that pack writes"
             raise ValueError(f"{place} is no index of shards ({reason}); pack the images again") from error
         return index
@@ -121,19 +123,12 @@ class ShardIndex:
         """Number of the first image of each shard, and of all images."""
         return list(accumulate((shard.num_images for shard in self.shards), initial=0))
 
-    @property
-    def labels(self) -> Tensor | None:
-        """Class of each image, (N,) int64, or None."""
-        if self.class_names is None:
-            return None
-        return torch.tensor([label for shard in self.shards for label in shard.labels or []], dtype=torch.int64)
-
-    @property
-    def captions(self) -> list[str] | None:
-        """Caption of each image, or None."""
-        if any(shard.captions is None for shard in self.shards):
-            return None
-        return [caption for shard in self.shards for caption in shard.captions or []]
+    @cached_property
+    def entries(self) -> Entries:
+        """What is known of each image: numbers (N, ...), whole ones as int64, or texts."""
+        rows = {key: [row for shard in self.shards for row in shard.entries[key]] for key in self.shards[0].entries}
+        is_text = {key: all(isinstance(row, str) for row in values) for key, values in rows.items()}
+        return {key: values if is_text[key] else torch.tensor(values) for key, values in rows.items()}
 
 
 class ShardStore:

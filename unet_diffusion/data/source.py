@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from unet_diffusion.data.batches import Batch, ImageBatches, ImageSet, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.batches import (
+    Batch,
+    Entries,
+    ImageBatches,
+    ImageSet,
+    OrderedBatches,
+    ResumableLoader,
+    ShuffledBatches,
+)
 from unet_diffusion.data.decoding import to_depth
 from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.data.items import Item, ItemSource, num_items, read_item, read_items
@@ -37,14 +45,17 @@ IN_MEMORY_BYTES = 2 * 1024**3  # a set up to 2 GiB is kept in memory: at 8 bits 
 
 
 class Source(ItemSource):
-    """Images by number, with labels and captions if there are any.
+    """Images by number, and what is known of each.
 
     A subclass defines `__len__`, and `__getitem__(index)`, which returns a dict with
 
     - `image`: A PIL image, or an array or tensor (H, W), (H, W, C) or (C, H, W) of uint8, uint16, or floats in [0, 1],
       with 1, 3 or 4 channels. All images have one size.
     - `label`: The number of the class, where images have classes.
-    - `caption`: A text, where images have captions.
+    - Any further key, in all items or in none: What else is known of the image, for the condition whose `batch_key` is
+      that key. A number, or an array or tensor of one shape and type over all items, becomes an entry of a batch, (B,
+      ...). A text, such as `caption`, which `TextTokens` reads as "captions", does not: the condition finds it by the
+      "index" of a batch in `datamodule.entries`. Images that are mirrored keep what is known of them.
     - `name`: What tells the image from others, such as its path. The names decide which images are validated on, so
       that images which are added move none that was trained on. Without names the numbers decide.
 
@@ -67,7 +78,7 @@ class Source(ItemSource):
     codec: Codec | None = None
 
     def load(self, *, progress: bool = True) -> ImageSet:
-        """All images with their labels and captions; `ImageDataModule` calls it once.
+        """All images with what is known of them; `ImageDataModule` calls it once.
 
         Args:
             progress: Whether a progress bar is shown.
@@ -89,15 +100,18 @@ class Source(ItemSource):
                 images[index] = to_depth(item.image, images.dtype)
             contents.append(content_hash(item.image.numpy().tobytes()))
             items.append(replace(item, image=torch.empty(0)))
-        labels, class_names = _classes(items, self.class_names)
-        captions = [item.caption for item in items if item.caption is not None] or None
-        names = [item.name for item in items if item.name is not None] or None
+        rows = {key: [item.values[key] for item in items] for key in first.values}
+        names, labels = rows.pop("name", None), rows.pop("label", None)
         if names and len(set(names)) < len(names):
             raise ValueError(
                 f"names of the items of {type(self).__name__} must differ, and {_twice(names)} occurs twice"
             )
         stored = images if in_memory else SourceImages(self, (number, *shape), images.dtype)
-        return ImageSet(stored, labels, class_names, captions, names, contents)
+        entries, class_names = _classes(items, labels, self.class_names)
+        for key, values in rows.items():
+            is_text = isinstance(values[0], str)
+            entries["captions" if key == "caption" else key] = values if is_text else torch.stack(values)
+        return ImageSet(stored, entries, class_names, names, contents)
 
     def left_out(self) -> str:
         """A line about what there is beside the images; "" if that is not known."""
@@ -210,36 +224,46 @@ class SourceImages:
 
 
 def _check_alike(item: Item, first: Item) -> None:
-    """Refuse an item of another size than the first one, or with a label, caption or name where that has none."""
+    """Refuse an item whose image is of another size than that of the first one, or that holds something else."""
     if item.image.shape != first.image.shape:
         sizes = ["x".join(map(str, one.shape)) for one in (first.image, item.image)]
         raise ValueError(f"all images must have one size, and {first.where} is {sizes[0]} and {item.where} {sizes[1]} "
                          "(C x H x W); scale or cut them in __getitem__")  # fmt: skip
-    for key in ("label", "caption", "name"):
-        has, first_has = (getattr(one, key) is not None for one in (item, first))
-        if has != first_has:
-            with_it, without = (item, first) if has else (first, item)
-            raise ValueError(f"all items must have a {key}, or none: {with_it.where} has one, and {without.where} none")
+    for key in {**first.values, **item.values}:
+        kinds = [_kind(key, one.values.get(key)) for one in (first, item)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{key} must be of one type and shape in all items, and is {kinds[0]} in {first.where} "
+                             f"and {kinds[1]} in {item.where}; make them alike in __getitem__")  # fmt: skip
 
 
-def _classes(items: Sequence[Item], class_names: Sequence[str] | None) -> tuple[Tensor | None, list[str] | None]:
-    """The label of each item, and the name of each class."""
-    if items[0].label is None:
+def _kind(key: str, value: Any) -> str:
+    if value is None:
+        return "missing"
+    if key == "label":  # a whole number in any form
+        return "there"
+    return "a text" if isinstance(value, str) else f"{str(value.dtype)[6:]} of the shape {tuple(value.shape)}"
+
+
+def _classes(
+    items: Sequence[Item], labels: list[Any] | None, class_names: Sequence[str] | None
+) -> tuple[Entries, list[str] | None]:
+    """The labels of the items as an entry, if they have them, and the name of each class."""
+    if labels is None:
         if class_names is not None:
             raise ValueError(f"{items[0].where} must have a label, as its source has class_names; or remove these")
-        return None, None
-    labels = [_label(item, class_names) for item in items]
-    names = list(class_names) if class_names is not None else [str(number) for number in range(max(labels) + 1)]
-    return torch.tensor(labels), names
+        return {}, None
+    numbers = [_label(label, item.where, class_names) for label, item in zip(labels, items, strict=True)]
+    names = list(class_names) if class_names is not None else [str(number) for number in range(max(numbers) + 1)]
+    return {"labels": torch.tensor(numbers)}, names
 
 
-def _label(item: Item, class_names: Sequence[str] | None) -> int:
-    label = item.label.item() if hasattr(item.label, "item") and getattr(item.label, "ndim", 1) == 0 else item.label
+def _label(label: Any, where: str, class_names: Sequence[str] | None) -> int:
+    label = label.item() if hasattr(label, "item") and getattr(label, "ndim", 1) == 0 else label
     most = f" below {len(class_names)}, the number of class_names" if class_names is not None else ""
     if not isinstance(label, int) or isinstance(label, bool) or label < 0 or (
         class_names is not None and label >= len(class_names)
     ):  # fmt: skip
-        raise ValueError(f"the label of {item.where} must be a whole number from 0{most}, got {item.label!r}")
+        raise ValueError(f"the label of {where} must be a whole number from 0{most}, got {label!r}")
     return label
 
 

@@ -30,7 +30,7 @@ class Digits(Source):
         table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
         images = torch.from_numpy(table[:, :-1]).mul(255 / DIGITS_WHITE).round().to(torch.uint8)
         class_names = [str(digit) for digit in range(10)]
-        return ImageSet(images.reshape(-1, 1, 8, 8), torch.from_numpy(table[:, -1]).long(), class_names)
+        return ImageSet(images.reshape(-1, 1, 8, 8), {"labels": torch.from_numpy(table[:, -1]).long()}, class_names)
 
 
 class Torchvision(Source):
@@ -77,7 +77,7 @@ class Torchvision(Source):
             ) from error
         images = torch.as_tensor(dataset.data)  # (N, H, W), or (N, H, W, C) in CIFAR
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        return ImageSet(images, torch.as_tensor(dataset.targets), list(dataset.classes))
+        return ImageSet(images, {"labels": torch.as_tensor(dataset.targets)}, list(dataset.classes))
 
     def left_out(self) -> str:
         return "the test images of the set"

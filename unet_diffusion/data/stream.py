@@ -23,6 +23,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 
 OnBadShard = Literal["error", "skip"]
 
+OPTIONS = {"labels": "class_labels", "captions": "captions"}  # that ask for entries
 SHARDS_KEY, WITHIN_KEY, WINDOW_KEY = 0, 1, 2  # what is drawn: the order of shards, within a shard, of a window
 
 
@@ -100,18 +101,14 @@ class Shards(Source):
         store = ShardStore(self.root, num_retries=self.num_retries)
         index = store.index()
         self._check_size(index.smallest, index.channels)
-        for name, wanted, known in (
-            ("class_labels", self.class_labels, index.class_names),
-            ("captions", self.captions, index.captions),
-        ):
-            if wanted and known is None:
+        entries = dict(index.entries)
+        for key, name in OPTIONS.items():
+            if not getattr(self, name):
+                entries.pop(key, None)
+            elif key not in entries:
                 raise ValueError(f"{self.root} was packed without {name}; pack again with --{name}, or set it to false")
-        return ImageSet(
-            ShardedImages(store, index, self.image_format, self._num_kept(num_workers=0)),
-            index.labels if self.class_labels else None,
-            index.class_names if self.class_labels else None,
-            index.captions if self.captions else None,
-        )
+        images = ShardedImages(store, index, self.image_format, self._num_kept(num_workers=0))
+        return ImageSet(images, entries, index.class_names if self.class_labels else None)
 
     def check(self, *, horizontal_flip: bool, num_workers: int | None) -> None:
         if num_workers and self.num_lanes % num_workers:

@@ -79,7 +79,7 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
     If a pipeline of diffusers draws the same images, the folder is of its class:
 
     - for pixels without conditions DDPMPipeline, for latents without conditions LDMPipeline;
-    - for latents from captions StableDiffusionPipeline, with a mask StableDiffusionInpaintPipeline, with a small image
+    - for latents from texts StableDiffusionPipeline, with a mask StableDiffusionInpaintPipeline, with a small image
       StableDiffusionUpscalePipeline.
 
     Otherwise the folder has its own `pipeline.py` and loads with

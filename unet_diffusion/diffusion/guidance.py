@@ -119,11 +119,13 @@ def check_guidance(inputs: Inputs, unconditional: Inputs | None, guidance: Guida
             )
         return
     if guidance.autoguidance is None and not inputs:
-        raise ValueError(f"guidance_scale must be 1 without labels or captions, got {guidance.scale}; give them")
+        raise ValueError(
+            f"guidance_scale must be 1 without conditions (labels, texts, ...), got {guidance.scale}; give one"
+        )
     if unconditional is None and inputs:
         raise ValueError(
-            f"guidance_scale must be 1 for a network that was trained without dropout of its labels or captions, "
-            f"got {guidance.scale}"
+            f"guidance_scale must be 1 for a network that was trained without dropout of its conditions, got "
+            f"{guidance.scale}"
         )
 
 

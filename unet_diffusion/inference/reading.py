@@ -38,7 +38,7 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
 
     Raises:
         OSError: If the file is missing or cannot be opened.
-        ImportError: If the denoiser takes captions, and the package transformers is missing.
+        ImportError: If the denoiser takes texts, and the package transformers is missing.
         ValueError: If the file is no checkpoint, is damaged, holds code, or holds no denoiser of this package.
     """
     file = checkpoint_file(path)

@@ -7,7 +7,7 @@ from which each step of training draws anew. Unlike in their code the scale come
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from unet_diffusion.runtime.folder_settings import SETTINGS, require_same_settin
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 
 INDEX = "index.json"
+ENTRIES = "entries.safetensors"
 MADE_OF = "images"  # in the metadata of a file: a hash of the files of its images
 SHARD_IMAGES = 1024  # in a file, with their mirror images
 
@@ -35,20 +36,18 @@ class LatentSet:
         space: what they are of.
         mean: of the distribution of each latent, (N, C, h, w) float16; with mirror images (2N, C, h, w), those last.
         std: its standard deviation, of the same shape; 0 for a codebook.
-        labels: class of each image, (N,) int64, or None.
+        entries: what else is known of each image: numbers (N, ...) or N texts, by name.
         class_names: name of each class, or None.
         has_mirrored: whether mirror images are there too.
-        captions: of each image, or None.
         names: Of each image's file, or None.
     """
 
     space: LatentSpace
     mean: Tensor
     std: Tensor
-    labels: Tensor | None
+    entries: dict[str, Tensor | list[str]]
     class_names: list[str] | None
     has_mirrored: bool
-    captions: list[str] | None
     names: list[str] | None = None
 
     def __len__(self) -> int:
@@ -62,7 +61,7 @@ def encode_images(
     *,
     settings: dict[str, Any],
     contents: Sequence[str] = (),
-    labels: Tensor | None = None,
+    entries: Mapping[str, Tensor | list[str]] | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] = lambda num_images: None,
     say: Callable[[str], object] = lambda line: None,
@@ -78,9 +77,9 @@ def encode_images(
         encode: gives mean and standard deviation of their latents, (B, c, h, w) each.
         settings: plain values that decide what the latents are: "autoencoder", "fingerprint", "image_shape",
             "num_images", "has_mirrored" (each image's mirror image is encoded too), "has_codes" (all channels share a
-            scale), "class_names", "captions" and "names" (of each image, or None), and those of the images.
+            scale), "class_names" and "names" (of each image, or None), and those of the images.
         contents: A hash of each image's file. Latents of other contents are made again.
-        labels: class of each image, (N,) int64, or None.
+        entries: what else is known of each image: numbers (N, ...) or N texts, by name.
         batch_size: images at once.
         progress: called with the number of images that were done.
         say: Called with a line for each file of latents that is made again.
@@ -89,6 +88,9 @@ def encode_images(
     Raises:
         FileExistsError: if the folder holds something else, or latents with other settings.
     """
+    entries = entries or {}
+    numeric = {key: rows for key, rows in entries.items() if isinstance(rows, Tensor)}
+    settings = {"texts": {key: rows for key, rows in entries.items() if key not in numeric}, **settings}
     group.on_rank_zero(lambda: _begin(folder, settings, contents, say))
     for numbers, path in group.shard(_shards(folder, settings["num_images"])):
         if not path.exists():
@@ -100,14 +102,12 @@ def encode_images(
                 done.append(_encoded(images(part), encode, settings["has_mirrored"]))
                 progress(len(part))
             tensors = {name: torch.cat([one[name] for one in done]) for name in done[0]}
-            if labels is not None:
-                tensors["labels"] = labels[numbers.start : numbers.stop].clone()
             with atomic_write(path) as partial:
                 save_file(tensors, partial, {MADE_OF: _digest(contents, numbers)})
         else:
             progress(len(numbers))
     group.barrier()
-    group.on_rank_zero(lambda: _write_index(folder, settings))
+    group.on_rank_zero(lambda: _write_index(folder, settings, numeric))
 
 
 def read_latents(folder: str | Path) -> LatentSet:
@@ -122,7 +122,7 @@ def read_latents(folder: str | Path) -> LatentSet:
         reason = "were not finished" if (folder / SETTINGS).is_file() else "are not there"
         raise FileNotFoundError(f"the latents in {folder} {reason}; run unet-diffusion encode, which goes on by itself")
     index = read_json(folder / INDEX)
-    for name in ("num_images", "has_mirrored", "space", "class_names"):
+    for name in ("num_images", "has_mirrored", "space", "class_names", "texts"):
         field_of(index, name, folder / INDEX)
     shards = [_read_shard(path) for _, path in _shards(folder, index["num_images"])]
     copies = ("", "_mirrored") if index["has_mirrored"] else ("",)
@@ -131,10 +131,9 @@ def read_latents(folder: str | Path) -> LatentSet:
         space=LatentSpace.from_plain(index["space"]),
         mean=mean,
         std=std,
-        labels=torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None,
+        entries=_read_entries(folder, index),
         class_names=index["class_names"],
         has_mirrored=index["has_mirrored"],
-        captions=index.get("captions"),
         names=index.get("names"),
     )
 
@@ -191,14 +190,28 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or no safetensors ({error}); remove it and encode again") from error
 
 
-def _write_index(folder: Path, settings: dict[str, Any]) -> None:
+def _read_entries(folder: Path, index: Mapping[str, Any]) -> dict[str, Tensor | list[str]]:
+    texts = index["texts"]
+    if not isinstance(texts, dict) or not all(isinstance(rows, list) for rows in texts.values()):
+        raise ValueError(f"texts in {folder / INDEX} must be a list for each name; remove the file and encode again")
+    entries: dict[str, Tensor | list[str]] = {**_read_shard(folder / ENTRIES), **texts}
+    for key, rows in entries.items():
+        if len(rows) != index["num_images"]:
+            raise ValueError(f"{folder} must hold {key} of {index['num_images']} images, and holds those of "
+                             f"{len(rows)}; encode again")  # fmt: skip
+    return entries
+
+
+def _write_index(folder: Path, settings: dict[str, Any], entries: dict[str, Tensor]) -> None:
     mean, std = _moments(folder, settings["num_images"], shared=settings["has_codes"])
     fields = {name: settings[name] for name in ("autoencoder", "fingerprint", "image_shape")}
     (_, first), *_ = _shards(folder, settings["num_images"])
     factor = settings["image_shape"][1] // _read_shard(first)["mean"].shape[2]
     space = LatentSpace.from_plain({**fields, "downsampling": factor, "mean": mean, "std": std})
-    kept = ("num_images", "has_mirrored", "class_names", "captions", "names")
+    kept = ("num_images", "has_mirrored", "class_names", "names", "texts")
     index = {"space": space.plain(), **{key: settings.get(key) for key in kept}}
+    with atomic_write(folder / ENTRIES) as partial:
+        save_file({key: rows.contiguous() for key, rows in entries.items()}, partial)
     with atomic_write(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1))
 

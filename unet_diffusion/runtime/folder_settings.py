@@ -21,7 +21,7 @@ RUN_HEADER = "# Settings of the run in this folder, written by unet-diffusion." 
 RUN_OUTPUTS = ("config.yaml", "checkpoints", "logs", "samples", "samples.png", "wandb")  # names that a run writes
 LOCK = ".lock"  # name of the file that says that a process is working in a folder
 CONTENTS = "contents of "  # names of settings that begin with it hold hashes, which are not shown to people
-MOST_SHOWN = 100  # characters of a setting in an error; a setting may hold all captions
+MOST_SHOWN = 100  # characters of a setting in an error; a setting may hold all names
 
 
 def require_same_settings(
@@ -186,6 +186,9 @@ def _difference(name: str, before: Any, now: Any) -> str:
     """Describe how a setting differs: both values, of long lists the entries in only one, and nothing for hashes."""
     if name.startswith(CONTENTS):
         return name
+    if isinstance(before, dict) and isinstance(now, dict):
+        differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(_difference(key, before.get(key), now.get(key)) for key in differ)
     if isinstance(before, list) and isinstance(now, list) and len(str(now)) > MOST_SHOWN:
         in_one = sorted({*map(str, before)} ^ {*map(str, now)})
         if in_one:

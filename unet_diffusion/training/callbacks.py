@@ -121,9 +121,9 @@ class PictureGrid(Callback):
 class SampleGrid(PictureGrid):
     """Samples of the averaged denoiser, of the same seeds every time. With classes, each column is a class.
 
-    Captions are those of the first validation images, and run folder/captions.txt has them row by row. A model that is
-    shown something of an image, such as the part that a mask leaves, or a small image, is shown the first validation
-    images; what it sees is above what it makes of it.
+    Texts, and what else a user would give, are those of the first validation images, and run folder/OPTION.txt has them
+    row by row. A model that is shown something of an image, such as the part that a mask leaves, or a small image, is
+    shown the first validation images; what it sees is above what it makes of it.
 
     Args:
         every_n_steps: optimiser steps between grids; 0: only at the end.
@@ -170,7 +170,7 @@ class SampleGrid(PictureGrid):
             codec.release()
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
             raise ValueError(
-                f"samples.guidance_scale {self.guidance_scale} needs a null label or caption; "
+                f"samples.guidance_scale {self.guidance_scale} needs a condition with a null; "
                 "set model.label_dropout above 0 (0.1 is usual), or samples.guidance_scale to 1"
             )
         if (self.scheduler, self.num_inference_steps, pl_module.schedule.num_train_timesteps) in ALWAYS_DRAWS:
@@ -185,16 +185,15 @@ class SampleGrid(PictureGrid):
         )
 
     def picture(self, trainer: Trainer, module: "DiffusionModule") -> Image:
-        captions = self.captions(trainer, module)
         images, seen = self.sample(trainer, module)
         num_classes = module.trained.num_classes
         if self._real_colours is None:
             self._real_colours = self.real_colours(trainer, num_classes)
         warn_of(module, colour_drift(images.mean(dim=(2, 3)), self._real_colours))
         module.codec.release()  # an autoencoder takes memory only while it is needed
-        if captions and trainer.is_global_zero:
-            with atomic_write(run_folder(trainer) / "captions.txt") as partial:  # row by row
-                partial.write_text("\n".join(captions) + "\n", encoding="utf-8")
+        for name, values in self.values(trainer, module).items() if trainer.is_global_zero else ():
+            with atomic_write(run_folder(trainer) / f"{name}.txt") as partial:  # row by row
+                partial.write_text("\n".join(map(str, values)) + "\n", encoding="utf-8")
         if seen is not None:
             return in_pairs(seen, images)
         return image_grid(images, columns=num_classes if 0 < num_classes <= MAX_COLUMNS else None)
@@ -222,7 +221,7 @@ class SampleGrid(PictureGrid):
 
         options = SampleOptions(
             num_images=self.num_images,
-            captions=self.captions(trainer, module) or None,
+            conditions=self.values(trainer, module),
             scheduler=self.scheduler,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
@@ -251,10 +250,10 @@ class SampleGrid(PictureGrid):
             seen += [one.cpu() for one in shown if one is not None]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(seen) if seen else None
 
-    def captions(self, trainer: Trainer, module: "DiffusionModule") -> list[str]:
-        """Those of the first validation images, by turns; none of a model without captions."""
-        values = [one.values_of(self._shown(trainer)) for one in module.all_conditions]
-        return next((one["captions"] for one in values if "captions" in one), [])
+    def values(self, trainer: Trainer, module: "DiffusionModule") -> dict[str, Any]:
+        """What a user would give to draw images like the first validation images, by turns."""
+        shown = self._shown(trainer)
+        return {name: one for each in module.all_conditions for name, one in each.values_of(shown).items()}
 
     def _shown(self, trainer: Trainer) -> list[int]:
         """Numbers of the first validation images, by turns."""

@@ -196,8 +196,7 @@ class DiffusionModule(NetworkModule):
             makers = ", ".join(type(one).__name__ for one in self.all_conditions if one.provides)
             raise ValueError(f"{makers} needs images, and the data hold latents; train on the images, with model.codec")
         taken = {one.batch_key for one in self.all_conditions if one.batch_key not in provided or one.provides}
-        names = {"labels": "class_labels", "captions": "captions"}
-        refuse_unused(datamodule, {names.get(key, "") for key in taken})
+        refuse_unused(datamodule, taken)
         if "labels" in provided:
             self.class_names = None  # they are no classes of the images
         for condition in self.all_conditions:  # the trained ones

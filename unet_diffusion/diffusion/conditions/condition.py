@@ -33,7 +33,7 @@ class Request:
     Args:
         num_images: N, the number of images.
         seed: Seed of the images.
-        values: The user's values by the name of the option: labels, captions, ...
+        values: The user's values by the name of the option, such as labels.
         class_names: The name of each class; None: there are no names.
         image: The user's image, (1, C, H, W) in [-1, 1]; None: there is no image.
         mask: The area to paint, (1, 1, H, W) float32, 1 inside and 0 outside; None: there is no mask.
@@ -143,12 +143,25 @@ class Condition(nn.Module):
     def bind_data(self, datamodule: Any) -> None:
         """Learn from the data before training, and refuse data that do not fit.
 
+        By default, data that say what batches hold are refused if that is not what `read` takes.
+
         Args:
             datamodule: The data, set up.
 
         Raises:
             ValueError: If the data lack the entry that this condition reads.
         """
+        entries = getattr(datamodule, "entries", None)
+        is_made = self.batch_key in ("images", "index", "x0", *self.provides)  # whatever the data know
+        if entries is None or is_made or type(self).read is not Condition.read:
+            return
+        if not isinstance(entries.get(self.batch_key), Tensor):
+            known = [key if isinstance(rows, Tensor) else f"{key} (texts)" for key, rows in entries.items()]
+            raise ValueError(
+                f"the data must give numbers as {self.batch_key!r}, which the condition {type(self).__name__} reads, "
+                f"and give {', '.join(known) or 'images alone'}; let the items of the source hold it, define read(), "
+                "or remove the condition"
+            )
 
     def bind_sample_shape(self, sample_shape: tuple[int, int, int]) -> None:
         """Take note of the shape (C, h, w) of x0, before training."""
@@ -213,7 +226,7 @@ class Condition(nn.Module):
         return bool(self.provides) or type(self).from_user is Condition.from_user
 
     def values_of(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The values by option that a user would give to draw images like these images of the data.
+        """The values by option that a user would give to draw images like these images of the data, one an image.
 
         Args:
             indices: Numbers of N images of the data; `bind_data` must have been called.

@@ -138,7 +138,7 @@ class TextTokens(Condition):
         Raises:
             ValueError: If the data have no captions.
         """
-        captions = getattr(datamodule, "captions", None)
+        captions = getattr(datamodule, "entries", {}).get(self.batch_key)
         if captions is None:
             raise ValueError(
                 "the model is conditioned on captions, and the data have none; set data.captions to true, or encode "
