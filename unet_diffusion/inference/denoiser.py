@@ -145,7 +145,7 @@ class Denoiser(DenoiserParts, Running):
         weights = sum(parameter.numel() for parameter in self.unet.parameters())
         kinds = [type(condition).__name__ for condition in self.all_conditions]
         size = " x ".join(map(str, self.image_shape))
-        by = "" if self.codec.space is None else f" by their {self.codec.name}"
+        by = "" if self.codec.name == "images" else f" by their {self.codec.name}"
         return (
             f"Denoiser of {size} images{by}, {type(self.unet).__name__} of {weights / 1e6:.2f} M weights, conditions: "
             f"{', '.join(kinds) or 'none'}; on {self.device} in {self.precision or 'float32'}"

@@ -78,7 +78,7 @@ def denoiser_record(parts: DenoiserParts) -> dict[str, Any]:
         "null_label": parts.null_label,
         "class_names": parts.class_names,
         "settings": parts.settings,
-        "latent_space": None if parts.codec.space is None else parts.codec.space.plain(),
+        "latent_space": parts.codec.space_record,
         "codec": codec_record(parts.codec),
         "conditions": [network_record(cast(Condition, condition)) for condition in parts.conditions],
     }

@@ -35,12 +35,14 @@ class Codec:
         clip_sample: Whether sampling may clip each estimate of x0 to [-1, 1], because x0 lies in that range.
         space: The latent space of an autoencoder, which checkpoints store; None for all other codecs.
         name: The word for x0 in a sentence: "images" or "latents".
+        is_random: Whether `encode` draws x0 from a distribution in training.
     """
 
     config: dict[str, Any] | None = None
     clip_sample: bool = False
     space: LatentSpace | None = None
     name: str = "latents"
+    is_random: bool = True
 
     def sample_shape(self, image_shape: Shape) -> Shape:
         """The shape (C, h, w) of x0 for images of a shape (C, H, W).
@@ -91,6 +93,11 @@ class Codec:
         check_config(self)
 
     @property
+    def space_record(self) -> dict[str, Any] | None:
+        """The latent space as plain values, for checkpoints; None if there is none."""
+        return None if self.space is None else self.space.plain()
+
+    @property
     def downsampling(self) -> int:
         """The height of an image divided by the height of its x0."""
         return self.image_shape((1, 1, 1))[1]
@@ -101,6 +108,7 @@ class PixelCodec(Codec):
 
     clip_sample = True
     name = "images"
+    is_random = False
 
     def sample_shape(self, image_shape: Shape) -> Shape:
         return image_shape

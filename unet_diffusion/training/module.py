@@ -216,11 +216,10 @@ class DiffusionModule(NetworkModule):
         return denoiser_record(self.trained)
 
     def identity(self) -> dict[str, Any]:
-        space = None if self.codec.space is None else self.codec.space.plain()
         kept = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
         kept["codec"] = codec_record(self.codec)
         conditions = [network_record(cast(Condition, one)) for one in self.conditions]
-        return {**kept, **space_identity(space), "conditions": conditions_identity(conditions)}
+        return {**kept, **space_identity(self.codec.space_record), "conditions": conditions_identity(conditions)}
 
     @classmethod
     def rebuilt(
@@ -372,7 +371,7 @@ class DiffusionModule(NetworkModule):
         else:
             images = batch["images"]
             generator = None
-            if step is not None and (provided or not isinstance(self.codec, PixelCodec)):
+            if step is not None and (provided or self.codec.is_random):
                 generator = keyed_generator(self.seed, CONDITION_KEY, step, self.global_rank, device=images.device)
             drawn = self._drawn(images, entries, generator)
             encode = self._encode_with(generator)
