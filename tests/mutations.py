@@ -333,7 +333,7 @@ MUTATIONS = [
              "1 << (bit + 4) % 8)", "1 << bit)", "segmentation/test_scores.py"),
     Mutation("scores: zeros are one segment", "segmentation/scores.py",
              "np.where(inside > 0, inside, alone)", "inside", "segmentation/test_scores.py"),
-    Mutation("scores: IoU before matches", "segmentation/scores.py",
+    Mutation("scores: IoU before matches", "segmentation/object_scores.py",
              "matches + ious / (2 * max(1, *ious.shape))", "ious", "segmentation/test_scores.py"),
     Mutation("scores: corners of a neighbourhood", "segmentation/scores.py",
              "corners * np.roll(edges, -1, axis=1)", "corners * np.roll(edges, 1, axis=1)",

@@ -9,16 +9,18 @@ from scipy import ndimage
 from skimage.metrics import adapted_rand_error, variation_of_information
 from sklearn.metrics import f1_score, jaccard_score, normalized_mutual_info_score
 
+from unet_diffusion.segmentation.object_scores import (
+    average_precision,
+    average_precisions,
+    match_objects,
+    object_f1,
+)
 from unet_diffusion.segmentation.scores import (
     NEIGHBOURS,
     SIMPLE_POINTS,
-    average_precision,
-    average_precisions,
     dice,
     iou,
-    match_objects,
     membrane_scores,
-    object_f1,
     pixel_error,
     rand_error,
     thin_borders,
