@@ -40,8 +40,38 @@ MOST_SHOWN_CLASSES = 8  # in a plot
 FAR_OFF = 0.05  # of a calibration error
 FEW_OBJECTS = 20  # less say nothing about a size
 MUCH_LESS = 0.5  # of the largest objects' share that is found
-BEST_OF = ("Best of nine thresholds, which is chosen on these images, as in the ISBI 2012 challenge: a little better than "
-           "on new ones.")  # fmt: skip
+BEST_OF = (
+    "Best of nine thresholds as in the ISBI 2012 challenge; it is chosen on these images, which flatters a little."
+)
+BEST_F = "1 - the best F-score of pixels over all thresholds; the threshold is chosen on these images."
+OVER = "Above 0: probabilities are too near to 0 and 1. Below 0: they are too near to a half."
+
+ABOUT_MASKS = (
+    "Pixels of the mask that the command segment writes. The mean over images counts each image alike. Pooled, each "
+    "pixel counts alike, so that images full of foreground decide. Dice and IoU are of all classes but the first; an "
+    "image counts for the classes that occur in its label or its mask."
+)
+ABOUT_OBJECTS = (
+    "AP is TP / (TP + FP + FN), as in the Data Science Bowl 2018. An object is found if a predicted one has an IoU of at "
+    "least 0.5 with it; 0.5 to 0.9 asks for exact shapes, too. A merger of two objects costs both."
+)
+ABOUT_SEGMENTS = (
+    "V_rand, V_info (1 is best) and the Rand error weigh objects by their pixels: one merger of two large objects costs "
+    "as much as many of small ones."
+)
+ABOUT_SIZES = "By size, each row has as many true objects; what is falsely predicted counts by its own size."
+PARTS = {
+    "classes": "The connected parts of a class are its objects here.",
+    "binary": "The connected parts of the foreground are its objects.",
+}
+TRAINED_ON = (
+    "The network was trained on them, which may make them too easy: keep some from training (data.num_train) for a "
+    "better fit."
+)
+RELIABILITY = (
+    "A point below the dashed line: the class is there less often than its probability says. Below, the share of pixels "
+    "with such a probability, on a logarithmic scale."
+)
 
 
 def mask_section(kind: Kind, class_names: Sequence[str], images: Sequence[ImageCounts]) -> Section:
@@ -59,23 +89,11 @@ def mask_section(kind: Kind, class_names: Sequence[str], images: Sequence[ImageC
         *_both("pixel_error", "Pixel error", "lower", mask, pixel_error_of),
     ]
     if kind == "binary":
-        remark = "1 - the best F-score of pixels over all thresholds, which is chosen on these images."
         foreground = np.stack([image.reliability[0] for image in images])
         title = "Pixel error of the ISBI 2012 challenge"
-        figures.append(_pooled("challenge_pixel_error", title, "lower", foreground, challenge_pixel_error_of, remark))
-    about = (
-        "Pixels, in the mask that the command segment writes. The mean over images counts each image alike; pooled, each "
-        "pixel counts alike, so that images full of foreground decide. Dice and IoU are of the "
-        + ("classes but the first, and an image counts for the classes that occur in it." if kind == "classes" else "foreground; "
-           "an image without any in label and prediction does not count.")
-    )  # fmt: skip
-    return Section(
-        "Are the masks right?",
-        about,
-        figures,
-        [_class_table(class_names, classes)],
-        warnings=_lost(class_names, classes),
-    )
+        figures.append(_pooled("challenge_pixel_error", title, "lower", foreground, challenge_pixel_error_of, BEST_F))
+    table, warnings = _class_table(class_names, classes), _lost(class_names, classes)
+    return Section("Are the masks right?", ABOUT_MASKS, figures, [table], warnings=warnings)
 
 
 def object_section(
@@ -105,18 +123,16 @@ def object_section(
             figures += _best(key, title, better, sums, _where_counted(score))
         wrong = np.stack([one for one in warped if one is not None])
         figures += _best("warping_error", "Warping error", "lower", wrong, lambda sums: sums[..., 0] / sums[..., 1])
-    what = {"classes": "The connected parts of a class are its objects here. ",
-            "binary": "The connected parts of the foreground are its objects. "}.get(kind, "")  # fmt: skip
-    about = (
-        f"{what}AP is TP / (TP + FP + FN), as in the Data Science Bowl 2018: an object is found if a predicted one covers "
-        "it with an IoU of at least 0.5; 0.5 to 0.9 asks for exact shapes, too. A merger of two objects costs both. "
-        + ("" if kind == "classes" else "V_rand and V_info (1 is best) and the Rand error weigh objects by their pixels: one "
-           "merger of large objects costs as much as many of small ones. ")
-        + "By size, each row has a quarter of the true objects, and what is falsely predicted counts by its own size."
-    )  # fmt: skip
+    about = [PARTS.get(kind, ""), ABOUT_OBJECTS, "" if kind == "classes" else ABOUT_SEGMENTS, ABOUT_SIZES]
     sizes = _sizes(images)
     tables = [_iou_table(objects), _size_table(images, sizes)]
-    return Section("Are objects found and kept apart?", about, figures, tables, warnings=_missed_small(tables[1]))
+    return Section(
+        "Are objects found and kept apart?",
+        " ".join(filter(None, about)),
+        figures,
+        tables,
+        warnings=_missed_small(tables[1]),
+    )
 
 
 SEGMENT_SCORES: tuple[tuple[str, str, Better, Score], ...] = (
@@ -137,14 +153,11 @@ def calibration_section(kind: Kind, class_names: Sequence[str], images: Sequence
     bins = np.stack([image.reliability for image in images])  # (N, P, B, 3)
     of = "the likeliest class" if kind == "classes" else "foreground"
     error = _pooled("calibration_error", "Expected calibration error", "lower", bins[:, 0], calibration_error_of)
-    over = _pooled("overconfidence", "Overconfidence", None, bins[:, 0], overconfidence_of,
-                   "Above 0: probabilities are too near to 0 and 1; below 0: too near to a half.")  # fmt: skip
+    over = _pooled("overconfidence", "Overconfidence", None, bins[:, 0], overconfidence_of, OVER)
     sums = bins.sum(axis=0)
     names = [of] if kind != "classes" else [of, *class_names]
     curves = {name: reliability_of(one) for name, one in zip(names, sums, strict=True)}
     shown = dict(list(curves.items())[: MOST_SHOWN_CLASSES + 1])
-    caption = ("A point below the dashed line: the class is there less often than its probability says. Below, how many "
-               "pixels have such a probability, on a logarithmic scale.")  # fmt: skip
     tables = []
     if kind == "classes":
         rows: list[Row] = [[name, float(calibration_error_of(one)), float(overconfidence_of(one))]
@@ -154,15 +167,15 @@ def calibration_section(kind: Kind, class_names: Sequence[str], images: Sequence
     if error.value > FAR_OFF and abs(over.value) > error.value / 2:
         way = "too near to 0 and 1 (overconfident)" if over.value > 0 else "too near to a half"
         warnings.append(
-            f"Probabilities of {of} are off by {error.value:.2f} in the mean, {way}: they are no probabilities of being "
-            "right. Rank by them, and fit thresholds, but do not read them as they stand."
+            f"Probabilities of {of} are off by {error.value:.2f} in the mean, {way}. Use them to rank and for thresholds, "
+            "but do not read them as they stand."
         )
     about = (
         f"Of the pixels that are {of} with a probability of 0.8, 80 % should be it. The expected calibration error is "
-        f"the mean distance from that over the pixels of all images, in {len(curves[of][0])} bins; most pixels are easy, "
-        "so look at the plot, too."
+        f"the mean distance from that over the pixels of all images, in {len(curves[of][0])} bins. Most pixels are "
+        "easy; the plot shows the others."
     )
-    picture = Picture("reliability", caption, reliability_plot(shown, of=of))
+    picture = Picture("reliability", RELIABILITY, reliability_plot(shown, of=of))
     return Section("Can its probabilities be believed?", about, [error, over], tables, [picture], warnings)
 
 
@@ -182,24 +195,17 @@ def threshold_section(
         change = interval_of_mean(after - before)
         title, size = FITTED[fitted.key], "" if fitted.min_size is None else f", objects from {fitted.min_size} pixels"
         rows.append([title, fitted.threshold, fitted.min_size, mean(before), mean(after), *(change or (None, None))])
+        name, remark = f"{title}, mean over images, with a fitted threshold", f"Threshold {fitted.threshold:g}{size}."
         figures.append(
-            Figure(
-                f"{fitted.key}_fitted",
-                f"{title}, mean over images, with a fitted threshold",
-                mean(after),
-                "higher",
-                interval_of_mean(after),
-                remark=f"Threshold {fitted.threshold:g}{size}.",
-            )  # fmt: skip
+            Figure(f"{fitted.key}_fitted", name, mean(after), "higher", interval_of_mean(after), remark=remark)
         )
         if change is not None and change[0] > 0:
             warnings.append(_advice(fitted, title, mean(before), mean(after)))
-    seen = ("The network was trained on them, so that they may be too easy to fit on: keep some images from training "
-            "(data.num_train) for a better fit." if were_trained_on else "The network was not trained on them.")  # fmt: skip
     about = (
-        f"Foreground is where its probability is above a threshold, and objects below a least size are left out. Both "
-        f"are fitted on {len(fits)} images that are not validated on, for each score by itself. {seen} The change is on "
-        "the validation images, with its interval."
+        "Foreground is where its probability is above a threshold, and objects below a least size are left out. Both are "
+        f"fitted on {len(fits)} images that are not validated on, for each score by itself. "
+        + (TRAINED_ON if were_trained_on else "The network was not trained on them.")
+        + " The change is on the validation images, with its interval."
     )
     columns = ["score", "threshold", "least object, pixels", "before", "after", "change from", "to"]
     table = Table("thresholds", "Fitted thresholds, and scores on the validation images", columns, rows)
@@ -263,8 +269,10 @@ def _class_table(class_names: Sequence[str], classes: Values) -> Table:
 def _lost(class_names: Sequence[str], classes: Values) -> list[str]:
     right, truth, _ = classes.sum(axis=0).T
     lost = [name for name, hit, all_of in zip(class_names, right, truth, strict=True) if all_of and not hit]
-    text = (f"No pixel of {', '.join(lost)} is found. Train for longer, weight classes (data.targets.class_balance), or "
-            "use model.loss both.")  # fmt: skip
+    text = (
+        f"No pixel of {', '.join(lost)} is found. Train for longer, weight classes (data.targets.class_balance), or set "
+        "model.loss to both."
+    )
     return [text] if lost else []
 
 
@@ -314,6 +322,7 @@ def _missed_small(sizes: Table) -> list[str]:
     smallest, largest = found[0], found[-1]
     if smallest >= MUCH_LESS * largest:
         return []
-    return [f"Of the smallest quarter of the objects ({sizes.rows[0][0]} pixels) {smallest:.0%} are found, of the largest "
-            f"{largest:.0%}. Lower border_width if small objects are all border, and enlarge the images, or train on "
-            "smaller windows for longer."]  # fmt: skip
+    return [
+        f"Of the smallest quarter of the objects ({sizes.rows[0][0]} pixels) {smallest:.0%} are found, of the largest "
+        f"{largest:.0%}. Enlarge the images, or lower data.targets.border_width if small objects are all border."
+    ]
