@@ -40,9 +40,7 @@ MOST_SHOWN_CLASSES = 8  # in a plot
 FAR_OFF = 0.05  # of a calibration error
 FEW_OBJECTS = 20  # less say nothing about a size
 MUCH_LESS = 0.5  # of the largest objects' share that is found
-BEST_OF = (
-    "Best of nine thresholds as in the ISBI 2012 challenge; it is chosen on these images, which flatters a little."
-)
+BEST_OF = "Best of nine thresholds as in the ISBI 2012 challenge; chosen on these images, which flatters a little."
 BEST_F = "1 - the best F-score of pixels over all thresholds; the threshold is chosen on these images."
 OVER = "Above 0: probabilities are too near to 0 and 1. Below 0: they are too near to a half."
 
@@ -52,12 +50,12 @@ ABOUT_MASKS = (
     "image counts for the classes that occur in its label or its mask."
 )
 ABOUT_OBJECTS = (
-    "AP is TP / (TP + FP + FN), as in the Data Science Bowl 2018. An object is found if a predicted one has an IoU of at "
-    "least 0.5 with it; 0.5 to 0.9 asks for exact shapes, too. A merger of two objects costs both."
+    "AP is TP / (TP + FP + FN), as in the Data Science Bowl 2018. An object is found if a predicted one has an IoU of "
+    "at least 0.5 with it; 0.5 to 0.9 asks for exact shapes, too. A merger of two objects costs both."
 )
 ABOUT_SEGMENTS = (
-    "V_rand, V_info (1 is best) and the Rand error weigh objects by their pixels: one merger of two large objects costs "
-    "as much as many of small ones."
+    "V_rand, V_info (1 is best) and the Rand error weigh objects by their pixels: one merger of two large objects "
+    "costs as much as many of small ones."
 )
 ABOUT_SIZES = "By size, each row has as many true objects; what is falsely predicted counts by its own size."
 PARTS = {
@@ -69,8 +67,8 @@ TRAINED_ON = (
     "better fit."
 )
 RELIABILITY = (
-    "A point below the dashed line: the class is there less often than its probability says. Below, the share of pixels "
-    "with such a probability, on a logarithmic scale."
+    "A point below the dashed line: the class is there less often than its probability says. Below, the share of "
+    "pixels with such a probability, on a logarithmic scale."
 )
 
 
@@ -167,8 +165,8 @@ def calibration_section(kind: Kind, class_names: Sequence[str], images: Sequence
     if error.value > FAR_OFF and abs(over.value) > error.value / 2:
         way = "too near to 0 and 1 (overconfident)" if over.value > 0 else "too near to a half"
         warnings.append(
-            f"Probabilities of {of} are off by {error.value:.2f} in the mean, {way}. Use them to rank and for thresholds, "
-            "but do not read them as they stand."
+            f"Probabilities of {of} are off by {error.value:.2f} in the mean, {way}. Use them to rank and for "
+            "thresholds, but do not read them as they stand."
         )
     about = (
         f"Of the pixels that are {of} with a probability of 0.8, 80 % should be it. The expected calibration error is "
@@ -202,8 +200,8 @@ def threshold_section(
         if change is not None and change[0] > 0:
             warnings.append(_advice(fitted, title, mean(before), mean(after)))
     about = (
-        "Foreground is where its probability is above a threshold, and objects below a least size are left out. Both are "
-        f"fitted on {len(fits)} images that are not validated on, for each score by itself. "
+        "Foreground is where its probability is above a threshold, and objects below a least size are left out. Both "
+        f"are fitted on {len(fits)} images that are not validated on, for each score by itself. "
         + (TRAINED_ON if were_trained_on else "The network was not trained on them.")
         + " The change is on the validation images, with its interval."
     )
@@ -270,8 +268,8 @@ def _lost(class_names: Sequence[str], classes: Values) -> list[str]:
     right, truth, _ = classes.sum(axis=0).T
     lost = [name for name, hit, all_of in zip(class_names, right, truth, strict=True) if all_of and not hit]
     text = (
-        f"No pixel of {', '.join(lost)} is found. Train for longer, weight classes (data.targets.class_balance), or set "
-        "model.loss to both."
+        f"No pixel of {', '.join(lost)} is found. Train for longer, weight classes (data.targets.class_balance), or "
+        "set model.loss to both."
     )
     return [text] if lost else []
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 MOMENTS = ("latents_mean", "latents_std")  # of each channel, in a configuration
 LEAST_STD = 1e-6  # of a channel
+# Less is told to the user:
+MIN_SIGNAL = 0.1  # share of the latents' variance that comes from the images
+MIN_CODE_USE = 0.1  # share of the codebook that is used
 
 
 @dataclass(frozen=True)
