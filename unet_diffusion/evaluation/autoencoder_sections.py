@@ -20,18 +20,18 @@ NEARLY_THE_SAME = 0.95  # correlation of two channels
 LATENTS_FOR_A_CODE = 10  # fewer may leave a code unused by chance
 
 ABOUT_RECONSTRUCTIONS = (
-    "Images are encoded and decoded again, without noise. PSNR (decibels) and SSIM compare pixels and reward blur; LPIPS "
-    "and the Fréchet distance (rFID) compare features, and see what people miss. No latent model draws better images "
+    "Images are encoded and decoded again, without noise. PSNR (decibels) and SSIM compare pixels and reward blur. LPIPS "
+    "and the Fréchet distance (rFID) compare features, and see what people miss. A latent model draws no better images "
     "than these reconstructions."
 )
 ABOUT_LATENTS = (
     "Diffusion wants latents that vary with the image in every channel, about as much in each, and no two channels that "
-    "say the same. The share of signal is the part of a channel's variance that comes from the images; the rest is the "
+    "say the same. The share of signal is the part of a channel's variance that comes from the images. The rest is the "
     "noise that training adds."
 )
 ABOUT_CODES = (
-    "Each position of the latents becomes the nearest code. The perplexity is the number of codes that would be used as "
-    "evenly as these are: a few favourites make it small although all codes are used."
+    "Each position of the latents becomes the nearest code. The perplexity is the number of codes that, used equally "
+    "often, would be as varied: a few favourites make it small although all codes are used."
 )
 ABOUT_WORST = "The validation images with the lowest PSNR: what the latents cannot hold, a latent model cannot draw."
 

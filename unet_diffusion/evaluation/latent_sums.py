@@ -56,7 +56,7 @@ class LatentSums:
 
     @property
     def covariance(self) -> Values:
-        """The covariance of the channels, (c, c): what comes from the images, without the distributions' own variance."""
+        """The covariance of the channels, (c, c): what comes from the images, without the distributions' noise."""
         return self.products / self.count - np.outer(self.mean, self.mean)
 
     @property
