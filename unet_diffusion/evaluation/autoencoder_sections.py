@@ -20,14 +20,14 @@ NEARLY_THE_SAME = 0.95  # correlation of two channels
 LATENTS_FOR_A_CODE = 10  # fewer may leave a code unused by chance
 
 ABOUT_RECONSTRUCTIONS = (
-    "Images are encoded and decoded again, without noise. PSNR (decibels) and SSIM compare pixels and reward blur. LPIPS "
-    "and the Fréchet distance (rFID) compare features, and see what people miss. A latent model draws no better images "
-    "than these reconstructions."
+    "Images are encoded and decoded again, without noise. PSNR (decibels) and SSIM compare pixels and reward blur. "
+    "LPIPS and the Fréchet distance (rFID) compare features, and see what people miss. A latent model draws no better "
+    "images than these reconstructions."
 )
 ABOUT_LATENTS = (
-    "Diffusion wants latents that vary with the image in every channel, about as much in each, and no two channels that "
-    "say the same. The share of signal is the part of a channel's variance that comes from the images. The rest is the "
-    "noise that training adds."
+    "Diffusion wants latents that vary with the image in every channel, about as much in each, and no two channels "
+    "that say the same. The share of signal is the part of a channel's variance that comes from the images. The rest is "
+    "the noise that training adds."
 )
 ABOUT_CODES = (
     "Each position of the latents becomes the nearest code. The perplexity is the number of codes that, used equally "
