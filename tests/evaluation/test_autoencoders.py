@@ -94,7 +94,7 @@ class Changed(Autoencoder):
 
 
 def collapsed(mean, std):
-    mean, std = mean.clone(), std.clone()
+    mean, std = mean.clone(), std * 0.01
     mean[:, 1], std[:, 1] = mean[:, 1] * 0.01, 1.0
     return mean, std
 

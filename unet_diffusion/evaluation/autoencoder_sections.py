@@ -26,8 +26,8 @@ ABOUT_RECONSTRUCTIONS = (
 )
 ABOUT_LATENTS = (
     "Diffusion wants latents that vary with the image in every channel, about as much in each, and no two channels "
-    "that say the same. The share of signal is the part of a channel's variance that comes from the images. The rest is "
-    "the noise that training adds."
+    "that say the same. The share of signal is the part of a channel's variance that comes from the images. The rest "
+    "is noise, which training adds."
 )
 ABOUT_CODES = (
     "Each position of the latents becomes the nearest code. The perplexity is the number of codes that, used equally "
