@@ -159,7 +159,7 @@ def worst_section(images: Tensor, reconstructions: Tensor, values: Values) -> Se
         values: Their PSNR, (N,).
     """
     errors = (images - reconstructions).abs().mean(dim=1) / RANGE  # (N, H, W), in [0, 1]
-    largest = max(float(errors.max()), np.finfo(np.float32).tiny)
+    largest = max(errors.max().item(), float(np.finfo(np.float32).tiny))
     pictures = [_as_rgb(images), _as_rgb(reconstructions), _coloured(errors / largest)]
     grid = image_grid(torch.cat(pictures), columns=len(images), min_tile=SHOWN_SIDE)
     caption = (

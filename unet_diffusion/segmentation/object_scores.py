@@ -103,11 +103,14 @@ def matched_pairs(ious: NDArray[np.float64], threshold: float) -> tuple[NDArray[
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}; 0.5 is usual")
+    # Without objects that match none, of which noise may have thousands; matching takes the cube of their number.
+    rows, columns = ((ious >= threshold).any(axis=axis).nonzero()[0] for axis in (1, 0))
+    ious = ious[np.ix_(rows, columns)]
     matches = ious >= threshold
     # The sum of all IoU weighs less than a single match.
-    rows, columns = scipy.optimize.linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
-    is_match = matches[rows, columns]
-    return rows[is_match], columns[is_match]
+    pairs = scipy.optimize.linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
+    is_match = matches[pairs]
+    return rows[pairs[0][is_match]], columns[pairs[1][is_match]]
 
 
 def _matched(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]:
