@@ -16,7 +16,9 @@ from unet_diffusion.data import SegmentationDataModule
 from unet_diffusion.data.labelled import LabelledSource
 from unet_diffusion.evaluation.intervals import interval, interval_of_mean
 from unet_diffusion.evaluation.scores_of_counts import calibration_error_of, challenge_pixel_error_of, reliability_of
-from unet_diffusion.evaluation.segmented_images import Truth, counted
+from unet_diffusion.evaluation.segmented_images import Predicted, Truth, counted
+from unet_diffusion.evaluation.segmenter_pictures import RIGHT, WRONG, outlined_errors
+from unet_diffusion.evaluation.segmenter_pictures import SIDE as PICTURE_SIDE
 from unet_diffusion.evaluation.segmenters import evaluate_segmenter
 from unet_diffusion.evaluation.thresholds import images_to_fit_on
 from unet_diffusion.runtime.processes import ProcessGroup
@@ -402,6 +404,17 @@ def test_the_worst_images_come_first():
     pictures = [one for section in result.sections for one in section.pictures if one.key.startswith("worst")]
     assert len(pictures) == NUM_VAL
     assert pictures[0].caption.startswith("000004")
+
+
+def test_outlines_say_which_objects_are_matched():
+    labels = cells(0)
+    truth, predicted = (Predicted((one > 0).astype(int), one) for one in (labels, without_small(labels)))
+    pixels = np.asarray(outlined_errors(torch.zeros(1, SIDE, SIDE), truth, predicted))[-PICTURE_SIDE:]
+    tiles = (pixels[:, left : left + PICTURE_SIDE] for left in
+                                (0, PICTURE_SIDE + 2, 2 * (PICTURE_SIDE + 2)))  # fmt: skip
+    assert [[(tile == colour).all(axis=-1).any() for colour in (RIGHT, WRONG)] for tile in tiles] == [
+        [False, False], [True, True], [True, False],
+    ]  # fmt: skip
 
 
 def test_images_of_other_classes_are_refused():

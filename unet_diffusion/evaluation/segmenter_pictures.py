@@ -11,8 +11,7 @@ from unet_diffusion.runtime.pictures import GRID_GREY, GRID_PADDING, picture_of,
 
 SIDE = 448  # of an image, in pixels
 HEADER = 16  # height of the line of titles
-# Of Okabe & Ito, which colour-blind people can distinguish.
-RIGHT, WRONG = (86, 180, 233), (230, 120, 0)
+RIGHT, WRONG = (30, 144, 255), (255, 110, 0)  # seen on black and on white, and told apart by colour-blind people
 COLUMNS = ("image", "label: found blue, missed orange", "prediction: right blue, wrong orange")
 
 
@@ -44,6 +43,7 @@ def _outlined(pixels: NDArray[np.uint8], objects: NDArray[np.int32], ious: NDArr
     """Pixels with the outline of each object, in colours by whether its IoU is above 0; numbers are scaled to them."""
     numbers = np.asarray(Image.fromarray(objects).resize(pixels.shape[1::-1], Image.Resampling.NEAREST))
     edges = skimage.segmentation.find_boundaries(numbers, mode="inner")
+    edges = skimage.morphology.dilation(edges) & (numbers > 0)  # two pixels wide
     is_matched = np.zeros(int(objects.max(initial=0)) + 1, dtype=bool)
     is_matched[np.unique(objects[objects > 0])] = ious > 0
     colours = np.where(is_matched[numbers][..., None], RIGHT, WRONG)
