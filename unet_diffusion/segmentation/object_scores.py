@@ -104,7 +104,7 @@ def matched_pairs(ious: NDArray[np.float64], threshold: float) -> tuple[NDArray[
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}; 0.5 is usual")
     # Without objects that match none, of which noise may have thousands; matching takes the cube of their number.
-    rows, columns = ((ious >= threshold).any(axis=axis).nonzero()[0] for axis in (1, 0))
+    rows, columns = (np.flatnonzero(np.any(ious >= threshold, axis=axis)) for axis in (1, 0))
     ious = ious[np.ix_(rows, columns)]
     matches = ious >= threshold
     # The sum of all IoU weighs less than a single match.
