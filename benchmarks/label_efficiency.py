@@ -32,7 +32,7 @@ from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory, set_speed
 from unet_diffusion.segmentation.labels import instances_from
-from unet_diffusion.segmentation.scores import average_precisions
+from unet_diffusion.segmentation.object_scores import average_precisions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 METHODS = {"scratch": "nuclei_segment.yaml", "finetuned": "nuclei_finetune.yaml", "features": "nuclei_features.yaml"}

@@ -9,11 +9,13 @@ from scipy import ndimage
 from skimage.metrics import adapted_rand_error, variation_of_information
 from sklearn.metrics import f1_score, jaccard_score, normalized_mutual_info_score
 
+from unet_diffusion.segmentation.object_scores import (
+    average_precision,
+    average_precisions,
+)
 from unet_diffusion.segmentation.scores import (
     NEIGHBOURS,
     SIMPLE_POINTS,
-    average_precision,
-    average_precisions,
     dice,
     iou,
     membrane_scores,

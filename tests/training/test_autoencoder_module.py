@@ -14,13 +14,13 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.distributions import Normal, kl_divergence
 from torchvision.models import squeezenet1_1
 
+from unet_diffusion.evaluation.image_quality import PERCEPTUAL_FILES, psnr, ssim
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
 from unet_diffusion.training import AutoencoderModule, latent_terms, symptoms
 from unet_diffusion.training import autoencoder as training
 from unet_diffusion.training.adversarial import AdversarialLoss
-from unet_diffusion.training.image_quality import PERCEPTUAL_FILES, psnr, ssim
 
 SMALL = {"layers_per_block": 1, "norm_num_groups": 4, "mid_attention": False}
 ADAM = functools.partial(torch.optim.Adam, lr=1.0e-2)

@@ -34,17 +34,26 @@ class Autoencoder(Running):
     latent_std: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The latents of images, (B, c, h, w) float32 on the CPU: the means of their distributions, not normalised.
 
         Args:
             images: Images, (B, C, H, W) in [-1, 1]; H and W must be multiples of the downsampling.
         """
+        return self.latent_moments(images)[0]
+
+    @torch.no_grad()
+    def latent_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' distributions, (B, c, h, w) float32 on the CPU; codes have deviation 0.
+
+        Args:
+            images: As in `encode`.
+        """
         from unet_diffusion.models.autoencoders import latent_moments
 
         with self._context():
-            return latent_moments(self.autoencoder, images.to(self.device))[0].float().cpu()
+            mean, std = latent_moments(self.autoencoder, images.to(self.device))
+            return mean.float().cpu(), std.float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

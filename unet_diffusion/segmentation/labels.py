@@ -18,6 +18,7 @@ Kind = Literal["binary", "classes", "instances"]
 BACKGROUND, CELL, BORDER = 0, 1, 2  # the classes of kind "instances"; those of kind "binary" without the border
 NO_VALUE = -1  # class of pixels that are not to be learnt
 MAX_CLASSES = 256  # predictions are written as 8-bit images
+MIN_SIZE, THRESHOLD = 16, 0.5  # of objects: their least number of pixels, and the foreground's probability
 NUM_SHOWN = 12  # values in an error message
 # Labels are right with fewer edges of other objects than these: number of edges, and their share of all pieces.
 FEW_EDGES, MOST_EDGES = 10, 0.5
@@ -222,7 +223,9 @@ def edge_pieces(instances: NDArray[np.int32]) -> tuple[int, NDArray[np.int64], N
     return num_pieces, np.stack(places, axis=1), (has_larger & has_smaller)[numbers]
 
 
-def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: int = 16) -> NDArray[np.int32]:
+def instances_from(
+    probabilities: NDArray[np.float32], kind: Kind, *, min_size: int = MIN_SIZE, threshold: float = THRESHOLD
+) -> NDArray[np.int32]:
     """Return instance numbers, 0 for background, (H, W), from class probabilities, (K, H, W).
 
     With kind "instances" each region that is rather cell than border is the seed of an object, which grows over the
@@ -232,6 +235,7 @@ def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: 
         probabilities: Probabilities of background, cell and, with kind "instances", border, (K, H, W).
         kind: The meaning of the classes.
         min_size: Least number of pixels in an object; smaller objects are left out.
+        threshold: The foreground is where its probability is larger.
 
     Raises:
         ValueError: If the classes do not stand for objects.
@@ -241,7 +245,7 @@ def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: 
             "instance numbers need a model that was trained on objects, and this one was trained on classes; "
             "leave them out"
         )
-    foreground = probabilities[BACKGROUND] < 0.5
+    foreground = probabilities[BACKGROUND] < 1 - threshold
     numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
     if kind == "instances":
         inside = foreground & (probabilities[CELL] > probabilities[BORDER])
@@ -257,8 +261,14 @@ def instances_from(probabilities: NDArray[np.float32], kind: Kind, *, min_size: 
     return renumber[numbers]
 
 
-def mask_from(probabilities: NDArray[np.float32], kind: Kind) -> NDArray[np.uint8]:
-    """Return the mask to write, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class."""
+def mask_from(probabilities: NDArray[np.float32], kind: Kind, *, threshold: float = THRESHOLD) -> NDArray[np.uint8]:
+    """Return the mask to write, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class.
+
+    Args:
+        probabilities: Probabilities of the classes, (K, H, W).
+        kind: The meaning of the classes.
+        threshold: The foreground is where its probability is larger; classes have none.
+    """
     if kind == "classes":
         return probabilities.argmax(axis=0).astype(np.uint8)
-    return np.where(probabilities[BACKGROUND] < 0.5, 255, 0).astype(np.uint8)
+    return np.where(probabilities[BACKGROUND] < 1 - threshold, 255, 0).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Scores of segmentations: masks, segments behind membranes (ISBI 2012), and objects (Data Science Bowl 2018).
+"""Scores of segmentations: masks, and segments behind membranes (ISBI 2012).
 
 All scores take 2D numpy arrays, (H, W), and know nothing of networks.
 
@@ -28,6 +28,7 @@ Labels = NDArray[np.integer[Any]]
 ALPHA = 0.5  # the challenge's weight of splits against mergers in V_rand and V_info, which makes them F-scores
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the challenge's thresholds, without 0 and 1
 FOUR_CONNECTED = 1
+ROUNDING = 1e-12  # of an entropy
 
 # (row, column), anticlockwise: neighbours 0, 2, 4, 6 share an edge with the centre, and k + 4 is opposite to k.
 NEIGHBOURS = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
@@ -87,11 +88,7 @@ def rand_error(truth: Labels, segments: Labels) -> float:
     Raises:
         ValueError: If the shapes differ, labels are not integers of 0 or more, or truth has no segment.
     """
-    table = _foreground_contingency(truth, segments)
-    both, of_truth, of_segments = (float((n * (n - 1)).sum()) for n in _counts(table))
-    if of_truth + of_segments == 0:  # every pixel is a segment of its own in both
-        return 0.0
-    return 1 - 2 * both / (of_truth + of_segments)
+    return float(rand_error_of(segment_sums(truth, segments)))
 
 
 def v_rand(truth: Labels, segments: Labels) -> float:
@@ -107,9 +104,7 @@ def v_rand(truth: Labels, segments: Labels) -> float:
     Raises:
         ValueError: If the shapes differ, labels are not integers of 0 or more, or truth has no segment.
     """
-    table = _foreground_contingency(truth, segments)
-    both, of_truth, of_segments = (float((n * n).sum()) for n in _counts(table))
-    return both / (ALPHA * of_segments + (1 - ALPHA) * of_truth)
+    return float(v_rand_of(segment_sums(truth, segments)))
 
 
 def v_info(truth: Labels, segments: Labels) -> float:
@@ -124,11 +119,48 @@ def v_info(truth: Labels, segments: Labels) -> float:
     Raises:
         ValueError: If the shapes differ, labels are not integers of 0 or more, or truth has no segment.
     """
-    table = _foreground_contingency(truth, segments)
-    joint, h_truth, h_segments = (float(scipy.special.entr(n / table.sum()).sum()) for n in _counts(table))
-    if h_truth + h_segments == 0:
-        return 1.0
-    return (h_truth + h_segments - joint) / ((1 - ALPHA) * h_segments + ALPHA * h_truth)
+    return float(v_info_of(segment_sums(truth, segments)))
+
+
+def segment_sums(truth: Labels, segments: Labels) -> NDArray[np.float64]:
+    """Return sums of n, n^2 and n log n over the numbers of pixels n in segments, (3, 3), from which scores follow.
+
+    The rows are of pairs of segments that share pixels, of the segments of truth, and of the predicted segments. Added
+    up over images, they are the sums of all images side by side.
+
+    Args:
+        truth: True segment numbers; pixels that are 0 do not count.
+        segments: Predicted segment numbers; a pixel that is 0 is a segment of its own.
+
+    Raises:
+        ValueError: If the shapes differ, labels are not integers of 0 or more, or truth has no segment.
+    """
+    counts = [n.astype(float) for n in _counts(_foreground_contingency(truth, segments))]
+    return np.array([[n.sum(), (n * n).sum(), scipy.special.xlogy(n, n).sum()] for n in counts])
+
+
+def rand_error_of(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `rand_error` of sums from `segment_sums`, (..., 3, 3) -> (...); 0 where no two pixels share a segment."""
+    both, of_truth, of_segments = np.moveaxis(sums[..., 1] - sums[..., 0], -1, 0)
+    total = of_truth + of_segments
+    return np.where(total > 0, 1 - 2 * both / np.where(total > 0, total, 1), 0.0)
+
+
+def v_rand_of(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `v_rand` of sums from `segment_sums`, (..., 3, 3) -> (...); NaN where there are no pixels."""
+    both, of_truth, of_segments = np.moveaxis(sums[..., 1], -1, 0)
+    with np.errstate(invalid="ignore"):
+        return both / (ALPHA * of_segments + (1 - ALPHA) * of_truth)
+
+
+def v_info_of(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `v_info` of sums from `segment_sums`, (..., 3, 3) -> (...); 1 where there is a single segment."""
+    num_pixels = np.maximum(sums[..., :1, 0], 1)
+    entropies = np.log(num_pixels) - sums[..., 2] / num_pixels  # of n / num_pixels
+    joint, h_truth, h_segments = np.moveaxis(entropies, -1, 0)
+    weighted = (1 - ALPHA) * h_segments + ALPHA * h_truth
+    has_entropy = weighted > ROUNDING
+    return np.where(has_entropy, (h_truth + h_segments - joint) / np.where(has_entropy, weighted, 1), 1.0)
 
 
 def thin_borders(segments: Labels) -> Labels:
@@ -144,7 +176,7 @@ def thin_borders(segments: Labels) -> Labels:
     Raises:
         ValueError: If labels are not integers of 0 or more.
     """
-    _check_labels(segments)
+    check_labels(segments)
     if not segments.any():
         return segments.copy()
     distance = scipy.ndimage.distance_transform_edt(segments == 0)
@@ -285,62 +317,7 @@ def simple_points() -> tuple[bool, ...]:
 SIMPLE_POINTS = simple_points()
 
 
-def average_precision(truth: Labels, prediction: Labels, threshold: float) -> float:
-    """Return TP / (TP + FP + FN) of objects; 1 if neither image has objects.
-
-    The Data Science Bowl 2018 and StarDist call it average precision, although it is no area under a curve. Objects are
-    matched one to one at IoU >= threshold, as many as possible; among such matchings, one with the greatest sum of IoU
-    is taken. Above a threshold of 0.5 there is a single matching.
-
-    Args:
-        truth: True instance numbers, 0 for background.
-        prediction: Predicted instance numbers; they need not be those of the truth.
-        threshold: Least IoU of a match, in (0, 1].
-
-    Raises:
-        ValueError: If the shapes differ, labels are not integers of 0 or more, or a threshold is out of its range.
-    """
-    return average_precisions(truth, prediction, [threshold])[0]
-
-
-def average_precisions(truth: Labels, prediction: Labels, thresholds: Sequence[float]) -> list[float]:
-    """Return `average_precision` at each of several thresholds, for which objects are overlaid once.
-
-    Args:
-        truth: True instance numbers, 0 for background.
-        prediction: Predicted instance numbers.
-        thresholds: Least IoU of a match, each in (0, 1].
-
-    Raises:
-        ValueError: If the shapes differ, labels are not integers of 0 or more, or a threshold is out of its range.
-    """
-    ious = _object_ious(truth, prediction)
-    counts = [_matched(ious, threshold) for threshold in thresholds]
-    return [matched[0] / sum(matched) if any(matched) else 1.0 for matched in counts]
-
-
-def _object_ious(truth: Labels, prediction: Labels) -> NDArray[np.float64]:
-    """Return the IoU of each object of truth with each object of the prediction, (R, C)."""
-    _check_labels(truth, prediction)
-    rows, columns, table = _contingency(truth, prediction)
-    of_truth, of_prediction = table.sum(axis=1)[rows > 0], table.sum(axis=0)[columns > 0]
-    both = table[rows > 0][:, columns > 0].toarray()
-    return both / (of_truth[:, None] + of_prediction - both)
-
-
-def _matched(ious: NDArray[np.float64], threshold: float) -> tuple[int, int, int]:
-    """Return true positives, false positives and false negatives at IoU >= threshold."""
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}; 0.5 is usual")
-    matches = ious >= threshold
-    # The sum of all IoU weighs less than a single match.
-    pairs = scipy.optimize.linear_sum_assignment(matches + ious / (2 * max(1, *ious.shape)), maximize=True)
-    true_positives = int(matches[pairs].sum())
-    num_truth, num_predicted = ious.shape
-    return true_positives, num_predicted - true_positives, num_truth - true_positives
-
-
-def _contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, "scipy.sparse.csr_array"]:
+def contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, "scipy.sparse.csr_array"]:
     """Return the labels in truth, the labels in segments, and the pixels that each pair shares, sparse (R, C)."""
     rows, row = np.unique(truth.ravel(), return_inverse=True)
     columns, column = np.unique(segments.ravel(), return_inverse=True)
@@ -350,13 +327,13 @@ def _contingency(truth: Labels, segments: Labels) -> tuple[Labels, Labels, "scip
 
 def _foreground_contingency(truth: Labels, segments: Labels) -> "scipy.sparse.csr_array":
     """Return the pixels that each pair of segments shares where truth is not 0; each 0 of segments stands alone."""
-    _check_labels(truth, segments)
+    check_labels(truth, segments)
     foreground = truth > 0
     if not foreground.any():
         raise ValueError("truth must have at least one segment, got only 0; leave images without any out of the score")
     inside = segments[foreground].astype(np.int64)
     alone = inside.max() + 1 + np.arange(len(inside))
-    return _contingency(truth[foreground], np.where(inside > 0, inside, alone))[2]
+    return contingency(truth[foreground], np.where(inside > 0, inside, alone))[2]
 
 
 def _counts(table: "scipy.sparse.csr_array") -> tuple[Labels, Labels, Labels]:
@@ -390,7 +367,8 @@ def _check_bool(mask: NDArray[Any]) -> None:
         raise ValueError(f"masks must be bool, got {mask.dtype}; compare them with a value, such as mask > 0")
 
 
-def _check_labels(*images: Labels) -> None:
+def check_labels(*images: Labels) -> None:
+    """Raise ValueError if images differ in shape, or are not integers of 0 or more."""
     _check_shapes(*images)
     for image in images:
         if not np.issubdtype(image.dtype, np.integer):

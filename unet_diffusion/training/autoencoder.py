@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unet_diffusion.data.base import refuse_unused
+from unet_diffusion.evaluation.image_quality import SSIM_SIDE, PerceptualNet, lpips, psnr, ssim
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.reading import read_autoencoder
-from unet_diffusion.latents.space import moment_sums
+from unet_diffusion.latents.space import LEAST_STD, moment_sums
 from unet_diffusion.models.autoencoders import downsampling, latent_moments, num_latent_channels, reconstruct
 from unet_diffusion.models.discriminator import hinge_loss
 from unet_diffusion.models.speed import Speed
@@ -28,8 +29,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.training.adversarial import AdversarialLoss, adversarial_in, problem_of
 from unet_diffusion.training.base import NetworkModule, check_choice
 from unet_diffusion.training.health import SkipBadSteps
-from unet_diffusion.training.image_quality import SSIM_SIDE, PerceptualNet, lpips, psnr, ssim
-from unet_diffusion.training.latent_terms import LEAST_STD, latent_term
+from unet_diffusion.training.latent_terms import latent_term
 from unet_diffusion.training.lightning_internals import callbacks_of, log_interval
 from unet_diffusion.training.optimizers import LRDecay, adam_of_gans
 from unet_diffusion.training.prediction import images_of

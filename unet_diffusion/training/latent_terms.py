@@ -11,13 +11,11 @@ from diffusers import AutoencoderKL, VQModel
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from unet_diffusion.latents.space import LEAST_STD, MIN_CODE_USE, MIN_SIGNAL
 from unet_diffusion.models.autoencoders import AutoencoderNetwork, decode_codes, num_codes, quantize
 from unet_diffusion.runtime.randomness import keyed_generator
 
 RESTART_KEY = 4  # keeps the draws of codes apart from others with the same seed
-MIN_SIGNAL = 0.1  # share of the latents' variance that comes from the images
-MIN_CODE_USE = 0.1  # share of the codebook
-LEAST_STD = 1e-6  # of latents
 
 
 class KLTerm(nn.Module):

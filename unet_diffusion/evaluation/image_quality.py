@@ -1,4 +1,4 @@
-"""How near reconstructions are to their images: PSNR, SSIM, and LPIPS for training."""
+"""How near reconstructions are to their images: PSNR, SSIM and LPIPS."""
 
 from pathlib import Path
 from typing import Literal, cast
@@ -42,7 +42,7 @@ def lpips(net: PerceptualNet) -> nn.Module:
         FileNotFoundError: If torchvision's weights are not in torch's cache.
         ValueError: If they are damaged, or could run code.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / PERCEPTUAL_FILES[net]
+    path = perceptual_file(net)
     if not path.is_file():
         raise FileNotFoundError(
             f"perceptual_weight needs {path}, the weights of torchvision's network, and nothing is downloaded here; "
@@ -52,3 +52,8 @@ def lpips(net: PerceptualNet) -> nn.Module:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     return LearnedPerceptualImagePatchSimilarity(net_type=net).net.requires_grad_(False).eval()
+
+
+def perceptual_file(net: PerceptualNet) -> Path:
+    """Where torch's cache has the weights of a network of LPIPS, if it has them."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / PERCEPTUAL_FILES[net]
