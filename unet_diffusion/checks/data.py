@@ -1,0 +1,117 @@
+"""What is found in the data of a run: it looks at what the data module has loaded, and reads no file itself.
+
+A quick look, as at the beginning of training, takes about a second: of large sets it takes some images, and of images
+that are not in memory none.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unet_diffusion.checks.captions import caption_facts, caption_findings, cut_findings
+from unet_diffusion.checks.duplicates import exact_findings, near_findings, thumbnails
+from unet_diffusion.checks.findings import Finding, Section
+from unet_diffusion.checks.images import crop_findings, image_findings, stretch_findings
+from unet_diffusion.checks.labels import (
+    class_findings,
+    object_facts,
+    object_findings,
+    objects_of,
+    pixel_findings,
+)
+from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.known import contents_of_pixels
+from unet_diffusion.data.segmentation import SegmentationDataModule
+from unet_diffusion.data.shards import ShardedImages
+from unet_diffusion.diffusion.conditions.text import TextTokens
+
+QUICK_VALUES = 2**24  # numbers of images that a quick look takes; a second passes at several times as many
+QUICK_CAPTIONS = 10_000
+NUM_DECODED = 500  # of images that are not in memory
+
+
+def data_sections(
+    data: Any, *, texts: Sequence[TextTokens] = (), loss: str = "", quick: bool = False
+) -> list[Section]:
+    """What is found in the data.
+
+    Args:
+        data: The data module, set up.
+        texts: The conditions that read captions, with their tokenizers.
+        loss: The loss of a segmenter.
+        quick: Whether to look for about a second only.
+    """
+    if isinstance(data, SegmentationDataModule):
+        return _of_labelled(data, loss, quick)
+    if isinstance(data, ImageDataModule):
+        return _of_images(data, texts, quick)
+    return []
+
+
+def _of_images(data: ImageDataModule, texts: Sequence[TextTokens], quick: bool) -> list[Section]:
+    train, val = data.train_indices, data.val_indices
+    sections = [Section("Data", data.summary(), _image_set_findings(data, quick))]
+    labels, class_names, captions = data.image_set.labels, data.class_names, data.captions
+    if labels is not None and class_names is not None:
+        sections.append(Section("Classes", [], class_findings(labels, class_names, train, val)))
+    if captions and not (quick and len(captions) > QUICK_CAPTIONS):
+        cut = [one for text in texts for one in cut_findings(text.num_tokens(captions), text.config["max_length"])]
+        found = [*cut, *caption_findings(captions, train, val)]
+        sections.append(Section("Captions", caption_facts(captions), found))
+    return sections
+
+
+def _image_set_findings(data: ImageDataModule, quick: bool) -> list[Finding]:
+    image_set, train, val = data.image_set, data.train_indices, data.val_indices
+    images = image_set.images
+    names = image_set.names or [str(number) for number in range(len(images))]
+    findings = list[Finding]()
+    if sizes := getattr(data.source, "sizes", []):
+        findings += crop_findings(sizes, data.image_shape[1:])
+    in_memory = isinstance(images, Tensor)
+    if not isinstance(images, ShardedImages) and not (quick and not in_memory):
+        shown = _some(len(images), _step(images, quick))
+        if not images.dtype.is_floating_point:  # latents have no range
+            findings += image_findings(images.index_select(0, torch.tensor(shown)), [names[i] for i in shown])
+    if image_set.contents is not None or (isinstance(images, Tensor) and not (quick and images.numel() > QUICK_VALUES)):
+        contents = image_set.contents or contents_of_pixels(images)  # type: ignore[arg-type]  # in memory
+        findings += exact_findings(contents, names, train, val)
+    if isinstance(images, Tensor) and not (quick and images.numel() > QUICK_VALUES):
+        findings += near_findings(thumbnails(images), names, train, val)
+    return findings
+
+
+def _step(images: Any, quick: bool) -> int:
+    """Each how-many-th image is looked at."""
+    if not isinstance(images, Tensor):
+        return max(len(images) // NUM_DECODED, 1)
+    return max(images.numel() // QUICK_VALUES, 1) if quick else 1
+
+
+def _some(number: int, step: int) -> list[int]:
+    return list(range(0, number, step))
+
+
+def _of_labelled(data: SegmentationDataModule, loss: str, quick: bool) -> list[Section]:
+    loaded, targets = data.images, data.targets
+    num_values = sum(image.numel() for image in loaded.images)
+    shown = _some(len(loaded.images), max(num_values // QUICK_VALUES, 1) if quick else 1)
+    images, labels, names = ([all_[i] for i in shown] for all_ in (loaded.images, loaded.labels, loaded.names))
+    findings = image_findings(images, names)
+    if data.stretch and targets.kind != "classes":
+        inside = [torch.from_numpy(label > 0) for label in labels]
+        findings += stretch_findings(images, inside, names)
+    if len(shown) == len(loaded.images):
+        train, val = data.train_images, data.val_indices
+        findings += exact_findings(contents_of_pixels(images), names, train, val)
+        findings += near_findings(thumbnails(images), names, train, val)
+    trained = [data.classes(i) for i in data.train_images.tolist()[:: len(loaded.images) // len(shown)]]
+    of_labels = pixel_findings(trained, targets, loss)
+    facts = list[str]()
+    if targets.kind != "classes":
+        objects = objects_of(labels, targets)
+        facts = object_facts(objects, len(labels))
+        of_labels += object_findings(objects, targets, len(labels), data.window_size)
+    return [Section("Data", data.summary(), findings), Section("Labels", facts, of_labels)]
