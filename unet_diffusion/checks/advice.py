@@ -12,15 +12,19 @@ from unet_diffusion.checks.plan import Plan
 FEW_TIMES, MANY_TIMES = 3, 3000  # an image is shown
 FEW_SHOWN = 30_000  # images in all; with more, a large set need not be shown several times
 STRUCTURE = 300_000  # images in all after which public runs of small images begin to show structure
+SMALLEST = 256  # pixels of those images, or numbers of latents
 VISIBLE_MEAN = 1.0  # signal to noise of an image's mean at the noisiest timestep
 ADAM_RATES = (1.0e-5, 5.0e-3)  # at BATCH images a step; the rates that work grow with the root of the batch
 BATCH = 16
 SGD_RATES = (1.0e-4, 1.0)  # divided by 1 - momentum
 FEW_VALIDATED = 10  # images
-DIRECTIONS = frozenset("left right leftwards rightwards letter letters digit digits clock text word words".split())
+DIRECTIONS = {  # words of captions
+    *("left", "right", "leftwards", "rightwards"),
+    *("letter", "letters", "digit", "digits", "clock", "text", "word", "words"),
+}
 MANY_DIRECTIONS = 0.01  # of the captions
 DIGITS = [str(digit) for digit in range(10)]
-LEADS = re.compile(r"\w+")
+WORD = re.compile(r"\w+")
 
 
 def advice(plan: Plan) -> list[Finding]:
@@ -43,7 +47,9 @@ def _rate(plan: Plan) -> list[Finding]:
     scale = 1.0 if is_sgd else math.sqrt(plan.images_a_step / BATCH)
     if low * scale <= rate <= high * scale:
         return []
-    word, what = ("low", "hardly learns in the steps of a run") if rate < low * scale else ("high", "is likely to diverge")
+    word, what = (
+        ("low", "hardly learns in the steps of a run") if rate < low * scale else ("high", "is likely to diverge")
+    )
     text = (
         f"a learning rate of {plan.learning_rate:.3g} is {word} for {plan.optimizer} at {plan.images_a_step} images a "
         f"step; it {what}"
@@ -69,8 +75,10 @@ def _times_shown(plan: Plan) -> list[Finding]:
     if times > MANY_TIMES:
         text = f"each image is shown {times:,.0f} times, so that the network learns the {plan.num_train:,} by heart"
         most = math.floor(MANY_TIMES * plan.num_train / plan.images_a_step)
-        return [Finding("advice", text, f"--trainer.max_steps {most}, more images, and the checkpoint of the best loss")]
-    if plan.task == "denoise" and total < STRUCTURE:
+        return [
+            Finding("advice", text, f"--trainer.max_steps {most}, more images, and the checkpoint of the best loss")
+        ]
+    if plan.task == "denoise" and total < STRUCTURE and math.prod(plan.image_shape[1:]) >= SMALLEST:
         text = f"{total:,.0f} images are shown in all; samples with clear structure often take {STRUCTURE:,} and more"
         return [Finding("note", text, "--trainer.max_steps")]
     return []
@@ -111,12 +119,12 @@ def _flips(plan: Plan) -> list[Finding]:
     if not plan.horizontal_flip:
         return []
     option = "--data.horizontal_flip false"
-    if [(*LEADS.findall(name), "")[0] for name in plan.class_names] == DIGITS:
+    if [(*WORD.findall(name), "")[0] for name in plan.class_names] == DIGITS:
         return [Finding("advice", "digits are mirrored, and a mirrored digit is none", option)]
-    meant = [text for text in plan.captions if DIRECTIONS & {*LEADS.findall(text.lower())}]
+    meant = [text for text in plan.captions if DIRECTIONS & {*WORD.findall(text.lower())}]
     if len(meant) > MANY_DIRECTIONS * len(plan.captions):
         text = (
-            f'{len(meant)} captions ({percent(len(meant) / len(plan.captions))}) tell left from right, or are of signs, '
+            f"{len(meant)} captions ({percent(len(meant) / len(plan.captions))}) are of directions or signs, "
             f'such as "{meant[0]}"; images are mirrored and captions are not'
         )
         return [Finding("advice", text, option)]

@@ -1,4 +1,4 @@
-"""What is wrong with captions: empty and repeated ones, ones that are cut, rare words, and variants across the split."""
+"""What is wrong with captions: empty ones, ones that are cut, rare words, and variants of one across the split."""
 
 import re
 from collections import Counter, defaultdict
@@ -15,6 +15,7 @@ MANY_RARE = 0.5  # of all words
 MANY_CUT = 0.01  # of the captions
 MANY_EMPTY = 0.05  # of the captions
 MANY_VARIANTS = 0.2  # of the captions
+WITH_COMMAS = 0.25  # of the captions: more, and commas separate phrases
 LEAST_VARIANTS = 5  # of a concept, and of phrases that stand for each other
 LEAST_PLACES = 10  # captions in which a phrase must be exchanged for another; and a hundredth of all
 EXCHANGED = 0.8  # of the places of the rarer of two phrases, at which the other one stands too
@@ -76,11 +77,10 @@ def _of_empty(captions: Sequence[str]) -> list[Finding]:
 
 
 def _of_variants(captions: Sequence[str], train: Tensor, val: Tensor) -> list[Finding]:
-    found = concepts(captions)
+    found, phrases = concepts(captions)
     sizes = Counter(found)
     many = [concept for concept, number in sizes.items() if number >= LEAST_VARIANTS]
     share = sum(sizes[concept] for concept in many) / len(captions)
-    phrases = exchanged_phrases(captions)
     if not phrases or not many:
         return []
     trained = {found[i] for i in train.tolist()}
@@ -96,21 +96,29 @@ def _of_variants(captions: Sequence[str], train: Tensor, val: Tensor) -> list[Fi
     return [Finding("warning", text, "keep a concept on one side of the split, and fewer variants of each")]
 
 
-def concepts(captions: Sequence[str]) -> list[str]:
-    """Each caption without the phrases that are exchanged for one another all over the captions."""
-    phrases = exchanged_phrases(captions)
-    return [", ".join(unit for unit in _units(text) if unit not in phrases) for text in captions]
+def concepts(captions: Sequence[str]) -> tuple[list[tuple[str, ...]], set[str]]:
+    """Each caption without the phrases that are exchanged for one another all over the captions, and these phrases.
+
+    Phrases are what commas separate, or words where few captions have commas.
+    """
+    by_comma = sum("," in text for text in captions) > WITH_COMMAS * len(captions)
+    split = [tuple(unit.strip() for unit in text.split("," if by_comma else None)) for text in captions]
+    phrases = exchanged_phrases(split)
+    return [tuple(unit for unit in units if unit not in phrases) for units in split], phrases
 
 
-def exchanged_phrases(captions: Sequence[str]) -> set[str]:
+def exchanged_phrases(captions: Sequence[tuple[str, ...]]) -> set[str]:
     """Phrases of which at least five stand at the same places in otherwise equal captions, such as skin tones.
 
-    Phrases are what commas separate, or words where there are no commas. Two belong together if nearly everywhere where
+    Two belong together if nearly everywhere where
     the rarer one stands, there is the same caption with the other one. This must be so at many places: "dog" and "cat"
     may both follow "a small", which makes them no variants of one thing.
+
+    Args:
+        captions: The phrases of each caption.
     """
     at = defaultdict(set)  # what stands at a place: a caption without one of its phrases
-    for units in {tuple(_units(text)) for text in captions}:
+    for units in set(captions):
         for i, unit in enumerate(units):
             at[units[:i], units[i + 1 :], i].add(unit)
     together = [units for units in at.values() if len(units) > 1]
@@ -124,7 +132,3 @@ def exchanged_phrases(captions: Sequence[str]) -> set[str]:
             others[one].add(other)
             others[other].add(one)
     return {unit for unit, known in others.items() if len(known) + 1 >= LEAST_VARIANTS}
-
-
-def _units(caption: str) -> list[str]:
-    return [unit.strip() for unit in caption.split(",")] if "," in caption else caption.split()

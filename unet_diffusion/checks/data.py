@@ -32,9 +32,7 @@ QUICK_CAPTIONS = 10_000
 NUM_DECODED = 500  # of images that are not in memory
 
 
-def data_sections(
-    data: Any, *, texts: Sequence[TextTokens] = (), loss: str = "", quick: bool = False
-) -> list[Section]:
+def data_sections(data: Any, *, texts: Sequence[TextTokens] = (), loss: str = "", quick: bool = False) -> list[Section]:
     """What is found in the data.
 
     Args:
@@ -98,7 +96,8 @@ def _of_labelled(data: SegmentationDataModule, loss: str, quick: bool) -> list[S
     loaded, targets = data.images, data.targets
     num_values = sum(image.numel() for image in loaded.images)
     shown = _some(len(loaded.images), max(num_values // QUICK_VALUES, 1) if quick else 1)
-    images, labels, names = ([all_[i] for i in shown] for all_ in (loaded.images, loaded.labels, loaded.names))
+    images, labels = [loaded.images[i] for i in shown], [loaded.labels[i] for i in shown]
+    names = [loaded.names[i] for i in shown]
     findings = image_findings(images, names)
     if data.stretch and targets.kind != "classes":
         inside = [torch.from_numpy(label > 0) for label in labels]

@@ -62,7 +62,7 @@ def near_findings(thumbs: Tensor, names: Sequence[str], train: Tensor, val: Tens
         return []
     share = len(alike) / len(val)
     order = alike[likeness[alike].argsort(descending=True)][:NUM_PAIRS].tolist()
-    pairs = [f"{names[val[i]]} and {names[nearest[i]]}" for i in order]
+    pairs = [f"{names[int(val[i])]} and {names[int(nearest[i])]}" for i in order]
     groups = nearest[alike].unique().numel()
     text = (
         f"{len(alike)} of {len(val)} images to validate on ({percent(share)}) look almost like one that is trained on, "
@@ -89,7 +89,7 @@ def nearest_trained(thumbs: Tensor, train: Tensor, val: Tensor) -> tuple[Tensor,
     return torch.cat([one.values for one in best]), train[torch.cat([one.indices for one in best])]
 
 
-def thumbnails(images: Sequence[Tensor]) -> Tensor:
+def thumbnails(images: Sequence[Tensor] | Tensor) -> Tensor:
     """Grey thumbnails of mean 0 and length 1, (N, D) float32; zeros where an image has no content.
 
     Args:
@@ -104,8 +104,8 @@ def thumbnails(images: Sequence[Tensor]) -> Tensor:
 def _thumbnails(images: Tensor) -> Tensor:
     grey = images.float().mean(dim=1, keepdim=True)
     white = 1.0 if images.is_floating_point() else float(torch.iinfo(images.dtype).max)
-    size = [min(side, SIDE) for side in grey.shape[-2:]]
-    small = F.adaptive_avg_pool2d(grey, size).flatten(1) / white
+    height, width = (min(side, SIDE) for side in grey.shape[-2:])
+    small = F.adaptive_avg_pool2d(grey, (height, width)).flatten(1) / white
     small = F.pad(small, (0, SIDE**2 - small.shape[1]))  # all of a set have one size, and labelled ones may differ
     small = small - small.mean(dim=1, keepdim=True)
     has_content = small.std(dim=1, keepdim=True) > LEAST_CONTRAST

@@ -14,8 +14,8 @@ class Finding:
     """Something that is worth knowing before training.
 
     Args:
-        severity: "note": a fact. "advice": another setting is likely to do better. "warning": the result is likely to be
-            useless, or its scores to mislead.
+        severity: "note": a fact. "advice": another setting is likely to do better. "warning": the result is likely to
+            be useless, or its scores to mislead.
         text: What was found and why it matters: a sentence without its full stop.
         option: What mends it, such as "--data.channels 1"; "" if nothing has to be mended.
     """

@@ -17,11 +17,11 @@ MANY_CUT = 0.05  # of the images
 MUCH_CLIPPED = 0.3  # of the pixels of an image's objects
 
 
-def image_findings(images: Sequence[Tensor], names: Sequence[str] | None = None) -> list[Finding]:
+def image_findings(images: Sequence[Tensor] | Tensor, names: Sequence[str] | None = None) -> list[Finding]:
     """What is wrong with the values of images.
 
     Args:
-        images: The images, uint8 or uint16 (C, H, W) each.
+        images: The images, uint8 or uint16 (C, H, W) each, or all as one tensor (N, C, H, W).
         names: The name of each; None: they are numbered.
     """
     names = names or [str(number) for number in range(len(images))]
@@ -29,7 +29,7 @@ def image_findings(images: Sequence[Tensor], names: Sequence[str] | None = None)
     return [*_of_range(images, ends), *_of_constants(ends, names), *_of_channels(images)]
 
 
-def _ends(images: Sequence[Tensor]) -> list[tuple[int, int]]:
+def _ends(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
     """The least and the largest value of each image, by NumPy, as torch finds none of 16 bits."""
     if isinstance(images, Tensor):
         rows = images.flatten(1).numpy()
@@ -37,7 +37,7 @@ def _ends(images: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(int(image.numpy().min()), int(image.numpy().max())) for image in images]
 
 
-def _of_range(images: Sequence[Tensor], ends: Sequence[tuple[int, int]]) -> list[Finding]:
+def _of_range(images: Sequence[Tensor] | Tensor, ends: Sequence[tuple[int, int]]) -> list[Finding]:
     white = torch.iinfo(images[0].dtype).max
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
     if low == high or (high - low) / white >= LEAST_RANGE:
@@ -57,7 +57,7 @@ def _of_constants(ends: Sequence[tuple[int, int]], names: Sequence[str]) -> list
     return [Finding("advice" if len(constant) > MANY_CONSTANT * len(names) else "note", text, "remove them")]
 
 
-def _of_channels(images: Sequence[Tensor]) -> list[Finding]:
+def _of_channels(images: Sequence[Tensor] | Tensor) -> list[Finding]:
     channels = len(images[0])
     if channels == 4 and all(bool((image[3].numpy() == torch.iinfo(image.dtype).max).all()) for image in images):
         return [Finding("note", "no image has a transparent pixel; three channels hold as much", "--data.channels 3")]

@@ -1,4 +1,4 @@
-"""What is wrong with classes and with label images: balance, what is missing, empty ones, objects and how they touch."""
+"""What is wrong with classes and label images: balance, what is missing, empty ones, objects and how they touch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,6 +146,8 @@ def pixel_findings(classes: Sequence[Tensor], targets: Targets, loss: str) -> li
         findings.append(Finding("warning", text, "--data.targets.num_classes, or labels that hold them"))
     rare = [f"{name}: {percent(share)}" for name, share in zip(names, shares, strict=True) if 0 < share < RARE]
     if rare and loss == "cross_entropy" and not targets.class_balance:
-        text = f"{len(rare)} classes have under {percent(RARE)} of the pixels ({first_few(rare)}), which the loss ignores"
+        text = (
+            f"{len(rare)} classes have under {percent(RARE)} of the pixels ({first_few(rare)}): the loss ignores them"
+        )
         findings.append(Finding("advice", text, "--model.loss both, or --data.targets.class_balance true"))
     return findings

@@ -9,8 +9,8 @@ from unet_diffusion.runtime.imports import import_lightning, quick_imports
 def check(arguments: Sequence[str]) -> None:
     """Look at data and settings before training: check --config RECIPE.
 
-    It takes the arguments of `fit`, reads the data as `fit` does, tries a few steps, and writes nothing. What would make
-    training fail is an error, and everything else a note, advice or a warning with the option that mends it.
+    It takes the arguments of `fit`, reads the data as `fit` does, tries a few steps, and writes nothing. What would
+    make training fail is an error, and everything else a note, advice or a warning with the option that mends it.
 
     Args:
         arguments: The arguments of the command line, as for `fit`.

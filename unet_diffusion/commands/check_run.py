@@ -46,7 +46,7 @@ class CheckCLI(TrainingCLI):
         pictures = [one for one in callbacks_of(self.trainer) if isinstance(one, PictureGrid)]
         self.trainer.callbacks = [_Setup(pictures), tried]  # type: ignore[attr-defined]  # the others write
         self.trainer.fit(self.model, self.datamodule)
-        plan = plan_of(self.trainer, self.model, self._num_processes())
+        plan = plan_of(self.trainer, self.model, self.datamodule, num_processes=self._num_processes())
         measured = tried.measured(self.trainer, self._num_validations())
         disk = disk_of(self.trainer, self.model, checkpoint, plan.num_steps)
         sections = sections_of(self.trainer, self.model, quick=False)

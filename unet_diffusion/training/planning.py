@@ -36,7 +36,7 @@ class FirstLook(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, NetworkModule):
             return
-        plan = plan_of(trainer, pl_module, trainer.world_size)
+        plan = plan_of(trainer, pl_module, data_of(trainer), num_processes=trainer.world_size)
         sections = sections_of(trainer, pl_module, quick=True)
         findings = [*(one for section in sections for one in section.findings), *plan_findings(plan), *advice(plan)]
         for finding in findings:
@@ -56,15 +56,16 @@ def sections_of(trainer: Trainer, module: NetworkModule, *, quick: bool) -> list
     return data_sections(data_of(trainer), texts=texts, loss=getattr(module, "loss", ""), quick=quick)
 
 
-def plan_of(trainer: Trainer, module: NetworkModule, num_processes: int) -> Plan:
+def plan_of(trainer: Trainer, module: NetworkModule, data: Any, *, num_processes: int) -> Plan:
     """The settings of a run that decide what it takes and what comes of it.
 
     Args:
-        trainer: The trainer, which has set up the data and the optimisers.
-        module: What is trained.
+        trainer: The trainer, which has the optimisers.
+        module: What is trained, after it has met its data.
+        data: The data module, set up.
         num_processes: The number of processes of the run.
     """
-    data, optimizer = data_of(trainer), trainer.optimizers[0]
+    optimizer = trainer.optimizers[0]
     averages = {id(p) for average, network in module.averaged_pairs() for p in average.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     parameters = [p for p in module.parameters() if p.requires_grad or id(p) not in averages]
@@ -147,7 +148,7 @@ class TrySteps(Callback):
         num_val_batches = len(data_of(trainer).val_dataloader())
         return Measured(
             step_seconds=min(self.steps[1:] or self.steps) * trainer.accumulate_grad_batches,
-            val_seconds=min(self.validated, default=0.0) * num_val_batches,
+            val_seconds=sum(self.validated) / len(self.validated) * num_val_batches if self.validated else 0.0,
             num_validations=num_validations,
             used_bytes=used,
             free_bytes=free,
@@ -183,8 +184,7 @@ def _memory(trainer: Trainer) -> tuple[int, int | None, str]:
     """The memory that was used at most, what is free beside it, and whose memory it is."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
-        used, free = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[0]
-        return used, free, "of the GPU"
+        return torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[0], "of the GPU"
     if sys.platform == "win32":
         return 0, None, "of the machine, which is not known here"
     import resource
