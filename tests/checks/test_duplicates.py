@@ -24,7 +24,8 @@ def test_brighter_and_tinted_copies_are_alike_and_named():
     copies[32, 0] += 40
     (finding,) = near_findings(thumbnails(copies), NAMES, TRAIN, VAL)
     assert finding.severity == "warning"
-    assert "3 of 10 images to validate on (30 %)" in finding.text and "in 3 groups" in finding.text
+    assert "3 of 10 images to validate on (30 %)" in finding.text
+    assert "in 3 groups" in finding.text
     assert "30.png and 3.png" in finding.text
 
 
@@ -57,6 +58,7 @@ def test_equal_images_on_both_sides_are_named_and_copies_counted():
     contents = [str(i) for i in range(40)]
     contents[35], contents[4] = contents[7], contents[3]
     found = exact_findings(contents, NAMES, TRAIN, VAL)
-    assert "1 of 10 images to validate on" in found[0].text and "35.png = 7.png" in found[0].text
+    assert "1 of 10 images to validate on" in found[0].text
+    assert "35.png = 7.png" in found[0].text
     assert "1 of 30 images to train on are copies" in found[1].text
     assert exact_findings([str(i) for i in range(40)], NAMES, TRAIN, VAL) == []

@@ -41,7 +41,9 @@ def test_nothing_is_found_in_balanced_classes():
 
 
 def test_a_class_without_images_is_a_warning():
-    assert any(text.startswith("warning: 1 of 3 classes have no image to train on (class1)") for text in classes(20, 0, 30))
+    assert any(
+        text.startswith("warning: 1 of 3 classes have no image to train on (class1)") for text in classes(20, 0, 30)
+    )
 
 
 def test_a_class_of_few_images_is_named():
