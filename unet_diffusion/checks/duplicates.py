@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet_diffusion.checks.findings import Finding, percent
+from unet_diffusion.checks.findings import Finding, Severity, percent
 from unet_diffusion.runtime.messages import first_few
 
 SIDE = 16  # of a thumbnail
 ALIKE = 0.995  # correlation of two thumbnails
 LEAST_CONTRAST = 1 / 100  # standard deviation of a thumbnail, of the range; below, images without content are alike
-MANY_ALIKE = 0.1  # of the images to validate on
+SOME_ALIKE, MANY_ALIKE = 0.01, 0.1  # of the images to validate on
 AT_ONCE = 2**26  # numbers that are compared at once
 NUM_PAIRS = 3  # that are named
 
@@ -40,7 +40,9 @@ def exact_findings(contents: Sequence[str], names: Sequence[str], train: Tensor,
             f"{len(shared)} of {len(val)} images to validate on are trained on too, under other names "
             f"({first_few(pairs)}): the validation is better than it should be"
         )
-        findings.append(Finding("warning" if len(shared) > MANY_ALIKE * len(val) else "advice", text, "remove them"))
+        share = len(shared) / len(val)
+        severity: Severity = "warning" if share > MANY_ALIKE else "advice" if share > SOME_ALIKE else "note"
+        findings.append(Finding(severity, text, "remove them"))
     if twice := len(train) - len(trained):
         text = f"{twice} of {len(train)} images to train on are copies of others among them, and count more"
         findings.append(Finding("note", text, "remove them"))

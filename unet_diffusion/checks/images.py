@@ -25,11 +25,11 @@ def image_findings(images: Sequence[Tensor] | Tensor, names: Sequence[str] | Non
         names: The name of each; None: they are numbered.
     """
     names = names or [str(number) for number in range(len(images))]
-    ends = _ends(images)
+    ends = value_ends(images)
     return [*_of_range(images, ends), *_of_constants(ends, names), *_of_channels(images)]
 
 
-def _ends(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
+def value_ends(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
     """The least and the largest value of each image, by NumPy, as torch finds none of 16 bits."""
     if isinstance(images, Tensor):
         rows = images.flatten(1).numpy()
