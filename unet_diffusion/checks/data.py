@@ -27,7 +27,9 @@ from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.shards import ShardedImages
 from unet_diffusion.diffusion.conditions.text import TextTokens
 
-QUICK_VALUES = 2**24  # numbers of images that a quick look takes; a second passes at several times as many
+QUICK_VALUES = 2**23  # numbers of images that a quick look takes; a second passes at several times as many
+QUICK_COMPARED = 2**26  # numbers of a set whose images a quick look compares
+QUICK_PAIRS = 2**22  # of images to train on and to validate on
 QUICK_CAPTIONS = 10_000
 NUM_DECODED = 500  # of images that are not in memory
 
@@ -73,10 +75,11 @@ def _image_set_findings(data: ImageDataModule, quick: bool) -> list[Finding]:
         shown = _some(len(images), _step(images, quick))
         if not images.dtype.is_floating_point:  # latents have no range
             findings += image_findings(images.index_select(0, torch.tensor(shown)), [names[i] for i in shown])
-    if image_set.contents is not None or (isinstance(images, Tensor) and not (quick and images.numel() > QUICK_VALUES)):
+    is_small = isinstance(images, Tensor) and images.numel() <= QUICK_COMPARED
+    if image_set.contents is not None or (in_memory and (is_small or not quick)):
         contents = image_set.contents or _contents(images)  # type: ignore[arg-type]  # in memory
         findings += exact_findings(contents, names, train, val)
-    if isinstance(images, Tensor) and not (quick and images.numel() > QUICK_VALUES):
+    if isinstance(images, Tensor) and (not quick or (is_small and len(train) * len(val) <= QUICK_PAIRS)):
         findings += near_findings(thumbnails(images), names, train, val)
     return findings
 
