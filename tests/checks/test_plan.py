@@ -2,9 +2,18 @@
 
 import math
 
+import pytest
 from plans import plan
 
-from unet_diffusion.checks.plan import Disk, Measured, in_bytes, in_time, plan_facts, plan_findings
+from unet_diffusion.checks.plan import (
+    Disk,
+    Measured,
+    in_bytes,
+    in_time,
+    plan_facts,
+    plan_findings,
+    refuse_little_memory,
+)
 
 GIB = 2**30
 MEASURED = Measured(0.5, 10.0, 20, used_bytes=2 * GIB, free_bytes=4 * GIB, where="of the GPU")
@@ -39,6 +48,13 @@ def test_little_memory_and_disk_are_warnings():
     findings = plan_findings(plan(), little, Disk(GIB, num_kept=30, free_bytes=10 * GIB))
     assert [finding.severity for finding in findings] == ["warning", "warning"]
     assert findings[0].option == "--data.batch_size 16"
+
+
+def test_a_network_that_does_not_fit_in_memory_is_refused():
+    refuse_little_memory(plan(), 4 * 3 * 1_000_000)
+    refuse_little_memory(plan(), None)
+    with pytest.raises(ValueError, match=r"1,000,000 parameters take 11.4 MiB, and 1 MiB are free; use a narrower"):
+        refuse_little_memory(plan(), 2**20)
 
 
 def test_numbers_have_units_that_suit_them():

@@ -67,9 +67,14 @@ class Plan:
         return self.num_steps * self.images_a_step / self.num_train
 
     @property
+    def coming_bytes(self) -> int:
+        """The memory that the first step asks for beside that of the weights and activations."""
+        return BYTES * (1 + self.num_moments) * self.num_trained
+
+    @property
     def state_bytes(self) -> int:
         """The memory of the weights, their average, their gradients and the optimiser's moments."""
-        return BYTES * (2 * self.num_parameters + (1 + self.num_moments) * self.num_trained)
+        return BYTES * 2 * self.num_parameters + self.coming_bytes
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,23 @@ def _measured_facts(plan: Plan, measured: Measured) -> list[str]:
         total = plan.num_steps * measured.step_seconds + validations
         lines[-1] += f"; {in_time(total)} for the run without its pictures"
     return lines
+
+
+def refuse_little_memory(plan: Plan, free_bytes: int | None) -> None:
+    """Refuse a run whose first step does not fit in memory, whatever its batches; a system may just kill it.
+
+    Args:
+        plan: The run, whose weights are in memory.
+        free_bytes: The memory that is free beside them; None: it is not known.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    if free_bytes is not None and plan.coming_bytes > free_bytes:
+        raise ValueError(
+            f"gradients and moments of {plan.num_trained:,} parameters take {in_bytes(plan.coming_bytes)}, and "
+            f"{in_bytes(free_bytes)} are free; use a narrower network (model.unet.init_args.channels)"
+        )
 
 
 def plan_findings(plan: Plan, measured: Measured | None = None, disk: Disk | None = None) -> list[Finding]:

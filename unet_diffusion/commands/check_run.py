@@ -68,11 +68,12 @@ class CheckCLI(TrainingCLI):
 
     def _num_validations(self) -> float:
         trainer = self.written[self.subcommand].trainer
-        batches, interval = num_batches(self.trainer, self.datamodule), trainer.val_check_interval
-        if isinstance(interval, int) and trainer.check_val_every_n_epoch is None:
+        batches, interval = num_batches(self.trainer, self.datamodule), trainer.val_check_interval or 1.0
+        if trainer.check_val_every_n_epoch is None:
             return batches // interval
         an_epoch = max(len(self.datamodule.train_indices) // self.datamodule.batch_size, 1)
-        return batches / an_epoch / (trainer.check_val_every_n_epoch or 1) / min(float(interval or 1.0), 1.0)
+        interval = interval if isinstance(interval, int) else an_epoch * interval
+        return batches / interval / trainer.check_val_every_n_epoch
 
 
 class _Setup(Callback):

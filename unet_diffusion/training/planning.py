@@ -15,7 +15,7 @@ from torch import nn
 from unet_diffusion.checks.advice import advice
 from unet_diffusion.checks.data import data_sections
 from unet_diffusion.checks.findings import Section
-from unet_diffusion.checks.plan import Disk, Measured, Plan, plan_findings
+from unet_diffusion.checks.plan import Disk, Measured, Plan, refuse_little_memory
 from unet_diffusion.data.items import Items
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.latents.codec import PixelCodec
@@ -38,8 +38,7 @@ class FirstLook(Callback):
             return
         plan = plan_of(trainer, pl_module, data_of(trainer), num_processes=trainer.world_size)
         sections = sections_of(trainer, pl_module, quick=True)
-        findings = [*(one for section in sections for one in section.findings), *plan_findings(plan), *advice(plan)]
-        for finding in findings:
+        for finding in [*(one for section in sections for one in section.findings), *advice(plan)]:
             if finding.severity != "note":
                 rank_zero_info(str(finding))
 
@@ -120,6 +119,8 @@ class TrySteps(Callback):
         self._begun = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, NetworkModule)
+        refuse_little_memory(plan_of(trainer, pl_module, data_of(trainer), num_processes=1), _memory(trainer)[1])
         self._begun = _now(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
