@@ -72,9 +72,11 @@ def _image_set_findings(data: ImageDataModule, quick: bool) -> list[Finding]:
         findings += crop_findings(sizes, data.image_shape[1:])
     in_memory = isinstance(images, Tensor)
     if not isinstance(images, ShardedImages) and not (quick and not in_memory):
-        shown = _some(len(images), _step(images, quick))
+        step = _step(images, quick)
         if not images.dtype.is_floating_point:  # latents have no range
-            findings += image_findings(images.index_select(0, torch.tensor(shown)), [names[i] for i in shown])
+            looked_at = torch.arange(0, len(images), step)
+            some = images[::step] if isinstance(images, Tensor) else images.index_select(0, looked_at)
+            findings += image_findings(some, names[::step])
     is_small = isinstance(images, Tensor) and images.numel() <= QUICK_COMPARED
     if image_set.contents is not None or (in_memory and (is_small or not quick)):
         contents = image_set.contents or _contents(images)  # type: ignore[arg-type]  # in memory
@@ -98,27 +100,21 @@ def _step(images: Any, quick: bool) -> int:
     return max(images.numel() // QUICK_VALUES, 1) if quick else 1
 
 
-def _some(number: int, step: int) -> list[int]:
-    return list(range(0, number, step))
-
-
 def _of_labelled(data: SegmentationDataModule, loss: str, quick: bool) -> list[Section]:
     loaded, targets = data.images, data.targets
     num_values = sum(image.numel() for image in loaded.images)
-    shown = _some(len(loaded.images), max(num_values // QUICK_VALUES, 1) if quick else 1)
-    images, labels = [loaded.images[i] for i in shown], [loaded.labels[i] for i in shown]
-    names = [loaded.names[i] for i in shown]
+    step = max(num_values // QUICK_VALUES, 1) if quick else 1
+    images, labels, names = loaded.images[::step], loaded.labels[::step], loaded.names[::step]
     findings = image_findings(images, names)
     if data.stretch and targets.kind != "classes":
-        inside = [torch.from_numpy(label > 0) for label in labels]
+        inside = [data.classes(i) > 0 for i in range(0, len(loaded.images), step)]
         findings += stretch_findings(images, inside, names)
-    if len(shown) == len(loaded.images):
+    facts, of_labels = list[str](), list[Finding]()
+    if step == 1:
         train, val = data.train_images, data.val_indices
         findings += exact_findings(contents_of_pixels(images), names, train, val)
         findings += near_findings(thumbnails(images), names, train, val)
-    trained = [data.classes(i) for i in data.train_images.tolist()[:: len(loaded.images) // len(shown)]]
-    of_labels = pixel_findings(trained, targets, loss)
-    facts = list[str]()
+        of_labels += pixel_findings([data.classes(i) for i in train.tolist()], targets, loss)
     if targets.kind != "classes":
         objects = objects_of(labels, targets)
         facts = object_facts(objects, len(labels))
