@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from unet_diffusion.checks.images import crop_findings, image_findings, stretch_findings
+from unet_diffusion.checks.images import crop_findings, image_findings, stretch_findings, value_facts
 
 
 def noise(number=8, channels=3, side=8, dtype=np.uint8):
@@ -81,3 +81,9 @@ def test_the_stretch_clips_no_objects_that_are_as_bright_as_the_rest():
     inside = torch.zeros(64, 64, dtype=torch.bool)
     inside[:32] = True
     assert stretch_findings(list(noise(number=1, channels=1, side=64)), [inside], ["a"]) == []
+
+
+def test_the_line_on_values_is_of_all_images():
+    images = noise(dtype=np.uint16)
+    assert value_facts(images) == value_facts(list(images))
+    assert value_facts(torch.tensor([[[[3]]], [[[250]]]], dtype=torch.uint8)) == ["values: 3 to 250 of 0 to 255"]

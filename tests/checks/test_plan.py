@@ -1,6 +1,7 @@
 """What a run takes: its lines have the numbers, and too little memory or disk is a warning."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from plans import plan
@@ -40,6 +41,11 @@ def test_a_run_without_end_has_no_duration():
     text = "\n".join(plan_facts(plan(num_steps=math.inf), MEASURED))
     assert "no end" in text
     assert "for the run" not in text
+
+
+def test_a_validation_that_was_not_tried_has_no_time():
+    text = "\n".join(plan_facts(plan(), replace(MEASURED, val_seconds=0.0)))
+    assert "500 ms a step; 2.8 h for the run" in text
 
 
 def test_little_memory_and_disk_are_warnings():

@@ -13,7 +13,7 @@ from torch import Tensor
 from unet_diffusion.checks.captions import caption_facts, caption_findings, cut_findings
 from unet_diffusion.checks.duplicates import exact_findings, near_findings, thumbnails
 from unet_diffusion.checks.findings import Finding, Section
-from unet_diffusion.checks.images import crop_findings, image_findings, stretch_findings, value_ends
+from unet_diffusion.checks.images import crop_findings, image_findings, stretch_findings, value_ends, value_facts
 from unet_diffusion.checks.labels import (
     class_findings,
     object_facts,
@@ -52,7 +52,13 @@ def data_sections(data: Any, *, texts: Sequence[TextTokens] = (), loss: str = ""
 
 def _of_images(data: ImageDataModule, texts: Sequence[TextTokens], quick: bool) -> list[Section]:
     train, val = data.train_indices, data.val_indices
-    sections = [Section("Data", data.summary(), _image_set_findings(data, quick))]
+    facts, findings = data.summary(), list[Finding]()
+    if (some := _some_images(data, quick)) is not None:
+        facts += value_facts(some[0])
+        findings += image_findings(*some)
+    if sizes := getattr(data.source, "sizes", []):
+        findings += crop_findings(sizes, data.image_shape[1:])
+    sections = [Section("Data", facts, [*findings, *_duplicates(data, quick)])]
     labels, class_names, captions = data.image_set.labels, data.class_names, data.captions
     if labels is not None and class_names is not None:
         sections.append(Section("Classes", [], class_findings(labels, class_names, train, val)))
@@ -63,25 +69,33 @@ def _of_images(data: ImageDataModule, texts: Sequence[TextTokens], quick: bool) 
     return sections
 
 
-def _image_set_findings(data: ImageDataModule, quick: bool) -> list[Finding]:
-    image_set, train, val = data.image_set, data.train_indices, data.val_indices
-    images = image_set.images
-    names = image_set.names or [str(number) for number in range(len(images))]
+def _some_images(data: ImageDataModule, quick: bool) -> tuple[Any, list[str]] | None:
+    """The images that are looked at, and their names; None if that takes too long, or they are latents."""
+    images = data.image_set.images
+    if isinstance(images, ShardedImages) or images.dtype.is_floating_point:
+        return None
+    names = _names(data)
+    if isinstance(images, Tensor):
+        step = max(images.numel() // QUICK_VALUES, 1) if quick else 1
+        return images[::step], names[::step]
+    step = max(len(images) // NUM_DECODED, 1)
+    return None if quick else (images.index_select(0, torch.arange(0, len(images), step)), names[::step])
+
+
+def _names(data: ImageDataModule) -> list[str]:
+    return data.image_set.names or [str(number) for number in range(len(data.image_set.images))]
+
+
+def _duplicates(data: ImageDataModule, quick: bool) -> list[Finding]:
+    images, contents, names = data.image_set.images, data.image_set.contents, _names(data)
+    train, val = data.train_indices, data.val_indices
+    if not isinstance(images, Tensor):
+        return [] if contents is None else exact_findings(contents, names, train, val)
     findings = list[Finding]()
-    if sizes := getattr(data.source, "sizes", []):
-        findings += crop_findings(sizes, data.image_shape[1:])
-    in_memory = isinstance(images, Tensor)
-    if not isinstance(images, ShardedImages) and not (quick and not in_memory):
-        step = _step(images, quick)
-        if not images.dtype.is_floating_point:  # latents have no range
-            looked_at = torch.arange(0, len(images), step)
-            some = images[::step] if isinstance(images, Tensor) else images.index_select(0, looked_at)
-            findings += image_findings(some, names[::step])
-    is_small = isinstance(images, Tensor) and images.numel() <= QUICK_COMPARED
-    if image_set.contents is not None or (in_memory and (is_small or not quick)):
-        contents = image_set.contents or _contents(images)  # type: ignore[arg-type]  # in memory
-        findings += exact_findings(contents, names, train, val)
-    if isinstance(images, Tensor) and (not quick or (is_small and len(train) * len(val) <= QUICK_PAIRS)):
+    is_small = images.numel() <= QUICK_COMPARED
+    if contents is not None or is_small or not quick:
+        findings += exact_findings(contents or _contents(images), names, train, val)
+    if not quick or (is_small and len(train) * len(val) <= QUICK_PAIRS):
         findings += near_findings(thumbnails(images), names, train, val)
     return findings
 
@@ -91,13 +105,6 @@ def _contents(images: Tensor) -> list[str]:
     ends = value_ends(images)
     hashes = contents_of_pixels(images)
     return [one if low != high else str(i) for i, (one, (low, high)) in enumerate(zip(hashes, ends, strict=True))]
-
-
-def _step(images: Any, quick: bool) -> int:
-    """Each how-many-th image is looked at."""
-    if not isinstance(images, Tensor):
-        return max(len(images) // NUM_DECODED, 1)
-    return max(images.numel() // QUICK_VALUES, 1) if quick else 1
 
 
 def _of_labelled(data: SegmentationDataModule, loss: str, quick: bool) -> list[Section]:
@@ -119,4 +126,4 @@ def _of_labelled(data: SegmentationDataModule, loss: str, quick: bool) -> list[S
         objects = objects_of(labels, targets)
         facts = object_facts(objects, len(labels))
         of_labels += object_findings(objects, targets, len(labels), data.window_size)
-    return [Section("Data", data.summary(), findings), Section("Labels", facts, of_labels)]
+    return [Section("Data", [*data.summary(), *value_facts(images)], findings), Section("Labels", facts, of_labels)]

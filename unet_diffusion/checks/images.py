@@ -17,6 +17,16 @@ MANY_CUT = 0.05  # of the images
 MUCH_CLIPPED = 0.3  # of the pixels of an image's objects
 
 
+def value_facts(images: Sequence[Tensor] | Tensor) -> list[str]:
+    """A line about the values of images.
+
+    Args:
+        images: The images, uint8 or uint16 (C, H, W) each, or all as one tensor (N, C, H, W).
+    """
+    lows, highs = zip(*value_ends(images), strict=True)
+    return [f"values: {min(lows):,} to {max(highs):,} of 0 to {torch.iinfo(images[0].dtype).max:,}"]
+
+
 def image_findings(images: Sequence[Tensor] | Tensor, names: Sequence[str] | None = None) -> list[Finding]:
     """What is wrong with the values of images.
 

@@ -83,7 +83,7 @@ class Measured:
 
     Args:
         step_seconds: Seconds of an optimiser step.
-        val_seconds: Seconds of a validation.
+        val_seconds: Seconds of a validation; 0: none was tried.
         num_validations: The number of validations of the run.
         used_bytes: The memory that was used at most.
         free_bytes: The memory that was free beside it; None: it is not known.
@@ -140,8 +140,10 @@ def _measured_facts(plan: Plan, measured: Measured) -> list[str]:
     free = "" if measured.free_bytes is None else f"; {in_bytes(measured.free_bytes)} more were free"
     lines = [
         f"memory {measured.where}: {in_bytes(measured.used_bytes)} in the steps that were tried{free}",
-        f"time: {in_time(measured.step_seconds)} a step, {in_time(measured.val_seconds)} a validation",
+        f"time: {in_time(measured.step_seconds)} a step",
     ]
+    if measured.val_seconds:
+        lines[-1] += f", {in_time(measured.val_seconds)} a validation"
     if plan.num_steps < math.inf:
         validations = measured.num_validations * measured.val_seconds
         total = plan.num_steps * measured.step_seconds + validations
