@@ -86,7 +86,7 @@ def test_the_package_by_itself_imports_nothing():
     assert ours == {"unet_diffusion"}
 
 
-COMMANDS = "fit validate recipes pack encode two-stages sample segment export import completion"
+COMMANDS = "fit validate check recipes pack encode two-stages sample segment export import completion"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ COMMANDS = "fit validate recipes pack encode two-stages sample segment export im
         "--version",
         "recipes",
         "completion bash",
-        *(f"{command} --help" for command in COMMANDS.split()[2:]),
+        *(f"{command} --help" for command in COMMANDS.split()[3:]),
         "sampel",
         "sample none.ckpt",
         "sample . --scheduler Euler",
@@ -110,6 +110,7 @@ COMMANDS = "fit validate recipes pack encode two-stages sample segment export im
         "fit --config digits --modle.lr 3",
         "fit --config digits --ckpt_path none",
         "validate --config digits --ckpt_path none",
+        "check --config folder --data.root none",
     ],
 )
 def test_help_and_what_is_wrong_at_sight_need_no_torch(arguments):

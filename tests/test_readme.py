@@ -108,7 +108,7 @@ def test_every_command_and_python_block_runs(workplace: Path, small_recipes: tup
     assert len(commands()) >= 30
     for step, arguments in enumerate(commands()):
         # Each fit goes further than the last, so that the one that continues has something to do.
-        more = [*small(arguments), f"--trainer.max_steps={step + 1}"] if arguments[0] == "fit" else []
+        more = [*small(arguments), f"--trainer.max_steps={step + 1}"] if arguments[0] in ("fit", "check") else []
         if arguments[0] == "two-stages":
             autoencoder, denoiser = small_recipes
             more = ["--autoencoder", str(autoencoder), "--denoiser", str(denoiser)]

@@ -22,6 +22,7 @@ from unet_diffusion.runtime.messages import UsageError, did_you_mean
 PROGRAM = "unet-diffusion"
 COMMANDS = {  # the module of each command, and its function there
     "fit": "fit.fit",
+    "check": "check.check",
     "validate": "fit.validate",
     "recipes": "recipes.list_recipes",
     "pack": "pack.pack",
@@ -34,7 +35,7 @@ COMMANDS = {  # the module of each command, and its function there
     "completion": "completion.completion",
 }
 ACTIONS = {"recipes": {"show": "recipes.show_recipe", "copy": "recipes.copy_recipe"}}  # of commands that have several
-TRAINING = ("fit", "validate")  # Lightning's command line parses their arguments
+TRAINING = ("fit", "check", "validate")  # Lightning's command line parses their arguments
 ACTION = "action"  # key of the parsed action
 TRACEBACK = "traceback"  # an option of every command
 

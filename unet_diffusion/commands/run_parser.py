@@ -20,6 +20,8 @@ HELP_ORDER = ("help", "model", "data", "trainer", "samples", "checkpoint", "ckpt
 class RunParser(LightningArgumentParser):
     """Lightning's parser, with errors of a line and a help that begins with what people set."""
 
+    command: str | None = None  # that the help names; None: the subcommand of Lightning's
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise an error of a line, in place of jsonargparse's own.
 
@@ -31,7 +33,7 @@ class RunParser(LightningArgumentParser):
     def format_help(self, *args: Any) -> str:
         if self.usage is None and any("trainer.max_steps" in _names(group) for group in self._action_groups):
             self._put_in_order()
-            command = self.prog.split()[-1]
+            command = self.command or self.prog.split()[-1]
             options = "--config RECIPE [--config FILE] [--OPTION VALUE] ... [--allow MODULE]"
             self.usage = f"unet-diffusion {command} {options}"
             self.epilog = "--allow MODULE lets the configuration name classes and functions of a module of your own."

@@ -68,6 +68,7 @@ from unet_diffusion.training.lightning_internals import (
     leave_requeue_to_callbacks,
     shard_over_all_processes,
 )
+from unet_diffusion.training.planning import FirstLook
 from unet_diffusion.training.precision import RunTrainer, smaller_precision
 from unet_diffusion.training.stalled import NameStalled
 from unet_diffusion.training.stopping import StopOnSignal
@@ -109,6 +110,7 @@ class TrainingCLI(OpenCLI):
 
     resumes_by_itself = False  # whether the run continues from a checkpoint in the run folder that nobody asked for
     writes = True  # whether it writes into the run folder, which it then claims
+    parser_class = RunParser
 
     def __init__(self, task: str, modules: Sequence[str], **options: Any):
         self.modules = modules
@@ -180,7 +182,7 @@ class TrainingCLI(OpenCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"enable_model_summary": False},
-            parser_class=RunParser,
+            parser_class=cls.parser_class,
         )
 
     @staticmethod
@@ -241,7 +243,7 @@ class TrainingCLI(OpenCLI):
         # Lightning refuses a bar that is turned off, and rates that nobody logs.
         bar = [] if settings.enable_progress_bar is False else [RunProgressBar()]
         rates = [] if settings.logger is False else [LearningRateMonitor()]
-        watching = [DataSummary(), NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
+        watching = [DataSummary(), FirstLook(), NameStalled(), SkipBadSteps(), CountReplaced(), StopOnSignal()]
         self.trainer_defaults["callbacks"] = [*bar, *rates, *watching]
         if settings.benchmark is None and not settings.deterministic:
             kwargs["benchmark"] = True  # cuDNN tries convolutions, whose shapes are the same in each step

@@ -46,6 +46,9 @@ class Folder(Source):
         in_memory: Whether the decoded images stay in memory; otherwise workers decode them again every epoch. None
             keeps them if they take up to 2 GiB.
 
+    Attributes:
+        sizes: Height and width of each image before it was scaled and cut, once they are loaded.
+
     Raises:
         ValueError: If an argument is out of range.
     """
@@ -71,6 +74,7 @@ class Folder(Source):
         self.captions = captions
         self.on_bad_file = on_bad_file
         self.in_memory = in_memory
+        self.sizes: list[tuple[int, int]] = []
         self._left_out = self._changed = ""
 
     def load(self, *, progress: bool = True) -> ImageSet:
@@ -93,6 +97,7 @@ class Folder(Source):
             in_memory = len(files.names) * math.prod(self.image_format.shape) <= IN_MEMORY_BYTES
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
+        self.sizes = checked.sizes
         self._left_out = _left_out(files, checked, written)
         self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
         entries, class_names = entries_of(

@@ -163,6 +163,10 @@ class SegmentationDataModule(SourceDataModule):
         """(C, H, W) of a training window."""
         return len(self.images.images[0]), self.window_size, self.window_size
 
+    def classes(self, index: int) -> Tensor:
+        """The class of each pixel of an image, (H, W) int16; NO_VALUE where there is no class."""
+        return self._classes[index]
+
     def whole(self, index: int) -> Batch:
         """An image with its classes, whole, without a batch dimension and weights; NO_VALUE where there is no class."""
         classes = self._classes[index].long()

@@ -107,6 +107,16 @@ class TextTokens(Condition):
         encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
         return encoded.input_ids
 
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption has, its beginning and end included, before it is cut.
+
+        Raises:
+            RuntimeError: if there is no tokenizer yet.
+        """
+        if self.tokenizer is None:
+            raise RuntimeError("the tokenizer must be trained first: call learn_words")
+        return [len(ids) for ids in self.tokenizer(list(captions), verbose=False).input_ids]
+
     def cut(self, captions: Sequence[str]) -> tuple[int, int]:
         """The number of captions longer than max_length, and how many of these equal another one after the cut.
 

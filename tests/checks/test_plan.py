@@ -1,0 +1,74 @@
+"""What a run takes: its lines have the numbers, and too little memory or disk is a warning."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from plans import plan
+
+from unet_diffusion.checks.plan import (
+    Disk,
+    Measured,
+    in_bytes,
+    in_time,
+    plan_facts,
+    plan_findings,
+    refuse_little_memory,
+)
+
+GIB = 2**30
+MEASURED = Measured(0.5, 10.0, 20, used_bytes=2 * GIB, free_bytes=4 * GIB, where="of the GPU")
+DISK = Disk(checkpoint_bytes=GIB, num_kept=3, free_bytes=10 * GIB)
+
+
+def test_state_is_weights_averages_gradients_and_moments():
+    assert plan().state_bytes == 4 * 5 * 1_000_000
+    assert plan(num_parameters=2_000_000, num_moments=1).state_bytes == 4 * (4 + 2) * 1_000_000
+
+
+def test_lines_have_duration_times_shown_memory_and_disk():
+    text = "\n".join(plan_facts(plan(), MEASURED, DISK))
+    for words in (
+        "each image 64 times, 640,000 images in all",
+        "memory of the GPU: 2 GiB in the steps that were tried; 4 GiB more were free",
+        "500 ms a step, 10 s a validation; 2.8 h for the run",
+        "3 checkpoints of 1 GiB; 10 GiB are free",
+    ):
+        assert words in text
+
+
+def test_a_run_without_end_has_no_duration():
+    text = "\n".join(plan_facts(plan(num_steps=math.inf), MEASURED))
+    assert "no end" in text
+    assert "for the run" not in text
+
+
+def test_a_validation_that_was_not_tried_has_no_time():
+    text = "\n".join(plan_facts(plan(), replace(MEASURED, val_seconds=0.0)))
+    assert "500 ms a step; 2.8 h for the run" in text
+
+
+def test_little_memory_and_disk_are_warnings():
+    assert plan_findings(plan(), MEASURED, DISK) == []
+    little = Measured(0.5, 10.0, 20, used_bytes=40 * GIB, free_bytes=GIB, where="of the GPU")
+    findings = plan_findings(plan(), little, Disk(GIB, num_kept=30, free_bytes=10 * GIB))
+    assert [finding.severity for finding in findings] == ["warning", "warning"]
+    assert findings[0].option == "--data.batch_size 16"
+
+
+def test_a_network_that_does_not_fit_in_memory_is_refused():
+    refuse_little_memory(plan(), 4 * 3 * 1_000_000)
+    refuse_little_memory(plan(), None)
+    with pytest.raises(ValueError, match=r"1,000,000 parameters take 11.4 MiB, and 1 MiB are free; use a narrower"):
+        refuse_little_memory(plan(), 2**20)
+
+
+def test_numbers_have_units_that_suit_them():
+    assert [in_time(seconds) for seconds in (0.01, 30, 600, 9000, 300_000)] == [
+        "10 ms",
+        "30 s",
+        "10 min",
+        "2.5 h",
+        "3.5 days",
+    ]
+    assert [in_bytes(number) for number in (2**20, 3 * GIB)] == ["1 MiB", "3 GiB"]
