@@ -51,12 +51,13 @@ def test_recipe_gets_no_advice(name, tmp_path):
         kl_autoencoder(3, (32, 32, 32), layers_per_block=1).save_pretrained(tmp_path)
     cli = BuildOnly.run(check_arguments(words))
     model, data = cli.model, cli.datamodule
-    model.image_shape, number = DATA[name]
+    shape, number = DATA[name]
+    setattr(model, "sample_shape" if model.record_key == "denoiser" else "image_shape", shape)
     data.train_indices, data.val_indices = torch.arange(number), torch.arange(100)
     if hasattr(data, "targets"):
         data.train_images = data.train_indices
     else:
-        data._image_set = ImageSet(torch.zeros(1, 1, 1, 1), captions=["a red heart"], class_names=["a", "b"])
+        data._image_set = ImageSet(torch.zeros(1, 1, 1, 1), entries={"captions": ["a red heart"]}, class_names=["a", "b"])
     cli.trainer.optimizers = model.new_optimizers()
     findings = advice(plan_of(cli.trainer, model, data, num_processes=1))
     assert [str(finding) for finding in findings if finding.severity != "note"] == []

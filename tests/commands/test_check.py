@@ -103,7 +103,7 @@ def test_shards_are_looked_at_by_their_index(run_cli, streamed_digits, tmp_path)
     ("more", "words"),
     [
         (["--data.root", "none"], "data.root must be an existing folder"),
-        (["--samples.guidance_scale", "2"], "needs a null label"),
+        (["--samples.guidance_scale", "2"], "set model.label_dropout above 0"),
         (["--data.image_size", "400"], "12 of 12 image files cannot be used"),
         (["--model.unet.init_args.in_channels", "1"], "the images have 3 channels"),
         (["--checkpoint.monitor", "val/los"], "monitor"),

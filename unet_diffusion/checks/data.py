@@ -59,10 +59,10 @@ def _of_images(data: ImageDataModule, texts: Sequence[TextTokens], quick: bool) 
     if sizes := getattr(data.source, "sizes", []):
         findings += crop_findings(sizes, data.image_shape[1:])
     sections = [Section("Data", facts, [*findings, *_duplicates(data, quick)])]
-    labels, class_names, captions = data.image_set.labels, data.class_names, data.captions
-    if labels is not None and class_names is not None:
+    labels, class_names, captions = data.entries.get("labels"), data.class_names, data.entries.get("captions")
+    if isinstance(labels, Tensor) and class_names is not None:
         sections.append(Section("Classes", [], class_findings(labels, class_names, train, val)))
-    if captions and not (quick and len(captions) > QUICK_CAPTIONS):
+    if isinstance(captions, list) and not (quick and len(captions) > QUICK_CAPTIONS):
         cut = [one for text in texts for one in cut_findings(text.num_tokens(captions), text.config["max_length"])]
         found = [*cut, *caption_findings(captions, train, val)]
         sections.append(Section("Captions", caption_facts(captions), found))

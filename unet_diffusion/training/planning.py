@@ -69,10 +69,10 @@ def plan_of(trainer: Trainer, module: NetworkModule, data: Any, *, num_processes
     trained = [p for p in module.parameters() if p.requires_grad]
     parameters = [p for p in module.parameters() if p.requires_grad or id(p) not in averages]
     momentum = optimizer.defaults.get("momentum", 0.0)
-    assert module.image_shape is not None
+    assert module.input_shape is not None
     return Plan(
         task={"denoiser": "denoise", "segmenter": "segment"}.get(module.record_key, "autoencode"),
-        image_shape=module.image_shape,
+        image_shape=module.input_shape,
         num_train=len(getattr(data, "train_images", data.train_indices)),
         num_val=len(data.val_indices),
         batch_size=data.batch_size,
@@ -103,7 +103,7 @@ def _of_denoising(module: Any, data: Any) -> dict[str, Any]:
     last = float(module.schedule.alphas_cumprod[-1])
     return {
         "class_names": (data.class_names or ()) if "labels" in keys and are_named else (),
-        "captions": (data.captions or ()) if "captions" in keys else (),
+        "captions": data.entries["captions"] if "captions" in keys else (),
         "can_be_guided": any(one.has_null for one in asked) if asked else None,
         "last_snr": last / (1 - last),
         "encodes": not isinstance(module.codec, PixelCodec),
