@@ -69,7 +69,7 @@ def fingerprint(autoencoder: nn.Module, config: dict[str, Any]) -> str:
     """A hash of weights and configuration: the same for two autoencoders exactly if they encode and decode alike.
 
     Args:
-        autoencoder: float32, on the CPU.
+        autoencoder: Its weights are float32.
         config: plain values; names that begin with an underscore, and the scale, which is no part of it, do not count.
     """
     # Moments count as None, which they are in nearly all configurations.
@@ -78,7 +78,7 @@ def fingerprint(autoencoder: nn.Module, config: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, value in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,82 @@
+"""How good something is: a denoiser, a segmenter, an autoencoder, or images in a folder that anybody drew."""
+
+import os
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+
+from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.evaluation.denoisers import evaluate_denoiser
+from unet_diffusion.evaluation.features import FeatureName
+from unet_diffusion.evaluation.result import Evaluation
+from unet_diffusion.evaluation.samples import Sampling
+from unet_diffusion.inference.autoencoder import Autoencoder
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.loading import is_checkpoint, load
+from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.runtime.processes import ALONE, ProcessGroup
+
+StrPath = str | os.PathLike[str]
+NUM_IMAGES = 1000  # samples: the fewest that distances are usually given for
+
+
+def evaluate(
+    model: Denoiser | Segmenter | Autoencoder | StrPath,
+    data: LightningDataModule,
+    *,
+    output: StrPath = "evaluation",
+    num_images: int = NUM_IMAGES,
+    features: FeatureName = "own",
+    features_weights: str | None = None,
+    sampling: Sampling | None = None,
+    overwrite: bool = False,
+    group: ProcessGroup = ALONE,
+) -> Evaluation:
+    """How good a model or images are; the evaluation is printed as text, and `save` writes a page of it.
+
+        evaluation = ud.evaluate("runs/digits", ud.ImageDataModule(Digits()), output="runs/digits/evaluation")
+        print(evaluation)
+        evaluation.save("runs/digits/evaluation")
+
+    Args:
+        model: What is evaluated: a model, a path that `load` takes, or a folder of images.
+        data: The data that the model was trained on, with the images that it held out for validation.
+        output: The folder for samples and the network of the features. What is there is not made again.
+        num_images: The number of samples to draw from a denoiser.
+        features: What images are compared by: a network trained on these images ("own"), or a pretrained one.
+        features_weights: The weights of pretrained features: for inception the file of torch-fidelity, for dinov2 and
+            clip a folder of transformers, or a name on the hub.
+        sampling: How a denoiser draws; None: as `Denoiser.sample` does by default.
+        overwrite: Whether samples that were drawn with other settings are replaced.
+        group: The processes that share the work; each gets the evaluation.
+
+    Raises:
+        FileNotFoundError: If there is neither a model nor a folder of images.
+        ValueError: If the model does not fit the data, or there are too few images.
+        FileExistsError: If the output folder holds samples of other settings.
+    """
+    subject = str(model) if isinstance(model, str | os.PathLike) else repr(model)
+    subjects = subject_of(model) if isinstance(model, str | os.PathLike) else model
+    if isinstance(subjects, Denoiser | Path) and isinstance(data, ImageDataModule):
+        return evaluate_denoiser(
+            subjects, data, output=Path(output), subject=subject, num_images=num_images, features=features,
+            features_weights=features_weights, sampling=sampling, overwrite=overwrite, group=group,
+        )  # fmt: skip
+    raise ValueError(f"{type(data).__name__} is no data for a {type(subjects).__name__}; give the data of its training")
+
+
+def subject_of(path: StrPath) -> Denoiser | Segmenter | Autoencoder | Path:
+    """The model at a path, or the path itself if it is a folder without a model.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If there is a model that cannot be read.
+    """
+    folder = Path(path)
+    try:
+        is_checkpoint(folder)
+    except FileNotFoundError:
+        if not folder.exists():
+            raise
+        return folder
+    return load(folder)
