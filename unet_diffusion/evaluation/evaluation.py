@@ -1,6 +1,7 @@
 """How good something is: a denoiser, a segmenter, an autoencoder, or images in a folder that anybody drew."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -25,6 +26,7 @@ def evaluate(
     data: LightningDataModule,
     *,
     output: StrPath = "evaluation",
+    subject: str | None = None,
     num_images: int = NUM_IMAGES,
     features: FeatureName = "own",
     features_weights: str | None = None,
@@ -41,6 +43,7 @@ def evaluate(
     Args:
         model: What is evaluated: a model, a path that `load` takes, or a folder of images.
         data: The data that the model was trained on, with the images that it held out for validation.
+        subject: What is evaluated, for the heading; None: the path, or the model as it prints itself.
         output: The folder for samples and the network of the features. What is there is not made again.
         num_images: The number of samples to draw from a denoiser.
         features: What images are compared by: a network trained on these images ("own"), or a pretrained one.
@@ -55,18 +58,26 @@ def evaluate(
         ValueError: If the model does not fit the data, or there are too few images.
         FileExistsError: If the output folder holds samples of other settings.
     """
-    subject = str(model) if isinstance(model, str | os.PathLike) else repr(model)
-    subjects = subject_of(model) if isinstance(model, str | os.PathLike) else model
-    if isinstance(subjects, Denoiser | Path) and isinstance(data, ImageDataModule):
+    subject = str(model) if subject is None else subject
+    if isinstance(model, str | os.PathLike):
+        model = subject_of(model)
+    if isinstance(model, Denoiser | Path) and isinstance(data, ImageDataModule):
         return evaluate_denoiser(
-            subjects, data, output=Path(output), subject=subject, num_images=num_images, features=features,
+            model, data, output=Path(output), subject=subject, num_images=num_images, features=features,
             features_weights=features_weights, sampling=sampling, overwrite=overwrite, group=group,
         )  # fmt: skip
-    raise ValueError(f"{type(data).__name__} is no data for a {type(subjects).__name__}; give the data of its training")
+    raise ValueError(f"{type(data).__name__} is no data for a {type(model).__name__}; give the data of its training")
 
 
-def subject_of(path: StrPath) -> Denoiser | Segmenter | Autoencoder | Path:
+def subject_of(
+    path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None
+) -> Denoiser | Segmenter | Autoencoder | Path:
     """The model at a path, or the path itself if it is a folder without a model.
+
+    Args:
+        path: What `load` takes, or a folder of images.
+        allow: Modules of one's own, or of somebody one trusts, whose classes a checkpoint may name.
+        autoencoder: For a denoiser of latents, the folder where their autoencoder is now; None: where it was.
 
     Raises:
         FileNotFoundError: If there is nothing.
@@ -79,4 +90,4 @@ def subject_of(path: StrPath) -> Denoiser | Segmenter | Autoencoder | Path:
         if not folder.exists():
             raise
         return folder
-    return load(folder)
+    return load(folder, allow=allow, autoencoder=autoencoder)
