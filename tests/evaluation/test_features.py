@@ -75,7 +75,7 @@ def test_weights_are_asked_for_and_nothing_is_downloaded(tmp_path, monkeypatch):
     images = of_images(noise(4, 3, 8, 8))
     with pytest.raises(FileNotFoundError, match=r"needs the weights of torch-fidelity.*features_weights"):
         features_named("inception", None, images, None)
-    with pytest.raises(FileNotFoundError, match="there is no none.pth"):
+    with pytest.raises(FileNotFoundError, match=r"there is no none\.pth"):
         features_named("inception", "none.pth", images, None)
     for name in ("dinov2", "clip"):
         with pytest.raises(FileNotFoundError, match="give its folder, or its name on the hub, with features_weights"):

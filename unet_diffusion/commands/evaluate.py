@@ -36,10 +36,10 @@ def evaluate(
         unet-diffusion evaluate generated --config runs/digits/config.yaml
         unet-diffusion evaluate imported.ckpt --data.source Folder --data.root images --data.image_size 64
 
-    RUN is a run folder, a checkpoint, a diffusers folder, or a folder of images that anybody drew. Real images are those
-    of the run's own data: it is compared with those that it was trained on, and held-out ones say what a perfect model
-    would reach. DIR gets evaluation.html, a page that needs nothing else, evaluation.json, and the samples. The same
-    command again continues where it was cut off, and several processes of torchrun share the drawing.
+    RUN is a run folder, a checkpoint, a diffusers folder, or a folder of images that anybody drew. Samples are compared
+    with the images that the run was trained on, and held-out images say what a perfect model would reach. DIR gets
+    evaluation.html, a page that needs nothing else, evaluation.json, and the samples. The same command again continues
+    where it was cut off, and several processes of torchrun share the drawing.
 
     Args:
         run: The run folder, checkpoint, diffusers folder or folder of images.

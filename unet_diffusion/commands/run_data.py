@@ -28,7 +28,9 @@ def config_of(path: Path) -> Path | None:
     return run / CONFIG if (run / CONFIG).is_file() else None
 
 
-def data_of(config: str | Path | None, options: Sequence[str], modules: Sequence[str], task: str) -> LightningDataModule:
+def data_of(
+    config: str | Path | None, options: Sequence[str], modules: Sequence[str], task: str
+) -> LightningDataModule:
     """The data module of a configuration, not yet set up.
 
     Args:

@@ -89,9 +89,7 @@ def evaluate_denoiser(
     train, held_out = of_data(data)
     _check(model, train, held_out, num_images)
     if isinstance(model, Denoiser):
-        samples = draw_samples(
-            model, data, output / SAMPLES, num_images, sampling, overwrite=overwrite, group=group
-        )
+        samples = draw_samples(model, data, output / SAMPLES, num_images, sampling, overwrite=overwrite, group=group)
         drawn: dict[str, Any] = {key: value for key, value in asdict(sampling).items() if key != "batch_size"}
     else:
         samples, drawn = samples_in(model, data, train.image_shape), {}
@@ -100,7 +98,7 @@ def evaluate_denoiser(
 
     def evaluated() -> Evaluation:
         made = features_named(features, features_weights, train, output)
-        parts = [Compared(images, made.of(images)) for images in (samples, train, held_out)]
+        ours, theirs, unseen = (Compared(images, made.of(images)) for images in (samples, train, held_out))
         protocol = {
             "samples": len(samples),
             "training images": len(train),
@@ -111,7 +109,7 @@ def evaluate_denoiser(
         }
         if data.codec is not None:
             protocol["real images"] = "as their autoencoder makes them of their latents"
-        result = Evaluation(subject, protocol, _sections(*parts, data.class_names))
+        result = Evaluation(subject, protocol, _sections(ours, theirs, unseen, data.class_names))
         protocol["seconds"] = round(time.monotonic() - start, 1)
         return result
 
@@ -183,20 +181,20 @@ def _warn_of_difference(section: Section) -> None:
     def falls_short(key: str) -> bool:
         return figures[key].value < 0.7 * (figures[key].real or 0)
 
-    if falls_short("precision") and not falls_short("recall"):
-        section.warnings.append("Many samples are like no real image (precision): look at the least typical ones. More "
-                                "steps of training or guidance help.")  # fmt: skip
-    elif falls_short("recall") and not falls_short("precision"):
-        section.warnings.append("The samples show only a part of what there is (recall): less guidance or more training "
-                                "help, and a look at the classes.")  # fmt: skip
-    elif falls_short("recall") and falls_short("precision"):
-        section.warnings.append("The samples are not like the real images yet: precision and recall are both low. Train "
-                                "for longer, and look at the samples.")  # fmt: skip
+    if falls_short("precision") and falls_short("recall"):
+        section.warnings.append("The samples are not like the real images yet: precision and recall are both low. "
+                                "Train for longer, and look at the samples.")  # fmt: skip
+    elif falls_short("precision"):
+        section.warnings.append("Many samples are like no real image (precision): look at the least typical ones. "
+                                "Longer training or guidance helps.")  # fmt: skip
+    elif falls_short("recall"):
+        section.warnings.append("The samples show only a part of what there is (recall): less guidance or longer "
+                                "training helps. Look at the classes, too.")  # fmt: skip
 
 
 def _pictures(samples: Compared, real: Compared, reference: Compared) -> list[Picture]:
     drawn, shown = min(SHOWN, len(samples.images)), min(SHOWN, len(real.images))
-    grids = [image_grid(one.images.take(range(count))) for one, count in ((samples, drawn), (real, shown))]
+    grids = (image_grid(one.images.take(range(count))) for one, count in ((samples, drawn), (real, shown)))
     nearest = torch.cat([
         torch.cdist(rows, reference.features).topk(NUM_NEIGHBOURS, largest=False).values.mean(1)
         for rows in samples.features.split(2000)
@@ -205,7 +203,7 @@ def _pictures(samples: Compared, real: Compared, reference: Compared) -> list[Pi
     columns = 12
     typical, odd = order[: 2 * columns], order.flip(0)[: 2 * columns]
     return [
-        Picture("samples", "Samples (left) and held-out real images (right).", _beside(*grids)),
+        Picture("samples", "Samples (left) and held-out real images (right).", _beside(next(grids), next(grids))),
         Picture("typical", "The most typical samples: those nearest to real images in the features.",
                 image_grid(samples.images.take(typical), columns)),
         Picture("odd", "The least typical samples: those farthest from real images in the features.",
@@ -225,7 +223,9 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
     known = train.images.labels
     assert known is not None
     seen, seen_held_out = (_voted(one.features, train.features, known) for one in (samples, held_out))
-    accuracy = float((seen_held_out == held_out.images.labels).float().mean())
+    labels = held_out.images.labels
+    assert labels is not None
+    accuracy = float((seen_held_out == labels).float().mean())
     section = Section(
         "Are the classes right?",
         f"The class that an image seems to have is that of most of the {NUM_NEIGHBOURS} nearest training images in the "
@@ -244,7 +244,7 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
         "class_imbalance", "Difference of the classes' shares", balance, "lower", real=usual,
         remark="The share of samples that would have to be of another class for the shares of the training images.",
     ))  # fmt: skip
-    missing = [name for name, ours, theirs in zip(class_names, shares[0], shares[1], strict=True) if ours < RARE * theirs]
+    missing = [name for name, ours, theirs in zip(class_names, *shares[:2], strict=True) if ours < RARE * theirs]
     if missing:
         section.warnings.append(f"There are hardly any samples of {', '.join(missing)}, of which there are training "
                                 "images: the model does not draw them, or draws them as something else.")  # fmt: skip

@@ -46,7 +46,7 @@ class Features:
             progress: Whether a progress bar is shown.
         """
         bar = tqdm(images.batches(self.batch_size), "features", -(-len(images) // self.batch_size), unit="batch",
-                   disable=not progress)  # fmt: skip
+                   leave=False, disable=not progress)  # fmt: skip
         return torch.cat([self.network(batch).float() for batch in bar])
 
 

@@ -19,7 +19,7 @@ from unet_diffusion.evaluation.selections import Selection
 from unet_diffusion.runtime.pictures import CHANNELS, image_grid
 
 NUM_NEIGHBOURS = 50  # whose mean distance tells how densely images lie there, as in the paper
-COPY = 0.25  # of that mean: what is nearer is a copy. The paper has half, but an eighth of all digits are as alike as that
+COPY = 0.25  # of that mean: what is nearer is a copy. The paper has half, but so near are an eighth of all digits
 LARGEST_SIDE = 32  # in pixels; larger images are averaged down to it, as copies stay copies
 ROWS = 512  # of distances in memory at once
 NUM_PAIRS = 10  # in the picture
@@ -114,9 +114,9 @@ def memorisation(
     section = Section(
         "Is it memorised?",
         "For each sample the distance to the nearest training image, over that to the second nearest which is no "
-        "near-duplicate of it: a copy has a small ratio. Held-out real images go through the same test, so that 5 % and "
-        "1 % of the samples are expected to be as suspicious as the figures say. A copy is nearer than a quarter of the "
-        f"mean distance of the {NUM_NEIGHBOURS} nearest training images.",
+        "near-duplicate of it: a copy has a small ratio. Held-out images, which the model has not seen, go through "
+        "the same test, so 5 % and 1 % of the samples are expected to be more suspicious than 95 % and 99 % of them. A "
+        f"copy is nearer than a quarter of the mean distance of the {NUM_NEIGHBOURS} nearest training images.",
     )
     points = {"pixels": (pixels_of(samples), pixels_of(train), pixels_of(held_out)), "features": features}
     for name, (of_samples, of_train, of_held_out) in points.items():
