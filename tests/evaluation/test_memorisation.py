@@ -106,3 +106,12 @@ def test_images_of_two_channels_have_figures_and_no_pictures():
     section = memorisation(*images, tuple(pixels_of(one) for one in images))
     assert len(section.figures) == 6
     assert section.pictures == []
+
+
+def test_a_share_is_larger_only_if_chance_does_not_explain_it():
+    def of(count, total):
+        return torch.arange(total) < count
+
+    assert module._are_more(of(20, 100), of(2, 100))
+    assert not module._are_more(of(8, 200), of(2, 200))
+    assert not module._are_more(of(0, 1000), of(50, 100))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.stats import fisher_exact
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -24,7 +25,7 @@ LARGEST_SIDE = 32  # in pixels; larger images are averaged down to it, as copies
 ROWS = 512  # of distances in memory at once
 NUM_PAIRS = 10  # in the picture
 LEAST_HELD_OUT = 20  # images that the ratio is calibrated with
-NUM_ERRORS = 3  # standard errors above what is expected, at which a share is a warning
+CHANCE = 1e-3  # of a warning about samples that are like the held-out images, for each of the tests
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _add_figures(section: Section, name: str, known: TrainingImages, nearest: Ne
         f"copies_{name}", f"Copies of training images, in {name}", copies, "lower", real=expected,
         remark=f"N = {len(nearest.index)}, held-out images {len(calibration.index)}; {alike}.",
     ))  # fmt: skip
-    if copies > expected + _margin(max(expected, 0.01), nearest, calibration):
+    if _are_more(nearest.is_copy, calibration.is_copy):
         section.warnings.append(
             f"{copies:.1%} of the samples are copies of training images in {name}, and {expected:.1%} of the held-out "
             "images are: the model knows images by heart. Train on more images, for fewer steps, or with dropout."
@@ -148,20 +149,21 @@ def _add_figures(section: Section, name: str, known: TrainingImages, nearest: Ne
             remark = f"There must be {LEAST_HELD_OUT} held-out images that are no near-duplicates, got {len(ratios)}."
             section.figures.append(Figure(key, title, float("nan"), "lower", remark=remark))
             continue
-        share = float((nearest.ratio < ratios.quantile(1 - percent / 100)).float().mean())
         usual = 1 - percent / 100
+        least = ratios.quantile(usual)
+        share = float((nearest.ratio < least).float().mean())
         section.figures.append(Figure(key, title, share, "lower", real=usual))
-        if percent == 95 and share > max(usual + _margin(usual, nearest, calibration), 2 * usual):
+        if percent == 95 and _are_more(nearest.ratio < least, ratios < least):
             section.warnings.append(
                 f"{share:.1%} of the samples are nearer to one training image, in {name}, than 95 % of the held-out "
                 "images are, and 5 % are expected. Look at the closest pairs: if they show the same, it is memorised."
             )
 
 
-def _margin(share: float, nearest: Nearest, calibration: Nearest) -> float:
-    """By how much a share that is no other than this may differ by chance."""
-    variance = share * (1 - share) * (1 / len(nearest.index) + 1 / len(calibration.index))
-    return float(NUM_ERRORS * variance**0.5)
+def _are_more(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether a larger share of ours is true than of theirs, and not by chance (Fisher's exact test)."""
+    table = [[int(one.sum()), int((~one).sum())] for one in (ours, theirs)]
+    return bool(fisher_exact(table, alternative="greater").pvalue < CHANCE)
 
 
 def _closest_pairs(name: str, samples: Selection, train: Selection, nearest: Nearest) -> Picture:
