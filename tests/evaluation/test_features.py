@@ -16,7 +16,9 @@ def noise(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 9, 13), (3, 32, 32), (5, 40, 64), (4, 100, 70), (1, 2, 2), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (2, 9, 13), (3, 32, 32), (5, 40, 64), (4, 100, 70), (1, 300, 260), (1, 2, 2), (1, 1, 1)]
+)
 def test_features_are_made_of_any_channels_and_sizes(shape):
     network = FeatureNetwork(shape)
     assert network(noise(3, *shape)).shape == (3, 64)

@@ -9,7 +9,7 @@ from unet_diffusion.runtime.imports import import_lightning, quick_imports
 from unet_diffusion.runtime.messages import UsageError, did_you_mean
 
 
-def evaluate(
+def evaluate_run(
     run: Annotated[Path, "RUN"],
     *,
     data: Annotated[list[str], "NAME=VALUE"] | None = None,
@@ -80,8 +80,7 @@ def evaluate(
     with quick_imports():
         import_lightning()
         from unet_diffusion.commands.run_data import config_of, data_of
-        from unet_diffusion.evaluation.evaluation import evaluate as evaluate_model
-        from unet_diffusion.evaluation.evaluation import subject_of
+        from unet_diffusion.evaluation.evaluation import evaluate, subject_of
         from unet_diffusion.evaluation.result import PAGE_NAME
         from unet_diffusion.evaluation.samples import Sampling
         from unet_diffusion.inference.running import Running
@@ -97,7 +96,7 @@ def evaluate(
     folder = output or _output_of(run)
     with process_group() as group, claimed(folder, group):
         group.on_rank_zero(images.prepare_data)
-        evaluation = evaluate_model(
+        evaluation = evaluate(
             model, images, output=folder, subject=str(run), num_images=num_images, features=features,
             features_weights=features_weights, sampling=sampling, overwrite=overwrite, group=group,
         )  # fmt: skip

@@ -29,7 +29,7 @@ COMMANDS = {  # the module of each command, and its function there
     "two-stages": "two_stages.two_stages",
     "sample": "sample.sample_images",
     "segment": "segment.segment",
-    "evaluate": "evaluate.evaluate",
+    "evaluate": "evaluate.evaluate_run",
     "export": "export.export",
     "import": "import_pipeline.import_pipeline",
     "completion": "completion.completion",

@@ -72,7 +72,8 @@ def features_named(
             raise ValueError("features_weights is for pretrained features, and these are trained on your images; give "
                              "features, too, such as inception")  # fmt: skip
         network, key = own_features(train, folder, progress=progress)
-        about = f"own: {SETTINGS['num_features']} of a network trained on these images ({key}), images as they are"
+        size = "images as they are" if network.factor == 1 else f"images averaged down by {network.factor}"
+        about = f"own: {SETTINGS['num_features']} of a network trained on these images ({key}), {size}"
         return Features(about, network, 256)
     return _inception(weights) if name == "inception" else _transformer(name, weights)
 

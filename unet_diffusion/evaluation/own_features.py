@@ -27,7 +27,7 @@ from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.randomness import keyed_generator
 
 SETTINGS: dict[str, Any] = {  # with the contents of the images, what the features are
-    "version": 1,
+    "version": 1,  # of the network and of its tasks
     "num_features": 64,
     "num_steps": 300,
     "batch_size": 64,
@@ -35,7 +35,8 @@ SETTINGS: dict[str, Any] = {  # with the contents of the images, what the featur
     "seed": 0,
 }
 WIDTHS = (32, 64, 96, 128)  # channels of the stem and after each halving
-LARGEST_MAP = 32  # side in pixels after the stem, which bounds the time that large images take
+LARGEST_SIDE = 128  # in pixels; larger images are averaged down by a whole factor, which bounds the time they take
+LARGEST_MAP = 16  # side after the stem, which bounds it, too
 SMALLEST_MAP = 4  # side in pixels after which nothing is halved
 MOST_NOISE = 0.5  # standard deviation that is added, of grey values in [-1, 1]
 TEMPERATURE = 0.2  # of the task "which image"
@@ -55,6 +56,8 @@ class FeatureNetwork(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
         super().__init__()
         channels, *sides = image_shape
+        self.factor = max(min(sides) // LARGEST_SIDE, 1)
+        sides = [side // self.factor for side in sides]
         num_features, stride = SETTINGS["num_features"], 1
         while min(sides) // stride > LARGEST_MAP:
             stride *= 2
@@ -76,7 +79,15 @@ class FeatureNetwork(nn.Module):
         self.register_buffer("std", torch.ones(num_features))
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.of_small(self.averaged(images))
+
+    def of_small(self, images: Tensor) -> Tensor:
+        """The features of images that are averaged down."""
         return (self.layers(images) - self.mean) / self.std
+
+    def averaged(self, images: Tensor) -> Tensor:
+        """Images averaged down to the size that the network takes."""
+        return images if self.factor == 1 else F.avg_pool2d(images, self.factor)
 
 
 def own_features(train: Selection, folder: Path | None, *, progress: bool = True) -> tuple[FeatureNetwork, str]:
@@ -120,7 +131,8 @@ def _train(network: FeatureNetwork, train: Selection, progress: bool) -> None:
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=num_steps)
     for _ in tqdm(range(num_steps), "training features", unit="step", disable=not progress):
         rows = torch.randperm(len(train), generator=generator)[: SETTINGS["batch_size"]]
-        loss = _loss(network, train.take(rows), None if train.labels is None else train.labels[rows], generator)
+        images = network.averaged(train.take(rows))
+        loss = _loss(network, images, None if train.labels is None else train.labels[rows], generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -135,7 +147,7 @@ def _loss(network: FeatureNetwork, images: Tensor, labels: Tensor | None, genera
     """The sum of the losses of the tasks, of two views of each image."""
     views = torch.cat([_shifted(images, generator), _shifted(images, generator)])
     views, quality = _degraded(views, generator)
-    features = network(views)
+    features = network.of_small(views)
     projected = F.normalize(network.which_image(features), dim=1)
     first, second = projected.chunk(2)
     which = torch.arange(len(images))
@@ -153,9 +165,8 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     margins = [max(side // 8, 1) if side > 1 else 0 for side in (height, width)]
     padded = F.pad(images, (margins[1], margins[1], margins[0], margins[0]), mode="reflect")
     top, left = (torch.randint(2 * margin + 1, (count, 1), generator=generator) for margin in margins)
-    ys, xs = top + torch.arange(height), left + torch.arange(width)  # (N, H), (N, W)
-    which = torch.arange(count)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[which, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)
+    corners = zip(padded, top.flatten().tolist(), left.flatten().tolist(), strict=True)
+    return torch.stack([image[:, y : y + height, x : x + width] for image, y, x in corners])
 
 
 def _degraded(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
