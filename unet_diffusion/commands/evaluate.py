@@ -50,8 +50,8 @@ def evaluate_run(
         output: The folder for the page and the samples. The default is evaluation in the run folder, or
             NAME-evaluation beside anything else.
         features: What images are compared by: a small network that is trained on your images, or a pretrained one.
-        features_weights: The weights of pretrained features: the file of torch-fidelity for inception; for dinov2 and
-            clip a folder of transformers, or a name on the hub, which is downloaded.
+        features_weights: The weights of pretrained features: a file for inception; for dinov2 and clip a folder of
+            transformers, or a name on the hub, which is downloaded.
         scheduler: The name of a diffusers scheduler.
         num_inference_steps: The number of denoising steps.
         guidance_scale: How much closer samples come to their label or caption; 1 turns guidance off.
