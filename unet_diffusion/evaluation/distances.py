@@ -15,6 +15,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from unet_diffusion.evaluation.result import Figure, number_text
+from unet_diffusion.runtime.randomness import keyed_generator
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in torch-fidelity and most papers
 PRC_NEIGHBOURS = 3  # of precision and recall, as in the paper and in ADM
@@ -66,9 +67,15 @@ def frechet_bias(generated: Tensor, reference: Tensor) -> float:
         reference: The features of real images, (M, d).
     """
     whole = frechet_distance(generated, reference)
-    of_generated = [frechet_distance(half, reference) for half in (generated[::2], generated[1::2])]
-    of_reference = [frechet_distance(generated, half) for half in (reference[::2], reference[1::2])]
+    of_generated = [frechet_distance(half, reference) for half in _halves(generated)]
+    of_reference = [frechet_distance(generated, half) for half in _halves(reference)]
     return sum(of_generated) / 2 + sum(of_reference) / 2 - 2 * whole
+
+
+def _halves(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Two random halves, the same ones every time: images in turn may be of classes in turn."""
+    shuffled = features[torch.randperm(len(features), generator=keyed_generator(len(features)))]
+    return shuffled[::2], shuffled[1::2]
 
 
 def kernel_distance(generated: Tensor, reference: Tensor) -> float:
