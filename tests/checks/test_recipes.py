@@ -57,7 +57,9 @@ def test_recipe_gets_no_advice(name, tmp_path):
     if hasattr(data, "targets"):
         data.train_images = data.train_indices
     else:
-        data._image_set = ImageSet(torch.zeros(1, 1, 1, 1), entries={"captions": ["a red heart"]}, class_names=["a", "b"])
+        data._image_set = ImageSet(
+            torch.zeros(1, 1, 1, 1), entries={"captions": ["a red heart"]}, class_names=["a", "b"]
+        )
     cli.trainer.optimizers = model.new_optimizers()
     findings = advice(plan_of(cli.trainer, model, data, num_processes=1))
     assert [str(finding) for finding in findings if finding.severity != "note"] == []

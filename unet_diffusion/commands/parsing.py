@@ -30,6 +30,7 @@ COMMANDS = {  # the module of each command, and its function there
     "two-stages": "two_stages.two_stages",
     "sample": "sample.sample_images",
     "segment": "segment.segment",
+    "evaluate": "evaluate.evaluate_run",
     "export": "export.export",
     "import": "import_pipeline.import_pipeline",
     "completion": "completion.completion",
@@ -200,12 +201,27 @@ def parsed(command: str, words: Sequence[str]) -> tuple[Callable[..., None], dic
     Raises:
         UsageError: If there is no such option, or a value does not fit.
     """
-    values = command_parser(command).parse_args(list(words))
     name = COMMANDS[command]
+    takes_data = "data" in inspect.signature(function_of(name)).parameters
+    values = command_parser(command).parse_args(_with_data_options(words) if takes_data else list(words))
     if action := values.get(ACTION):
         name, values = ACTIONS[command][action], values[action]
     function = function_of(name)
     return function, {parameter: values[parameter] for parameter in inspect.signature(function).parameters}
+
+
+def _with_data_options(words: Sequence[str]) -> list[str]:
+    """The words with --data root=DIR in place of --data.root DIR, as `fit` has it."""
+    result, name = list[str](), ""
+    for word in words:
+        if word.startswith("--data."):
+            name, _, value = word.removeprefix("--data.").partition("=")
+            result += ["--data", f"{name}={value}"] if value else ["--data"]
+            name = "" if value else name
+        else:
+            result.append(f"{name}={word}" if name else word)
+            name = ""
+    return result
 
 
 def whole_parser(add: Callable[[CommandParser, str], None] = lambda parser, command: None) -> CommandParser:

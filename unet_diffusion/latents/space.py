@@ -74,7 +74,7 @@ def fingerprint(autoencoder: nn.Module, config: dict[str, Any]) -> str:
     """A hash of weights and configuration, equal for two autoencoders that encode and decode alike.
 
     Args:
-        autoencoder: The autoencoder, float32 and on the CPU.
+        autoencoder: The autoencoder, float32.
         config: The configuration as plain values. Names with a leading underscore and the scale do not count.
     """
     # Moments count as None, their value in nearly all configurations.
@@ -83,7 +83,7 @@ def fingerprint(autoencoder: nn.Module, config: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, value in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,194 @@
+"""The samples that are evaluated: drawn into a folder by a denoiser, or images that somebody left in a folder."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.files import class_names_of, labels_of
+from unet_diffusion.data.fingerprints import content_hash
+from unet_diffusion.data.folder import Folder
+from unet_diffusion.evaluation.selections import Selection, classes_of, of_images
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.reading import contents_of
+from unet_diffusion.inference.sample_options import SampleOptions
+from unet_diffusion.runtime.atomic_files import remove_left_behind
+from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings, settings_of
+from unet_diffusion.runtime.pictures import save_images
+from unet_diffusion.runtime.processes import ProcessGroup
+from unet_diffusion.runtime.randomness import keyed_generator
+
+SAMPLES = "samples"  # the folder of the samples that are drawn, in that of the evaluation
+GRID = "grid.png"  # which `sample` leaves beside its images
+CLASSES = "classes"  # in the settings that `sample` leaves: "3: three" for each class, which take turns
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn.
+
+    Args:
+        scheduler: The name of a diffusers scheduler.
+        num_inference_steps: The number of denoising steps.
+        guidance_scale: How much closer images come to their label or caption; 1 turns guidance off.
+        seed: The seed of the noise, and of the order of labels.
+        batch_size: The number of images that are drawn at once.
+    """
+
+    scheduler: str = "DPMSolverMultistepScheduler"
+    num_inference_steps: int = 25
+    guidance_scale: float = 1.0
+    seed: int = 0
+    batch_size: int = 64
+
+
+def draw_samples(
+    denoiser: Denoiser,
+    data: ImageDataModule,
+    folder: Path,
+    num_images: int,
+    sampling: Sampling,
+    *,
+    overwrite: bool = False,
+    group: ProcessGroup,
+) -> Selection:
+    """Draw images as PNG files; those that are there, drawn with the same settings, are kept.
+
+    Classes are drawn as often as there are training images of them, and captions are those of held-out images, so that
+    a difference to the training images is the model's.
+
+    Args:
+        denoiser: What draws them.
+        data: The data, loaded.
+        folder: Where the images go, as 000000.png and so on.
+        num_images: The number of images.
+        sampling: How they are drawn.
+        overwrite: Whether images that were drawn with other settings are removed.
+        group: The processes that share the work.
+
+    Raises:
+        ValueError: If the denoiser begins with images, or does not fit the data.
+        FileExistsError: If the folder holds samples of other settings.
+    """
+    if any(one.needs for one in denoiser.all_conditions):
+        raise ValueError("this denoiser needs an image to begin with, which no evaluation gives it; draw with "
+                         "`unet-diffusion sample`, and evaluate the folder of its images")  # fmt: skip
+    labels = _labels_to_draw(denoiser, data, num_images, sampling.seed)
+    captions = None
+    if any("captions" in one.options for one in denoiser.all_conditions):
+        captions = _captions_to_draw(data)
+    request = SampleOptions(
+        num_images=num_images,
+        labels=None if labels is None else labels.tolist(),
+        captions=captions,
+        **asdict(sampling),
+    )
+    drawing = denoiser.drawing(request)
+    settings: dict[str, Any] = asdict(sampling)
+    del settings["batch_size"]  # which no image depends on
+    settings |= {"precision": denoiser.precision, f"{CONTENTS}model": contents_of(denoiser), "captions": captions}
+    settings[f"{CONTENTS}labels"] = None if labels is None else _hash_of_labels(data)  # more images begin with the same
+    missing = group.on_rank_zero(lambda: _missing(folder, settings, num_images, overwrite))
+    todo = group.shard(missing)
+    with tqdm(total=len(todo) * drawing.num_steps, desc="drawing", unit="image step", disable=group.rank > 0) as bar:
+        for first in range(0, len(todo), sampling.batch_size):
+            indices = todo[first : first + sampling.batch_size]
+            save_images(drawing.draw(indices, bar.update), folder, indices=indices)
+    group.barrier()
+    pixels = [_pixels(folder / _name(i)) for i in range(num_images)]
+    return of_images(torch.stack(pixels), labels)
+
+
+def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int, int]) -> Selection:
+    """The images in a folder, scaled and cut to the size of the data where they have another.
+
+    Their classes are known if `sample` drew them, or if each lies in the folder of its class.
+
+    Args:
+        folder: The folder.
+        data: The data, loaded.
+        image_shape: (C, H, W) of the data's images.
+
+    Raises:
+        ValueError: If there are no images, or images that cannot be used.
+    """
+    channels, height, width = image_shape
+    found = Folder(folder, image_size=(height, width), channels=channels, in_memory=True).load()
+    names, images = found.names or [], found.images
+    assert isinstance(images, Tensor)
+    try:
+        settings = settings_of(folder, "images") or {}
+    except FileExistsError:  # it was written by something else
+        settings = {}
+    if CLASSES in settings:
+        rows = [i for i, name in enumerate(names) if name != GRID]
+        images, names = images[rows], [names[i] for i in rows]
+        if settings[CLASSES] and data.class_names:
+            classes = [int(str(one).partition(":")[0]) for one in settings[CLASSES]]
+            return of_images(images, torch.tensor([classes[int(Path(name).stem) % len(classes)] for name in names]))
+    if data.class_names and all(name.split("/")[0] in data.class_names and "/" in name for name in names):
+        class_names_of(names, folder)
+        return of_images(images, torch.tensor(labels_of(names, data.class_names)))
+    return of_images(images)
+
+
+def _labels_to_draw(denoiser: Denoiser, data: ImageDataModule, num_images: int, seed: int) -> Tensor | None:
+    """The classes of training images in random order, as often as needed, (num_images,); None without classes."""
+    if not denoiser.num_classes:
+        return None
+    labels = classes_of(data)
+    if labels is None or data.num_classes != denoiser.num_classes:
+        raise ValueError(
+            f"the data must have the {denoiser.num_classes} classes that the model was trained on, and have "
+            f"{data.num_classes or 'none'}; set data.class_labels to true, or give the data of the run"
+        )
+    known = labels[data.train_indices]
+    order = torch.randperm(len(known), generator=keyed_generator(seed))
+    return known[order[torch.arange(num_images) % len(order)]]
+
+
+def _captions_to_draw(data: ImageDataModule) -> list[str]:
+    captions = data.entries.get("captions")
+    if not isinstance(captions, list):
+        raise ValueError("the data must have captions, as the model draws by them; set data.captions to true")
+    return [captions[i] for i in data.val_indices.tolist()]
+
+
+def _missing(folder: Path, settings: dict[str, Any], num_images: int, overwrite: bool) -> list[int]:
+    """The numbers of the images that are to be drawn, once the folder is made or its settings are compared."""
+
+    def remove_images() -> None:
+        for path in folder.glob("*.png"):
+            path.unlink()
+
+    require_same_settings(
+        folder,
+        settings,
+        "samples of an evaluation",
+        fix="choose another --output, or --overwrite",
+        replace=remove_images if overwrite else None,
+    )
+    remove_left_behind(folder)
+    return [i for i in range(num_images) if not (folder / _name(i)).exists()]
+
+
+def _hash_of_labels(data: ImageDataModule) -> str:
+    """A hash of the classes of the training images, which with the seed decides those that are drawn."""
+    labels = classes_of(data)
+    assert labels is not None
+    return content_hash(labels[data.train_indices].numpy().tobytes())
+
+
+def _name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _pixels(path: Path) -> Tensor:
+    with Image.open(path, formats=["PNG"]) as image:
+        return pil_to_tensor(image)

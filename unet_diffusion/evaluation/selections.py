@@ -1,0 +1,94 @@
+"""Images that an evaluation looks at: some of a data set, or samples in a folder, read when they are asked for."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.scaling import scale_to_unit_range
+
+BATCH = 256  # images in memory at once as float32
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some images.
+
+    Args:
+        read: Gives the images of these numbers, float32 (N, C, H, W) in [-1, 1].
+        indices: The numbers of the images, (N,) int64.
+        labels: The class of each, (N,) int64; None: there are no classes.
+    """
+
+    read: Callable[[list[int]], Tensor]
+    indices: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        _, channels, height, width = self.take([0]).shape
+        return channels, height, width
+
+    def take(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """Images by their place in the selection, (n, C, H, W) float32 in [-1, 1]."""
+        return self.read(self.indices[torch.as_tensor(rows)].tolist())
+
+    def select(self, rows: Tensor) -> "Selection":
+        """Some of these images, by their place."""
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, indices=self.indices[rows], labels=labels)
+
+    def batches(self, size: int = BATCH) -> Iterator[Tensor]:
+        """All images in order, some at a time, each (n, C, H, W)."""
+        for rows in torch.arange(len(self)).split(size):
+            yield self.take(rows)
+
+
+def of_images(images: Tensor, labels: Tensor | None = None) -> Selection:
+    """A selection of all of these images.
+
+    Args:
+        images: The images (N, C, H, W): uint8 or uint16, or float in [-1, 1].
+        labels: The class of each image, (N,) int64; None: there are no classes.
+    """
+    return Selection(lambda numbers: _as_float(images[torch.tensor(numbers)]), torch.arange(len(images)), labels)
+
+
+def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
+    """The images that a data module trains on, and those that it holds out for validation.
+
+    Latents are shown as the images that their autoencoder makes of them.
+
+    Args:
+        data: The data, which are loaded if they are not yet.
+    """
+    data.setup("fit")
+    batches, labels = data.source.batches(data.image_set), classes_of(data)
+
+    def read(numbers: list[int]) -> Tensor:
+        batch = data.source.on_device(batches[numbers], None)
+        if data.codec is None:
+            return batch["images"]
+        return data.codec.decode(batch["x0"]).clamp(-1, 1)
+
+    parts = [
+        Selection(read, indices, None if labels is None else labels[indices])
+        for indices in (data.train_indices, data.val_indices)
+    ]
+    return parts[0], parts[1]
+
+
+def classes_of(data: ImageDataModule) -> Tensor | None:
+    """The class of each image of a data module that is set up, (N,) int64; None if there are no classes."""
+    labels = data.entries.get("labels")
+    return labels if isinstance(labels, Tensor) and data.class_names is not None else None
+
+
+def _as_float(images: Tensor) -> Tensor:
+    return images.float() if images.is_floating_point() else scale_to_unit_range(images)
