@@ -123,3 +123,25 @@ def test_two_processes_find_what_one_finds(digits_run, tmp_path):
         assert together[key]["value"] == pytest.approx(figure["value"], rel=1e-3, abs=1e-6), key
     names = [sorted(path.name for path in (tmp_path / name / "samples").iterdir()) for name in ("one", "two")]
     assert names[0] == names[1]
+
+
+FIT = ("--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--samples.num_images=2")
+
+
+def test_run_of_a_segmenter_is_evaluated(run_cli, tmp_path):
+    small = ("--model.unet.init_args.channels=[4,8]", "--data.num_images=24", "--data.window_size=32", *FIT)
+    run = tmp_path / "run"
+    assert run_cli("fit", "--config", "cells", *small, "--model.speed=plain", "--trainer.default_root_dir", run)[0] == 0
+    status, out, err = run_cli("evaluate", run, "--device=cpu", "--precision=float32")
+    assert status == 0, err
+    assert {"dice_images", "dice_pooled"} <= set(stored(run / "evaluation")["figures"]), out
+
+
+def test_run_of_an_autoencoder_is_evaluated(few_steps, run_cli, small_recipes, folder_of_images, tmp_path):
+    run = tmp_path / "run"
+    words = ("--config", small_recipes[0], "--data.root", folder_of_images, "--trainer.default_root_dir", run)
+    status, _, err = run_cli("fit", *words, "--data.num_val", "20")
+    assert status == 0, err
+    status, out, err = run_cli("evaluate", run, "--device=cpu", "--precision=float32")
+    assert status == 0, err
+    assert {"psnr", "rfid"} <= set(stored(run / "evaluation")["figures"]), out

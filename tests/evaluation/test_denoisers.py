@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from denoisers import WIDTH, text_tokens
 from PIL import Image
+from torch import nn
 
 import unet_diffusion as ud
 from unet_diffusion.data import ImageDataModule, ImageSet, Source
@@ -135,6 +137,13 @@ def test_images_of_any_kind_without_classes_are_evaluated(few_steps, tiny_unet, 
     evaluation = evaluated(denoiser, tmp_path, waves(shape, classes=False))
     assert "class_agreement" not in evaluation.figures
     assert evaluation.protocol["image size"] == "x".join(map(str, shape))
+
+
+def test_denoiser_of_captions_is_evaluated_with_those_of_the_data(few_steps, tiny_unet, tmp_path):
+    unet = tiny_unet(context_dim=WIDTH, num_heads=2, attention_levels=[0])
+    denoiser = Denoiser(unet, NoiseSchedule(10), (1, 8, 8), conditions=nn.ModuleList([text_tokens()]))
+    evaluation = evaluated(denoiser, tmp_path, waves(classes=False, captions=True), num_images=12)
+    assert evaluation.protocol["samples"] == 12
 
 
 def test_captions_that_are_drawn_are_those_of_held_out_images():

@@ -15,9 +15,9 @@ import unet_diffusion.data
 from unet_diffusion.commands.recipes import all_recipes, read_settings, recipe_path
 from unet_diffusion.runtime.messages import UsageError, did_you_mean, similar_paths
 
-SECTIONS = ("model", "data", "trainer", "samples", "checkpoint", "task", "seed_everything", "ckpt_path", "weights_only",
-            "verbose")  # fmt: skip
-NESTED = ("model", "trainer", "samples", "checkpoint")  # the sections that hold settings of their own
+SECTIONS = ("model", "data", "trainer", "samples", "evaluate", "checkpoint", "task", "seed_everything", "ckpt_path",
+            "weights_only", "verbose")  # fmt: skip
+NESTED = ("model", "trainer", "samples", "evaluate", "checkpoint")  # the sections that hold settings of their own
 FLAGS = ("config", "print_config", "print_shtab", "help")
 TASKS = ("denoise", "segment", "autoencode")
 OF_EACH = ("batch_size", "num_val", "num_workers", "seed")

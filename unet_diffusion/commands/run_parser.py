@@ -14,7 +14,16 @@ COMMON = (  # of the trainer's options those that people set
     *("val_check_interval", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val", "logger"),
     *("enable_progress_bar", "fast_dev_run"),
 )
-HELP_ORDER = ("help", "model", "data", "trainer", "samples", "checkpoint", "ckpt_path")  # of the help, in this order
+HELP_ORDER = (
+    "help",
+    "model",
+    "data",
+    "trainer",
+    "samples",
+    "evaluate",
+    "checkpoint",
+    "ckpt_path",
+)  # of the help, in this order
 
 
 class RunParser(LightningArgumentParser):

@@ -26,6 +26,7 @@ LEAST = {
     "trainer.num_nodes": 1,
     "samples.every_n_steps": 0,
     "samples.num_images": 1,
+    "evaluate.every_n_steps": 0,
     "checkpoint.every_n_train_steps": 0,
     "checkpoint.save_top_k": -1,
 }
@@ -83,9 +84,14 @@ def _check_numbers(config: Any) -> None:
 def check_monitors(trainer: Trainer, logged: Sequence[str]) -> None:
     """Refuse callbacks that monitor what is never logged; Lightning would notice after an epoch, or not at all.
 
+    Args:
+        trainer: The trainer, whose callbacks may log, too.
+        logged: What the module logs.
+
     Raises:
         ValueError: If there is one.
     """
+    logged = [*logged, *(name for callback in callbacks_of(trainer) for name in getattr(callback, "logged", ()))]
     for callback in callbacks_of(trainer):
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor not in logged:

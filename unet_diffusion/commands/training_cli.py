@@ -61,6 +61,7 @@ from unet_diffusion.training.callbacks import (
     run_folder,
 )
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint, WholeCheckpoints, newest_good
+from unet_diffusion.training.evaluating import EvaluateSamples
 from unet_diffusion.training.health import SkipBadSteps, is_out_of_memory, memory_advice
 from unet_diffusion.training.lightning_internals import (
     OpenCLI,
@@ -195,6 +196,8 @@ class TrainingCLI(OpenCLI):
             "--task", choices=TASKS, default="denoise", help="The task that the network is trained for."
         )
         parser.add_lightning_class_args(self.pictures, "samples")
+        if self.task == "denoise":
+            parser.add_lightning_class_args(EvaluateSamples, "evaluate")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
                              "checkpoint.auto_insert_metric_name": False,

@@ -23,6 +23,7 @@ from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 
 StrPath = str | os.PathLike[str]
+OUTPUT = "evaluation"  # folder in a run folder
 NUM_IMAGES = 1000  # samples: the fewest that distances are usually given for
 
 
@@ -30,7 +31,7 @@ def evaluate(
     model: Denoiser | Segmenter | Autoencoder | StrPath,
     data: LightningDataModule,
     *,
-    output: StrPath = "evaluation",
+    output: StrPath = OUTPUT,
     subject: str | None = None,
     num_images: int = NUM_IMAGES,
     features: FeatureName = "own",

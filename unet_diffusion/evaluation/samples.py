@@ -76,23 +76,12 @@ def draw_samples(
         ValueError: If the denoiser begins with images, or does not fit the data.
         FileExistsError: If the folder holds samples of other settings.
     """
-    if any(one.needs for one in denoiser.all_conditions):
-        raise ValueError("this denoiser needs an image to begin with, which no evaluation gives it; draw with "
-                         "`unet-diffusion sample`, and evaluate the folder of its images")  # fmt: skip
-    labels = _labels_to_draw(denoiser, data, num_images, sampling.seed)
-    captions = None
-    if any("captions" in one.options for one in denoiser.all_conditions):
-        captions = _captions_to_draw(data)
-    request = SampleOptions(
-        num_images=num_images,
-        labels=None if labels is None else labels.tolist(),
-        captions=captions,
-        **asdict(sampling),
-    )
+    request, labels = request_of(denoiser, data, num_images, sampling)
     drawing = denoiser.drawing(request)
     settings: dict[str, Any] = asdict(sampling)
     del settings["batch_size"]  # which no image depends on
-    settings |= {"precision": denoiser.precision, f"{CONTENTS}model": contents_of(denoiser), "captions": captions}
+    settings |= {"precision": denoiser.precision, f"{CONTENTS}model": contents_of(denoiser)}
+    settings["captions"] = request.captions
     settings[f"{CONTENTS}labels"] = None if labels is None else _hash_of_labels(data)  # more images begin with the same
     missing = group.on_rank_zero(lambda: _missing(folder, settings, num_images, overwrite))
     todo = group.shard(missing)
@@ -103,6 +92,34 @@ def draw_samples(
     group.barrier()
     pixels = [_pixels(folder / _name(i)) for i in range(num_images)]
     return of_images(torch.stack(pixels), labels)
+
+
+def request_of(
+    denoiser: Denoiser, data: ImageDataModule, num_images: int, sampling: Sampling
+) -> tuple[SampleOptions, Tensor | None]:
+    """What samples to draw for a comparison with the data, and the class of each, (num_images,) int64, if it has one.
+
+    Args:
+        denoiser: What draws them.
+        data: The data, loaded.
+        num_images: The number of images.
+        sampling: How they are drawn.
+
+    Raises:
+        ValueError: If the denoiser begins with images, or does not fit the data.
+    """
+    if any({"image", "mask"} & {*one.needs} for one in denoiser.all_conditions):
+        raise ValueError("this denoiser needs an image to begin with, which no evaluation gives it; draw with "
+                         "`unet-diffusion sample`, and evaluate the folder of its images")  # fmt: skip
+    labels = _labels_to_draw(denoiser, data, num_images, sampling.seed)
+    has_captions = any("captions" in one.options for one in denoiser.all_conditions)
+    request = SampleOptions(
+        num_images=num_images,
+        labels=None if labels is None else labels.tolist(),
+        captions=_captions_to_draw(data) if has_captions else None,
+        **asdict(sampling),
+    )
+    return request, labels
 
 
 def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int, int]) -> Selection:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.scaling import scale_to_unit_range
+from unet_diffusion.runtime.randomness import keyed_generator
 
 BATCH = 256  # images in memory at once as float32
 
@@ -82,6 +83,13 @@ def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
         for indices in (data.train_indices, data.val_indices)
     ]
     return parts[0], parts[1]
+
+
+def some_of(images: Selection, most: int) -> Selection:
+    """Random images of a selection, the same ones every time; all of them if there are no more than that."""
+    if len(images) <= most:
+        return images
+    return images.select(torch.randperm(len(images), generator=keyed_generator(most))[:most].sort().values)
 
 
 def classes_of(data: ImageDataModule) -> Tensor | None:

@@ -18,7 +18,15 @@ from unet_diffusion.runtime.messages import first_few
 
 SETTINGS = "settings.json"
 RUN_HEADER = "# Settings of the run in this folder, written by unet-diffusion."  # first line of a run's config.yaml
-RUN_OUTPUTS = ("config.yaml", "checkpoints", "logs", "samples", "samples.png", "wandb")  # names that a run writes
+RUN_OUTPUTS = (
+    "config.yaml",
+    "checkpoints",
+    "logs",
+    "samples",
+    "samples.png",
+    "evaluation",
+    "wandb",
+)  # names that a run writes
 LOCK = ".lock"  # name of the file that says that a process is working in a folder
 CONTENTS = "contents of "  # names of settings that begin with it hold hashes, which are not shown to people
 MOST_SHOWN = 100  # characters of a setting in an error; a setting may hold all names

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from unet_diffusion.runtime.atomic_files import atomic_write, remove_left_behind
 from unet_diffusion.runtime.safe_loading import load_plain, step_of
+from unet_diffusion.training.evaluating import EVALUATED, evaluated_at
 from unet_diffusion.training.lightning_internals import (
     OpenModelCheckpoint,
     is_trial,
@@ -95,7 +96,9 @@ class RunCheckpoint(OpenModelCheckpoint):
             return
         step, every = trainer.global_step, self.interval
         is_last = step == trainer.max_steps  # later the epoch would count as done, and more steps begin another
-        self._is_due = self._is_due or is_last or bool(every and step % every == 0) or self._time_is_over(trainer)
+        is_evaluated = str(self.monitor) in EVALUATED and evaluated_at(trainer) == step
+        self._is_due = self._is_due or is_last or is_evaluated or bool(every and step % every == 0)
+        self._is_due = self._time_is_over(trainer) or self._is_due
         if self._is_due and not validation_follows(trainer):
             self.save_after_batch(trainer)
 
@@ -126,10 +129,15 @@ class RunCheckpoint(OpenModelCheckpoint):
         if self.must_not_save(trainer):
             return
         metrics = self.metrics(trainer)
-        is_stale = str(self.monitor).startswith("val/") and self._validated_at != trainer.global_step
+        is_stale = self._measured_at(trainer) != trainer.global_step
         if self.monitor is None or (self.monitor in metrics and not is_stale):
             self.save_best(trainer, metrics)
         self.save_newest(trainer)
+
+    def _measured_at(self, trainer: Trainer) -> int:
+        """The step at which the metric that decides was measured; losses of training are always new."""
+        kind = str(self.monitor).partition("/")[0]
+        return {"val": self._validated_at, "eval": evaluated_at(trainer)}.get(kind, trainer.global_step)
 
     def _time_is_over(self, trainer: Trainer) -> bool:
         """Whether the first process's clock says that a checkpoint is due; all ask at the same step."""
