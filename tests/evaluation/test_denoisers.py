@@ -18,7 +18,7 @@ from unet_diffusion.evaluation import own_features as own
 from unet_diffusion.evaluation import samples
 from unet_diffusion.evaluation.denoisers import evaluate_denoiser
 from unet_diffusion.evaluation.samples import Sampling
-from unet_diffusion.evaluation.selections import of_data
+from unet_diffusion.evaluation.selections import of_data, of_images
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.runtime.pictures import save_images
 
@@ -76,7 +76,7 @@ def test_samples_of_a_denoiser_are_evaluated(few_steps, denoiser, tmp_path):
     assert evaluation.protocol["features"].startswith("own: 64")
     assert (evaluation.protocol["scheduler"], evaluation.protocol["num_inference_steps"]) == (FEW.scheduler, 2)
     alone = {key for key, figure in evaluation.figures.items() if figure.real is None and not np.isnan(figure.value)}
-    assert alone == {"fd_all"}  # real images do not stand beside it, as they are among those that it compares with
+    assert alone == {"fd_all", "class_imbalance"}  # of the first, real images are among those that it compares with
     assert "24 samples are compared with 36 training images" in evaluation.sections[0].about
     assert "20 held out and 4 training images" in evaluation.sections[0].about
     assert [section.title for section in evaluation.sections] == [
@@ -139,6 +139,21 @@ def test_images_of_any_kind_without_classes_are_evaluated(few_steps, tiny_unet, 
     assert evaluation.protocol["image size"] == "x".join(map(str, shape))
 
 
+def test_real_images_in_the_order_of_their_classes_are_as_good_as_in_any_other(few_steps, tmp_path):
+    class Sorted(Waves):
+        def load(self, *, progress=True):
+            loaded = super().load()
+            order = loaded.entries["labels"].argsort(stable=True)
+            return ImageSet(loaded.images[order], {"labels": loaded.entries["labels"][order]}, loaded.class_names)
+
+    data = ImageDataModule(Sorted(), num_val=20, num_workers=0)
+    data.setup("fit")
+    folder = tmp_path / "images"
+    save_images(of_images(data.image_set.images).take(data.val_indices[::2].sort().values), folder)
+    evaluation = evaluate_denoiser(folder, data, output=tmp_path / "out")
+    assert evaluation.figures["fd"].real < 10 * max(evaluation.figures["fd"].value, 0.1)
+
+
 def test_denoiser_of_captions_is_evaluated_with_those_of_the_data(few_steps, tiny_unet, tmp_path):
     unet = tiny_unet(context_dim=WIDTH, num_heads=2, attention_levels=[0])
     denoiser = Denoiser(unet, NoiseSchedule(10), (1, 8, 8), conditions=nn.ModuleList([text_tokens()]))
@@ -149,12 +164,13 @@ def test_denoiser_of_captions_is_evaluated_with_those_of_the_data(few_steps, tin
 def test_captions_that_are_drawn_are_those_of_held_out_images():
     data = waves(classes=False, captions=True)
     data.setup("fit")
-    expected = [f"wave {i}" for i in data.val_indices.tolist()]
-    assert samples._captions_to_draw(data) == expected
+    drawn = samples._captions_to_draw(data, 0)
+    assert sorted(drawn) == sorted(f"wave {i}" for i in data.val_indices.tolist())
+    assert drawn != samples._captions_to_draw(data, 1)
     without = waves(classes=False)
     without.setup("fit")
     with pytest.raises(ValueError, match="the data must have captions"):
-        samples._captions_to_draw(without)
+        samples._captions_to_draw(without, 0)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_kernel_distance_is_the_sum_over_all_pairs():
 
 def test_error_of_the_kernel_distance_is_a_jackknife_of_the_sum_over_all_pairs(monkeypatch):
     monkeypatch.setattr(distances, "NUM_GROUPS", 5)
+    monkeypatch.setattr(distances, "_shuffled", lambda features: features)
     a, b = normal(22), normal(33, mean=0.3, seed=1)
     left_out = []
     for group in range(5):
@@ -106,6 +107,14 @@ def test_error_of_the_kernel_distance_is_a_jackknife_of_the_sum_over_all_pairs(m
         left_out.append(brute_force_kernel_distance(a[kept[0]], b[kept[1]]))
     expected = np.sqrt(4 / 5 * ((np.array(left_out) - np.mean(left_out)) ** 2).sum())
     assert kernel_distance_error(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_error_of_the_kernel_distance_does_not_depend_on_the_order_of_classes():
+    classes = [normal(40, mean=0.5 * number, seed=number) for number in range(5)]
+    by_class, in_turn = torch.cat(classes), torch.stack(classes, dim=1).flatten(0, 1)
+    reference = torch.cat([normal(40, mean=0.5 * number, seed=10 + number) for number in range(5)])
+    errors = [kernel_distance_error(one, reference) for one in (by_class, in_turn)]
+    assert max(errors) < 2 * min(errors)
 
 
 def test_intervals_of_the_kernel_distance_hold_what_more_images_would_say():

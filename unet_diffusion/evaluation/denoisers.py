@@ -30,6 +30,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 SPLIT_SEED = 0  # of which training images are compared, the same ones for every model
 LEAST_PER_CLASS = 50  # images of a class, drawn and real, below which its distances say nothing
 NUM_NEIGHBOURS = 5  # that vote for the class of an image
+LEAST_EXPECTED = 20  # samples of a class, below which chance may leave it out
 RARE = 0.2  # of the images of a class that there should be: below it the class counts as missing
 SHOWN = 36  # images in a grid
 
@@ -98,18 +99,23 @@ def evaluate_denoiser(
 
     def evaluated() -> Evaluation:
         made = features_named(features, features_weights, train, output)
-        ours, theirs, unseen = (Compared(images, made.of(images)) for images in (samples, train, held_out))
+        selections = [samples.shuffled(), train, held_out.shuffled()]
+        if data.horizontal_flip:  # the model learnt mirror images, too
+            selections[1:] = [train.with_mirrored(), held_out.with_mirrored().shuffled()]
+        ours, theirs, unseen = (Compared(images, made.of(images)) for images in selections)
         protocol = {
             "samples": len(samples),
             "training images": len(train),
             "held-out images": len(held_out),
+            "mirrored": "all real images are there twice, as they are and mirrored" if data.horizontal_flip else "none",
             "image size": "x".join(map(str, train.image_shape)),
             "features": made.about,
             **drawn,
         }
         if data.codec is not None:
             protocol["real images"] = "as their autoencoder makes them of their latents"
-        result = Evaluation(subject, protocol, _sections(ours, theirs, unseen, data.class_names))
+        sections = _sections(ours, theirs, unseen, data.class_names, are_mirrored=data.horizontal_flip)
+        result = Evaluation(subject, protocol, sections)
         protocol["seconds"] = round(time.monotonic() - start, 1)
         return result
 
@@ -118,8 +124,12 @@ def evaluate_denoiser(
 
 def _check(model: Denoiser | Path, train: Selection, held_out: Selection, num_images: int) -> None:
     least, found = 2 * LEAST_IMAGES, len(train) + len(held_out)
-    if found < least:
-        raise ValueError(f"there must be at least {least} real images to compare with, got {found}")
+    if found < least or len(train) < LEAST_IMAGES:
+        raise ValueError(f"there must be at least {least} real images to compare with, {LEAST_IMAGES} of them to train "
+                         f"on, got {found}, {len(train)} of them to train on")  # fmt: skip
+    if train.image_shape[0] not in CHANNELS:
+        raise ValueError(f"images must have {', '.join(map(str, CHANNELS))} channels to be stored as PNG, got "
+                         f"{train.image_shape[0]}")  # fmt: skip
     if num_images < LEAST_IMAGES:
         raise ValueError(f"num_images must be at least {LEAST_IMAGES}, got {num_images}; 1000 are usual")
     if isinstance(model, Denoiser) and model.image_shape != train.image_shape:
@@ -128,13 +138,17 @@ def _check(model: Denoiser | Path, train: Selection, held_out: Selection, num_im
                          "data.image_size and data.channels")  # fmt: skip
 
 
-def _sections(samples: Compared, train: Compared, held_out: Compared, class_names: list[str] | None) -> list[Section]:
+def _sections(
+    samples: Compared, train: Compared, held_out: Compared, class_names: list[str] | None, *, are_mirrored: bool
+) -> list[Section]:
+    """What is found; samples and held-out images are in random order."""
     real, reference = _real_and_reference(train, held_out, len(samples.features))
     sections = [_likeness(samples, real, reference, train)]
     if train.images.labels is not None and class_names:
         sections.append(_classes(samples, train, held_out, class_names))
     selections = (samples.images, train.images, held_out.images)
-    sections.append(memorisation(*selections, (samples.features, train.features, held_out.features)))
+    features = (samples.features, train.features, held_out.features)
+    sections.append(memorisation(*selections, features, are_mirrored=are_mirrored))
     return sections
 
 
@@ -239,12 +253,16 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
             remark="The share of samples that seem to be of the class that they were drawn as.",
         ))  # fmt: skip
     shares = [torch.bincount(one, minlength=len(class_names)) / len(one) for one in (seen, known, seen_held_out)]
-    balance, usual = (float((one - shares[1]).abs().sum() / 2) for one in (shares[0], shares[2]))
+    balance = float((shares[0] - shares[1]).abs().sum() / 2)
     section.figures.append(Figure(
-        "class_imbalance", "Difference of the classes' shares", balance, "lower", real=usual,
-        remark="The share of samples that would have to be of another class for the shares of the training images.",
+        "class_imbalance", "Difference of the classes' shares", balance, "lower",
+        remark="The share of samples that would have to be of another class for the shares of the training images; "
+               "chance makes some of it.",
     ))  # fmt: skip
-    missing = [name for name, ours, theirs in zip(class_names, *shares[:2], strict=True) if ours < RARE * theirs]
+    missing = [
+        name for name, ours, theirs, unseen in zip(class_names, *shares, strict=True)
+        if ours < RARE * min(theirs, unseen) and theirs * len(seen) >= LEAST_EXPECTED
+    ]  # fmt: skip
     if missing:
         section.warnings.append(f"There are hardly any samples of {', '.join(missing)}, of which there are training "
                                 "images: the model does not draw them, or draws them as something else.")  # fmt: skip
@@ -253,10 +271,12 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
 
 
 def _voted(features: Tensor, known: Tensor, labels: Tensor) -> Tensor:
-    """The class of most of the nearest images, (N,)."""
+    """The class of most of the nearest images, (N,); of classes with as many, the one that is nearest."""
     count = min(NUM_NEIGHBOURS, len(known))
     parts = [torch.cdist(rows, known).topk(count, largest=False).indices for rows in features.split(2000)]
-    return labels[torch.cat(parts)].mode(dim=1).values
+    near = labels[torch.cat(parts)]  # (N, count), the nearest first
+    votes = (near[:, :, None] == near[:, None]).sum(dim=2) * count - torch.arange(count)
+    return near.gather(1, votes.argmax(dim=1, keepdim=True))[:, 0]
 
 
 def _class_table(

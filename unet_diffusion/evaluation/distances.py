@@ -73,9 +73,14 @@ def frechet_bias(generated: Tensor, reference: Tensor) -> float:
 
 
 def _halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Two random halves, the same ones every time: images in turn may be of classes in turn."""
-    shuffled = features[torch.randperm(len(features), generator=keyed_generator(len(features)))]
+    """Two random halves, the same ones every time."""
+    shuffled = _shuffled(features)
     return shuffled[::2], shuffled[1::2]
+
+
+def _shuffled(features: Tensor) -> Tensor:
+    """Features in a random order, the same one every time: images may come by class, or with classes in turn."""
+    return features[torch.randperm(len(features), generator=keyed_generator(len(features)))]
 
 
 def kernel_distance(generated: Tensor, reference: Tensor) -> float:
@@ -90,7 +95,7 @@ def kernel_distance(generated: Tensor, reference: Tensor) -> float:
 
 def kernel_distance_error(generated: Tensor, reference: Tensor) -> float:
     """The standard error of KID: a jackknife over 20 groups of images of both sets, on all pairs of images."""
-    sets = (generated.double().numpy(), reference.double().numpy())
+    sets = [_shuffled(features).double().numpy() for features in (generated, reference)]
     num_groups = min(NUM_GROUPS, *map(len, sets))
     a, b = ([features[i::num_groups] for i in range(num_groups)] for features in sets)
     aa, bb, ab = (_kernel_sums(x, y, same=x is y) for x, y in ((a, a), (b, b), (a, b)))
@@ -150,9 +155,13 @@ def distance_figures(generated: Tensor, real: Tensor, reference: Tensor) -> list
     ours, theirs = distances_between(generated, reference), distances_between(real, reference)
     error = 1.96 * kernel_distance_error(generated, reference)
     size = f"N = {len(generated)} against {len(reference)}"
+    num_features, fewest = generated.shape[1], min(len(generated), len(reference))
+    # The estimate by halves holds where the covariances of the halves have full rank.
+    about = "about" if fewest > 2 * num_features else "at least"
     bias = (
-        f"Squared, of {generated.shape[1]} features; {size}. Biased: too large by about "
-        f"{number_text(frechet_bias(generated, reference))} at this N; compare runs at the same N only."
+        f"Squared, of {num_features} features; {size}. Biased: too large by {about} "
+        f"{number_text(frechet_bias(generated, reference))} at this N; compare runs at the same N only"
+        f"{'.' if fewest > 2 * num_features else ', and rather by KID: there are few images for so many features.'}"
     )
     interval = (ours.kid - error, ours.kid + error)
     return [

@@ -92,6 +92,9 @@ def evaluate(
                 model, data, subject=subject, features=made.network, features_name=made.about, progress=show,
                 group=group,
             )  # fmt: skip
+    if isinstance(model, Path):
+        raise ValueError(f"{model} is a folder of images, and the data are labelled images for a segmenter; evaluate "
+                         "the segmenter's run instead")  # fmt: skip
     raise ValueError(f"{type(data).__name__} is no data for a {type(model).__name__}; give the data of its training")
 
 

@@ -25,7 +25,6 @@ from unet_diffusion.runtime.processes import ProcessGroup
 from unet_diffusion.runtime.randomness import keyed_generator
 
 SAMPLES = "samples"  # the folder of the samples that are drawn, in that of the evaluation
-GRID = "grid.png"  # which `sample` leaves beside its images
 CLASSES = "classes"  # in the settings that `sample` leaves: "3: three" for each class, which take turns
 
 
@@ -116,7 +115,7 @@ def request_of(
     request = SampleOptions(
         num_images=num_images,
         labels=None if labels is None else labels.tolist(),
-        captions=_captions_to_draw(data) if has_captions else None,
+        captions=_captions_to_draw(data, sampling.seed) if has_captions else None,
         **asdict(sampling),
     )
     return request, labels
@@ -144,7 +143,7 @@ def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int,
     except FileExistsError:  # it was written by something else
         settings = {}
     if CLASSES in settings:
-        rows = [i for i, name in enumerate(names) if name != GRID]
+        rows = [i for i, name in enumerate(names) if Path(name).stem.isdigit()]  # not grid.png
         images, names = images[rows], [names[i] for i in rows]
         if settings[CLASSES] and data.class_names:
             classes = [int(str(one).partition(":")[0]) for one in settings[CLASSES]]
@@ -170,11 +169,13 @@ def _labels_to_draw(denoiser: Denoiser, data: ImageDataModule, num_images: int, 
     return known[order[torch.arange(num_images) % len(order)]]
 
 
-def _captions_to_draw(data: ImageDataModule) -> list[str]:
+def _captions_to_draw(data: ImageDataModule, seed: int) -> list[str]:
+    """The captions of the held-out images, in random order."""
     captions = data.entries.get("captions")
     if not isinstance(captions, list):
         raise ValueError("the data must have captions, as the model draws by them; set data.captions to true")
-    return [captions[i] for i in data.val_indices.tolist()]
+    order = torch.randperm(len(data.val_indices), generator=keyed_generator(seed))
+    return [captions[i] for i in data.val_indices[order].tolist()]
 
 
 def _missing(folder: Path, settings: dict[str, Any], num_images: int, overwrite: bool) -> list[int]:

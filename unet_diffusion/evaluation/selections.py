@@ -45,6 +45,21 @@ class Selection:
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, indices=self.indices[rows], labels=labels)
 
+    def shuffled(self) -> "Selection":
+        """The same images in a random order, the same one every time."""
+        return self.select(torch.randperm(len(self), generator=keyed_generator(len(self))))
+
+    def with_mirrored(self) -> "Selection":
+        """These images, and behind them each of them mirrored left to right."""
+
+        def read(numbers: list[int]) -> Tensor:
+            images = self.read([number if number >= 0 else -1 - number for number in numbers])
+            is_mirrored = (torch.tensor(numbers) < 0)[:, None, None, None]
+            return torch.where(is_mirrored, images.flip(-1), images)
+
+        labels = None if self.labels is None else torch.cat([self.labels, self.labels])
+        return Selection(read, torch.cat([self.indices, -1 - self.indices]), labels)
+
     def batches(self, size: int = BATCH) -> Iterator[Tensor]:
         """All images in order, some at a time, each (n, C, H, W)."""
         for rows in torch.arange(len(self)).split(size):

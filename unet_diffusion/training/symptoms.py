@@ -9,6 +9,7 @@ from torch import Tensor
 MIN_STEPS_TO_JUDGE = 500  # before, networks have learnt too little to be warned about
 GAUSSIAN_MARGIN = (0.2, 0.02)  # relative, and of the variance of what is predicted: networks copy their input inexactly
 LEAST_DRIFT = 0.1  # of a channel's mean, of the range 2 of images
+LEAST_COMPARED = 10  # images, whose deviation is known well enough
 STANDARD_ERRORS = 4  # of a difference of means that chance explains once in 16,000
 
 
@@ -49,7 +50,7 @@ def colour_drift(drawn: Tensor, real: Tensor) -> str | None:
         drawn: The mean of each channel of each sample, (N, C) in [-1, 1].
         real: The same of images of the data, (M, C), of the same classes in the same shares.
     """
-    if min(len(drawn), len(real)) < 2:
+    if min(len(drawn), len(real)) < LEAST_COMPARED:
         return None
     drift = drawn.mean(dim=0) - real.mean(dim=0)
     chance = (drawn.var(dim=0) / len(drawn) + real.var(dim=0) / len(real)).sqrt()
