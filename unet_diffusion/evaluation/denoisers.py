@@ -172,9 +172,9 @@ def _likeness(samples: Compared, real: Compared, reference: Compared, train: Com
     also = f" and {count - num_held_out} training images" if count > num_held_out else ""
     section = Section(
         "Are the samples like the real images?",
-        f"{count} samples are compared with {len(reference.features)} training images. Beside each figure stands the "
-        f"same one of {count} real images ({num_held_out} held out{also}) against the same training images: a perfect "
-        "model reaches it, and hardly more.",
+        f"{count} samples are compared with {len(reference.features)} training images. Beside each figure is the same "
+        f"figure for {count} real images ({num_held_out} held out{also}) against the same training images, which a "
+        "perfect model reaches.",
         distance_figures(samples.features[:count], real.features, reference.features),
     )
     if len(samples.features) > count or len(train.features) > len(reference.features):

@@ -56,28 +56,6 @@ def frechet_distance(generated: Tensor, reference: Tensor) -> float:
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
-def frechet_bias(generated: Tensor, reference: Tensor) -> float:
-    """About how much the Fréchet distance is too large because the sets are finite.
-
-    The bias of N images is near c / N (Chong & Forsyth 2020, https://arxiv.org/abs/1911.07023). With half of the images
-    it is twice as large, so the rise is the bias; halves of both sets count, one after the other.
-
-    Args:
-        generated: The features of generated images, (N, d).
-        reference: The features of real images, (M, d).
-    """
-    whole = frechet_distance(generated, reference)
-    of_generated = [frechet_distance(half, reference) for half in _halves(generated)]
-    of_reference = [frechet_distance(generated, half) for half in _halves(reference)]
-    return sum(of_generated) / 2 + sum(of_reference) / 2 - 2 * whole
-
-
-def _halves(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Two random halves, the same ones every time."""
-    shuffled = _shuffled(features)
-    return shuffled[::2], shuffled[1::2]
-
-
 def _shuffled(features: Tensor) -> Tensor:
     """Features in a random order, the same one every time: images may come by class, or with classes in turn."""
     return features[torch.randperm(len(features), generator=keyed_generator(len(features)))]
@@ -155,13 +133,9 @@ def distance_figures(generated: Tensor, real: Tensor, reference: Tensor) -> list
     ours, theirs = distances_between(generated, reference), distances_between(real, reference)
     error = 1.96 * kernel_distance_error(generated, reference)
     size = f"N = {len(generated)} against {len(reference)}"
-    num_features, fewest = generated.shape[1], min(len(generated), len(reference))
-    # The estimate by halves holds where the covariances of the halves have full rank.
-    about = "about" if fewest > 2 * num_features else "at least"
     bias = (
-        f"Squared, of {num_features} features; {size}. Biased: too large by {about} "
-        f"{number_text(frechet_bias(generated, reference))} at this N; compare runs at the same N only"
-        f"{'.' if fewest > 2 * num_features else ', and rather by KID: there are few images for so many features.'}"
+        f"Squared, of {generated.shape[1]} features; {size}. Few images make it too large: real images have "
+        f"{number_text(theirs.fd)} at this N. Compare runs at the same N only."
     )
     interval = (ours.kid - error, ours.kid + error)
     return [
