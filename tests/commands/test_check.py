@@ -51,6 +51,14 @@ def test_one_process_tries_the_steps_of_several(run_cli, tiny_digits, tmp_path):
     assert "4 steps of 64 images" in out  # 32 for each process
 
 
+def test_epochs_of_several_processes_have_fewer_steps(run_cli, tiny_digits, tmp_path):
+    several = "--trainer.devices 2 --trainer.strategy ddp --trainer.max_steps -1 --trainer.max_epochs 3".split()
+    status, out, err = run_cli("check", *tiny_digits, *several, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+    assert "81 steps of 64 images" in out  # 1777 // 64 in an epoch
+    assert "each image 2.92 times" in out
+
+
 def test_a_finished_run_stays_as_it_is(run_cli, tiny_digits, digits_run):
     before = {path: path.stat().st_mtime_ns for path in digits_run.rglob("*")}
     status, _, err = run_cli("check", *tiny_digits, "--trainer.default_root_dir", digits_run)
