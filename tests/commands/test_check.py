@@ -52,7 +52,8 @@ def test_one_process_tries_the_steps_of_several(run_cli, tiny_digits, tmp_path):
 
 
 def test_epochs_of_several_processes_have_fewer_steps(run_cli, tiny_digits, tmp_path):
-    several = "--trainer.devices 2 --trainer.strategy ddp --trainer.max_steps -1 --trainer.max_epochs 3".split()
+    several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    several += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "3"]
     status, out, err = run_cli("check", *tiny_digits, *several, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
     assert "81 steps of 64 images" in out  # 1777 // 64 in an epoch

@@ -118,7 +118,8 @@ def stretch_findings(images: Sequence[Tensor], objects: Sequence[Tensor], names:
         return []
     text = (
         f"in {len(clipped)} of {len(images)} images the stretch to the 1st and 99th percentile clips over "
-        f"{percent(MUCH_CLIPPED)} of the objects' pixels, up to {percent(max(clipped.values()))} ({first_few(list(clipped))}): where "
-        "objects are sparse they are the brightest pixels, and the rest is stretched noise"
+        f"{percent(MUCH_CLIPPED)} of the objects' pixels, up to {percent(max(clipped.values()))} "
+        f"({first_few(list(clipped))}): where objects are sparse they are the brightest pixels, and the rest is "
+        "stretched noise"
     )
     return [Finding("warning" if len(clipped) > MANY_CUT * len(images) else "advice", text, "--data.stretch false")]
