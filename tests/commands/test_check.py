@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_diffusion.training.planning import FirstLook
+from unet_diffusion.training.planning import FirstLook, TrySteps
 
 SECTIONS = ("Data", "Plan")
 
@@ -51,13 +51,19 @@ def test_one_process_tries_the_steps_of_several(run_cli, tiny_digits, tmp_path):
     assert "4 steps of 64 images" in out  # 32 for each process
 
 
-def test_epochs_of_several_processes_have_fewer_steps(run_cli, tiny_digits, tmp_path):
+def test_epochs_of_several_processes_have_fewer_steps(run_cli, tiny_digits, tmp_path, monkeypatch):
+    validations, measured = [], TrySteps.measured
+    monkeypatch.setattr(
+        TrySteps, "measured", lambda self, trainer, number: validations.append(number) or measured(self, trainer, number)
+    )
     several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     several += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "3"]
+    several += ["--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "1.0"]
     status, out, err = run_cli("check", *tiny_digits, *several, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
     assert "81 steps of 64 images" in out  # 1777 // 64 in an epoch
     assert "each image 2.92 times" in out
+    assert validations == [3]
 
 
 def test_a_finished_run_stays_as_it_is(run_cli, tiny_digits, digits_run):
