@@ -54,7 +54,9 @@ def test_one_process_tries_the_steps_of_several(run_cli, tiny_digits, tmp_path):
 def test_epochs_of_several_processes_have_fewer_steps(run_cli, tiny_digits, tmp_path, monkeypatch):
     validations, measured = [], TrySteps.measured
     monkeypatch.setattr(
-        TrySteps, "measured", lambda self, trainer, number: validations.append(number) or measured(self, trainer, number)
+        TrySteps,
+        "measured",
+        lambda self, trainer, number: validations.append(number) or measured(self, trainer, number),
     )
     several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     several += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "3"]
