@@ -190,7 +190,7 @@ MUTATIONS = [
              "if self._leaving == _requeue_signal() and trainer.is_global_zero:", "if False:",
              "training/test_resume.py"),
     Mutation("checkpoints: best of stale losses", "training/checkpointing.py",
-             'is_stale = str(self.monitor).startswith("val/") and self._validated_at != trainer.global_step',
+             "is_stale = self._measured_at(trainer) != trainer.global_step",
              "is_stale = False", "training/test_checkpointing.py"),
     Mutation("checkpoints: code in them runs", "runtime/safe_loading.py",
              'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False',

@@ -21,7 +21,7 @@ DESERVED = {  # changes of a good plan, and a part of the advice
     "digits are mirrored": {"class_names": [str(digit) for digit in range(10)]},
     "of directions or signs": {"captions": ["left arrow", "a red heart"]},
     "never left out in training": {"can_be_guided": False},
-    "4 images to validate on": {"num_val": 4},
+    "with only 4 validation images the loss is mostly chance": {"num_val": 4},
     "200,000 images are shown in all": {"num_steps": 6250},
 }
 NOT_DESERVED = [
@@ -30,6 +30,8 @@ NOT_DESERVED = [
     {"batch_size": 1},
     {"learning_rate": 1.0e-3, "optimizer": "SGD", "momentum": 0.9},
     {"learning_rate": 5.0e-3, "images_a_step": 256},
+    {"learning_rate": 1.0, "optimizer": "Prodigy"},
+    {"learning_rate": 1.0e-2, "optimizer": "Adafactor"},
     {"num_steps": math.inf},
     {"num_train": 10_000_000},  # shown less than once, and yet many images
     {"num_train": 300},
@@ -56,6 +58,17 @@ def test_advice_is_given_where_it_is_deserved(words):
 @pytest.mark.parametrize("changes", NOT_DESERVED, ids=str)
 def test_no_advice_is_given_where_none_is_deserved(changes):
     assert advice(plan(**changes)) == []
+
+
+@pytest.mark.parametrize(("changes", "rate"), [
+    ({"images_a_step": 16}, "2.0e-04"),
+    ({"images_a_step": 64}, "4.0e-04"),
+    ({"optimizer": "SGD", "momentum": 0.9}, "1.0e-02"),
+])  # fmt: skip
+def test_the_rate_that_is_advised_is_one_of_the_optimiser_and_needs_no_advice(changes, rate):
+    (finding,) = advice(plan(learning_rate=10.0, **changes))
+    assert finding.option.startswith(f"--model.optimizer.lr {rate}")
+    assert advice(plan(learning_rate=float(rate), **changes)) == []
 
 
 def test_digits_of_torchvision_are_digits_too():

@@ -2,7 +2,7 @@
 
 import torch
 
-from unet_diffusion.checks.duplicates import exact_findings, near_findings, nearest_trained, thumbnails
+from unet_diffusion.checks.duplicates import alike_findings, exact_findings, nearest_trained, thumbnails
 
 NAMES = [f"{i}.png" for i in range(40)]
 TRAIN, VAL = torch.arange(30), torch.arange(30, 40)
@@ -14,7 +14,7 @@ def images():
 
 
 def test_different_images_are_not_alike():
-    assert near_findings(thumbnails(images()), NAMES, TRAIN, VAL) == []
+    assert alike_findings(thumbnails(images()), NAMES, TRAIN, VAL) == []
 
 
 def test_brighter_and_tinted_copies_are_alike_and_named():
@@ -22,7 +22,7 @@ def test_brighter_and_tinted_copies_are_alike_and_named():
     copies[30], copies[31] = copies[3] + 40, copies[4] // 2
     copies[32] = copies[5]
     copies[32, 0] += 40
-    (finding,) = near_findings(thumbnails(copies), NAMES, TRAIN, VAL)
+    (finding,) = alike_findings(thumbnails(copies), NAMES, TRAIN, VAL)
     assert finding.severity == "warning"
     assert "3 of 10 images to validate on (30 %)" in finding.text
     assert "in 3 groups" in finding.text
@@ -34,11 +34,11 @@ def test_few_images_that_are_alike_are_a_note():
     copies[30] = copies[3]
     val = torch.arange(19, 40)
     train = torch.arange(19)
-    assert [one.severity for one in near_findings(thumbnails(copies), NAMES, train, val)] == ["note"]
+    assert [one.severity for one in alike_findings(thumbnails(copies), NAMES, train, val)] == ["note"]
 
 
 def test_images_without_content_are_not_alike():
-    assert near_findings(thumbnails(images() // 100 + 7), NAMES, TRAIN, VAL) == []
+    assert alike_findings(thumbnails(images() // 100 + 7), NAMES, TRAIN, VAL) == []
 
 
 def test_thumbnails_of_a_list_are_those_of_a_tensor():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_diffusion.training.planning import FirstLook
+from unet_diffusion.training.planning import FirstLook, TrySteps
 
 SECTIONS = ("Data", "Plan")
 
@@ -51,6 +51,23 @@ def test_one_process_tries_the_steps_of_several(run_cli, tiny_digits, tmp_path):
     assert "4 steps of 64 images" in out  # 32 for each process
 
 
+def test_epochs_of_several_processes_have_fewer_steps(run_cli, tiny_digits, tmp_path, monkeypatch):
+    validations, measured = [], TrySteps.measured
+    monkeypatch.setattr(
+        TrySteps,
+        "measured",
+        lambda self, trainer, number: validations.append(number) or measured(self, trainer, number),
+    )
+    several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    several += ["--trainer.max_steps", "-1", "--trainer.max_epochs", "3"]
+    several += ["--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "1.0"]
+    status, out, err = run_cli("check", *tiny_digits, *several, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+    assert "81 steps of 64 images" in out  # 1777 // 64 in an epoch
+    assert "each image 2.92 times" in out
+    assert validations == [3]
+
+
 def test_a_finished_run_stays_as_it_is(run_cli, tiny_digits, digits_run):
     before = {path: path.stat().st_mtime_ns for path in digits_run.rglob("*")}
     status, _, err = run_cli("check", *tiny_digits, "--trainer.default_root_dir", digits_run)
@@ -65,7 +82,7 @@ def test_what_deserves_it_is_found_in_a_folder(run_cli, tmp_path):
         (tmp_path / "images" / f"{i}.png").write_bytes((tmp_path / "images" / f"{i - 12}.png").read_bytes())
     status, out, err = run_cli("check", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
-    for words in ("images are tall, and lose 50 %", "are trained on too, under other names", "look almost like one"):
+    for words in ("images are tall, and lose 50 %", "are trained on too, under other names", "look alike"):
         assert words in out
     assert not (tmp_path / "run").exists()
 

@@ -840,8 +840,8 @@ OPTIONS = {
     "sample": "CHECKPOINT --num_images --scheduler --num_inference_steps --guidance_scale --labels --seed --output "
     "--image_size --window --overlap --image --strength --mask --noise_level --interpolate --overwrite --resume "
     "--batch_size --device --precision --speed",
-    "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --overwrite --window_size "
-    "--device --precision --speed",
+    "segment": "CHECKPOINT IMAGES --output --instances --overlays --probabilities --views --threshold --min_size "
+    "--overwrite --window_size --device --precision --speed",
     "export": "CHECKPOINT DIR --overwrite",
     "import": "DIR CHECKPOINT",
     "fit": "--config --print_config --ckpt_path --seed_everything --model.unet --model.schedule --model.optimizer "

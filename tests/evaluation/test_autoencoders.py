@@ -9,6 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from unet_diffusion.data import ImageDataModule, ImageSet, Source
 from unet_diffusion.evaluation import autoencoders, image_quality
+from unet_diffusion.evaluation.autoencoder_sections import worst_section
 from unet_diffusion.evaluation.autoencoders import evaluate_autoencoder
 from unet_diffusion.evaluation.distances import frechet_distance
 from unet_diffusion.evaluation.image_quality import PERCEPTUAL_FILES
@@ -153,6 +154,26 @@ def test_the_frechet_distance_is_that_of_all_images():
     assert result.real is not None
     assert result.real < result.value  # an untrained network is further off than other images
     assert "block means: 4 features of 40 images" in result.remark
+    assert "too large" not in result.remark
+
+
+def test_a_frechet_distance_of_few_images_is_said_to_be_too_large():
+    figure = evaluate_autoencoder(kl(), data(), features=lambda images: images[:, 0, :5, :5].flatten(1)).figures["rfid"]
+    assert "25 features of 40 images. Beside it: as many training images. It is too large" in figure.remark
+
+
+@pytest.mark.parametrize("num_val", [1, 9])
+def test_there_is_no_frechet_distance_of_hardly_any_images(num_val):
+    few = ImageDataModule(Blobs(), num_val=num_val, batch_size=8, num_workers=0)
+    figure = evaluate_autoencoder(kl(), few, features=features).figures["rfid"]
+    assert np.isnan(figure.value)
+    assert figure.remark == f"Not measured: there must be at least 10 images to validate on (num_val), got {num_val}."
+
+
+def test_transparent_pixels_of_the_worst_images_are_shown_white():
+    images = torch.full((1, 4, 96, 96), -1.0)  # black, and wholly transparent
+    (picture,) = worst_section(images, -torch.ones(1, 4, 96, 96), np.array([100.0])).pictures
+    assert picture.image.getpixel((50, 50)) == (255, 255, 255)
 
 
 def test_a_frechet_distance_is_that_of_normal_distributions():

@@ -314,7 +314,9 @@ def test_a_fitted_threshold_is_better_than_a_half_for_a_biased_network():
     assert rows["Dice"][1] == 0.3
     assert rows["Dice"][3:5] == [0, pytest.approx(1)]
     assert result.figures["dice_fitted"].value == pytest.approx(1)
-    assert any("Dice rises from 0.000 to 1.000 with the threshold 0.3" in warning for warning in result.warnings)
+    command = "unet-diffusion segment RUN IMAGES --output DIR --threshold 0.3"
+    assert f"Dice rises from 0.000 to 1.000 with the threshold 0.3: {command}" in result.warnings
+    assert any(f"{command} --instances --min_size 16" in warning for warning in result.warnings)
 
 
 def test_a_least_size_is_fitted_to_specks():

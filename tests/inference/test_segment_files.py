@@ -16,6 +16,7 @@ from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.segment_files import mask_name
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
+from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RNG = np.random.default_rng(0)
@@ -112,6 +113,27 @@ def test_overlays_and_instances_lie_beside_the_masks(run_cli, run, images, tmp_p
     ):
         assert numbers.mode.startswith("I")
         assert not (np.asarray(numbers) > 0)[np.asarray(mask) == 0].any()
+
+
+def test_threshold_and_least_size_are_those_of_the_mask_and_the_objects(run_cli, run, images, tmp_path):
+    trained = read_segmenter(run)
+    background = trained.segment(images / "grey.png").probabilities[0]
+    threshold = float(1 - np.quantile(background, 0.3))
+    options = ["--threshold", threshold, "--min_size", 1, "--instances"]
+    status, _, err = run_cli("segment", run, images / "grey.png", "--output", tmp_path / "m", *options)
+    assert status == 0, err
+    expected = trained.segment(images / "grey.png", threshold=threshold, min_size=1)
+    with (
+        Image.open(tmp_path / "m" / "grey.png") as mask,
+        Image.open(tmp_path / "m" / "instances" / "grey.png") as numbers,
+    ):
+        assert np.array_equal(np.asarray(mask), expected.classes)
+        assert np.array_equal(np.asarray(numbers), expected.instances)
+    assert (expected.classes > 0).mean() == pytest.approx(0.3, abs=0.01)
+    assert np.array_equal(expected.classes > 0, expected.instances > 0)  # no object is too small
+    status, _, err = run_cli("segment", run, images / "grey.png", "--output", tmp_path / "m", "--instances")
+    assert status == 1
+    assert f"threshold: {threshold} there, {THRESHOLD} here; min_size: 1 there, {MIN_SIZE} here" in err
 
 
 def test_unreadable_file_is_reported_at_the_end_and_the_rest_is_done(run_cli, run, images, tmp_path):
@@ -312,6 +334,14 @@ def test_instances_of_classes_are_refused(run_cli, classes_checkpoint, images, t
     assert "--instances needs a model of objects" in err
 
 
+def test_a_threshold_of_classes_is_refused(run_cli, classes_checkpoint, images, tmp_path):
+    status, _, err = run_cli("segment", classes_checkpoint, images, "--output", tmp_path / "m", "--threshold", "0.3")
+    assert status == 1
+    assert "threshold and min_size need a model of foreground or objects" in err
+    with pytest.raises(ValueError, match="and this one was trained on classes"):
+        read_segmenter(classes_checkpoint).segment(images / "grey.png", min_size=3)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -323,6 +353,9 @@ def test_instances_of_classes_are_refused(run_cli, classes_checkpoint, images, t
         ("segment {run} {tmp}/nothing --output {tmp}/o", "IMAGES must exist, got {tmp}/nothing"),
         ("segment {run} {images} {images} --output {tmp}/o", "must differ in more than their extension, got deep.tif"),
         ("segment {run} {images} --output {tmp}/o --window_size -5", "--window_size must be at least 1, got -5"),
+        ("segment {run} {images} --output {tmp}/o --threshold 1", "threshold must be above 0 and below 1, got 1.0"),
+        ("segment {run} {images} --output {tmp}/o --min_size 0 --overlays", "min_size must be at least 1 pixel, got 0"),
+        ("segment {run} {images} --output {tmp}/o --min_size 8", "add --instances or --overlays"),
     ],
 )
 def test_bad_input_gets_one_message(run_cli, run, images, digits_run, tmp_path, command, message):

@@ -4,8 +4,8 @@ The limits leave room for everything that the recipes do; tests/checks/test_advi
 """
 
 import math
-import re
 
+from unet_diffusion.checks.captions import WORD
 from unet_diffusion.checks.findings import Finding, percent
 from unet_diffusion.checks.plan import Plan
 
@@ -14,9 +14,11 @@ FEW_SHOWN = 30_000  # images in all; with more, a large set need not be shown se
 STRUCTURE = 300_000  # images in all after which public runs of small images begin to show structure
 SMALLEST = 256  # pixels of those images, or numbers of latents
 VISIBLE_MEAN = 1.0  # signal to noise of an image's mean at the noisiest timestep
-ADAM_RATES = (1.0e-5, 5.0e-3)  # at BATCH images a step; the rates that work grow with the root of the batch
+ADAMS = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
+# The least, a usual and the largest rate:
+ADAM_RATES = (1.0e-5, 2.0e-4, 5.0e-3)  # at BATCH images a step; the rates that work grow with the root of the batch
 BATCH = 16
-SGD_RATES = (1.0e-4, 1.0)  # divided by 1 - momentum
+SGD_RATES = (1.0e-4, 0.1, 1.0)  # divided by 1 - momentum
 FEW_VALIDATED = 10  # images
 DIRECTIONS = {  # words of captions
     *("left", "right", "leftwards", "rightwards"),
@@ -24,7 +26,6 @@ DIRECTIONS = {  # words of captions
 }
 MANY_DIRECTIONS = 0.01  # of the captions
 DIGITS = [str(digit) for digit in range(10)]
-WORD = re.compile(r"\w+")
 
 
 def advice(plan: Plan) -> list[Finding]:
@@ -41,20 +42,23 @@ def _batch_norm(plan: Plan) -> list[Finding]:
 
 
 def _rate(plan: Plan) -> list[Finding]:
-    is_sgd = plan.optimizer == "SGD"
-    low, high = SGD_RATES if is_sgd else ADAM_RATES
-    rate = plan.learning_rate / (1 - plan.momentum) if is_sgd else plan.learning_rate
-    scale = 1.0 if is_sgd else math.sqrt(plan.images_a_step / BATCH)
-    if low * scale <= rate <= high * scale:
+    """Of optimisers whose usual rates are known: others have rates of their own, such as 1 for Prodigy."""
+    if plan.optimizer in ADAMS:
+        rates, scale = ADAM_RATES, math.sqrt(plan.images_a_step / BATCH)
+    elif plan.optimizer == "SGD":
+        rates, scale = SGD_RATES, 1 - plan.momentum
+    else:
         return []
-    word, what = (
-        ("low", "hardly learns in the steps of a run") if rate < low * scale else ("high", "is likely to diverge")
-    )
+    low, usual, high = (rate * scale for rate in rates)
+    if low <= plan.learning_rate <= high:
+        return []
+    is_low = plan.learning_rate < low
+    word, what = ("low", "hardly learns in the steps of a run") if is_low else ("high", "is likely to diverge")
     text = (
         f"a learning rate of {plan.learning_rate:.3g} is {word} for {plan.optimizer} at {plan.images_a_step} images a "
         f"step; it {what}"
     )
-    return [Finding("advice", text, "--model.optimizer.lr between 1.0e-4 and 2.0e-3, for optimisers like Adam")]
+    return [Finding("advice", text, f"--model.optimizer.lr {usual:.1e}, or another near it")]
 
 
 def _warmup(plan: Plan) -> list[Finding]:
@@ -120,7 +124,7 @@ def _flips(plan: Plan) -> list[Finding]:
         return []
     option = "--data.horizontal_flip false"
     if [(*WORD.findall(name), "")[0] for name in plan.class_names] == DIGITS:
-        return [Finding("advice", "digits are mirrored, and a mirrored digit is none", option)]
+        return [Finding("advice", "digits are mirrored, and most mirrored digits are not digits", option)]
     meant = [text for text in plan.captions if DIRECTIONS & {*WORD.findall(text.lower())}]
     if len(meant) > MANY_DIRECTIONS * len(plan.captions):
         text = (
@@ -141,5 +145,5 @@ def _guidance(plan: Plan) -> list[Finding]:
 def _validation(plan: Plan) -> list[Finding]:
     if plan.num_val >= FEW_VALIDATED or plan.task == "segment":
         return []
-    text = f"{plan.num_val} images to validate on tell little: their loss is mostly chance"
+    text = f"with only {plan.num_val} validation images the loss is mostly chance"
     return [Finding("note", text, "--data.num_val N, a larger one")]

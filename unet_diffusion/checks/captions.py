@@ -110,9 +110,9 @@ def concepts(captions: Sequence[str]) -> tuple[list[tuple[str, ...]], set[str]]:
 def exchanged_phrases(captions: Sequence[tuple[str, ...]]) -> set[str]:
     """Phrases of which at least five stand at the same places in otherwise equal captions, such as skin tones.
 
-    Two belong together if nearly everywhere where
-    the rarer one stands, there is the same caption with the other one. This must be so at many places: "dog" and "cat"
-    may both follow "a small", which makes them no variants of one thing.
+    Two phrases belong together if, in nearly every caption with the rarer one, the other could replace it and give
+    another caption of the set. This must be so at many places: "dog" and "cat" may both follow "a small", which makes
+    them no variants of one thing.
 
     Args:
         captions: The phrases of each caption.

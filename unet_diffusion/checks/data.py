@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.checks.captions import caption_facts, caption_findings, cut_findings
-from unet_diffusion.checks.duplicates import exact_findings, near_findings, thumbnails
+from unet_diffusion.checks.duplicates import alike_findings, exact_findings, thumbnails
 from unet_diffusion.checks.findings import Finding, Section
 from unet_diffusion.checks.images import crop_findings, image_findings, stretch_findings, value_ends, value_facts
 from unet_diffusion.checks.labels import (
@@ -96,7 +96,7 @@ def _duplicates(data: ImageDataModule, quick: bool) -> list[Finding]:
     if contents is not None or is_small or not quick:
         findings += exact_findings(contents or _contents(images), names, train, val)
     if not quick or (is_small and len(train) * len(val) <= QUICK_PAIRS):
-        findings += near_findings(thumbnails(images), names, train, val)
+        findings += alike_findings(thumbnails(images), names, train, val)
     return findings
 
 
@@ -120,7 +120,7 @@ def _of_labelled(data: SegmentationDataModule, loss: str, quick: bool) -> list[S
     if step == 1:
         train, val = data.train_images, data.val_indices
         findings += exact_findings(contents_of_pixels(images), names, train, val)
-        findings += near_findings(thumbnails(images), names, train, val)
+        findings += alike_findings(thumbnails(images), names, train, val)
         of_labels += pixel_findings([data.classes(i) for i in train.tolist()], targets, loss)
     if targets.kind != "classes":
         objects = objects_of(labels, targets)

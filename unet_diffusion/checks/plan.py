@@ -22,12 +22,12 @@ class Plan:
         images_a_step: The number of images of an optimiser step, of all processes.
         num_steps: The number of optimiser steps; infinite if the run has no end.
         num_parameters: The number of parameters of all networks.
-        num_trained: Those of them that are trained.
-        num_moments: The numbers that the optimiser keeps for each of these.
-        optimizer: The name of its class.
-        learning_rate: Its rate.
-        momentum: Its momentum; 0 for those of Adam's kind.
-        lr_warmup_steps: The steps over which the rate rises.
+        num_trained: The number of parameters that are trained.
+        num_moments: The number of moments that the optimiser keeps of each trained parameter.
+        optimizer: The name of the optimiser's class.
+        learning_rate: The learning rate.
+        momentum: The momentum of SGD; 0 for optimisers of Adam's kind.
+        lr_warmup_steps: The number of steps over which the learning rate rises.
         ema_decay: The share of the moving average that stays at each step; 0: there is none.
         has_batch_norm: Whether the network has batch norms.
         horizontal_flip: Whether images are mirrored.

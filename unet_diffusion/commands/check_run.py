@@ -15,7 +15,7 @@ from unet_diffusion.training.callbacks import PictureGrid
 from unet_diffusion.training.checkpointing import RunCheckpoint
 from unet_diffusion.training.lightning_internals import callbacks_of
 from unet_diffusion.training.planning import NUM_VALIDATED, TrySteps, disk_of, plan_of, sections_of
-from unet_diffusion.training.timing import num_batches
+from unet_diffusion.training.timing import batches_of_an_epoch, num_batches
 
 
 class CheckParser(RunParser):
@@ -68,11 +68,12 @@ class CheckCLI(TrainingCLI):
 
     def _num_validations(self) -> float:
         trainer = self.written[self.subcommand].trainer
-        batches, interval = num_batches(self.trainer, self.datamodule), trainer.val_check_interval or 1.0
+        num_processes, interval = self._num_processes(), trainer.val_check_interval or 1.0
+        batches = num_batches(self.trainer, self.datamodule, num_processes=num_processes)
         if trainer.check_val_every_n_epoch is None:
             return batches // interval
-        an_epoch = max(len(self.datamodule.train_indices) // self.datamodule.batch_size, 1)
-        interval = interval if isinstance(interval, int) else an_epoch * interval
+        if not isinstance(interval, int):
+            interval *= batches_of_an_epoch(self.datamodule, num_processes=num_processes)
         return batches / interval / trainer.check_val_every_n_epoch
 
 

@@ -37,9 +37,10 @@ def evaluate_run(
         unet-diffusion evaluate imported.ckpt --data.source Folder --data.root images --data.image_size 64
 
     RUN is a run folder, a checkpoint, a diffusers folder, or a folder of images that anybody drew. Samples are compared
-    with the images that the run was trained on, and held-out images say what a perfect model would reach. DIR gets
-    evaluation.html, a page that needs nothing else, evaluation.json, and the samples. The same command again continues
-    where it was cut off, and several processes of torchrun share the drawing.
+    with the images that the run was trained on, and held-out images say what a perfect model would reach. The output
+    folder gets evaluation.html, a page that needs nothing else, evaluation.json, and the samples. Several processes of
+    torchrun share the work. After an interruption the same command continues the drawing of samples; segmenters and
+    autoencoders are evaluated again from the start.
 
     Args:
         run: The run folder, checkpoint, diffusers folder or folder of images.

@@ -1,6 +1,7 @@
 """segment: masks for images, from a trained segmenter."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,8 @@ def segment(
     overlays: bool = False,
     probabilities: bool = False,
     views: bool = False,
+    threshold: float = 0.5,
+    min_size: int = 16,
     overwrite: bool = False,
     window_size: int | None = None,
     allow: Annotated[list[str], "MODULE"] | None = None,
@@ -54,6 +57,8 @@ def segment(
         overlays: Also write DIR/overlays/NAME.png, with outlines on the image.
         probabilities: Also write DIR/probabilities/NAME.npy, float16 (classes, height, width).
         views: Average over rotations and flips, which takes 8 times the work.
+        threshold: The foreground is where its probability is larger; the evaluation of a run says which is best.
+        min_size: Least number of pixels in an object, with --instances or --overlays; smaller objects are left out.
         overwrite: Replace the masks that an earlier run left in DIR.
         window_size: The number of pixels along a side that the network sees at once. The default is as in training.
         allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
@@ -80,7 +85,10 @@ def segment(
         from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
         from unet_diffusion.models.speed import prepare_weights
         from unet_diffusion.runtime.processes import process_group
+        from unet_diffusion.segmentation.labels import MIN_SIZE, check_threshold
 
+    if min_size != MIN_SIZE and not (instances or overlays):
+        raise ValueError("--min_size is of objects, and a mask shows none; add --instances or --overlays")
     trained = read_segmenter(checkpoint, allow=allow or ())
     settings: dict[str, Any] = {
         "checkpoint": str(checkpoint),
@@ -88,11 +96,14 @@ def segment(
         "overlays": overlays,
         "probabilities": probabilities,
         "views": views,
+        "threshold": threshold,
+        "min_size": min_size,
         "window_size": window_size,
         f"{CONTENTS}checkpoint": contents_of(trained),
     }
     if instances and trained.kind == "classes":
         raise ValueError("--instances needs a model of objects, and this one was trained on classes; leave it out")
+    check_threshold(trained.kind, threshold, min_size)
     if window_size is not None:
         trained.window_size = window_size
     sources, outputs = ImagesToSegment(images), Outputs(output, probabilities, overlays, instances)
@@ -100,10 +111,7 @@ def segment(
     settings["precision"] = trained.precision
     prepare_weights(trained.unet, getattr(torch, trained.precision or "float32"))
 
-    @torch.inference_mode()
-    def predict(image: torch.Tensor) -> torch.Tensor:
-        return trained.probabilities(image, views=views)
-
+    predict = partial(trained.segment, views=views, threshold=threshold, min_size=min_size)
     is_new = not output.exists()
     with process_group() as group, claimed(output, group):
         group.on_rank_zero(lambda: _prepare_masks(settings, sources, outputs, overwrite=overwrite))

@@ -11,11 +11,10 @@ from unet_diffusion.evaluation.image_quality import RANGE
 from unet_diffusion.evaluation.intervals import FEW_IMAGES, Values, interval, interval_of_mean, mean
 from unet_diffusion.evaluation.latent_sums import LatentSums
 from unet_diffusion.evaluation.result import Figure, Picture, Section, Table
-from unet_diffusion.latents.space import MIN_CODE_USE, MIN_SIGNAL
-from unet_diffusion.runtime.pictures import image_grid
+from unet_diffusion.latents.collapse import collapsed_channels, unused_codes
+from unet_diffusion.runtime.pictures import CHANNELS, image_grid, over_white
 
 SHOWN_SIDE = 96  # of an image in a picture, at least
-HARDLY_VARIES = 0.01  # of the largest deviation of a channel
 NEARLY_THE_SAME = 0.95  # correlation of two channels
 LATENTS_FOR_A_CODE = 10  # fewer may leave a code unused by chance
 
@@ -59,7 +58,7 @@ def reconstruction_section(
     """How near reconstructions are.
 
     Args:
-        qualities: Of each image.
+        qualities: The qualities of each image.
         perceptual_remark: Why there is no LPIPS.
         perceptual_name: The network of LPIPS.
         distance: The Fréchet distance; None: there is none.
@@ -110,7 +109,7 @@ def latent_section(latents: LatentSums, *, has_codes: bool) -> Section:
         share = float(signal.mean() / max(signal.mean() + noise.mean(), np.finfo(float).tiny))
         figures.append(Figure("latent_signal", "Share of signal in the latents", share, "higher"))
     warnings = [
-        *_collapsed(shares, deviations, has_codes),
+        *collapsed_channels(signal, noise),
         *(f"Channels {one} and {two} say nearly the same (correlation {latents.correlation[one, two]:.2f}); fewer "
           "latent_channels would do."
           for one, two in np.argwhere(np.triu(others > NEARLY_THE_SAME)).tolist()),
@@ -142,12 +141,8 @@ def code_section(counts: Values) -> Section:
         Figure("codes_dead", "Codes that are never used", num_codes - used, "lower", remark=f"Of {num_codes:,}."),
         Figure("code_perplexity", "Perplexity of the codes", perplexity, "higher"),
     ]
-    warnings = [
-        f"Only {used} of {num_codes} codes are used. Restart unused ones (model.restart_codes_after), or make fewer "
-        "(num_codes) or shorter ones (latent_channels)."
-    ]
-    return Section("Are the codes used?", ABOUT_CODES, figures, [table],
-                   warnings=warnings if used < MIN_CODE_USE * num_codes else [])  # fmt: skip
+    warnings = [*filter(None, [unused_codes(counts)])]
+    return Section("Are the codes used?", ABOUT_CODES, figures, [table], warnings=warnings)
 
 
 def worst_section(images: Tensor, reconstructions: Tensor, values: Values) -> Section:
@@ -169,34 +164,14 @@ def worst_section(images: Tensor, reconstructions: Tensor, values: Values) -> Se
     return Section("Where does it fail?", ABOUT_WORST, pictures=[Picture("worst", caption, grid)])
 
 
-def _collapsed(shares: Values, deviations: Values, has_codes: bool) -> list[str]:
-    """Warnings of channels that say nothing of the image."""
-    warnings = []
-    constant = deviations < HARDLY_VARIES * deviations.max()
-    noisy = (shares < MIN_SIGNAL) & ~constant
-    if noisy.any() and not has_codes:
-        warnings.append(
-            f"{_channels(noisy)}: over {1 - MIN_SIGNAL:.0%} of the variance is noise, not image (posterior collapse). "
-            "Lower kl_weight, or make fewer latent_channels."
-        )
-    if constant.any():
-        warnings.append(f"{_channels(constant)}: hardly varies. Fewer latent_channels would do.")
-    return warnings
-
-
-def _channels(which: Values) -> str:
-    numbers = np.flatnonzero(which).tolist()
-    return f"Channel{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))} of the latents"
-
-
 def _psnr_of(sums: Values) -> Values:
     """The PSNR of the mean squared error, of sums of errors and of images, (..., 2) -> (...)."""
     return 10 * np.log10(RANGE**2 * sums[..., 1] / sums[..., 0])
 
 
 def _as_rgb(images: Tensor) -> Tensor:
-    """The first three channels, or the first one three times, (N, 3, H, W)."""
-    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    """Images in colour, (N, 3, H, W); of a number of channels that no picture shows, the first one in grey."""
+    return over_white(images if images.shape[1] in CHANNELS else images[:, :1])
 
 
 def _coloured(values: Tensor) -> Tensor:

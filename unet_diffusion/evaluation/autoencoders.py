@@ -17,10 +17,9 @@ from unet_diffusion.evaluation.autoencoder_sections import (
     reconstruction_section,
     worst_section,
 )
-from unet_diffusion.evaluation.distances import frechet_distance
+from unet_diffusion.evaluation.distances import LEAST_IMAGES, frechet_distance
 from unet_diffusion.evaluation.image_quality import (
     PERCEPTUAL_FILES,
-    SSIM_SIDE,
     PerceptualNet,
     lpips,
     perceptual_file,
@@ -47,9 +46,9 @@ class Measured:
     """What is kept of a batch.
 
     Args:
-        qualities: Of each image its number in the data, PSNR, SSIM and LPIPS, (B, 4); NaN where there is none.
-        latents: Sums over its latents.
-        features: Features of the images and of their reconstructions, (2, B, d); None: they are not asked for.
+        qualities: The number in the data, PSNR, SSIM and LPIPS of each image, (B, 4); NaN where there is none.
+        latents: The sums over its latents.
+        features: The features of the images and of their reconstructions, (2, B, d); None: they are not asked for.
     """
 
     qualities: np.ndarray
@@ -159,11 +158,10 @@ class _Look:
         codes = None
         if self.num_codes:
             codes = quantize(self.autoencoder.autoencoder, means.to(self.autoencoder.device))[2]
-        similarity = ssim(images, reconstructions) if min(images.shape[2:]) >= SSIM_SIDE else torch.nan
         columns = [
             torch.tensor(numbers),
             psnr(images, reconstructions),
-            similarity,
+            ssim(images, reconstructions),
             self._lpips(images, reconstructions),
         ]
         rows = torch.stack([torch.as_tensor(column).double().expand(len(numbers)) for column in columns], dim=1)
@@ -194,14 +192,20 @@ def _perceptual(image_shape: tuple[int, int, int]) -> tuple[nn.Module | None, st
 
 def _distance(pair: np.ndarray, real: np.ndarray | None, name: str) -> Figure:
     """The Fréchet distance of reconstructions, beside that of as many other real images."""
+    key, title = "rfid", "Fréchet distance of reconstructions (rFID)"
     images, reconstructions = map(torch.from_numpy, pair)
-    same = frechet_distance(torch.from_numpy(real), images) if real is not None else None
     count, size = images.shape
+    if count < LEAST_IMAGES:
+        remark = f"Not measured: there must be at least {LEAST_IMAGES} images to validate on (num_val), got {count}."
+        return Figure(key, title, float("nan"), "lower", remark=remark)
+    same = frechet_distance(torch.from_numpy(real), images) if real is not None else None
     remark = f"{name + ': ' if name else ''}{size} features of {count} images. Beside it: as many training images."
-    if count <= size:
-        remark += " Fewer images than features: compare it with that figure and with other runs on these images only."
-    return Figure("rfid", "Fréchet distance of reconstructions (rFID)", frechet_distance(reconstructions, images),
-                  "lower", real=same, remark=remark)  # fmt: skip
+    if count < 2 * size:
+        remark += (
+            " It is too large, as there are fewer images than about twice the features: compare it with that figure "
+            "and with other runs on these images only."
+        )
+    return Figure(key, title, frechet_distance(reconstructions, images), "lower", real=same, remark=remark)
 
 
 def _as_many_others(data: ImageDataModule) -> list[int]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from unet_diffusion.evaluation.own_features import SETTINGS, own_features
 from unet_diffusion.evaluation.selections import Selection
-from unet_diffusion.runtime.pictures import to_uint8
+from unet_diffusion.runtime.pictures import CHANNELS, over_white, to_uint8
 
 FeatureName = Literal["own", "inception", "dinov2", "clip"]
 
@@ -57,8 +57,9 @@ def features_named(
 
     Args:
         name: "own" trains a small network on the images; the others are pretrained.
-        weights: Of a pretrained network: for inception the file of torch-fidelity, for dinov2 and clip a folder of
-            transformers, or a name on the hub. None takes what torch.hub has downloaded before, for inception only.
+        weights: The weights of a pretrained network: for inception the file of torch-fidelity, for dinov2 and clip a
+            folder of transformers, or a name on the hub. None takes what torch.hub has downloaded before, for
+            inception only.
         train: The training images.
         folder: Where a trained network is kept; None: nowhere.
         progress: Whether progress is shown.
@@ -122,15 +123,12 @@ def _transformer(name: str, weights: str | None) -> Features:
 
 
 def _as_rgb(images: Tensor) -> Tensor:
-    """Three channels: of grey images three times the same, of RGBA images over white.
+    """Images in colour, see `over_white`.
 
     Raises:
         ValueError: If there are other numbers of channels, which only features of one's own take.
     """
     channels = images.shape[1]
-    if channels == 4:
-        alpha = (images[:, 3:] + 1) / 2
-        return alpha * images[:, :3] + (1 - alpha)
-    if channels not in (1, 3):
+    if channels not in CHANNELS:
         raise ValueError(f"pretrained features are of images of 1, 3 or 4 channels, got {channels}; take features own")
-    return images.expand(-1, 3, -1, -1)
+    return over_white(images)

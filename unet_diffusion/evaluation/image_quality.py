@@ -27,9 +27,9 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity of each image (Wang et al. 2004), (B,) float32; 0 for images too small for its window."""
+    """Structural similarity of each image (Wang et al. 2004), (B,) float32; NaN for images too small for its window."""
     if min(images.shape[-2:]) < SSIM_SIDE:
-        return torch.zeros(len(images), device=images.device)
+        return torch.full((len(images),), torch.nan, device=images.device)
     pair = reconstructions.float().clamp(-1, 1), images.float()
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 would lose the small differences of moments
         return cast(Tensor, structural_similarity_index_measure(*pair, data_range=RANGE, reduction="none"))

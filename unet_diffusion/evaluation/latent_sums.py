@@ -27,12 +27,6 @@ class LatentSums:
     codes: Values
 
     @classmethod
-    def nothing(cls, channels: int, num_codes: int) -> "LatentSums":
-        """The sums over no latents."""
-        zeros = np.zeros(channels)
-        return cls(0, zeros, np.zeros((channels, channels)), zeros, np.zeros(num_codes, dtype=np.int64))
-
-    @classmethod
     def of(cls, mean: Tensor, std: Tensor, numbers: Tensor | None, num_codes: int) -> "LatentSums":
         """The sums over some latents.
 

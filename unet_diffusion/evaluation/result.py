@@ -31,8 +31,8 @@ class Figure:
         title: Name for people, such as "Fréchet distance".
         value: The number; NaN if there is none, which `remark` explains.
         better: Which values are better; None: neither.
-        interval: The bounds between which the number lies with a probability of 95 %; None: they are not known.
-        real: The same figure of real images against other real images, as many; None: there is none.
+        interval: The bounds of a 95 % confidence interval; None: they are not known.
+        real: The same figure of as many real images, compared with other real images; None: there is none.
         remark: What a reader must know to use the number; "" if nothing.
     """
 

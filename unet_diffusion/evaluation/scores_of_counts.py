@@ -12,7 +12,7 @@ def dice_of(mask: Values) -> Values:
     """The mean Dice score of the classes that occur, but for the background: (..., M, 3) -> (...); NaN without any.
 
     Args:
-        mask: Of each class pixels that are right, of the truth, and of the prediction.
+        mask: The number of pixels of each class that are right, of the truth, and of the prediction.
     """
     return _mean_over_classes(dice_by_class(mask)[..., 1:])
 
@@ -59,17 +59,19 @@ def challenge_pixel_error_of(foreground: Values) -> Values:
     """1 - the best F-score of pixels over all thresholds, as the ISBI 2012 challenge had it, (..., B, 3) -> (...).
 
     Args:
-        foreground: Of each bin of the foreground's probability pixels, its sum, and pixels of the foreground.
+        foreground: The number of pixels in each bin of the foreground's probability, the sum of that probability, and
+            the number of these pixels that are foreground.
     """
     predicted, right = (foreground[..., ::-1, column].cumsum(axis=-1) for column in (0, 2))
     return 1 - _ratio(2 * right, predicted + right[..., -1:]).max(axis=-1)
 
 
 def reliability_of(bins: Values) -> tuple[Values, Values, Values]:
-    """Of each of NUM_RELIABILITY_BINS: its share of pixels, their mean probability, and how often it came true.
+    """The share of pixels in each of NUM_RELIABILITY_BINS, their mean probability, and how often it came true.
 
     Args:
-        bins: Of each finer bin pixels, the sum of the probability, and pixels for which it came true, (..., B, 3).
+        bins: The number of pixels in each finer bin, the sum of their probability, and the number of those for which it
+            came true, (..., B, 3).
 
     Returns:
         Arrays (..., NUM_RELIABILITY_BINS), the last two NaN for bins without pixels.

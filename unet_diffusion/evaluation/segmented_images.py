@@ -126,12 +126,14 @@ class ImageCounts:
 
     Args:
         index: Number of the image in the data.
-        mask: Of each class of the mask, pixels that are right, of the truth, and of the prediction, (M, 3).
-        classes: The same of each class of the network, by the likeliest one, (K, 3).
-        reliability: Of each probability and each bin pixels, the sum of the probability, and pixels for which it came
-            true, (P, B, 3): of the foreground, or of the likeliest class and then of each class.
+        mask: The number of pixels of each class of the mask that are right, of the truth, and of the prediction,
+            (M, 3).
+        classes: The same numbers of each class of the network, by the likeliest one, (K, 3).
+        reliability: The number of pixels in each bin of a probability, the sum of the probability, and the number of
+            pixels for which it came true, (P, B, 3). The probabilities are that of the foreground, or that of the
+            likeliest class and then that of each class.
         objects: The objects.
-        segments: Sums of `segment_sums`, (3, 3); zeros where truth has no object.
+        segments: The sums of `segment_sums`, (3, 3); zeros where truth has no object.
     """
 
     index: int

@@ -169,7 +169,7 @@ def calibration_section(kind: Kind, class_names: Sequence[str], images: Sequence
             "thresholds, but do not read them as they stand."
         )
     about = (
-        f"Of the pixels that are {of} with a probability of 0.8, 80 % should be it. The expected calibration error is "
+        f"Where {of} has a probability of 0.8, 80 % of the pixels should be {of}. The expected calibration error is "
         f"the mean distance from that over the pixels of all images, in {len(curves[of][0])} bins. Most pixels are "
         "easy; the plot shows the others."
     )
@@ -211,10 +211,9 @@ def threshold_section(
 
 
 def _advice(fitted: FittedThreshold, title: str, before: float, after: float) -> str:
-    size = "" if fitted.min_size is None else f", min_size={fitted.min_size}"
-    call = "instances_from(probabilities, kind" if fitted.min_size is not None else "mask_from(probabilities, kind"
-    return (f"{title} rises from {before:.3f} to {after:.3f} with the threshold {fitted.threshold:g}: in Python, "
-            f"{call}, threshold={fitted.threshold:g}{size}) of unet_diffusion.segmentation.labels.")  # fmt: skip
+    size = "" if fitted.min_size is None else f" --instances --min_size {fitted.min_size}"
+    return (f"{title} rises from {before:.3f} to {after:.3f} with the threshold {fitted.threshold:g}: "
+            f"unet-diffusion segment RUN IMAGES --output DIR --threshold {fitted.threshold:g}{size}")  # fmt: skip
 
 
 def _both(key: str, title: str, better: Better, counts: Values, score: Score) -> list[Figure]:

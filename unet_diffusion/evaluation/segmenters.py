@@ -25,6 +25,7 @@ from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
 from unet_diffusion.segmentation.scores import THRESHOLDS
 
 NUM_WORST = 6
+NUM_FIT = 24  # images that thresholds are fitted on, at most; none of them is validated on
 FEW = (
     "There are only {} images to validate on: figures and intervals are rough, and a difference between two runs means "
     "little. Validate on more images (num_val), or on several splits."
@@ -37,8 +38,8 @@ class SegmentedImage:
     """What was counted in one image.
 
     Args:
-        counts: At the threshold that `segment` takes.
-        by_threshold: At each threshold; None: classes have none.
+        counts: The counts at the threshold that `segment` takes.
+        by_threshold: The scores at each threshold; None: classes have none.
         warped: See `warped_shares`; None: the network separates objects by itself, or has classes.
     """
 
@@ -53,7 +54,6 @@ def evaluate_segmenter(
     *,
     subject: str = "",
     views: bool = False,
-    num_fit: int = 24,
     progress: Progress = lambda done, total: None,
     group: ProcessGroup = ALONE,
 ) -> Evaluation:
@@ -67,7 +67,6 @@ def evaluate_segmenter(
         data: The labelled images that it was trained on, with the same split, or others.
         subject: What is evaluated, such as the run folder.
         views: Average over the eight rotated and mirrored views of each image; takes eight times as long.
-        num_fit: How many images, none of them validated on, thresholds are fitted on at most.
         progress: Called after each image with how many this process has done, and of how many.
         group: The processes that share the work.
 
@@ -77,7 +76,7 @@ def evaluate_segmenter(
     data.setup("fit")
     _check(segmenter, data)
     has_threshold = segmenter.kind != "classes"
-    fitted_on, were_trained_on = images_to_fit_on(data, num_fit) if has_threshold else ([], False)
+    fitted_on, were_trained_on = images_to_fit_on(data, NUM_FIT) if has_threshold else ([], False)
     shares = group.shard(fitted_on), group.shard(data.val_indices.tolist())
     total = sum(map(len, shares)) + min(NUM_WORST, len(data.val_indices))
     done = 0
@@ -171,15 +170,14 @@ def _worst_section(look: _Look, images: list[ImageCounts]) -> Section:
 
 
 def _check(segmenter: Segmenter, data: SegmentationDataModule) -> None:
-    trained = {"channels": segmenter.unet.in_channels, "kind": segmenter.kind, "class_names": segmenter.class_names,
-               "stretch": segmenter.stretch}  # fmt: skip
-    found = {"channels": data.image_shape[0], "kind": data.targets.kind, "class_names": data.targets.class_names,
-             "stretch": data.stretch}  # fmt: skip
-    for name, value in trained.items():
-        if list(np.atleast_1d(found[name])) != list(np.atleast_1d(value)):
+    targets = data.targets
+    trained = (segmenter.unet.in_channels, segmenter.kind, tuple(segmenter.class_names), segmenter.stretch)
+    found = (data.image_shape[0], targets.kind, tuple(targets.class_names), data.stretch)
+    for name, ours, theirs in zip(("channels", "kind", "class_names", "stretch"), trained, found, strict=True):
+        if ours != theirs:
             raise ValueError(
-                f"the data must have the {name} that the segmenter was trained with, {value}, and have {found[name]}; "
-                "set data.source, data.targets and data.stretch as in its run"
+                f"the data must have the {name} that the segmenter was trained with, {ours}, and have {theirs}; set "
+                "data.source, data.targets and data.stretch as in its run"
             )
 
 

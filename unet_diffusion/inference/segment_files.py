@@ -19,11 +19,10 @@ from unet_diffusion.data.fingerprints import MadeOf, fingerprint, is_of
 from unet_diffusion.data.listing import TIFF_EXTENSIONS
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.stored import StoredImage, stored_images
-from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.inference.segmenter import Segmentation, Segmenter
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.pictures import write_png
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
-from unet_diffusion.segmentation.labels import instances_from, mask_from
 from unet_diffusion.segmentation.pictures import outlined
 
 PNG = ".png"  # extension of a mask whose image has a lossy or multi-purpose format
@@ -124,7 +123,7 @@ def segment_images(
     images: ImagesToSegment,
     outputs: Outputs,
     *,
-    predict: Callable[[Tensor], Tensor],
+    predict: Callable[[Tensor], Segmentation],
     progress: Callable[[], object] = lambda: None,
     group: ProcessGroup = ALONE,
 ) -> list[str]:
@@ -136,7 +135,7 @@ def segment_images(
         trained: The segmenter, which says how images are scaled and what the classes mean.
         images: The images to segment.
         outputs: The files to write.
-        predict: Function from an image, (C, H, W) in [-1, 1], to class probabilities, (K, H, W).
+        predict: Function from an image, (C, H, W) in [-1, 1], to its segmentation.
         progress: Called after each image.
         group: The processes that share the images.
     """
@@ -170,7 +169,7 @@ def _segment_pages(
     pages: list[StoredImage],
     mask: str,
     outputs: Outputs,
-    predict: Callable[[Tensor], Tensor],
+    predict: Callable[[Tensor], Segmentation],
 ) -> None:
     """Write the outputs page by page; the mask appears last, as it marks the image as done."""
     if len(pages) > 1 and PurePosixPath(mask).suffix.lower() not in TIFF_EXTENSIONS:
@@ -184,17 +183,15 @@ def _segment_pages(
             write_instances = files.enter_context(_whole_pages(outputs.folder / "instances" / mask))
         for page, stem in zip(pages, stems, strict=True):
             image = to_float(_decoded_page(page, trained.unet.in_channels), stretch=trained.stretch)
-            prediction = predict(image).numpy()
-            outline: NDArray[Any] = mask_from(prediction, trained.kind)
-            write_mask(outline)
-            if has_objects and (outputs.instances or outputs.overlays):
-                outline = instances_from(prediction, trained.kind)
+            prediction = predict(image)
+            write_mask(prediction.classes)
             if outputs.instances and has_objects:
-                write_instances(_sixteen_bits(outline))
+                write_instances(_sixteen_bits(prediction.instances))
             if outputs.probabilities:
                 with atomic_write(outputs.folder / "probabilities" / f"{stem}.npy") as partial:
-                    _save_array(partial, prediction.astype(np.float16))
+                    _save_array(partial, prediction.probabilities.astype(np.float16))
             if outputs.overlays:
+                outline = prediction.instances if has_objects else prediction.classes
                 write_png(outlined(image, outline), outputs.folder / "overlays" / f"{stem}.png")
 
 

@@ -17,7 +17,7 @@ from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.segmentation.labels import instances_from, mask_from
+from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD, check_threshold, instances_from, mask_from
 from unet_diffusion.segmentation.prediction import class_probabilities
 
 FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")  # of a record, beside the network
@@ -32,16 +32,20 @@ class Segmentation:
         probabilities: The probability of each class at each pixel, (K, H, W) float32.
         kind: The meaning of the classes, as in `Segmenter`.
         class_names: The name of each class.
+        threshold: The foreground is where its probability is larger; classes have no threshold.
+        min_size: Least number of pixels in an object; smaller objects are left out.
     """
 
     probabilities: NDArray[np.float32]
     kind: Kind
     class_names: list[str]
+    threshold: float = THRESHOLD
+    min_size: int = MIN_SIZE
 
     @property
     def classes(self) -> NDArray[np.uint8]:
         """The mask, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class."""
-        return mask_from(self.probabilities, self.kind)
+        return mask_from(self.probabilities, self.kind, threshold=self.threshold)
 
     @cached_property
     def instances(self) -> NDArray[np.int32]:
@@ -50,7 +54,7 @@ class Segmentation:
         Raises:
             ValueError: If the kind is "classes", which has no objects.
         """
-        return instances_from(self.probabilities, self.kind)
+        return instances_from(self.probabilities, self.kind, min_size=self.min_size, threshold=self.threshold)
 
 
 @dataclass(repr=False)
@@ -93,23 +97,30 @@ class Segmenter(Running):
             raise ValueError(f"timestep {rule}, got {self.timestep}")
 
     @torch.inference_mode()
-    def segment(self, image: ImageLike, *, views: bool = False) -> Segmentation:
+    def segment(
+        self, image: ImageLike, *, views: bool = False, threshold: float = THRESHOLD, min_size: int = MIN_SIZE
+    ) -> Segmentation:
         """The classes, probabilities and objects of an image of any size.
 
         Args:
             image: A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits, or a tensor (C, H, W) in [-1, 1].
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
+            threshold: The foreground is where its probability is larger.
+            min_size: Least number of pixels in an object; smaller objects are left out.
 
         Raises:
-            ValueError: If the image cannot be read, or the channels of a tensor do not fit the network.
+            ValueError: If the image cannot be read, the channels of a tensor do not fit the network, the threshold or
+                the size is out of range, or the kind is "classes", which has neither.
             FileNotFoundError: If there is no such file.
         """
+        check_threshold(self.kind, threshold, min_size)
         channels = self.unet.in_channels
         if not isinstance(image, Tensor):
             image = to_float(read_at_its_own_size(image, channels), stretch=self.stretch)
         elif image.ndim != 3 or image.shape[0] != channels:
             raise ValueError(f"image as a tensor must be ({channels}, H, W), got {tuple(image.shape)}")
-        return Segmentation(self.probabilities(image, views=views).numpy(), self.kind, self.class_names)
+        probabilities = self.probabilities(image, views=views).numpy()
+        return Segmentation(probabilities, self.kind, self.class_names, threshold, min_size)
 
     @torch.no_grad()
     def probabilities(self, image: Tensor, *, views: bool = False) -> Tensor:

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 MOMENTS = ("latents_mean", "latents_std")  # fields of an autoencoder's configuration, a value for each channel
 LEAST_STD = 1e-6  # lower bound for the standard deviation of a channel
-# The user is warned of less:
-MIN_SIGNAL = 0.1  # share of the latents' variance that comes from the images
-MIN_CODE_USE = 0.1  # share of the codebook that is used
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,18 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def over_white(images: Tensor) -> Tensor:
+    """Return images in colour, (N, 3, H, W): grey ones with three equal channels, and RGBA ones over white.
+
+    Args:
+        images: Images, (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4.
+    """
+    if images.shape[1] == 4:
+        alpha = (images[:, 3:] + 1) / 2
+        return alpha * images[:, :3] + (1 - alpha)
+    return images.expand(-1, 3, -1, -1)
+
+
 def picture_of(pixels: Tensor) -> Image.Image:
     """Return the picture of the bytes of an image, (C, H, W) with C of 1, 3 or 4."""
     from torchvision.transforms.functional import to_pil_image

@@ -261,6 +261,28 @@ def instances_from(
     return renumber[numbers]
 
 
+def check_threshold(kind: Kind, threshold: float, min_size: int) -> None:
+    """Refuse a threshold, or a least size of objects, that cannot be taken.
+
+    Args:
+        kind: The meaning of the classes.
+        threshold: The foreground is where its probability is larger.
+        min_size: Least number of pixels in an object.
+
+    Raises:
+        ValueError: If one is out of range, or classes, which have neither, get others than the usual ones.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must be above 0 and below 1, got {threshold}; {THRESHOLD} is usual")
+    if min_size < 1:
+        raise ValueError(f"min_size must be at least 1 pixel, got {min_size}; {MIN_SIZE} is usual")
+    if kind == "classes" and (threshold, min_size) != (THRESHOLD, MIN_SIZE):
+        raise ValueError(
+            "threshold and min_size need a model of foreground or objects, and this one was trained on classes, of "
+            "which the likeliest is taken; leave them out"
+        )
+
+
 def mask_from(probabilities: NDArray[np.float32], kind: Kind, *, threshold: float = THRESHOLD) -> NDArray[np.uint8]:
     """Return the mask to write, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class.
 

@@ -259,9 +259,10 @@ class AutoencoderModule(NetworkModule):
         sums = [self.trainer.strategy.reduce(part, reduce_op="sum") for part in (self._quality_sums, self._latent_sums)]
         num_images, psnr_sum, ssim_sum = sums[0].tolist()
         num_latents, totals, squares, variances = sums[1].cpu().double()
-        means, noise = totals / num_latents, (variances / num_latents).mean().item()
-        signal = (squares / num_latents - means.square()).clamp(min=0).mean().item()
-        self.latent_std = max(math.sqrt(signal + noise + means.var(correction=0).item()), LEAST_STD)
+        means, noise = totals / num_latents, variances / num_latents
+        signal = (squares / num_latents - means.square()).clamp(min=0)
+        within = signal.mean().item() + noise.mean().item()
+        self.latent_std = max(math.sqrt(within + means.var(correction=0).item()), LEAST_STD)
         scores = {"latent_mean": means.mean().item(), "latent_std": self.latent_std}
         if self.image_shape is not None and min(self.image_shape[1:]) >= SSIM_SIDE:
             scores["ssim"] = ssim_sum / num_images

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, VQModel
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from unet_diffusion.latents.space import LEAST_STD, MIN_CODE_USE, MIN_SIGNAL
+from unet_diffusion.latents.collapse import collapsed_channels, unused_codes
+from unet_diffusion.latents.space import LEAST_STD
 from unet_diffusion.models.autoencoders import AutoencoderNetwork, decode_codes, num_codes, quantize
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -53,20 +54,17 @@ class KLTerm(nn.Module):
         """The reconstructions, (B, C, H, W), of the means of the latents, (B, c, h, w)."""
         return autoencoder.decode(latents).sample
 
-    def scores(self, signal: float, noise: float, trainer: Trainer) -> tuple[dict[str, float], str | None]:
+    def scores(self, signal: Tensor, noise: Tensor, trainer: Trainer) -> tuple[dict[str, float], str | None]:
         """The scores of a validation by name, and a warning if they are bad.
 
         Args:
-            signal: The variance of the latents' means over the images.
-            noise: The mean variance of a latent about its mean.
+            signal: The variance of the latents' means over the images, of each channel, (c,) float64.
+            noise: The mean variance of a latent about its mean, likewise.
             trainer: The trainer, which connects the processes.
         """
-        share = signal / max(signal + noise, LEAST_STD**2)
-        warning = (
-            f"{1 - share:.1%} of the latents' variance is noise, not image (posterior collapse); lower kl_weight from "
-            f"{self.weight:g}"
-        )
-        return {"latent_signal": share}, warning if share < MIN_SIGNAL else None
+        overall = signal.mean().item()
+        share = overall / max(overall + noise.mean().item(), LEAST_STD**2)
+        return {"latent_signal": share}, " ".join(collapsed_channels(signal.numpy(), noise.numpy())) or None
 
 
 class CodebookTerm(nn.Module):
@@ -138,23 +136,20 @@ class CodebookTerm(nn.Module):
         self.code_counts += torch.bincount(numbers, minlength=len(self.code_counts))
         return decode_codes(autoencoder, codes)
 
-    def scores(self, signal: float, noise: float, trainer: Trainer) -> tuple[dict[str, float], str | None]:
+    def scores(self, signal: Tensor, noise: Tensor, trainer: Trainer) -> tuple[dict[str, float], str | None]:
         """The scores of a validation by name, and a warning if they are bad.
 
         Args:
-            signal: The variance of the latents over the images.
-            noise: Zero: a codebook has no noise.
+            signal: The variance of the latents over the images, of each channel, (c,) float64.
+            noise: Zeros: a codebook has no noise.
             trainer: The trainer, which connects the processes.
         """
-        counts = trainer.strategy.reduce(self.code_counts.clone(), reduce_op="sum").float()
+        numbers = trainer.strategy.reduce(self.code_counts.clone(), reduce_op="sum")
+        counts = numbers.float()
         shares = counts[counts > 0] / counts.sum()
         used = len(shares) / len(counts)
-        warning = (
-            f"only {used:.0%} of the codes are used; fewer of them (num_codes), or shorter ones (latent_channels), are "
-            "used better"
-        )
         scores = {"codes_used": used, "code_perplexity": math.exp(-(shares * shares.log()).sum().item())}
-        return scores, warning if used < MIN_CODE_USE else None
+        return scores, unused_codes(numbers.cpu().numpy())
 
 
 LatentTerm = KLTerm | CodebookTerm

@@ -77,7 +77,7 @@ def plan_of(trainer: Trainer, module: NetworkModule, data: Any, *, num_processes
         num_val=len(data.val_indices),
         batch_size=data.batch_size,
         images_a_step=data.batch_size * num_processes * trainer.accumulate_grad_batches,
-        num_steps=num_batches(trainer, data) / trainer.accumulate_grad_batches,
+        num_steps=num_batches(trainer, data, num_processes=num_processes) / trainer.accumulate_grad_batches,
         num_parameters=sum(p.numel() for p in parameters),
         num_trained=sum(p.numel() for p in trained),
         num_moments=2 if "betas" in optimizer.defaults else int(momentum > 0),

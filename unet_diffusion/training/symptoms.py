@@ -48,7 +48,7 @@ def colour_drift(drawn: Tensor, real: Tensor) -> str | None:
 
     Args:
         drawn: The mean of each channel of each sample, (N, C) in [-1, 1].
-        real: The same of images of the data, (M, C), of the same classes in the same shares.
+        real: The mean of each channel of images of the data, (M, C), of the same classes in the same shares.
     """
     if min(len(drawn), len(real)) < LEAST_COMPARED:
         return None

@@ -32,7 +32,7 @@ def fastest(
         speeds: The speeds to choose from.
         precisions: The precisions to choose from.
     """
-    num_steps = num_batches(trainer, data_of(trainer))
+    num_steps = num_batches(trainer, data_of(trainer), num_processes=trainer.world_size)
     speed, precision, reason = fastest_setting(
         network, x, inputs=inputs, num_steps=num_steps, speeds=speeds, precisions=precisions
     )
@@ -52,16 +52,30 @@ def can_be_graphed(trainer: Trainer) -> bool:
     return on_gpu and trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
 
 
-def num_batches(trainer: Trainer, datamodule: Any) -> float:
-    """The number of batches of the whole run; infinite if it has no end.
+def num_batches(trainer: Trainer, datamodule: Any, *, num_processes: int) -> float:
+    """The number of batches of one process in the whole run; infinite if it has no end.
 
     Lightning's own number is not asked for before the first step: to answer, it would set up the data, and then not
     resume them.
+
+    Args:
+        trainer: The trainer, which says where the run ends.
+        datamodule: The data module, set up.
+        num_processes: The number of processes of the run, which are more than the trainer's where one tries its steps.
     """
     ends = [math.inf]
     if trainer.max_steps != -1:
         ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
     if trainer.max_epochs not in (None, -1):
-        an_epoch = len(datamodule.train_indices) // (datamodule.batch_size * trainer.world_size)
-        ends.append(trainer.max_epochs * max(an_epoch, 1))
+        ends.append(trainer.max_epochs * batches_of_an_epoch(datamodule, num_processes=num_processes))
     return min(ends)
+
+
+def batches_of_an_epoch(datamodule: Any, *, num_processes: int) -> int:
+    """The number of batches of one process in an epoch.
+
+    Args:
+        datamodule: The data module, set up.
+        num_processes: The number of processes of the run.
+    """
+    return max(len(datamodule.train_indices) // (datamodule.batch_size * num_processes), 1)
