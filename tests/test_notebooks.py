@@ -19,12 +19,7 @@ ON_ONE_MACHINE = re.compile(
 )
 HOST = re.compile(r"https?://|index-url|--extra-index")
 
-WITHOUT_OUTPUTS = {"02_noise_and_denoise", "04_latent_diffusion"}  # still to be stored with their pictures
-
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-every_stored_one = pytest.mark.parametrize(
-    "path", [path for path in NOTEBOOKS if path.stem not in WITHOUT_OUTPUTS], ids=lambda path: path.stem
-)
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -93,7 +88,7 @@ def test_the_notebooks_are_found():
     assert names <= {path.stem for path in NOTEBOOKS}
 
 
-@every_stored_one
+@every_notebook
 def test_notebook_is_stored_with_what_it_shows(path: Path):
     cells = stored_cells(path)
     for cell in cells:
@@ -101,7 +96,7 @@ def test_notebook_is_stored_with_what_it_shows(path: Path):
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
-@every_stored_one
+@every_notebook
 def test_notebook_is_stored_as_it_ran_from_top_to_bottom(path: Path):
     cells = stored_cells(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -169,5 +164,4 @@ def test_notebook_runs_to_outputs_of_the_structure_that_is_stored(path: Path):
     shorten_training(notebook)
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, kernel_name="python3", timeout=TIMEOUT, resources=resources).execute()  # raises on errors
-    if path.stem not in WITHOUT_OUTPUTS:
-        assert {cell.id: structure(cell) for cell in code_cells(notebook)} == stored
+    assert {cell.id: structure(cell) for cell in code_cells(notebook)} == stored
