@@ -51,7 +51,7 @@ def images(tmp_path):
 
 def sizes(folder) -> dict:
     found = {}
-    for path in sorted(path for path in folder.rglob("*.*") if path.suffix not in (".json", ".jsonl")):
+    for path in sorted(path for path in folder.rglob("*.*") if path.suffix not in (".json", ".jsonl", ".csv")):
         with Image.open(path) as image:
             found[path.relative_to(folder).as_posix()] = (image.height, image.width, getattr(image, "n_frames", 1))
     return found

@@ -53,7 +53,8 @@ def segment(
         checkpoint: The .ckpt file or run folder of a segmenter.
         images: The image files, folders or zip archives to segment.
         output: The folder for the masks.
-        instances: Also write DIR/instances/NAME, with a number for each object.
+        instances: Also write DIR/instances/NAME, with a number for each object, and DIR/objects.csv, a table of all
+            objects: area, centre, bounding box and mean intensity.
         overlays: Also write DIR/overlays/NAME.png, with outlines on the image.
         probabilities: Also write DIR/probabilities/NAME.npy, float16 (classes, height, width).
         views: Average over rotations and flips, which takes 8 times the work.
@@ -81,6 +82,7 @@ def segment(
         import torch
         from tqdm import tqdm
 
+        from unet_diffusion.inference.objects import TABLE, write_objects
         from unet_diffusion.inference.reading import contents_of, read_segmenter
         from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
         from unet_diffusion.models.speed import prepare_weights
@@ -125,6 +127,8 @@ def segment(
     if is_new and len(failed) == len(sources):
         shutil.rmtree(output)
     print(f"{len(sources) - len(failed)} masks in {output}")
+    if instances:
+        print(f"{write_objects(sources, outputs)} objects in {output / TABLE}")
     if failed:
         raise ValueError("\n  ".join([f"{len(failed)} of {len(sources)} images could not be segmented:", *failed]))
 
