@@ -168,6 +168,15 @@ def streaming() -> Rows:
     return rows
 
 
+def checks() -> Rows:
+    """What `check` found in sets of data, and how long it took."""
+    rows: Rows = [("data", "seconds", "warnings, advice and notes")]
+    for name, record in result("checks").items():
+        said = [f"{finding['severity']}: {finding['text']}" for finding in record["findings"]]
+        rows.append((name, f"{record['seconds']:.0f}", "<br>".join(said) or "none"))
+    return rows
+
+
 def bad_inputs() -> Rows:
     """How the commands answered bad inputs."""
     cases = result("bad_inputs")["cases"].values()

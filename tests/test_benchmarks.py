@@ -25,6 +25,7 @@ from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 ROOT = Path(__file__).parents[1]
+DIGITS = ["--config", "digits", "--model.speed", "plain", "--trainer.precision", "32-true"]
 TINY_FIT = [
     *["--config", str(ROOT / "configs" / "digits.yaml")],
     *["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--model.speed", "plain"],
@@ -338,3 +339,15 @@ def test_house_is_counted(tmp_path):
     counts = json.loads(printed([sys.executable, ROOT / "benchmarks" / "house.py"], cwd=tmp_path))
     assert counts["files in circles"] == counts["folders in circles"] == 0
     assert counts["lines"] > counts["longest file"][0] > 100
+
+
+@pytest.mark.slow
+def test_checks_keeps_findings_and_those_of_other_data(tmp_path):
+    (tmp_path / "checks.json").write_text('{"others": {"seconds": 1.0, "findings": []}}')
+    text = printed([sys.executable, ROOT / "benchmarks" / "checks.py", "digits", "--output", tmp_path / "checks.json",
+                    *DIGITS, "--data.horizontal_flip", "true"])  # fmt: skip
+    stored = json.loads((tmp_path / "checks.json").read_text())
+    assert set(stored) == {"others", "digits"}
+    assert stored["digits"]["seconds"] > 0
+    said = [finding["text"] for finding in stored["digits"]["findings"]]
+    assert any("mirrored" in text for text in said), text
