@@ -150,6 +150,7 @@ def vectors(index):
     return {"image": np.full((8, 8), 20 * index, np.uint8), "feature": np.full(3, index / 10), "place": f"{index}"}
 
 
+@pytest.mark.filterwarnings("ignore:nothing that is trained reads")
 def test_condition_reads_an_entry_of_ones_own_and_data_without_it_are_refused(tiny_module, tiny_unet, quiet_trainer):
     module = tiny_module(unet=tiny_unet(vector_dim=3), conditions=[Vectors()])
     quiet_trainer(max_steps=1).fit(module, loaded(vectors))
@@ -163,6 +164,32 @@ def test_condition_reads_an_entry_of_ones_own_and_data_without_it_are_refused(ti
     module = tiny_module(unet=tiny_unet(vector_dim=3), conditions=[Vectors()])
     with pytest.raises(ValueError, match="and give images alone"):
         quiet_trainer(max_steps=1).fit(module, loaded(lambda index: {"image": vectors(index)["image"]}))
+
+
+@pytest.mark.filterwarnings("ignore:nothing that is trained reads")
+def test_condition_reads_an_entry_once_in_training_as_in_sampling(tiny_module, tiny_unet, quiet_trainer):
+    seen = []
+
+    class Tenths(Vectors):
+        def read(self, batch):
+            return batch["feature"] / 10
+
+        def forward(self, entry):
+            seen.append(entry.detach().clone())
+            return entry
+
+    data = loaded(vectors)
+    module = tiny_module(unet=tiny_unet(vector_dim=3), conditions=[Tenths()])
+    quiet_trainer(max_steps=1, limit_val_batches=0).fit(module, data)
+    largest = max(entry.max().item() for entry in seen)
+    assert 0.05 < largest <= 0.09 + 1e-6  # of features up to 0.9
+
+
+def test_key_that_nothing_reads_is_warned_about(tiny_module, quiet_trainer):
+    with pytest.warns(UserWarning, match="nothing that is trained reads 'lable'.*label"):
+        quiet_trainer(max_steps=1).fit(
+            tiny_module(), loaded(lambda index: {"image": np.zeros((8, 8), np.uint8), "lable": 1})
+        )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

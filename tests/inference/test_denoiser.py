@@ -44,6 +44,33 @@ def test_images_are_numbered_whatever_is_drawn_of_them(denoiser):
     torch.testing.assert_close(denoiser.sample(4, indices=[3, 1], **options), images[[3, 1]])
 
 
+def test_labels_are_numbers_of_any_kind(denoiser):
+    expected = denoiser.sample(2, labels=[1, 0], num_inference_steps=2)
+    for labels in (torch.tensor([1, 0]), np.array([1, 0]), [np.int64(1), np.int64(0)]):
+        assert torch.equal(denoiser.sample(2, labels=labels, num_inference_steps=2), expected)
+
+
+def test_one_number_is_both_sides(denoiser):
+    square = denoiser.sample(image_size=16, num_inference_steps=2)
+    assert torch.equal(square, denoiser.sample(image_size=(16, 16), num_inference_steps=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"indices": [5]}, r"indices must be from 0 to 0, got \[5\]; raise num_images"),
+        ({"labels": []}, "labels must hold at least one class"),
+        ({"image_size": (8, 8, 8)}, "image_size must be a height and a width"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"seed": 1.7}, "seed must be a whole number, got 1.7"),
+        ({"window": (8, 8)}, "window must be a whole number"),
+    ],
+)
+def test_odd_arguments_get_a_sentence(denoiser, options, message):
+    with pytest.raises(ValueError, match=message):
+        denoiser.sample(**options)
+
+
 def test_scheduler_object_keeps_its_solver_and_takes_our_schedule(denoiser):
     by_name = denoiser.sample(2, scheduler="DPMSolverMultistepScheduler", num_inference_steps=4)
     same = denoiser.sample(2, scheduler=DPMSolverMultistepScheduler(beta_end=0.5), num_inference_steps=4)

@@ -122,7 +122,7 @@ def test_discriminator_is_there_again_with_its_settings(fitted):
 def test_words_of_captions_are_there_again(tiny_unet, tiny_images, quiet_trainer, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     captions = [f"picture number {number}" for number in range(20)]
-    monkeypatch.setattr(tiny_images, "captions", captions)
+    monkeypatch.setattr(tiny_images, "entries", {"captions": captions})
     unet = tiny_unet(context_dim=8, attention_levels=[1], num_heads=2)
     text = TextTokens(context_dim=8, vocab_size=600, max_length=8, num_layers=1, num_heads=2)
     module, data = DiffusionModule(unet, NoiseSchedule(100), conditions=[text]), tiny_images(class_names=None)
@@ -260,3 +260,23 @@ def test_loggers_get_the_arguments_of_the_module_as_plain_values(fitted, tmp_pat
         assert logged["adversarial"]["start"] == 1
     record = torch.load(path, weights_only=True)[module.record_key]
     assert record["settings"]["model"]["seed"] == logged["seed"]
+
+
+def test_arguments_of_load_from_checkpoint_take_the_place_of_those_of_the_file(tiny_module, tiny_images, quiet_trainer):
+    module = tiny_module()
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, tiny_images())
+    path = f"{trainer.default_root_dir}/one.ckpt"
+    trainer.save_checkpoint(path)
+    other = NoiseSchedule(50, prediction_type="v_prediction")
+    assert DiffusionModule.load_from_checkpoint(path, schedule=other).schedule is other
+    assert DiffusionModule.load_from_checkpoint(path, map_location="cpu").schedule.config == module.schedule.config
+
+
+def test_predicting_with_a_data_module_predicts_for_its_validation_images(made, quiet_trainer):
+    for task in ("segmenter", "kl", "denoiser"):
+        module, data = made(task)
+        trainer = quiet_trainer(max_steps=2)
+        trainer.fit(module, data)
+        predictions = trainer.predict(module, datamodule=data)
+        assert sum(map(len, predictions)) == len(data.val_indices)

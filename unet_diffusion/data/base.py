@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unet_diffusion.data.batches import Batch, Entries, ImageSet
-from unet_diffusion.data.items import ItemSource
+from unet_diffusion.data.items import Items, ItemSource
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.source import Source
 from unet_diffusion.latents.codec import Codec
+from unet_diffusion.runtime.messages import did_you_mean
 from unet_diffusion.runtime.randomness import keyed_generator
 
 MAX_NUM_WORKERS = 8  # by default, for each process
@@ -249,6 +250,8 @@ class ImageDataModule(SourceDataModule):
 def refuse_unused(datamodule: Any, taken: set[str]) -> None:
     """Refuse entries that the user asked for by an option of the source, and that the model does not use.
 
+    Other entries that it does not use, such as of a mistyped key of an item, give a warning.
+
     Args:
         datamodule: A data module. An option of its source has the name of its entry; that of "labels" is class_labels.
         taken: The entries that the model reads.
@@ -263,3 +266,6 @@ def refuse_unused(datamodule: Any, taken: set[str]) -> None:
                 f"data.{option} is true, and what is trained takes no {option}; set it to false, or train a "
                 "network that takes them (num_class_embeds for classes, model.conditions for others)"
             )
+        if key not in (*taken, "labels") and isinstance(getattr(datamodule, "source", None), Items):
+            similar = did_you_mean(key, [one for one in ("label", "caption", "name") if one != key])
+            rank_zero_warn(f"nothing that is trained reads {key!r}, which the data hold for each image{similar}")

@@ -102,7 +102,8 @@ def _value(key: object, value: Any, where: str) -> Any:
     """
     if not isinstance(key, str) or key in RESERVED:
         raise ValueError(f"a key of {where} must be a text, and none of {', '.join(RESERVED)}, which batches have for "
-                         f"what the data module makes, got {key!r}; rename it")  # fmt: skip
+                         f"what the data module makes, got {key!r}; rename it (of an item: image, label, caption, name)"
+        )  # fmt: skip
     if key == "label" or isinstance(value, str):
         return value
     if key in ("caption", "name"):

@@ -37,6 +37,10 @@ class KnownImages(LightningDataModule):
         """The validation batches: `trainer.test` measures on them."""
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> Any:
+        """The validation batches: `trainer.predict` predicts for them."""
+        return self.val_dataloader()
+
     def state_dict(self) -> dict[str, Any]:
         """Hashes of names and of contents, (N,) int64 each, and which images are validated on, (N,) bool."""
         if self._hashes is None:

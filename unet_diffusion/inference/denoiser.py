@@ -38,7 +38,7 @@ class Denoiser(DenoiserParts, Running):
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[int, int] | None = None,
         autoguidance: "Denoiser | None" = None,
-        image_size: tuple[int, int] | None = None,
+        image_size: tuple[int, int] | int | None = None,
         window: int | None = None,
         overlap: float | None = None,
         interpolate: tuple[int, int] | None = None,
@@ -68,7 +68,7 @@ class Denoiser(DenoiserParts, Running):
             guidance_rescale: Share in [0, 1] of the contrast added by guidance that is removed again.
             guidance_interval: Lowest and highest timestep that is guided; None: all timesteps.
             autoguidance: A worse denoiser to guide away from, such as an earlier checkpoint of the run.
-            image_size: Height and width of the images in pixels; None: as in training.
+            image_size: Height and width of the images in pixels, or one number for both; None: as in training.
             window: Side in pixels of overlapping windows for images larger than in training; None: the network sees the
                 whole image at once.
             overlap: Share in [0, 1) of a window that it has in common with the next, at least; None: 0.5.
@@ -83,7 +83,10 @@ class Denoiser(DenoiserParts, Running):
             FileNotFoundError: If a file is missing.
         """
         options = SampleOptions.among(locals())
-        return self.drawing(options).draw(range(num_images) if indices is None else indices, progress)
+        drawn = range(num_images) if indices is None else indices
+        if not {*drawn} <= {*range(num_images)}:
+            raise ValueError(f"indices must be from 0 to {num_images - 1}, got {list(drawn)}; raise num_images")
+        return self.drawing(options).draw(drawn, progress)
 
     def drawing(self, options: SampleOptions) -> "Drawing":
         """A drawing of the request, which is read and checked once and then drawn batch by batch.

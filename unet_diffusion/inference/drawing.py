@@ -130,7 +130,8 @@ class Drawing:
         options, parts = self.options, self.parts
         channels, height, width = parts.sample_shape
         if options.image_size is not None:
-            height, width = self._network_sizes("image_size", options.image_size)
+            size = options.image_size
+            height, width = self._network_sizes("image_size", [size, size] if isinstance(size, int) else size)
         elif self._enlarges and options.image is not None:
             height, width = (_largest_size(side, parts.unet) for side in size_of("image", options.image))
         if options.window is not None:

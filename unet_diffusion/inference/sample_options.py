@@ -38,7 +38,7 @@ class SampleOptions:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[int, int] | None = None
     autoguidance: Any = None
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | int | None = None
     window: int | None = None
     overlap: float | None = None
     interpolate: tuple[int, int] | None = None
@@ -79,6 +79,12 @@ class SampleOptions:
         if self.num_images > MOST_IMAGES:
             raise ValueError(f"num_images must be at most {MOST_IMAGES}, as file names have six digits, got "
                              f"{self.num_images}; draw more with another seed into another folder")  # fmt: skip
+        if not isinstance(self.image_size, int | None) and len(self.image_size) != 2:
+            raise ValueError(f"image_size must be a height and a width, got {self.image_size}")
+        for name in ("seed", "num_inference_steps", "window"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "window" and value is None):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         for name in ("mask", "strength"):
             if name in self.option_names and self.image is None:
                 raise ValueError(f"{name} needs an image; give image, too")

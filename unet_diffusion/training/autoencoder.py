@@ -155,12 +155,14 @@ class AutoencoderModule(NetworkModule):
         """
         if self.image_shape is None:
             raise ValueError("the image shape is not known before training; fit the module first")
-        return Autoencoder(
+        trained = Autoencoder(
             autoencoder=self.ema_autoencoder,
             image_shape=self.image_shape,
             latent_std=self.latent_std,
             settings=self.settings,
         )
+        trained.device = self.device
+        return trained
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -287,7 +289,8 @@ class AutoencoderModule(NetworkModule):
         cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
     ) -> Self:
         trained = read_autoencoder(path)
-        module = cls(trained.autoencoder, **{"adversarial": adversarial_in(checkpoint, trained.settings), **arguments})
+        parts = {"autoencoder": trained.autoencoder, "adversarial": adversarial_in(checkpoint, trained.settings)}
+        module = cls(**{**parts, **arguments})
         module.image_shape = trained.image_shape
         return module
 

@@ -368,7 +368,7 @@ class NetworkModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]  # what else a checkpoint needs is in it
         cls,
         checkpoint_path: str | os.PathLike[str],
-        map_location: Any = None,
+        map_location: torch.device | str | int | None = None,
         *,
         allow: Sequence[str] = (),
         **arguments: Any,

@@ -187,7 +187,11 @@ class DiffusionModule(NetworkModule):
         return [*super().averaged_pairs(), (self.ema_conditions, self.conditions)]
 
     def bind_data(self, datamodule: Any) -> None:
-        self.codec = getattr(datamodule, "codec", None) or self.codec
+        encoded_by = getattr(datamodule, "codec", None)
+        if encoded_by is not None and self.codec.config is not None:
+            raise ValueError(f"the data hold latents of their own autoencoder, and model.codec is "
+                             f"{type(self.codec).__name__}; train on images, or leave model.codec out")  # fmt: skip
+        self.codec = encoded_by or self.codec
         self.sample_shape = self._sample_shape_of(datamodule)
         self.class_names = datamodule.class_names
         self._check_channels()
@@ -231,8 +235,8 @@ class DiffusionModule(NetworkModule):
         elif not arguments.get("label_dropout"):
             arguments["label_dropout"] = USUAL_DROPOUT
         conditions = cast(list[Condition], list(trained.conditions))
-        parts = {"codec": trained.codec, "conditions": conditions}
-        module = cls(trained.unet, trained.schedule, **{**arguments, **parts})
+        parts = {"unet": trained.unet, "schedule": trained.schedule, "codec": trained.codec, "conditions": conditions}
+        module = cls(**{**parts, **arguments})
         module.sample_shape, module.class_names = trained.sample_shape, trained.class_names
         for condition in module.all_conditions:
             condition.bind_sample_shape(module.sample_shape)

@@ -166,7 +166,7 @@ class SegmentationModule(NetworkModule):
         cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
     ) -> Self:
         trained = read_segmenter(path, allow=allow)
-        module = cls(trained.unet, **{**arguments, "timestep": trained.timestep, "init_from": None})
+        module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, "init_from": None})
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
         module.image_shape = (trained.unet.in_channels, trained.window_size, trained.window_size)
         return module

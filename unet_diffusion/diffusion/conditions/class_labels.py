@@ -50,7 +50,8 @@ class ClassLabels(Condition):
         if num_classes is None:
             raise ValueError(
                 f"the network has {self.num_embeddings} class embeddings and the data have no classes; set "
-                "data.class_labels to true, or model.unet.num_class_embeds to null"
+                "data.class_labels to true, give the items of your own source a label, or set "
+                "model.unet.num_class_embeds to null"
             )
         if self.num_embeddings != num_classes + num_null:
             raise ValueError(
@@ -91,7 +92,11 @@ def label_numbers(
     if labels is None:
         return list(range(num_classes))
     names, numbers = list(class_names or []), []
-    for label in [labels] if isinstance(labels, str | int) else labels:
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels  # of tensors and arrays
+    labels = [labels] if isinstance(labels, str | int) else labels
+    if not labels:
+        raise ValueError("labels must hold at least one class, got none; leave it out for all classes in turn")
+    for label in labels:
         text = str(label)
         number = names.index(text) if text in names else int(text) if text.isdecimal() else -1
         if not 0 <= number < num_classes:

@@ -269,7 +269,7 @@ def network_inputs(
 
     Args:
         conditions: The conditions; those that give the same argument are joined in this order.
-        batch: The entries of a batch, (B, ...) each.
+        batch: The entries as `read` and `from_user` give them, (B, ...) each, by the conditions' `batch_key`.
         generator: Generator of the dropout in training; None: no dropout.
 
     Raises:
@@ -277,7 +277,7 @@ def network_inputs(
     """
     inputs: dict[str, Tensor] = {}
     for condition in conditions:
-        entry = condition.read(batch)
+        entry = Condition.read(condition, batch)  # a condition's own read() has read it before
         value = condition(entry if generator is None else condition.drop(entry, generator))
         name = condition.network_argument
         inputs[name] = torch.cat([inputs[name], value], dim=JOINED_ALONG[name]) if name in inputs else value
