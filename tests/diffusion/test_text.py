@@ -351,7 +351,9 @@ def test_network_and_conditions_must_have_the_same_context(tiny_module, tiny_une
 
 def test_maps_count_among_the_channels_of_the_network(tiny_module, tiny_unet, tiny_images, quiet_trainer):
     module = tiny_module(unet=tiny_unet(in_channels=4, out_channels=1), conditions=[Concat(2)])
-    with pytest.raises(ValueError, match="images have 1 channels with 2 of maps beside them and the network takes 4"):
+    with pytest.raises(
+        ValueError, match="images have 1 channels plus 2 channels from conditions and the network takes 4"
+    ):
         quiet_trainer(max_steps=1).fit(module, tiny_images(class_names=None))
 
 

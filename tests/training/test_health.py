@@ -151,7 +151,7 @@ def test_out_of_memory_says_the_batch_size_and_what_to_change(tiny_digits, run_c
     status, _, err = run_cli("fit", *tiny_digits, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 1
     assert "out of memory (" in err
-    assert "lower data.init_args.batch_size from 32 to 16, and set trainer.accumulate_grad_batches to 2" in err
+    assert "lower data.batch_size from 32 to 16, and set trainer.accumulate_grad_batches to 2" in err
 
 
 def test_too_little_disk_is_said_before_training(tiny_digits, run_cli, tmp_path, monkeypatch):

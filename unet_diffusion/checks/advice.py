@@ -38,7 +38,7 @@ def _batch_norm(plan: Plan) -> list[Finding]:
     if not plan.has_batch_norm or plan.batch_size > 1:
         return []
     text = "batch norm with batches of one: it normalises by statistics of that image alone, and predicts with others"
-    return [Finding("warning", text, "--data.batch_size 4, or --model.unet.init_args.norm null")]
+    return [Finding("warning", text, "--data.batch_size 4, or --model.unet.norm null")]
 
 
 def _rate(plan: Plan) -> list[Finding]:

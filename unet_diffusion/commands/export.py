@@ -39,5 +39,5 @@ def export(
 
     model = load(checkpoint, allow=allow or (), autoencoder=autoencoder)
     model.export(folder, overwrite=overwrite)
-    what = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
-    print(f"{folder} holds the {what}; loaded again with diffusers, it gives the same output")
+    kind = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
+    print(f"{folder} holds the {kind}; loaded again with diffusers, it gives the same output")

@@ -84,7 +84,7 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
     Raises:
         ValueError: If the image is smaller than asked for in either direction, has more pixels than
             PIL.Image.MAX_IMAGE_PIXELS, or holds numbers that are no 8 or 16-bit colours.
-        Exception: whatever a decoder raises on a damaged file.
+        Exception: If the file is damaged; its type is the decoder's.
     """
     return fitted_image(next(stored_images(data)), image_format)
 
@@ -105,7 +105,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
     Raises:
         ValueError: If it has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
-        Exception: whatever a decoder raises on a damaged file.
+        Exception: If the file is damaged; its type is the decoder's.
     """
     return next(stored_images(data)).size
 
@@ -120,7 +120,7 @@ def decode_pages(data: bytes, channels: int) -> list[Tensor]:
     Raises:
         ValueError: If a page has more pixels than PIL.Image.MAX_IMAGE_PIXELS, or numbers that are no 8 or 16-bit
             colours.
-        Exception: whatever a decoder raises on a damaged file.
+        Exception: If the file is damaged; its type is the decoder's.
     """
     return [decode_page(image, channels) for image in stored_images(data)]
 
@@ -134,7 +134,7 @@ def decode_page(image: StoredImage, channels: int) -> Tensor:
 
     Raises:
         ValueError: If it holds numbers that are no 8 or 16-bit colours.
-        Exception: whatever a decoder raises on a damaged file.
+        Exception: If the file is damaged; its type is the decoder's.
     """
     pixels = _colours(image)
     converted = _convert_channels(pixels, ImageFormat(1, 1, channels), white=np.iinfo(pixels.dtype).max)
@@ -152,7 +152,7 @@ def decode_label_pages(data: bytes) -> list[NDArray[np.int32]]:
 
     Raises:
         ValueError: If pixels are colours or no whole numbers of 32 bits, or the file is of a kind that changes them.
-        Exception: whatever a decoder raises on a damaged file.
+        Exception: If the file is damaged; its type is the decoder's.
     """
     return [_label(image) for image in stored_images(data)]
 

@@ -81,7 +81,7 @@ class MadeOf:
     Several processes may write to it. A line that was cut off counts as none.
 
     Args:
-        path: Of the file, in JSON lines.
+        path: The file, in JSON lines.
     """
 
     def __init__(self, path: Path) -> None:

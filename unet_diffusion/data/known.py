@@ -44,11 +44,11 @@ class KnownImages(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Hashes of names and of contents, (N,) int64 each, and which images are validated on, (N,) bool."""
         if self._hashes is None:
-            known = self.names_and_contents()
-            if known is None:
+            names_and_contents = self.names_and_contents()
+            if names_and_contents is None:
                 return {}
-            self._names = known[0]
-            names, contents = (torch.tensor([_number(text) for text in texts]) for texts in known)
+            self._names = names_and_contents[0]
+            names, contents = (torch.tensor([_number(text) for text in texts]) for texts in names_and_contents)
             is_val = torch.zeros(len(names), dtype=torch.bool)
             is_val[self.val_indices] = True
             self._hashes = {"names": names, "contents": contents, "is_val": is_val}
@@ -66,17 +66,17 @@ class KnownImages(LightningDataModule):
             return
         changed, new, num_gone, moved = _differences(state, now, self._names)
         named = {"changed": changed, "new": new, "trained on that would be validated on now": moved}
-        parts = [f"{len(names)} {what} ({first_few(names)})" for what, names in named.items() if names]
+        parts = [f"{len(names)} {change} ({first_few(names)})" for change, names in named.items() if names]
         parts += [f"{num_gone} gone"] if num_gone else []
         if not parts:
             return
-        said = f"the images are not those that the checkpoint was trained on: {'; '.join(parts)}"
+        message = f"the images are not those that the checkpoint was trained on: {'; '.join(parts)}"
         if self.must_be_same and (changed or num_gone or moved):
             how = ", and set num_val so that the same images are validated on" if moved else ""
-            raise ValueError(f"{said}. Bring them back, or train on with these by --ckpt_path CHECKPOINT{how}")
+            raise ValueError(f"{message}. Bring them back, or train on with these by --ckpt_path CHECKPOINT{how}")
         if new or num_gone:
-            said += ". The epoch that was begun goes on with these: some come twice in it, others not at all"
-        rank_zero_warn(said)
+            message += ". The epoch that was begun goes on with these: some come twice in it, others not at all"
+        rank_zero_warn(message)
 
 
 def contents_of_pixels(images: Sequence[Tensor] | Tensor) -> list[str]:

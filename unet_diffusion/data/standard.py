@@ -63,7 +63,7 @@ class Torchvision(Source):
         """The training images.
 
         Args:
-            progress: torchvision reads a set at once, without a progress bar.
+            progress: It is ignored, since torchvision reads a set at once, without a progress bar.
 
         Raises:
             FileNotFoundError: If the set is not in root.

@@ -115,7 +115,7 @@ def stored_images(data: bytes) -> Iterator[StoredImage]:
     Raises:
         ValueError: If the file is none, has an image of more than PIL.Image.MAX_IMAGE_PIXELS, or one that cannot be
             read.
-        Exception: Whatever a decoder raises on a damaged file.
+        Exception: If the file is damaged; its type is the decoder's.
     """
     if data[:4] in TIFF_SIGNATURES:
         yield from _stored_in_tiff(data)

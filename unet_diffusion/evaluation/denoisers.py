@@ -123,10 +123,10 @@ def evaluate_denoiser(
 
 
 def _check(model: Denoiser | Path, train: Selection, held_out: Selection, num_images: int) -> None:
-    least, found = 2 * LEAST_IMAGES, len(train) + len(held_out)
-    if found < least or len(train) < LEAST_IMAGES:
+    least, num_real = 2 * LEAST_IMAGES, len(train) + len(held_out)
+    if num_real < least or len(train) < LEAST_IMAGES:
         raise ValueError(f"there must be at least {least} real images to compare with, {LEAST_IMAGES} of them to train "
-                         f"on, got {found}, {len(train)} of them to train on")  # fmt: skip
+                         f"on, got {num_real}, {len(train)} of them to train on")  # fmt: skip
     if train.image_shape[0] not in CHANNELS:
         raise ValueError(f"images must have {', '.join(map(str, CHANNELS))} channels to be stored as PNG, got "
                          f"{train.image_shape[0]}")  # fmt: skip
@@ -234,9 +234,9 @@ def _beside(left: Image.Image, right: Image.Image, gap: int = 24) -> Image.Image
 
 def _classes(samples: Compared, train: Compared, held_out: Compared, class_names: list[str]) -> Section:
     """Whether samples are of the class that they were drawn as, and whether all classes are there."""
-    known = train.images.labels
-    assert known is not None
-    seen, seen_held_out = (_voted(one.features, train.features, known) for one in (samples, held_out))
+    train_labels = train.images.labels
+    assert train_labels is not None
+    seen, seen_held_out = (_voted(one.features, train.features, train_labels) for one in (samples, held_out))
     labels = held_out.images.labels
     assert labels is not None
     accuracy = float((seen_held_out == labels).float().mean())
@@ -252,7 +252,7 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
             "class_agreement", "Class agreement", agreement, "higher", real=accuracy,
             remark="The share of samples that seem to be of the class that they were drawn as.",
         ))  # fmt: skip
-    shares = [torch.bincount(one, minlength=len(class_names)) / len(one) for one in (seen, known, seen_held_out)]
+    shares = [torch.bincount(one, minlength=len(class_names)) / len(one) for one in (seen, train_labels, seen_held_out)]
     balance = float((shares[0] - shares[1]).abs().sum() / 2)
     section.figures.append(Figure(
         "class_imbalance", "Difference of the classes' shares", balance, "lower",
@@ -270,10 +270,10 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
     return section
 
 
-def _voted(features: Tensor, known: Tensor, labels: Tensor) -> Tensor:
+def _voted(features: Tensor, train_features: Tensor, labels: Tensor) -> Tensor:
     """The class of most of the nearest images, (N,); of classes with as many, the one that is nearest."""
-    count = min(NUM_NEIGHBOURS, len(known))
-    parts = [torch.cdist(rows, known).topk(count, largest=False).indices for rows in features.split(2000)]
+    count = min(NUM_NEIGHBOURS, len(train_features))
+    parts = [torch.cdist(rows, train_features).topk(count, largest=False).indices for rows in features.split(2000)]
     near = labels[torch.cat(parts)]  # (N, count), the nearest first
     votes = (near[:, :, None] == near[:, None]).sum(dim=2) * count - torch.arange(count)
     return near.gather(1, votes.argmax(dim=1, keepdim=True))[:, 0]
@@ -282,12 +282,12 @@ def _voted(features: Tensor, known: Tensor, labels: Tensor) -> Tensor:
 def _class_table(
     samples: Compared, train: Compared, seen: Tensor, shares: list[Tensor], class_names: list[str]
 ) -> Table:
-    asked, known = samples.images.labels, train.images.labels
-    assert known is not None
+    asked, train_labels = samples.images.labels, train.images.labels
+    assert train_labels is not None
     rows: list[list[str | float | int | None]] = []
     for number, name in enumerate(class_names):
         drawn = seen == number if asked is None else asked == number
-        ours, theirs = samples.features[drawn], train.features[known == number]
+        ours, theirs = samples.features[drawn], train.features[train_labels == number]
         agreement = None if asked is None or not len(ours) else float((seen[drawn] == number).float().mean())
         figures: list[float | None] = [None, None, None]
         if min(len(ours), len(theirs)) >= LEAST_PER_CLASS:

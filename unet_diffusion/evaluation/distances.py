@@ -103,8 +103,8 @@ def precision_and_recall(generated: Tensor, reference: Tensor) -> tuple[float, f
     An image is among others if it is as near to one of them as that one's third neighbour.
     """
     options = {"prc_neighborhood": PRC_NEIGHBOURS, "prc_batch_size": ROWS, "save_cpu_ram": True, "verbose": False}
-    found = prc_features_to_metric(generated, reference, **options)
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+    metrics = prc_features_to_metric(generated, reference, **options)
+    return metrics[KEY_METRIC_PRECISION], metrics[KEY_METRIC_RECALL]
 
 
 def density_and_coverage(generated: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -74,8 +74,8 @@ class TrainingImages:
         return indices[:, 0], distances[:, 0] / second.clamp(min=1e-12), distances[:, 0] < COPY * usual
 
     def _neighbours(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        found = torch.cdist(rows, self.points).topk(min(count, len(self.points)), largest=False)
-        return found.values, found.indices
+        nearest = torch.cdist(rows, self.points).topk(min(count, len(self.points)), largest=False)
+        return nearest.values, nearest.indices
 
     def _groups(self) -> Tensor:
         """The number of the group of each training image, (M,): connected by copies among themselves."""
@@ -135,17 +135,17 @@ def memorisation(
     )
     points = {"pixels": (pixels_of(samples), pixels_of(train), pixels_of(held_out)), "features": features}
     for name, (of_samples, of_train, of_held_out) in points.items():
-        known = TrainingImages(of_train, are_mirrored=are_mirrored)
-        nearest, calibration = known.nearest_to(of_samples), known.nearest_to(of_held_out)
-        _add_figures(section, name, known, nearest, calibration)
+        training = TrainingImages(of_train, are_mirrored=are_mirrored)
+        nearest, calibration = training.nearest_to(of_samples), training.nearest_to(of_held_out)
+        _add_figures(section, name, training, nearest, calibration)
         if samples.image_shape[0] in CHANNELS:
             section.pictures.append(_closest_pairs(name, samples, train, nearest))
     return section
 
 
-def _add_figures(section: Section, name: str, known: TrainingImages, nearest: Nearest, calibration: Nearest) -> None:
+def _add_figures(section: Section, name: str, training: TrainingImages, nearest: Nearest, calibration: Nearest) -> None:
     copies, expected = (float(one.is_copy.float().mean()) for one in (nearest, calibration))
-    alike = f"{known.num_alike} of {known.num_images} training images have near-duplicates"
+    alike = f"{training.num_alike} of {training.num_images} training images have near-duplicates"
     section.figures.append(Figure(
         f"copies_{name}", f"Copies of training images, in {name}", copies, "lower", real=expected,
         remark=f"N = {len(nearest.index)}, held-out images {len(calibration.index)}; {alike}.",

@@ -111,7 +111,7 @@ class Evaluation:
 
     Args:
         subject: What was evaluated, such as "runs/digits".
-        protocol: How, as plain values: numbers of images, seeds, features, resizing, scheduler, steps.
+        protocol: How it was evaluated, as plain values: numbers of images, seeds, features, resizing, scheduler, steps.
         sections: What was found.
     """
 

@@ -135,8 +135,8 @@ def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int,
         ValueError: If there are no images, or images that cannot be used.
     """
     channels, height, width = image_shape
-    found = Folder(folder, image_size=(height, width), channels=channels, in_memory=True).load()
-    names, images = found.names or [], found.images
+    image_set = Folder(folder, image_size=(height, width), channels=channels, in_memory=True).load()
+    names, images = image_set.names or [], image_set.images
     assert isinstance(images, Tensor)
     try:
         settings = settings_of(folder, "images") or {}
@@ -164,9 +164,9 @@ def _labels_to_draw(denoiser: Denoiser, data: ImageDataModule, num_images: int, 
             f"the data must have the {denoiser.num_classes} classes that the model was trained on, and have "
             f"{data.num_classes or 'none'}; set data.class_labels to true, or give the data of the run"
         )
-    known = labels[data.train_indices]
-    order = torch.randperm(len(known), generator=keyed_generator(seed))
-    return known[order[torch.arange(num_images) % len(order)]]
+    train_labels = labels[data.train_indices]
+    order = torch.randperm(len(train_labels), generator=keyed_generator(seed))
+    return train_labels[order[torch.arange(num_images) % len(order)]]
 
 
 def _captions_to_draw(data: ImageDataModule, seed: int) -> list[str]:

@@ -171,9 +171,9 @@ def _worst_section(look: _Look, images: list[ImageCounts]) -> Section:
 
 def _check(segmenter: Segmenter, data: SegmentationDataModule) -> None:
     targets = data.targets
-    trained = (segmenter.unet.in_channels, segmenter.kind, tuple(segmenter.class_names), segmenter.stretch)
-    found = (data.image_shape[0], targets.kind, tuple(targets.class_names), data.stretch)
-    for name, ours, theirs in zip(("channels", "kind", "class_names", "stretch"), trained, found, strict=True):
+    of_segmenter = (segmenter.unet.in_channels, segmenter.kind, tuple(segmenter.class_names), segmenter.stretch)
+    of_data = (data.image_shape[0], targets.kind, tuple(targets.class_names), data.stretch)
+    for name, ours, theirs in zip(("channels", "kind", "class_names", "stretch"), of_segmenter, of_data, strict=True):
         if ours != theirs:
             raise ValueError(
                 f"the data must have the {name} that the segmenter was trained with, {ours}, and have {theirs}; set "

@@ -22,7 +22,7 @@ class Autoencoder(Running):
     """A trained autoencoder. `unet_diffusion.load` reads one from files.
 
     Args:
-        autoencoder: diffusers' AutoencoderKL or VQModel with its averaged (EMA) weights.
+        autoencoder: An AutoencoderKL or VQModel of diffusers with its averaged (EMA) weights.
         image_shape: (C, H, W) of the images that it was trained on, in pixels.
         latent_std: Standard deviation of the latents of its validation images; None: it is not known. That is so for a
             checkpoint, which may be older or newer than the last validation.

@@ -295,7 +295,9 @@ def _autoencoder_of(space: LatentSpace, folder: str | os.PathLike[str]) -> "Auto
     try:
         autoencoder = pretrained_autoencoder(folder).eval()
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; name its current folder with --autoencoder DIR") from error
+        raise FileNotFoundError(
+            f"{error}; name its current folder with --autoencoder DIR (autoencoder= in Python)"
+        ) from error
     if fingerprint(autoencoder, autoencoder.config) != space.fingerprint:
         raise ValueError(
             f"{folder} must hold the autoencoder that made the latents, and it was trained further or replaced since; "

@@ -33,13 +33,14 @@ class LatentSet:
     """The latents of N images, before they are normalised.
 
     Args:
-        space: what they are of.
-        mean: of the distribution of each latent, (N, C, h, w) float16; with mirror images (2N, C, h, w), those last.
-        std: its standard deviation, of the same shape; 0 for a codebook.
-        entries: what else is known of each image: numbers (N, ...) or N texts, by name.
-        class_names: name of each class, or None.
-        has_mirrored: whether mirror images are there too.
-        names: Of each image's file, or None.
+        space: The latent space that they are in.
+        mean: Mean of the distribution of each latent, (N, C, h, w) float16; with mirror images (2N, C, h, w), which
+            come last.
+        std: Standard deviation of that distribution, of the same shape; 0 for a codebook.
+        entries: Values of each image beside its latents, by name: numbers (N, ...) or N texts.
+        class_names: The name of each class, or None.
+        has_mirrored: Whether mirror images are there too.
+        names: The name of each image's file, or None.
     """
 
     space: LatentSpace
@@ -72,21 +73,21 @@ def encode_images(
     A file appears whole or not at all, and index.json, which makes the folder a set of latents, comes last.
 
     Args:
-        folder: made if it is not there.
-        images: gives the images of these numbers, (B, C, H, W) in [-1, 1].
-        encode: gives mean and standard deviation of their latents, (B, c, h, w) each.
-        settings: plain values that decide what the latents are: "autoencoder", "fingerprint", "image_shape",
+        folder: The folder to write to. It is made if it is not there.
+        images: A function that gives the images of these numbers, (B, C, H, W) in [-1, 1].
+        encode: A function that gives mean and standard deviation of their latents, (B, c, h, w) each.
+        settings: Plain values that decide what the latents are: "autoencoder", "fingerprint", "image_shape",
             "num_images", "has_mirrored" (each image's mirror image is encoded too), "has_codes" (all channels share a
             scale), "class_names" and "names" (of each image, or None), and those of the images.
         contents: A hash of each image's file. Latents of other contents are made again.
-        entries: what else is known of each image: numbers (N, ...) or N texts, by name.
-        batch_size: images at once.
-        progress: called with the number of images that were done.
-        say: Called with a line for each file of latents that is made again.
-        group: the processes that share the files out.
+        entries: Values of each image beside its latents, by name: numbers (N, ...) or N texts.
+        batch_size: The number of images that are encoded at once.
+        progress: A function that is called with the number of images that were done.
+        say: A function that is called with a line for each file of latents that is made again.
+        group: The processes that share the files out.
 
     Raises:
-        FileExistsError: if the folder holds something else, or latents with other settings.
+        FileExistsError: If the folder holds something else, or latents with other settings.
     """
     entries = entries or {}
     numeric = {key: rows for key, rows in entries.items() if isinstance(rows, Tensor)}
@@ -114,8 +115,8 @@ def read_latents(folder: str | Path) -> LatentSet:
     """The latents in a folder that `encode_images` wrote, all in memory.
 
     Raises:
-        FileNotFoundError: if there are none, or they were not finished.
-        ValueError: if a file is damaged.
+        FileNotFoundError: If the folder holds no latents, or they were not finished.
+        ValueError: If a file is damaged.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
@@ -208,8 +209,8 @@ def _write_index(folder: Path, settings: dict[str, Any], entries: dict[str, Tens
     (_, first), *_ = _shards(folder, settings["num_images"])
     factor = settings["image_shape"][1] // _read_shard(first)["mean"].shape[2]
     space = LatentSpace.from_plain({**fields, "downsampling": factor, "mean": mean, "std": std})
-    kept = ("num_images", "has_mirrored", "class_names", "names", "texts")
-    index = {"space": space.plain(), **{key: settings.get(key) for key in kept}}
+    keys = ("num_images", "has_mirrored", "class_names", "names", "texts")
+    index = {"space": space.plain(), **{key: settings.get(key) for key in keys}}
     with atomic_write(folder / ENTRIES) as partial:
         save_file({key: rows.contiguous() for key, rows in entries.items()}, partial)
     with atomic_write(folder / INDEX) as partial:
@@ -219,7 +220,8 @@ def _write_index(folder: Path, settings: dict[str, Any], entries: dict[str, Tens
 def _moments(folder: Path, num_images: int, *, shared: bool) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over all images, as training draws the latents.
 
-    Shared: of all channels together, and no mean is taken off, since the decoder looks for the nearest code.
+    If shared, one standard deviation is of all channels together and no mean is taken off, since the decoder looks for
+    the nearest code.
     """
     sums = torch.zeros(4, 1, dtype=torch.float64)
     for _, path in _shards(folder, num_images):

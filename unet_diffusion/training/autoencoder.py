@@ -45,7 +45,7 @@ class AutoencoderModule(NetworkModule):
     `trainer.predict` takes images in [-1, 1], all of one size in a batch, and gives their reconstructions.
 
     Args:
-        autoencoder: diffusers' AutoencoderKL or VQModel, such as `kl_autoencoder` or `vq_autoencoder` makes, or
+        autoencoder: An AutoencoderKL or VQModel of diffusers, such as `kl_autoencoder` or `vq_autoencoder` makes, or
             `pretrained_autoencoder` loads.
         reconstruction: "l1" or "l2", the error of a pixel.
         kl_weight: The weight of the KL divergence from the standard normal, summed over an image's latents as the error
@@ -341,7 +341,7 @@ class AutoencoderModule(NetworkModule):
         if channels != in_channels:
             raise ValueError(
                 f"the images have {channels} channels and the autoencoder takes {in_channels}; "
-                "set model.autoencoder.init_args.in_channels or data.init_args.channels"
+                "set model.autoencoder.in_channels or data.channels"
             )
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, got {height} x {width}")

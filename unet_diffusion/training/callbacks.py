@@ -78,7 +78,7 @@ class PictureGrid(Callback):
     what is drawn, in `picture`.
 
     Args:
-        every_n_steps: optimiser steps between pictures; 0: only at the end.
+        every_n_steps: The number of optimiser steps between pictures; 0: only at the end.
     """
 
     def __init__(self, every_n_steps: int = 1000):
@@ -126,12 +126,12 @@ class SampleGrid(PictureGrid):
     shown the first validation images; what it sees is above what it makes of it.
 
     Args:
-        every_n_steps: optimiser steps between grids; 0: only at the end.
-        num_images: images in a grid.
-        scheduler: name of a diffusers scheduler.
-        num_inference_steps: network steps a grid.
-        guidance_scale: 1 is off; more needs a model trained with label_dropout.
-        seed: of the grid's images.
+        every_n_steps: The number of optimiser steps between grids; 0: only at the end.
+        num_images: The number of images in a grid.
+        scheduler: The name of a diffusers scheduler.
+        num_inference_steps: The number of steps from noise to the images.
+        guidance_scale: The strength of guidance. 1 is off; more needs a model trained with label_dropout.
+        seed: Seed of the grid's images.
     """
 
     def __init__(
@@ -156,8 +156,9 @@ class SampleGrid(PictureGrid):
         """Refuses what would only fail at the first grid.
 
         Raises:
-            ValueError: if the model cannot be sampled so, or its latents are of another autoencoder than the one there.
-            FileNotFoundError: if their autoencoder is not there.
+            ValueError: If the model cannot be sampled with these settings, or its latents are of another autoencoder
+                than the one in the folder.
+            FileNotFoundError: If the autoencoder of its latents is not there.
         """
         if stage != "fit":
             return
@@ -237,11 +238,11 @@ class SampleGrid(PictureGrid):
     def examples(self, trainer: Trainer, module: "DiffusionModule") -> tuple[dict[str, Tensor], Tensor | None]:
         """What the conditions read of the first validation images, by turns, and what the network is shown of them."""
         data = data_of(trainer)
-        numbers, found = self._shown(trainer), ImageBatches(data.image_set)
+        numbers, batches = self._shown(trainer), ImageBatches(data.image_set)
         parts, seen = [], []
         for first in range(0, len(numbers), data.batch_size):
             batch = {
-                name: one.to(module.device) for name, one in found[numbers[first : first + data.batch_size]].items()
+                name: one.to(module.device) for name, one in batches[numbers[first : first + data.batch_size]].items()
             }
             batch["images"] = scale_to_unit_range(batch["images"])
             _, entries = module.fixed_entries(batch)
@@ -265,8 +266,8 @@ class SegmentationGrid(PictureGrid):
     """Image, label and prediction of the averaged segmenter, of the first validation images.
 
     Args:
-        every_n_steps: optimiser steps between pictures; 0: only at the end.
-        num_images: how many.
+        every_n_steps: The number of optimiser steps between pictures; 0: only at the end.
+        num_images: The number of images in a picture.
     """
 
     def __init__(self, every_n_steps: int = 1000, *, num_images: int = 4):
@@ -284,11 +285,11 @@ class ReconstructionGrid(PictureGrid):
     """Validation images, and what the averaged autoencoder makes of each, below it.
 
     Args:
-        every_n_steps: optimiser steps between pictures; 0: only at the end.
-        num_images: how many, at least 1; of more than eight, whole rows of eight are shown.
+        every_n_steps: The number of optimiser steps between pictures; 0: only at the end.
+        num_images: The number of images, at least 1; of more than eight, whole rows of eight are shown.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If num_images is less than 1.
     """
 
     def __init__(self, every_n_steps: int = 1000, *, num_images: int = 16):
@@ -319,8 +320,8 @@ def in_pairs(above: Tensor, below: Tensor) -> Image:
     """A grid in which each image of the one is above its counterpart in the other, eight pairs in a row.
 
     Args:
-        above: (N, C, H, W) in [-1, 1].
-        below: of the same shape.
+        above: The images above, (N, C, H, W) in [-1, 1].
+        below: The images below, of the same shape.
     """
     columns = min(len(above), PAIRS_IN_A_ROW)
     pairs = zip(above.split(columns), below.split(columns), strict=True)

@@ -19,7 +19,7 @@ def check_batch(batch: Any, *, needs_index: bool) -> None:
         needs_index: Whether it must hold the numbers of its images, as in validation.
 
     Raises:
-        ValueError: If so; it says what a batch must be.
+        ValueError: If the batch is not such a dict, or lacks the numbers.
     """
     has_images = isinstance(batch, Mapping) and ("images" in batch or "x0" in batch)
     if has_images and ("index" in batch or not needs_index):
@@ -128,8 +128,8 @@ def conditions_identity(records: Sequence[dict[str, Any]]) -> list[dict[str, Any
     Args:
         records: The records of the conditions.
     """
-    kept = []
+    identities = []
     for record in records:
         init_args = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
-        kept.append({**record, "init_args": init_args})
-    return kept
+        identities.append({**record, "init_args": init_args})
+    return identities

@@ -124,10 +124,10 @@ def memory_advice(
     """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if batch_size is None or batch_size == 1:
-        less = "use smaller images or a narrower network (model.unet.init_args.channels)"
+        less = "use smaller images or a narrower network (model.unet.channels)"
     else:
         less = (
-            f"lower data.init_args.batch_size from {batch_size} to {batch_size // 2}, and set "
+            f"lower data.batch_size from {batch_size} to {batch_size // 2}, and set "
             f"trainer.accumulate_grad_batches to {2 * accumulate_grad_batches}, which trains on as many images a step"
         )
     other = f". trainer.precision {smaller_precision} takes less, too" if smaller_precision else ""

@@ -220,10 +220,10 @@ class DiffusionModule(NetworkModule):
         return denoiser_record(self.trained)
 
     def identity(self) -> dict[str, Any]:
-        kept = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
-        kept["codec"] = codec_record(self.codec)
+        settings = {**self.unet.config, **self.schedule.config, "null_label": self.null_label}
+        settings["codec"] = codec_record(self.codec)
         conditions = [network_record(cast(Condition, one)) for one in self.conditions]
-        return {**kept, **space_identity(self.codec.space_record), "conditions": conditions_identity(conditions)}
+        return {**settings, **space_identity(self.codec.space_record), "conditions": conditions_identity(conditions)}
 
     @classmethod
     def rebuilt(
@@ -244,10 +244,10 @@ class DiffusionModule(NetworkModule):
 
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
-        kept = {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
-        kept["codec"] = record["codec"]
+        settings = {**record["unet"]["init_args"], **record["schedule"], "null_label": record["null_label"]}
+        settings["codec"] = record["codec"]
         conditions = conditions_identity(record["conditions"])
-        return {**kept, **space_identity(record["latent_space"]), "conditions": conditions}
+        return {**settings, **space_identity(record["latent_space"]), "conditions": conditions}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -324,7 +324,7 @@ class DiffusionModule(NetworkModule):
         """The timestep at which each image is validated, (B,) int64: even over the range, whatever the batches.
 
         Args:
-            index: number of each image in its data set, (B,) int64.
+            index: The number of each image in its data set, (B,) int64.
         """
         spread = (index.cpu().double() * GOLDEN_RATIO) % 1.0  # on the CPU: not every device has float64
         return (spread * self.schedule.num_train_timesteps).long().to(index.device)
@@ -428,7 +428,7 @@ class DiffusionModule(NetworkModule):
         assert self.sample_shape is not None
         in_channels, beside = self.unet.in_channels, channels_beside(self.conditions)
         if self.sample_shape[0] + beside != in_channels:
-            more = f" with {beside} of maps beside them" if beside else ""
+            more = f" plus {beside} channels from conditions" if beside else ""
             raise ValueError(
                 f"the {self.codec.name} have {self.sample_shape[0]} channels{more} and the network takes "
                 f"{in_channels}; set model.unet.in_channels or data.channels"

@@ -138,12 +138,12 @@ class SegmentationModule(NetworkModule):
         if self.unet.in_channels != channels:
             raise ValueError(
                 f"the images have {channels} channels and the network takes {self.unet.in_channels}; set "
-                "model.unet.init_args.in_channels or channels of the source"
+                "model.unet.in_channels or channels of the source"
             )
         if num_scores != num_classes:
             raise ValueError(
                 f"out_channels must be {num_classes}, one a class ({', '.join(self.class_names)}), "
-                f"got {num_scores}; set model.unet.init_args.out_channels"
+                f"got {num_scores}; set model.unet.out_channels"
             )
         self.unet.check_size(height, width)
 
@@ -176,8 +176,8 @@ class SegmentationModule(NetworkModule):
 
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: record[name] for name in ("timestep", "kind", "class_names", "stretch")}
-        return {**record["unet"]["init_args"], **kept}
+        settings = {name: record[name] for name in ("timestep", "kind", "class_names", "stretch")}
+        return {**record["unet"]["init_args"], **settings}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of windows, where the network predicts."""

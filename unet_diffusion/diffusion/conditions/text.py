@@ -111,7 +111,7 @@ class TextTokens(Condition):
         """How many tokens each caption has, its beginning and end included, before it is cut.
 
         Raises:
-            RuntimeError: if there is no tokenizer yet.
+            RuntimeError: If there is no tokenizer yet.
         """
         if self.tokenizer is None:
             raise RuntimeError("the tokenizer must be trained first: call learn_words")
