@@ -10,14 +10,15 @@ from encoded import encode, encode_16_bit_png, random_pixels
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from unet_diffusion.data import ImageFormat, decode_image
-from unet_diffusion.data.decoding import decode_label_pages, decode_pages, to_depth, upright_size
+from unet_diffusion.data.decoding import decode_label_pages, decode_pages, to_depth
+from unet_diffusion.data.stored import stored_images
 
 EXIF_ORIENTATION = 0x0112
 DECODERS = {
     "image": lambda data: decode_image(data, ImageFormat(2, 2)),
     "pages": lambda data: decode_pages(data, 3),
     "labels": decode_label_pages,
-    "size": upright_size,
+    "size": lambda data: next(stored_images(data)).size,
 }
 
 
@@ -202,7 +203,7 @@ def test_size_is_that_of_the_upright_image(orientation):
     exif[EXIF_ORIENTATION] = orientation
     data = encode(random_pixels(8, 16, 3), "JPEG", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert upright_size(data) == (expected.height, expected.width)
+    assert next(stored_images(data)).size == (expected.height, expected.width)
 
 
 def test_too_small_is_judged_after_the_exif_rotation():

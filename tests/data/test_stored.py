@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_png
 
 from unet_diffusion.data import ImageFormat, decode_image
-from unet_diffusion.data.decoding import decode_label_pages, decode_pages, upright_size
+from unet_diffusion.data.decoding import decode_label_pages, decode_pages
 from unet_diffusion.data.stored import stored_images
 
 SIZE = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -135,7 +135,7 @@ def test_grey_png_of_every_depth_is_read_as_written(data, bits, orientation):
     np.testing.assert_allclose(image[0], brightness(expected, bits), atol=0.501)
     white = 255 if bits <= 8 else 65535
     np.testing.assert_array_equal(image[3], np.where(expected == key, 0, white) if key is not None else white)
-    assert upright_size(content) == expected.shape
+    assert next(stored_images(content)).size == expected.shape
 
 
 @quickly
@@ -195,7 +195,7 @@ def test_orientation_of_a_tiff_turns_image_label_and_size_alike(orientation, dty
         expected = np.asarray(ImageOps.exif_transpose(opened)) if orientation > 1 else numbers
     np.testing.assert_array_equal(only(decode_pages(content, 1))[0], expected)
     np.testing.assert_array_equal(only(decode_label_pages(content)), expected)
-    assert upright_size(content) == expected.shape
+    assert next(stored_images(content)).size == expected.shape
     np.testing.assert_array_equal(decode_image(content, ImageFormat(*expected.shape, 1))[0].numpy(), expected)
 
 
@@ -248,7 +248,7 @@ def test_odd_image_is_read_as_another_reader_does(name):
     expected = ODD_IMAGES[name](f"images/{name}")
     pages = decode_pages(odd(f"images/{name}"), 3 if expected.shape[-3] == 3 else 1)
     np.testing.assert_array_equal(np.squeeze(np.stack([page.numpy() for page in pages])), np.squeeze(expected))
-    assert upright_size(odd(f"images/{name}")) == expected.shape[-2:]
+    assert next(stored_images(odd(f"images/{name}"))).size == expected.shape[-2:]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,11 @@ def test_saved_segmenter_comes_back_and_segments_files_arrays_and_tensors_alike(
         again.segment(torch.zeros(3, 8, 8))
     with pytest.raises(FileNotFoundError, match=r"there is none at none\.png"):
         again.segment("none.png")
+    for wrong, message in ((tensor * 255, "must be in"), (torch.from_numpy(pixels)[None], "must hold floats in")):
+        with pytest.raises(ValueError, match=f"^image as a tensor {message}"):
+            again.segment(wrong)
+    with pytest.raises(ValueError, match=r"must be \(1, H, W\), got \(1, 0, 8\)"):
+        again.segment(torch.zeros(1, 0, 8))
 
 
 REFUSED = {

@@ -70,5 +70,28 @@ def test_size_of_a_pixel_is_that_of_the_file(options, size):
     assert pixel_size(written(**options)) == (pytest.approx(size[0]), pytest.approx(size[1]))
 
 
+@pytest.mark.parametrize(
+    ("pixels", "size"),
+    [
+        ('<Pixels PhysicalSizeX="" PhysicalSizeY="0.5"/>', (0.5, None)),
+        ('<Pixels PhysicalSizeX="0.25" PhysicalSizeXUnit="ell"/>', (None, None)),
+        ('<Pixels PhysicalSizeX="0.25">', (None, None)),  # never closed
+    ],
+)
+def test_size_is_unknown_where_the_metadata_is_broken(pixels, size):
+    namespace = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+    assert pixel_size(written(description=f'<OME xmlns="{namespace}">{pixels}</OME>', metadata=None)) == size
+
+
+def test_objects_of_an_image_that_was_removed_are_left_out(tmp_path):
+    for folder in ("images", "out/instances"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("a.png", "b.png"):
+            Image.fromarray(np.ones((6, 5), dtype=np.uint8)).save(tmp_path / folder / name)
+    images = ImagesToSegment([tmp_path / "images"])
+    (tmp_path / "images" / "a.png").unlink()
+    assert write_objects(images, Outputs(tmp_path / "out", instances=True)) == 1
+
+
 def test_other_formats_hold_no_size_of_a_pixel():
     assert pixel_size(b"\x89PNG") == (None, None)

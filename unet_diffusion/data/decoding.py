@@ -100,16 +100,6 @@ def fitted_image(image: StoredImage, image_format: ImageFormat) -> Tensor:
     return torch.from_numpy(_round_to(converted, pixels.dtype))
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
-    """Height and width of the image in a file, with its orientation applied.
-
-    Raises:
-        ValueError: If it has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
-        Exception: If the file is damaged; its type is the decoder's.
-    """
-    return next(stored_images(data)).size
-
-
 def decode_pages(data: bytes, channels: int) -> list[Tensor]:
     """Every page of an image file at its own size, (channels, H, W) uint8 or uint16 each; only TIFF has several.
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 RESERVED = ("images", "index", "x0", "std", "replaced", "labels", "captions")  # what batches hold by these names
 CHANNELS = (1, 3, 4)  # grey, RGB, RGB and alpha
 LAYOUTS = "(H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels"
-AS_THEY_ARE = ("L", "RGB", "RGBA", "I;16")  # modes of PIL images; others are converted
+AS_THEY_ARE = ("L", "RGB", "RGBA")  # modes of PIL images; others are converted
 WHITE_16_BIT = 65535
 
 
@@ -91,7 +91,8 @@ def read_item(source: Any, index: int) -> Item:
         held = f"a dict with {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
         raise ValueError(f"{where} must be a dict with an image, such as dict(image=..., label=...), got {held}")
     known = {key: value for key, value in item.items() if key != "image" and value is not None}
-    return Item(where, pixels_of(item["image"], where), {key: _value(key, one, where) for key, one in known.items()})
+    image = pixels_of(item["image"], f"the image of {where}")
+    return Item(where, image, {key: _value(key, one, where) for key, one in known.items()})
 
 
 def _value(key: object, value: Any, where: str) -> Any:
@@ -119,12 +120,12 @@ def _value(key: object, value: Any, where: str) -> Any:
     return numbers.float() if numbers.is_floating_point() else numbers
 
 
-def pixels_of(image: object, where: str) -> Tensor:
+def pixels_of(image: object, name: str) -> Tensor:
     """An image as uint8 or uint16 (C, H, W); floats in [0, 1] become uint16.
 
     Args:
         image: A PIL image, an array or a tensor.
-        where: What the image is, for messages.
+        name: Name of the image in errors.
 
     Raises:
         ValueError: If the image has another type, layout or range.
@@ -135,31 +136,33 @@ def pixels_of(image: object, where: str) -> Tensor:
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
     if not isinstance(image, Tensor):
-        raise ValueError(f"the image of {where} must be a PIL image, an array or a tensor, got {_kind(image)}")
-    pixels = _channels_first(image.detach().cpu(), prefers_last, where)
+        raise ValueError(f"{name} must be a PIL image, an array or a tensor, got {_kind(image)}")
+    pixels = _channels_first(image.detach().cpu(), prefers_last, name)
     if pixels.is_floating_point():
         low, high = (float(end) for end in pixels.aminmax())
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"the image of {where} has floats from {low:.4g} to {high:.4g}, and floats must be in "
+            raise ValueError(f"{name} has floats from {low:.4g} to {high:.4g}, and floats must be in "
                              "[0, 1]; scale them, or give uint8 or uint16")  # fmt: skip
         return (pixels.double() * WHITE_16_BIT).round().to(torch.uint16)
     if pixels.dtype not in (torch.uint8, torch.uint16):
-        raise ValueError(f"the image of {where} must hold uint8, uint16, or floats in [0, 1], got {_kind(pixels)}")
+        raise ValueError(f"{name} must hold uint8, uint16, or floats in [0, 1], got {_kind(pixels)}")
     return pixels.contiguous()
 
 
 def _array_of(image: Image.Image) -> np.ndarray:
     """The pixels of a PIL image, upright."""
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("I", "F"):
+    if upright.mode.startswith(("I", "F")):
         return np.asarray(upright)  # refused or accepted like other arrays of that type
+    if upright.mode == "La":
+        upright = upright.convert("LA")  # Pillow converts it to nothing else
     if upright.mode not in AS_THEY_ARE:
-        has_alpha = "transparency" in upright.info or "A" in upright.getbands() or "a" in upright.getbands()
+        has_alpha = upright.has_transparency_data
         upright = upright.convert("L" if upright.mode == "1" else "RGBA" if has_alpha else "RGB")
     return np.asarray(upright)
 
 
-def _channels_first(image: Tensor, prefers_last: bool, where: str) -> Tensor:
+def _channels_first(image: Tensor, prefers_last: bool, name: str) -> Tensor:
     shape = tuple(image.shape)
     if image.ndim == 2 and image.numel():
         return image[None]
@@ -169,7 +172,7 @@ def _channels_first(image: Tensor, prefers_last: bool, where: str) -> Tensor:
             return image.permute(2, 0, 1)
         if first:
             return image
-    raise ValueError(f"the image of {where} must be {LAYOUTS}, got the shape {shape}")
+    raise ValueError(f"{name} must be {LAYOUTS}, got the shape {shape}")
 
 
 def _kind(value: object) -> str:

@@ -58,7 +58,8 @@ class Denoiser(DenoiserParts, Running):
             conditions: Values for your own kinds of conditions, by the name of their option.
             image: Image to start from instead of noise, scaled and cropped to the size to draw; for an upscaler, the
                 image to enlarge. It is a file, a PIL image, an array, or a tensor (C, H, W) in [-1, 1].
-            mask: Mask of the size of the image; white is painted, black stays.
+            mask: Mask of the size of the image; white is painted, black stays. A tensor (1, H, W) may be bool, True
+                where the image is painted.
             strength: Share in (0, 1] of the steps that are taken from the image; a smaller share keeps more of the
                 image. None: 0.8, or 1 with a mask.
             noise_level: Noise level of the image to enlarge, 0 to 350; a higher level keeps less of it. None: 20.

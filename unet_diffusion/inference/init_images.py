@@ -1,21 +1,23 @@
 """A user's image and mask, read, scaled and cropped to the size to draw in the same way as training images."""
 
-import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from unet_diffusion.data.checking import decoded
-from unet_diffusion.data.decoding import ImageFormat, decode_image, decode_pages, upright_size
+from unet_diffusion.data.decoding import ImageFormat, decode_page, fitted_image
 from unet_diffusion.data.files import OneFile
+from unet_diffusion.data.items import pixels_of
 from unet_diffusion.data.scaling import scale_to_unit_range
+from unet_diffusion.data.stored import StoredImage, stored_images
 from unet_diffusion.inference.sample_options import ImageLike, check_file
 
 
@@ -41,7 +43,8 @@ def read_user_image(image: ImageLike, mask: ImageLike | None, image_shape: tuple
 
     Args:
         image: The image.
-        mask: Mask of the size of the image; white is painted, black stays; None: there is no mask.
+        mask: Mask of the size of the image; white is painted, black stays; a tensor may be bool, True where the image
+            is painted; None: there is no mask.
         image_shape: (C, H, W) of the images to draw.
 
     Raises:
@@ -72,14 +75,14 @@ def size_of(name: str, image: ImageLike) -> tuple[int, int]:
     """
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
-    size = _with(upright_size, image)
+    size = _with(lambda images: next(images).size, name, image)
     if isinstance(size, str):
         raise ValueError(f"{name} {_path_of(image)}cannot be read as an image: {size}")
     return size
 
 
 def read_at_its_own_size(image: ImageLike, channels: int) -> Tensor:
-    """The image or its first page, upright and at its own size, (channels, H, W) uint8 or uint16.
+    """The image, upright and at its own size, (channels, H, W) uint8 or uint16.
 
     Args:
         image: A file, a PIL image or an array.
@@ -87,13 +90,32 @@ def read_at_its_own_size(image: ImageLike, channels: int) -> Tensor:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the image cannot be read.
+        ValueError: If the image cannot be read, or has several pages.
     """
     check_file("image", image)
-    pages = _with(lambda data: decode_pages(data, channels), image)
-    if isinstance(pages, str):
-        raise ValueError(f"image {_path_of(image)}cannot be read: {pages}")
-    return pages[0]
+    pixels = _with(lambda images: decode_page(_only_page(images), channels), "image", image)
+    if isinstance(pixels, str):
+        raise ValueError(f"image {_path_of(image)}cannot be read: {pixels}")
+    return pixels
+
+
+def check_tensor(name: str, image: Tensor) -> None:
+    """Refuse a tensor that is not in [-1, 1].
+
+    Args:
+        name: Name of the image in errors.
+        image: The tensor, which is not empty.
+
+    Raises:
+        ValueError: If the tensor holds integers, or numbers below -1 or above 1.
+    """
+    if not image.is_floating_point():
+        raise ValueError(f"{name} as a tensor must hold floats in [-1, 1], got {image.dtype}; scale it, or give an "
+                         "array of 8 or 16 bits")  # fmt: skip
+    low, high = (float(end) for end in image.detach().aminmax())
+    if not -1 <= low <= high <= 1:
+        raise ValueError(f"{name} as a tensor must be in [-1, 1], got {low:.6g} to {high:.6g}; scale it, or clamp what "
+                         "was drawn with .clamp(-1, 1)")  # fmt: skip
 
 
 def _read(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Tensor:
@@ -102,25 +124,68 @@ def _read(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Tensor:
     if isinstance(image, Tensor):
         if image.shape != shape:
             raise ValueError(f"{name} as a tensor must have the shape {shape}, got {tuple(image.shape)}; resize it")
+        image = _signed(image) if name == "mask" else image
+        check_tensor(name, image)
         return image.detach().float().cpu()[None]
     image_format = ImageFormat(height, width, channels)
-    pixels = _with(lambda data: decode_image(data, image_format), image)
+    pixels = _with(lambda images: fitted_image(next(images), image_format), name, image)
     if isinstance(pixels, str):
         raise ValueError(f"{name} {_path_of(image)}cannot be read as an image of the size to draw: {pixels}")
     return scale_to_unit_range(pixels[None])
 
 
-def _with(read: Callable[[bytes], Any], image: Any) -> Any:
-    """The result of a reader of files for an image, or the reason why it cannot read the image."""
+def _signed(mask: Tensor) -> Tensor:
+    """A mask in which -1 is black and 1 is white."""
+    if mask.dtype == torch.bool:
+        return mask.float() * 2 - 1
+    if mask.is_floating_point() and 0 <= mask.min() < 1 and mask.max() <= 1:
+        raise ValueError("mask as a tensor must be -1 where the image stays and 1 where it is painted, got "
+                         f"{mask.min():.6g} to {mask.max():.6g}; give a mask of bool, or mask * 2 - 1")  # fmt: skip
+    return mask
+
+
+def _with(read: Callable[[Iterator[StoredImage]], Any], name: str, image: Any) -> Any:
+    """What a function makes of the images of a file, or of an image in memory; or the reason why it cannot."""
     if isinstance(image, str | os.PathLike):
         file = OneFile(Path(image))
-        return decoded(read, file, file.names[0])
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).save(buffer, format="PNG")
+        return decoded(lambda data: read(stored_images(data)), file, file.names[0])
+    stored = _in_memory(name, image)
     try:
-        return read(buffer.getvalue())
+        return read(iter([stored]))
     except ValueError as error:
         return str(error)
+
+
+def _in_memory(name: str, image: Any) -> StoredImage:
+    """A PIL image or an array as if it had been stored in a file."""
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("1", "L", "RGB") and "transparency" in image.info:
+            image = image.convert("RGBA")
+    elif isinstance(image, np.ndarray) and image.dtype == np.bool_:
+        image = image * np.uint8(255)
+    numbers = pixels_of(image, name).permute(1, 2, 0).numpy()  # (C, H, W) -> (H, W, C)
+    height, width, num_samples = numbers.shape
+    limits = np.iinfo(numbers.dtype)
+    return StoredImage(
+        file_format="",
+        stored_size=(height, width),
+        kind="grey" if num_samples == 1 else "RGB",
+        num_samples=num_samples,
+        dtype=numbers.dtype,
+        bits=limits.bits,
+        decode=lambda _: numbers,
+        white=limits.max,
+        alpha="straight" if num_samples == 4 else None,
+    )
+
+
+def _only_page(images: Iterator[StoredImage]) -> StoredImage:
+    first, *others = islice(images, 2)
+    if others:
+        raise ValueError("it has several pages, and must have one; segment all pages with unet-diffusion segment, or "
+                         "open the page with PIL")  # fmt: skip
+    return first
 
 
 def _path_of(image: Any) -> str:

@@ -55,10 +55,10 @@ def write_objects(images: ImagesToSegment, outputs: Outputs) -> int:
 
 def _rows_of(images: ImagesToSegment, mask: str, instances: Path) -> Iterator[list[Any]]:
     files, name = images.sources[mask]
-    sizes = ["" if size is None else f"{size:.6g}" for size in pixel_size(files.read(name))]
     pages, labels = images.pages(mask), stored_images(instances.read_bytes())
     if isinstance(pages, str):  # the image was removed meanwhile
         return
+    sizes = ["" if size is None else f"{size:.6g}" for size in pixel_size(files.read(name))]
     for number, (page, numbered) in enumerate(zip(pages, labels, strict=True)):
         numbers = page.numbers()
         channels = numbers[..., : page.num_channels] if page.palette is None else page.palette[numbers[..., 0]][..., :3]
@@ -90,8 +90,11 @@ def pixel_size(data: bytes) -> tuple[float | None, float | None]:
         return None, None
     with TiffFile(io.BytesIO(data)) as tiff:
         if tiff.is_ome and tiff.ome_metadata:
-            pixels = next((node for node in ElementTree.fromstring(tiff.ome_metadata).iter()
-                           if node.tag.rpartition("}")[2] == "Pixels"), None)  # fmt: skip
+            try:
+                nodes = list(ElementTree.fromstring(tiff.ome_metadata).iter())
+            except ElementTree.ParseError:  # the pixels can be read all the same
+                return None, None
+            pixels = next((node for node in nodes if node.tag.rpartition("}")[2] == "Pixels"), None)
             return (None, None) if pixels is None else (_of_ome(pixels, "Y"), _of_ome(pixels, "X"))
         tags, imagej = tiff.pages[0].aspage().tags, tiff.imagej_metadata or {}
         is_metric = tags.valueof("ResolutionUnit") == CENTIMETRE
@@ -101,8 +104,11 @@ def pixel_size(data: bytes) -> tuple[float | None, float | None]:
 
 
 def _of_ome(pixels: ElementTree.Element, axis: str) -> float | None:
-    size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
-    return None if size is None or unit not in MICROMETRES else float(size) * MICROMETRES[unit]
+    size, unit = pixels.get(f"PhysicalSize{axis}", ""), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+    try:
+        return float(size) * MICROMETRES[unit]
+    except (KeyError, ValueError):  # an unknown unit, or no number
+        return None
 
 
 def _of_resolution(resolution: Any, scale: float | None) -> float | None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unet_diffusion.diffusion.parts import DenoiserParts
 
 ImageLike = str | os.PathLike[str] | Image | NDArray[Any] | Tensor
-"""A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits, or a tensor (C, H, W) in [-1, 1]."""
+"""A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits or in [0, 1], or a tensor (C, H, W) in [-1, 1]."""
 
 OVERLAP = 0.5  # default overlap of windows
 MOST_IMAGES = 1_000_000

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unet_diffusion.data.scaling import to_float
-from unet_diffusion.inference.init_images import read_at_its_own_size
+from unet_diffusion.inference.init_images import check_tensor, read_at_its_own_size
 from unet_diffusion.inference.record import network_record, write_checkpoint
 from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike
@@ -103,22 +103,25 @@ class Segmenter(Running):
         """The classes, probabilities and objects of an image of any size.
 
         Args:
-            image: A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits, or a tensor (C, H, W) in [-1, 1].
+            image: A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits or in [0, 1], or a tensor (C, H, W)
+                in [-1, 1]. A file must hold one page; `unet-diffusion segment` segments all pages of a stack.
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
             threshold: The foreground is where its probability is larger.
             min_size: Least number of pixels in an object; smaller objects are left out.
 
         Raises:
-            ValueError: If the image cannot be read, the channels of a tensor do not fit the network, the threshold or
-                the size is out of range, or the kind is "classes", which has neither.
+            ValueError: If the image cannot be read or has several pages, the channels or the range of a tensor do not
+                fit, the threshold or the size is out of range, or the kind is "classes", which has neither.
             FileNotFoundError: If there is no such file.
         """
         check_threshold(self.kind, threshold, min_size)
         channels = self.unet.in_channels
         if not isinstance(image, Tensor):
             image = to_float(read_at_its_own_size(image, channels), stretch=self.stretch)
-        elif image.ndim != 3 or image.shape[0] != channels:
+        elif image.ndim != 3 or image.shape[0] != channels or not image.numel():
             raise ValueError(f"image as a tensor must be ({channels}, H, W), got {tuple(image.shape)}")
+        else:
+            check_tensor("image", image)
         probabilities = self.probabilities(image, views=views).numpy()
         return Segmentation(probabilities, self.kind, self.class_names, threshold, min_size)
 
