@@ -776,7 +776,7 @@ ERRORS = {
     "too many steps": ("sample {run} --num_inference_steps 1001", "got 1001"),
     "export of nothing": ("export {tmp}/none {tmp}/out", "none"),
     "import of nothing": ("import {tmp}/none {tmp}/out.ckpt", "none"),
-    "grid's guidance": ("fit {tiny} --model.label_dropout 0 --model.unet.init_args.num_class_embeds 10", "null label"),
+    "grid's guidance": ("fit {tiny} --model.label_dropout 0 --model.unet.init_args.num_class_embeds 10", "with a null"),
     "grid's steps": ("fit {tiny} --samples.num_inference_steps 1001", "got 1001"),
     "network and data": ("fit {tiny} --model.unet.init_args.num_class_embeds 5", "num_class_embeds must be 11"),
     "setting": ("fit {tiny} --model.ema_decay 2", "ema_decay must be in [0, 1), got 2"),

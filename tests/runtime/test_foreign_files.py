@@ -110,7 +110,7 @@ def test_checkpoint_cannot_have_other_files_removed(run_cli, tiny_digits, digits
     status, _, err = run_cli("fit", *tiny_digits, *arguments)
     assert precious.exists()
     assert status == 1
-    assert "must name files in the folder of its run, got" in err
+    assert "must name files in its run folder, got" in err
 
 
 def test_masks_are_written_nowhere_but_to_their_folder(run_cli, tmp_path, cells_checkpoint):

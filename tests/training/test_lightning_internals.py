@@ -126,6 +126,8 @@ def test_options_of_a_trainer_are_those_that_it_was_given(quiet_trainer):
     assert internals.is_trial(trainer)
     assert not internals.is_trial(quiet_trainer())
     assert callback in internals.callbacks_of(trainer)
+    internals.replace_callbacks(trainer, [callback])
+    assert internals.callbacks_of(trainer) == [callback]
 
 
 def test_data_module_is_that_of_the_run(quiet_trainer):

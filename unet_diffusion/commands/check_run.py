@@ -13,7 +13,7 @@ from unet_diffusion.commands.run_rules import check_monitors
 from unet_diffusion.commands.training_cli import TrainingCLI
 from unet_diffusion.training.callbacks import PictureGrid
 from unet_diffusion.training.checkpointing import RunCheckpoint
-from unet_diffusion.training.lightning_internals import callbacks_of
+from unet_diffusion.training.lightning_internals import callbacks_of, replace_callbacks
 from unet_diffusion.training.planning import NUM_VALIDATED, TrySteps, disk_of, plan_of, sections_of
 from unet_diffusion.training.timing import batches_of_an_epoch, num_batches
 
@@ -44,7 +44,7 @@ class CheckCLI(TrainingCLI):
         tried = TrySteps()
         checkpoint = next(one for one in callbacks_of(self.trainer) if isinstance(one, RunCheckpoint))
         pictures = [one for one in callbacks_of(self.trainer) if isinstance(one, PictureGrid)]
-        self.trainer.callbacks = [_Setup(pictures), tried]  # type: ignore[attr-defined]  # the others write
+        replace_callbacks(self.trainer, [_Setup(pictures), tried])  # the others write
         self.trainer.fit(self.model, self.datamodule)
         plan = plan_of(self.trainer, self.model, self.datamodule, num_processes=self._num_processes())
         measured = tried.measured(self.trainer, self._num_validations())

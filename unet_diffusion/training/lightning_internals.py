@@ -46,6 +46,11 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
+def replace_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Give the trainer these callbacks in place of its own."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
 def is_attached(module: LightningModule) -> bool:
     """Whether a trainer has the module; without one, `module.trainer` raises an error."""
     return module._trainer is not None
