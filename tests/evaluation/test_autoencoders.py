@@ -1,10 +1,11 @@
 """The evaluation of an autoencoder agrees with scikit-image and numpy, and sees collapsed channels and dead codes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from halves import Half
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from unet_diffusion.data import ImageDataModule, ImageSet, Source
@@ -16,7 +17,6 @@ from unet_diffusion.evaluation.image_quality import PERCEPTUAL_FILES
 from unet_diffusion.evaluation.latent_sums import LatentSums
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
-from unet_diffusion.runtime.processes import ProcessGroup
 
 SHAPE = (1, 16, 16)
 NUM_VAL = 40  # more than a batch
@@ -210,18 +210,6 @@ def test_lpips_is_measured_where_its_weights_are(monkeypatch, tmp_path):
     assert figure.title == "LPIPS (vgg)"
     assert figure.value > 0
     assert image_quality.perceptual_file("vgg").is_file()
-
-
-@dataclass(frozen=True)
-class Half(ProcessGroup):
-    """One of two processes, which has what the other has gathered."""
-
-    other: list = field(default_factory=list)
-    own: list = field(default_factory=list)
-
-    def gather(self, items):
-        self.own.append(items)
-        return [*items, *self.other[len(self.own) - 1]] if self.other else items
 
 
 def test_two_processes_give_what_one_gives():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy
 import torch
+from halves import Half
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score, jaccard_score
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
@@ -21,7 +22,6 @@ from unet_diffusion.evaluation.segmenter_pictures import RIGHT, WRONG, outlined_
 from unet_diffusion.evaluation.segmenter_pictures import SIDE as PICTURE_SIDE
 from unet_diffusion.evaluation.segmenters import evaluate_segmenter
 from unet_diffusion.evaluation.thresholds import images_to_fit_on
-from unet_diffusion.runtime.processes import ProcessGroup
 from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.segmentation.object_scores import average_precisions
 from unet_diffusion.segmentation.scores import dice, membrane_scores, pixel_error, v_rand
@@ -366,18 +366,6 @@ def test_pixels_without_a_class_count_for_nothing():
     result = evaluated(Stub(half), ignored, ignore_label=99).figures
     assert result["dice_images"].value == result["ap_50_images"].value == 1
     assert result["pixel_error_pooled"].value == 0
-
-
-@dataclass(frozen=True)
-class Half(ProcessGroup):
-    """One of two processes, which has what the other has gathered."""
-
-    other: list = field(default_factory=list)
-    own: list = field(default_factory=list)
-
-    def gather(self, items):
-        self.own.append(items)
-        return [*items, *self.other[len(self.own) - 1]] if self.other else items
 
 
 def test_two_processes_give_what_one_gives():
