@@ -45,6 +45,9 @@ STOCHASTIC = (  # they add noise at each step
     "KDPM2AncestralDiscreteScheduler",
 )
 NO_GUIDANCE = Guidance()
+Watch = Callable[[float, Tensor], object]
+"""watch(t, x0) sees the x0, (B, C, H, W), that the denoiser takes a batch for at the timestep t."""
+
 MIN_PNDM_SIGNAL = 1e-5  # below this a_T, PNDM misses x0 by more than 1e-5 (measured; the linear schedule has 4e-5)
 MIN_PNDM_STEPS = 4  # the Runge-Kutta start of PNDM takes the first four steps
 
@@ -72,6 +75,7 @@ def sample(
     device: torch.device | str = "cpu",
     clip_sample: bool = True,
     progress: Callable[[int], object] | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Images drawn from noise, (N, C, H, W) float32 on the CPU, in the range of the x0 that the denoiser learned.
 
@@ -100,6 +104,8 @@ def sample(
             latents.
         progress: Called after each call of the denoiser with the number of images that took a step, as tqdm's update;
             the sum is N * num_network_steps(...).
+        watch: Called after each call of the denoiser, guidance included, with the timestep and the x0 that the
+            prediction stands for.
 
     Raises:
         ValueError: If the arguments do not fit each other (see `check_sampling`), before the denoiser is first called.
@@ -124,8 +130,9 @@ def sample(
         part_nulls = (
             None if unconditional is None else {name: value[part].to(device) for name, value in unconditional.items()}
         )
+        predictor = guide(denoiser, part_inputs, part_nulls, guidance)
         images = denoise(
-            guide(denoiser, part_inputs, part_nulls, guidance),
+            predictor if watch is None else _watched(predictor, schedule, watch),
             build_scheduler(schedule, scheduler, clip_sample=clip_sample),
             image_generators(seed, numbers[part]),
             (len(numbers[part]), *shape[1:]),
@@ -296,6 +303,15 @@ def _batches(count: int, batch_size: int) -> list[slice]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+
+
+def _watched(predictor: Predictor, schedule: NoiseSchedule, watch: Watch) -> Predictor:
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        prediction = predictor(x, t)
+        watch(float(t[0]), schedule.predict_x0(prediction.float(), x, t.round().long()))
+        return prediction
+
+    return predict
 
 
 def _step(predictor: Predictor, scheduler: Any, t: Tensor, x: Tensor, options: dict[str, Any]) -> Tensor:

@@ -46,6 +46,7 @@ class Denoiser(DenoiserParts, Running):
         indices: Sequence[int] | None = None,
         batch_size: int = 64,
         progress: Callable[[int], object] | None = None,
+        watch: Callable[[float, Tensor], object] | None = None,
     ) -> Tensor:
         """Images drawn from noise, (N, C, H, W) float32 on the CPU, in about [-1, 1].
 
@@ -78,6 +79,8 @@ class Denoiser(DenoiserParts, Running):
             indices: Numbers of the images to draw, from 0 to num_images - 1; None: all.
             batch_size: Number of images drawn at once.
             progress: Called with the number of images that took a step, as tqdm's update.
+            watch: Called at each step as watch(t, x0), with the timestep and the x0 that the network takes a batch for,
+                (B, C, h, w); `decode` shows it as images.
 
         Raises:
             ValueError: If options do not fit each other or this denoiser; the message says which values do.
@@ -87,7 +90,7 @@ class Denoiser(DenoiserParts, Running):
         drawn = range(num_images) if indices is None else indices
         if not {*drawn} <= {*range(num_images)}:
             raise ValueError(f"indices must be from 0 to {num_images - 1}, got {list(drawn)}; raise num_images")
-        return self.drawing(options).draw(drawn, progress)
+        return self.drawing(options).draw(drawn, progress, watch)
 
     def drawing(self, options: SampleOptions) -> "Drawing":
         """A drawing of the request, which is read and checked once and then drawn batch by batch.

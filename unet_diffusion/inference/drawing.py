@@ -81,12 +81,18 @@ class Drawing:
         options = self.options
         return num_network_steps(self.parts.schedule, options.scheduler, options.num_inference_steps, self.init_image)
 
-    def draw(self, indices: Sequence[int], progress: Callable[[int], object] | None = None) -> Tensor:
+    def draw(
+        self,
+        indices: Sequence[int],
+        progress: Callable[[int], object] | None = None,
+        watch: Callable[[float, Tensor], object] | None = None,
+    ) -> Tensor:
         """The images with these numbers, (N, C, H, W) float32 on the CPU, in about [-1, 1].
 
         Args:
             indices: N numbers of images of the request.
             progress: Called with the number of images that took a step.
+            watch: Called at each step with the timestep and the x0 that the network takes a batch for, (B, C, h, w).
         """
         options, codec = self.options, self.parts.codec
         with self.context():
@@ -101,6 +107,7 @@ class Drawing:
                 batch_size=options.batch_size,
                 device=self.device,
                 progress=progress,
+                watch=watch,
                 clip_sample=codec.clip_sample,
                 **self._inputs(indices),
                 **self._settings,

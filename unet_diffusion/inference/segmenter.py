@@ -1,6 +1,7 @@
 """A trained segmenter, which makes masks."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -98,7 +99,13 @@ class Segmenter(Running):
 
     @torch.inference_mode()
     def segment(
-        self, image: ImageLike, *, views: bool = False, threshold: float = THRESHOLD, min_size: int = MIN_SIZE
+        self,
+        image: ImageLike,
+        *,
+        views: bool = False,
+        threshold: float = THRESHOLD,
+        min_size: int = MIN_SIZE,
+        progress: Callable[[float], object] | None = None,
     ) -> Segmentation:
         """The classes, probabilities and objects of an image of any size.
 
@@ -108,6 +115,7 @@ class Segmenter(Running):
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
             threshold: The foreground is where its probability is larger.
             min_size: Least number of pixels in an object; smaller objects are left out.
+            progress: Called with the share of the image that is done, above 0 and up to 1.
 
         Raises:
             ValueError: If the image cannot be read or has several pages, the channels or the range of a tensor do not
@@ -122,16 +130,19 @@ class Segmenter(Running):
             raise ValueError(f"image as a tensor must be ({channels}, H, W), got {tuple(image.shape)}")
         else:
             check_tensor("image", image)
-        probabilities = self.probabilities(image, views=views).numpy()
+        probabilities = self.probabilities(image, views=views, progress=progress).numpy()
         return Segmentation(probabilities, self.kind, self.class_names, threshold, min_size)
 
     @torch.no_grad()
-    def probabilities(self, image: Tensor, *, views: bool = False) -> Tensor:
+    def probabilities(
+        self, image: Tensor, *, views: bool = False, progress: Callable[[float], object] | None = None
+    ) -> Tensor:
         """The probability of each class at each pixel, (K, H, W) float32 on the CPU.
 
         Args:
             image: Image of any size, (C, H, W) in [-1, 1].
             views: Average over the eight rotated and mirrored views.
+            progress: Called with the share of the image that is done, above 0 and up to 1.
         """
         with self._context():
             return class_probabilities(
@@ -141,6 +152,7 @@ class Segmenter(Running):
                 window_size=self.window_size,
                 views=views,
                 device=self.device,
+                progress=progress,
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,10 +1,13 @@
 """Class scores of images that fit the network, and class probabilities of images of any size."""
 
+from collections.abc import Callable
+from itertools import count
+
 import torch
 from torch import Tensor
 
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.segmentation.tiles import predict_tiled, predict_views
+from unet_diffusion.segmentation.tiles import NUM_VIEWS, predict_tiled, predict_views
 
 
 def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
@@ -26,6 +29,7 @@ def class_probabilities(
     window_size: int,
     views: bool = False,
     device: torch.device | str = "cpu",
+    progress: Callable[[float], object] | None = None,
 ) -> Tensor:
     """Return the probability of each class at each pixel, (K, H, W) float32 on the CPU.
 
@@ -36,12 +40,18 @@ def class_probabilities(
         window_size: Height and width of the windows that the network sees, in pixels.
         views: Average over the eight rotated and mirrored views.
         device: Where the network is.
+        progress: Called with the share of the image that is done, above 0 and up to 1.
     """
+    num_views, done = NUM_VIEWS if views else 1, count(1)
 
     def predict(x: Tensor) -> Tensor:
         return torch.softmax(class_scores(network, x, timestep).float(), dim=1)
 
+    def on_window(num_windows: int) -> None:
+        if progress is not None:
+            progress(next(done) / (num_windows * num_views))
+
     def whole(view: Tensor) -> Tensor:
-        return predict_tiled(predict, view, network, window_size=window_size, device=device)
+        return predict_tiled(predict, view, network, window_size=window_size, device=device, on_window=on_window)
 
     return predict_views(whole, image) if views else whole(image)

@@ -7,6 +7,7 @@ blended with weights that fall off towards the border.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,7 +22,13 @@ NUM_VIEWS = 8  # four rotations, each with its mirror image
 
 
 def predict_tiled(
-    predict: Predictor, image: Tensor, network: PixelNetwork, *, window_size: int, device: torch.device | str = "cpu"
+    predict: Predictor,
+    image: Tensor,
+    network: PixelNetwork,
+    *,
+    window_size: int,
+    device: torch.device | str = "cpu",
+    on_window: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Return the prediction for each pixel of an image, (K, H, W) float32 on the CPU.
 
@@ -31,10 +38,12 @@ def predict_tiled(
         network: The network, for its margin and the sizes that it takes.
         window_size: Largest height and width of a window, raised to the next size that the network takes.
         device: Device of the input of `predict`.
+        on_window: Called after each window with the number of all windows.
     """
     output: Tensor | None = None
     weight = torch.zeros(image.shape[1:])
-    for top, left, window in _windows(image, network, window_size):
+    windows = _Windows(image, network, window_size)
+    for top, left, window in windows:
         part = predict(window[None].to(device))[0].float().cpu()
         if output is None:
             output = torch.zeros(len(part), *image.shape[1:])
@@ -50,6 +59,8 @@ def predict_tiled(
             blend = blend_weights(window.shape[1:], OVERLAP)[:height, :width]
             output[:, *place] += blend * part
             weight[place] += blend
+        if on_window is not None:
+            on_window(len(windows))
     assert output is not None
     return output if network.margin else output.div_(weight)
 
@@ -88,15 +99,25 @@ def mirror(start: int, stop: int, length: int) -> Tensor:
     return torch.minimum(positions, period - positions) if length > 1 else torch.zeros_like(positions)
 
 
-def _windows(image: Tensor, network: PixelNetwork, window_size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the top and left of the part of the image that a window predicts, and the window's pixels, (C, h, w)."""
-    margin = network.margin
-    rows, columns = ((_window(side, network, window_size), side) for side in image.shape[1:])
-    for top in _starts(*rows, network):
-        y = mirror(top - margin, top - margin + rows[0], rows[1])
-        for left in _starts(*columns, network):
-            x = mirror(left - margin, left - margin + columns[0], columns[1])
-            yield top, left, image[:, y][:, :, x]
+class _Windows:
+    """The windows of an image, cut out one by one: the top and left of the part that each predicts, and its pixels."""
+
+    def __init__(self, image: Tensor, network: PixelNetwork, window_size: int) -> None:
+        self.image, self.margin = image, network.margin
+        self.sides = [_window(side, network, window_size) for side in image.shape[1:]]
+        rows, columns = (_starts(window, side, network) for window, side in zip(self.sides, image.shape[1:], strict=True))
+        self.places = list(product(rows, columns))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        for top, left in self.places:
+            y, x = (
+                mirror(start - self.margin, start - self.margin + window, side)
+                for start, window, side in zip((top, left), self.sides, self.image.shape[1:], strict=True)
+            )
+            yield top, left, self.image[:, y][:, :, x]
 
 
 def _window(side: int, network: PixelNetwork, window_size: int) -> int:
