@@ -31,6 +31,7 @@ COMMANDS = {  # the module of each command, and its function there
     "sample": "sample.sample_images",
     "segment": "segment.segment",
     "evaluate": "evaluate.evaluate_run",
+    "explore": "explore.explore",
     "export": "export.export",
     "import": "import_pipeline.import_pipeline",
     "completion": "completion.completion",

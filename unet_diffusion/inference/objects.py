@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from skimage.measure import regionprops_table
 from tifffile import TiffFile
 
-from unet_diffusion.data.stored import stored_images
+from unet_diffusion.data.stored import StoredImage, stored_images
 from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs
 from unet_diffusion.runtime.atomic_files import atomic_write
 
@@ -60,10 +60,20 @@ def _rows_of(images: ImagesToSegment, mask: str, instances: Path) -> Iterator[li
         return
     sizes = ["" if size is None else f"{size:.6g}" for size in pixel_size(files.read(name))]
     for number, (page, numbered) in enumerate(zip(pages, labels, strict=True)):
-        numbers = page.numbers()
-        channels = numbers[..., : page.num_channels] if page.palette is None else page.palette[numbers[..., 0]][..., :3]
-        for row in object_rows(numbered.numbers()[..., 0], channels.astype(np.float64).mean(axis=2)):
+        for row in object_rows(numbered.numbers()[..., 0], intensities(page)):
             yield [name, number, *row, *sizes]
+
+
+def intensities(page: StoredImage) -> NDArray[np.float64]:
+    """The numbers that a file stores for an image, (H, W): their means over its channels, or over RGB of a palette.
+
+    Args:
+        page: The image.
+    """
+    numbers = page.numbers()
+    channels = numbers[..., : page.num_channels] if page.palette is None else page.palette[numbers[..., 0]][..., :3]
+    means: NDArray[np.float64] = channels.astype(np.float64).mean(axis=2)
+    return means
 
 
 def object_rows(instances: NDArray[Any], pixels: NDArray[Any]) -> list[tuple[Any, ...]]:

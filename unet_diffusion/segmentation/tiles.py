@@ -105,7 +105,9 @@ class _Windows:
     def __init__(self, image: Tensor, network: PixelNetwork, window_size: int) -> None:
         self.image, self.margin = image, network.margin
         self.sides = [_window(side, network, window_size) for side in image.shape[1:]]
-        rows, columns = (_starts(window, side, network) for window, side in zip(self.sides, image.shape[1:], strict=True))
+        rows, columns = (
+            _starts(window, side, network) for window, side in zip(self.sides, image.shape[1:], strict=True)
+        )
         self.places = list(product(rows, columns))
 
     def __len__(self) -> int:

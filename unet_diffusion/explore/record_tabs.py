@@ -1,0 +1,67 @@
+"""Tabs of what a run wrote: curves of its metrics, the page of its evaluation, and its configuration."""
+
+import html
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from unet_diffusion.explore.components import Update, Values, bind
+from unet_diffusion.explore.runs import Run
+from unet_diffusion.explore.views import curves
+
+
+def record_tabs(
+    runs: Sequence[Run[Any]], chosen: Callable[[Values], Run[Any]], inputs: Sequence[gr.components.Component]
+) -> None:
+    """The tabs of what runs wrote.
+
+    Args:
+        runs: All runs, whose curves are shown together.
+        chosen: Function that gives the run that a visitor has chosen.
+        inputs: The inputs of `chosen`.
+    """
+    with gr.Tab("Curves", id="curves") as tab:
+        refresh = gr.Button("Read again", size="sm")
+        plots = gr.Image(
+            type="pil",
+            format="png",
+            interactive=False,
+            show_label=False,
+            buttons=["download", "fullscreen"],
+            elem_id="plots",
+        )
+        words = gr.Markdown()
+
+        def drawn(values: Values) -> Update:
+            plot = curves({run.name: run.history for run in runs})
+            missing = "These runs wrote no metrics: they were trained without logger.csv, or are no run folders."
+            return {plots: gr.Image(plot, visible=plot is not None), words: missing if plot is None else ""}
+
+        bind(tab.select, drawn, inputs, [plots, words])
+        bind(refresh.click, drawn, inputs, [plots, words])
+
+    with gr.Tab("Evaluation", id="evaluation") as tab:
+        page = gr.HTML(elem_id="evaluation_page")
+        bind(tab.select, lambda values: {page: _evaluation(chosen(values))}, inputs, [page])
+
+    with gr.Tab("Configuration", id="configuration") as tab:
+        summary = gr.Markdown()
+        settings = gr.Code(language="yaml", label="config.yaml", interactive=False, elem_id="configuration_text")
+
+        def configured(values: Values) -> Update:
+            run = chosen(values)
+            return {summary: f"`{run.name}`: {run.model}", settings: run.configuration or "# There is no config.yaml."}
+
+        bind(tab.select, configured, inputs, [summary, settings])
+
+
+def _evaluation(run: Run[Any]) -> str:
+    """The page that `evaluate` wrote, in a frame in which no script runs; or how to get one."""
+    path = run.evaluation_page
+    if path is None:
+        return f"<p>There is no evaluation yet: <code>unet-diffusion evaluate {html.escape(run.name)}</code></p>"
+    text = html.escape(path.read_text(encoding="utf-8"), quote=True)
+    return (
+        f'<iframe sandbox="" srcdoc="{text}" style="width: 100%; height: 80vh; border: 0; background: white"></iframe>'
+    )

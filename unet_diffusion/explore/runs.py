@@ -1,0 +1,104 @@
+"""What there is to look at in a run: its model, checkpoints, pictures, metrics, configuration and evaluation."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from unet_diffusion.inference.autoencoder import Autoencoder
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.runtime.safe_loading import step_of
+
+if TYPE_CHECKING:
+    from unet_diffusion.data.base import ImageDataModule
+
+Model = TypeVar("Model", Denoiser, Segmenter, Autoencoder)
+History = dict[str, list[tuple[int, float]]]
+"""For each metric its steps and values."""
+
+
+@dataclass(frozen=True)
+class Run(Generic[Model]):
+    """A model and the run folder that it comes from.
+
+    Args:
+        path: Run folder, checkpoint or diffusers folder, as the user named it.
+        model: The model.
+        load: Function that loads a model from a path and moves it to the device.
+        read_data: Function that gives the data of the run, not yet set up.
+    """
+
+    path: Path
+    model: Model
+    load: Callable[[Path], Model]
+    read_data: "Callable[[], ImageDataModule]"
+
+    @property
+    def name(self) -> str:
+        """The path as the user named it."""
+        return str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, or a folder without checkpoints, metrics and pictures."""
+        in_checkpoints = self.path.is_file() and self.path.parent.name == "checkpoints"
+        return self.path.parents[1] if in_checkpoints else self.path
+
+    @cached_property
+    def data(self) -> "ImageDataModule":
+        """The data of the run, ready to read.
+
+        Raises:
+            OSError: If they are not where they were.
+            ValueError: If the run does not say what they are.
+        """
+        data = self.read_data()
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """The checkpoints of the run by their step, in order; one for each step."""
+        paths = sorted((self.folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.name == "last.ckpt")
+        steps = {step_of(path): path for path in paths}
+        return {int(step): steps[step] for step in sorted(steps) if step != float("inf")}
+
+    @property
+    def pictures(self) -> dict[int, Path]:
+        """The pictures that were drawn in training, by their step."""
+        paths = sorted((self.folder / "samples").glob("step_*.png"))
+        return {int(path.stem.removeprefix("step_")): path for path in paths}
+
+    @property
+    def configuration(self) -> str:
+        """The text of the configuration; empty if there is none."""
+        path = self.folder / "config.yaml"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    @property
+    def evaluation_page(self) -> Path | None:
+        """The page that `evaluate` wrote; None if there is none."""
+        path = self.folder / "evaluation" / "evaluation.html"
+        return path if path.is_file() else None
+
+    @property
+    def history(self) -> History:
+        """The metrics of the run, of all its continuations."""
+        history: History = {}
+        for path in sorted((self.folder / "logs").glob("version_*/metrics.csv"), key=lambda path: _number(path.parent)):
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    for name, value in row.items():
+                        if name not in ("step", "epoch") and value and row.get("step"):
+                            history.setdefault(name, []).append((int(row["step"]), float(value)))
+        return {name: sorted(dict(points).items()) for name, points in history.items()}
+
+
+def _number(folder: Path) -> int:
+    """The number of a logger's folder, such as 10 of version_10."""
+    digits = folder.name.removeprefix("version_")
+    return int(digits) if digits.isdigit() else -1
