@@ -1,6 +1,6 @@
 """The tab of an autoencoder: an image, what comes back, what is lost, and the latents between."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import gradio as gr
 import torch
@@ -28,7 +28,7 @@ def autoencoder_tab(runs: Sequence[Run[Autoencoder]]) -> None:
             with gr.Column(scale=3):
                 columns = [_column(run, number) for number, run in enumerate(runs)]
 
-        def reconstruct(values: Values) -> Iterator[Update]:
+        def reconstruct(values: Values) -> Generator[Update, None, None]:
             if values[upload] is None:
                 raise ValueError("an image must be given; drop a file above")
             for run, (images, latents, words) in zip(runs, columns, strict=True):

@@ -5,9 +5,10 @@ import html
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Self
 
 import gradio as gr
@@ -24,6 +25,13 @@ _DOWNLOADS = tempfile.TemporaryDirectory(prefix="unet-diffusion-")
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # events are for the page, and no API to be listed
 
 
+class StopFlag(Event):
+    """Whether a visitor has asked for a stop; a copy, which Gradio makes for each visitor, is a flag of its own."""
+
+    def __deepcopy__(self, memo: Any) -> "StopFlag":
+        return StopFlag()
+
+
 @dataclass(frozen=True)
 class Controls:
     """The button that begins work on a model, the one that stops it, and a line that says how far it is."""
@@ -31,6 +39,7 @@ class Controls:
     go: gr.Button
     stop: gr.Button
     status: gr.HTML
+    flag: gr.State
 
     @classmethod
     def named(cls, label: str) -> Self:
@@ -41,7 +50,7 @@ class Controls:
         """
         with gr.Row():
             go, stop = gr.Button(label, variant="primary"), gr.Button("Stop")
-        return cls(go, stop, gr.HTML(elem_classes="status"))
+        return cls(go, stop, gr.HTML(elem_classes="status"), gr.State(StopFlag()))
 
 
 def bind(
@@ -71,7 +80,7 @@ def bind(
 
 def bind_work(
     controls: Controls,
-    work: Callable[[Values], Iterator[Update]],
+    work: Callable[[Values], Generator[Update, None, None]],
     inputs: Sequence[gr.components.Component],
     outputs: Sequence[gr.components.Component],
 ) -> None:
@@ -85,18 +94,31 @@ def bind_work(
     """
 
     @functools.wraps(work)
-    def with_errors_shown(values: Values) -> Iterator[Update]:
-        yield {controls.status: progress_line(0, "")}
+    def until_stopped(values: Values) -> Iterator[Update]:
+        flag, updates = values[controls.flag], work(values)
         try:
-            yield from work(values)
+            for update in updates:
+                if flag.is_set():
+                    updates.close()
+                    yield {controls.status: "Stopped."}
+                    return
+                yield update
         except Exception as error:  # errors of all kinds end here, as one message
             yield {controls.status: f'<span class="error">{html.escape(message_of(error))}</span>'}
 
-    options: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-    event = controls.go.click(
-        with_errors_shown, inputs=set(inputs), outputs=[controls.status, *outputs], **options, **PRIVATE
+    # The flag falls when the button is pressed, so that a visitor can stop what still waits for its turn.
+    pressed = controls.go.click(lambda flag: flag.clear(), inputs=[controls.flag], queue=False, **PRIVATE)
+    pressed.then(
+        until_stopped,
+        inputs={*inputs, controls.flag},
+        outputs=[controls.status, *outputs],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress="minimal",
+        show_progress_on=[controls.status],
+        **PRIVATE,
     )
-    controls.stop.click(lambda: "Stopped.", outputs=[controls.status], cancels=[event], **PRIVATE)
+    controls.stop.click(lambda flag: flag.set(), inputs=[controls.flag], queue=False, **PRIVATE)
 
 
 def message_of(error: Exception) -> str:

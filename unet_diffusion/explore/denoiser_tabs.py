@@ -1,6 +1,6 @@
 """Tabs of a denoiser: what it draws, from noise, from an image and between two seeds, and how it came to draw so."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -126,7 +126,7 @@ def _draw_tab(runs: Sequence[Run[Denoiser]], form: RequestForm) -> None:
         with gr.Row():
             shown = [_image(run.name, elem_id=f"drawn_{number}") for number, run in enumerate(runs)]
 
-        def draw(values: Values) -> Iterator[Update]:
+        def draw(values: Values) -> Generator[Update, None, None]:
             options = form.options(values)
             for run, image in zip(runs, shown, strict=True):
                 yield from _drawn(run.model, options, controls.status, image)
@@ -188,7 +188,7 @@ def _image_tab(form: RequestForm, chosen: Callable[[Values], Run[Denoiser]], nee
             return form.options(values, image=image, strength=float(values[strength]))
         return form.options(values, image=image, mask=mask)
 
-    def draw(values: Values) -> Iterator[Update]:
+    def draw(values: Values) -> Generator[Update, None, None]:
         options = request(values)
         yield from _drawn(chosen(values).model, options, controls.status, shown)
 
@@ -255,7 +255,7 @@ def _interpolate_tab(form: RequestForm, chosen: Callable[[Values], Run[Denoiser]
             options = form.options(values, num_images=count, batch_size=count)
             return replace(options, interpolate=(options.seed, int(values[to_seed] or 0)), seed=0)
 
-        def draw(values: Values) -> Iterator[Update]:
+        def draw(values: Values) -> Generator[Update, None, None]:
             yield from _drawn(chosen(values).model, request(values), controls.status, shown)
 
         inputs = [*form.inputs, to_seed, frames]
@@ -286,7 +286,7 @@ def _training_tab(form: RequestForm, chosen: Callable[[Values], Run[Denoiser]]) 
         pictures = [(Image.open(path), f"step {step}") for step, path in chosen(values).pictures.items()]
         return {drawn: gr.Gallery(pictures, visible=bool(pictures))}
 
-    def draw(values: Values) -> Iterator[Update]:
+    def draw(values: Values) -> Generator[Update, None, None]:
         run = chosen(values)
         checkpoints = run.checkpoints
         if not checkpoints:
@@ -311,7 +311,7 @@ def _nearest_tab(form: RequestForm, chosen: Callable[[Values], Run[Denoiser]]) -
         shown = _image("Drawn above, nearest below", elem_id="nearest_images")
         words = gr.Markdown()
 
-    def compare(values: Values) -> Iterator[Update]:
+    def compare(values: Values) -> Generator[Update, None, None]:
         run = chosen(values)
         number = min(form.options(values).num_images, MOST_COMPARED)
         options = form.options(values, num_images=number, batch_size=number)
@@ -331,7 +331,7 @@ def _attention_tab(form: RequestForm, chosen: Callable[[Values], Run[Denoiser]])
         shown = gr.Gallery(label="The image, and its words", columns=4, object_fit="contain", elem_classes="pixels",
                            elem_id="words", buttons=["download", "fullscreen"], interactive=False)  # fmt: skip
 
-    def look(values: Values) -> Iterator[Update]:
+    def look(values: Values) -> Generator[Update, None, None]:
         denoiser, options = chosen(values).model, form.options(values)
 
         def work(say: Callable[[Update], None]) -> WordMaps:

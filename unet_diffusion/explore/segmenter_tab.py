@@ -1,7 +1,7 @@
 """The tab of a segmenter: an image, its outlines and objects, a threshold to slide, the mask and the table to keep."""
 
 import csv
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def segmenter_tab(runs: Sequence[Run[Segmenter]]) -> None:
                     update |= _presented(segmented[run.name], column, values[threshold], int(values[min_size]))
             return update
 
-        def segment(values: Values) -> Iterator[Update]:
+        def segment(values: Values) -> Generator[Update, None, None]:
             if values[upload] is None:
                 raise ValueError("an image must be given; drop a file above")
             segmented: dict[str, Segmented] = {}
