@@ -2,8 +2,11 @@
 
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -54,9 +57,24 @@ def commands() -> list[list[str]]:
 
 
 def run(arguments: list[str]) -> int:
+    if arguments[0] == "explore":  # which serves until it is interrupted
+        return served([*arguments, "--device", "cpu"])
     if "ddp" in arguments or arguments[0] == "two-stages":  # which start others; Lightning by their command line
         return run_python([sys.executable, "-m", "unet_diffusion", *arguments]).returncode
     return main(arguments)
+
+
+def served(arguments: list[str]) -> int:
+    """0 if the command serves a page, and ends when it is interrupted."""
+    words = [sys.executable, "-m", "unet_diffusion", *(word for word in arguments if word != "--open_browser")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        with urlopen(re.search(r"http://127.0.0.1:\d+/", line)[0]) as page:  # type: ignore[index]
+            assert b"gradio" in page.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130  # as shells report it
+    return 0
 
 
 def write_images(folder: Path, num: int, *, channels: int, values: int, scale: int = 1) -> None:

@@ -150,12 +150,14 @@ def _presented(segmented: Segmented, column: _Column, threshold: float, min_size
     Image.fromarray(objects.astype(np.uint16)).save(paths[1])
     with paths[2].open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *([segmented.path.name, 0, *row] for row in rows)])
+    headers = OF_OBJECTS if any(sizes) else OF_OBJECTS[: -len(sizes)]
+    shown = [row[: len(headers)] for row in rows]
     areas = sorted(int(row[1]) for row in rows)
     middle = f", of {areas[len(areas) // 2]} pixels in the middle ({areas[0]} to {areas[-1]})" if areas else ""
     return {
         column.picture: _with_outlines(segmented.image, objects),
         column.words: f"**{len(rows)} objects**{middle}",
-        column.table: gr.Dataframe(rows, headers=list(OF_OBJECTS), visible=True),
+        column.table: gr.Dataframe(shown, headers=list(headers), visible=True),
         column.files: gr.File([str(path) for path in paths], visible=True),
     }
 
