@@ -13,7 +13,7 @@ denoiser of latents is compiled, this is done while the autoencoder trains, on l
 process then finds all kernels in the cache.
 
 Then, outside of the time and the same for both: images for the captions of those images that were kept apart, by 25
-steps of DPM-Solver++ with guidance 3. Judged by a classifier of the captions' words (see caption_words.py): their
+steps of DPM-Solver++ with guidance 3. Judged by a classifier of the captions' words (evaluation/captions.py): their
 Fréchet distance to the images kept apart, and the average precision with which it finds the words of their captions.
 """
 
@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 import yaml
-from caption_words import average_precision, features, frequent_words, has_words, trained_classifier
 from features import frechet_distance
 from measure import RESULTS, environment, process_seconds, table, write_json
 from torch import Tensor
@@ -42,6 +41,13 @@ from unet_diffusion.data import (
     Folder,
     ImageDataModule,
     scale_to_unit_range,
+)
+from unet_diffusion.evaluation.captions import (
+    WordFinder,
+    average_precision,
+    frequent_words,
+    has_words,
+    train_word_finder,
 )
 from unet_diffusion.inference.loading import load_denoiser
 from unet_diffusion.latents.space import fingerprint
@@ -315,11 +321,17 @@ class Images:
         return cls(images[trained_on], [captions[i] for i in trained_on], images[kept], [captions[i] for i in kept])
 
 
+@torch.no_grad()
+def seen_by(network: Callable[[Tensor], Tensor], images: Tensor, device: Any) -> Tensor:
+    """What a network makes of images, on the CPU."""
+    return torch.cat([network(part.to(device)).cpu() for part in images.split(200)])
+
+
 @dataclass(frozen=True)
 class Judge:
     """The classifier, and what it sees in the images that were kept apart."""
 
-    network: torch.nn.Sequential
+    network: WordFinder
     words: list[str]
     images: Images
     features: Tensor
@@ -328,15 +340,18 @@ class Judge:
     def of(cls, options: argparse.Namespace, images: Images) -> "Judge":
         words, started = frequent_words(images.training_captions), time.time()
         num_steps = 20 if options.size == "tiny" else 600
-        has = has_words(images.training_captions, words)
-        network = trained_classifier(images.training.to(options.device), has, num_steps=num_steps)
+        has, training = has_words(images.training_captions, words), images.training.to(options.device)
+        network = WordFinder(training.shape[1:], len(words)).to(options.device)
+        train_word_finder(network, lambda rows: training[rows.to(training.device)], has, num_steps=num_steps)
         print(f"classifier of {len(words)} words trained in {time.time() - started:.0f} s", flush=True)
-        return cls(network, words, images, features(network, images.kept))
+        return cls(network, words, images, seen_by(network.features, images.kept, options.device))
 
     def verdict(self, images: Tensor, captions: list[str]) -> dict[str, float]:
+        device = next(self.network.parameters()).device
+        scores = seen_by(self.network, images, device)
         return {
-            "distance": frechet_distance(features(self.network, images), self.features),
-            "average_precision": average_precision(self.network, images, has_words(captions, self.words)),
+            "distance": frechet_distance(seen_by(self.network.features, images, device), self.features),
+            "average_precision": average_precision(scores, has_words(captions, self.words)),
         }
 
     def on_real_images(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caption_words import average_precision, frequent_words, has_words
 from features import frechet_distance, label_entropy
 from forked import run_python
 from latents_against_pixels import compile_ahead
@@ -127,23 +126,6 @@ def test_frechet_distance_of_gaussians_is_that_of_its_closed_form():
 def test_label_entropy_of_equal_classes_is_log_of_their_number():
     assert label_entropy(torch.arange(50) % 10) == pytest.approx(2.302585)
     assert label_entropy(torch.zeros(5, dtype=torch.int64)) == pytest.approx(0, abs=1e-9)
-
-
-def test_frequent_words_are_those_that_tell_captions_apart():
-    captions = ["A red-hot dog, wet"] * 20 + ["a CAT"] * 19 + ["a bird"] * 25
-    assert frequent_words(captions) == ["bird", "wet"]  # a is everywhere, cat too seldom, dog and red-hot where wet is
-    assert has_words(["a bird", "no word"], ["bird", "wet"]).tolist() == [[True, False], [False, False]]
-
-
-def test_average_precision_of_words_is_that_of_the_ranking():
-    mean = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity(), torch.nn.Linear(1, 2))
-    torch.nn.init.ones_(mean[2].weight)
-    network = torch.nn.Sequential(mean[0], torch.nn.Dropout(), mean[2]).eval()
-    images = torch.arange(10.0, 0, -1).view(10, 1, 1, 1)  # ranked as they lie
-    has = torch.zeros(10, 2, dtype=torch.bool)
-    has[[0, 1, 3, 4, 9], 0] = True
-    has[2, 1] = True  # too seldom to count
-    assert average_precision(network, images, has) == pytest.approx((1 + 1 + 3 / 4 + 4 / 5 + 5 / 10) / 5)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.evaluation.captions import caption_section
 from unet_diffusion.evaluation.distances import (
     LEAST_IMAGES,
     distance_figures,
@@ -115,6 +116,11 @@ def evaluate_denoiser(
         if data.codec is not None:
             protocol["real images"] = "as their autoencoder makes them of their latents"
         sections = _sections(ours, theirs, unseen, data.class_names, are_mirrored=data.horizontal_flip)
+        if all(one.images.captions is not None for one in (ours, theirs, unseen)):
+            unmirrored = held_out.shuffled()
+            seen = None if made.texts is None else (ours.features, made.of(unmirrored))
+            about_captions = caption_section(ours.images, train, unmirrored, output, texts=made.texts, features=seen)
+            sections[1:1] = [] if about_captions is None else [about_captions]
         result = Evaluation(subject, protocol, sections)
         protocol["seconds"] = round(time.monotonic() - start, 1)
         return result

@@ -31,11 +31,13 @@ class Features:
         about: The network, the resizing and the number of features, for people.
         network: Images (N, C, H, W) in [-1, 1] -> (N, d).
         batch_size: The number of images at once.
+        texts: Captions -> (N, d), to compare with the features of images; None: they cannot be compared with captions.
     """
 
     about: str
     network: Callable[[Tensor], Tensor]
     batch_size: int
+    texts: Callable[[list[str]], Tensor] | None = None
 
     @torch.no_grad()
     def of(self, images: Selection, *, progress: bool = True) -> Tensor:
@@ -119,7 +121,22 @@ def _transformer(name: str, weights: str | None) -> Features:
         return chosen
 
     about = f"{name}: of {weights}, bicubic with antialiasing to {side}"
-    return Features(about, features, SMALL_BATCH)
+    return Features(about, features, SMALL_BATCH, _texts(weights) if name == "clip" else None)
+
+
+def _texts(weights: str) -> Callable[[list[str]], Tensor]:
+    """The embeddings of captions by CLIP."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(weights)
+    model = CLIPTextModelWithProjection.from_pretrained(weights).eval().requires_grad_(False)
+
+    def texts(captions: list[str]) -> Tensor:
+        parts = [captions[first : first + SMALL_BATCH] for first in range(0, len(captions), SMALL_BATCH)]
+        tokens = [tokenizer(part, padding="max_length", truncation=True, return_tensors="pt") for part in parts]
+        return torch.cat([model(**one).text_embeds for one in tokens])
+
+    return texts
 
 
 def _as_rgb(images: Tensor) -> Tensor:

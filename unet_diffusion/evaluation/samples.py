@@ -1,8 +1,9 @@
 """The samples that are evaluated: drawn into a folder by a denoiser, or images that somebody left in a folder."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -23,6 +24,8 @@ from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settin
 from unet_diffusion.runtime.pictures import save_images
 from unet_diffusion.runtime.processes import ProcessGroup
 from unet_diffusion.runtime.randomness import keyed_generator
+
+Value = TypeVar("Value")
 
 SAMPLES = "samples"  # the folder of the samples that are drawn, in that of the evaluation
 CLASSES = "classes"  # in the settings that `sample` leaves: "3: three" for each class, which take turns
@@ -90,7 +93,8 @@ def draw_samples(
             save_images(drawing.draw(indices, bar.update), folder, indices=indices)
     group.barrier()
     pixels = [_pixels(folder / _name(i)) for i in range(num_images)]
-    return of_images(torch.stack(pixels), labels)
+    captions = None if request.captions is None else _by_turns(list(request.captions), range(num_images))
+    return of_images(torch.stack(pixels), labels, captions)
 
 
 def request_of(
@@ -124,7 +128,7 @@ def request_of(
 def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int, int]) -> Selection:
     """The images in a folder, scaled and cut to the size of the data where they have another.
 
-    Their classes are known if `sample` drew them, or if each lies in the folder of its class.
+    Classes and captions are known if `sample` drew them, and classes also if each lies in the folder of its class.
 
     Args:
         folder: The folder.
@@ -145,9 +149,12 @@ def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int,
     if CLASSES in settings:
         rows = [i for i, name in enumerate(names) if Path(name).stem.isdigit()]  # not grid.png
         images, names = images[rows], [names[i] for i in rows]
+        numbers, labels = [int(Path(name).stem) for name in names], None
         if settings[CLASSES] and data.class_names:
             classes = [int(str(one).partition(":")[0]) for one in settings[CLASSES]]
-            return of_images(images, torch.tensor([classes[int(Path(name).stem) % len(classes)] for name in names]))
+            labels = torch.tensor(_by_turns(classes, numbers))
+        captions = settings.get("captions")
+        return of_images(images, labels, _by_turns(captions, numbers) if captions else None)
     if data.class_names and all(name.split("/")[0] in data.class_names and "/" in name for name in names):
         class_names_of(names, folder)
         return of_images(images, torch.tensor(labels_of(names, data.class_names)))
@@ -194,6 +201,11 @@ def _missing(folder: Path, settings: dict[str, Any], num_images: int, overwrite:
     )
     remove_left_behind(folder)
     return [i for i in range(num_images) if not (folder / _name(i)).exists()]
+
+
+def _by_turns(values: Sequence[Value], numbers: Iterable[int]) -> list[Value]:
+    """The value of each image, by its number, where values take turns."""
+    return [values[number % len(values)] for number in numbers]
 
 
 def _hash_of_labels(data: ImageDataModule) -> str:

@@ -21,11 +21,13 @@ class Selection:
         read: Gives the images of these numbers, float32 (N, C, H, W) in [-1, 1].
         indices: The numbers of the images, (N,) int64.
         labels: The class of each, (N,) int64; None: there are no classes.
+        captions: The caption of each; None: there are no captions.
     """
 
     read: Callable[[list[int]], Tensor]
     indices: Tensor
     labels: Tensor | None = None
+    captions: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -43,7 +45,8 @@ class Selection:
     def select(self, rows: Tensor) -> "Selection":
         """Some of these images, by their place."""
         labels = None if self.labels is None else self.labels[rows]
-        return replace(self, indices=self.indices[rows], labels=labels)
+        captions = None if self.captions is None else [self.captions[row] for row in rows.tolist()]
+        return replace(self, indices=self.indices[rows], labels=labels, captions=captions)
 
     def shuffled(self) -> "Selection":
         """The same images in a random order, the same one every time."""
@@ -58,7 +61,8 @@ class Selection:
             return torch.where(is_mirrored, images.flip(-1), images)
 
         labels = None if self.labels is None else torch.cat([self.labels, self.labels])
-        return Selection(read, torch.cat([self.indices, -1 - self.indices]), labels)
+        captions = None if self.captions is None else [*self.captions, *self.captions]
+        return Selection(read, torch.cat([self.indices, -1 - self.indices]), labels, captions)
 
     def batches(self, size: int = BATCH) -> Iterator[Tensor]:
         """All images in order, some at a time, each (n, C, H, W)."""
@@ -66,14 +70,16 @@ class Selection:
             yield self.take(rows)
 
 
-def of_images(images: Tensor, labels: Tensor | None = None) -> Selection:
+def of_images(images: Tensor, labels: Tensor | None = None, captions: list[str] | None = None) -> Selection:
     """A selection of all of these images.
 
     Args:
         images: The images (N, C, H, W): uint8 or uint16, or float in [-1, 1].
         labels: The class of each image, (N,) int64; None: there are no classes.
+        captions: The caption of each image; None: there are no captions.
     """
-    return Selection(lambda numbers: _as_float(images[torch.tensor(numbers)]), torch.arange(len(images)), labels)
+    numbers = torch.arange(len(images))
+    return Selection(lambda rows: _as_float(images[torch.tensor(rows)]), numbers, labels, captions)
 
 
 def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
@@ -85,7 +91,7 @@ def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
         data: The data, which are loaded if they are not yet.
     """
     data.setup("fit")
-    batches, labels = data.source.batches(data.image_set), classes_of(data)
+    batches, labels, captions = data.source.batches(data.image_set), classes_of(data), data.entries.get("captions")
 
     def read(numbers: list[int]) -> Tensor:
         batch = data.source.on_device(batches[numbers], None)
@@ -93,11 +99,13 @@ def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
             return batch["images"]
         return data.codec.decode(batch["x0"]).clamp(-1, 1)
 
-    parts = [
-        Selection(read, indices, None if labels is None else labels[indices])
-        for indices in (data.train_indices, data.val_indices)
-    ]
-    return parts[0], parts[1]
+    whole = Selection(
+        read,
+        torch.arange(len(data.image_set.images)),
+        labels,
+        captions if isinstance(captions, list) else None,
+    )
+    return whole.select(data.train_indices), whole.select(data.val_indices)
 
 
 def some_of(images: Selection, most: int) -> Selection:
