@@ -342,11 +342,12 @@ class DiffusionModule(NetworkModule):
 
     def _entries_to_draw(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the conditions read of a batch; words are read as a user's."""
-        if any(one.provides for one in self.all_conditions):
+        is_read = any(one.provides for one in self.all_conditions)
+        if is_read:
             _, batch = self.fixed_entries(batch)
         entries = {}
         for condition in self.all_conditions:
-            entry: Any = condition.read(batch)
+            entry: Any = Condition.read(condition, batch) if is_read else condition.read(batch, self.codec.encode)
             if not isinstance(entry, Tensor):
                 values, names = {condition.batch_key: entry}, self.class_names
                 request = Request(num_images=len(entry), values=values, class_names=names)
@@ -383,7 +384,7 @@ class DiffusionModule(NetworkModule):
             for condition, one in drawn:
                 entries |= {**one, **condition.entries(images, one, encode)}
         for condition in conditions:
-            entries[condition.batch_key] = condition.read(entries)
+            entries[condition.batch_key] = condition.read(entries, self.codec.encode)
         return x0, entries
 
     def _drawn(
