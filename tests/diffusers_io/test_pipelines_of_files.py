@@ -12,6 +12,7 @@ from PIL import Image
 
 from unet_diffusion.diffusers_io.exporting import export_pipeline, why_not_exported
 from unet_diffusion.diffusers_io.importing import import_pipeline
+from unet_diffusion.diffusion.conditions.box_tokens import BoxTokens
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
@@ -26,6 +27,7 @@ pytest.importorskip("transformers")
 SEED, STEPS, SIZE = 5, 4, 16
 PLAIN = {"context_dim": None, "num_heads": None}
 LABELS = [1, 0]
+BOXES = [[["dog", 1, 2, 8, 9]], [["cat", 0, 0, 16, 12], ["dog", 4, 4, 5, 6], ["dog", 0, 0, 1, 1]]]
 
 
 def pixels(folder, conditions, num_maps=0, **network) -> Denoiser:
@@ -52,6 +54,13 @@ def map_of(channels: int, *arguments, **options) -> SemanticMap:
     return SemanticMap(channels, *arguments, **options)
 
 
+def boxes_of(names, **options) -> BoxTokens:
+    torch.manual_seed(0)
+    boxes = BoxTokens(WIDTH, 3, max_boxes=2, num_heads=2, **options)
+    boxes.take_names(names)
+    return randomise(boxes)
+
+
 MADE = {
     "map": lambda folder: pixels(folder, [map_of(3, 3)], 3, **PLAIN),
     "map of objects and classes": lambda folder: of_classes(
@@ -60,6 +69,11 @@ MADE = {
     "map and captions of latents": lambda folder: text_denoiser(
         folder, conditions=[text_tokens(), map_of(2, 3, downsampling=2, dropout=0.0)], in_channels=6, out_channels=4
     ),
+    "boxes": lambda folder: pixels(folder, [boxes_of(["cat", "dog"])]),
+    "boxes and captions of latents": lambda folder: text_denoiser(
+        folder, conditions=[text_tokens(), boxes_of(["cat", "dog"], dropout=0.0)]
+    ),
+    "boxes and map": lambda folder: pixels(folder, [boxes_of(["cat", "dog"]), map_of(3, 3)], 3),
     "paired image": lambda folder: pixels(folder, [PairedImage(3)], 3, **PLAIN),
     "paired image and class tokens of latents": of_tokens,
     "paired image and captions of latents": lambda folder: text_denoiser(
@@ -82,6 +96,8 @@ def values_of(trained: Denoiser, folder) -> dict:
     """What a user gives to draw."""
     files = {"semantic_map": "map.png", "paired_image": "image.png"}
     own = {name: folder / file for name, file in files.items() if any(name in c.options for c in trained.conditions)}
+    if any("boxes" in one.options for one in trained.conditions):
+        own["boxes"] = BOXES
     given: dict = {"conditions": own}
     if trained.num_classes:
         given["labels"] = LABELS
@@ -93,7 +109,7 @@ def values_of(trained: Denoiser, folder) -> dict:
 def call_of(name: str, trained: Denoiser, scale: float) -> dict:
     """What a pipeline is called with for the same images."""
     given = values_of(trained, Path())
-    own = {key: str(value) for key, value in given.pop("conditions").items()}
+    own = {key: str(one) if isinstance(one, Path) else one for key, one in given.pop("conditions").items()}
     renamed = {"labels": "class_labels", "captions": "prompt"}
     call = {**{renamed[key]: value for key, value in given.items()}, "num_inference_steps": STEPS}
     if name in INSTRUCTED:
@@ -176,13 +192,15 @@ def test_stock_folder_whose_autoencoder_has_a_scale_draws_as_diffusers_draws(exp
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_condition_decides_what_is_drawn(exported, tmp_path, name):
+def test_condition_decides_what_is_drawn(exported, tmp_path, monkeypatch, name):
     root, made = exported
     write_files(tmp_path)
     for file in ("map.png", "image.png"):
         shifted = np.roll(np.asarray(Image.open(tmp_path / file)), 1, axis=1)
         Image.fromarray(shifted).save(tmp_path / file)
-    before, after = (drawn_here(made[name], folder, 1.0) for folder in (root / name, tmp_path))
+    before = drawn_here(made[name], root / name, 1.0)
+    monkeypatch.setattr(f"{__name__}.BOXES", BOXES[::-1])
+    after = drawn_here(made[name], tmp_path, 1.0)
     assert np.abs(before - after).max() > 1e-3
 
 

@@ -240,12 +240,12 @@ def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     names, last = parts.class_names, parts.num_classes - 1
     values = {"class_labels": names[:2] if names else [0, last], "prompt": '"a caption"'}
     preparation = next((text for name, text in PREPARATIONS.items() if name in pipeline.arguments), "")
-    preparation += "".join(f"{one.usage}\n" for one in (pipeline.tokens, pipeline.maps) if one is not None)
     _, height, width = parts.sample_shape
     num_maps = pipeline.unet.config.in_channels - pipeline.unet.config.out_channels
     guidance = 3.0 if "prompt" in pipeline.config.unconditional else 2.0
     return OWN_USAGE.format(
-        preparation=preparation.format(num_maps=num_maps, height=height, width=width),
+        preparation=preparation.format(num_maps=num_maps, height=height, width=width)
+        + "".join(f"{one.usage}\n" for one in (pipeline.tokens, pipeline.maps) if one is not None),
         arguments=", ".join(f"{name}={values.get(name, name)}" for name in pipeline.arguments) or "batch_size=4",
         steps=parts.schedule.num_train_timesteps if parts.codec.space is None else 50,
         guidance=f", guidance_scale={guidance}" if pipeline.config.unconditional else "",
