@@ -1,3 +1,4 @@
+import json
 import pickle
 import re
 import shlex
@@ -143,6 +144,21 @@ def write_pairs(root, channels, instances, num=6):
         Image.fromarray(label).save(root / "label" / f"{i}.png")
 
 
+def write_known(root, monkeypatch):
+    """Images with what the overlays of maps, pairs and boxes read beside them."""
+    write_folder(root, monkeypatch)
+    rng = np.random.default_rng(1)
+    for number in range(12):
+        for folder, size in ((root.with_name("labels"), (64, 72)), (root.with_name("others"), (64, 72, 3))):
+            folder.mkdir(exist_ok=True)
+            pixels = rng.integers(2 if len(size) == 2 else 256, size=size, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    files = [{"id": i, "file_name": f"{i}.png", "width": 72, "height": 64} for i in range(12)]
+    boxes = [{"image_id": i, "category_id": i % 2, "bbox": [8, 8, 20 + i, 30]} for i in range(12)]
+    table = {"images": files, "annotations": boxes, "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]}
+    root.with_name("boxes.json").write_text(json.dumps(table))
+
+
 DATA = {
     "cifar10_ddpm.yaml": write_cifar10,
     "fashion_mnist.yaml": write_fashion_mnist,
@@ -170,6 +186,30 @@ def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, na
     assert status == 0, err
     for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
         assert (tmp_path / "run" / file).is_file(), file
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("boxes", "boxes.json"), ("paired_image", "others"), ("semantic_map", "labels")]
+)
+def test_overlay_of_a_condition_trains_and_draws_as_its_comment_says(run_cli, tmp_path, monkeypatch, name, place):
+    write_known(tmp_path / "data", monkeypatch)
+    recipe = ["--config", "folder", "--config", f"conditions/{name}"]
+    known = ["--data.root", tmp_path / "data", f"--data.{name}", tmp_path / place]
+    smaller = [*SMALLER, *NARROWER["folder.yaml"], "--trainer.default_root_dir", tmp_path / "run"]
+    status, _, err = run_cli("fit", *recipe, *known, *smaller)
+    assert status == 0, err
+    sample = ["--condition", f"{name}={tmp_path / place}", "--guidance_scale", 2, "--num_images", 2, "--device", "cpu"]
+    status, _, err = run_cli(
+        "sample", tmp_path / "run", *sample, "--num_inference_steps", 2, "--output", tmp_path / "o"
+    )
+    assert status == 0, err
+    with Image.open(tmp_path / "run" / "samples.png") as grid:
+        assert grid.height > 64  # what the network is shown above what it draws
+    status, _, err = run_cli("sample", tmp_path / "run", "--device", "cpu", "--output", tmp_path / "none")
+    assert (status != 0, f"give {name}, as conditions={{'{name}': ...}} or --condition {name}=..." in err) == (
+        True,
+        True,
+    )
 
 
 @pytest.mark.parametrize("name", AUTOENCODE)

@@ -118,7 +118,7 @@ def test_what_else_an_item_holds_is_an_entry_of_the_batch_or_a_text_of_the_data(
     assert list(data.entries) == [*dtypes, "place"]
     assert data.entries["place"] == [f"place {index}" for index in range(10)]
     for batch in [*data.train_dataloader(), *data.val_dataloader()]:
-        assert batch.keys() == {"images", "index", *dtypes}
+        assert batch.keys() == {"images", "index", "is_mirrored", *dtypes}
         for key, dtype in dtypes.items():
             rows = [index % 2 if key == "labels" else values[key](index) for index in batch["index"].tolist()]
             expected = torch.from_numpy(np.stack([np.asarray(row) for row in rows]).astype(np.float64))
@@ -171,7 +171,7 @@ def test_condition_reads_an_entry_once_in_training_as_in_sampling(tiny_module, t
     seen = []
 
     class Tenths(Vectors):
-        def read(self, batch):
+        def read(self, batch, encode=None):
             return batch["feature"] / 10
 
         def forward(self, entry):

@@ -420,7 +420,7 @@ def test_further_entries_are_packed_and_streamed(images, tmp_path):
     order = [files.names.index(name) for name in names]
     assert sorted(names) == sorted(files.names)
     for batch in epoch_of(data) + list(data.val_dataloader()):
-        assert batch.keys() == {"images", "index", "age", "vector", "is_old"}
+        assert batch.keys() == {"images", "index", "is_mirrored", "age", "vector", "is_old"}
         for key, dtype in {"age": torch.int64, "vector": torch.float32, "is_old": torch.bool}.items():
             assert batch[key].dtype == dtype
             assert torch.equal(batch[key], entries[key][order][batch["index"]].to(dtype))

@@ -260,7 +260,7 @@ def test_latents_keep_what_is_known_of_the_images_and_a_condition_reads_it(
     assert data.entries.keys() == ENTRIES.keys()
     assert data.entries["place"] == ENTRIES["place"]
     for batch in [*data.train_dataloader(), *data.val_dataloader()]:
-        assert batch.keys() == {"images", "std", "index", "labels", "feature", "mean"}
+        assert batch.keys() == {"images", "std", "index", "is_mirrored", "labels", "feature", "mean"}
         assert torch.equal(batch["images"][:, 0, 0, 0], batch["index"].half())  # a mirror image is of the same image
         for key in ("labels", "feature", "mean"):
             assert batch[key].dtype == ENTRIES[key].dtype

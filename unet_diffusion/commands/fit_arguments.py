@@ -29,7 +29,7 @@ OWN_ARGUMENTS = {  # of each data module; options of --data with other names are
 OF_IMAGES = ("root", "image_size", "channels", "class_labels", "captions", "background")
 SOURCES = {  # and their arguments
     "Digits": (),
-    "Folder": (*OF_IMAGES, "on_bad_file", "in_memory"),
+    "Folder": (*OF_IMAGES, "semantic_map", "paired_image", "boxes", "on_bad_file", "in_memory"),
     "Latents": ("root", "scaling_factor"),
     "PairedFiles": ("images", "labels", "channels", "label_suffix"),
     "Shards": (*OF_IMAGES, "window", "num_lanes", "on_bad_shard", "num_retries"),

@@ -73,7 +73,8 @@ def sample_images(
         num_images: The number of images to draw.
         labels: The numbers or names of the classes to draw, which take turns. By default all classes take turns.
         captions: The texts to draw, which take turns, for a model of captions.
-        condition: The values of conditions of your own, each as NAME=VALUE.
+        condition: The values of further conditions, each as NAME=VALUE: semantic_map=PATH or paired_image=PATH, with an
+            image file or a folder of them, which take turns; boxes=FILE.json; or one of your own.
         allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
         guidance_scale: How much closer images come to their label or caption; 1 turns guidance off.
         scheduler: The name of a diffusers scheduler.
@@ -181,7 +182,20 @@ def _settings_of_images(
     for name in ("image", "mask"):  # a path may lead to another picture later
         picture = arguments[name]
         settings[f"{CONTENTS}{name}"] = picture and hashlib.sha256(picture.read_bytes()).hexdigest()
+    for name, value in _conditions(arguments["condition"] or []).items():
+        settings[f"{CONTENTS}{name}"] = _hash_of_files(Path(value))
     return settings
+
+
+def _hash_of_files(path: Path) -> str | None:
+    """A hash of a file, or of the files in a folder and their names; None if there is neither."""
+    if not path.exists():
+        return None
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _draw_and_save(

@@ -1,6 +1,7 @@
 """Data modules: everything of training on a source's images that does not depend on where they come from."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class ImageDataModule(SourceDataModule):
         if key == "labels" and self.class_names is not None:
             counts = torch.bincount(rows, minlength=len(self.class_names))
             return f"{len(self.class_names)} classes of {counts.min()} to {counts.max()}"
-        low, high = rows.double().aminmax()
+        low, high = (rows if rows.dtype == torch.uint8 else rows.double()).aminmax()
         return f"{key} from {low:.4g} to {high:.4g}"
 
     @property
@@ -261,10 +262,12 @@ def refuse_unused(datamodule: Any, taken: set[str]) -> None:
     """
     for key in getattr(datamodule, "entries", {}):
         option = "class_labels" if key == "labels" else key
-        if getattr(getattr(datamodule, "source", None), option, None) is True and key not in taken:
+        value = getattr(getattr(datamodule, "source", None), option, None)
+        if (value is True or isinstance(value, str | Path)) and key not in taken:
             raise ValueError(
-                f"data.{option} is true, and what is trained takes no {option}; set it to false, or train a "
-                "network that takes them (num_class_embeds for classes, model.conditions for others)"
+                f"data.{option} is {str(value).lower() if value is True else value}, and what is trained takes no "
+                f"{option}; {'set it to false' if value is True else 'leave it out'}, or train a network that takes "
+                "them (num_class_embeds for classes, model.conditions for others)"
             )
         if key not in (*taken, "labels") and isinstance(getattr(datamodule, "source", None), Items):
             similar = did_you_mean(key, [one for one in ("label", "caption", "name") if one != key])

@@ -74,7 +74,10 @@ class ImageBatches(Dataset[Batch]):
         return len(self.image_set.images)
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        """The batch {"images": uint8 or uint16 (B, C, H, W), "index": (B,) int64, and the numbers of the entries}."""
+        """The batch {"images": uint8 or uint16 (B, C, H, W), "index": (B,) int64, and the numbers of the entries}.
+
+        "is_mirrored", (B,) bool, says which images are mirrored; what is known of them is that of the image as it is.
+        """
         drawn = torch.tensor(indices)
         index = drawn % len(self)
         # index_select copies whole images, and is many times faster than images[index].
@@ -82,7 +85,8 @@ class ImageBatches(Dataset[Batch]):
         mirrored = (drawn >= len(self)).numpy()
         pixels = images.numpy()  # the same memory; torch does not write to parts of uint16 tensors
         pixels[mirrored] = pixels[mirrored][..., ::-1]
-        return {"images": images, "index": index, **numbers_of(self.image_set.entries, index)}
+        known = numbers_of(self.image_set.entries, index)
+        return {"images": images, "index": index, "is_mirrored": drawn >= len(self), **known}
 
 
 def numbers_of(entries: Entries, index: Tensor) -> Batch:

@@ -14,6 +14,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from unet_diffusion.data.stored import Stored, StoredImage, stored_images
+from unet_diffusion.runtime.cropping import centred_box
 
 Pixels = NDArray[Any]  # (1 to 4, H, W) uint8, uint16 or float32: grey or RGB, alpha last
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -147,6 +148,21 @@ def decode_label_pages(data: bytes) -> list[NDArray[np.int32]]:
     return [_label(image) for image in stored_images(data)]
 
 
+def fitted_label(label: NDArray[np.int32], height: int, width: int) -> NDArray[np.int32]:
+    """A label image (H, W), scaled and cut as `decode_image` does it; each pixel is the nearest one of the file.
+
+    Args:
+        label: The label image.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+    """
+    full_height, full_width = label.shape
+    top, left, box_height, box_width = centred_box((full_height, full_width), (height, width))
+    rows = (top + (np.arange(height) + 0.5) * box_height / height).astype(int)
+    columns = (left + (np.arange(width) + 0.5) * box_width / width).astype(int)
+    return label[rows[:, None], columns]
+
+
 def to_depth(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 images as uint16 of the same brightness, if that is the dtype; otherwise unchanged."""
     if images.dtype == dtype:
@@ -238,10 +254,8 @@ def _as_int32(numbers: Stored) -> NDArray[np.int32]:
 def _fit(pixels: Pixels, height: int, width: int) -> Pixels:
     """The largest centred part of that aspect, (C, height, width); untouched where nothing needs to be scaled."""
     full_height, full_width = pixels.shape[1:]
-    scale = min(full_height / height, full_width / width)
-    box_height, box_width = min(height * scale, full_height), min(width * scale, full_width)  # where rounded up
-    top, left = (full_height - box_height) / 2, (full_width - box_width) / 2
-    if scale == 1:  # cut at whole pixels: nothing is interpolated
+    top, left, box_height, box_width = centred_box((full_height, full_width), (height, width))
+    if (box_height, box_width) == (height, width):  # cut at whole pixels: nothing is interpolated
         return pixels[:, int(top) : int(top) + height, int(left) : int(left) + width]
     strips = np.split(pixels, range(STRIP_ROWS, full_height, STRIP_ROWS), axis=1)
     narrow = np.concatenate([_narrowed(strip, (left, left + box_width), width) for strip in strips], axis=1)

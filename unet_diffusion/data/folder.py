@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from unet_diffusion.data.batches import Entries, ImageSet
+from unet_diffusion.data.beside import READERS, Fitted, read_beside
 from unet_diffusion.data.captions import TEXT_EXTENSIONS, Captions, read_captions
 from unet_diffusion.data.checking import (
     CheckedImages,
@@ -41,6 +42,11 @@ class Folder(Source):
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
         class_labels: Whether the folder directly below root that a file lies in is its class.
         captions: Whether each image has a caption, see `captions.py`.
+        semantic_map: A folder or archive of label images of the same names and sizes as the images, for the condition
+            `SemanticMap`. None: there are none.
+        paired_image: A folder or archive of pictures of the same names and sizes as the images, for the condition
+            `PairedImage`. None: there are none.
+        boxes: A JSON file of COCO's form with boxes in the images, for the condition `BoxTokens`. None: there is none.
         background: The colour behind transparent pixels, a name or "#rrggbb"; it is not used if channels is 4.
         on_bad_file: What happens with files that cannot be decoded or are too small: "error", or "skip" with a warning.
         in_memory: Whether the decoded images stay in memory; otherwise workers decode them again every epoch. None
@@ -61,6 +67,9 @@ class Folder(Source):
         channels: int = 3,
         class_labels: bool = False,
         captions: bool = False,
+        semantic_map: str | Path | None = None,
+        paired_image: str | Path | None = None,
+        boxes: str | Path | None = None,
         background: str = "white",
         on_bad_file: OnBadFile = "error",
         in_memory: bool | None = None,
@@ -72,6 +81,9 @@ class Folder(Source):
         self.image_shape = self.image_format.shape
         self.class_labels = class_labels
         self.captions = captions
+        self.semantic_map = semantic_map
+        self.paired_image = paired_image
+        self.boxes = boxes
         self.on_bad_file = on_bad_file
         self.in_memory = in_memory
         self.sizes: list[tuple[int, int]] = []
@@ -86,7 +98,8 @@ class Folder(Source):
         Raises:
             FileNotFoundError: If root does not exist.
             ValueError: If root holds no images or files that cannot be used, if class_labels is set and there are no
-                classes, or if captions is set and an image has none.
+                classes, if captions is set and an image has none, or if a semantic map, paired image or box does not
+                fit its image.
         """
         files = find_images(self.root)
         if self.class_labels:
@@ -103,6 +116,10 @@ class Folder(Source):
         entries, class_names = entries_of(
             files, checked.names, self.root, class_labels=self.class_labels, captions=self.captions
         )
+        fitted = Fitted(checked.names, checked.sizes, files.names, self.image_format)
+        for key in READERS:
+            if (place := getattr(self, key)) is not None:
+                entries[key] = read_beside(key, place, fitted, progress=progress)
         return ImageSet(checked.images, entries, class_names, checked.names, checked.contents)
 
     def left_out(self) -> str:

@@ -114,7 +114,7 @@ class PairedFiles(LabelledSource):
                 message lists such files.
         """
         image_files, label_files = find_images_or_one(self.images), find_images_or_one(self.labels)
-        pairs = _match(image_files, label_files, self.label_suffix)
+        pairs = match(image_files.names, label_files.names, self.label_suffix)
 
         def read(name: str) -> tuple[list[Tensor], list[NDArray[np.int32]]] | str:
             image_name, label_name = pairs[name]
@@ -204,24 +204,37 @@ def listed(lines: Sequence[str]) -> str:
     return "".join(f"\n  {line}" for line in [*lines[:NUM_NAMED], *more])
 
 
-def _match(images: ImageFiles, labels: ImageFiles, label_suffix: str) -> dict[str, tuple[str, str]]:
-    """The image and label file of each name; a single file on both sides matches whatever it is called."""
-    if len(images.names) == len(labels.names) == 1:
-        return {_stem(images.names[0]): (images.names[0], labels.names[0])}
-    image_by_name = _by_name(images.names, "")
-    label_by_name = _by_name(labels.names, label_suffix)
+def match(
+    images: Sequence[str], labels: Sequence[str], label_suffix: str = "", *, kind: str = "label"
+) -> dict[str, tuple[str, str]]:
+    """The image and label file of each name; a single file on both sides matches whatever it is called.
+
+    Args:
+        images: The names of the image files.
+        labels: The names of the label files.
+        label_suffix: The end that the names of labels have and those of images lack.
+        kind: The word for a label in errors.
+
+    Raises:
+        ValueError: If a file has no partner; the message lists such files.
+    """
+    if len(images) == len(labels) == 1:
+        return {_stem(images[0]): (images[0], labels[0])}
+    image_by_name = _by_name(images, "")
+    label_by_name = _by_name(labels, label_suffix)
     without_label = [image_by_name[name] for name in image_by_name if name not in label_by_name]
     without_image = [label_by_name[name] for name in label_by_name if name not in image_by_name]
     if without_label or without_image:
-        parts = []
+        parts, has_suffix = [], " (and label_suffix)" if kind == "label" else ""
         if without_label:
-            parts.append(f"{len(without_label)} images have no label:{listed(without_label)}")
+            parts.append(f"{len(without_label)} images have no {kind}:{listed(without_label)}")
         if without_image:
-            parts.append(f"{len(without_image)} labels have no image:{listed(without_image)}")
+            parts.append(f"{len(without_image)} {kind}s have no image:{listed(without_image)}")
         raise ValueError(
-            "images and labels must have the same names but for the extension (and label_suffix); "
+            f"images and {kind}s must have the same names but for the extension{has_suffix}; "
             + "\n".join(parts)
-            + "\nadd the missing files, remove their partners, or set label_suffix"
+            + f"\nadd the missing files{',' if has_suffix else ', or'} remove their partners"
+            + (", or set label_suffix" if has_suffix else "")
         )
     return {name: (image_by_name[name], label_by_name[name]) for name in image_by_name}
 

@@ -85,12 +85,16 @@ class LatentBatches(Dataset[Batch]):
         return len(self.latents)
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        """A batch {"images": means (B, C, h, w), "std": deviations, "index": (B,) int64, numbers of the entries}."""
+        """A batch {"images": means (B, C, h, w), "std": deviations, "index": (B,) int64, numbers of the entries}.
+
+        "is_mirrored", (B,) bool, says which are latents of a mirror image.
+        """
         drawn = torch.tensor(indices)
         index = drawn % len(self)
         return {
             "images": self.latents.mean.index_select(0, drawn),
             "std": self.latents.std.index_select(0, drawn),
             "index": index,
+            "is_mirrored": drawn >= len(self),
             **numbers_of(self.latents.entries, index),
         }

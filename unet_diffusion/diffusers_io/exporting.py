@@ -4,6 +4,7 @@ An exported folder needs diffusers but not this package. It is reloaded and comp
 """
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from diffusers import (
     DiffusionPipeline,
     LDMPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
@@ -32,8 +34,6 @@ from unet_diffusion.diffusers_io.configurations import config_to_diffusers
 from unet_diffusion.diffusers_io.model_card import autoencoder_card, model_card
 from unet_diffusion.diffusers_io.pipelines import conditional
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
-from unet_diffusion.diffusion.conditions import class_token_embedding
-from unet_diffusion.diffusion.conditions.class_token_embedding import ClassTokenEmbedding
 from unet_diffusion.diffusion.conditions.low_resolution import MAX_NOISE_LEVEL
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.diffusion.schedule import scheduler_config
@@ -50,7 +50,13 @@ StrPath = str | os.PathLike[str]
 
 MULTIPLE = 8  # StableDiffusionPipeline draws images whose sides are multiples of 8 pixels
 UPSCALED_SCALE = 0.08333  # StableDiffusionUpscalePipeline overwrites scaling_factor with this value
+PAIRED_SCALE = 1.0  # StableDiffusionInstructPix2PixPipeline does not scale the latents of its image
+FIXED_SCALES = {
+    StableDiffusionUpscalePipeline: UPSCALED_SCALE,
+    StableDiffusionInstructPix2PixPipeline: PAIRED_SCALE,
+}
 INPAINTED_CHANNELS = 4  # StableDiffusionInpaintPipeline needs latents of 4 channels
+OWN_PARTS = ("tokens", "maps")  # of a ConditionalPipeline, whose code is in a file beside that of their condition
 EXPORT_TOLERANCE = 1e-4  # for outputs of order 1; another order of the same float32 operations differs by 1e-6
 
 
@@ -80,7 +86,7 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
 
     - for pixels without conditions DDPMPipeline, for latents without conditions LDMPipeline;
     - for latents from texts StableDiffusionPipeline, with a mask StableDiffusionInpaintPipeline, with a small image
-      StableDiffusionUpscalePipeline.
+      StableDiffusionUpscalePipeline, with a paired image StableDiffusionInstructPix2PixPipeline.
 
     Otherwise the folder has its own `pipeline.py` and loads with
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. Its README.md shows how to use it.
@@ -104,7 +110,7 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
         pipeline.save_pretrained(partial)
         _check_equal(parts, type(pipeline).from_pretrained(partial))
         if isinstance(pipeline, ConditionalPipeline):
-            _ship_pipeline_code(partial)
+            _ship_pipeline_code(partial, pipeline)
         (partial / "README.md").write_text(model_card(parts, pipeline), encoding="utf-8")
         put_folder(partial, folder)
     finally:
@@ -186,6 +192,8 @@ def _why_no_pipeline_takes(parts: DenoiserParts) -> str | None:
     arguments = [(condition.network_argument, condition.batch_key) for condition in conditions]
     if repeated := [name for name, key in arguments if arguments.count((name, key)) > 1]:
         return f"a pipeline takes one condition of each kind, and this denoiser has several for {repeated[0]!r}"
+    if [name for name, _ in arguments].count("concat") > 1:
+        return "a pipeline takes one condition that gives maps beside the noised image, and this denoiser has several"
     takes_context = parts.unet.config.get("context_dim") is not None
     if takes_context and not any(condition.network_argument == "context" for condition in conditions):
         return "the network has context_dim and needs tokens to attend to, and this denoiser has no condition for them"
@@ -212,7 +220,7 @@ def _build_pipeline(parts: DenoiserParts) -> DiffusionPipeline:
     if kind is None:
         normalise = normalised_autoencoder if _takes_scale(vae, space, None) else _with_moments
         return _own_pipeline(parts, unet, scheduler, normalise(vae, space))
-    vae = normalised_autoencoder(vae, space, UPSCALED_SCALE if kind is StableDiffusionUpscalePipeline else None)
+    vae = normalised_autoencoder(vae, space, FIXED_SCALES.get(kind))
     if kind is LDMPipeline:
         return LDMPipeline(vae, unet, scheduler)
     return _text_pipeline(kind, parts, unet=unet, scheduler=scheduler, vae=vae)
@@ -233,6 +241,8 @@ def _stock_pipeline(
         return StableDiffusionPipeline
     if roles == {"prompt", "mask"} and takes_scale and height == width and channels == INPAINTED_CHANNELS:
         return StableDiffusionInpaintPipeline
+    if roles == {"prompt", "paired_image"} and _takes_scale(vae, space, PAIRED_SCALE):
+        return StableDiffusionInstructPix2PixPipeline
     if roles == {"prompt", "low_res", "class_labels"} and parts.null_label is None:
         return StableDiffusionUpscalePipeline if _takes_scale(vae, space, UPSCALED_SCALE) else None
     return None
@@ -245,6 +255,7 @@ def _own_pipeline(
     vae: AutoencoderNetwork | None,
 ) -> ConditionalPipeline:
     conditions = parts.all_conditions
+    own = [(condition, condition.pipeline_parts()) for condition in conditions]
     return ConditionalPipeline(
         unet,
         scheduler,
@@ -254,7 +265,13 @@ def _own_pipeline(
             condition.pipeline_role: condition.pipeline_null for condition in conditions if condition.has_null
         },
         max_noise_level=MAX_NOISE_LEVEL,
-        **{name: part for condition in conditions for name, part in condition.pipeline_parts().items()},
+        conditions={
+            name: f"{type(condition).__module__}.{type(condition).__qualname__}"
+            for condition, parts_of in own
+            for name in parts_of
+            if name in OWN_PARTS
+        },
+        **{name: part for _, parts_of in own for name, part in parts_of.items()},
     )
 
 
@@ -403,12 +420,13 @@ def _check_same_reconstruction(autoencoder: AutoencoderNetwork, loaded: Autoenco
     _check_small({"reconstructed images": _difference(reconstruct(autoencoder, x), reconstruct(loaded, x))})
 
 
-def _ship_pipeline_code(folder: Path) -> None:
-    """Copy the pipeline's source into the folder, and name it in model_index.json as diffusers does for custom code."""
+def _ship_pipeline_code(folder: Path, pipeline: ConditionalPipeline) -> None:
+    """Copy the source of the pipeline and its parts into the folder, named in model_index.json as diffusers does it."""
     index = read_json(folder / "model_index.json")
     shutil.copyfile(conditional.__file__, folder / "pipeline.py")
     index["_class_name"] = ["pipeline", ConditionalPipeline.__name__]
-    if (folder / "class_tokens").is_dir():
-        shutil.copyfile(class_token_embedding.__file__, folder / "class_tokens" / "class_tokens.py")
-        index["class_tokens"] = ["class_tokens", ClassTokenEmbedding.__name__]
+    for name in ("class_tokens", *OWN_PARTS):
+        if (part := getattr(pipeline, name)) is not None:
+            shutil.copyfile(inspect.getfile(type(part)), folder / name / f"{name}.py")
+            index[name] = [name, type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -8,25 +8,28 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.configurations import complete, config_from_diffusers, schedule_from_diffusers
 from unet_diffusion.diffusers_io.weights import load_weights, read_weights
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.conditions.encoded import EncodedCondition
 from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE, LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
+from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.text import pretrained_text
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec, latent_space_of
 from unet_diffusion.models.autoencoders import CLASSES, downsampling, pretrained_autoencoder
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.runtime.atomic_files import field_of, read_json
+from unet_diffusion.runtime.named_class import class_of
 
 StrPath = str | os.PathLike[str]
 
@@ -35,6 +38,8 @@ AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of
 CLASS_TOKENS = "class_tokens"  # part of a ConditionalPipeline
 DROPOUT = 0.1  # the usual dropout, for imported conditions that have a null
 LOW_RES = "low_res_scheduler"  # part of an upscaler, which noises its small image
+PAIRED = "StableDiffusionInstructPix2PixPipeline"
+OWN_PARTS = ("tokens", "maps")  # of a ConditionalPipeline, whose "conditions" say by which class they were trained
 LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")  # parts that sampling does not need
 
 
@@ -84,37 +89,46 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
     if (folder / "model_index.json").is_file():
         field_of(index, "_class_name", folder / "model_index.json")
     parts = _parts(index)
-    config = _network_config(folder, has_tokens=not parts.isdisjoint({*TEXT, CLASS_TOKENS}))
+    config = _network_config(folder, has_tokens=not parts.isdisjoint({*TEXT, CLASS_TOKENS, "tokens"}))
     scheduler_file = _scheduler_file(folder)
     scheduler_config = read_json(scheduler_file)
     field_of(scheduler_config, "_class_name", scheduler_file)
     sample_shape = _sample_shape(config)
     unconditional = index.get("unconditional", {"prompt": ""})  # Stable Diffusion has no such field
-    maps = _maps(
-        index,
-        parts,
-        in_channels=config["in_channels"],
-        out_channels=sample_shape[0],
-        dropout=DROPOUT * ("concat" in unconditional),
+    maps = (
+        []
+        if "maps" in parts
+        else _maps(
+            index,
+            parts,
+            in_channels=config["in_channels"],
+            out_channels=sample_shape[0],
+            dropout=DROPOUT * ("concat" in unconditional),
+        )
     )
     if LOW_RES in parts:
         _check_low_res_schedule(folder / LOW_RES / "scheduler_config.json")
     codec = _codec(folder, parts, sample_shape, autoencoder)
+    unet = from_diffusers(folder)
+    if index.get("_class_name") == PAIRED:
+        _take_scaled_latents(unet, codec)
     _warn_of_lost_fields(scheduler_config, clip_sample=codec.clip_sample)
     return DenoiserParts(
-        unet=from_diffusers(folder),
+        unet=unet,
         schedule=schedule_from_diffusers(scheduler_config),
         sample_shape=sample_shape,
         null_label=unconditional.get("class_labels"),
         class_names=index.get("class_names"),
         codec=codec,
-        conditions=nn.ModuleList([*_tokens(folder, parts, unconditional), *maps]).eval(),
+        conditions=nn.ModuleList(
+            [*_tokens(folder, parts, unconditional), *maps, *_own_conditions(folder, parts, index)]
+        ).eval(),
     )
 
 
 def _parts(index: Mapping[str, Any]) -> set[str]:
     """The parts that sampling needs; unknown parts raise an error, and parts in LEFT_OUT give a warning."""
-    known = {"unet", "scheduler", LOW_RES, CLASS_TOKENS, *AUTOENCODERS, *TEXT}
+    known = {"unet", "scheduler", LOW_RES, CLASS_TOKENS, *OWN_PARTS, *AUTOENCODERS, *TEXT}
     parts = {
         name
         for name, value in index.items()
@@ -195,6 +209,8 @@ def _maps(
                 f"in_channels must be more than out_channels {out_channels}, for a small image, got {in_channels}"
             )
         return [LowResolution(in_channels - out_channels)]
+    if index.get("_class_name") == PAIRED and in_channels == 2 * out_channels:
+        return [PairedImage(out_channels, dropout=DROPOUT)]
     takes_mask = index.get("takes_mask", in_channels != out_channels and "text_encoder" in parts)
     if takes_mask and in_channels == 2 * out_channels + 1:
         return [MaskedImage(in_channels - out_channels)]
@@ -204,6 +220,16 @@ def _maps(
         raise ValueError(f"in_channels must be {out_channels}, as out_channels, or with captions "
                          f"{2 * out_channels + 1}, for a mask and a masked image, got {in_channels}")  # fmt: skip
     return [Concat(in_channels - out_channels, dropout=dropout)]
+
+
+@torch.no_grad()
+def _take_scaled_latents(unet: DenoiserUNet, codec: Codec) -> None:
+    """Have a network of paired images take the normalised latents of the image; PAIRED gives it them as encoded."""
+    assert codec.space is not None
+    if any(codec.space.mean):
+        raise ValueError(f"the autoencoder of a {PAIRED} must have a scaling_factor alone, got latents_mean")
+    weight = cast(Tensor, unet.conv_in.weight)
+    weight[:, unet.out_channels :] *= torch.tensor(codec.space.std).view(-1, 1, 1)
 
 
 def _tokens(folder: Path, parts: set[str], unconditional: Mapping[str, Any]) -> list[Condition]:
@@ -216,6 +242,18 @@ def _tokens(folder: Path, parts: set[str], unconditional: Mapping[str, Any]) -> 
         load_weights(conditions[0], read_weights(folder / CLASS_TOKENS))
     if not parts.isdisjoint(TEXT):
         conditions.append(pretrained_text(folder, dropout=DROPOUT * ("prompt" in unconditional)))
+    return conditions
+
+
+def _own_conditions(folder: Path, parts: set[str], index: Mapping[str, Any]) -> list[Condition]:
+    """The conditions of `tokens` and `maps`, built from the configuration of these parts."""
+    conditions: list[Condition] = []
+    for part in sorted(parts & {*OWN_PARTS}):
+        kind = class_of(field_of({**index}, "conditions", folder / "model_index.json")[part], EncodedCondition, ())
+        arguments = {key: value for key, value in read_json(folder / part / "config.json").items() if key[0] != "_"}
+        condition = kind.of_pipeline(arguments, dropout=DROPOUT * (kind.pipeline_role in index["unconditional"]))
+        load_weights(condition.encoder, read_weights(folder / part))
+        conditions.append(condition)
     return conditions
 
 

@@ -89,6 +89,18 @@ images = pipeline("a caption", image, mask, num_inference_steps=50, guidance_sca
 {about_guidance} A caption has at most {max_length} tokens. Any scheduler with the same noise schedule works, such as
 `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
 """
+PAIRED_USAGE = """```python
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers.utils import load_image
+
+pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained("path/to/this/folder")
+image = load_image("image.png").resize(({width}, {height}))
+scales = {{"guidance_scale": {guidance}, "image_guidance_scale": {image_guidance}}}
+images = pipeline("a caption", image, num_inference_steps=50, **scales).images
+```
+{about_guidance} A caption has at most {max_length} tokens. Any scheduler with the same noise schedule works, such as
+`pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.
+"""
 UPSCALING_USAGE = """```python
 from diffusers import StableDiffusionUpscalePipeline
 from diffusers.utils import load_image
@@ -201,15 +213,20 @@ def _kind(parts: DenoiserParts) -> str:
         "class_tokens": "class-conditional",
     }
     roles = [condition.pipeline_role for condition in parts.all_conditions]
-    return next((name for role, name in kinds.items() if role in roles), "unconditional")
+    others = [f"{role.replace('_', '-')}-to-image" for role in roles if role is not None and role not in kinds]
+    return [*others, *(name for role, name in kinds.items() if role in roles), "unconditional"][0]
 
 
 def _usage(parts: DenoiserParts, pipeline: DiffusionPipeline) -> str:
     if isinstance(pipeline, ConditionalPipeline):
         return _own_usage(parts, pipeline)
     if text := next((condition for condition in parts.all_conditions if condition.pipeline_role == "prompt"), None):
-        stock = {"StableDiffusionInpaintPipeline": INPAINTING_USAGE, "StableDiffusionUpscalePipeline": UPSCALING_USAGE}
-        return _text_usage(text, stock.get(type(pipeline).__name__, TEXT_USAGE))
+        stock = {
+            "StableDiffusionInpaintPipeline": INPAINTING_USAGE,
+            "StableDiffusionInstructPix2PixPipeline": PAIRED_USAGE,
+            "StableDiffusionUpscalePipeline": UPSCALING_USAGE,
+        }
+        return _text_usage(text, stock.get(type(pipeline).__name__, TEXT_USAGE), parts)
     if parts.codec.space is not None:
         return LATENT_USAGE
     return UNCONDITIONAL_USAGE.format(steps=parts.schedule.num_train_timesteps)
@@ -227,7 +244,8 @@ def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     num_maps = pipeline.unet.config.in_channels - pipeline.unet.config.out_channels
     guidance = 3.0 if "prompt" in pipeline.config.unconditional else 2.0
     return OWN_USAGE.format(
-        preparation=preparation.format(num_maps=num_maps, height=height, width=width),
+        preparation=preparation.format(num_maps=num_maps, height=height, width=width)
+        + "".join(f"{one.usage}\n" for one in (pipeline.tokens, pipeline.maps) if one is not None),
         arguments=", ".join(f"{name}={values.get(name, name)}" for name in pipeline.arguments) or "batch_size=4",
         steps=parts.schedule.num_train_timesteps if parts.codec.space is None else 50,
         guidance=f", guidance_scale={guidance}" if pipeline.config.unconditional else "",
@@ -237,8 +255,13 @@ def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     )
 
 
-def _text_usage(text: Condition, usage: str) -> str:
+def _text_usage(text: Condition, usage: str, parts: DenoiserParts) -> str:
+    are_dropped = all(condition.has_null for condition in parts.all_conditions)
+    _, height, width = parts.image_shape
     return usage.format(
+        height=height,
+        width=width,
+        image_guidance=3.0 if are_dropped else 1.0,  # as our guidance, which drops all conditions with a null
         guidance=3.0 if text.has_null else 1.0,
         about_guidance="A larger guidance_scale follows the caption more closely."
         if text.has_null

@@ -1,4 +1,4 @@
-"""The training loss: the squared error of the prediction, weighted by noise level.
+"""The training loss: the squared or absolute error of the prediction, weighted by noise level.
 
 Min-SNR weighting (Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4) weights the error of x0 by
 min(SNR, gamma). The error of epsilon is SNR times that of x0, and the error of v is SNR + 1 times that of x0.
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 
+Loss = Literal["l2", "l1"]
 LossWeighting = Literal["uniform", "min_snr"]
 
 NUM_QUARTERS = 4  # training logs the loss of each quarter of the range of t
 
 
 def loss_weights(schedule: NoiseSchedule, t: Tensor, weighting: LossWeighting, gamma: float = 5.0) -> Tensor:
-    """The weight of each sample's squared error, (B,) float32.
+    """The weight of each sample's error, (B,) float32.
 
     Args:
         schedule: The noise schedule; its prediction_type decides the form of the weight.
@@ -40,6 +41,14 @@ def loss_weights(schedule: NoiseSchedule, t: Tensor, weighting: LossWeighting, g
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """The mean squared error of each sample, (B,) float32, for a prediction and a target (B, C, H, W)."""
     return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+
+def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean absolute error of each sample, (B,) float32, for a prediction and a target (B, C, H, W)."""
+    return F.l1_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+
+ERRORS = {"l2": squared_error, "l1": absolute_error}
 
 
 def sums_by_quarter(errors: Tensor, t: Tensor, num_train_timesteps: int) -> tuple[Tensor, Tensor]:

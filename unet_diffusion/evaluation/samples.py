@@ -111,8 +111,8 @@ def request_of(
     Raises:
         ValueError: If the denoiser begins with images, or does not fit the data.
     """
-    if any({"image", "mask"} & {*one.needs} for one in denoiser.all_conditions):
-        raise ValueError("this denoiser needs an image to begin with, which no evaluation gives it; draw with "
+    if needs := [one for condition in denoiser.all_conditions for one in condition.needs if one != "captions"]:
+        raise ValueError(f"this denoiser needs {' and '.join(needs)}, which no evaluation gives it; draw with "
                          "`unet-diffusion sample`, and evaluate the folder of its images")  # fmt: skip
     labels = _labels_to_draw(denoiser, data, num_images, sampling.seed)
     has_captions = any("captions" in one.options for one in denoiser.all_conditions)

@@ -18,6 +18,7 @@ from unet_diffusion.diffusion.sampling import check_sampling, num_network_steps,
 from unet_diffusion.diffusion.tiling import windowed
 from unet_diffusion.inference.init_images import UserImage, read_user_image, size_of
 from unet_diffusion.inference.sample_options import OVERLAP, SampleOptions
+from unet_diffusion.inference.user_files import read_label_images, read_pictures
 from unet_diffusion.models.unet import PixelNetwork
 
 MOST_PIXELS = 2**26  # 8192 x 8192: a float32 channel takes 256 MiB, and a layer of a network many times as much
@@ -181,6 +182,9 @@ class Drawing:
             image=None if image is None else image.pixels,
             mask=None if image is None or image.keep_mask is None else (~image.keep_mask).float(),
             encode=self._encode,
+            image_shape=self.parts.codec.image_shape(self.sample_shape),
+            read_pictures=read_pictures,
+            read_label_images=read_label_images,
         )
         return {name: entry for condition in self._conditions for name, entry in condition.from_user(request).items()}
 

@@ -50,10 +50,10 @@ def read_user_image(image: ImageLike, mask: ImageLike | None, image_shape: tuple
     Raises:
         ValueError: If the image or the mask cannot be read, or does not fit.
     """
-    pixels = _read("image", image, image_shape)
+    pixels = read_picture("image", image, image_shape)
     if mask is None:
         return UserImage(pixels, None)
-    keep_mask = _read("mask", mask, (1, *image_shape[1:])) < 0
+    keep_mask = read_picture("mask", mask, (1, *image_shape[1:])) < 0
     expected, got = "{}x{}".format(*size_of("image", image)), "{}x{}".format(*size_of("mask", mask))
     if got != expected:
         raise ValueError(f"mask must be as large as image, {expected}, got {got}; resize it")
@@ -118,8 +118,17 @@ def check_tensor(name: str, image: Tensor) -> None:
                          "was drawn with .clamp(-1, 1)")  # fmt: skip
 
 
-def _read(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Tensor:
-    """The image scaled and cropped to a shape (C, H, W), as (1, C, H, W) in [-1, 1]."""
+def read_picture(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Tensor:
+    """The image scaled and cropped to a shape (C, H, W), as (1, C, H, W) in [-1, 1].
+
+    Args:
+        name: Name of the image in errors.
+        image: The image.
+        shape: The shape.
+
+    Raises:
+        ValueError: If the image cannot be read, or is too small.
+    """
     channels, height, width = shape
     if isinstance(image, Tensor):
         if image.shape != shape:

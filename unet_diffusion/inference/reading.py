@@ -13,7 +13,6 @@ from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import (
     averaged_weights,
     checkpoint_file,
-    class_of,
     denoiser_record,
     explained,
     network_with_weights,
@@ -24,6 +23,7 @@ from unet_diffusion.inference.record_checks import built, no_larger_than
 from unet_diffusion.inference.segmenter import FIELDS, Segmenter
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
+from unet_diffusion.runtime.named_class import class_of
 
 StrPath = str | os.PathLike[str]
 

@@ -5,12 +5,11 @@ dictionary `checkpoint["denoiser"]` (or "segmenter", or "autoencoder") beside th
 everything needed to build the model again, which `reading.py` does.
 """
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from unet_diffusion.models.speed import SPEEDS, Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.messages import in_words
+from unet_diffusion.runtime.named_class import PACKAGE, class_of
 from unet_diffusion.runtime.safe_loading import load_plain
 
 StrPath = str | os.PathLike[str]
@@ -31,8 +31,6 @@ ModelKind = Literal["denoiser", "segmenter", "autoencoder"]
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 COMMANDS = {"denoiser": "draw from it with unet-diffusion sample", "segmenter": "use unet-diffusion segment",
             "autoencoder": "use unet-diffusion encode or export"}  # fmt: skip
-PACKAGE = __name__.partition(".")[0]  # a checkpoint may name its classes without the user's permission
-Part = TypeVar("Part")
 LIGHTNING_VERSION = "2.6.0"  # version of the checkpoint layout; later versions of Lightning migrate it
 
 
@@ -244,28 +242,3 @@ def schedule_of(record: dict[str, Any]) -> NoiseSchedule:
     if missing := schedule.config.keys() - record.keys():
         raise ValueError(f"its schedule must have {', '.join(sorted(missing))}")
     return schedule
-
-
-def class_of(class_path: str, base: type[Part], allow: Sequence[str]) -> type[Part]:
-    """The class at a path in this package or in an allowed module; other modules could run code from anyone.
-
-    Args:
-        class_path: Module and name of the class.
-        base: The class that it must inherit from.
-        allow: Modules outside this package whose classes may be used.
-
-    Raises:
-        ValueError: If the module is not allowed, or has no such class.
-    """
-    module, _, name = class_path.rpartition(".")
-    is_allowed = module.split(".")[0] == PACKAGE or any(f"{module}.".startswith(f"{trusted}.") for trusted in allow)
-    if not is_allowed:
-        raise ValueError(
-            f"class_path must name a class of {PACKAGE}, got {class_path!r}; if you trust its module, allow it with "
-            f"--allow {module or class_path}, or allow=[{module!r}] in Python"
-        )
-    if importlib.util.find_spec(module):
-        cls = getattr(importlib.import_module(module), name, None)
-        if isinstance(cls, type) and issubclass(cls, base):
-            return cls
-    raise ValueError(f"class_path must name a {base.__name__}, got {class_path!r}")

@@ -109,7 +109,8 @@ class SampleOptions:
             for name in condition.needs:
                 if name not in self.option_names:
                     needs = " and ".join(condition.needs)
-                    raise ValueError(f"this denoiser {condition.purpose}; give {needs}")
+                    how = "" if hasattr(self, name) else f", as conditions={{'{name}': ...}} or --condition {name}=..."
+                    raise ValueError(f"this denoiser {condition.purpose}; give {needs}{how}")
             for name in condition.refuses:
                 if name in self.option_names:
                     raise ValueError(f"{name} is not for a denoiser that {condition.purpose}; leave it out")

@@ -238,17 +238,15 @@ class SampleGrid(PictureGrid):
     def examples(self, trainer: Trainer, module: "DiffusionModule") -> tuple[dict[str, Tensor], Tensor | None]:
         """What the conditions read of the first validation images, by turns, and what the network is shown of them."""
         data = data_of(trainer)
-        numbers, batches = self._shown(trainer), ImageBatches(data.image_set)
+        numbers, batches = self._shown(trainer), data.source.batches(data.image_set)
         parts, seen = [], []
         for first in range(0, len(numbers), data.batch_size):
-            batch = {
-                name: one.to(module.device) for name, one in batches[numbers[first : first + data.batch_size]].items()
-            }
-            batch["images"] = scale_to_unit_range(batch["images"])
+            batch = batches[numbers[first : first + data.batch_size]]
+            batch = data.source.on_device({name: one.to(module.device) for name, one in batch.items()}, None)
             _, entries = module.fixed_entries(batch)
             parts.append({one.batch_key: entries[one.batch_key] for one in module.all_conditions})
-            shown = [one.seen(batch["images"], entries) for one in module.all_conditions]
-            seen += [one.cpu() for one in shown if one is not None]
+            shown = [one.seen(batch, entries) for one in module.all_conditions]
+            seen += [one.cpu() for one in shown if one is not None][:1]  # of two, the first
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(seen) if seen else None
 
     def values(self, trainer: Trainer, module: "DiffusionModule") -> dict[str, Any]:

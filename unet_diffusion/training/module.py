@@ -25,11 +25,12 @@ from unet_diffusion.diffusion.conditions.condition import (
     network_inputs,
 )
 from unet_diffusion.diffusion.losses import (
+    ERRORS,
     NUM_QUARTERS,
+    Loss,
     LossWeighting,
     gaussian_errors,
     loss_weights,
-    squared_error,
     sums_by_quarter,
 )
 from unet_diffusion.diffusion.parts import all_conditions, channels_beside
@@ -85,6 +86,7 @@ class DiffusionModule(NetworkModule):
         lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
         ema_decay: Share of the average kept at each optimiser step; less at first: (1 + n) / (10 + n) after n steps;
             0 is off.
+        loss: "l2", the squared error, or "l1", the absolute one.
         loss_weighting: "uniform", or "min_snr" with gamma 5.
         speed: How the network runs, see `models.speed`; speeds differ in rounding. "auto" times them on this machine
             before the run, for about 5 % of it at most, and a run that is continued keeps what was found.
@@ -118,6 +120,7 @@ class DiffusionModule(NetworkModule):
         lr_warmup_steps: int = 0,
         lr_decay: LRDecay = "constant",
         ema_decay: float = 0.9999,
+        loss: Loss = "l2",
         loss_weighting: LossWeighting = "uniform",
         speed: Speed | Literal["auto"] = "plain",
         seed: int = 0,
@@ -125,6 +128,7 @@ class DiffusionModule(NetworkModule):
         check_denoises(unet)
         check_conditions(unet, conditions or [])
         num_class_embeds = unet.config.get("num_class_embeds")
+        check_choice("loss", loss, get_args(Loss))
         check_choice("loss_weighting", loss_weighting, get_args(LossWeighting))
         check_settings(schedule, loss_weighting, label_dropout, num_class_embeds)
         super().__init__(
@@ -137,6 +141,7 @@ class DiffusionModule(NetworkModule):
             seed=seed,
         )
         self.schedule = schedule
+        self.loss = loss
         self.loss_weighting = loss_weighting
         self.label_dropout = label_dropout
 
@@ -312,7 +317,7 @@ class DiffusionModule(NetworkModule):
         """Warn where the network loses more than what knows each pixel's mean and variance alone."""
         num_images = counts.sum().item()
         mean, square = self.trainer.strategy.reduce(self._moment_sums, reduce_op="sum") / num_images
-        if num_images < LEAST_FOR_VARIANCE or (counts == 0).any():
+        if num_images < LEAST_FOR_VARIANCE or (counts == 0).any() or self.loss != "l2":
             return
         variance = (square - mean.square()).clamp(min=0) * num_images / (num_images - 1)
         num_timesteps = self.schedule.num_train_timesteps
@@ -342,11 +347,12 @@ class DiffusionModule(NetworkModule):
 
     def _entries_to_draw(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the conditions read of a batch; words are read as a user's."""
-        if any(one.provides for one in self.all_conditions):
+        is_read = any(one.provides for one in self.all_conditions)
+        if is_read:
             _, batch = self.fixed_entries(batch)
         entries = {}
         for condition in self.all_conditions:
-            entry: Any = condition.read(batch)
+            entry: Any = Condition.read(condition, batch) if is_read else condition.read(batch, self.codec.encode)
             if not isinstance(entry, Tensor):
                 values, names = {condition.batch_key: entry}, self.class_names
                 request = Request(num_images=len(entry), values=values, class_names=names)
@@ -355,9 +361,9 @@ class DiffusionModule(NetworkModule):
         return entries
 
     def _errors(self, unet: PixelNetwork, x0: Tensor, noise: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
-        """Squared error of the prediction for each image, (B,)."""
+        """Error of the prediction for each image, (B,)."""
         prediction = unet(self.schedule.add_noise(x0, noise, t), t, **inputs)
-        return squared_error(prediction, self.schedule.target(x0, noise, t))
+        return ERRORS[self.loss](prediction, self.schedule.target(x0, noise, t))
 
     def _encoded(self, batch: Any, step: int | None) -> tuple[Tensor, dict[str, Any]]:
         """What is denoised of a batch, (B, C, h, w), and the entries that the conditions read.
@@ -383,7 +389,7 @@ class DiffusionModule(NetworkModule):
             for condition, one in drawn:
                 entries |= {**one, **condition.entries(images, one, encode)}
         for condition in conditions:
-            entries[condition.batch_key] = condition.read(entries)
+            entries[condition.batch_key] = condition.read(entries, self.codec.encode)
         return x0, entries
 
     def _drawn(

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 
 
 class ConditionalPipeline(DiffusionPipeline):
-    """Draws images from classes, captions, a masked image or a small image, in any combination, or from noise alone.
+    """Draws images from classes, captions, boxes, maps or images, in any combination, or from noise alone.
 
     Args:
         unet: The denoiser. Input channels beyond its output channels are maps beside the noised image.
@@ -34,13 +34,17 @@ class ConditionalPipeline(DiffusionPipeline):
         text_encoder: The encoder of captions; None: the network takes no captions.
         tokenizer: The tokenizer of captions.
         class_tokens: Embeds classes as tokens to attend to; None: the network embeds classes itself, or takes none.
+        tokens: Turns something else that is known of an image, such as boxes, into tokens to attend to; None: nothing.
+        maps: Turns something else that is known of an image into maps beside the noised one, such as a semantic map;
+            None: nothing.
         low_res_scheduler: Noises the small image to a level that is the network's class label; None: the network does
             not enlarge.
         class_names: The name of each label from 0; None: labels are numbers only.
         unconditional: The values that stood for "not known" in training, by name: any of "class_labels",
-            "class_tokens", "prompt" and "concat". Without any there is no guidance.
+            "class_tokens", "prompt", "concat", and the arguments of tokens and maps. Without any there is no guidance.
         takes_mask: Whether the maps are a mask and the masked image.
         max_noise_level: Highest noise level of a small image.
+        conditions: Names of the classes that trained tokens and maps, by these names; they are not needed to draw.
 
     Example:
         >>> import torch
@@ -50,8 +54,10 @@ class ConditionalPipeline(DiffusionPipeline):
         >>> pipe(class_labels=[0, 1, 2], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
     """
 
-    model_cpu_offload_seq = "text_encoder->class_tokens->unet->vae"
-    _optional_components = ["vae", "text_encoder", "tokenizer", "class_tokens", "low_res_scheduler"]  # noqa: RUF012  # diffusers' own form
+    model_cpu_offload_seq = "text_encoder->class_tokens->tokens->maps->unet->vae"
+    _optional_components = [  # noqa: RUF012  # diffusers' own form
+        *("vae", "text_encoder", "tokenizer", "class_tokens", "tokens", "maps", "low_res_scheduler")
+    ]
 
     def __init__(
         self,
@@ -61,11 +67,14 @@ class ConditionalPipeline(DiffusionPipeline):
         text_encoder: nn.Module | None = None,
         tokenizer: object | None = None,
         class_tokens: ModelMixin | None = None,
+        tokens: ModelMixin | None = None,
+        maps: ModelMixin | None = None,
         low_res_scheduler: DDPMScheduler | None = None,
         class_names: list[str] | None = None,
         unconditional: dict | None = None,
         takes_mask: bool = False,
         max_noise_level: int = 350,
+        conditions: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -75,6 +84,8 @@ class ConditionalPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             class_tokens=class_tokens,
+            tokens=tokens,
+            maps=maps,
             low_res_scheduler=low_res_scheduler,
         )
         self.register_to_config(
@@ -82,6 +93,7 @@ class ConditionalPipeline(DiffusionPipeline):
             unconditional=unconditional or {},
             takes_mask=takes_mask,
             max_noise_level=max_noise_level,
+            conditions=conditions or {},
         )
         # the height of an image divided by the height of its latents
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
@@ -113,6 +125,7 @@ class ConditionalPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        **others,
     ) -> ImagePipelineOutput | tuple:
         """Images for the conditions: each condition has one value for all images, or N values for N images.
 
@@ -134,6 +147,7 @@ class ConditionalPipeline(DiffusionPipeline):
             output_type: "pil", "np" (N, H, W, C) in [0, 1], "pt" (N, C, H, W) in [0, 1], or "latent" for the network's
                 own space.
             return_dict: Return an object with `.images` instead of a tuple of one element.
+            others: What tokens and maps take, such as `semantic_map`; see `arguments`, and their `prepare`.
 
         Raises:
             ValueError: If an argument is missing, not taken, unknown or of a wrong size, or if guidance_scale is not 1
@@ -145,6 +159,7 @@ class ConditionalPipeline(DiffusionPipeline):
             "image": image,
             "mask_image": mask_image,
             "concat": concat,
+            **others,
         }
         self._check(conditions, guidance_scale, noise_level, output_type)
         tensors, shape = self._tensors(conditions, noise_level, batch_size, self._size(height, width))
@@ -177,9 +192,13 @@ class ConditionalPipeline(DiffusionPipeline):
             "prompt": self.text_encoder is not None,
             "image": enlarges or paints,
             "mask_image": paints,
-            "concat": has_maps and not enlarges and not paints,
+            "concat": has_maps and not enlarges and not paints and self.maps is None,
         }
-        return [name for name, taken in is_taken.items() if taken]
+        return [name for name, taken in is_taken.items() if taken] + [one.argument for one in self._others]
+
+    @property
+    def _others(self) -> list[ModelMixin]:
+        return [one for one in (self.tokens, self.maps) if one is not None]
 
     def _check(self, conditions: dict, guidance_scale: float, noise_level: int, output_type: str) -> None:
         for name, value in conditions.items():
@@ -222,6 +241,8 @@ class ConditionalPipeline(DiffusionPipeline):
         elif self.config.takes_mask:
             tensors["image"] = self.image_processor.preprocess(conditions["image"], *size)
             tensors["mask_image"] = self.mask_processor.preprocess(conditions["mask_image"], *size)
+        for one in self._others:
+            tensors[one.argument] = one.prepare(conditions[one.argument], size, self._encode)
         if "image" in tensors and tensors["image"].shape[1] != self.num_channels:
             raise ValueError(
                 f"image must have {self.num_channels} channels, got {tensors['image'].shape[1]}; convert it"
@@ -272,6 +293,10 @@ class ConditionalPipeline(DiffusionPipeline):
             null = self._token_ids(unconditional[name]) if name == "prompt" else torch.tensor(unconditional[name])
             return null.to(value).expand_as(value)
 
+        def known(encoder: ModelMixin) -> Tensor:
+            entry = tensors[encoder.argument]
+            return encoder.null(entry) if encoder.argument in unconditional else entry
+
         inputs, tokens = {}, []  # the order of tokens does not matter
         if self.unet.config.num_class_embeds is not None:
             inputs["class_labels"] = or_null("class_labels", tensors["class_labels"])
@@ -279,10 +304,14 @@ class ConditionalPipeline(DiffusionPipeline):
             tokens.append(self.class_tokens(or_null("class_tokens", tensors["class_labels"])))
         if self.text_encoder is not None:
             tokens.append(self.text_encoder(or_null("prompt", tensors["prompt"]))[0])
+        if self.tokens is not None:
+            tokens.append(self.tokens(known(self.tokens)))
         if tokens:
             inputs["encoder_hidden_states"] = torch.cat(tokens, dim=1).to(self.unet.dtype)
         if "concat" in tensors:
             inputs["concat"] = or_null("concat", tensors["concat"])
+        if self.maps is not None:
+            inputs["concat"] = self.maps(known(self.maps))
         return inputs
 
     def _noise(
@@ -310,6 +339,7 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def _encode(self, images: Tensor) -> Tensor:
         """The x0 of images in [-1, 1], float32: their normalised latents (means), or the images themselves."""
+        images = images.to(self._execution_device)
         if self.vae is None:
             return images
         encoded = self.vae.encode(images.to(self.vae.dtype))

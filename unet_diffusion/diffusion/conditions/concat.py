@@ -1,11 +1,12 @@
 """Maps of the size of x0, which the network takes as channels beside the noised image."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.conditions.condition import Condition, Encode, mirrored_like_images
 
 
 class Concat(Condition):
@@ -25,6 +26,14 @@ class Concat(Condition):
         super().__init__(dropout)
         self.channels = channels
         self.config = {"channels": channels, "dropout": dropout}
+
+    def bind_data(self, datamodule: Any) -> None:
+        if self.batch_key not in self.provides:
+            self.numbers_of(datamodule)
+
+    def read(self, batch: Mapping[str, Any], encode: Encode = lambda images: images) -> Tensor:
+        maps = super().read(batch)
+        return maps if self.provides else mirrored_like_images(batch, maps, maps.flip(-1))
 
     def null(self, entry: Tensor) -> Tensor:
         return torch.zeros_like(entry)

@@ -21,6 +21,10 @@ Inputs = Mapping[str, Tensor]
 Encode = Callable[[Tensor], Tensor]
 """encode(images) gives the x0 of images (B, C, H, W) in [-1, 1]: their normalised latents, or the images themselves."""
 
+ReadImages = Callable[[str, Any, tuple[int, int, int]], Tensor]
+"""read(name, value, shape) reads what a user gives for an option: files, folders or images in memory, scaled and
+cropped to a shape (C, H, W): pictures as (n, C, H, W) in [-1, 1], label images as whole numbers (n, 1, H, W)."""
+
 CONDITION_KEY = 2  # keeps the random numbers of conditions apart from noise of the same seed
 WIDTHS = {"context": "context_dim", "concat": "channels"}  # network argument -> the condition's argument for its width
 JOINED_ALONG = {"context": 1, "vector": 1, "concat": 1}  # network argument -> dimension of tokens or channels
@@ -38,6 +42,9 @@ class Request:
         image: The user's image, (1, C, H, W) in [-1, 1]; None: there is no image.
         mask: The area to paint, (1, 1, H, W) float32, 1 inside and 0 outside; None: there is no mask.
         encode: Function that gives the x0 of images.
+        image_shape: (C, H, W) of the images to draw; None: they are those of a batch.
+        read_pictures: Function that reads pictures.
+        read_label_images: Function that reads label images.
     """
 
     num_images: int
@@ -47,6 +54,9 @@ class Request:
     image: Tensor | None = None
     mask: Tensor | None = None
     encode: Encode = lambda images: images  # pixels
+    image_shape: tuple[int, int, int] | None = None
+    read_pictures: ReadImages | None = None
+    read_label_images: ReadImages | None = None
 
 
 class Condition(nn.Module):
@@ -151,17 +161,28 @@ class Condition(nn.Module):
         Raises:
             ValueError: If the data lack the entry that this condition reads.
         """
-        entries = getattr(datamodule, "entries", None)
         is_made = self.batch_key in ("images", "index", "x0", *self.provides)  # whatever the data know
-        if entries is None or is_made or type(self).read is not Condition.read:
-            return
-        if not isinstance(entries.get(self.batch_key), Tensor):
+        if not is_made and type(self).read is Condition.read:
+            self.numbers_of(datamodule)
+
+    def numbers_of(self, datamodule: Any) -> Tensor | None:
+        """The entry of all images of the data, (N, ...); None if the data do not say what batches hold.
+
+        Raises:
+            ValueError: If the data do not hold the entry, or hold texts.
+        """
+        entries = getattr(datamodule, "entries", None)
+        if entries is None:
+            return None
+        rows = entries.get(self.batch_key)
+        if not isinstance(rows, Tensor):
             known = [key if isinstance(rows, Tensor) else f"{key} (texts)" for key, rows in entries.items()]
             raise ValueError(
                 f"the data must give numbers as {self.batch_key!r}, which the condition {type(self).__name__} reads, "
                 f"and give {', '.join(known) or 'images alone'}; let the items of the source hold it, define read(), "
                 "or remove the condition"
             )
+        return rows
 
     def bind_sample_shape(self, sample_shape: tuple[int, int, int]) -> None:
         """Take note of the shape (C, h, w) of x0, before training."""
@@ -173,8 +194,12 @@ class Condition(nn.Module):
         """Lines about the data for the user, printed before training, such as how many captions were cut."""
         return []
 
-    def read(self, batch: Mapping[str, Any]) -> Tensor:
+    def read(self, batch: Mapping[str, Any], encode: Encode = lambda images: images) -> Tensor:
         """The condition's entry of a batch, (B, ...).
+
+        Args:
+            batch: A batch of the data. Images that it holds mirrored are those where its "is_mirrored" (B,) is True.
+            encode: Function that gives the x0 of images: the mean, where a codec draws in training.
 
         Raises:
             ValueError: If the batch has no such entry.
@@ -205,12 +230,12 @@ class Condition(nn.Module):
         """
         return {}
 
-    def seen(self, images: Tensor, entries: Mapping[str, Tensor]) -> Tensor | None:
+    def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor | None:
         """Pictures of the network's view of images, (B, C, H, W); None: there is nothing to look at.
 
         Args:
-            images: Images, (B, C, H, W) in [-1, 1].
-            entries: The results of `draw` and `entries`.
+            batch: A batch with "images", (B, C, H, W) in [-1, 1].
+            entries: The results of `draw`, `entries` and `read`.
         """
         return None
 
@@ -222,7 +247,7 @@ class Condition(nn.Module):
 
     @property
     def is_asked_of_images(self) -> bool:
-        """Whether its entry can only come from images of the data, not from a user's words or names."""
+        """Whether its entry comes from images of the data or other files, not from a user's words or names."""
         return bool(self.provides) or type(self).from_user is Condition.from_user
 
     def values_of(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -255,6 +280,19 @@ class Condition(nn.Module):
     def pipeline_outputs(self, pipeline: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Outputs for the same input by name, as pairs: of the condition, and of its reloaded exported pipeline."""
         return {}
+
+
+def mirrored_like_images(batch: Mapping[str, Any], entry: Tensor, mirrored: Tensor) -> Tensor:
+    """The entry of a batch, (B, ...), with that of the mirror image where the batch holds an image mirrored.
+
+    Args:
+        batch: The batch.
+        entry: The entry of the images as they are.
+        mirrored: The entry of their mirror images.
+    """
+    if "is_mirrored" not in batch:
+        return entry
+    return torch.where(batch["is_mirrored"].view(-1, *[1] * (entry.ndim - 1)), mirrored, entry)
 
 
 def by_turns(values: Tensor, count: int) -> Tensor:

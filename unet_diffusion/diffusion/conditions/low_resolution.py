@@ -66,8 +66,8 @@ class LowResolution(Concat):
         noised = LOW_RES_SCHEDULE.add_noise(small, drawn["noise"], drawn["level"])
         return {"labels": drawn["level"], "concat": noised}
 
-    def seen(self, images: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
-        return interpolate(entries["concat"], images.shape[2:])
+    def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor:
+        return interpolate(entries["concat"], batch["images"].shape[2:])
 
     def from_user(self, request: Request) -> dict[str, Tensor]:
         assert request.image is not None

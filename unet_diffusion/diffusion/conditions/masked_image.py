@@ -44,8 +44,8 @@ class MaskedImage(Concat):
     def entries(self, images: Tensor, drawn: Mapping[str, Tensor], encode: Encode) -> dict[str, Tensor]:
         return {"concat": masked_image_maps(images, drawn["mask"], encode)}
 
-    def seen(self, images: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
-        return images * (1 - entries["mask"])
+    def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor:
+        return batch["images"] * (1 - entries["mask"])
 
     def from_user(self, request: Request) -> dict[str, Tensor]:
         assert request.image is not None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from unet_diffusion.diffusion.conditions.condition import Condition, Request, by_turns
+from unet_diffusion.diffusion.conditions.condition import Condition, Encode, Request, by_turns
 from unet_diffusion.runtime.atomic_files import read_json
 from unet_diffusion.runtime.safe_loading import check_safetensors
 
@@ -168,7 +168,7 @@ class TextTokens(Condition):
         length = f"max_length {self.config['max_length']}"
         return [f"captions: {num_cut} of {len(self.captions)} cut to the tokens of {length}{equal}"]
 
-    def read(self, batch: Mapping[str, Any]) -> Tensor:
+    def read(self, batch: Mapping[str, Any], encode: Encode = lambda images: images) -> Tensor:
         """The token ids of a batch, (B, L): its "captions", or the captions of the images that its "index" names."""
         if self.batch_key in batch or self.captions is None or "index" not in batch:
             return super().read(batch)

@@ -1,0 +1,100 @@
+"""The channels of a semantic map; an exported folder has them and this file in `maps/`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, pad
+
+SHOWN = 8  # values in an error
+
+
+class SemanticMapEncoder(ModelMixin, ConfigMixin):
+    """The share of each class in the area of each pixel of x0, or a linear map of these shares to fewer channels.
+
+    A 1x1 convolution of one-hot classes is a row of its weights for each class, so a table has them.
+
+    Args:
+        channels: Number of channels; if it is not the number of classes, a linear map gives them.
+        num_classes: The number of classes, for label_format "classes" alone.
+        label_format: Meaning of the numbers in a label image: "classes" for class indices; "0/1" or "0/255" for
+            background and foreground; "instances" for object numbers from 1, which become background, object and edge
+            of an object.
+        ignore_label: Number of pixels whose class is not known; None: there are none.
+        downsampling: The height of an image divided by the height of x0.
+    """
+
+    argument = "semantic_map"
+    usage = 'from PIL import Image\n\nsemantic_map = Image.open("map.png")  # as the labels in training'
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int | None = None,
+        label_format: str = "classes",
+        ignore_label: int | None = None,
+        downsampling: int = 1,
+    ):
+        super().__init__()
+        self.num_classes: int = num_classes or {"instances": 3}.get(label_format, 2)
+        self.table = nn.Embedding(self.num_classes + 1, channels, padding_idx=self.num_classes)  # its row stays 0
+        if channels == self.num_classes:
+            self.table = nn.Embedding.from_pretrained(torch.eye(channels + 1, channels))  # frozen
+
+    def forward(self, classes: Tensor) -> Tensor:
+        """The channels, (B, channels, h, w), for classes, (B, 1, H, W) int64."""
+        channels = self.table(classes[:, 0]).permute(0, 3, 1, 2)
+        return avg_pool2d(channels, self.config["downsampling"])
+
+    def null(self, classes: Tensor) -> Tensor:
+        """The classes of a map that is not known, whose channels are all 0."""
+        return torch.full_like(classes, self.num_classes)
+
+    def classes_of(self, labels: Tensor) -> Tensor:
+        """The class of each pixel, (B, 1, H, W) int64, for the numbers of label images, (B, 1, H, W)."""
+        label_format, ignore_label = self.config["label_format"], self.config["ignore_label"]
+        labels = labels.long()
+        classes = labels if label_format == "classes" else (labels > 0).long()
+        if label_format == "instances":
+            beside = pad(labels.float(), (1, 1, 1, 1), mode="replicate").long()
+            around = [beside[..., 1:-1, :-2], beside[..., 1:-1, 2:], beside[..., :-2, 1:-1], beside[..., 2:, 1:-1]]
+            is_edge = torch.stack([one != labels for one in around]).any(dim=0)
+            classes = torch.where(is_edge & (labels > 0), 2, classes)
+        return classes if ignore_label is None else torch.where(labels == ignore_label, self.num_classes, classes)
+
+    def why_wrong(self, labels: Tensor) -> str | None:
+        """The reason why label images cannot be read in this format; None if they can."""
+        label_format, ignore_label = self.config["label_format"], self.config["ignore_label"]
+        values = [value for value in labels.unique().tolist() if value != ignore_label]
+        if label_format == "instances":
+            rule, wrong = "0 or more", [value for value in values if value < 0]
+        elif label_format == "classes":
+            last = self.num_classes - 1
+            rule, wrong = f"from 0 to {last}", [value for value in values if not 0 <= value <= last]
+        else:
+            foreground = int(label_format[2:])
+            rule, wrong = f"0 or {foreground}", [value for value in values if value not in (0, foreground)]
+        shown = ", ".join(map(str, wrong[:SHOWN])) + (", ..." if len(wrong) > SHOWN else "")
+        return f"labels must be {rule}, got {shown}" if wrong else None
+
+    def prepare(self, maps: Any, size: tuple[int, int], encode: Any = None) -> Tensor:
+        """The classes of label images in memory, (N, 1, *size) int64.
+
+        Args:
+            maps: A PIL image or an array (H, W) of whole numbers, or a list of these.
+            size: Height and width; label images of another size are scaled.
+            encode: Not used: a map is not encoded.
+
+        Raises:
+            ValueError: If a number has no meaning.
+        """
+        arrays = [np.asarray(one).astype(np.int64) for one in (maps if isinstance(maps, list | tuple) else [maps])]
+        labels = [torch.from_numpy(one)[None, None] for one in arrays]
+        stacked = torch.cat([interpolate(one.double(), size, mode="nearest-exact").long() for one in labels])
+        if why := self.why_wrong(stacked):
+            raise ValueError(f"semantic_map: {why}")
+        return self.classes_of(stacked)

@@ -1,0 +1,74 @@
+"""What a user gives for a condition: files, folders or images in memory, read at the size to draw."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from unet_diffusion.data.checking import decoded
+from unet_diffusion.data.decoding import decode_label_pages, fitted_label
+from unet_diffusion.data.files import OneFile, find_images
+from unet_diffusion.inference.init_images import read_picture
+
+
+def read_pictures(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
+    """Pictures scaled and cropped to a shape (C, H, W), as (n, C, H, W) in [-1, 1].
+
+    Args:
+        name: Name of the option in errors.
+        value: A file, a folder, an image in memory as for `Denoiser.sample`, or a list of these.
+        shape: The shape.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a picture cannot be read, or is too small.
+    """
+    return torch.cat([read_picture(name, one, shape) for one in _each(name, value)])
+
+
+def read_label_images(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
+    """Label images scaled and cropped to a shape (1, H, W), as (n, 1, H, W) int32; each pixel is the nearest one.
+
+    Args:
+        name: Name of the option in errors.
+        value: A file, a folder, a PIL image, an array or tensor (H, W) of whole numbers, or a list of these.
+        shape: The shape.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a label image cannot be read.
+    """
+    labels = [fitted_label(_label(name, one), *shape[1:]) for one in _each(name, value)]
+    return torch.from_numpy(np.stack(labels))[:, None]
+
+
+def _each(name: str, value: Any) -> list[Any]:
+    """Each of the images that a user gives; those of a folder in the order of their names."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{name} must hold at least one image, got none")
+        return [one for part in value for one in _each(name, part)]
+    if not isinstance(value, str | os.PathLike):
+        return [value]
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{name} must be an image file or a folder of them, and there is none at {path}")
+    return [path / found for found in find_images(path).names] if path.is_dir() else [path]
+
+
+def _label(name: str, image: Any) -> np.ndarray:
+    if isinstance(image, Path):
+        file = OneFile(image)
+        pages = decoded(decode_label_pages, file, file.names[0])
+        if isinstance(pages, str) or len(pages) != 1:
+            why = pages if isinstance(pages, str) else f"{len(pages)} pages, and must have one"
+            raise ValueError(f"{name} {image} cannot be read as a label image: {why}")
+        return pages[0]
+    label = np.asarray(image if isinstance(image, Image | np.ndarray) else image.cpu())
+    if label.ndim != 2 or label.dtype.kind not in "iub" or not label.size:
+        raise ValueError(f"{name} must be (H, W) of whole numbers, got {label.dtype} of the shape {label.shape}")
+    return label.astype(np.int32)
