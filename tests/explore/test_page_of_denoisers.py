@@ -6,9 +6,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from denoisers import text_denoiser
+from denoisers import text_denoiser, text_tokens
+from PIL import Image
 
 from unet_diffusion.data import Digits, ImageDataModule
+from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.explore.views import in_rows, picture
 from unet_diffusion.inference.loading import load
 from unet_diffusion.inference.record import save_denoiser
@@ -238,6 +240,28 @@ def test_captions_and_latents_are_drawn_and_words_are_looked_for(visit, run_of, 
     visitor.window.locator("#words .caption-label", has_text="heart").first.wait_for(timeout=60_000)
     labels = visitor.window.locator("#words .grid-container .caption-label").all_inner_texts()
     assert labels == ["image", "red", "heart"]
+
+
+def test_a_map_is_dropped_into_the_form_for_a_denoiser_that_draws_from_maps(visit, run_of, tmp_path):
+    torch.manual_seed(0)
+    conditions = [text_tokens(), SemanticMap(2, num_classes=2, downsampling=2)]
+    denoiser = text_denoiser(tmp_path, conditions=conditions, in_channels=6, out_channels=4)
+    save_denoiser(denoiser, tmp_path / "maps.ckpt")
+    Image.fromarray((np.arange(256).reshape(16, 16) % 2).astype(np.uint8)).save(tmp_path / "map.png")
+    run = run_of(tmp_path / "maps.ckpt")
+    visitor = visit(run)
+    visitor.set_number("num_images", 2)
+    visitor.set_number("steps", 3)
+    visitor.press("Draw")
+    visitor.status("give semantic_map")
+    visitor.window.locator("#option_semantic_map input[type=file]").set_input_files(str(tmp_path / "map.png"))
+    visitor.window.locator(".file-preview", has_text="map.png").first.wait_for(timeout=60_000)
+    visitor.press("Draw")
+    visitor.status("2 images in")
+    options = {"conditions": {"semantic_map": str(tmp_path / "map.png")}, "captions": [""], "num_inference_steps": 3}
+    assert np.array_equal(visitor.picture("drawn_0"), np.asarray(picture(run.model.sample(2, **options, batch_size=2))))
+    visitor.press("Command line")
+    assert "--condition semantic_map=map.png" in visitor.code()
 
 
 def test_images_of_two_channels_are_shown_channel_by_channel(

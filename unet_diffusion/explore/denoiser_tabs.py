@@ -47,10 +47,10 @@ def denoiser_tabs(runs: Sequence[Run[Denoiser]], form: RequestForm, chosen: Call
         form: The form of the request.
         chosen: Function that gives the run that a visitor has chosen; its input is among the form's.
     """
-    needs = needed_files(form.denoiser)
+    needs = needed_images(form.denoiser)
     if not needs:
         _draw_tab(runs, form)
-    if needs <= {"image", "mask"} and form.denoiser.image_shape[0] in CHANNELS:
+    if form.denoiser.image_shape[0] in CHANNELS:
         _image_tab(form, chosen, needs)
     if not needs:
         _interpolate_tab(form, chosen)
@@ -60,10 +60,9 @@ def denoiser_tabs(runs: Sequence[Run[Denoiser]], form: RequestForm, chosen: Call
         _attention_tab(form, chosen)
 
 
-def needed_files(denoiser: Denoiser) -> set[str]:
-    """The options of files that the denoiser needs, such as image and mask."""
-    asked = {need for condition in denoiser.all_conditions for need in condition.needs}
-    return asked - {"labels", "captions"}
+def needed_images(denoiser: Denoiser) -> set[str]:
+    """Those of image and mask that the denoiser needs; other files are fields of the form."""
+    return {"image", "mask"} & {need for condition in denoiser.all_conditions for need in condition.needs}
 
 
 def _image(label: str | None = None, **options: Any) -> gr.Image:

@@ -38,8 +38,9 @@ class RequestForm:
             self.captions = self._add(
                 gr.Textbox(label="Captions", info="One in a line; they take turns.", lines=2, elem_id="captions")
             )
+        files = {option for condition in denoiser.all_conditions for option in condition.files}
         self.own = {
-            name: self._add(gr.Textbox(label=name.replace("_", " "))) for name in sorted(asked.difference(OF_THE_FORM))
+            name: self._add(_field_of(name, is_file=name in files)) for name in sorted(asked.difference(OF_THE_FORM))
         }
         height, width = denoiser.image_shape[1:]
         count = FEW if height * width > LARGE else MANY
@@ -136,6 +137,19 @@ class RequestForm:
         return component
 
 
+def _field_of(name: str, *, is_file: bool) -> gr.components.Component:
+    """The field of an option that the form does not know."""
+    label = name.replace("_", " ")
+    return (
+        gr.File(label=f"{label}: drop a file here", type="filepath", height=110, elem_id=f"option_{name}") if is_file else gr.Textbox(label=label)
+    )
+
+
+def _without_folder(value: str) -> str:
+    """The name of a visitor's file, which lies elsewhere on the visitor's machine; other values as they are."""
+    return Path(value).name if Path(value).is_file() else value
+
+
 def sample_command(path: Path, options: SampleOptions, output: str = "generated", **files: str) -> str:
     """The command line that draws the images of a request.
 
@@ -153,5 +167,5 @@ def sample_command(path: Path, options: SampleOptions, output: str = "generated"
         words[option.name] = value
     words.setdefault("num_images", options.num_images)
     if options.conditions:
-        words["condition"] = [f"{name}={value}" for name, value in options.conditions.items()]
+        words["condition"] = [f"{name}={_without_folder(value)}" for name, value in options.conditions.items()]
     return command_line("sample", path, words | files | {"output": output})

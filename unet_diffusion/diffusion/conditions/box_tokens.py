@@ -46,7 +46,7 @@ class BoxTokens(EncodedCondition):
     """
 
     batch_key, network_argument = "boxes", "context"
-    options = needs = ("boxes",)
+    options = needs = files = ("boxes",)
     purpose = "draws from boxes"
     pipeline_role, pipeline_part = "boxes", "tokens"
 

@@ -76,6 +76,7 @@ class Condition(nn.Module):
         provides: Names of the entries that the condition makes from the images; the data need not hold them.
         options: Names of the values that a user may give: keywords of `Denoiser.sample` and options of the command.
         needs: Those of `options`, "image" and "mask" that sampling requires.
+        files: Those of `options` that are files, or folders of them.
         refuses: Options that make no sense together with the condition.
         purpose: Verb phrase for errors, as in "this denoiser paints into an image; give image and mask".
         pipeline_role: Name of the role in an exported pipeline, see `diffusers_io`; None: no pipeline takes it.
@@ -90,6 +91,7 @@ class Condition(nn.Module):
     provides: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[tuple[str, ...]] = ()
     refuses: ClassVar[tuple[str, ...]] = ()
     purpose: ClassVar[str] = "has conditions of its own"
     pipeline_role: ClassVar[str | None] = None

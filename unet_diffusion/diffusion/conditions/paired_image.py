@@ -26,7 +26,7 @@ class PairedImage(EncodedCondition):
     """
 
     batch_key, network_argument = "paired_image", "concat"
-    options = needs = ("paired_image",)
+    options = needs = files = ("paired_image",)
     purpose = "draws from a paired image"
     pipeline_role, pipeline_part = "paired_image", "maps"
 

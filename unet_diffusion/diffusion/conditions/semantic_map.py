@@ -38,7 +38,7 @@ class SemanticMap(EncodedCondition):
     """
 
     batch_key, network_argument = "semantic_map", "concat"
-    options = needs = ("semantic_map",)
+    options = needs = files = ("semantic_map",)
     purpose = "draws from a semantic map"
     pipeline_role, pipeline_part = "semantic_map", "maps"
 
