@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_diffusion.explore.page import page_of, serve
+from unet_diffusion.explore.page import served
 from unet_diffusion.explore.runs import Run
 from unet_diffusion.inference.loading import load
 
@@ -100,14 +100,11 @@ def visit(browser):
         foreign = []
 
         def open_page(*runs, visitors=1):
-            page = page_of(runs)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Gradio and its server
-                serve(page, host="127.0.0.1", port=None, open_browser=False)
-            stack.callback(page.close)
-            return (
-                [new_visitor(page.local_url) for _ in range(visitors)] if visitors > 1 else new_visitor(page.local_url)
-            )
+                address = stack.enter_context(served(runs, host="127.0.0.1", port=None, open_browser=False))
+            opened = [new_visitor(address) for _ in range(visitors)]
+            return opened if visitors > 1 else opened[0]
 
         def new_visitor(address):
             context = browser.new_context(viewport={"width": 1500, "height": 1000})
@@ -119,10 +116,8 @@ def visit(browser):
             return Visitor(window)
 
         yield open_page
-        others = [
-            url for url in foreign if not url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:"))
-        ]
-        assert others == []
+        own = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")
+        assert [url for url in foreign if not url.startswith(own)] == []
 
 
 @pytest.fixture

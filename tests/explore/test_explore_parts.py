@@ -4,26 +4,31 @@ import copy
 import csv
 import shlex
 import time
+from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
 import torch
-from denoisers import WIDTH, text_denoiser, text_tokens
+from denoisers import WIDTH, inpainter, text_denoiser, text_tokens, upscaler
 from torch.nn.functional import scaled_dot_product_attention
 
 from unet_diffusion.commands import explore as command
 from unet_diffusion.commands.parsing import parsed
 from unet_diffusion.data import Digits, ImageDataModule
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
+from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.explore.attention import has_words, word_maps
 from unet_diffusion.explore.components import StopFlag, message_of
 from unet_diffusion.explore.live import Previews, StoppedError, live
-from unet_diffusion.explore.nearest import nearest_images
+from unet_diffusion.explore.nearest import TrainingPixels
 from unet_diffusion.explore.page import check_alike, page_of
 from unet_diffusion.explore.request_form import sample_command
 from unet_diffusion.explore.runs import Run
 from unet_diffusion.explore.views import curves, heat_over, in_rows, picture
 from unet_diffusion.inference.sample_options import SampleOptions
+from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
 
 def result_of(generator):
@@ -41,41 +46,63 @@ def result_of(generator):
 def test_work_says_things_in_order_and_returns():
     def work(say):
         for number in range(5):
-            say(number)
+            say({"number": number})
             time.sleep(0.02)
         return "done"
 
     said, result = result_of(live(work))
+    numbers = [update["number"] for update in said if update]
     assert result == "done"
-    assert said == sorted(said)
-    assert said[-1] == 4
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == 4
+
+
+def test_updates_that_nobody_has_fetched_yet_are_merged():
+    is_asked = Event()
+
+    def work(say):
+        say({"status": 1, "picture": "first"})
+        is_asked.wait()
+        say({"status": 2, "picture": "second"})
+        say({"status": 3})
+
+    generator = live(work)
+    while next(generator) != {"status": 1, "picture": "first"}:
+        pass
+    is_asked.set()
+    time.sleep(0.2)
+    assert next(generator) == {"status": 3, "picture": "second"}
+    assert list(generator) == []
 
 
 def test_an_error_of_the_work_comes_through():
     def work(say):
-        say(1)
+        say({"status": 1})
         raise ValueError("why")
 
     with pytest.raises(ValueError, match="why"):
         list(live(work))
 
 
-def test_work_ends_when_nobody_listens():
-    ended = []
+def test_work_ends_when_nobody_listens_and_only_then_other_work_begins():
+    events = []
 
-    def work(say):
+    def endless(say):
         try:
             while True:
-                say(1)
-                time.sleep(0.001)
+                say({"status": 1})
+                time.sleep(0.1)
         except StoppedError:
-            ended.append(True)
+            events.append("ended")
             raise
 
-    generator = live(work)
+    generator = live(endless)
     next(generator)
+    began = time.perf_counter()
     generator.close()
-    assert ended == [True]
+    assert time.perf_counter() - began < 0.05  # who closes does not wait for a slow step
+    list(live(lambda say: events.append("other")))
+    assert events == ["ended", "other"]
 
 
 def test_previews_take_a_fifth_of_the_time():
@@ -102,7 +129,7 @@ def test_the_command_of_a_request_is_read_back_as_the_request(tmp_path):
     options = SampleOptions(
         num_images=3,
         labels=[0, 7],
-        captions=["red heart", "it's"],
+        captions=["red heart", "it's", "-not an option"],
         seed=5,
         num_inference_steps=7,
         guidance_scale=2.5,
@@ -111,22 +138,36 @@ def test_the_command_of_a_request_is_read_back_as_the_request(tmp_path):
         conditions={"age": "34"},
         batch_size=3,
     )
-    line = sample_command(tmp_path / "a run", options, image="my image.png")
+    run = Run(tmp_path / "a run", None, None, None, {"device": "cpu", "autoencoder": tmp_path / "kl"})
+    line = sample_command(run, options, image="my image.png")
     program, name, *words = shlex.split(line)
     assert (program, name) == ("unet-diffusion", "sample")
     values = parsed("sample", words)[1]
     assert values["labels"] == ["0", "7"]
     assert values["condition"] == ["age=34"]
     assert str(values["image"]) == "my image.png"
+    assert (values["device"], values["autoencoder"]) == ("cpu", tmp_path / "kl")
     for option in ("num_images", "captions", "seed", "num_inference_steps", "guidance_scale", "scheduler"):
         assert values[option] == getattr(options, option)
     for option in ("guidance_interval", "interpolate"):
         assert tuple(values[option]) == getattr(options, option)
 
 
-def test_messages_name_an_upload_as_the_visitor_did():
-    error = ValueError("image /tmp/gradio/0a1b2c/my cells.png cannot be read")
-    assert message_of(error) == "image my cells.png cannot be read"
+@pytest.mark.parametrize("folder", ["uploads", "link"])
+def test_messages_name_an_upload_as_the_visitor_did(tmp_path, monkeypatch, folder):
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "uploads")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / folder))
+    for place in (tmp_path / folder, (tmp_path / folder).resolve()):
+        error = ValueError(f"image {place}/0a1b2c/my cells.png cannot be read")
+        assert message_of(error) == "image my cells.png cannot be read"
+
+
+def test_an_error_that_was_not_foreseen_is_logged_with_its_traceback(caplog):
+    with pytest.raises(KeyError) as raised:
+        raise KeyError("x")
+    assert "not foreseen" in message_of(raised.value)
+    assert "Traceback" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -223,11 +264,22 @@ def test_heat_is_bright_where_the_map_is_large():
 def test_the_nearest_image_of_a_training_image_is_itself():
     data = ImageDataModule(Digits(), num_val=20, seed=0)
     data.setup("fit")
+    shares = []
+    pixels = TrainingPixels(data, shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
     images = data.image_set.images[data.train_indices[:4]].float() / 127.5 - 1
-    nearest = nearest_images(images, data)
-    assert "training images: 0.00, 0.00, 0.00, 0.00." in nearest.words
+    nearest = pixels.nearest_to(images)
+    assert "all 1777 training images: 0.00, 0.00, 0.00, 0.00." in nearest.words
     tiles = np.asarray(nearest.picture)[:, -4 * 98 :]
     assert np.array_equal(tiles[2:98], tiles[102:198])  # drawn, and the nearest below
+
+
+def test_mirrored_training_images_are_searched_where_training_mirrors():
+    data = ImageDataModule(Digits(), num_val=20, horizontal_flip=True, seed=0)
+    data.setup("fit")
+    images = data.image_set.images[data.train_indices[:2]].float() / 127.5 - 1
+    assert "all 1777 training images: 0.00, 0.00." in TrainingPixels(data).nearest_to(images.flip(-1)).words
 
 
 def test_a_run_tells_its_checkpoints_pictures_and_metrics(digits_run, run_of):
@@ -239,32 +291,54 @@ def test_a_run_tells_its_checkpoints_pictures_and_metrics(digits_run, run_of):
     assert run.history["val/loss"] == rows
     assert curves({"run": run.history}).size[0] > 500
     assert curves({"run": {}}) is None
+    many = {f"val/class_{number}": [(1, 0.5)] for number in range(200)}
+    assert curves({"run": many}).size[1] < 4000
     assert "seed_everything" in run.configuration
     assert run.evaluation_page is None
 
 
 def test_metrics_of_a_continued_run_follow_each_other(tmp_path, digits_run, run_of):
-    for version, rows in (("version_2", "step,loss\n1,5\n2,4\n"), ("version_10", "step,loss\n2,3\n3,2\n")):
+    unfinished = "4,1,,,7"
+    rows_of = {"version_2": "step,loss\n1,5\n2,4\n", "version_10": f"step,loss\n2,3\n3,2\n{unfinished}\n"}
+    for version, rows in rows_of.items():
         (tmp_path / "logs" / version).mkdir(parents=True)
         (tmp_path / "logs" / version / "metrics.csv").write_text(rows)
+    (tmp_path / "samples").mkdir()
+    for name in ("step_0000002.png", "step_final.png"):
+        (tmp_path / "samples" / name).touch()
     run = Run(tmp_path, None, None, None)
+    assert list(run.pictures) == [2]
     assert run.history == {"loss": [(1, 5.0), (2, 3.0), (3, 2.0)]}
 
 
-def test_runs_of_other_kinds_or_conditions_are_refused(tmp_path, digits_run, run_of):
-    digits = run_of(digits_run)
-    text = Run(tmp_path / "text", text_denoiser(tmp_path), None, None)
-    with pytest.raises(ValueError, match="same conditions, got ClassLabels"):
-        check_alike([digits, text])
+def test_runs_that_one_form_does_not_fit_are_refused(tmp_path, digits_run, run_of):
+    digits, text = run_of(digits_run), Run(tmp_path / "text", text_denoiser(tmp_path), None, None)
+    network = SegmentationUNet(1, 2, channels=(4, 8))
+    names = ["background", "cell"]
+    segmenter = Segmenter(network, "binary", names, timestep=None, stretch=False, window_size=32)
+    larger = replace(digits.model, sample_shape=(1, 16, 16))
+    shorter = replace(digits.model, schedule=NoiseSchedule(10, prediction_type="v_prediction"))
     check_alike([digits, digits])
+    for other, message in (
+        (text, "same conditions, got ClassLabels"),
+        (Run(tmp_path, segmenter, None, None), "same kind of model, got denoiser"),
+        (Run(tmp_path, larger, None, None), "same image size, got 1x8x8"),
+        (Run(tmp_path, shorter, None, None), "same number of timesteps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_alike([digits, other])
 
 
-def test_the_page_is_built_for_each_kind_of_denoiser(tmp_path):
-    from denoisers import inpainter, upscaler
-
-    for number, make in enumerate((text_denoiser, inpainter, upscaler)):
-        folder = tmp_path / str(number)
-        page_of([Run(folder, make(folder), None, None)])
+def test_the_page_of_each_kind_of_denoiser_has_the_tabs_that_it_can_use(tmp_path):
+    tabs = {}
+    for make in (text_denoiser, inpainter, upscaler):
+        folder = tmp_path / make.__name__
+        page = page_of([Run(folder, make(folder), None, None)])
+        tabs[make.__name__] = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
+    always = ["Curves", "Evaluation", "Configuration"]
+    assert tabs["inpainter"] == tabs["upscaler"] == ["From an image", *always]
+    others = ["Interpolate", "Over training", "Nearest", "Attention"]
+    assert tabs["text_denoiser"] == ["Draw", "From an image", *others, *always]
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -1,16 +1,18 @@
 """The page of denoisers in a real browser: each tab, on digits, captions, latents and images of two channels."""
 
 import shlex
+import shutil
 import time
 
 import numpy as np
 import pytest
 import torch
-from denoisers import text_denoiser, text_tokens
+from denoisers import inpainter, text_denoiser, text_tokens, upscaler
 from PIL import Image
 
 from unet_diffusion.data import Digits, ImageDataModule
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
+from unet_diffusion.explore.runs import Run
 from unet_diffusion.explore.views import in_rows, picture
 from unet_diffusion.inference.loading import load
 from unet_diffusion.inference.record import save_denoiser
@@ -66,14 +68,22 @@ def test_images_form_step_by_step(visit, digits):
     assert visitor.window.evaluate("window.sources.size") > 3  # x0 as it forms
 
 
-def test_long_work_can_be_stopped_and_the_network_rests_then(visit, digits, monkeypatch):
+@pytest.fixture
+def slow_digits(digits):
+    """The digits, whose network takes a tenth of a second more; and its calls."""
     calls = []
 
     def slow(module, inputs):
         calls.append(1)
-        time.sleep(0.05)
+        time.sleep(0.1)
 
     hook = digits.model.unet.register_forward_pre_hook(slow)
+    yield digits, calls
+    hook.remove()
+
+
+def test_long_work_can_be_stopped_and_the_network_rests_then(visit, slow_digits):
+    digits, calls = slow_digits
     visitor = visit(digits)
     visitor.set_number("steps", 250)
     visitor.press("Draw")
@@ -84,10 +94,53 @@ def test_long_work_can_be_stopped_and_the_network_rests_then(visit, digits, monk
     num_calls = len(calls)
     visitor.window.wait_for_timeout(1000)
     assert len(calls) == num_calls < 250
-    hook.remove()
     visitor.set_number("steps", 2)
     visitor.press("Draw")  # the page is as before
     visitor.status("images in")
+
+
+def test_who_presses_again_gets_the_new_request(visit, slow_digits):
+    digits, calls = slow_digits
+    visitor = visit(digits)
+    visitor.set_number("steps", 200)
+    visitor.press("Draw")
+    visitor.status("of 200")
+    visitor.press("Stop")
+    visitor.set_number("steps", 7)
+    visitor.set_number("num_images", 2)
+    visitor.press("Draw")
+    visitor.status("2 images in")
+    assert len(calls) < 150
+    expected = digits.model.sample(2, num_inference_steps=7, batch_size=2)
+    assert np.array_equal(visitor.picture("drawn_0"), np.asarray(picture(expected)))
+
+
+def test_who_waits_for_a_turn_can_give_it_up(visit, slow_digits):
+    digits, calls = slow_digits
+    first, second = visit(digits, visitors=2)
+    first.set_number("steps", 30)
+    second.set_number("steps", 200)
+    first.press("Draw")
+    first.status("step ")
+    second.press("Draw")
+    second.window.wait_for_timeout(300)
+    second.press("Stop")
+    first.status("images in")
+    second.status("Stopped.")
+    assert len(calls) < 60
+
+
+def test_a_window_that_is_closed_ends_its_work_and_others_go_on(visit, slow_digits):
+    digits, calls = slow_digits
+    first, second = visit(digits, visitors=2)
+    first.set_number("steps", 250)
+    first.press("Draw")
+    first.status("step ")
+    first.window.close()
+    second.set_number("steps", 3)
+    second.press("Draw")
+    second.status("images in")
+    assert len(calls) < 250
 
 
 def test_two_visitors_at_once_get_their_own_images(visit, digits):
@@ -128,16 +181,7 @@ def test_an_upload_is_painted_into_and_the_rest_stays(visit, digits, tmp_path):
     visitor.set_number("steps", 5)
     visitor.open_tab("From an image")
     visitor.upload(path)
-    canvas = visitor.window.locator("#editor canvas").first
-    canvas.wait_for(timeout=60_000)
-    visitor.window.wait_for_timeout(2000)  # the canvas is laid out
-    box = canvas.bounding_box()
-    middle = box["y"] + box["height"] * 0.45
-    visitor.window.mouse.move(box["x"] + box["width"] * 0.5, middle)
-    visitor.window.mouse.down()
-    visitor.window.mouse.move(box["x"] + box["width"] * 0.52, middle, steps=4)
-    visitor.window.mouse.up()
-    visitor.window.wait_for_timeout(1000)
+    _paint(visitor)
     visitor.press("Draw from it")
     visitor.status("1 images in")
     drawn, given = (
@@ -190,13 +234,19 @@ def test_checkpoints_draw_the_same_images_over_training(visit, digits):
         f"step {step}": load(path).sample(3, num_inference_steps=3, batch_size=3)
         for step, path in digits.checkpoints.items()
     }
-    visitor.window.wait_for_timeout(2000)
+    visitor.window.wait_for_timeout(3000)  # there are two checkpoints
     assert list(rows) == ["step 2", "step 4"]
     assert np.array_equal(visitor.picture("strip"), np.asarray(in_rows(rows)))
 
 
-def test_nearest_curves_evaluation_and_configuration(visit, digits, tmp_path):
-    visitor = visit(digits)
+def test_nearest_curves_evaluation_and_configuration(visit, digits_run, run_of, tmp_path):
+    run = run_of(shutil.copytree(digits_run, tmp_path / "run"), ImageDataModule(Digits(), num_val=20, seed=0))
+    other = run_of(shutil.copytree(digits_run, tmp_path / "other"))
+    (other.folder / "config.yaml").write_text("of: the other run")
+    (run.folder / "evaluation").mkdir()
+    page = "<h1>Good digits</h1><script>document.title = 'run'</script><img src='http://example.invalid/p.png'>"
+    (run.folder / "evaluation" / "evaluation.html").write_text(page)
+    visitor = visit(run, other)  # which fails if anything is fetched
     visitor.set_number("steps", 2)
     visitor.open_tab("Nearest")
     visitor.press("Draw and compare")
@@ -205,9 +255,31 @@ def test_nearest_curves_evaluation_and_configuration(visit, digits, tmp_path):
     visitor.open_tab("Curves")
     assert visitor.picture("plots").std() > 10
     visitor.open_tab("Evaluation")
+    visitor.window.frame_locator("#evaluation_page iframe").get_by_role("heading", name="Good digits").wait_for()
+    visitor.choose("which", other.name)
     visitor.window.locator("text=There is no evaluation yet").wait_for(timeout=60_000)
     visitor.open_tab("Configuration")
-    visitor.window.locator("#configuration_text", has_text="seed_everything").wait_for(timeout=60_000)
+    text = visitor.window.locator("#configuration_text")
+    text.filter(has_text="of: the other run").wait_for(timeout=60_000)
+    visitor.choose("which", run.name)
+    text.filter(has_text="seed_everything").wait_for(timeout=60_000)
+
+
+def test_masks_are_filled_and_small_images_enlarged(visit, run_of, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "i.png")
+    for make, button in ((inpainter, "Fill"), (upscaler, "Enlarge")):
+        model = make(tmp_path / make.__name__)
+        visitor = visit(Run(tmp_path / make.__name__, model, lambda path: path, lambda: None))
+        visitor.set_number("num_images", 1)
+        visitor.set_number("steps", 2)
+        visitor.upload(tmp_path / "i.png")
+        if make is inpainter:
+            visitor.press(button)
+            visitor.status("some of the image must be painted over")
+            _paint(visitor)
+        visitor.press(button)
+        visitor.status("1 images in")
+        assert visitor.picture("from_image").std() > 0
 
 
 def test_runs_side_by_side_draw_from_the_same_seed(visit, digits, run_of):
@@ -255,7 +327,7 @@ def test_a_map_is_dropped_into_the_form_for_a_denoiser_that_draws_from_maps(visi
     visitor.press("Draw")
     visitor.status("give semantic_map")
     visitor.window.locator("#option_semantic_map input[type=file]").set_input_files(str(tmp_path / "map.png"))
-    visitor.window.locator(".file-preview", has_text="map.png").first.wait_for(timeout=60_000)
+    visitor.window.locator("#option_semantic_map .file-preview").wait_for(timeout=60_000)
     visitor.press("Draw")
     visitor.status("2 images in")
     options = {"conditions": {"semantic_map": str(tmp_path / "map.png")}, "captions": [""], "num_inference_steps": 3}
@@ -278,6 +350,20 @@ def test_images_of_two_channels_are_shown_channel_by_channel(
     visitor.status("3 images in")
     height, width, _ = visitor.picture("drawn_0").shape
     assert width < height  # three rows of two channels
+
+
+def _paint(visitor):
+    """Paint a short stroke a little above the middle of the uploaded image."""
+    canvas = visitor.window.locator("#editor canvas").first
+    canvas.wait_for(timeout=60_000)
+    visitor.window.wait_for_timeout(2000)  # the canvas is laid out
+    box = canvas.bounding_box()
+    middle = box["y"] + box["height"] * 0.45
+    visitor.window.mouse.move(box["x"] + box["width"] * 0.5, middle)
+    visitor.window.mouse.down()
+    visitor.window.mouse.move(box["x"] + box["width"] * 0.52, middle, steps=4)
+    visitor.window.mouse.up()
+    visitor.window.wait_for_timeout(1000)
 
 
 def _unet_of_two_channels():

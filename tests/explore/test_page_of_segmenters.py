@@ -6,6 +6,7 @@ import shlex
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from denoisers import SMALL
 from PIL import Image
@@ -58,7 +59,7 @@ def test_objects_of_an_image_are_outlined_counted_and_given_away(visit, run_of, 
     expected = run.model.segment(cells_image)
     count = int(expected.instances.max())
     assert count > 1
-    visitor.window.locator("#found_0", has_text=f"{count} objects").wait_for(timeout=60_000)
+    visitor.window.locator("#counted_0", has_text=f"{count} objects").wait_for(timeout=60_000)
     assert visitor.picture("outlines_0").shape == (5 * 96, 5 * 120, 3)  # enlarged, so that outlines are thin
     files = visitor.downloads()
     assert np.array_equal(_pixels(files, "_mask.png"), expected.classes)
@@ -74,18 +75,52 @@ def test_objects_of_an_image_are_outlined_counted_and_given_away(visit, run_of, 
     )
 
 
-def test_the_threshold_is_slid_without_the_network(visit, run_of, cells_run, cells_image):
+def test_threshold_and_least_size_are_slid_without_the_network(visit, run_of, cells_run, cells_image):
     run = run_of(cells_run)
     visitor = visit(run)
+    visitor.set_number("min_size", 17)  # nothing is there yet, and nothing goes wrong
+    visitor.set_number("min_size", 16)
     visitor.upload(cells_image)
     visitor.press("Segment")
-    visitor.window.locator("#found_0", has_text="objects").wait_for(timeout=60_000)
+    visitor.window.locator("#counted_0", has_text="objects").wait_for(timeout=60_000)
     calls = []
-    run.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    visitor.set_number("min_size", 200)
-    areas = [int(row["area"]) for row in _rows(visitor)]
-    assert min(areas) >= 200
+    hook = run.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    slider = visitor.window.locator("#threshold input[type=range]")
+    for _ in range(20):
+        slider.press("ArrowRight")  # not only by mouse
+    visitor.window.wait_for_timeout(2000)
     assert calls == []
+    hook.remove()
+    strict = run.model.segment(cells_image, threshold=0.7)
+    assert strict.classes.sum() != run.model.segment(cells_image).classes.sum()
+    assert np.array_equal(_pixels(visitor.downloads(), "_mask.png"), strict.classes)
+    areas = [int(row["area"]) for row in _rows(visitor)]
+    least = sorted(areas)[1]  # the smallest object goes
+    visitor.set_number("min_size", least)
+    assert sorted(int(row["area"]) for row in _rows(visitor)) == sorted(areas)[1:]
+    assert visitor.window.locator(".toast-body").count() == 0
+
+
+def test_two_visitors_keep_their_own_objects_and_a_new_image_clears_the_old(
+    visit, run_of, cells_run, cells_image, tmp_path
+):
+    run = run_of(cells_run)
+    other, _ = synthetic_cells((64, 64), num_cells=3, seed=9)
+    Image.fromarray(other).save(tmp_path / "other.png")
+    images = [cells_image, tmp_path / "other.png"]
+    visitors = visit(run, visitors=2)
+    for visitor, image in zip(visitors, images, strict=True):
+        visitor.upload(image)
+        visitor.press("Segment")
+    for visitor, image in zip(visitors, images, strict=True):
+        visitor.window.locator("#counted_0", has_text="objects").wait_for(timeout=60_000)
+        assert np.array_equal(_pixels(visitor.downloads(), "_objects.png"), run.model.segment(image).instances)
+    visitors[0].set_number("min_size", 20)
+    visitors[0].window.wait_for_timeout(1500)
+    expected = run.model.segment(cells_image, min_size=20).instances
+    assert np.array_equal(_pixels(visitors[0].downloads(), "_objects.png"), expected)
+    visitors[1].window.get_by_label("Clear").or_(visitors[1].window.get_by_label("Remove this file")).first.click()
+    visitors[1].window.locator("#counted_0", has_text="objects").wait_for(state="detached", timeout=60_000)
 
 
 def test_what_is_no_image_gets_a_message_and_nothing_is_lost(visit, run_of, cells_run, cells_image, tmp_path):
@@ -99,7 +134,31 @@ def test_what_is_no_image_gets_a_message_and_nothing_is_lost(visit, run_of, cell
     visitor.window.get_by_label("Remove this file").or_(visitor.window.get_by_label("Clear")).first.click()
     visitor.upload(cells_image)
     visitor.press("Segment")
-    visitor.window.locator("#found_0", has_text="objects").wait_for(timeout=60_000)
+    visitor.window.locator("#counted_0", has_text="objects").wait_for(timeout=60_000)
+
+
+def test_pages_of_a_stack_are_refused_with_what_to_do(visit, run_of, cells_run, tmp_path):
+    image, _ = synthetic_cells((64, 64), num_cells=3, seed=9)
+    tifffile.imwrite(tmp_path / "stack.tif", np.stack([image, image]))
+    visitor = visit(run_of(cells_run))
+    visitor.upload(tmp_path / "stack.tif")
+    visitor.press("Segment")
+    assert "segment all pages with unet-diffusion segment" in visitor.status("several pages")
+
+
+def test_names_of_classes_are_words_and_nothing_else(visit, tmp_path):
+    names = ["![x](http://example.invalid/p.png)", "<img src=http://example.invalid/q.png>"]
+    unet = SegmentationUNet(3, 2, channels=(4, 8), padding="same")
+    model = Segmenter(unet, "classes", names, timestep=None, stretch=False, window_size=32)
+    run = Run(tmp_path / "a_run_*with*_marks.ckpt", model, lambda path: model, lambda: None)
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "i.png")
+    visitor = visit(run)  # which fails if anything is fetched
+    visitor.window.locator("h2", has_text="a_run_*with*_marks.ckpt").wait_for()
+    visitor.upload(tmp_path / "i.png")
+    visitor.press("Segment")
+    visitor.window.locator("#counted_0", has_text="2 classes").wait_for(timeout=60_000)
+    visitor.open_tab("Configuration")
+    visitor.window.wait_for_timeout(1000)
 
 
 def test_classes_are_coloured_and_measured(visit, tmp_path):
@@ -111,7 +170,7 @@ def test_classes_are_coloured_and_measured(visit, tmp_path):
     visitor = visit(run)
     visitor.upload(tmp_path / "i.png")
     visitor.press("Segment")
-    visitor.window.locator("#found_0", has_text="4 classes").wait_for(timeout=60_000)
+    visitor.window.locator("#counted_0", has_text="4 classes").wait_for(timeout=60_000)
     assert np.array_equal(_pixels(visitor.downloads(), "_mask.png"), model.segment(tmp_path / "i.png").classes)
     assert visitor.window.locator("#threshold:visible").count() == 0
 

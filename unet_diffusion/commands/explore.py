@@ -3,12 +3,15 @@
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from signal import SIGTERM
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, cast
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from unet_diffusion.commands.arguments import Checkpoint, Precision, check_exists
 from unet_diffusion.runtime.imports import import_lightning, quick_imports
 from unet_diffusion.runtime.messages import UsageError
+from unet_diffusion.runtime.signals import Interrupted, handled
 
 if TYPE_CHECKING:
     from unet_diffusion.data.base import ImageDataModule
@@ -71,7 +74,7 @@ def explore(
     with quick_imports():
         import_lightning()
         from unet_diffusion.commands.run_data import config_of, data_of
-        from unet_diffusion.explore.page import page_of, serve
+        from unet_diffusion.explore.page import served
         from unet_diffusion.explore.runs import Run
         from unet_diffusion.inference.loading import load
 
@@ -83,7 +86,13 @@ def explore(
             raise ValueError(f"{path} does not say what it was trained on, as it has no config.yaml")
         return cast("ImageDataModule", data_of(config, [], allow or [], "denoise"))
 
-    page = page_of([Run(run, loaded(run), loaded, partial(data_of_run, run)) for run in runs])
-    serve(page, host=host, port=port, open_browser=open_browser)
-    print(f"open {page.local_url} in a browser; Ctrl-C ends the page", flush=True)
-    Event().wait()
+    chosen: dict[str, Any] = {"allow": allow, "device": device, "precision": precision, "autoencoder": autoencoder}
+    options = {name: value for name, value in chosen.items() if value not in (None, "auto")}
+    opened: list[Run[Any]] = [Run(run, loaded(run), loaded, partial(data_of_run, run), options) for run in runs]
+    with served(opened, host=host, port=port, open_browser=open_browser) as address, handled((SIGTERM,), _end):
+        print(f"open {address} in a browser; Ctrl-C ends the page", flush=True)
+        Event().wait()
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum)

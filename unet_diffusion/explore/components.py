@@ -1,27 +1,31 @@
-"""What all tabs of the page share: buttons and their events, errors as messages, and command lines."""
+"""What all tabs of the page share: buttons and their events, errors as messages, command lines, files to download."""
 
 import functools
 import html
+import logging
 import re
 import shlex
+import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any, Self
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
-from unet_diffusion.runtime.messages import in_words
+from unet_diffusion.explore.live import Update
+from unet_diffusion.runtime.messages import UNEXPECTED, in_words
 
+LOG = logging.getLogger(__name__)
 Values = dict[gr.components.Component, Any]
 """The value of each input of an event."""
 
-Update = dict[gr.components.Component, Any]
-"""The new value of some outputs of an event."""
-
-_DOWNLOADS = tempfile.TemporaryDirectory(prefix="unet-diffusion-")
+FILE_LIFETIME = 3600  # seconds that uploads and downloads are kept
+DOWNLOADS = "downloads"  # folder in that of uploads, which is removed with it
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # events are for the page, and no API to be listed
 
 
@@ -34,7 +38,14 @@ class StopFlag(Event):
 
 @dataclass(frozen=True)
 class Controls:
-    """The button that begins work on a model, the one that stops it, and a line that says how far it is."""
+    """What work on a model is controlled by.
+
+    Args:
+        go: The button that begins the work.
+        stop: The button that stops it.
+        status: The line that says how far it is.
+        flag: The StopFlag of the visitor's last press of `go`.
+    """
 
     go: gr.Button
     stop: gr.Button
@@ -54,7 +65,7 @@ class Controls:
 
 
 def bind(
-    trigger: Callable[..., Any],
+    triggers: Sequence[Callable[..., Any]],
     function: Callable[[Values], Update],
     inputs: Sequence[gr.components.Component],
     outputs: Sequence[gr.components.Component],
@@ -62,7 +73,7 @@ def bind(
     """Call a function of the page, which computes nothing long, with the values of its inputs.
 
     Args:
-        trigger: An event of a component, such as `button.click`.
+        triggers: Events of components, such as `button.click`.
         function: The function.
         inputs: The inputs.
         outputs: The components that the function may change.
@@ -71,11 +82,19 @@ def bind(
     @functools.wraps(function)
     def with_errors_shown(values: Values) -> Update:
         try:
-            return function(values)
+            return function(values) or gr.skip()
         except Exception as error:  # errors of all kinds end here, as one message
             raise gr.Error(message_of(error), title="", print_exception=False) from error
 
-    trigger(with_errors_shown, inputs=set(inputs), outputs=list(outputs), show_progress="minimal", **PRIVATE)
+    gr.on(
+        list(triggers),
+        with_errors_shown,
+        inputs=set(inputs),
+        outputs=list(outputs),
+        show_progress="minimal",
+        trigger_mode="always_last",
+        **PRIVATE,
+    )
 
 
 def bind_work(
@@ -102,12 +121,16 @@ def bind_work(
                     updates.close()
                     yield {controls.status: "Stopped."}
                     return
-                yield update
+                yield update or gr.skip()
         except Exception as error:  # errors of all kinds end here, as one message
             yield {controls.status: f'<span class="error">{html.escape(message_of(error))}</span>'}
 
-    # The flag falls when the button is pressed, so that a visitor can stop what still waits for its turn.
-    pressed = controls.go.click(lambda flag: flag.clear(), inputs=[controls.flag], queue=False, **PRIVATE)
+    def begin(flag: StopFlag) -> StopFlag:
+        flag.set()  # who presses again wants the new request, and not both
+        return StopFlag()
+
+    # The flag is there before the work has its turn, so that a visitor can stop what still waits.
+    pressed = controls.go.click(begin, inputs=[controls.flag], outputs=[controls.flag], queue=False, **PRIVATE)
     pressed.then(
         until_stopped,
         inputs={*inputs, controls.flag},
@@ -116,15 +139,23 @@ def bind_work(
         concurrency_limit=1,
         show_progress="minimal",
         show_progress_on=[controls.status],
+        trigger_mode="multiple",
         **PRIVATE,
     )
     controls.stop.click(lambda flag: flag.set(), inputs=[controls.flag], queue=False, **PRIVATE)
 
 
 def message_of(error: Exception) -> str:
-    """The message of an error for a visitor, with uploads under the names that the visitor gave them."""
-    uploads = re.escape(str(Path(tempfile.gettempdir()) / "gradio")) + r"/\w+/"
-    return re.sub(uploads, "", in_words(error))
+    """The message of an error for a visitor, with uploads under the names that the visitor gave them.
+
+    Args:
+        error: The error; one that was not foreseen is logged with its traceback.
+    """
+    if isinstance(error, UNEXPECTED):
+        LOG.error("not foreseen", exc_info=error)
+    folder = Path(get_upload_folder())
+    uploads = "|".join({re.escape(str(folder)), re.escape(str(folder.resolve()))})
+    return re.sub(rf"(?:{uploads})/\w+/", "", in_words(error))
 
 
 def progress_line(share: float, words: str) -> str:
@@ -134,12 +165,17 @@ def progress_line(share: float, words: str) -> str:
         share: The share that is done, 0 to 1.
         words: What is being done.
     """
-    return f'<progress value="{share:.4f}" max="1"></progress> {words}'
+    return f'<progress value="{share:.4f}" max="1"></progress> {html.escape(words)}'
 
 
 def download_folder() -> Path:
-    """A new folder for files that a visitor may download; it is removed when the process ends."""
-    return Path(tempfile.mkdtemp(dir=_DOWNLOADS.name))
+    """A new folder for files that a visitor may download; folders of an hour ago are removed."""
+    downloads = Path(get_upload_folder()) / DOWNLOADS
+    downloads.mkdir(parents=True, exist_ok=True)
+    for folder in downloads.iterdir():
+        if time.time() - folder.stat().st_mtime > FILE_LIFETIME:
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=downloads))
 
 
 def command_code() -> gr.Code:
@@ -155,10 +191,10 @@ def command_box(inputs: Sequence[gr.components.Component], command: Callable[[Va
         command: Function that gives the command line.
     """
     button, code = gr.Button("Command line", size="sm"), command_code()
-    bind(button.click, lambda values: {code: gr.Code(command(values), visible=True)}, inputs, [code])
+    bind([button.click], lambda values: {code: gr.Code(command(values), visible=True)}, inputs, [code])
 
 
-def command_line(command: str, path: Path, options: dict[str, Any], *further: str) -> str:
+def command_line(command: str, path: Path, options: Mapping[str, Any], *further: str) -> str:
     """A command line of this package.
 
     Args:
@@ -169,7 +205,9 @@ def command_line(command: str, path: Path, options: dict[str, Any], *further: st
     """
     words = ["unet-diffusion", command, str(path), *further]
     for name, value in options.items():
-        words.append(f"--{name}")
-        if value is not True:
-            words += [str(word) for word in (value if isinstance(value, list | tuple) else [value])]
+        values = [] if value is True else [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
+        if any(re.match(r"-\D", word) for word in values):  # it would be read as an option
+            words += [f"--{name}={word}" for word in values]
+        else:
+            words += [f"--{name}", *values]
     return shlex.join(words)

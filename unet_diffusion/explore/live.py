@@ -1,53 +1,66 @@
-"""Work that takes long, as a generator: a page shows what the work says, and the work ends when nobody listens."""
+"""Work on a model that takes long, as a generator: a page shows what the work says, and it ends when nobody listens."""
 
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from threading import Event
+from threading import Event, Lock, Thread
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
-Said = TypeVar("Said")
 Result = TypeVar("Result")
+Update = dict[Any, Any]
+"""The new values of some components of the page."""
 
 MOST_OF_TIME = 0.2  # that previews may take
 LEAST_WAIT = 0.15  # seconds between previews, which a browser has to fetch
+_MODELS = Lock()  # models do one thing at a time; work that was left alone holds it until its next step
 
 
 class StoppedError(Exception):
     """The work was stopped."""
 
 
-def live(work: Callable[[Callable[[Said], None]], Result]) -> Generator[Said, None, Result]:
-    """Yield what the work says, the latest only if there is more than one, and return its result.
+def live(work: Callable[[Callable[[Update], None]], Result]) -> Generator[Update, None, Result]:
+    """Yield the updates that the work says, merged if there are several, and return its result.
 
-    Where the generator is closed, `say` raises StoppedError at its next call, and the work ends with it.
+    Where the generator is closed, it does not wait for the work: `say` raises StoppedError at its next call, and other
+    work begins after that.
 
     Args:
-        work: Function that is called as work(say) in a thread of its own.
+        work: Function that is called as work(say) in a thread of its own, while no other work runs.
     """
-    said = SimpleQueue[list[Said]]()  # a list of one thing, or an empty one at the end
+    said = SimpleQueue[Update | None]()  # None at the end
+    results, errors = list[Result](), list[BaseException]()
     is_stopped = Event()
 
-    def say(thing: Said) -> None:
+    def say(update: Update) -> None:
         if is_stopped.is_set():
             raise StoppedError
-        said.put([thing])
+        said.put(update)
 
-    with ThreadPoolExecutor(max_workers=1) as pool:  # it waits for the thread
-        future = pool.submit(work, say)
-        future.add_done_callback(lambda _: said.put([]))
+    def run() -> None:
         try:
-            while latest := said.get():
-                while not said.empty():
-                    newer = said.get()
-                    if not newer:
-                        return future.result()
-                    latest = newer
-                yield latest[0]
-            return future.result()
-        finally:
-            is_stopped.set()
+            with _MODELS:
+                say({})  # it may have been stopped while it waited
+                results.append(work(say))
+        except BaseException as error:  # it is raised where somebody listens
+            errors.append(error)
+        said.put(None)
+
+    Thread(target=run, daemon=True).start()  # a process that ends waits for none
+    try:
+        while (update := said.get()) is not None:
+            while not said.empty():
+                newer = said.get()
+                if newer is None:
+                    said.put(None)
+                    break
+                update = update | newer
+            yield update
+    finally:
+        is_stopped.set()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 class Previews:

@@ -9,12 +9,14 @@ import gradio as gr
 
 from unet_diffusion.diffusion.sampling import supported_schedulers
 from unet_diffusion.explore.components import Values, bind, command_line
+from unet_diffusion.explore.runs import Run
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.sample_options import SampleOptions
 
 OF_THE_FORM = ("labels", "captions", "noise_level", "image", "mask")  # options of conditions with a field of their own
 FEW, MANY, MOST = 4, 16, 64  # images drawn at once: of large images, of small ones, and at most
 LARGE = 64 * 64  # pixels of an image of which few are drawn
+MOST_PIXELS = 2**21  # of images that are drawn at once: 8 of 512 x 512
 LARGEST_SEED = 2**31
 
 
@@ -23,15 +25,16 @@ class RequestForm:
 
     Args:
         denoiser: The denoiser whose options are asked for.
+        which: The choice of a run, for tabs that show one.
 
     Attributes:
-        inputs: The fields, for the inputs of events.
+        inputs: The fields and the choice of a run, for the inputs of events.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, which: gr.components.Component) -> None:
+        self.denoiser, self.which = denoiser, which
         asked = {option for condition in denoiser.all_conditions for option in condition.options}
-        self.inputs: list[gr.components.Component] = []
+        self.inputs = [which]
         self.labels = self._labels() if denoiser.num_classes else None
         self.captions = None
         if "captions" in asked:
@@ -49,7 +52,7 @@ class RequestForm:
         with gr.Row():
             self.seed = self._add(gr.Number(0, precision=0, label="Seed", elem_id="seed"))
             other_seed = gr.Button("Another seed", size="sm", min_width=60)
-        bind(other_seed.click, lambda values: {self.seed: randrange(LARGEST_SEED)}, [], [self.seed])
+        bind([other_seed.click], lambda values: {self.seed: randrange(LARGEST_SEED)}, [], [self.seed])
         schedulers = supported_schedulers(denoiser.schedule)
         default = SampleOptions().scheduler
         self.scheduler = self._add(
@@ -82,7 +85,6 @@ class RequestForm:
             "scheduler": values[self.scheduler],
             "num_inference_steps": int(values[self.steps]),
         }
-        options["batch_size"] = options["num_images"]
         if self.labels is not None and values[self.labels]:
             options["labels"] = list(values[self.labels])
         if self.captions is not None:
@@ -96,7 +98,10 @@ class RequestForm:
         if self.guidance_scale is not None and values[self.guidance_scale] != 1:
             options["guidance_scale"] = float(values[self.guidance_scale])
             options |= self._interval_of(values)
-        return SampleOptions(**options | further)
+        options |= further
+        _, height, width = self.denoiser.image_shape
+        at_once = max(1, MOST_PIXELS // (height * width))
+        return SampleOptions(**options, batch_size=min(options["num_images"], at_once))
 
     def _interval_of(self, values: Values) -> dict[str, Any]:
         assert self.interval is not None
@@ -140,9 +145,9 @@ class RequestForm:
 def _field_of(name: str, *, is_file: bool) -> gr.components.Component:
     """The field of an option that the form does not know."""
     label = name.replace("_", " ")
-    return (
-        gr.File(label=f"{label}: drop a file here", type="filepath", height=110, elem_id=f"option_{name}") if is_file else gr.Textbox(label=label)
-    )
+    if is_file:
+        return gr.File(label=f"{label}: drop a file here", type="filepath", height=110, elem_id=f"option_{name}")
+    return gr.Textbox(label=label)
 
 
 def _without_folder(value: str) -> str:
@@ -150,11 +155,20 @@ def _without_folder(value: str) -> str:
     return Path(value).name if Path(value).is_file() else value
 
 
-def sample_command(path: Path, options: SampleOptions, output: str = "generated", **files: str) -> str:
+def needed_images(denoiser: Denoiser) -> set[str]:
+    """Those of image and mask that the denoiser needs; other files are fields of the form.
+
+    Args:
+        denoiser: The denoiser.
+    """
+    return {"image", "mask"} & {need for condition in denoiser.all_conditions for need in condition.needs}
+
+
+def sample_command(run: Run[Denoiser], options: SampleOptions, output: str = "generated", **files: str) -> str:
     """The command line that draws the images of a request.
 
     Args:
-        path: The denoiser.
+        run: The run of the denoiser.
         options: The request.
         output: The folder to write.
         files: The files of images, by the option.
@@ -168,4 +182,4 @@ def sample_command(path: Path, options: SampleOptions, output: str = "generated"
     words.setdefault("num_images", options.num_images)
     if options.conditions:
         words["condition"] = [f"{name}={_without_folder(value)}" for name, value in options.conditions.items()]
-    return command_line("sample", path, words | files | {"output": output})
+    return command_line("sample", run.path, words | files | {"output": output} | dict(run.options))

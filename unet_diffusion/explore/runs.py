@@ -1,11 +1,11 @@
 """What there is to look at in a run: its model, checkpoints, pictures, metrics, configuration and evaluation."""
 
 import csv
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
@@ -29,12 +29,14 @@ class Run(Generic[Model]):
         model: The model.
         load: Function that loads a model from a path and moves it to the device.
         read_data: Function that gives the data of the run, not yet set up.
+        options: The options of the command that opened the run, which other commands need, too.
     """
 
     path: Path
     model: Model
     load: Callable[[Path], Model]
     read_data: "Callable[[], ImageDataModule]"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -43,7 +45,7 @@ class Run(Generic[Model]):
 
     @property
     def folder(self) -> Path:
-        """The run folder, or a folder without checkpoints, metrics and pictures."""
+        """The folder of checkpoints, metrics and pictures; for an exported or imported model there are none in it."""
         in_checkpoints = self.path.is_file() and self.path.parent.name == "checkpoints"
         return self.path.parents[1] if in_checkpoints else self.path
 
@@ -56,8 +58,7 @@ class Run(Generic[Model]):
             ValueError: If the run does not say what they are.
         """
         data = self.read_data()
-        data.prepare_data()
-        data.setup("fit")
+        data.setup("fit")  # without prepare_data, which may download
         return data
 
     @property
@@ -71,7 +72,7 @@ class Run(Generic[Model]):
     def pictures(self) -> dict[int, Path]:
         """The pictures that were drawn in training, by their step."""
         paths = sorted((self.folder / "samples").glob("step_*.png"))
-        return {int(path.stem.removeprefix("step_")): path for path in paths}
+        return {_number(path.stem): path for path in paths if _number(path.stem) >= 0}
 
     @property
     def configuration(self) -> str:
@@ -89,16 +90,18 @@ class Run(Generic[Model]):
     def history(self) -> History:
         """The metrics of the run, of all its continuations."""
         history: History = {}
-        for path in sorted((self.folder / "logs").glob("version_*/metrics.csv"), key=lambda path: _number(path.parent)):
+        logs = (self.folder / "logs").glob("version_*/metrics.csv")
+        for path in sorted(logs, key=lambda path: _number(path.parent.name)):
             with path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    for name, value in row.items():
-                        if name not in ("step", "epoch") and value and row.get("step"):
-                            history.setdefault(name, []).append((int(row["step"]), float(value)))
+                for row in csv.DictReader(file, restkey="more"):  # of a row that is still being written
+                    step, more = row.pop("step", None), row.pop("more", None)
+                    for name, value in row.items() if step and more is None else ():
+                        if name != "epoch" and value:
+                            history.setdefault(name, []).append((int(step), float(value)))
         return {name: sorted(dict(points).items()) for name, points in history.items()}
 
 
-def _number(folder: Path) -> int:
-    """The number of a logger's folder, such as 10 of version_10."""
-    digits = folder.name.removeprefix("version_")
+def _number(name: str) -> int:
+    """The number at the end of a name such as version_10 or step_0000300; -1 without one."""
+    digits = name.rpartition("_")[2]
     return int(digits) if digits.isdigit() else -1

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.stored import stored_images
 from unet_diffusion.explore.components import (
+    FILE_LIFETIME,
     Controls,
-    Update,
     Values,
     bind,
     bind_work,
@@ -25,179 +26,246 @@ from unet_diffusion.explore.components import (
     download_folder,
     progress_line,
 )
-from unet_diffusion.explore.live import live
+from unet_diffusion.explore.live import Update, live
 from unet_diffusion.explore.runs import Run
 from unet_diffusion.inference.init_images import read_at_its_own_size
 from unet_diffusion.inference.objects import COLUMNS, intensities, object_rows, pixel_size
+from unet_diffusion.inference.segment_files import sixteen_bits
 from unet_diffusion.inference.segmenter import Segmentation, Segmenter
+from unet_diffusion.runtime.pictures import to_uint8
 from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
 from unet_diffusion.segmentation.pictures import colour_classes, outlined
 
-MIN_SIDE = 512  # least side of the picture with outlines, in pixels
+LEAST_SIDE, MOST_SIDE = 512, 1600  # longer side of the picture with outlines, in pixels
 LARGEST_MIN_SIZE = 500  # pixels of an object, at the end of the slider
 OF_OBJECTS = COLUMNS[2:]  # columns of the table; those before name the file
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """The segmentation of a visitor's image.
+    """The segmentation of a visitor's image, with all that is shown of it.
 
     Args:
-        path: The uploaded file.
-        image: The image as the network sees it, (C, H, W) in about [-1, 1].
+        name: The name of the file.
+        pixels: The image as the network sees it, (C, H, W) uint8.
         segmentation: Its segmentation.
+        intensities: The numbers that the file stores, (H, W).
+        pixel_size: Height and width of a pixel in micrometres; "" where they are not known.
     """
 
-    path: Path
-    image: Tensor
+    name: str
+    pixels: Tensor
     segmentation: Segmentation
+    intensities: NDArray[np.float32]
+    pixel_size: tuple[str, str]
 
 
 @dataclass(frozen=True)
-class _Column:
-    """What is shown of a run."""
+class Column:
+    """Where the segmentation by a run is shown.
+
+    Args:
+        picture: The image with outlines.
+        words: How many objects there are.
+        table: The objects.
+        files: The mask and the table as files.
+    """
 
     picture: gr.Image
     words: gr.Markdown
     table: gr.Dataframe
     files: gr.File
 
+    @property
+    def components(self) -> list[gr.components.Component]:
+        """All of these."""
+        return [self.picture, self.words, self.table, self.files]
 
-def segmenter_tab(runs: Sequence[Run[Segmenter]]) -> None:
+
+class SegmenterTab:
     """The tab of segmenters, side by side on the same image.
 
     Args:
         runs: The runs.
     """
-    with gr.Tab("Segment", id="segment"):
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                upload = gr.File(label="Image: drop a file here", type="filepath", elem_id="upload", height=110)
-                views = gr.Checkbox(False, label="Average over eight views", info="Takes eight times as long.")
-                controls = Controls.named("Segment")
-                has_threshold = any(run.model.kind != "classes" for run in runs)
-                threshold = gr.Slider(0.05, 0.95, THRESHOLD, step=0.01, label="Threshold", visible=has_threshold,
-                                      info="A pixel is an object's where its probability is larger.",
-                                      elem_id="threshold")  # fmt: skip
-                min_size = gr.Slider(1, LARGEST_MIN_SIZE, MIN_SIZE, step=1, label="Least size", visible=has_threshold,
-                                     info="Objects of fewer pixels are left out.", elem_id="min_size")  # fmt: skip
-            with gr.Column(scale=3):
-                with gr.Row():
-                    columns = [_column(run, number) for number, run in enumerate(runs)]
-                state = gr.State({})  # Segmented by the name of the run; each visitor has one of their own
-        inputs = [upload, views, threshold, min_size, state]
-        shown = [component for column in columns for component in vars(column).values()]
 
-        def present(values: Values, segmented: dict[str, Segmented]) -> Update:
-            update: Update = {}
-            for run, column in zip(runs, columns, strict=True):
-                if run.name in segmented:
-                    update |= _presented(segmented[run.name], column, values[threshold], int(values[min_size]))
-            return update
+    def __init__(self, runs: Sequence[Run[Segmenter]]) -> None:
+        self.runs = runs
+        with gr.Tab("Segment", id="segment"):
+            with gr.Row():
+                with gr.Column(scale=1, min_width=280):
+                    self._add_inputs()
+                with gr.Column(scale=3), gr.Row():
+                    self.columns = [_column(run, number) for number, run in enumerate(runs)]
+            # Segmented by the name of the run: each visitor has a state of their own
+            self.state = gr.State({}, time_to_live=FILE_LIFETIME)
+            inputs = [self.upload, self.views, self.threshold, self.min_size, self.state]
+            shown = [component for column in self.columns for component in column.components]
+            bind_work(self.controls, self._segment, inputs, [*shown, self.state])
+            bind([self.upload.change], self._cleared, [], [*shown, self.state])
+            for slider in (self.threshold, self.min_size):
+                bind([slider.change], lambda values: self._presented(values, values[self.state]), inputs, shown)
+            command_box(inputs, self._commands)
 
-        def segment(values: Values) -> Generator[Update, None, None]:
-            if values[upload] is None:
-                raise ValueError("an image must be given; drop a file above")
-            segmented: dict[str, Segmented] = {}
-            for run in runs:
-                segmented[run.name] = yield from _segmented(run.model, values[upload], values[views], controls.status)
-            yield {state: segmented, controls.status: "", **present(values, segmented)}
+    def _add_inputs(self) -> None:
+        has_threshold = any(run.model.kind != "classes" for run in self.runs)
+        self.upload = gr.File(label="Image: drop a file here", type="filepath", elem_id="upload", height=110)
+        self.views = gr.Checkbox(False, label="Average over eight views", info="Takes eight times as long.")
+        self.controls = Controls.named("Segment")
+        self.threshold = gr.Slider(
+            0.05,
+            0.95,
+            THRESHOLD,
+            step=0.01,
+            label="Threshold",
+            info="A pixel is an object's where its probability is larger.",
+            visible=has_threshold,
+            elem_id="threshold",
+        )
+        self.min_size = gr.Slider(
+            1,
+            LARGEST_MIN_SIZE,
+            MIN_SIZE,
+            step=1,
+            label="Least size",
+            info="Objects of fewer pixels are left out.",
+            visible=has_threshold,
+            elem_id="min_size",
+        )
 
-        bind_work(controls, segment, inputs, [*shown, state])
-        for slider in (threshold, min_size):
-            bind(slider.release, lambda values: present(values, values[state]), inputs, shown)
-        command_box(inputs, lambda values: "\n".join(_command(run, values, *inputs[:4]) for run in runs))
+    def _segment(self, values: Values) -> Generator[Update, None, None]:
+        if values[self.upload] is None:
+            raise ValueError("an image must be given; drop a file above")
+        segmented: dict[str, Segmented] = {}
+        for run in self.runs:
+            work = partial(_segmented, run.model, values[self.upload], values[self.views], self.controls.status)
+            segmented[run.name] = yield from live(work)
+        yield {self.state: segmented, self.controls.status: "", **self._presented(values, segmented)}
+
+    def _presented(self, values: Values, segmented: dict[str, Segmented]) -> Update:
+        """What is shown at the threshold and the least size of the sliders."""
+        update: Update = {}
+        for run, column in zip(self.runs, self.columns, strict=True):
+            if run.name in segmented:
+                update |= _presented(segmented[run.name], column, values[self.threshold], int(values[self.min_size]))
+        return update
+
+    def _cleared(self, values: Values) -> Update:
+        """Nothing, where the image is another one."""
+        update: Update = {self.state: {}}
+        for column in self.columns:
+            hidden = {column.table: gr.Dataframe(visible=False), column.files: gr.File(visible=False)}
+            update |= {column.picture: None, column.words: "", **hidden}
+        return update
+
+    def _commands(self, values: Values) -> str:
+        folders = ["masks"] if len(self.runs) == 1 else [f"masks_{number + 1}" for number in range(len(self.runs))]
+        name = Path(values[self.upload]).name if values[self.upload] else "IMAGE"
+        return "\n".join(
+            command_line(
+                "segment", run.path, self._options(run.model, values) | {"output": folder, **run.options}, name
+            )
+            for run, folder in zip(self.runs, folders, strict=True)
+        )
+
+    def _options(self, segmenter: Segmenter, values: Values) -> dict[str, Any]:
+        options: dict[str, Any] = {"views": True} if values[self.views] else {}
+        if segmenter.kind != "classes":
+            threshold, min_size = values[self.threshold], int(values[self.min_size])
+            options["instances"] = True
+            options |= {} if threshold == THRESHOLD else {"threshold": threshold}
+            options |= {} if min_size == MIN_SIZE else {"min_size": min_size}
+        return options
 
 
-def _column(run: Run[Segmenter], number: int) -> _Column:
+def _column(run: Run[Segmenter], number: int) -> Column:
     with gr.Column():
-        picture = gr.Image(label=run.name, type="pil", format="png", interactive=False, elem_classes="pixels",
-                           buttons=["download", "fullscreen"], elem_id=f"outlines_{number}")  # fmt: skip
-        return _Column(
+        picture = gr.Image(
+            label=run.name,
+            type="pil",
+            format="png",
+            interactive=False,
+            elem_classes="pixels",
+            buttons=["download", "fullscreen"],
+            elem_id=f"outlines_{number}",
+        )
+        return Column(
             picture=picture,
-            words=gr.Markdown(elem_id=f"found_{number}"),
+            words=gr.Markdown(elem_id=f"counted_{number}"),
             table=gr.Dataframe(visible=False, interactive=False, max_height=300, label="Objects", show_label=True),
             files=gr.File(visible=False, interactive=False, label="Mask and table"),
         )
 
 
-def _segmented(segmenter: Segmenter, path: str, views: bool, status: gr.HTML) -> Generator[Update, None, Segmented]:
-    """Segment a file, yielding how far it is, and return it as Segmented."""
+def _segmented(
+    segmenter: Segmenter, path: str, views: bool, status: gr.HTML, say: Callable[[Update], None]
+) -> Segmented:
+    """Segment a file, saying how far it is."""
     image = to_float(read_at_its_own_size(path, segmenter.unet.in_channels), stretch=segmenter.stretch)
+    image = image.clamp(-1, 1)
 
-    def work(say: Callable[[Update], None]) -> Segmentation:
-        def progress(share: float) -> None:
-            say({status: progress_line(share, f"{share:.0%} of the image")})
+    def progress(share: float) -> None:
+        say({status: progress_line(share, f"{share:.0%} of the image")})
 
-        return segmenter.segment(image.clamp(-1, 1), views=views, progress=progress)
+    segmentation = segmenter.segment(image, views=views, progress=progress)
+    data = Path(path).read_bytes()
+    stored = intensities(next(iter(stored_images(data)))).astype(np.float32)
+    height, width = ("" if size is None else f"{size:.6g}" for size in pixel_size(data))
+    return Segmented(Path(path).name, to_uint8(image[None])[0], segmentation, stored, (height, width))
 
-    segmentation = yield from live(work)
-    return Segmented(Path(path), image, segmentation)
 
-
-def _presented(segmented: Segmented, column: _Column, threshold: float, min_size: int) -> Update:
+def _presented(segmented: Segmented, column: Column, threshold: float, min_size: int) -> Update:
     """The picture, the table and the files of a segmentation."""
     if segmented.segmentation.kind == "classes":
         return _presented_classes(segmented, column)
     segmentation = replace(segmented.segmentation, threshold=threshold, min_size=min_size)
-    data = segmented.path.read_bytes()
-    objects, page = segmentation.instances, next(iter(stored_images(data)))
-    sizes = ["" if size is None else f"{size:.6g}" for size in pixel_size(data)]
-    rows = [[*row, *sizes] for row in object_rows(objects, intensities(page))]
-    folder, stem = download_folder(), segmented.path.stem
-    paths = [folder / f"{stem}_mask.png", folder / f"{stem}_objects.png", folder / f"{stem}_objects.csv"]
+    objects, sizes = segmentation.instances, segmented.pixel_size
+    rows = [[*row, *sizes] for row in object_rows(objects, segmented.intensities)]
+    folder, stem = download_folder(), Path(segmented.name).stem
+    paths = [folder / f"{stem}_{name}" for name in ("mask.png", "objects.png", "objects.csv")]
     Image.fromarray(segmentation.classes).save(paths[0])
-    Image.fromarray(objects.astype(np.uint16)).save(paths[1])
+    Image.fromarray(sixteen_bits(objects)).save(paths[1])
     with paths[2].open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *([segmented.path.name, 0, *row] for row in rows)])
+        csv.writer(file).writerows([COLUMNS, *([segmented.name, 0, *row] for row in rows)])
     headers = OF_OBJECTS if any(sizes) else OF_OBJECTS[: -len(sizes)]
-    shown = [row[: len(headers)] for row in rows]
     areas = sorted(int(row[1]) for row in rows)
     middle = f", of {areas[len(areas) // 2]} pixels in the middle ({areas[0]} to {areas[-1]})" if areas else ""
     return {
-        column.picture: _with_outlines(segmented.image, objects),
+        column.picture: _with_outlines(segmented.pixels, objects),
         column.words: f"**{len(rows)} objects**{middle}",
-        column.table: gr.Dataframe(shown, headers=list(headers), visible=True),
+        column.table: gr.Dataframe([row[: len(headers)] for row in rows], headers=list(headers), visible=True),
         column.files: gr.File([str(path) for path in paths], visible=True),
     }
 
 
-def _presented_classes(segmented: Segmented, column: _Column) -> Update:
+def _presented_classes(segmented: Segmented, column: Column) -> Update:
     """The picture, the shares and the mask of a segmentation into classes."""
     classes, names = segmented.segmentation.classes, segmented.segmentation.class_names
     counts = np.bincount(classes.ravel(), minlength=len(names))
     rows = [[name, int(count), f"{count / classes.size:.1%}"] for name, count in zip(names, counts, strict=True)]
-    path = download_folder() / f"{segmented.path.stem}_mask.png"
+    path = download_folder() / f"{Path(segmented.name).stem}_mask.png"
     Image.fromarray(classes).save(path)
+    enlarged, step = _factor(classes.shape), _step(classes.shape)
+    shown = classes[::step, ::step].repeat(enlarged, axis=0).repeat(enlarged, axis=1)
     return {
-        column.picture: _enlarged(Image.fromarray(colour_classes(classes))),
+        column.picture: Image.fromarray(colour_classes(shown)),
         column.words: f"**{len(names)} classes**",
         column.table: gr.Dataframe(rows, headers=["class", "pixels", "share"], visible=True),
         column.files: gr.File([str(path)], visible=True),
     }
 
 
-def _with_outlines(image: Tensor, objects: NDArray[Any]) -> Image.Image:
-    """The image with outlines that are thin beside its pixels, where it is small."""
-    factor = _factor(objects.shape)
-    large = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-    return outlined(large.clamp(-1, 1), objects.repeat(factor, axis=0).repeat(factor, axis=1))
-
-
-def _enlarged(picture: Image.Image) -> Image.Image:
-    factor = _factor(picture.size)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def _with_outlines(pixels: Tensor, objects: NDArray[Any]) -> Image.Image:
+    """The image, enlarged or thinned out to the size of the page before outlines of one pixel are drawn."""
+    factor, step = _factor(objects.shape), _step(objects.shape)
+    shown = pixels[:, ::step, ::step].repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    numbers = objects[::step, ::step].repeat(factor, axis=0).repeat(factor, axis=1)
+    return outlined(shown.float() / 127.5 - 1, numbers)
 
 
 def _factor(size: Sequence[int]) -> int:
-    return max(1, -(-MIN_SIDE // max(size)))
+    return max(1, -(-LEAST_SIDE // max(size)))
 
 
-def _command(run: Run[Segmenter], values: Values, *inputs: gr.components.Component) -> str:
-    upload, views, threshold, min_size = (values[component] for component in inputs)
-    options: dict[str, Any] = {"views": True} if views else {}
-    if run.model.kind != "classes":
-        options["instances"] = True
-        options |= {} if threshold == THRESHOLD else {"threshold": threshold}
-        options |= {} if min_size == MIN_SIZE else {"min_size": int(min_size)}
-    return command_line("segment", run.path, options | {"output": "masks"}, Path(upload).name if upload else "IMAGE")
+def _step(size: Sequence[int]) -> int:
+    return -(-max(size) // MOST_SIDE)

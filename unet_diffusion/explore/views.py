@@ -15,6 +15,7 @@ from unet_diffusion.runtime.pictures import CHANNELS, image_grid, over_white
 
 MIN_TILE = 96  # least side of an image on the page, in pixels
 PANEL = (4.2, 2.6)  # width and height of the plot of one metric, in inches
+MOST_PANELS = 30  # plots; a run may log a metric for each of a thousand classes
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe & Ito
 HEAT_SIDE = 256  # least side of an image below heat, in pixels
 FONT, GAP = ImageFont.load_default(size=14), 8  # of the names of rows, and the space around them in pixels
@@ -34,7 +35,7 @@ def picture(images: Tensor, columns: int | None = None) -> Image.Image:
 
 
 def curves(histories: Mapping[str, History]) -> Image.Image | None:
-    """Plots of metrics over steps: training and validation of a metric together, and each run in a colour of its own.
+    """Plots of up to 30 metrics over steps: training and validation together, and each run in a colour of its own.
 
     Args:
         histories: The metrics of each run, by its name.
@@ -43,6 +44,7 @@ def curves(histories: Mapping[str, History]) -> Image.Image | None:
 
     names = {name for history in histories.values() for name in history}
     panels = sorted({name.split("/", 1)[-1] for name in names}, key=lambda panel: (panel != "loss", panel))
+    panels = panels[:MOST_PANELS]
     if not panels:
         return None
     columns = min(3, len(panels))

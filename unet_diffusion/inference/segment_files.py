@@ -186,7 +186,7 @@ def _segment_pages(
             prediction = predict(image)
             write_mask(prediction.classes)
             if outputs.instances and has_objects:
-                write_instances(_sixteen_bits(prediction.instances))
+                write_instances(sixteen_bits(prediction.instances))
             if outputs.probabilities:
                 with atomic_write(outputs.folder / "probabilities" / f"{stem}.npy") as partial:
                     _save_array(partial, prediction.probabilities.astype(np.float16))
@@ -202,7 +202,15 @@ def _decoded_page(page: StoredImage, channels: int) -> Tensor:
         raise ValueError(reason(error)) from error
 
 
-def _sixteen_bits(numbers: NDArray[np.int32]) -> NDArray[np.uint16]:
+def sixteen_bits(numbers: NDArray[np.int32]) -> NDArray[np.uint16]:
+    """The numbers of objects as they are written.
+
+    Args:
+        numbers: The number of the object at each pixel.
+
+    Raises:
+        ValueError: If there are more objects than 16 bits can number.
+    """
     limit = np.iinfo(np.uint16).max
     if numbers.max(initial=0) > limit:
         raise ValueError(f"an image must have at most {limit} objects, got {numbers.max()}; cut the image into parts")
