@@ -146,7 +146,7 @@ def served(runs: Sequence[Run[Any]], *, host: str, port: int | None, open_browse
 
 @contextmanager
 def _folder_of_uploads() -> Iterator[None]:
-    """Within the block, pages that are made keep what visitors drop and download in a folder that is removed behind it."""
+    """A folder for what visitors of pages made within the block drop and download; it is removed behind the block."""
     before = os.environ.get(UPLOADS)
     with tempfile.TemporaryDirectory(prefix="unet-diffusion-", ignore_cleanup_errors=True) as folder:
         os.environ[UPLOADS] = folder
