@@ -143,7 +143,7 @@ class BoxTokens(EncodedCondition):
 
     def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor:
         """The outlines of the boxes on black, brighter for later names."""
-        channels, height, width = batch["images"].shape[1:] if "images" in batch else (3, 64, 64)
+        channels, height, width = batch["images"].shape[1:]
         boxes, num_classes = entries[self.batch_key].cpu(), self.config["num_classes"]
         pictures = torch.full((len(boxes), channels, height, width), -1.0)
         for picture, rows in zip(pictures, boxes, strict=True):
