@@ -22,8 +22,9 @@ Encode = Callable[[Tensor], Tensor]
 """encode(images) gives the x0 of images (B, C, H, W) in [-1, 1]: their normalised latents, or the images themselves."""
 
 ReadImages = Callable[[str, Any, tuple[int, int, int]], Tensor]
-"""read(name, value, shape) reads what a user gives for an option: files, folders or images in memory, scaled and
-cropped to a shape (C, H, W): pictures as (n, C, H, W) in [-1, 1], label images as whole numbers (n, 1, H, W)."""
+"""read(name, value, shape) gives the files, folders or images in memory of a user's value for an option, scaled and
+cropped to a shape (C, H, W). Pictures are (n, C, H, W) in [-1, 1], and label images whole numbers (n, 1, H, W)."""
+
 
 CONDITION_KEY = 2  # keeps the random numbers of conditions apart from noise of the same seed
 WIDTHS = {"context": "context_dim", "concat": "channels"}  # network argument -> the condition's argument for its width
