@@ -102,6 +102,11 @@ class Condition(nn.Module):
         self.dropout = dropout
 
     @property
+    def network_arguments(self) -> tuple[str, ...]:
+        """Names of all arguments of the network that `forward` gives: of several, it returns a dict."""
+        return (self.network_argument,)
+
+    @property
     def num_classes(self) -> int:
         """The number of classes to choose from, for a condition that reads "labels"."""
         return 0
@@ -317,9 +322,9 @@ def network_inputs(
     inputs: dict[str, Tensor] = {}
     for condition in conditions:
         entry = Condition.read(condition, batch)  # a condition's own read() has read it before
-        value = condition(entry if generator is None else condition.drop(entry, generator))
-        name = condition.network_argument
-        inputs[name] = torch.cat([inputs[name], value], dim=JOINED_ALONG[name]) if name in inputs else value
+        given = condition(entry if generator is None else condition.drop(entry, generator))
+        for name, value in given.items() if isinstance(given, dict) else [(condition.network_argument, given)]:
+            inputs[name] = torch.cat([inputs[name], value], dim=JOINED_ALONG[name]) if name in inputs else value
     return inputs
 
 
