@@ -476,7 +476,7 @@ MUTATIONS = [
     Mutation("fit: monitors of what nobody logs", "commands/run_rules.py",
              "if monitor is not None and monitor not in logged:", "if False:", "commands/test_errors.py"),
     Mutation("data: asked for and not used", "data/base.py",
-             "is True and key not in taken:", "is True and False:",
+             "str | Path)) and key not in taken:", "str | Path)) and False:",
              "commands/test_errors.py"),
     Mutation("source: images of two sizes", "data/source.py",
              "if item.image.shape != first.image.shape:", "if False:", "data/test_source.py"),

@@ -18,6 +18,7 @@ from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import NUCLEI, write_fashion_mnist, write_pairs
 from until_time import STEPS, UntilTime
 
+from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import save_denoiser
@@ -308,6 +309,25 @@ def test_checkpoints(tmp_path):
     parts = sizes["weights"] + sizes["moving average"] + sizes["optimiser's moments"]
     assert parts < sizes["the file"] < 1.5 * parts  # names and settings, of a tiny network
     assert all(taken > 0 for times in report["seconds"].values() for taken in times)
+
+
+@pytest.mark.slow
+def test_semantic_map(tmp_path):
+    write_pairs(tmp_path, 3, instances=True, num=12)
+    condition = SemanticMap(3, label_format="instances")
+    denoiser = Denoiser(
+        DenoiserUNet(6, (8, 8), out_channels=3, norm_num_groups=4, layers_per_block=1),
+        NoiseSchedule(100, "linear"),
+        (3, 32, 32),
+        conditions=torch.nn.ModuleList([condition]),
+    )
+    save_denoiser(denoiser, tmp_path / "denoiser.ckpt")
+    report = run(
+        "semantic_map.py", tmp_path / "denoiser.ckpt", "--images", tmp_path / "image", "--labels", tmp_path / "label",
+        "--num_images", 4, "--num_inference_steps", 2, output=tmp_path / "semantic_map.json",
+    )  # fmt: skip
+    assert [row["images"].split(",")[0] for row in report["results"]] == ["real", "drawn from the maps", "drawn"]
+    assert all(0 <= row["iou"] <= 1 for row in report["results"])
 
 
 @pytest.mark.slow

@@ -198,3 +198,33 @@ def test_recipe_runs_from_data_to_samples_and_a_folder_of_diffusers(
     first, second = (np.asarray(Image.open(tmp_path / f"drawn_{name}" / "000001.png")).astype(int)
                      for name in ("run", "pipeline"))  # fmt: skip
     assert np.abs(first - second).max() <= 1  # rounded to 8 bits
+
+
+def test_map_and_boxes_of_stored_latents_are_trained_together(run_cli, tmp_path, data, autoencoder_of):
+    autoencoder, side = autoencoder_of("10")
+    known = ["--semantic_map", data / "labels", "--boxes", data / "boxes.json", "--horizontal_flip"]
+    encode = ["encode", autoencoder, data / "images", "--output", tmp_path / "stored", "--image_size", side, side]
+    status, _, err = run_cli(*encode, *known, "--device", "cpu")
+    assert status == 0, err
+    status, _, err = run_cli(*encode, *known[:2], "--horizontal_flip", "--device", "cpu")
+    assert (status != 0, "boxes" in err) == (True, True)  # other latents than those that are there
+    settings = yaml.safe_load((Path(__file__).parents[1] / "configs" / "latents.yaml").read_text())
+    where = "unet_diffusion.diffusion.conditions"
+    settings["model"]["unet"]["init_args"] |= {"in_channels": 5, "out_channels": 3, "context_dim": 8}
+    settings["model"]["conditions"] = [
+        {"class_path": f"{where}.box_tokens.BoxTokens", "init_args": {"context_dim": 8, "num_classes": 2}},
+        {"class_path": f"{where}.semantic_map.SemanticMap",
+         "init_args": {"channels": 2, "num_classes": 2, "downsampling": 4}},
+    ]  # fmt: skip
+    shrunk(settings["model"])
+    shortened(settings, tmp_path / "run")
+    settings["data"]["init_args"] |= {"horizontal_flip": True}
+    settings["data"]["init_args"]["source"]["init_args"]["root"] = str(tmp_path / "stored")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml")
+    assert status == 0, err
+    given = ["--condition", f"semantic_map={data / 'labels'}", f"boxes={data / 'boxes.json'}", "--guidance_scale", 2]
+    for checkpoint in ("run", "run/pipeline"):
+        sample = ["sample", tmp_path / checkpoint, "--num_images", 2, "--num_inference_steps", 2, "--device", "cpu"]
+        status, _, err = run_cli(*sample, *given, "--output", tmp_path / f"drawn_{Path(checkpoint).name}")
+        assert status == 0, err

@@ -314,7 +314,7 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
 def test_folder_without_classes_has_no_labels(tmp_path):
     data_module = set_up(folder_module(write_images(tmp_path, 5)))
     assert data_module.num_classes is data_module.class_names is None
-    assert next(iter(data_module.train_dataloader())).keys() == {"images", "index"}
+    assert next(iter(data_module.train_dataloader())).keys() == {"images", "index", "is_mirrored"}
 
 
 def test_image_lying_beside_the_class_folders_is_named(tmp_path):

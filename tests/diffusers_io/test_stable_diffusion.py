@@ -299,7 +299,7 @@ def test_import_says_which_parts_of_the_pipeline_are_not_kept(stable_diffusion, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "got also text_encoder_2"),
+        ({"text_encoder_3": ["transformers", "CLIPTextModel"]}, "got also text_encoder_3"),
         ({"text_encoder": [None, None], "tokenizer": [None, None]}, "from noise to images must have a UNet2DModel"),
     ],
 )

@@ -70,6 +70,14 @@ def test_names_are_part_of_the_state():
     assert again.names == ["cat", "dog"]
 
 
+def test_names_of_a_checkpoint_number_the_boxes_of_data_that_were_read_before():
+    state, again = bound([["dog", 0, 0, 4, 4]], [["elk", 0, 0, 4, 4]]).state_dict(), bound([["elk", 0, 0, 4, 4]])
+    again.load_state_dict(state)
+    assert again.read({"index": torch.tensor([0])})[0, 0, 0] == 1
+    with pytest.raises(ValueError, match=re.escape("that the checkpoint knows (dog, elk), got cat (0.png)")):
+        bound([["cat", 0, 0, 4, 4]]).load_state_dict(state)
+
+
 def test_more_boxes_than_tokens_are_told():
     condition = bound([*BOXES, ["cat", 0, 0, 1, 1]], BOXES)
     assert condition.notes() == ["boxes: 2 names (cat, dog); of 1 images only the 2 largest boxes"]

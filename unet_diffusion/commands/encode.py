@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from unet_diffusion.commands.arguments import (
     BadFiles,
+    File,
     Folder,
     Precision,
     Size,
@@ -27,6 +28,9 @@ def encode(
     image_size: Size | None = None,
     class_labels: bool = False,
     captions: bool = False,
+    semantic_map: Folder | None = None,
+    paired_image: Folder | None = None,
+    boxes: File | None = None,
     horizontal_flip: bool = False,
     background: str = "white",
     on_bad_file: BadFiles = "error",
@@ -51,6 +55,9 @@ def encode(
         image_size: The height and width of the images in pixels. The default is the autoencoder's size.
         class_labels: Use the folders directly below IMAGES as classes.
         captions: Store the captions in metadata.csv, metadata.jsonl or NAME.txt.
+        semantic_map: Store the label images of this folder, of the same names and sizes as IMAGES.
+        paired_image: Store the pictures of this folder, of the same names and sizes as IMAGES.
+        boxes: Store the boxes in this JSON file of COCO's form.
         horizontal_flip: Encode the mirror image of each image, too.
         background: The colour behind transparent pixels.
         on_bad_file: What happens to files that cannot be decoded or are too small. "error" ends the command; "skip"
@@ -69,6 +76,10 @@ def encode(
         raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
     check_exists("AUTOENCODER", autoencoder)
     check_exists("IMAGES", images)
+    asked = {"semantic_map": semantic_map, "paired_image": paired_image, "boxes": boxes}
+    beside = {key: place for key, place in asked.items() if place is not None}
+    for key, place in beside.items():
+        check_exists(f"--{key}", place)
     with quick_imports():
         import_lightning()
         import torch
@@ -91,6 +102,7 @@ def encode(
         channels=network.config["in_channels"],
         class_labels=class_labels,
         captions=captions,
+        **beside,
         background=background,
         on_bad_file=on_bad_file,
     )
@@ -103,6 +115,7 @@ def encode(
         "images": str(images.resolve()),
         "background": background,
         "precision": dtype,
+        **{key: str(place.resolve()) for key, place in beside.items()},
     }
     device_type = torch.device(device).type
     if device_type == "cpu":

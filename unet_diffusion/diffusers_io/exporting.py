@@ -25,16 +25,18 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from torch import Tensor
 
-from unet_diffusion.diffusers_io.configurations import config_to_diffusers
+from unet_diffusion.diffusers_io.configurations import SDXL_TIME_DIM, config_to_diffusers
 from unet_diffusion.diffusers_io.model_card import autoencoder_card, model_card
 from unet_diffusion.diffusers_io.pipelines import conditional
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.diffusion.conditions.low_resolution import MAX_NOISE_LEVEL
+from unet_diffusion.diffusion.conditions.xl_text import NUM_SIZES, size_waves
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.diffusion.schedule import scheduler_config
 from unet_diffusion.latents.codec import LatentCodec, decode_latents, latent_space_of
@@ -86,7 +88,8 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
 
     - for pixels without conditions DDPMPipeline, for latents without conditions LDMPipeline;
     - for latents from texts StableDiffusionPipeline, with a mask StableDiffusionInpaintPipeline, with a small image
-      StableDiffusionUpscalePipeline, with a paired image StableDiffusionInstructPix2PixPipeline.
+      StableDiffusionUpscalePipeline, with a paired image StableDiffusionInstructPix2PixPipeline;
+    - for latents from texts and sizes StableDiffusionXLPipeline.
 
     Otherwise the folder has its own `pipeline.py` and loads with
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. Its README.md shows how to use it.
@@ -197,7 +200,9 @@ def _why_no_pipeline_takes(parts: DenoiserParts) -> str | None:
     takes_context = parts.unet.config.get("context_dim") is not None
     if takes_context and not any(condition.network_argument == "context" for condition in conditions):
         return "the network has context_dim and needs tokens to attend to, and this denoiser has no condition for them"
-    if parts.unet.config.get("vector_dim") is not None:
+    if "xl_prompt" in roles and (len(roles) > 1 or not isinstance(parts.codec, LatentCodec)):
+        return "StableDiffusionXLPipeline draws latents, from captions and sizes alone"
+    if parts.unet.config.get("vector_dim") is not None and roles != ["xl_prompt"]:
         return f"no pipeline of diffusers fits a network with vector_dim, got {parts.unet.config['vector_dim']}"
     return None
 
@@ -217,6 +222,9 @@ def _build_pipeline(parts: DenoiserParts) -> DiffusionPipeline:
     vae, space = copy.deepcopy(codec.autoencoder).cpu(), codec.space
     assert space is not None
     kind = _stock_pipeline(parts, space, vae)
+    if kind is None and parts.unet.config["vector_dim"] is not None:
+        raise ValueError("StableDiffusionXLPipeline needs an AutoencoderKL with one scale or quant_conv, and sides of "
+                         "multiples of 8 pixels; draw images with unet-diffusion sample")  # fmt: skip
     if kind is None:
         normalise = normalised_autoencoder if _takes_scale(vae, space, None) else _with_moments
         return _own_pipeline(parts, unet, scheduler, normalise(vae, space))
@@ -237,8 +245,9 @@ def _stock_pipeline(
         return LDMPipeline if takes_scale and height == width else None
     if not isinstance(vae, AutoencoderKL) or any(side % MULTIPLE for side in space.image_shape[1:]):
         return None
-    if roles == {"prompt"} and takes_scale:
-        return StableDiffusionPipeline
+    stock = {"prompt": StableDiffusionPipeline, "xl_prompt": StableDiffusionXLPipeline}
+    if takes_scale and (alone := [kind for role, kind in stock.items() if roles == {role}]):
+        return alone[0]
     if roles == {"prompt", "mask"} and takes_scale and height == width and channels == INPAINTED_CHANNELS:
         return StableDiffusionInpaintPipeline
     if roles == {"prompt", "paired_image"} and _takes_scale(vae, space, PAIRED_SCALE):
@@ -284,6 +293,10 @@ def _text_pipeline(
     vae: AutoencoderKL,
 ) -> DiffusionPipeline:
     own = {name: part for condition in parts.all_conditions for name, part in condition.pipeline_parts().items()}
+    if kind is StableDiffusionXLPipeline:
+        return kind(
+            vae=vae, unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False, **own
+        )
     components = {
         "vae": vae,
         "text_encoder": own["text_encoder"],
@@ -388,8 +401,13 @@ def _network_difference(parts: DenoiserParts, loaded: UNet2DModel | UNet2DCondit
     labels = None if classes is None else torch.randint(classes, (2,), generator=generator)
     if unet.config["context_dim"] is not None:
         context = torch.randn(2, 3, unet.config["context_dim"], generator=generator)
-        theirs = loaded(x, t, encoder_hidden_states=context, class_labels=labels).sample
-        return _difference(unet(x, t, labels, context=context), theirs)
+        vector, added = None, None
+        if unet.config["vector_dim"] is not None:
+            sizes = torch.randint(1024, (2, NUM_SIZES), generator=generator)
+            pooled = torch.randn(2, unet.config["vector_dim"] - NUM_SIZES * SDXL_TIME_DIM, generator=generator)
+            vector, added = torch.cat([pooled, size_waves(sizes)], dim=1), {"text_embeds": pooled, "time_ids": sizes}
+        theirs = loaded(x, t, encoder_hidden_states=context, class_labels=labels, added_cond_kwargs=added).sample
+        return _difference(unet(x, t, labels, context=context, vector=vector), theirs)
     return _difference(unet(x, t, labels), loaded(x, t, class_labels=labels).sample)
 
 

@@ -24,6 +24,7 @@ from unet_diffusion.diffusion.conditions.low_resolution import LOW_RES_SCHEDULE,
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.text import pretrained_text
+from unet_diffusion.diffusion.conditions.xl_text import pretrained_xl_text
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec, latent_space_of
 from unet_diffusion.models.autoencoders import CLASSES, downsampling, pretrained_autoencoder
@@ -35,12 +36,13 @@ StrPath = str | os.PathLike[str]
 
 SAMPLER_FIELDS = {"variance_type": "fixed_small", "thresholding": False}  # values that `scheduler_config` sets
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
+XL_TEXT = ("text_encoder_2", "tokenizer_2")  # parts of Stable Diffusion XL
 CLASS_TOKENS = "class_tokens"  # part of a ConditionalPipeline
 DROPOUT = 0.1  # the usual dropout, for imported conditions that have a null
 LOW_RES = "low_res_scheduler"  # part of an upscaler, which noises its small image
 PAIRED = "StableDiffusionInstructPix2PixPipeline"
 OWN_PARTS = ("tokens", "maps")  # of a ConditionalPipeline, whose "conditions" say by which class they were trained
-LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")  # parts that sampling does not need
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")  # parts that sampling does not need
 
 
 def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath) -> DenoiserUNet:
@@ -71,7 +73,7 @@ def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath
 
 
 def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> DenoiserParts:
-    """The denoiser in a local diffusers pipeline folder: from `export_pipeline`, or of Stable Diffusion 1 or 2.
+    """The denoiser in a local diffusers pipeline folder: from `export_pipeline`, or of Stable Diffusion 1, 2 or XL.
 
     Pipelines for inpainting and upscaling can be imported, too. The text encoder is frozen. Latents are normalised as
     the autoencoder's configuration says. Code in the folder does not run.
@@ -110,6 +112,9 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
         _check_low_res_schedule(folder / LOW_RES / "scheduler_config.json")
     codec = _codec(folder, parts, sample_shape, autoencoder)
     unet = from_diffusers(folder)
+    if not parts.isdisjoint(XL_TEXT) and not index.get("force_zeros_for_empty_prompt", True):
+        raise ValueError("force_zeros_for_empty_prompt must be true in model_index.json, got false: the null would be "
+                         "another")  # fmt: skip
     if index.get("_class_name") == PAIRED:
         _take_scaled_latents(unet, codec)
     _warn_of_lost_fields(scheduler_config, clip_sample=codec.clip_sample)
@@ -128,7 +133,7 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
 
 def _parts(index: Mapping[str, Any]) -> set[str]:
     """The parts that sampling needs; unknown parts raise an error, and parts in LEFT_OUT give a warning."""
-    known = {"unet", "scheduler", LOW_RES, CLASS_TOKENS, *OWN_PARTS, *AUTOENCODERS, *TEXT}
+    known = {"unet", "scheduler", LOW_RES, CLASS_TOKENS, *OWN_PARTS, *AUTOENCODERS, *TEXT, *XL_TEXT}
     parts = {
         name
         for name, value in index.items()
@@ -240,7 +245,9 @@ def _tokens(folder: Path, parts: set[str], unconditional: Mapping[str, Any]) -> 
         dropout = DROPOUT * (CLASS_TOKENS in unconditional)
         conditions.append(ClassTokens(config["context_dim"], config["num_classes"], dropout=dropout))
         load_weights(conditions[0], read_weights(folder / CLASS_TOKENS))
-    if not parts.isdisjoint(TEXT):
+    if not parts.isdisjoint(XL_TEXT):
+        conditions.append(pretrained_xl_text(folder, dropout=DROPOUT))
+    elif not parts.isdisjoint(TEXT):
         conditions.append(pretrained_text(folder, dropout=DROPOUT * ("prompt" in unconditional)))
     return conditions
 

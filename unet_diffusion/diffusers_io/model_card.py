@@ -209,6 +209,7 @@ def _kind(parts: DenoiserParts) -> str:
         "low_res": "upscaling",
         "concat": "image-conditional",
         "prompt": "text-to-image",
+        "xl_prompt": "text-to-image",
         "class_labels": "class-conditional",
         "class_tokens": "class-conditional",
     }
@@ -220,11 +221,12 @@ def _kind(parts: DenoiserParts) -> str:
 def _usage(parts: DenoiserParts, pipeline: DiffusionPipeline) -> str:
     if isinstance(pipeline, ConditionalPipeline):
         return _own_usage(parts, pipeline)
-    if text := next((condition for condition in parts.all_conditions if condition.pipeline_role == "prompt"), None):
+    if text := next((condition for condition in parts.all_conditions if condition.batch_key == "captions"), None):
         stock = {
             "StableDiffusionInpaintPipeline": INPAINTING_USAGE,
             "StableDiffusionInstructPix2PixPipeline": PAIRED_USAGE,
             "StableDiffusionUpscalePipeline": UPSCALING_USAGE,
+            "StableDiffusionXLPipeline": TEXT_USAGE.replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
         }
         return _text_usage(text, stock.get(type(pipeline).__name__, TEXT_USAGE), parts)
     if parts.codec.space is not None:
@@ -266,5 +268,5 @@ def _text_usage(text: Condition, usage: str, parts: DenoiserParts) -> str:
         about_guidance="A larger guidance_scale follows the caption more closely."
         if text.has_null
         else "The network was not trained without captions, so guidance_scale must be 1.",
-        max_length=text.config["max_length"],
+        max_length=getattr(text, "max_length", None) or text.config["max_length"],
     )

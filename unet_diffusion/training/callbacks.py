@@ -245,6 +245,9 @@ class SampleGrid(PictureGrid):
             batch = data.source.on_device({name: one.to(module.device) for name, one in batch.items()}, None)
             _, entries = module.fixed_entries(batch)
             parts.append({one.batch_key: entries[one.batch_key] for one in module.all_conditions})
+            if "images" not in batch:  # but latents: conditions are shown at the size of the images
+                shape = module.codec.image_shape(batch["x0"].shape[1:])
+                batch["images"] = torch.zeros(len(batch["x0"]), *shape)
             shown = [one.seen(batch, entries) for one in module.all_conditions]
             seen += [one.cpu() for one in shown if one is not None][:1]  # of two, the first
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(seen) if seen else None

@@ -91,7 +91,7 @@ def check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> Non
     Raises:
         ValueError: If there is one; it is named.
     """
-    if unet.config.get("vector_dim") is not None and not any(one.network_argument == "vector" for one in conditions):
+    if unet.config.get("vector_dim") is not None and not any("vector" in one.network_arguments for one in conditions):
         raise ValueError(f"vector_dim must be None to be trained without a condition that gives a vector, got "
                          f"{unet.config['vector_dim']}")  # fmt: skip
     if any(isinstance(one, ClassLabels) for one in conditions):
@@ -105,8 +105,9 @@ def check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> Non
     taken = inspect.signature(unet.forward).parameters
     for condition in conditions:
         takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
-        if condition.network_argument not in taken and not takes_all:
-            raise ValueError(f"{type(unet).__name__} takes no {condition.network_argument!r}, which the condition "
+        others = [name for name in condition.network_arguments if name not in taken]
+        if others and not takes_all:
+            raise ValueError(f"{type(unet).__name__} takes no {others[0]!r}, which the condition "
                              f"{type(condition).__name__} gives; use a DenoiserUNet")  # fmt: skip
     if "context_dim" not in unet.config:
         return  # a network of one's own

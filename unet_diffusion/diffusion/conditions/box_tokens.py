@@ -69,8 +69,9 @@ class BoxTokens(EncodedCondition):
         network |= {"num_layers": num_layers, "num_heads": num_heads}
         self.config = {**network, "dropout": dropout}
         self.encoder = BoxTokensEncoder(**network)
+        self._data: list[tuple[str, list[Any]]] = []  # name and boxes of each image of the data, after bind_data
+        self._image_size = (0, 0)
         self._boxes_of_data: Tensor | None = None  # (N, max_boxes, 5), on the device
-        self._num_cut = 0
 
     @classmethod
     def of_pipeline(cls, arguments: Mapping[str, Any], dropout: float) -> "BoxTokens":
@@ -100,35 +101,41 @@ class BoxTokens(EncodedCondition):
                 "form, or let the items of the source hold them as JSON"
             )
         image_names = getattr(datamodule.image_set, "names", None) or [f"image {index}" for index in range(len(texts))]
-        boxes = [_parsed(text, name) for text, name in zip(texts, image_names, strict=True)]
-        self._learn_names(boxes, image_names)
+        self._data = [(name, _parsed(text, name)) for text, name in zip(texts, image_names, strict=True)]
         codec, shape = getattr(datamodule, "codec", None), datamodule.image_shape
         height, width = (shape if codec is None else codec.image_shape(shape))[1:]
-        self._boxes_of_data = torch.stack([self.encoder.entry_of(one, (height, width)) for one in boxes])
-        self._num_cut = sum(len(one) > self.config["max_boxes"] for one in boxes)
-
-    def _learn_names(self, boxes: Sequence[Sequence[Any]], image_names: Sequence[str]) -> None:
-        found = {str(box[0]): image for image, one in zip(image_names, boxes, strict=True) for box in one}
-        known = self.names or sorted(found)
-        if len(known) > self.config["num_classes"]:
-            raise ValueError(f"num_classes of BoxTokens must be at least {len(known)}, as many as the names in the "
-                             f"data, got {self.config['num_classes']}")  # fmt: skip
-        if unknown := [f"{name} ({image})" for name, image in sorted(found.items()) if name not in known]:
-            raise ValueError(f"boxes of the data must have names that the checkpoint knows ({first_few(known)}), got "
-                             f"{first_few(unknown)}; rename them, or train anew")  # fmt: skip
-        self.take_names(known)
+        self._image_size = (height, width)
+        self.take_names(self.names or sorted({str(box[0]) for _, boxes in self._data for box in boxes}))
 
     def take_names(self, names: Sequence[str]) -> None:
-        """Have these names for the classes from 0."""
+        """Have these names for the classes from 0.
+
+        Raises:
+            ValueError: If they are too many, or do not include those of the data, or a box lies outside of its image.
+        """
+        if len(names) > self.config["num_classes"]:
+            raise ValueError(f"num_classes of BoxTokens must be at least {len(names)}, as many as the names in the "
+                             f"data, got {self.config['num_classes']}")  # fmt: skip
+        images = {str(box[0]): image for image, boxes in self._data for box in boxes}
+        if unknown := [f"{name} ({image})" for name, image in sorted(images.items()) if name not in names]:
+            raise ValueError(f"boxes of the data must have names that the checkpoint knows ({first_few(names)}), got "
+                             f"{first_few(unknown)}; rename them, or train anew")  # fmt: skip
         self.encoder.register_to_config(names=list(names))
+        self._boxes_of_data = None
+        if self._data:
+            self._boxes_of_data = torch.stack(
+                [self.encoder.entry_of(boxes, self._image_size) for _, boxes in self._data]
+            )
 
     def copy_learned(self, other: Condition) -> None:
         self.set_extra_state(other.get_extra_state())
 
     def notes(self) -> list[str]:
-        if self._boxes_of_data is None:
+        if not self._data:
             return []
-        cut = f"; of {self._num_cut} images only the {self.config['max_boxes']} largest boxes" if self._num_cut else ""
+        most = self.config["max_boxes"]
+        num_cut = sum(len(boxes) > most for _, boxes in self._data)
+        cut = f"; of {num_cut} images only the {most} largest boxes" if num_cut else ""
         return [f"boxes: {len(self.names)} names ({first_few(self.names)}){cut}"]
 
     def read(self, batch: Mapping[str, Any], encode: Encode = lambda images: images) -> Tensor:
@@ -143,7 +150,7 @@ class BoxTokens(EncodedCondition):
 
     def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor:
         """The outlines of the boxes on black, brighter for later names."""
-        channels, height, width = batch["images"].shape[1:] if "images" in batch else (3, 64, 64)
+        channels, height, width = batch["images"].shape[1:]
         boxes, num_classes = entries[self.batch_key].cpu(), self.config["num_classes"]
         pictures = torch.full((len(boxes), channels, height, width), -1.0)
         for picture, rows in zip(pictures, boxes, strict=True):

@@ -22,8 +22,9 @@ Encode = Callable[[Tensor], Tensor]
 """encode(images) gives the x0 of images (B, C, H, W) in [-1, 1]: their normalised latents, or the images themselves."""
 
 ReadImages = Callable[[str, Any, tuple[int, int, int]], Tensor]
-"""read(name, value, shape) reads what a user gives for an option: files, folders or images in memory, scaled and
-cropped to a shape (C, H, W): pictures as (n, C, H, W) in [-1, 1], label images as whole numbers (n, 1, H, W)."""
+"""read(name, value, shape) gives the files, folders or images in memory of a user's value for an option, scaled and
+cropped to a shape (C, H, W). Pictures are (n, C, H, W) in [-1, 1], and label images whole numbers (n, 1, H, W)."""
+
 
 CONDITION_KEY = 2  # keeps the random numbers of conditions apart from noise of the same seed
 WIDTHS = {"context": "context_dim", "concat": "channels"}  # network argument -> the condition's argument for its width
@@ -101,6 +102,11 @@ class Condition(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"the dropout of a condition must be in [0, 1), got {dropout}; 0.1 is usual")
         self.dropout = dropout
+
+    @property
+    def network_arguments(self) -> tuple[str, ...]:
+        """Names of all arguments of the network that `forward` gives: of several, it returns a dict."""
+        return (self.network_argument,)
 
     @property
     def num_classes(self) -> int:
@@ -318,9 +324,9 @@ def network_inputs(
     inputs: dict[str, Tensor] = {}
     for condition in conditions:
         entry = Condition.read(condition, batch)  # a condition's own read() has read it before
-        value = condition(entry if generator is None else condition.drop(entry, generator))
-        name = condition.network_argument
-        inputs[name] = torch.cat([inputs[name], value], dim=JOINED_ALONG[name]) if name in inputs else value
+        given = condition(entry if generator is None else condition.drop(entry, generator))
+        for name, value in given.items() if isinstance(given, dict) else [(condition.network_argument, given)]:
+            inputs[name] = torch.cat([inputs[name], value], dim=JOINED_ALONG[name]) if name in inputs else value
     return inputs
 
 

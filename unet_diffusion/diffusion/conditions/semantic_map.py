@@ -102,7 +102,7 @@ class SemanticMap(EncodedCondition):
     def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor:
         """Each class in a colour of its own; in grey images, in a grey of its own."""
         classes = entries[self.batch_key]
-        channels = batch["images"].shape[1] if "images" in batch else 3  # latents are decoded to colours
+        channels = batch["images"].shape[1]
         if channels == 1:
             return classes / max(self.encoder.num_classes - 1, 1) * 2 - 1
         steps = torch.tensor([*COLOUR_STEPS, 0][:channels], device=classes.device).view(-1, 1, 1)

@@ -243,35 +243,62 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
         ValueError: If the encoder does not have CLIP's architecture.
     """
     folder = Path(folder)
-    config_file = folder / "text_encoder" / "config.json"
-    if not config_file.is_file() or not (folder / "tokenizer").is_dir():
-        raise FileNotFoundError(f"{folder} must be a local folder with text_encoder/config.json and tokenizer/")
-    transformers = _transformers()
+    text = TextTokens(**{**text_config(folder / "text_encoder"), "frozen": frozen, "dropout": dropout})
+    load_frozen(text, _transformers().CLIPTextModel, folder / "text_encoder", folder / "tokenizer")
+    return text
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """The arguments of the `TextTokens` that equals the CLIP text encoder in a folder, frozen and never dropped.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the encoder does not have CLIP's architecture.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder.parent} must be a local folder with {folder.name}/config.json")
     config = read_json(config_file)
     _check_build(config, config_file)
-    check_safetensors(config_file.parent, "model")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    text = TextTokens(
-        config["hidden_size"],
-        vocab_size=config["vocab_size"],
-        max_length=config["max_position_embeddings"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        hidden_act=config["hidden_act"],
-        frozen=frozen,
-        dropout=dropout,
-    )
+    return {
+        "context_dim": config["hidden_size"],
+        "vocab_size": config["vocab_size"],
+        "max_length": config["max_position_embeddings"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "hidden_act": config["hidden_act"],
+        "frozen": True,
+        "dropout": 0.0,
+    }
+
+
+def load_frozen(text: TextTokens, kind: Any, encoder: Path, tokenizer: Path, config: Any = None) -> Any:
+    """Load the weights and words of a condition of captions, and return the model of transformers that had them.
+
+    Args:
+        text: The condition.
+        kind: The class of transformers of the encoder.
+        encoder: Folder of the encoder.
+        tokenizer: Folder of the tokenizer.
+        config: Configuration of the encoder; None: that of the condition.
+
+    Raises:
+        FileNotFoundError: If a folder is missing, or the weights are not safetensors.
+    """
+    if not tokenizer.is_dir():
+        raise FileNotFoundError(f"{tokenizer.parent} must be a local folder with {tokenizer.name}/")
+    check_safetensors(encoder, "model")
     # The file's own configuration could ask transformers to download and run kernels, so it is not used.
-    model = transformers.CLIPTextModel.from_pretrained(
-        config_file.parent,
-        config=copy.deepcopy(text.encoder.config),
+    model = kind.from_pretrained(
+        encoder,
+        config=config or copy.deepcopy(text.encoder.config),
         use_safetensors=True,
         local_files_only=True,
         dtype=torch.float32,
     )
-    text.encoder.load_state_dict(model.state_dict())
-    text._take(tokenizer)
-    return text
+    text.encoder.load_state_dict(getattr(model, "text_model", model).state_dict())
+    text._take(_transformers().CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True))
+    return model
 
 
 def _tokenizer_of(captions: Sequence[str], vocab_size: int) -> "CLIPTokenizer":
