@@ -1,4 +1,4 @@
-"""Where the words of a caption are looked for: attention from pixels to tokens, while an image is drawn.
+"""Attention maps of the words of a caption: from pixels to tokens, while an image is drawn.
 
 As in DAAM (Tang et al. 2022, https://arxiv.org/abs/2210.04885), the probabilities are averaged over heads, layers and
 steps, each layer scaled to the size of x0; the map of a word is the mean of its tokens' maps.
@@ -37,7 +37,11 @@ class WordMaps:
 
 
 def has_words(denoiser: Denoiser) -> bool:
-    """Whether the denoiser attends to the words of a caption."""
+    """Whether the denoiser attends to the words of a caption.
+
+    Args:
+        denoiser: The denoiser.
+    """
     return denoiser.condition(TextTokens) is not None and bool(_layers(denoiser.unet))
 
 
@@ -54,8 +58,8 @@ def word_maps(denoiser: Denoiser, options: SampleOptions, progress: Callable[[in
     """
     text = denoiser.condition(TextTokens)
     assert text is not None
-    given = options.captions
-    caption = given if isinstance(given, str) else (given or [""])[0]
+    captions = options.captions
+    caption = captions if isinstance(captions, str) else (captions or [""])[0]
     words, tokens = _tokens_of_words(denoiser, text, caption)
     if not words:
         raise ValueError("captions must have a word to look for, got an empty one")

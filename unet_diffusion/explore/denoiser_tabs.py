@@ -94,6 +94,7 @@ def _training_tab(form: RequestForm, chosen: Chosen) -> None:
         gallery = gr.Gallery(
             columns=3,
             object_fit="contain",
+            height="auto",
             show_label=False,
             buttons=["download", "fullscreen"],
             interactive=False,
@@ -161,6 +162,7 @@ def _attention_tab(form: RequestForm, chosen: Chosen) -> None:
             label="The image, and its words",
             columns=4,
             object_fit="contain",
+            height="auto",
             elem_classes="pixels",
             elem_id="words",
             buttons=["download", "fullscreen"],
