@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from denoisers import CAPTIONS, WIDTH, randomise, text_denoiser, text_tokens
+from denoisers import CAPTIONS, WIDTH, latent_space, randomise, text_denoiser, text_tokens
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from elsewhere import draw_elsewhere
 from PIL import Image
@@ -78,6 +78,13 @@ MADE = {
     "paired image and class tokens of latents": of_tokens,
     "paired image and captions of latents": lambda folder: text_denoiser(
         folder, conditions=[text_tokens(), PairedImage(4)], in_channels=8, out_channels=4
+    ),
+    "paired image and captions, scaled alike": lambda folder: text_denoiser(
+        folder,
+        conditions=[text_tokens(), PairedImage(4)],
+        in_channels=8,
+        out_channels=4,
+        space=latent_space(folder / "autoencoder", mean=(0.0,) * 4, std=(0.5,) * 4),
     ),
     "paired image always, captions": lambda folder: text_denoiser(
         folder, conditions=[text_tokens(), PairedImage(4, dropout=0.0)], in_channels=8, out_channels=4
