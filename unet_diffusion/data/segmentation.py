@@ -48,7 +48,7 @@ class SegmentationDataModule(SourceDataModule):
         num_train: The number of the other images to train on, drawn by the seed; a larger number keeps the images of
             a smaller one. None takes all.
         augmentation: How windows are deformed. None leaves them as they are.
-        stretch: Whether each image's grey values are scaled from its 1st and 99th percentile, not from the range of
+        stretch: Whether each image's grey values are scaled from its 1st and 99.8th percentile, not from the range of
             its type. This suits 16-bit images that use little of the range, and sets of mixed brightness.
         num_workers: The number of processes that draw windows. 0 draws them in the training process.
         seed: Seed of the windows and their deformation.

@@ -188,7 +188,7 @@ def _protocol(
         "network": repr(segmenter),
         "validation images": len(data.val_indices),
         "views": "eight rotated and mirrored" if views else "one",
-        "grey values": "1st to 99th percentile of each image" if segmenter.stretch else "range of the type",
+        "grey values": "1st to 99.8th percentile of each image" if segmenter.stretch else "range of the type",
     }
     if segmenter.kind != "classes":
         protocol |= {"threshold": THRESHOLD, "least object, pixels": MIN_SIZE, "images fitted on": len(fitted_on)}

@@ -66,7 +66,7 @@ class Segmenter(Running):
         kind: "binary" (background and foreground), "classes", or "instances" (background, cell and cell border).
         class_names: The name of each class score.
         timestep: The timestep for a network that was a denoiser; None: the network takes no timestep.
-        stretch: Scale grey values by each image's 1st and 99th percentile instead of the range of its type.
+        stretch: Scale grey values by each image's 1st and 99.8th percentile instead of the range of its type.
         window_size: Height and width of the training windows in pixels.
         settings: The settings of the training as plain values.
         speed: The speed that the network was trained at.
@@ -104,7 +104,8 @@ class Segmenter(Running):
 
         Args:
             image: A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits or in [0, 1], or a tensor (C, H, W)
-                in [-1, 1]. A file must hold one page; `unet-diffusion segment` segments all pages of a stack.
+                in [-1, 1], or stretched if the segmenter stretches images. A file must hold one page;
+                `unet-diffusion segment` segments all pages of a stack.
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
             threshold: The foreground is where its probability is larger.
             min_size: Least number of pixels in an object; smaller objects are left out.
@@ -121,7 +122,7 @@ class Segmenter(Running):
         elif image.ndim != 3 or image.shape[0] != channels or not image.numel():
             raise ValueError(f"image as a tensor must be ({channels}, H, W), got {tuple(image.shape)}")
         else:
-            check_tensor("image", image)
+            check_tensor("image", image, is_bounded=not self.stretch)
         probabilities = self.probabilities(image, views=views).numpy()
         return Segmentation(probabilities, self.kind, self.class_names, threshold, min_size)
 
