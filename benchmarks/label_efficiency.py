@@ -122,7 +122,7 @@ def tested(root: Path, run: Path, num_test: int) -> dict[str, float]:
     overlap, total, precisions = 0, 0, []
     for image, truth in zip(loaded.images[-num_test:], loaded.labels[-num_test:], strict=True):
         with torch.inference_mode(), fastest_autocast():
-            probabilities = trained.probabilities(to_float(image, stretch=trained.stretch)).numpy()
+            probabilities = trained.maps(to_float(image, stretch=trained.stretch)).numpy()
         foreground = probabilities[0] < 0.5
         overlap += 2 * int((foreground & (truth > 0)).sum())
         total += int(foreground.sum()) + int((truth > 0).sum())

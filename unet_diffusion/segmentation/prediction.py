@@ -1,4 +1,4 @@
-"""Class scores of images that fit the network, and class probabilities of images of any size."""
+"""Scores of images that fit the network, and maps of images of any size: class probabilities and distances."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.tiles import predict_tiled, predict_views
 
 
-def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
-    """Return class scores before the softmax, (B, K, H, W).
+def scores_of(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
+    """Return the scores of the maps: of classes before the softmax, of distances before the sigmoid, (B, K, H, W).
 
     Args:
         network: The network, called `network(x, t)`.
@@ -18,20 +18,22 @@ def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tens
     return network(x, None if timestep is None else torch.full((len(x),), timestep, device=x.device))
 
 
-def class_probabilities(
+def predicted_maps(
     network: PixelNetwork,
     image: Tensor,
     *,
+    num_classes: int,
     timestep: int | None,
     window_size: int,
     views: bool = False,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the probability of each class at each pixel, (K, H, W) float32 on the CPU.
+    """Return the probability of each class at each pixel, and then the distances, (K, H, W) float32 on the CPU.
 
     Args:
         network: The network, on the device.
         image: (C, H, W) in [-1, 1], of any size.
+        num_classes: How many of the scores are of classes.
         timestep: The timestep that the network is given; None: it takes none.
         window_size: Height and width of the windows that the network sees, in pixels.
         views: Average over the eight rotated and mirrored views.
@@ -39,7 +41,9 @@ def class_probabilities(
     """
 
     def predict(x: Tensor) -> Tensor:
-        return torch.softmax(class_scores(network, x, timestep).float(), dim=1)
+        scores = scores_of(network, x, timestep).float()
+        classes, distances = scores[:, :num_classes], scores[:, num_classes:]
+        return torch.cat([torch.softmax(classes, dim=1), torch.sigmoid(distances)], dim=1)
 
     def whole(view: Tensor) -> Tensor:
         return predict_tiled(predict, view, network, window_size=window_size, device=device)
