@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from unet_diffusion.data import (
     SyntheticCells,
 )
 from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.evaluation.thresholds import ScoresByThreshold
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_denoiser, read_segmenter
 from unet_diffusion.inference.record import save_denoiser
@@ -86,9 +88,13 @@ def test_validation_scores_are_those_of_the_whole_images(quiet_trainer, ignore_l
     assert logged["val/pixel_error"] == pytest.approx(pixel_error(truth, predicted))
 
 
-def test_threshold_is_the_best_on_images_that_are_kept_for_it(quiet_trainer, tmp_path):
+def test_threshold_is_the_best_on_images_that_are_kept_for_it(quiet_trainer, tmp_path, monkeypatch):
+    fitted_on = []
+    noted = SimpleNamespace(of=lambda index, *rest: fitted_on.append(index) or ScoresByThreshold.of(index, *rest))
+    monkeypatch.setattr("unet_diffusion.training.segmentation.ScoresByThreshold", noted)
     data, made = cells(num_fit=1, window_size=64), module(network(norm="batch"), optimizer=ADAM)
     trained = read_segmenter(fit_and_save(made, data, quiet_trainer(max_steps=10), tmp_path / "cells.ckpt"))
+    assert {*fitted_on} == {*data.fit_indices.tolist()}
     whole = data.whole(int(data.fit_indices))
     foreground, truth = trained.maps(whole["images"])[1].numpy(), whole["classes"].numpy() > 0
     scores = {threshold: dice(truth, foreground > threshold) for threshold in THRESHOLDS}
