@@ -246,6 +246,9 @@ VALUES = {
         "--data.num_images": "0 1 -1 x",
         "--data.augmentation.elastic_sd": "-1 nan x",
         "--data.augmentation.brightness": "-1",
+        "--data.augmentation.shuffle": "-1 2 x",
+        "--data.object_share": "-1 2 x",
+        "--data.num_fit": "-1 100 x",
         "--model.loss": "x",
         "--model.unet.init_args.out_channels": "0 2",
         "--model.unet.init_args.padding": "x",
@@ -305,6 +308,8 @@ RECORDS = {  # values of a field that it cannot have; "-" is none at all
         "stretch": ("-", "x", None, 2),
         "window_size": ("-", 0, -1, "x", None, 1.5),
         "settings": ("-", None, 5),
+        "threshold": ("-", 0.0, 1.0, "x", None),
+        "min_size": ("-", 0, "x", None, 1.5),
     },
     "autoencoder": {
         "class_name": ("-", "x", None, 5, "UNet2DModel"),

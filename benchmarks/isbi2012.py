@@ -35,7 +35,17 @@ from unet_diffusion.segmentation.scores import membrane_scores
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NUM_TEST = 6  # slices, the last
 CELL = 1  # class
-AUGMENTATIONS_BUT_FLIPS = ("rotation", "scale", "elastic_sd", "brightness", "contrast", "noise")
+AUGMENTATIONS_BUT_FLIPS = (
+    "rotation",
+    "scale",
+    "elastic_sd",
+    "brightness",
+    "contrast",
+    "noise",
+    "colour",
+    "shuffle",
+    "inversion",
+)
 PORT = [  # beside isbi2012_modern.yaml
     "--model.unet.init_args.channels=[64,128,256,512,1024]",
     "--model.loss=cross_entropy",
@@ -141,7 +151,7 @@ def tested(root: Path, run: Path, *, views: bool) -> dict[str, float]:
     for image, labels in zip(loaded.images[-NUM_TEST:], loaded.labels[-NUM_TEST:], strict=True):
         start = time.perf_counter()
         with torch.inference_mode(), fastest_autocast():
-            probabilities = trained.probabilities(to_float(image, stretch=trained.stretch), views=views)
+            probabilities = trained.maps(to_float(image, stretch=trained.stretch), views=views)
         seconds += time.perf_counter() - start
         truths.append(labels > 0)
         cells.append(probabilities[CELL].numpy())

@@ -6,13 +6,13 @@ DIR holds image/ and label/ of 400 microscopy images; the last 80 by name are te
 by. The denoiser is a run of configs/nuclei_denoiser.yaml on the other 320, without labels, and is trained first if it
 is not there. Then, with labels of N of the 320, drawn by the seed:
 
-    scratch    configs/nuclei_segment.yaml
-    finetuned  configs/nuclei_finetune.yaml: the same network, from the denoiser's weights
+    scratch    configs/nuclei_finetune.yaml, from random weights
+    finetuned  configs/nuclei_finetune.yaml, from the denoiser's weights
     features   configs/nuclei_features.yaml: a pixel classifier on the frozen denoiser
 
-Each is trained by `unet-diffusion fit` in a process of its own, and scored on the test images: the Dice coefficient of
-the foreground, pooled over all pixels, and the average precision of nuclei at IoU 0.5 and over 0.5 to 0.9, the mean
-over the images. A result is kept as soon as it is there, and a run that was cut off continues.
+Each is trained by `unet-diffusion fit` in a process of its own, which fits its threshold on images that it trains on,
+and scored on the test images as in nuclei.py. The program of nuclei.py that learns nothing is a row, too. A result is
+kept as soon as it is there, and a run that was cut off continues.
 """
 
 import argparse
@@ -24,19 +24,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from measure import RESULTS, environment, fastest_autocast, process_seconds, table, write_json
+from measure import RESULTS, environment, process_seconds, table, write_json
+from nuclei import by, classical, scored, tested
 
-from unet_diffusion.data import PairedFiles
-from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory, set_speed
-from unet_diffusion.segmentation.labels import instances_from
-from unet_diffusion.segmentation.object_scores import average_precisions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-METHODS = {"scratch": "nuclei_segment.yaml", "finetuned": "nuclei_finetune.yaml", "features": "nuclei_features.yaml"}
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of IoU
+METHODS = {"scratch": "nuclei_finetune.yaml", "finetuned": "nuclei_finetune.yaml", "features": "nuclei_features.yaml"}
 TEST_WINDOW = 256  # pixels; twice that of training: half the test images are no larger, and need one window
 
 
@@ -45,6 +40,9 @@ def main() -> None:
     if not options.denoiser.exists():
         train_denoiser(options)
     results = json.loads(options.json.read_text())["results"] if options.json.exists() else []
+    if not results:
+        scores = scored(*tested(options.root, options.num_test), classical)["all"]
+        results.append({"method": "classical", "labelled": 0, "seed": 0, "seconds": 0.0, **scores})
     for seed in options.seeds:
         for num_labelled in options.num_labelled:
             for method in options.methods:
@@ -102,37 +100,23 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
         f"--data.num_train={num_labelled}",
         f"--data.seed={seed}",
         f"--seed_everything={seed}",
-        "--trainer.limit_val_batches=0",
+        "--trainer.limit_val_batches=1",  # a validation fits the threshold
         f"--trainer.default_root_dir={run}",
-        *([] if method == "scratch" else [f"--model.init_from={options.denoiser}"]),
+        f"--model.init_from={'null' if method == 'scratch' else options.denoiser}",
         *options.of_fit,
     ]
     command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments]
     seconds = round(process_seconds(command, run.with_name(f"{run.name}.log")), 1)
-    scores = tested(root, run, options.num_test)
+    scores = of_run(root, run, options.num_test)
     return {"method": method, "labelled": num_labelled, "seed": seed, "seconds": seconds, **scores}
 
 
-def tested(root: Path, run: Path, num_test: int) -> dict[str, float]:
-    """Dice of the foreground, and average precisions, on the test images."""
+def of_run(root: Path, run: Path, num_test: int) -> dict[str, float]:
+    """The scores of a run on the test images."""
     keep_freed_memory()
     trained = replace(read_segmenter(run), window_size=TEST_WINDOW)
     set_speed(trained.unet, "channels_last")
-    loaded = PairedFiles(root / "image", root / "label", channels=3).load(progress=False)
-    overlap, total, precisions = 0, 0, []
-    for image, truth in zip(loaded.images[-num_test:], loaded.labels[-num_test:], strict=True):
-        with torch.inference_mode(), fastest_autocast():
-            probabilities = trained.probabilities(to_float(image, stretch=trained.stretch)).numpy()
-        foreground = probabilities[0] < 0.5
-        overlap += 2 * int((foreground & (truth > 0)).sum())
-        total += int(foreground.sum()) + int((truth > 0).sum())
-        objects = instances_from(probabilities, trained.kind)
-        precisions.append(average_precisions(truth, objects, THRESHOLDS))
-    return {
-        "dice": round(overlap / total, 4),
-        "ap_50": round(float(np.mean(precisions, axis=0)[0]), 4),
-        "ap_50_to_90": round(float(np.mean(precisions)), 4),
-    }
+    return scored(*tested(root, num_test), by(trained))["all"]
 
 
 def means(results: list[dict]) -> list[dict]:

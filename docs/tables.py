@@ -229,6 +229,19 @@ def label_efficiency() -> Rows:
     return rows
 
 
+def nuclei() -> Rows:
+    """Scores on nuclei with all labels, of all test images and of each kind."""
+    names = {"classical": "20 lines: Otsu's threshold, watershed"}
+    kinds = ("fluorescence", "stained", "bright field")
+    rows: Rows = [("", "AP at 0.5", "pooled", "AP 0.5 to 0.9", "pooled", "Dice", *(f"{kind}, AP" for kind in kinds))]
+    scores = ("ap_50", "ap_50_pooled", "ap_50_to_90", "ap_50_to_90_pooled", "dice")
+    for run in result("nuclei")["results"]:
+        cells = [f"{run['all'][score]:.3f}" for score in scores]
+        cells += [f"{run[kind]['ap_50']:.3f} and {run[kind]['ap_50_to_90']:.3f}" for kind in kinds]
+        rows.append((names.get(run["method"], run["method"]), *cells))
+    return rows
+
+
 def segmentation_speed() -> Rows:
     """Rates of segmenting slices of 512x512."""
     rows: Rows = [("", "parameters", "multiply-adds a slice", "megapixels/s")]

@@ -201,11 +201,24 @@ def test_label_efficiency_resumes(tmp_path):
     options = [*TINY_SEGMENTER, "--trainer.max_steps=2", *narrow]
     printed([*command, *few, *options])
     first = json.loads((tmp_path / "l.json").read_text())["results"]
-    assert [(result["method"], result["labelled"]) for result in first] == [("scratch", 2), ("finetuned", 2)]
+    order = [("classical", 0), ("scratch", 2), ("finetuned", 2)]
+    assert [(result["method"], result["labelled"]) for result in first] == order
     printed([*command, "--num_labelled", "2", "3", "--methods", "scratch", *options])
     then = json.loads((tmp_path / "l.json").read_text())["results"]
-    assert then[:2] == first
-    assert [(result["method"], result["labelled"]) for result in then[2:]] == [("scratch", 3)]
+    assert then[:3] == first
+    assert [(result["method"], result["labelled"]) for result in then[3:]] == [("scratch", 3)]
+
+
+@pytest.mark.slow
+def test_nuclei(tmp_path):
+    write_pairs(tmp_path, channels=3, instances=True)
+    command = [sys.executable, str(ROOT / "benchmarks" / "nuclei.py"), "--root", str(tmp_path), "--num_test", "2"]
+    command += ["--run", str(tmp_path / "run"), "--json", str(tmp_path / "n.json"), "--data.num_fit=1"]
+    printed([*command, *TINY_SEGMENTER, "--trainer.max_steps=2", "--model.unet.init_args.channels=[8,8,8]"])
+    results = json.loads((tmp_path / "n.json").read_text())["results"]
+    names = ["classical", "nuclei_segment", "nuclei_segment, eight views"]
+    assert [result["method"] for result in results] == names
+    assert all(0 <= result["all"]["ap_50"] <= 1 and result["all"]["images"] == 2 for result in results)
 
 
 @pytest.mark.slow

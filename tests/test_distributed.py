@@ -158,7 +158,7 @@ def test_segmenter_is_validated_alike_on_two_processes(segmenter_run):
     truths, predictions = [], []
     for image, labels in zip(loaded.images[-3:], loaded.labels[-3:], strict=True):
         with torch.no_grad():
-            probabilities = trained.probabilities(scale_to_unit_range(image))
+            probabilities = trained.maps(scale_to_unit_range(image))
         truths.append(labels > 0)
         predictions.append((probabilities[0] < 0.5).numpy())
     with open(segmenter_run / "logs" / "version_0" / "metrics.csv") as file:

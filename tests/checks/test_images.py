@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from unet_diffusion.checks.images import crop_findings, image_findings, stretch_findings, value_facts
+from unet_diffusion.checks.images import crop_findings, image_findings
 
 
 def noise(number=8, channels=3, side=8, dtype=np.uint8):
@@ -65,25 +65,3 @@ def test_the_cut_of_wide_images_is_found_for_the_size_asked_for():
 
 def test_images_of_about_the_right_shape_are_not_cut_much():
     assert crop_findings([(100, 110), (110, 100), (64, 64)], (64, 64)) == []
-
-
-def test_the_stretch_clips_sparse_bright_objects():
-    images = noise(number=2, channels=1, side=64) // 8  # dark noise
-    inside = torch.zeros(64, 64, dtype=torch.bool)
-    inside[:5, :5] = True  # 0.6 % of the pixels
-    images[0, 0, inside] = 200 + torch.arange(25, dtype=torch.uint8)
-    (finding,) = stretch_findings(list(images[:1]), [inside], ["a"])
-    assert "in 1 of 1 images" in finding.text
-    assert finding.option == "--data.stretch false"
-
-
-def test_the_stretch_clips_no_objects_that_are_as_bright_as_the_rest():
-    inside = torch.zeros(64, 64, dtype=torch.bool)
-    inside[:32] = True
-    assert stretch_findings(list(noise(number=1, channels=1, side=64)), [inside], ["a"]) == []
-
-
-def test_the_line_on_values_is_of_all_images():
-    images = noise(dtype=np.uint16)
-    assert value_facts(images) == value_facts(list(images))
-    assert value_facts(torch.tensor([[[[3]]], [[[250]]]], dtype=torch.uint8)) == ["values: 3 to 250 of 0 to 255"]

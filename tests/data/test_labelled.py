@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
+from scipy import ndimage
 
 from unet_diffusion.data import (
     ImageDataModule,
@@ -19,7 +20,7 @@ from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.folder import cut
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.segmentation.augmentation import Augmentation
-from unet_diffusion.segmentation.labels import Targets
+from unet_diffusion.segmentation.labels import REACH, Targets
 
 RNG = np.random.default_rng(0)
 
@@ -295,6 +296,54 @@ def test_few_labelled_images_are_among_more(tmp_path):
     assert subsets[0] != set(data(source, num_train=2, seed=4).train_images.tolist())
 
 
+def test_images_to_fit_thresholds_on_are_not_trained_or_validated_on(tmp_path):
+    made = data(pairs(tmp_path, num=9), num_train=6, num_fit=2)
+    assert (len(made.train_images), len(made.fit_indices), len(made.val_indices)) == (4, 2, 1)
+    assert not {*made.train_images.tolist(), *made.val_indices.tolist()} & {*made.fit_indices.tolist()}
+    assert "6 of them, 2 of which thresholds are fitted on" in made.summary()[-1]
+
+
+def sparse(tmp_path, **options):
+    """A data module of an image with one small object near a corner."""
+    source = pairs(tmp_path, size=(64, 64))
+    label = np.zeros((64, 64), dtype=np.uint8)
+    label[50:53, 5:8] = 255
+    for path in (tmp_path / "label").iterdir():
+        Image.fromarray(label).save(path)
+    return data(source, window_size=16, windows_per_image=50, **options)
+
+
+@pytest.mark.parametrize(("share", "least"), [(1.0, 1.0), (0.5, 0.4)])
+def test_windows_hold_objects_as_often_as_told(tmp_path, share, least):
+    made = sparse(tmp_path, object_share=share)
+    holds = [bool((made.window((0, 0, number))["classes"] > 0).any()) for number in range(100)]
+    assert least <= np.mean(holds) <= share + 0.2  # windows that are drawn anywhere may hold it, too
+
+
+def test_an_object_is_at_any_place_of_a_window(tmp_path):
+    made = sparse(tmp_path, object_share=1.0)
+    windows = torch.stack([made.window((0, 0, number))["classes"] for number in range(200)])
+    is_seen = (windows > 0).any(dim=0)
+    assert is_seen[2:, :8].all()
+    assert not is_seen[:2].any()
+    assert not is_seen[:, 8:].any()
+
+
+def test_distances_are_in_pixels_of_the_window_however_it_is_scaled(tmp_path):
+    targets = Targets(label_format="instances", separate_borders=True)
+    augmentation = Augmentation(elastic_sd=0.0, scale=1.0)
+    source = pairs(tmp_path, size=(64, 64))
+    for path in (tmp_path / "label").iterdir():
+        Image.fromarray(np.pad(np.ones((24, 24), dtype=np.uint8), 20)).save(path)
+    made = data(source, targets, window_size=48, augmentation=augmentation, object_share=1.0)
+    windows = [made.window((0, 0, number)) for number in range(20)]
+    distances = REACH * torch.stack([window["distances"] for window in windows]).numpy()
+    classes = [window["classes"].numpy() for window in windows]
+    expected = np.stack([ndimage.distance_transform_edt(one) for one in classes]).clip(max=REACH)
+    assert (distances[expected == 0] == 0).all()
+    assert np.abs(distances - expected)[expected > 0].mean() < 0.4
+
+
 def test_generated_cells_are_a_source_without_files():
     made = data(SyntheticCells(num_images=3), Targets(label_format="instances", separate_borders=True), window_size=64)
     assert made.image_shape == (1, 64, 64)
@@ -309,6 +358,8 @@ def test_generated_cells_are_a_source_without_files():
         ({"num_workers": -1}, "num_workers must be 0 or more"),
         ({"num_val": 5}, "num_val must be at least 1 and less than the 5 images, got 5"),
         ({"num_train": 5}, "num_train must be from 1 to 4"),
+        ({"num_fit": 4}, "num_fit must be from 0 to 3, which leaves an image to train on, got 4"),
+        ({"object_share": 1.5}, "object_share must be from 0 to 1, got 1.5"),
     ],
 )
 def test_wrong_numbers_are_refused(tmp_path, options, message):
@@ -319,10 +370,10 @@ def test_wrong_numbers_are_refused(tmp_path, options, message):
 # ------------------------------------------------------------------------------------------------------ stretch, tiles
 
 
-def test_stretch_maps_the_percentiles_to_the_ends():
+def test_stretch_maps_the_percentiles_to_the_ends_and_clips_nothing():
     image = torch.arange(1000, 2001, dtype=torch.int32).to(torch.uint16).reshape(1, 7, 143)
     stretched = to_float(image, stretch=True)
-    expected = np.clip(2 * (np.arange(1000, 2001) - 1010) / 980 - 1, -1, 1)
+    expected = 2 * (np.arange(1000, 2001) - 1010) / 988 - 1  # also beyond the ends
     np.testing.assert_allclose(stretched.flatten().numpy(), expected, atol=1e-6)  # float32
 
 

@@ -22,7 +22,8 @@ from unet_diffusion.evaluation.segmenter_pictures import RIGHT, WRONG, outlined_
 from unet_diffusion.evaluation.segmenter_pictures import SIDE as PICTURE_SIDE
 from unet_diffusion.evaluation.segmenters import evaluate_segmenter
 from unet_diffusion.evaluation.thresholds import images_to_fit_on
-from unet_diffusion.segmentation.labels import Targets
+from unet_diffusion.inference.segmenter import Segmentation
+from unet_diffusion.segmentation.labels import MIN_SIZE, REACH, THRESHOLD, Targets
 from unet_diffusion.segmentation.object_scores import average_precisions
 from unet_diffusion.segmentation.scores import dice, membrane_scores, pixel_error, v_rand
 
@@ -63,16 +64,18 @@ def data_of(labels: list[np.ndarray], **targets: Any) -> SegmentationDataModule:
 
 @dataclass
 class Stub:
-    """Gives the probabilities that a function makes of labels, and keeps which images it was shown."""
+    """Gives the maps that a function makes of labels, and keeps which images it was shown."""
 
     predict: Any
     kind: str = "binary"
     class_names: list[str] = field(default_factory=lambda: ["background", "cell"])
     stretch = False
+    threshold = THRESHOLD
+    min_size = MIN_SIZE
     unet = SimpleNamespace(in_channels=1)
     shown: list[np.ndarray] = field(default_factory=list)
 
-    def probabilities(self, image: torch.Tensor, *, views: bool = False) -> torch.Tensor:
+    def maps(self, image: torch.Tensor, *, views: bool = False) -> torch.Tensor:
         labels = ((image[0] + 1) * 127.5).round().int().numpy()
         self.shown.append(labels)
         return torch.from_numpy(self.predict(labels)).float()
@@ -96,7 +99,8 @@ def separated(change=lambda labels: labels):
     targets = Targets("instances", separate_borders=True, border_width=1)
 
     def predict(labels):
-        return np.eye(3, dtype=np.float32)[targets.classes(change(labels))].transpose(2, 0, 1)
+        classes = np.eye(3, dtype=np.float32)[targets.classes(change(labels))].transpose(2, 0, 1)
+        return np.concatenate([classes, np.minimum(targets.distances(change(labels)) / REACH, 1)[None]])
 
     return Stub(predict, "instances", ["background", "cell", "border"])
 
@@ -252,7 +256,7 @@ def test_classes_have_scores_each_and_calibration_as_of_torchmetrics():
 
 def binned(probability: np.ndarray, truth: np.ndarray) -> np.ndarray:
     labels = Truth(truth[None].astype(int), truth[None].astype(int), truth[None].astype(np.int32))
-    return counted(0, foreground(probability[None]), "binary", labels).reliability[0]
+    return counted(0, Segmentation(foreground(probability[None]), "binary", []), labels).reliability[0]
 
 
 @pytest.mark.parametrize("power", [1.0, 0.4])

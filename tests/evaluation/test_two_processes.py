@@ -27,7 +27,7 @@ from unet_diffusion.runtime.processes import process_group
 from unet_diffusion.segmentation.labels import Targets
 
 torch.manual_seed(0)
-unet = SegmentationUNet(1, 3, channels=(4, 8), padding="same").eval()
+unet = SegmentationUNet(1, 4, channels=(4, 8), padding="same").eval()
 segmenter = Segmenter(unet, "instances", ["background", "cell", "border"], None, False, 64)
 network = vq_autoencoder(1, [4, 8], latent_channels=2, num_codes=8, layers_per_block=1, mid_attention=False,
                          norm_num_groups=2).eval()

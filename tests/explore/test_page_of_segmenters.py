@@ -78,25 +78,25 @@ def test_objects_of_an_image_are_outlined_counted_and_given_away(visit, run_of, 
 def test_threshold_and_least_size_are_slid_without_the_network(visit, run_of, cells_run, cells_image):
     run = run_of(cells_run)
     visitor = visit(run)
-    visitor.set_number("min_size", 17)  # nothing is there yet, and nothing goes wrong
-    visitor.set_number("min_size", 16)
+    visitor.set_number("min_size_0", run.model.min_size + 1)  # nothing is there yet, and nothing goes wrong
+    visitor.set_number("min_size_0", run.model.min_size)
     visitor.upload(cells_image)
     visitor.press("Segment")
     visitor.window.locator("#counted_0", has_text="objects").wait_for(timeout=60_000)
     calls = []
     hook = run.model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    slider = visitor.window.locator("#threshold input[type=range]")
+    slider = visitor.window.locator("#threshold_0 input[type=range]")
     for _ in range(20):
         slider.press("ArrowRight")  # not only by mouse
     visitor.window.wait_for_timeout(2000)
     assert calls == []
     hook.remove()
-    strict = run.model.segment(cells_image, threshold=0.7)
+    strict = run.model.segment(cells_image, threshold=round(run.model.threshold + 0.2, 2))
     assert strict.classes.sum() != run.model.segment(cells_image).classes.sum()
     assert np.array_equal(_pixels(visitor.downloads(), "_mask.png"), strict.classes)
     areas = [int(row["area"]) for row in _rows(visitor)]
     least = sorted(areas)[1]  # the smallest object goes
-    visitor.set_number("min_size", least)
+    visitor.set_number("min_size_0", least)
     assert sorted(int(row["area"]) for row in _rows(visitor)) == sorted(areas)[1:]
     assert visitor.window.locator(".toast-body").count() == 0
 
@@ -115,9 +115,9 @@ def test_two_visitors_keep_their_own_objects_and_a_new_image_clears_the_old(
     for visitor, image in zip(visitors, images, strict=True):
         visitor.window.locator("#counted_0", has_text="objects").wait_for(timeout=60_000)
         assert np.array_equal(_pixels(visitor.downloads(), "_objects.png"), run.model.segment(image).instances)
-    visitors[0].set_number("min_size", 20)
+    visitors[0].set_number("min_size_0", run.model.min_size + 5)
     visitors[0].window.wait_for_timeout(1500)
-    expected = run.model.segment(cells_image, min_size=20).instances
+    expected = run.model.segment(cells_image, min_size=run.model.min_size + 5).instances
     assert np.array_equal(_pixels(visitors[0].downloads(), "_objects.png"), expected)
     visitors[1].window.get_by_label("Clear").or_(visitors[1].window.get_by_label("Remove this file")).first.click()
     visitors[1].window.locator("#counted_0", has_text="objects").wait_for(state="detached", timeout=60_000)
@@ -172,7 +172,7 @@ def test_classes_are_coloured_and_measured(visit, tmp_path):
     visitor.press("Segment")
     visitor.window.locator("#counted_0", has_text="4 classes").wait_for(timeout=60_000)
     assert np.array_equal(_pixels(visitor.downloads(), "_mask.png"), model.segment(tmp_path / "i.png").classes)
-    assert visitor.window.locator("#threshold:visible").count() == 0
+    assert visitor.window.locator("#threshold_0:visible").count() == 0
 
 
 def test_an_autoencoder_shows_what_comes_back(visit, tmp_path):

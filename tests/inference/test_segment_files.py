@@ -16,7 +16,6 @@ from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.segment_files import mask_name
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
-from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RNG = np.random.default_rng(0)
@@ -88,10 +87,10 @@ def test_mask_is_what_the_network_predicts(run_cli, run, images, tmp_path):
     trained = read_segmenter(run)
     with Image.open(images / "grey.png") as image, torch.no_grad():
         pixels = to_float(torch.from_numpy(np.array(image))[None], stretch=False)
-        expected = trained.probabilities(pixels)
+        expected = trained.maps(pixels)[:3]
     np.testing.assert_allclose(np.load(tmp_path / "m" / "probabilities" / "grey.npy"), expected, atol=1e-3)  # float16
     with Image.open(tmp_path / "m" / "grey.png") as mask:
-        assert np.array_equal(np.asarray(mask), np.where(expected[0] < 0.5, 255, 0))
+        assert np.array_equal(np.asarray(mask), np.where(expected[0] < 1 - trained.threshold, 255, 0))
 
 
 def test_window_size_is_what_the_network_is_given(run_cli, run, images, tmp_path):
@@ -133,7 +132,7 @@ def test_threshold_and_least_size_are_those_of_the_mask_and_the_objects(run_cli,
     assert np.array_equal(expected.classes > 0, expected.instances > 0)  # no object is too small
     status, _, err = run_cli("segment", run, images / "grey.png", "--output", tmp_path / "m", "--instances")
     assert status == 1
-    assert f"threshold: {threshold} there, {THRESHOLD} here; min_size: 1 there, {MIN_SIZE} here" in err
+    assert f"threshold: {threshold} there, {trained.threshold} here; min_size: 1 there, {trained.min_size} here" in err
 
 
 def test_unreadable_file_is_reported_at_the_end_and_the_rest_is_done(run_cli, run, images, tmp_path):
@@ -315,7 +314,7 @@ def test_classes_are_written_as_their_indices(run_cli, classes_checkpoint, image
     trained = read_segmenter(classes_checkpoint)
     with Image.open(images / "deep.tif") as image, torch.no_grad():
         pixels = to_float(torch.from_numpy(np.array(image))[None].expand(3, -1, -1), stretch=True)
-        expected = trained.probabilities(pixels).argmax(dim=0)
+        expected = trained.maps(pixels).argmax(dim=0)
     with Image.open(tmp_path / "m" / "deep.tif") as mask:
         assert np.array_equal(np.asarray(mask), expected)
 

@@ -127,7 +127,8 @@ def test_other_seed_gives_another_window():
 
 def test_as_many_numbers_are_drawn_whatever_is_off():
     states = []
-    for augmentation in (OFF, Augmentation(scale=0.2, brightness=1.0, contrast=1.0, noise=1.0)):
+    changes = {name: 1.0 for name in ("brightness", "contrast", "noise", "colour", "shuffle", "inversion")}
+    for augmentation in (OFF, Augmentation(scale=0.2, **changes)):
         generator = keyed_generator(0)
         augmentation.coordinates((8, 8), (5.0, 5.0), generator)
         augmentation.grey_values(picture(8, 8), generator)
@@ -141,6 +142,33 @@ def test_global_random_state_is_left_alone():
     augmentation.coordinates((8, 8), (5.0, 5.0), keyed_generator(0))
     augmentation.grey_values(picture(8, 8), keyed_generator(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_colours_are_changed_channel_by_channel():
+    image = picture(8, 8, channels=3)
+    changed = dataclasses.replace(OFF, colour=0.3).grey_values(image, keyed_generator(0))
+    fits = [np.polyfit(old.flatten(), new.flatten(), 1, full=True) for old, new in zip(image, changed, strict=True)]
+    assert all(residual < 1e-6 for _, (residual,), *_ in fits)  # a factor and a shift each
+    assert len({round(float(factor), 3) for (factor, _), *_ in fits}) == 3
+
+
+def test_channels_are_shuffled_in_as_many_windows_as_told():
+    image = picture(2, 2, channels=3)
+    shuffled = [dataclasses.replace(OFF, shuffle=0.5).grey_values(image, keyed_generator(seed)) for seed in range(300)]
+    assert all(sorted(one.flatten().tolist()) == sorted(image.flatten().tolist()) for one in shuffled)
+    is_same = np.mean([torch.equal(one, image) for one in shuffled])
+    assert is_same == pytest.approx(
+        0.5 + 0.5 / 6, abs=0.12
+    )  # four standard deviations; one order of six is the old one
+
+
+def test_bright_and_dark_change_places_in_as_many_windows_as_told():
+    image = picture(2, 2)
+    inverted = [
+        dataclasses.replace(OFF, inversion=0.3).grey_values(image, keyed_generator(seed)) for seed in range(300)
+    ]
+    assert {torch.equal(one, image) or torch.equal(one, -image) for one in inverted} == {True}
+    assert np.mean([torch.equal(one, -image) for one in inverted]) == pytest.approx(0.3, abs=0.11)
 
 
 # ------------------------------------------------------------------------------------------------ elastic displacement

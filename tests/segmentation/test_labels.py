@@ -9,7 +9,16 @@ from PIL import Image
 from scipy import ndimage
 
 from unet_diffusion.segmentation.border_weights import border_weights
-from unet_diffusion.segmentation.labels import BORDER, CELL, NO_VALUE, Targets, edge_pieces, instances_from, mask_from
+from unet_diffusion.segmentation.labels import (
+    BORDER,
+    CELL,
+    NO_VALUE,
+    REACH,
+    Targets,
+    edge_pieces,
+    instances_from,
+    mask_from,
+)
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 TWO_SQUARES = np.zeros((20, 30), dtype=np.int32)  # that touch
@@ -195,10 +204,20 @@ def test_balance_makes_classes_count_alike():
     assert Targets(label_format="0/1").balance(labels).tolist() == [1, 1]
 
 
+def near_edges(targets: Targets, labels: np.ndarray) -> np.ndarray:
+    """The distances that a network learns, (1, H, W)."""
+    return np.minimum(targets.distances(labels) / REACH, 1)[None]
+
+
+def perfect(targets: Targets, labels: np.ndarray) -> np.ndarray:
+    """The maps of a network that is right everywhere."""
+    return np.concatenate([one_hot(targets.classes(labels), 3), near_edges(targets, labels)])
+
+
 @pytest.mark.parametrize("border_width", [1, 2])
 def test_objects_come_back_from_a_perfect_prediction(border_width):
     targets = Targets(label_format="instances", separate_borders=True, border_width=border_width)
-    found = instances_from(one_hot(targets.classes(TWO_SQUARES), 3), "instances")
+    found = instances_from(perfect(targets, TWO_SQUARES), "instances")
     assert set(np.unique(found)) == {0, 1, 2}
     for number in (7, 300):
         inside = found[number == TWO_SQUARES]
@@ -223,7 +242,32 @@ def test_specks_are_left_out_and_numbers_have_no_gaps():
 def test_cell_all_of_which_looks_like_border_is_an_object_all_the_same():
     classes = np.zeros((20, 20), dtype=int)
     classes[5:10, 5:10] = BORDER
-    assert instances_from(one_hot(classes, 3), "instances").max() == 1
+    maps = np.concatenate([one_hot(classes, 3), np.zeros((1, 20, 20), dtype=np.float32)])
+    assert instances_from(maps, "instances").max() == 1
+
+
+def test_distances_are_pixels_to_the_next_one_outside_the_object():
+    labels = np.zeros((3, 12), dtype=np.int32)
+    labels[:, 1:6], labels[:, 6:9] = 4, 5  # the border of the image is no edge
+    distances = Targets("instances", separate_borders=True).distances(labels)
+    assert distances[1].tolist() == [0, 1, 2, 3, 2, 1, 1, 2, 1, 0, 0, 0]
+
+
+def test_touching_objects_without_a_border_between_them_are_told_apart_by_their_distances():
+    targets = Targets("instances", separate_borders=True)
+    classes = np.where(TWO_SQUARES > 0, CELL, 0)
+    maps = np.concatenate([one_hot(classes, 3), near_edges(targets, TWO_SQUARES)])
+    assert instances_from(maps, "instances").max() == 2
+
+
+def test_low_peaks_of_the_distance_are_no_objects():
+    maps = np.zeros((4, 9, 30), dtype=np.float32)
+    maps[CELL, 2:7, 2:28] = 1
+    maps[0] = 1 - maps[CELL]
+    maps[3, 4, 2:28] = 0.8 + 0.05 * np.cos(np.arange(26))  # peaks 0.1 above the valleys
+    assert instances_from(maps, "instances").max() == 1
+    maps[3, 4, 2:28] = 0.8 + 0.1 * np.cos(np.arange(26))
+    assert instances_from(maps, "instances").max() == 5
 
 
 def test_masks_are_0_and_255_or_class_indices():

@@ -173,7 +173,7 @@ def test_segmenter_predicts_probabilities_of_images_of_any_size(fitted, quiet_tr
     images = [{"images": noise(1, 40, 24)}, {"images": noise(1, 33, 33)}]
     batches = trainer.predict(module, DataLoader(images, batch_size=None))
     assert [[tuple(one.shape) for one in batch] for batch in batches] == [[(2, 40, 24)], [(2, 33, 33)]]
-    torch.testing.assert_close(batches[0][0], module.probabilities(images[0]["images"]))
+    torch.testing.assert_close(batches[0][0], module.maps(images[0]["images"]))
     torch.testing.assert_close(batches[0][0].sum(dim=0), torch.ones(40, 24))
     (whole,) = trainer.predict(module, DataLoader(TensorDataset(noise(2, 1, 32, 32)), batch_size=2))
     assert [tuple(one.shape) for one in whole] == [(2, 32, 32)] * 2

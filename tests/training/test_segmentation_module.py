@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from unet_diffusion.data import (
     SyntheticCells,
 )
 from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.evaluation.thresholds import ScoresByThreshold
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_denoiser, read_segmenter
 from unet_diffusion.inference.record import save_denoiser
@@ -24,7 +26,7 @@ from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import Targets
-from unet_diffusion.segmentation.scores import dice, iou, pixel_error
+from unet_diffusion.segmentation.scores import THRESHOLDS, dice, iou, pixel_error
 from unet_diffusion.training import DiffusionModule, SegmentationModule
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
@@ -84,6 +86,20 @@ def test_validation_scores_are_those_of_the_whole_images(quiet_trainer, ignore_l
     assert logged["val/dice"] == pytest.approx(dice(truth, predicted))
     assert logged["val/iou"] == pytest.approx(iou(truth, predicted))
     assert logged["val/pixel_error"] == pytest.approx(pixel_error(truth, predicted))
+
+
+def test_threshold_is_the_best_on_images_that_are_kept_for_it(quiet_trainer, tmp_path, monkeypatch):
+    fitted_on = []
+    noted = SimpleNamespace(of=lambda index, *rest: fitted_on.append(index) or ScoresByThreshold.of(index, *rest))
+    monkeypatch.setattr("unet_diffusion.training.segmentation.ScoresByThreshold", noted)
+    data, made = cells(num_fit=1, window_size=64), module(network(norm="batch"), optimizer=ADAM)
+    trained = read_segmenter(fit_and_save(made, data, quiet_trainer(max_steps=10), tmp_path / "cells.ckpt"))
+    assert {*fitted_on} == {*data.fit_indices.tolist()}
+    whole = data.whole(int(data.fit_indices))
+    foreground, truth = trained.maps(whole["images"])[1].numpy(), whole["classes"].numpy() > 0
+    scores = {threshold: dice(truth, foreground > threshold) for threshold in THRESHOLDS}
+    assert scores[trained.threshold] == pytest.approx(max(scores.values()))
+    assert trained.segment(whole["images"]).threshold == trained.threshold
 
 
 def test_average_without_decay_is_the_raw_network_batch_norms_too(quiet_trainer):
@@ -228,7 +244,7 @@ def test_settings_that_contradict_each_other_are_refused(make, message):
     ("unet", "options", "message"),
     [
         (lambda: SegmentationUNet(3, 2, channels=(4, 8)), {}, "the images have 1 channels and the network takes 3"),
-        (lambda: network(), {"separate_borders": True}, "out_channels must be 3, one a class \\(background, cell, bor"),
+        (lambda: network(), {"separate_borders": True}, "out_channels must be 4, one a class \\(background, cell, bor"),
         (lambda: network(), {"window_size": 33}, "the next size that fits is 34 x 34"),
         (lambda: network(padding="valid"), {}, "the next size that fits is"),
     ],

@@ -13,7 +13,7 @@ from torch import Tensor
 from unet_diffusion.checks.captions import caption_facts, caption_findings, cut_findings
 from unet_diffusion.checks.duplicates import alike_findings, exact_findings, thumbnails
 from unet_diffusion.checks.findings import Finding, Section
-from unet_diffusion.checks.images import crop_findings, image_findings, stretch_findings, value_ends, value_facts
+from unet_diffusion.checks.images import crop_findings, image_findings, value_ends, value_facts
 from unet_diffusion.checks.labels import (
     class_findings,
     object_facts,
@@ -113,9 +113,6 @@ def _of_labelled(data: SegmentationDataModule, loss: str, quick: bool) -> list[S
     step = max(num_values // QUICK_VALUES, 1) if quick else 1
     images, labels, names = loaded.images[::step], loaded.labels[::step], loaded.names[::step]
     findings = image_findings(images, names)
-    if data.stretch and targets.kind != "classes":
-        inside = [data.classes(i) > 0 for i in range(0, len(loaded.images), step)]
-        findings += stretch_findings(images, inside, names)
     facts, of_labels = list[str](), list[Finding]()
     if step == 1:
         train, val = data.train_images, data.val_indices

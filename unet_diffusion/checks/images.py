@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.checks.findings import Finding, percent
-from unet_diffusion.data.scaling import percentiles
 from unet_diffusion.runtime.messages import first_few
 
 LEAST_RANGE = 1 / 8  # of the values that a type of number has; fewer, and the network sees almost one grey
 MANY_CONSTANT = 0.1  # of the images
 MUCH_CUT = 0.15  # of an image
 MANY_CUT = 0.05  # of the images
-MUCH_CLIPPED = 0.3  # of the pixels of an image's objects
 
 
 def value_facts(images: Sequence[Tensor] | Tensor) -> list[str]:
@@ -97,29 +95,3 @@ def crop_findings(sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> li
             option = f"--data.image_size HEIGHT WIDTH with a larger {other}, or crop the files around what matters"
             findings.append(Finding("advice" if len(much) > MANY_CUT * len(sizes) else "note", text, option))
     return findings
-
-
-def stretch_findings(images: Sequence[Tensor], objects: Sequence[Tensor], names: Sequence[str]) -> list[Finding]:
-    """Whether the stretch to percentiles clips what is to be found: in sparse images, objects are the brightest pixels.
-
-    Args:
-        images: The images, (C, H, W) each.
-        objects: Where objects are, bool (H, W) each.
-        names: The name of each image.
-    """
-    clipped = dict[str, float]()  # the share of the objects' pixels, by the name of the image
-    for name, image, inside in zip(names, images, objects, strict=True):
-        low, high = percentiles(image)
-        values = image.float()[:, inside]
-        share = float(((values < low) | (values > high)).float().mean()) if values.numel() else 0.0
-        if share > MUCH_CLIPPED:
-            clipped[name] = share
-    if not clipped:
-        return []
-    text = (
-        f"in {len(clipped)} of {len(images)} images the stretch to the 1st and 99th percentile clips over "
-        f"{percent(MUCH_CLIPPED)} of the objects' pixels, up to {percent(max(clipped.values()))} "
-        f"({first_few(list(clipped))}): where objects are sparse they are the brightest pixels, and the rest is "
-        "stretched noise"
-    )
-    return [Finding("warning" if len(clipped) > MANY_CUT * len(images) else "advice", text, "--data.stretch false")]

@@ -32,8 +32,8 @@ def segment(
     overlays: bool = False,
     probabilities: bool = False,
     views: bool = False,
-    threshold: float = 0.5,
-    min_size: int = 16,
+    threshold: float | None = None,
+    min_size: int | None = None,
     overwrite: bool = False,
     window_size: int | None = None,
     allow: Annotated[list[str], "MODULE"] | None = None,
@@ -58,8 +58,9 @@ def segment(
         overlays: Also write DIR/overlays/NAME.png, with outlines on the image.
         probabilities: Also write DIR/probabilities/NAME.npy, float16 (classes, height, width).
         views: Average over rotations and flips, which takes 8 times the work.
-        threshold: The foreground is where its probability is larger; the evaluation of a run says which is best.
-        min_size: Least number of pixels in an object, with --instances or --overlays; smaller objects are left out.
+        threshold: The foreground is where its probability is larger. The default was fitted in training.
+        min_size: Least number of pixels in an object, with --instances or --overlays; smaller objects are left out. The
+            default was fitted in training.
         overwrite: Replace the masks that an earlier run left in DIR.
         window_size: The number of pixels along a side that the network sees at once. The default is as in training.
         allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
@@ -87,9 +88,9 @@ def segment(
         from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
         from unet_diffusion.models.speed import prepare_weights
         from unet_diffusion.runtime.processes import process_group
-        from unet_diffusion.segmentation.labels import MIN_SIZE, check_threshold
+        from unet_diffusion.segmentation.labels import check_threshold
 
-    if min_size != MIN_SIZE and not (instances or overlays):
+    if min_size is not None and not (instances or overlays):
         raise ValueError("--min_size is of objects, and a mask shows none; add --instances or --overlays")
     trained = read_segmenter(checkpoint, allow=allow or ())
     settings: dict[str, Any] = {
@@ -98,8 +99,8 @@ def segment(
         "overlays": overlays,
         "probabilities": probabilities,
         "views": views,
-        "threshold": threshold,
-        "min_size": min_size,
+        "threshold": trained.threshold if threshold is None else threshold,
+        "min_size": trained.min_size if min_size is None else min_size,
         "window_size": window_size,
         f"{CONTENTS}checkpoint": contents_of(trained),
     }

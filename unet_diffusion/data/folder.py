@@ -189,7 +189,7 @@ class Tiles(Source):
         root: A folder, archive.zip, or archive.zip/folder.
         tile_size: Height and width of a tile in pixels; no image may be smaller.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
-        stretch: Whether each image's grey values are scaled from its 1st and 99th percentile, not from the range of
+        stretch: Whether each image's grey values are scaled from its 1st and 99.8th percentile, not from the range of
             its type.
         num_images: The number of images to use, the first by name, such as those that are not kept for a test. None
             takes all. Tiles that are validated on may be of an image that other tiles are trained on.
@@ -265,7 +265,7 @@ class Tiles(Source):
 
     def _as_bytes(self, page: Tensor) -> Tensor:
         """A page as uint8: sets may mix depths, and 8 bits are enough for what is noised anyway."""
-        return ((to_float(page, stretch=self.stretch) + 1) * 127.5).round().to(torch.uint8)
+        return ((to_float(page, stretch=self.stretch).clamp_(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def cut(image: Tensor, tile_size: int) -> Tensor:

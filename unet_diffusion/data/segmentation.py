@@ -23,10 +23,11 @@ from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretc
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
-from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, Targets
+from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, REACH, Targets
 
 VAL_SHARE = 5  # by default a fifth of the images is kept for validation
 SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number
+OBJECT_KEY = 1  # with seed, epoch and number: whether a window holds an object, and which
 
 DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
@@ -35,7 +36,8 @@ class SegmentationDataModule(SourceDataModule):
     """Batches of images, their classes and the weight of each pixel.
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "classes": int64 (B, H, W), "weights": float32 (B, H, W), 0
-    where nothing is to be learnt, "index": int64 (B,)}: random windows. In validation they are lists of `whole` images.
+    where nothing is to be learnt, "index": int64 (B,)}: random windows; for targets with borders also "distances",
+    float32 (B, H, W) in [0, 1], in parts of REACH. In validation they are lists of `whole` images.
 
     Args:
         source: Where the labelled images come from: `PairedFiles`, or a class of your own, see `LabelledSource`.
@@ -47,8 +49,12 @@ class SegmentationDataModule(SourceDataModule):
             takes a fifth. With a number, files that are added move none that was trained on; a fifth grows with them.
         num_train: The number of the other images to train on, drawn by the seed; a larger number keeps the images of
             a smaller one. None takes all.
+        num_fit: The number of these images, drawn by the seed, that are kept to fit the threshold and the least size of
+            objects on; 0 fits them on images that are trained on.
+        object_share: The share of windows that are drawn about a pixel of an object, which would be rare in sparse
+            images. The others are drawn anywhere.
         augmentation: How windows are deformed. None leaves them as they are.
-        stretch: Whether each image's grey values are scaled from its 1st and 99th percentile, not from the range of
+        stretch: Whether each image's grey values are scaled from its 1st and 99.8th percentile, not from the range of
             its type. This suits 16-bit images that use little of the range, and sets of mixed brightness.
         num_workers: The number of processes that draw windows. 0 draws them in the training process.
         seed: Seed of the windows and their deformation.
@@ -70,6 +76,8 @@ class SegmentationDataModule(SourceDataModule):
         windows_per_image: int = 16,
         num_val: int | None = None,
         num_train: int | None = None,
+        num_fit: int = 0,
+        object_share: float = 0.0,
         augmentation: Augmentation | None = None,
         stretch: bool = False,
         num_workers: int = 0,
@@ -79,10 +87,14 @@ class SegmentationDataModule(SourceDataModule):
         for name, value in (("window_size", window_size), ("windows_per_image", windows_per_image)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= object_share <= 1:
+            raise ValueError(f"object_share must be from 0 to 1, got {object_share}")
         self.targets = targets
         self.window_size = window_size
         self.windows_per_image = windows_per_image
         self.num_train = num_train
+        self.num_fit = num_fit
+        self.object_share = object_share
         self.augmentation = augmentation
         self.stretch = stretch
         self._images: LabelledImages | None = None
@@ -100,11 +112,16 @@ class SegmentationDataModule(SourceDataModule):
             return
         loaded = self.source.load(progress=self.shows_progress)
         self._check_labels(loaded)
-        train, self.val_indices = self._split(len(loaded.images))
+        train, self.fit_indices, self.val_indices = self._split(len(loaded.images))
         balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
         self._classes = [torch.from_numpy(self.targets.classes(labels)) for labels in loaded.labels]
         self._check_classes(train, self.val_indices)
         self._weights = {i: torch.from_numpy(self.targets.weights(loaded.labels[i], balance)) for i in train.tolist()}
+        borders = self.targets.separate_borders
+        self._distances = {i: torch.from_numpy(self.targets.distances(loaded.labels[i])) for i in train.tolist()
+                           if borders}  # fmt: skip
+        self._objects = {i: (self._classes[i] > 0).flatten().nonzero().flatten().int() for i in train.tolist()
+                         if self.object_share}  # fmt: skip
         self._ends = [percentiles(image) for image in loaded.images] if self.stretch else []
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
@@ -119,15 +136,16 @@ class SegmentationDataModule(SourceDataModule):
         smallest, largest = (f"{height}x{width}" for height, width in (sizes[0], sizes[-1]))
         size = smallest if len(sizes) == 1 else f"{smallest} to {largest}"
         bits = " and ".join(str(8 * one) for one in sorted({image.element_size() for image in images}))
-        chosen = f", {len(self.train_images)} of them" if self.num_train is not None else ""
+        chosen = f", {self.num_train} of them" if self.num_train is not None else ""
+        kept = f", {self.num_fit} of which thresholds are fitted on" if self.num_fit else ""
         return [
             f"found: {len(images)} labelled images, {len(images[0])} channels, {size} pixels, {bits} bits",
             f"left out: {self.images.left_out or 'nothing'}",
             f"labels: {self._labels_described()}",
             f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
             "epoch; whole images to validate on",
-            f"split: {len(images) - len(self.val_indices)} to train on{chosen}, the last {len(self.val_indices)} by "
-            "name to validate on",
+            f"split: {len(images) - len(self.val_indices)} to train on{chosen}{kept}, the last {len(self.val_indices)} "
+            "by name to validate on",
         ]
 
     def _labels_described(self) -> str:
@@ -178,14 +196,22 @@ class SegmentationDataModule(SourceDataModule):
         generator = keyed_generator(self.seed, epoch, number)
         image = self._scaled(index)
         size = (self.window_size, self.window_size)
-        centre = self._centre(image.shape[1:], generator)
+        centre = self._centre(image.shape[1:], generator, self._drawn_pixel(drawn))
         augmentation = self.augmentation or NO_AUGMENTATION
         coordinates = augmentation.coordinates(size, centre, generator)
-        targets = torch.stack([self._classes[index].float(), self._weights[index]])
-        classes, weights = sample_at(targets, coordinates, mode="nearest")
+        targets = {"classes": self._classes[index].float(), "weights": self._weights[index]}
+        if self.targets.separate_borders:
+            targets["distances"] = self._distances[index]
+        sampled = dict(
+            zip(targets, sample_at(torch.stack([*targets.values()]), coordinates, mode="nearest"), strict=True)
+        )
+        if self.targets.separate_borders:
+            across = (coordinates[:, :, -1] - coordinates[:, :, 0]).norm(dim=0).mean()  # of the window, in the image
+            scale = (self.window_size - 1) / across
+            sampled["distances"] = (sampled["distances"] * (scale / REACH)).clamp(max=1)
         mode: Any = "nearest" if self.augmentation is None else "bicubic"
         pixels = augmentation.grey_values(sample_at(image, coordinates, mode=mode), generator)
-        return {"images": pixels, "classes": classes.long(), "weights": weights, "index": torch.tensor(index)}
+        return {"images": pixels, **sampled, "classes": sampled["classes"].long(), "index": torch.tensor(index)}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of random windows; see `WindowBatches`.
@@ -217,16 +243,40 @@ class SegmentationDataModule(SourceDataModule):
         image = self.images.images[index]
         return stretch_to_unit_range(image, self._ends[index]) if self.stretch else scale_to_unit_range(image)
 
-    def _centre(self, size: torch.Size, generator: torch.Generator) -> tuple[float, float]:
-        """The centre, at whole pixels, of a window whose prediction lies within an image that is large enough."""
-        predicted = self.window_size - 2 * self.margin
-        draws = torch.rand(2, generator=generator)
-        starts = [int(u * max(side - predicted + 1, 1)) for u, side in zip(draws.tolist(), size, strict=True)]
-        small = [min(side - predicted, 0) // 2 for side in size]  # of an image that is smaller, the middle
-        y, x = (start + at + (predicted - 1) / 2 for start, at in zip(starts, small, strict=True))
-        return y, x
+    def _drawn_pixel(self, drawn: DrawnWindow) -> tuple[int, int] | None:
+        """The row and column of a pixel of an object that the window must hold; None: it is drawn anywhere."""
+        index, epoch, number = drawn
+        generator = keyed_generator(self.seed, epoch, number, OBJECT_KEY)
+        share, place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        if share >= self.object_share or not len(self._objects[index]):
+            return None
+        pixel = int(self._objects[index][int(place * len(self._objects[index]))])
+        return divmod(pixel, self._classes[index].shape[1])
 
-    def _split(self, num_images: int) -> tuple[Tensor, Tensor]:
+    def _centre(
+        self, size: torch.Size, generator: torch.Generator, pixel: tuple[int, int] | None
+    ) -> tuple[float, float]:
+        """The centre, at whole pixels, of a window whose prediction lies within an image that is large enough.
+
+        Args:
+            size: Height and width of the image.
+            generator: Generator of the random numbers.
+            pixel: A pixel that lies in the prediction of the window, before it is deformed; None: any.
+        """
+        predicted = self.window_size - 2 * self.margin
+        draws = torch.rand(2, generator=generator).tolist()
+        centre = []
+        for axis, side in enumerate(size):
+            first, last = 0, max(side - predicted, 0)
+            if pixel is not None:
+                first, last = max(pixel[axis] - predicted + 1, 0), min(pixel[axis], last)
+            start = first + int(draws[axis] * (last - first + 1))
+            small = min(side - predicted, 0) // 2  # of an image that is smaller, the middle
+            centre.append(start + small + (predicted - 1) / 2)
+        return centre[0], centre[1]
+
+    def _split(self, num_images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The images to train on, to fit thresholds on, and to validate on."""
         num_val = self.num_val if self.num_val is not None else max(num_images // VAL_SHARE, 1)
         if not 1 <= num_val < num_images:
             raise ValueError(f"num_val must be at least 1 and less than the {num_images} images, got {num_val}")
@@ -236,7 +286,12 @@ class SegmentationDataModule(SourceDataModule):
                 f"num_train must be from 1 to {rest}, the images not kept for validation, got {self.num_train}"
             )
         order = torch.randperm(rest, generator=keyed_generator(self.seed, SUBSET_KEY))
-        return order[: self.num_train].sort().values, torch.arange(rest, num_images)
+        order = order[: self.num_train]
+        if not 0 <= self.num_fit < len(order):
+            raise ValueError(f"num_fit must be from 0 to {len(order) - 1}, which leaves an image to train on, got "
+                             f"{self.num_fit}")  # fmt: skip
+        train, fit = order[: len(order) - self.num_fit], order[len(order) - self.num_fit :]
+        return train.sort().values, fit.sort().values, torch.arange(rest, num_images)
 
     def _check_labels(self, loaded: LabelledImages) -> None:
         with ThreadPoolExecutor(num_cpus()) as pool:

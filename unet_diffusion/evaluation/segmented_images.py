@@ -11,12 +11,10 @@ import skimage
 from numpy.typing import NDArray
 
 from unet_diffusion.evaluation.intervals import Values
-from unet_diffusion.inference.segmenter import Kind
+from unet_diffusion.inference.segmenter import Kind, Segmentation
 from unet_diffusion.segmentation.labels import (
     BACKGROUND,
-    MIN_SIZE,
     NO_VALUE,
-    THRESHOLD,
     Targets,
     instances_from,
     mask_from,
@@ -67,18 +65,18 @@ class Predicted:
     @classmethod
     def of(
         cls,
-        probabilities: NDArray[np.float32],
+        maps: NDArray[np.float32],
         kind: Kind,
         truth: Truth,
-        threshold: float = THRESHOLD,
-        min_size: int = MIN_SIZE,
+        threshold: float,
+        min_size: int,
     ) -> "Predicted":
-        """The mask and the objects of class probabilities, (K, H, W); classes have no threshold and no least size."""
-        mask = mask_from(probabilities, kind, threshold=threshold).astype(np.int64)
+        """The mask and the objects of maps, (K, H, W); classes have no threshold and no least size."""
+        mask = mask_from(maps, kind, threshold=threshold).astype(np.int64)
         if kind == "classes":
             mask = np.where(truth.classes == NO_VALUE, 0, mask)
             return cls(mask, connected_parts(mask))
-        objects = instances_from(probabilities, kind, min_size=min_size, threshold=threshold)
+        objects = instances_from(maps, kind, min_size=min_size, threshold=threshold)
         has_class = truth.classes != NO_VALUE
         return cls(((mask > 0) & has_class).astype(np.int64), np.where(has_class, objects, 0))
 
@@ -144,16 +142,16 @@ class ImageCounts:
     segments: Values
 
 
-def counted(index: int, probabilities: NDArray[np.float32], kind: Kind, truth: Truth) -> ImageCounts:
+def counted(index: int, segmented: Segmentation, truth: Truth) -> ImageCounts:
     """The counts of one image, in the mask and the objects that `segment` would write.
 
     Args:
         index: Number of the image in the data.
-        probabilities: Probability of each class, (K, H, W).
-        kind: The meaning of the classes.
+        segmented: What the segmenter sees in it.
         truth: What the image shows.
     """
-    predicted = Predicted.of(probabilities, kind, truth)
+    kind, probabilities = segmented.kind, segmented.probabilities
+    predicted = Predicted.of(segmented.maps, kind, truth, segmented.threshold, segmented.min_size)
     has_class = truth.classes != NO_VALUE
     num_classes = len(probabilities)
     return ImageCounts(

@@ -28,7 +28,7 @@ from unet_diffusion.evaluation.scores_of_counts import (
 )
 from unet_diffusion.evaluation.segmented_images import IOU_THRESHOLDS, ImageCounts
 from unet_diffusion.evaluation.thresholds import FITTED, FittedThreshold, ScoresByThreshold, fitted_thresholds
-from unet_diffusion.inference.segmenter import Kind
+from unet_diffusion.inference.segmenter import Kind, Segmenter
 from unet_diffusion.segmentation.scores import rand_error_of, v_info_of, v_rand_of
 
 Better = Literal["lower", "higher"]
@@ -178,18 +178,24 @@ def calibration_section(kind: Kind, class_names: Sequence[str], images: Sequence
 
 
 def threshold_section(
-    fits: Sequence[ScoresByThreshold], images: Sequence[ScoresByThreshold], *, were_trained_on: bool
+    segmenter: Segmenter,
+    fits: Sequence[ScoresByThreshold],
+    images: Sequence[ScoresByThreshold],
+    *,
+    were_trained_on: bool,
 ) -> Section:
     """What a threshold that was fitted on other images changes on the validation images.
 
     Args:
+        segmenter: The segmenter, with the threshold and the least size that it takes.
         fits: The images that thresholds are fitted on.
         images: The validation images.
         were_trained_on: Whether the network has seen the images that thresholds are fitted on.
     """
     figures, rows, warnings = [], [], []
     for fitted in fitted_thresholds(fits):
-        before, after = (np.array([place.score(image) for image in images]) for place in (fitted.default, fitted))
+        own = fitted.instead(segmenter.threshold, segmenter.min_size)
+        before, after = (np.array([place.score(image) for image in images]) for place in (own, fitted))
         change = interval_of_mean(after - before)
         title, size = FITTED[fitted.key], "" if fitted.min_size is None else f", objects from {fitted.min_size} pixels"
         rows.append([title, fitted.threshold, fitted.min_size, mean(before), mean(after), *(change or (None, None))])

@@ -19,9 +19,8 @@ from unet_diffusion.evaluation.segmenter_sections import (
     threshold_section,
 )
 from unet_diffusion.evaluation.thresholds import ScoresByThreshold, images_to_fit_on
-from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.inference.segmenter import Segmentation, Segmenter
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
-from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
 from unet_diffusion.segmentation.scores import THRESHOLDS
 
 NUM_WORST = 6
@@ -38,7 +37,7 @@ class SegmentedImage:
     """What was counted in one image.
 
     Args:
-        counts: The counts at the threshold that `segment` takes.
+        counts: The counts at the threshold and least size of the segmenter.
         by_threshold: The scores at each threshold; None: classes have none.
         warped: See `warped_shares`; None: the network separates objects by itself, or has classes.
     """
@@ -102,7 +101,7 @@ def evaluate_segmenter(
     ]
     if fits:
         validated = [image.by_threshold for image in images if image.by_threshold is not None]
-        sections.append(threshold_section(fits, validated, were_trained_on=were_trained_on))
+        sections.append(threshold_section(segmenter, fits, validated, were_trained_on=were_trained_on))
     sections.append(_worst_section(look, counts))
     if len(images) < FEW_IMAGES:
         sections[0].warnings.insert(0, FEW.format(len(images)))
@@ -117,25 +116,27 @@ class _Look:
     ) -> None:
         self.segmenter, self.data, self.views, self.step = segmenter, data, views, step
 
-    def probabilities(self, index: int) -> np.ndarray:
+    def segmented(self, index: int) -> Segmentation:
+        segmenter = self.segmenter
         with torch.inference_mode():
-            return self.segmenter.probabilities(self.data.whole(index)["images"], views=self.views).numpy()
+            maps = segmenter.maps(self.data.whole(index)["images"], views=self.views).numpy()
+        return Segmentation(maps, segmenter.kind, segmenter.class_names, segmenter.threshold, segmenter.min_size)
 
     def truth(self, index: int) -> Truth:
         classes = self.data.whole(index)["classes"].numpy()
         return Truth.of(self.data.targets, self.data.images.labels[index], classes)
 
     def by_threshold(self, index: int) -> ScoresByThreshold:
-        fit = ScoresByThreshold.of(index, self.probabilities(index), self.segmenter.kind, self.truth(index))
+        fit = ScoresByThreshold.of(index, self.segmented(index).maps, self.segmenter.kind, self.truth(index))
         self.step()
         return fit
 
     def measured(self, index: int) -> SegmentedImage:
-        probabilities, truth, kind = self.probabilities(index), self.truth(index), self.segmenter.kind
+        segmented, truth, kind = self.segmented(index), self.truth(index), self.segmenter.kind
         image = SegmentedImage(
-            counted(index, probabilities, kind, truth),
-            ScoresByThreshold.of(index, probabilities, kind, truth) if kind != "classes" else None,
-            warped_shares(probabilities, truth, THRESHOLDS) if kind == "binary" else None,
+            counted(index, segmented, truth),
+            ScoresByThreshold.of(index, segmented.maps, kind, truth) if kind != "classes" else None,
+            warped_shares(segmented.maps, truth, THRESHOLDS) if kind == "binary" else None,
         )
         self.step()
         return image
@@ -153,7 +154,8 @@ def _worst_section(look: _Look, images: list[ImageCounts]) -> Section:
     for place in worst:
         image = images[place]
         truth = look.truth(image.index)
-        predicted = Predicted.of(look.probabilities(image.index), kind, truth)
+        segmented = look.segmented(image.index)
+        predicted = Predicted.of(segmented.maps, kind, truth, segmented.threshold, segmented.min_size)
         shown = look.data.whole(image.index)["images"]
         num_true, num_predicted = len(image.objects.true_areas), len(image.objects.areas)
         rows.append([names[image.index], float(dices[place]), float(precisions[place]), num_true, num_predicted])
@@ -188,8 +190,12 @@ def _protocol(
         "network": repr(segmenter),
         "validation images": len(data.val_indices),
         "views": "eight rotated and mirrored" if views else "one",
-        "grey values": "1st to 99th percentile of each image" if segmenter.stretch else "range of the type",
+        "grey values": "1st to 99.8th percentile of each image" if segmenter.stretch else "range of the type",
     }
     if segmenter.kind != "classes":
-        protocol |= {"threshold": THRESHOLD, "least object, pixels": MIN_SIZE, "images fitted on": len(fitted_on)}
+        protocol |= {
+            "threshold": segmenter.threshold,
+            "least object, pixels": segmenter.min_size,
+            "images fitted on": len(fitted_on),
+        }
     return {**protocol, "intervals": "95 %, bootstrap over images, 1,000 draws"}

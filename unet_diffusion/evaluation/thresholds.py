@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.evaluation.intervals import Values
-from unet_diffusion.evaluation.scores_of_counts import average_precision_of, dice_of
+from unet_diffusion.evaluation.scores_of_counts import average_precision_of, dice_of, mean_average_precision_of
 from unet_diffusion.evaluation.segmented_images import ObjectMatches, Predicted, Truth, mask_counts, membrane_sums
 from unet_diffusion.inference.segmenter import Kind
 from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
@@ -17,9 +17,11 @@ from unet_diffusion.segmentation.scores import THRESHOLDS, v_rand_of
 SIZES = (1, 4, 8, 16, 32, 64, 128)  # least numbers of pixels in an object
 FITTED = {  # the scores that are fitted, each by itself, for they want different thresholds
     "ap_50": "AP at IoU 0.5",
+    "ap_50_90": "AP, mean of IoU 0.5 to 0.9",
     "dice": "Dice",
     "v_rand": "V_rand",
 }
+KEPT = {"instances": "ap_50_90", "binary": "dice"}  # the score whose threshold training keeps, by kind
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class ScoresByThreshold:
     Args:
         index: Number of the image in the data.
         mask: Counts of the mask's pixels, (T, 2, 3).
-        objects: Counts of the objects that are found at an IoU of 0.5, (T, S, 3).
+        objects: Counts of the objects that are found at each IoU of IOU_THRESHOLDS, (T, S, I, 3).
         membranes: Sums of `membrane_sums`, (T, 3, 3); None: the network separates objects by itself.
     """
 
@@ -39,21 +41,25 @@ class ScoresByThreshold:
     membranes: Values | None
 
     @classmethod
-    def of(cls, index: int, probabilities: NDArray[np.float32], kind: Kind, truth: Truth) -> "ScoresByThreshold":
-        """The scores of an image with class probabilities (K, H, W)."""
+    def of(cls, index: int, maps: NDArray[np.float32], kind: Kind, truth: Truth) -> "ScoresByThreshold":
+        """The scores of an image by the maps of a network, (K, H, W)."""
         masks, objects = [], []
         for threshold in THRESHOLDS:
-            predicted = Predicted.of(probabilities, kind, truth, threshold, min_size=1)
+            predicted = Predicted.of(maps, kind, truth, threshold, min_size=1)
             masks.append(mask_counts(truth, predicted, num_classes=2))
             matches = ObjectMatches.of(truth, predicted)
-            objects.append(np.stack([matches.counts(size)[0] for size in SIZES]))
-        membranes = membrane_sums(probabilities, truth, THRESHOLDS) if kind == "binary" else None
+            objects.append(np.stack([matches.counts(size) for size in SIZES]))
+        membranes = membrane_sums(maps, truth, THRESHOLDS) if kind == "binary" else None
         return cls(index, np.stack(masks), np.stack(objects), membranes)
 
     @property
     def scores(self) -> dict[str, Values]:
         """Each score by threshold and size, (T, S) or, where size does not matter, (T, 1)."""
-        scores = {"ap_50": average_precision_of(self.objects), "dice": dice_of(self.mask)[:, None]}
+        scores = {
+            "ap_50": average_precision_of(self.objects[..., 0, :]),
+            "ap_50_90": mean_average_precision_of(self.objects),
+            "dice": dice_of(self.mask)[:, None],
+        }
         return scores if self.membranes is None else {**scores, "v_rand": v_rand_of(self.membranes)[:, None]}
 
 
@@ -76,10 +82,16 @@ class FittedThreshold:
         column = 0 if self.min_size is None else SIZES.index(self.min_size)
         return float(image.scores[self.key][THRESHOLDS.index(self.threshold), column])
 
-    @property
-    def default(self) -> "FittedThreshold":
-        """The threshold and size that are taken otherwise."""
-        return FittedThreshold(self.key, THRESHOLD, None if self.min_size is None else MIN_SIZE)
+    def instead(self, threshold: float, min_size: int) -> "FittedThreshold":
+        """The nearest place of the same score to a threshold and size."""
+        size = None if self.min_size is None else min(SIZES, key=lambda one: abs(np.log(one / min_size)))
+        return FittedThreshold(self.key, min(THRESHOLDS, key=lambda one: abs(one - threshold)), size)
+
+
+def kept_threshold(images: Sequence[ScoresByThreshold], kind: Kind) -> tuple[float, int]:
+    """The threshold and the least size of objects that training keeps, fitted on images."""
+    (fitted,) = (one for one in fitted_thresholds(images) if one.key == KEPT[kind])
+    return fitted.threshold, MIN_SIZE if fitted.min_size is None else fitted.min_size
 
 
 def fitted_thresholds(images: Sequence[ScoresByThreshold]) -> list[FittedThreshold]:
@@ -91,14 +103,20 @@ def images_to_fit_on(data: SegmentationDataModule, most: int) -> tuple[list[int]
     """Images that are not validated on, and whether the network was trained on them.
 
     Args:
-        data: The images; those that it neither trains nor validates on (num_train) come first.
+        data: The images; those that are kept for it (num_fit) come first, then those that are neither trained nor
+            validated on (num_train).
         most: How many images at most, evenly spaced.
     """
     trained = data.train_images.tolist()
     others = sorted({*range(len(data.images.images))} - {*trained, *data.val_indices.tolist()})
-    images = others or trained
+    images = data.fit_indices.tolist() or others or trained
+    return evenly_spaced(images, most), images is trained
+
+
+def evenly_spaced(images: list[int], most: int) -> list[int]:
+    """At most so many of the images."""
     places = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)
-    return [images[place] for place in places], not others
+    return [images[place] for place in places]
 
 
 def _fitted(key: str, scores: Values) -> FittedThreshold:

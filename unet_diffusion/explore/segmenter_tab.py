@@ -33,7 +33,6 @@ from unet_diffusion.inference.objects import COLUMNS, intensities, object_rows, 
 from unet_diffusion.inference.segment_files import sixteen_bits
 from unet_diffusion.inference.segmenter import Segmentation, Segmenter
 from unet_diffusion.runtime.pictures import to_uint8
-from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
 from unet_diffusion.segmentation.pictures import colour_classes, outlined
 
 LEAST_SIDE, MOST_SIDE = 512, 1600  # longer side of the picture with outlines, in pixels
@@ -65,20 +64,24 @@ class Column:
     """Where the segmentation by a run is shown.
 
     Args:
+        threshold: The slider of the threshold.
+        min_size: The slider of the least size.
         picture: The image with outlines.
         words: How many objects there are.
         table: The objects.
         files: The mask and the table as files.
     """
 
+    threshold: gr.Slider
+    min_size: gr.Slider
     picture: gr.Image
     words: gr.Markdown
     table: gr.Dataframe
     files: gr.File
 
     @property
-    def components(self) -> list[gr.components.Component]:
-        """All of these."""
+    def outputs(self) -> list[gr.components.Component]:
+        """What changes with the segmentation."""
         return [self.picture, self.words, self.table, self.files]
 
 
@@ -99,39 +102,19 @@ class SegmenterTab:
                     self.columns = [_column(run, number) for number, run in enumerate(runs)]
             # Segmented by the name of the run: each visitor has a state of their own
             self.state = gr.State({}, time_to_live=FILE_LIFETIME)
-            inputs = [self.upload, self.views, self.threshold, self.min_size, self.state]
-            shown = [component for column in self.columns for component in column.components]
+            sliders = [slider for column in self.columns for slider in (column.threshold, column.min_size)]
+            inputs = [self.upload, self.views, *sliders, self.state]
+            shown = [component for column in self.columns for component in column.outputs]
             bind_work(self.controls, self._segment, inputs, [*shown, self.state])
             bind([self.upload.change], self._cleared, [], [*shown, self.state])
-            for slider in (self.threshold, self.min_size):
+            for slider in sliders:
                 bind([slider.change], lambda values: self._presented(values, values[self.state]), inputs, shown)
             command_box(inputs, self._commands)
 
     def _add_inputs(self) -> None:
-        has_threshold = any(run.model.kind != "classes" for run in self.runs)
         self.upload = gr.File(label="Image: drop a file here", type="filepath", elem_id="upload", height=110)
         self.views = gr.Checkbox(False, label="Average over eight views", info="Takes eight times as long.")
         self.controls = Controls.named("Segment")
-        self.threshold = gr.Slider(
-            0.05,
-            0.95,
-            THRESHOLD,
-            step=0.01,
-            label="Threshold",
-            info="A pixel is an object's where its probability is larger.",
-            visible=has_threshold,
-            elem_id="threshold",
-        )
-        self.min_size = gr.Slider(
-            1,
-            LARGEST_MIN_SIZE,
-            MIN_SIZE,
-            step=1,
-            label="Least size",
-            info="Objects of fewer pixels are left out.",
-            visible=has_threshold,
-            elem_id="min_size",
-        )
 
     def _segment(self, values: Values) -> Generator[Update, None, None]:
         if values[self.upload] is None:
@@ -147,7 +130,8 @@ class SegmenterTab:
         update: Update = {}
         for run, column in zip(self.runs, self.columns, strict=True):
             if run.name in segmented:
-                update |= _presented(segmented[run.name], column, values[self.threshold], int(values[self.min_size]))
+                threshold, min_size = values[column.threshold], int(values[column.min_size])
+                update |= _presented(segmented[run.name], column, threshold, min_size)
         return update
 
     def _cleared(self, values: Values) -> Update:
@@ -161,24 +145,24 @@ class SegmenterTab:
     def _commands(self, values: Values) -> str:
         folders = ["masks"] if len(self.runs) == 1 else [f"masks_{number + 1}" for number in range(len(self.runs))]
         name = Path(values[self.upload]).name if values[self.upload] else "IMAGE"
-        return "\n".join(
-            command_line(
-                "segment", run.path, self._options(run.model, values) | {"output": folder, **run.options}, name
-            )
-            for run, folder in zip(self.runs, folders, strict=True)
-        )
+        lines = []
+        for run, column, folder in zip(self.runs, self.columns, folders, strict=True):
+            options = self._options(run.model, column, values) | {"output": folder, **run.options}
+            lines.append(command_line("segment", run.path, options, name))
+        return "\n".join(lines)
 
-    def _options(self, segmenter: Segmenter, values: Values) -> dict[str, Any]:
+    def _options(self, segmenter: Segmenter, column: Column, values: Values) -> dict[str, Any]:
         options: dict[str, Any] = {"views": True} if values[self.views] else {}
         if segmenter.kind != "classes":
-            threshold, min_size = values[self.threshold], int(values[self.min_size])
+            threshold, min_size = values[column.threshold], int(values[column.min_size])
             options["instances"] = True
-            options |= {} if threshold == THRESHOLD else {"threshold": threshold}
-            options |= {} if min_size == MIN_SIZE else {"min_size": min_size}
+            options |= {} if threshold == segmenter.threshold else {"threshold": threshold}
+            options |= {} if min_size == segmenter.min_size else {"min_size": min_size}
         return options
 
 
 def _column(run: Run[Segmenter], number: int) -> Column:
+    segmenter = run.model
     with gr.Column():
         picture = gr.Image(
             label=run.name,
@@ -189,12 +173,29 @@ def _column(run: Run[Segmenter], number: int) -> Column:
             buttons=["download", "fullscreen"],
             elem_id=f"outlines_{number}",
         )
-        return Column(
-            picture=picture,
-            words=gr.Markdown(elem_id=f"counted_{number}"),
-            table=gr.Dataframe(visible=False, interactive=False, max_height=300, label="Objects", show_label=True),
-            files=gr.File(visible=False, interactive=False, label="Mask and table"),
-        )
+        words = gr.Markdown(elem_id=f"counted_{number}")
+        with gr.Row(visible=segmenter.kind != "classes"):
+            threshold = gr.Slider(
+                0.05,
+                0.95,
+                segmenter.threshold,
+                step=0.01,
+                label="Threshold",
+                info="A pixel is an object's where its probability is larger.",
+                elem_id=f"threshold_{number}",
+            )
+            min_size = gr.Slider(
+                1,
+                max(LARGEST_MIN_SIZE, segmenter.min_size),
+                segmenter.min_size,
+                step=1,
+                label="Least size",
+                info="Objects of fewer pixels are left out.",
+                elem_id=f"min_size_{number}",
+            )
+        table = gr.Dataframe(visible=False, interactive=False, max_height=300, label="Objects", show_label=True)
+        files = gr.File(visible=False, interactive=False, label="Mask and table")
+        return Column(threshold, min_size, picture, words, table, files)
 
 
 def _segmented(
@@ -202,7 +203,6 @@ def _segmented(
 ) -> Segmented:
     """Segment a file, saying how far it is."""
     image = to_float(read_at_its_own_size(path, segmenter.unet.in_channels), stretch=segmenter.stretch)
-    image = image.clamp(-1, 1)
 
     def progress(share: float) -> None:
         say({status: progress_line(share, f"{share:.0%} of the image")})
@@ -211,7 +211,7 @@ def _segmented(
     data = Path(path).read_bytes()
     stored = intensities(next(iter(stored_images(data)))).astype(np.float32)
     height, width = ("" if size is None else f"{size:.6g}" for size in pixel_size(data))
-    return Segmented(Path(path).name, to_uint8(image[None])[0], segmentation, stored, (height, width))
+    return Segmented(Path(path).name, to_uint8(image.clamp(-1, 1)[None])[0], segmentation, stored, (height, width))
 
 
 def _presented(segmented: Segmented, column: Column, threshold: float, min_size: int) -> Update:

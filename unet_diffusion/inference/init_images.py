@@ -99,12 +99,13 @@ def read_at_its_own_size(image: ImageLike, channels: int) -> Tensor:
     return pixels
 
 
-def check_tensor(name: str, image: Tensor) -> None:
+def check_tensor(name: str, image: Tensor, *, is_bounded: bool = True) -> None:
     """Refuse a tensor that is not in [-1, 1].
 
     Args:
         name: Name of the image in errors.
         image: The tensor, which is not empty.
+        is_bounded: Whether values must be in [-1, 1]; stretched images go beyond.
 
     Raises:
         ValueError: If the tensor holds integers, or numbers below -1 or above 1.
@@ -113,7 +114,8 @@ def check_tensor(name: str, image: Tensor) -> None:
         raise ValueError(f"{name} as a tensor must hold floats in [-1, 1], got {image.dtype}; scale it, or give an "
                          "array of 8 or 16 bits")  # fmt: skip
     low, high = (float(end) for end in image.detach().aminmax())
-    if not -1 <= low <= high <= 1:
+    limit = 1 if is_bounded else torch.finfo(torch.float32).max
+    if not -limit <= low <= high <= limit:
         raise ValueError(f"{name} as a tensor must be in [-1, 1], got {low:.6g} to {high:.6g}; scale it, or clamp what "
                          "was drawn with .clamp(-1, 1)")  # fmt: skip
 

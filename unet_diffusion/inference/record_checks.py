@@ -91,6 +91,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "stretch": ("True or False", lambda value: isinstance(value, bool)),
         "window_size": ("a whole number from 1", is_count),
         "settings": _DICT,
+        "threshold": ("a number between 0 and 1", lambda value: isinstance(value, float) and 0 < value < 1),
+        "min_size": ("a whole number from 1", is_count),
     },
     "autoencoder": {
         "class_name": ("AutoencoderKL or VQModel", lambda value: value in ("AutoencoderKL", "VQModel")),

@@ -18,10 +18,20 @@ from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD, check_threshold, instances_from, mask_from
-from unet_diffusion.segmentation.prediction import class_probabilities
+from unet_diffusion.segmentation.labels import (
+    DISTANCE,
+    MIN_SIZE,
+    THRESHOLD,
+    check_threshold,
+    instances_from,
+    mask_from,
+    probabilities_in,
+)
+from unet_diffusion.segmentation.prediction import predicted_maps
 
-FIELDS = ("kind", "class_names", "timestep", "stretch", "window_size", "settings")  # of a record, beside the network
+FIELDS = (  # of a record, beside the network
+    *("kind", "class_names", "timestep", "stretch", "window_size", "settings", "threshold", "min_size"),
+)
 Kind = Literal["binary", "classes", "instances"]
 
 
@@ -30,23 +40,33 @@ class Segmentation:
     """The segmentation of an image.
 
     Args:
-        probabilities: The probability of each class at each pixel, (K, H, W) float32.
+        maps: The maps that the network gives, as `Segmenter.maps`.
         kind: The meaning of the classes, as in `Segmenter`.
         class_names: The name of each class.
         threshold: The foreground is where its probability is larger; classes have no threshold.
         min_size: Least number of pixels in an object; smaller objects are left out.
     """
 
-    probabilities: NDArray[np.float32]
+    maps: NDArray[np.float32]
     kind: Kind
     class_names: list[str]
     threshold: float = THRESHOLD
     min_size: int = MIN_SIZE
 
     @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """The probability of each class at each pixel, (K, H, W)."""
+        return probabilities_in(self.maps, self.kind)
+
+    @property
+    def distances(self) -> NDArray[np.float32] | None:
+        """The distance from the edge of the object, (H, W), where 1 is 6 pixels and more; None: the kind has none."""
+        return self.maps[DISTANCE] if self.kind == "instances" else None
+
+    @property
     def classes(self) -> NDArray[np.uint8]:
         """The mask, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class."""
-        return mask_from(self.probabilities, self.kind, threshold=self.threshold)
+        return mask_from(self.maps, self.kind, threshold=self.threshold)
 
     @cached_property
     def instances(self) -> NDArray[np.int32]:
@@ -55,7 +75,7 @@ class Segmentation:
         Raises:
             ValueError: If the kind is "classes", which has no objects.
         """
-        return instances_from(self.probabilities, self.kind, min_size=self.min_size, threshold=self.threshold)
+        return instances_from(self.maps, self.kind, min_size=self.min_size, threshold=self.threshold)
 
 
 @dataclass(repr=False)
@@ -63,17 +83,20 @@ class Segmenter(Running):
     """A trained network for segmentation and its settings. `unet_diffusion.load` reads one from files.
 
     Args:
-        unet: The network, called as `unet(x, t)` for class scores, with its averaged (EMA) weights.
-        kind: "binary" (background and foreground), "classes", or "instances" (background, cell and cell border).
-        class_names: The name of each class score.
+        unet: The network, called as `unet(x, t)` for scores, with its averaged (EMA) weights.
+        kind: "binary" (background and foreground), "classes", or "instances" (background, cell and cell border; the
+            network gives distances, too).
+        class_names: The name of each class.
         timestep: The timestep for a network that was a denoiser; None: the network takes no timestep.
-        stretch: Scale grey values by each image's 1st and 99th percentile instead of the range of its type.
+        stretch: Scale grey values by each image's 1st and 99.8th percentile instead of the range of its type.
         window_size: Height and width of the training windows in pixels.
         settings: The settings of the training as plain values.
         speed: The speed that the network was trained at.
+        threshold: The foreground is where its probability is larger; training fits it. Classes have none.
+        min_size: Least number of pixels in an object, which training fits, too.
 
     Raises:
-        ValueError: If class_names or timestep do not fit the network.
+        ValueError: If class_names or timestep do not fit the network, or threshold or min_size are out of range.
     """
 
     unet: PixelNetwork
@@ -84,18 +107,22 @@ class Segmenter(Running):
     window_size: int
     settings: dict[str, Any] = field(default_factory=dict)
     speed: Speed = "plain"
+    threshold: float = THRESHOLD
+    min_size: int = MIN_SIZE
 
     def __post_init__(self) -> None:
         num_scores = self.unet.config.get("out_channels") or self.unet.in_channels
-        expected = {"binary": 2, "instances": 3}.get(self.kind, num_scores)
-        if num_scores != expected or len(self.class_names) != num_scores:
+        num_classes = {"binary": 2, "instances": 3}.get(self.kind, num_scores)
+        expected = num_classes + (self.kind == "instances")
+        if num_scores != expected or len(self.class_names) != num_classes:
             raise ValueError(
-                f"a segmenter of kind {self.kind} must have {expected} class_names and as many scores of the network, "
-                f"got {len(self.class_names)} and {num_scores}"
+                f"a segmenter of kind {self.kind} must have {num_classes} class_names and {expected} scores of the "
+                f"network, got {len(self.class_names)} and {num_scores}"
             )
         if (self.timestep is None) != (self.unet.time_embedding is None):
             rule = "must be None for a network without timestep" if self.unet.time_embedding is None else "must be set"
             raise ValueError(f"timestep {rule}, got {self.timestep}")
+        check_threshold("binary", self.threshold, self.min_size)
 
     @torch.inference_mode()
     def segment(
@@ -103,18 +130,19 @@ class Segmenter(Running):
         image: ImageLike,
         *,
         views: bool = False,
-        threshold: float = THRESHOLD,
-        min_size: int = MIN_SIZE,
+        threshold: float | None = None,
+        min_size: int | None = None,
         progress: Callable[[float], object] | None = None,
     ) -> Segmentation:
         """The classes, probabilities and objects of an image of any size.
 
         Args:
             image: A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits or in [0, 1], or a tensor (C, H, W)
-                in [-1, 1]. A file must hold one page; `unet-diffusion segment` segments all pages of a stack.
+                in [-1, 1], or stretched if the segmenter stretches images. A file must hold one page;
+                `unet-diffusion segment` segments all pages of a stack.
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
-            threshold: The foreground is where its probability is larger.
-            min_size: Least number of pixels in an object; smaller objects are left out.
+            threshold: The foreground is where its probability is larger; None: the segmenter's own.
+            min_size: Least number of pixels in an object; smaller objects are left out. None: the segmenter's own.
             progress: Called with the share of the image that is done, above 0 and up to 1.
 
         Raises:
@@ -129,15 +157,15 @@ class Segmenter(Running):
         elif image.ndim != 3 or image.shape[0] != channels or not image.numel():
             raise ValueError(f"image as a tensor must be ({channels}, H, W), got {tuple(image.shape)}")
         else:
-            check_tensor("image", image)
-        probabilities = self.probabilities(image, views=views, progress=progress).numpy()
-        return Segmentation(probabilities, self.kind, self.class_names, threshold, min_size)
+            check_tensor("image", image, is_bounded=not self.stretch)
+        threshold = self.threshold if threshold is None else threshold
+        min_size = self.min_size if min_size is None else min_size
+        maps = self.maps(image, views=views, progress=progress).numpy()
+        return Segmentation(maps, self.kind, self.class_names, threshold, min_size)
 
     @torch.no_grad()
-    def probabilities(
-        self, image: Tensor, *, views: bool = False, progress: Callable[[float], object] | None = None
-    ) -> Tensor:
-        """The probability of each class at each pixel, (K, H, W) float32 on the CPU.
+    def maps(self, image: Tensor, *, views: bool = False, progress: Callable[[float], object] | None = None) -> Tensor:
+        """The probability of each class at each pixel, and of kind "instances" the distances, (K, H, W) on the CPU.
 
         Args:
             image: Image of any size, (C, H, W) in [-1, 1].
@@ -145,9 +173,10 @@ class Segmenter(Running):
             progress: Called with the share of the image that is done, above 0 and up to 1.
         """
         with self._context():
-            return class_probabilities(
+            return predicted_maps(
                 self.unet,
                 image,
+                num_classes=len(self.class_names),
                 timestep=self.timestep,
                 window_size=self.window_size,
                 views=views,

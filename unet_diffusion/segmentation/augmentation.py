@@ -29,6 +29,9 @@ class Augmentation:
         contrast: Standard deviation of the logarithm of the factor that stretches grey values about the image's mean;
             0 is off.
         noise: Standard deviation of the noise that is added to each pixel; 0 is off.
+        colour: Standard deviation of brightness, and of the logarithm of contrast, of each channel by itself; 0 is off.
+        shuffle: Share of the windows whose channels come in another order; 0 is off.
+        inversion: Share of the windows in which bright becomes dark; 0 is off.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -42,11 +45,17 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     noise: float = 0.0
+    colour: float = 0.0
+    shuffle: float = 0.0
+    inversion: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("rotation", "scale", "elastic_sd", "brightness", "contrast", "noise"):
+        for name in ("rotation", "scale", "elastic_sd", "brightness", "contrast", "noise", "colour"):
             if not 0 <= getattr(self, name) < math.inf:  # nor NaN
                 raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}; 0 turns it off")
+        for name in ("shuffle", "inversion"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share of windows from 0 to 1, got {getattr(self, name)}")
         if self.elastic_grid < 2:
             raise ValueError(f"elastic_grid must be at least 2 points a side, got {self.elastic_grid}")
 
@@ -67,7 +76,7 @@ class Augmentation:
         return places + torch.tensor(centre, dtype=torch.float32)[:, None, None]
 
     def grey_values(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the image with another contrast, another brightness and noise, (C, H, W), without clipping.
+        """Return the image with other contrast, brightness and colours, and noise, (C, H, W), without clipping.
 
         Args:
             image: The image, (C, H, W) float in [-1, 1].
@@ -78,7 +87,18 @@ class Augmentation:
         if self.contrast:  # even a factor of 1 would round
             mean = image.mean()
             image = mean + (image - mean) * torch.exp(self.contrast * contrast)
-        return image + self.brightness * brightness + self.noise * noise
+        return self._colours(image + self.brightness * brightness + self.noise * noise, generator)
+
+    def _colours(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the image with channels that are changed one by one and shuffled, and inverted, (C, H, W)."""
+        factor, shift = torch.randn(2, len(image), 1, 1, generator=generator).to(image)
+        order = torch.randperm(len(image), generator=generator)
+        shuffle, inversion = torch.rand(2, generator=generator).tolist()
+        if self.colour:
+            image = image * torch.exp(self.colour * factor) + self.colour * shift
+        if shuffle < self.shuffle:
+            image = image[order]
+        return -image if inversion < self.inversion else image
 
     def _matrix(self, generator: torch.Generator) -> Tensor:
         """Return the matrix that mirrors, rotates and scales offsets in the window to offsets in the image, (2, 2)."""

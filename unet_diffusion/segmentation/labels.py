@@ -16,6 +16,11 @@ LabelFormat = Literal["0/1", "0/255", "classes", "instances"]
 Kind = Literal["binary", "classes", "instances"]
 
 BACKGROUND, CELL, BORDER = 0, 1, 2  # the classes of kind "instances"; those of kind "binary" without the border
+DISTANCE = 3  # the map that a network of kind "instances" gives after its classes
+# Distances from the edge are learnt up to this many pixels, as parts of it: farther in, they would tell an object's
+# size, which a network sees less well, and dents of the edge would make peaks.
+REACH = 6
+PEAK_HEIGHT = 1 / REACH  # lower peaks make no object of their own
 NO_VALUE = -1  # class of pixels that are not to be learnt
 MAX_CLASSES = 256  # predictions are written as 8-bit images
 MIN_SIZE, THRESHOLD = 16, 0.5  # of objects: their least number of pixels, and the foreground's probability
@@ -34,8 +39,8 @@ class Targets:
         label_format: Meaning of the values: "0/1" or "0/255" for background and foreground; "classes" for class
             indices; "instances" for instance numbers, where 0 is background and each object has its own number.
         num_classes: With "classes", the number of classes, background included; otherwise leave it out.
-        separate_borders: With "instances", whether to learn the borders of objects as a class of their own, so that
-            touching objects are separated.
+        separate_borders: With "instances", whether to learn the borders of objects as a class of their own, and the
+            distance of each pixel from the edge of its object, so that touching objects are separated.
         border_width: Width of that class, in pixels inwards from the edge of an object.
         ignore_label: Value in the label images of pixels that are not to be learnt; None learns all pixels.
         class_balance: Whether to weight classes by their inverse frequency in the training images.
@@ -49,7 +54,7 @@ class Targets:
     label_format: LabelFormat
     num_classes: int | None = None
     separate_borders: bool = False
-    border_width: int = 2
+    border_width: int = 1
     ignore_label: int | None = None
     class_balance: bool = False
     border_weight: float = 0.0
@@ -93,6 +98,11 @@ class Targets:
             return [str(index) for index in range(self.num_classes)]
         return ["background", "cell", "border"][: 3 if self.separate_borders else 2]
 
+    @property
+    def num_maps(self) -> int:
+        """The number of maps that a network gives: one for each class, and with kind "instances" the distance."""
+        return len(self.class_names) + self.separate_borders
+
     def check(self, labels: NDArray[Any]) -> str | None:
         """Return a description of the error in the values of a label image, or None if they are right."""
         values = np.unique(labels)
@@ -119,10 +129,21 @@ class Targets:
         """
         classes = (labels if self.label_format == "classes" else labels > 0).astype(np.int16)
         if self.separate_borders:
-            classes[self._borders(self.instances(labels))] = BORDER
+            instances = self.instances(labels)
+            depth, deepest = depths(instances)
+            classes[(instances > 0) & (depth < self.border_width) & (depth < deepest)] = BORDER
         if self.ignore_label is not None:
             classes[labels == self.ignore_label] = NO_VALUE
         return classes
+
+    def distances(self, labels: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the distance of each pixel to the next one outside of its object, in pixels, (H, W); 0 is background.
+
+        Args:
+            labels: A label image whose values were checked.
+        """
+        instances = self.instances(labels)
+        return np.where(instances > 0, depths(instances)[0] + 1, 0).astype(np.float32)
 
     def weights(self, labels: NDArray[Any], balance: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the weight of each pixel in the loss, (H, W): class weight plus border weight, and 0 for NO_VALUE.
@@ -172,17 +193,23 @@ class Targets:
             "PNG or TIFF, and scale them without interpolation"
         )
 
-    def _borders(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
-        """Return the pixels less than border_width from the edge of their object, without the innermost of each."""
-        numbers, compact = np.unique(labels, return_inverse=True)
-        compact = compact.reshape(labels.shape)
-        edge = skimage.segmentation.find_boundaries(compact, mode="inner", background=-1) & (labels > 0)
-        if not edge.any():  # one object fills the image
-            return edge
-        depth = np.where(labels > 0, scipy.ndimage.distance_transform_edt(~edge), 0)  # 0 on the edge itself
-        deepest = np.zeros(len(numbers))
+
+def depths(instances: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the distance of each pixel to the edge of its object, (H, W), and the largest distance in that object.
+
+    The edge is the outermost pixels of the object, whose distance is 0; the border of the image is no edge.
+
+    Args:
+        instances: Instance numbers, 0 for background, (H, W).
+    """
+    numbers, compact = np.unique(instances, return_inverse=True)
+    compact = compact.reshape(instances.shape)
+    edge = skimage.segmentation.find_boundaries(compact, mode="inner", background=-1) & (instances > 0)
+    depth, deepest = np.zeros(instances.shape), np.zeros(len(numbers))
+    if edge.any():  # otherwise one object fills the image
+        depth = np.where(instances > 0, scipy.ndimage.distance_transform_edt(~edge), 0)
         np.maximum.at(deepest, compact.ravel(), depth.ravel())
-        return (labels > 0) & (depth < self.border_width) & (depth < deepest[compact])
+    return depth, deepest[compact]
 
 
 def edge_pieces(instances: NDArray[np.int32]) -> tuple[int, NDArray[np.int64], NDArray[np.bool_]]:
@@ -224,15 +251,15 @@ def edge_pieces(instances: NDArray[np.int32]) -> tuple[int, NDArray[np.int64], N
 
 
 def instances_from(
-    probabilities: NDArray[np.float32], kind: Kind, *, min_size: int = MIN_SIZE, threshold: float = THRESHOLD
+    maps: NDArray[np.float32], kind: Kind, *, min_size: int = MIN_SIZE, threshold: float = THRESHOLD
 ) -> NDArray[np.int32]:
-    """Return instance numbers, 0 for background, (H, W), from class probabilities, (K, H, W).
+    """Return instance numbers, 0 for background, (H, W), from the maps that a network gives, (K, H, W).
 
-    With kind "instances" each region that is rather cell than border is the seed of an object, which grows over the
-    rest of the foreground. With kind "binary" the objects are the 4-connected components of the foreground.
+    With kind "instances" each peak of the distances is the seed of an object, which grows over the foreground around
+    it. With kind "binary" the objects are the 4-connected components of the foreground.
 
     Args:
-        probabilities: Probabilities of background, cell and, with kind "instances", border, (K, H, W).
+        maps: Probabilities of background and cell, and with kind "instances" of border, and distances, (K, H, W).
         kind: The meaning of the classes.
         min_size: Least number of pixels in an object; smaller objects are left out.
         threshold: The foreground is where its probability is larger.
@@ -245,13 +272,11 @@ def instances_from(
             "instance numbers need a model that was trained on objects, and this one was trained on classes; "
             "leave them out"
         )
-    foreground = probabilities[BACKGROUND] < 1 - threshold
+    foreground = maps[BACKGROUND] < 1 - threshold
     numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
     if kind == "instances":
-        inside = foreground & (probabilities[CELL] > probabilities[BORDER])
-        seeds = skimage.measure.label(inside, connectivity=FOUR_CONNECTED)
-        grown = skimage.segmentation.watershed(-probabilities[CELL], seeds, mask=foreground)
-        # An object too small to have an inside has no seed, and keeps the number of its component.
+        grown = skimage.segmentation.watershed(-maps[DISTANCE], _peaks(maps[DISTANCE]), mask=foreground)
+        # An object without a peak keeps the number of its component.
         numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))
     sizes = np.bincount(numbers.ravel())
     sizes[0] = 0
@@ -261,36 +286,47 @@ def instances_from(
     return renumber[numbers]
 
 
-def check_threshold(kind: Kind, threshold: float, min_size: int) -> None:
+def _peaks(distances: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Return a number for each peak that is PEAK_HEIGHT above the way to a higher one, 0 elsewhere, (H, W)."""
+    lowered = skimage.morphology.reconstruction(distances - PEAK_HEIGHT, distances)
+    return skimage.measure.label(skimage.morphology.local_maxima(lowered), connectivity=2).astype(np.int32)
+
+
+def probabilities_in(maps: NDArray[np.float32], kind: Kind) -> NDArray[np.float32]:
+    """Return the maps that are probabilities of classes, (K, H, W)."""
+    return maps[:DISTANCE] if kind == "instances" else maps
+
+
+def check_threshold(kind: Kind, threshold: float | None, min_size: int | None) -> None:
     """Refuse a threshold, or a least size of objects, that cannot be taken.
 
     Args:
         kind: The meaning of the classes.
-        threshold: The foreground is where its probability is larger.
-        min_size: Least number of pixels in an object.
+        threshold: The foreground is where its probability is larger; None: not given.
+        min_size: Least number of pixels in an object; None: not given.
 
     Raises:
-        ValueError: If one is out of range, or classes, which have neither, get others than the usual ones.
+        ValueError: If one is out of range, or given for classes, which have neither.
     """
-    if not 0 < threshold < 1:
+    if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold must be above 0 and below 1, got {threshold}; {THRESHOLD} is usual")
-    if min_size < 1:
+    if min_size is not None and min_size < 1:
         raise ValueError(f"min_size must be at least 1 pixel, got {min_size}; {MIN_SIZE} is usual")
-    if kind == "classes" and (threshold, min_size) != (THRESHOLD, MIN_SIZE):
+    if kind == "classes" and (threshold is not None or min_size is not None):
         raise ValueError(
             "threshold and min_size need a model of foreground or objects, and this one was trained on classes, of "
             "which the likeliest is taken; leave them out"
         )
 
 
-def mask_from(probabilities: NDArray[np.float32], kind: Kind, *, threshold: float = THRESHOLD) -> NDArray[np.uint8]:
+def mask_from(maps: NDArray[np.float32], kind: Kind, *, threshold: float = THRESHOLD) -> NDArray[np.uint8]:
     """Return the mask to write, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class.
 
     Args:
-        probabilities: Probabilities of the classes, (K, H, W).
+        maps: Probabilities of the classes, and what maps follow, (K, H, W).
         kind: The meaning of the classes.
         threshold: The foreground is where its probability is larger; classes have none.
     """
     if kind == "classes":
-        return probabilities.argmax(axis=0).astype(np.uint8)
-    return np.where(probabilities[BACKGROUND] < 1 - threshold, 255, 0).astype(np.uint8)
+        return maps.argmax(axis=0).astype(np.uint8)
+    return np.where(maps[BACKGROUND] < 1 - threshold, 255, 0).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The losses of a segmenter: the weighted cross-entropy of the U-Net paper, the Dice loss, or their sum."""
+"""The losses of a segmenter: the weighted cross-entropy of the U-Net paper, Dice, their sum; and that of distances."""
 
 from typing import Literal
 
@@ -18,6 +18,19 @@ def segmentation_loss(scores: Tensor, classes: Tensor, weights: Tensor, kind: Se
     if kind == "dice":
         return dice_loss(scores, classes, weights)
     return weighted_cross_entropy(scores, classes, weights) + dice_loss(scores, classes, weights)
+
+
+def distance_loss(scores: Tensor, distances: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean cross-entropy of sigmoids with distances, over the pixels that count, ().
+
+    Args:
+        scores: Scores of the distances before the sigmoid, (B, H, W).
+        distances: Distances from the edges of objects, (B, H, W) in [0, 1].
+        weights: The weight of each pixel, (B, H, W); 0 for pixels that do not count, and the rest count alike.
+    """
+    counts = weights > 0
+    losses = F.binary_cross_entropy_with_logits(scores.float(), distances, reduction="none")
+    return (losses * counts).sum() / counts.sum().clamp(min=1)
 
 
 def weighted_cross_entropy(scores: Tensor, classes: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Class scores of images that fit the network, and class probabilities of images of any size."""
+"""Scores of images that fit the network, and maps of images of any size: class probabilities and distances."""
 
 from collections.abc import Callable
 from itertools import count
@@ -10,8 +10,8 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.tiles import NUM_VIEWS, predict_tiled, predict_views
 
 
-def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
-    """Return class scores before the softmax, (B, K, H, W).
+def scores_of(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
+    """Return the scores of the maps: of classes before the softmax, of distances before the sigmoid, (B, K, H, W).
 
     Args:
         network: The network, called `network(x, t)`.
@@ -21,21 +21,23 @@ def class_scores(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tens
     return network(x, None if timestep is None else torch.full((len(x),), timestep, device=x.device))
 
 
-def class_probabilities(
+def predicted_maps(
     network: PixelNetwork,
     image: Tensor,
     *,
+    num_classes: int,
     timestep: int | None,
     window_size: int,
     views: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[float], object] | None = None,
 ) -> Tensor:
-    """Return the probability of each class at each pixel, (K, H, W) float32 on the CPU.
+    """Return the probability of each class at each pixel, and then the distances, (K, H, W) float32 on the CPU.
 
     Args:
         network: The network, on the device.
         image: (C, H, W) in [-1, 1], of any size.
+        num_classes: How many of the scores are of classes.
         timestep: The timestep that the network is given; None: it takes none.
         window_size: Height and width of the windows that the network sees, in pixels.
         views: Average over the eight rotated and mirrored views.
@@ -45,7 +47,9 @@ def class_probabilities(
     num_views, done = NUM_VIEWS if views else 1, count(1)
 
     def predict(x: Tensor) -> Tensor:
-        return torch.softmax(class_scores(network, x, timestep).float(), dim=1)
+        scores = scores_of(network, x, timestep).float()
+        classes, distances = scores[:, :num_classes], scores[:, num_classes:]
+        return torch.cat([torch.softmax(classes, dim=1), torch.sigmoid(distances)], dim=1)
 
     def on_window(num_windows: int) -> None:
         if progress is not None:

@@ -28,6 +28,7 @@ from unet_diffusion.latents.codec import PixelCodec
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.messages import printable
 from unet_diffusion.runtime.pictures import check_channels, image_grid, write_png
+from unet_diffusion.segmentation.labels import probabilities_in
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.lightning_internals import data_of, is_trial, log_interval
@@ -278,7 +279,8 @@ class SegmentationGrid(PictureGrid):
     def picture(self, trainer: Trainer, module: "SegmentationModule") -> Image:
         data = cast(SegmentationDataModule, data_of(trainer))
         shown = [data.whole(index) for index in data.val_indices[: self.num_images].tolist()]
-        predictions = [module.probabilities(one["images"]).argmax(dim=0).numpy() for one in shown]
+        maps = [module.maps(one["images"]).numpy() for one in shown]
+        predictions = [probabilities_in(each, module.kind).argmax(axis=0) for each in maps]
         return comparison([one["images"] for one in shown], [one["classes"].numpy() for one in shown], predictions)
 
 

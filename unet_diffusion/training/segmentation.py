@@ -7,27 +7,33 @@ both. The network is a SegmentationUNet, a DenoiserUNet at a fixed timestep, or 
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from unet_diffusion.data.segmentation import SegmentationDataModule
+from unet_diffusion.evaluation.segmented_images import Truth
+from unet_diffusion.evaluation.thresholds import ScoresByThreshold, evenly_spaced, kept_threshold
 from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.features import FeatureClassifier
-from unet_diffusion.segmentation.labels import BACKGROUND, NO_VALUE
-from unet_diffusion.segmentation.losses import SegmentationLoss, segmentation_loss
-from unet_diffusion.segmentation.prediction import class_scores
+from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, THRESHOLD
+from unet_diffusion.segmentation.losses import SegmentationLoss, distance_loss, segmentation_loss
+from unet_diffusion.segmentation.prediction import scores_of
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule, check_choice
+from unet_diffusion.training.lightning_internals import data_of
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 from unet_diffusion.training.prediction import images_of
 from unet_diffusion.training.symptoms import one_class_only, warn_of
 
+MOST_FITTED = 16  # images on which thresholds are fitted
 MIN_STEPS_OF_ALL_CLASSES = 100  # after which a segmenter that predicts one class only is warned about
 
 
@@ -35,11 +41,11 @@ class SegmentationModule(NetworkModule):
     """A network that gives each pixel a class, and how it is trained.
 
     Batches are those of `SegmentationDataModule`. `trainer.predict` takes images of any size, in [-1, 1], and gives the
-    class probabilities of each, (K, H, W).
+    maps of each, (K, H, W): class probabilities, and for targets with borders the distances.
 
     Args:
-        unet: The network to train; its out_channels are the classes.
-        loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum.
+        unet: The network to train; its out_channels are the classes, and for targets with borders one more.
+        loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum. That of distances is added.
         timestep: The timestep for a network with a timestep embedding, such as a DenoiserUNet; 0 means almost no noise.
         init_from: A denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
             pipeline folder. The run prints what was taken over.
@@ -60,6 +66,8 @@ class SegmentationModule(NetworkModule):
     kind: Literal["binary", "classes", "instances"]  # the three below are known with the data
     class_names: list[str]
     stretch: bool
+    threshold: float = THRESHOLD  # these two are fitted before a validation
+    min_size: int = MIN_SIZE
 
     record_key = "segmenter"
     image_shape: tuple[int, int, int] | None = None  # (C, H, W) of a window; known with the data
@@ -123,6 +131,8 @@ class SegmentationModule(NetworkModule):
             stretch=self.stretch,
             window_size=self.image_shape[-1],
             settings=self.settings,
+            threshold=self.threshold,
+            min_size=self.min_size,
             speed=self.chosen_speed,
         )
         segmenter.device = self.device
@@ -134,16 +144,17 @@ class SegmentationModule(NetworkModule):
         self.kind, self.class_names, self.stretch = targets.kind, list(targets.class_names), datamodule.stretch
         datamodule.margin = self.unet.margin
         channels, height, width = self.image_shape
-        num_classes, num_scores = len(self.class_names), self.unet.config["out_channels"]
+        num_scores = self.unet.config["out_channels"]
         if self.unet.in_channels != channels:
             raise ValueError(
                 f"the images have {channels} channels and the network takes {self.unet.in_channels}; set "
                 "model.unet.in_channels or channels of the source"
             )
-        if num_scores != num_classes:
+        if num_scores != targets.num_maps:
+            distance = ", and one for the distance from the edge" if self.kind == "instances" else ""
             raise ValueError(
-                f"out_channels must be {num_classes}, one a class ({', '.join(self.class_names)}), "
-                f"got {num_scores}; set model.unet.out_channels"
+                f"out_channels must be {targets.num_maps}, one a class ({', '.join(self.class_names)}){distance}, got "
+                f"{num_scores}; set model.unet.out_channels"
             )
         self.unet.check_size(height, width)
 
@@ -168,6 +179,7 @@ class SegmentationModule(NetworkModule):
         trained = read_segmenter(path, allow=allow)
         module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, "init_from": None})
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
+        module.threshold, module.min_size = trained.threshold, trained.min_size
         module.image_shape = (trained.unet.in_channels, trained.window_size, trained.window_size)
         return module
 
@@ -183,26 +195,42 @@ class SegmentationModule(NetworkModule):
         """The loss of a batch of windows, where the network predicts."""
         margin = self.unet.margin
         inside = (slice(None), *(slice(margin, side - margin) for side in batch["images"].shape[-2:]))
-        predicted = class_scores(self.unet, batch["images"], self.timestep)
-        loss = segmentation_loss(predicted, batch["classes"][inside], batch["weights"][inside], self.loss)
+        scores, weights = scores_of(self.unet, batch["images"], self.timestep), batch["weights"][inside]
+        num_classes = len(self.class_names)
+        loss = segmentation_loss(scores[:, :num_classes], batch["classes"][inside], weights, self.loss)
+        if self.kind == "instances":
+            loss = loss + distance_loss(scores[:, num_classes], batch["distances"][inside], weights)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking and self.kind != "classes":
+            self._fit_threshold(cast(SegmentationDataModule, data_of(self.trainer)))
         # Of each class, pixels: of truth and prediction, of the truth, of the prediction.
         num_classes = len(self.class_names) if self.kind == "classes" else 2
         self._validation_sums = torch.zeros(num_classes, 3, device=self.device, dtype=torch.int64)
+
+    def _fit_threshold(self, data: SegmentationDataModule) -> None:
+        """Fit threshold and least size on images that are kept for it, or else on images that are trained on."""
+        images = evenly_spaced(data.fit_indices.tolist() or data.train_images.tolist(), MOST_FITTED)
+        scores = []
+        for index in images:
+            classes = data.classes(index).long().numpy()
+            truth = Truth.of(data.targets, data.images.labels[index], classes)
+            maps = self.maps(data.whole(index)["images"]).numpy()
+            scores.append(ScoresByThreshold.of(index, maps, self.kind, truth))
+        self.threshold, self.min_size = kept_threshold(scores, self.kind)
 
     def validation_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
         """Count right and wrong pixels of whole images, in the masks that `segment` would write."""
         assert self._validation_sums is not None
         for one in batch:
             classes = one["classes"]
-            probabilities = self.probabilities(one["images"])
+            maps = self.maps(one["images"])
             if self.kind == "classes":
-                truth, predicted = classes, probabilities.argmax(dim=0)
+                truth, predicted = classes, maps.argmax(dim=0)
             else:
-                truth, predicted = (classes > 0).long(), (probabilities[BACKGROUND] < 0.5).long()
+                truth, predicted = (classes > 0).long(), (maps[BACKGROUND] < 1 - self.threshold).long()
             counts = classes != NO_VALUE
             truth, predicted = truth[counts], predicted.to(self.device)[counts]
             tally = partial(torch.bincount, minlength=len(self._validation_sums))
@@ -223,13 +251,13 @@ class SegmentationModule(NetworkModule):
         self.log_dict(named, prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[Tensor]:
-        return [self.probabilities(image) for image in images_of(batch)]
+        return [self.maps(image) for image in images_of(batch)]
 
-    def probabilities(self, image: Tensor) -> Tensor:
-        """Class probabilities of the averaged network for a whole image, (K, H, W) float32 on the CPU.
+    def maps(self, image: Tensor) -> Tensor:
+        """The maps of the averaged network for a whole image, as `Segmenter.maps`.
 
         Args:
             image: The image, (C, H, W) in [-1, 1], of any size.
         """
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            return self.trained.probabilities(image)
+            return self.trained.maps(image)
