@@ -374,9 +374,9 @@ def test_colours_stored_multiplied_by_alpha_are_divided_by_it():
 def test_colours_of_print_are_read_as_pillow_converts_them():
     picture = Image.fromarray(random_pixels(6, 6, 3))
     for mode in ("CMYK", "YCbCr"):
-        content = encode(picture.convert(mode), "TIFF")
-        with Image.open(io.BytesIO(content)) as opened:
-            expected = np.asarray(opened.convert("RGB"))
+        converted = picture.convert(mode)
+        content = encode(converted, "TIFF")
+        expected = np.asarray(converted.convert("RGB"))  # not read again: Pillow 12 cannot read its YCbCr files
         np.testing.assert_array_equal(only(decode_pages(content, 3)).transpose(1, 2, 0), expected)
 
 
