@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import tifffile
 import torch
@@ -371,13 +372,16 @@ def test_colours_stored_multiplied_by_alpha_are_divided_by_it():
     np.testing.assert_array_equal(image.transpose(1, 2, 0)[0], expected)
 
 
-def test_colours_of_print_are_read_as_pillow_converts_them():
-    picture = Image.fromarray(random_pixels(6, 6, 3))
-    for mode in ("CMYK", "YCbCr"):
-        converted = picture.convert(mode)
-        content = encode(converted, "TIFF")
-        expected = np.asarray(converted.convert("RGB"))  # not read again: Pillow 12 cannot read its YCbCr files
-        np.testing.assert_array_equal(only(decode_pages(content, 3)).transpose(1, 2, 0), expected)
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_colours_of_print_are_read_as_pillow_converts_them(mode):
+    converted = Image.fromarray(random_pixels(6, 6, 3)).convert(mode)
+    content = encode(converted, "TIFF")
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:  # which cannot read the file that it has written
+        with pytest.raises(OSError, match="truncated"):
+            decode_pages(content, 3)
+    else:
+        pixels = only(decode_pages(content, 3)).transpose(1, 2, 0)
+        np.testing.assert_array_equal(pixels, np.asarray(converted.convert("RGB")))
 
 
 def test_reduced_first_page_is_not_the_image():
