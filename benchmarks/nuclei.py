@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import scipy
 import skimage
-import torch
 from measure import RESULTS, environment, fastest_autocast, table, write_json
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,7 +27,9 @@ from torch import Tensor
 from unet_diffusion.data import PairedFiles
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.reading import read_segmenter
+from unet_diffusion.inference.record import checkpoint_file
 from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.segmentation.object_scores import matched_pairs, object_ious
 from unet_diffusion.segmentation.scores import FOUR_CONNECTED
 
@@ -53,19 +54,14 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "unet_diffusion", "fit", f"--config={CONFIG}", *data, *run], check=True)
     images, labels = tested(options.root, options.num_test)
     trained = read_segmenter(options.run)
-    steps = int(torch.load(newest(options.run), weights_only=True)["global_step"])
+    steps = int(load_plain(checkpoint_file(options.run))["global_step"])
     fitted = {"steps": steps, "threshold": trained.threshold, "min_size": trained.min_size}
     results = [
         {"method": "classical", **scored(images, labels, classical)},
         {"method": "nuclei_segment", **fitted, **scored(images, labels, by(trained))},
-        {"method": "nuclei_segment, eight views", **fitted, **scored(images, labels, by(trained, views=True))},
     ]
     write_json(options.json, {"environment": environment(), "results": results})
     print(table([{"method": one["method"], **one["all"]} for one in results]))
-
-
-def newest(run: Path) -> Path:
-    return run / "checkpoints" / "last.ckpt"
 
 
 def tested(root: Path, num_test: int) -> tuple[list[Tensor], list[Labels]]:
@@ -96,12 +92,12 @@ def classical(image: Tensor) -> Labels:
     return skimage.segmentation.watershed(-distance, seeds, mask=parts > 0)
 
 
-def by(trained: Segmenter, *, views: bool = False) -> Callable[[Tensor], Labels]:
+def by(trained: Segmenter) -> Callable[[Tensor], Labels]:
     """The function that finds nuclei with a segmenter."""
 
     def predict(image: Tensor) -> Labels:
         with fastest_autocast():
-            return trained.segment(to_float(image, stretch=trained.stretch), views=views).instances
+            return trained.segment(to_float(image, stretch=trained.stretch)).instances
 
     return predict
 

@@ -23,7 +23,7 @@ from unet_diffusion.evaluation.segmenter_pictures import SIDE as PICTURE_SIDE
 from unet_diffusion.evaluation.segmenters import evaluate_segmenter
 from unet_diffusion.evaluation.thresholds import images_to_fit_on
 from unet_diffusion.inference.segmenter import Segmentation
-from unet_diffusion.segmentation.labels import MIN_SIZE, REACH, THRESHOLD, Targets
+from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD, Targets
 from unet_diffusion.segmentation.object_scores import average_precisions
 from unet_diffusion.segmentation.scores import dice, membrane_scores, pixel_error, v_rand
 
@@ -94,13 +94,23 @@ def binary(change=lambda labels: labels):
     return Stub(lambda labels: foreground((change(labels) > 0).astype(float)))
 
 
+def cones(labels: np.ndarray) -> np.ndarray:
+    """A map (H, W) with one peak an object, whatever its shape."""
+    heights = np.zeros(labels.shape, dtype=np.float32)
+    for number in np.unique(labels[labels > 0]):
+        places = np.argwhere(labels == number)
+        far = np.linalg.norm(places - places.mean(axis=0), axis=1)
+        heights[tuple(places.T)] = 1 - far / (far.max() + 1)
+    return heights
+
+
 def separated(change=lambda labels: labels):
     """A stub of cells and their borders that is sure of a changed truth."""
     targets = Targets("instances", separate_borders=True, border_width=1)
 
     def predict(labels):
         classes = np.eye(3, dtype=np.float32)[targets.classes(change(labels))].transpose(2, 0, 1)
-        return np.concatenate([classes, np.minimum(targets.distances(change(labels)) / REACH, 1)[None]])
+        return np.concatenate([classes, cones(change(labels))[None]])
 
     return Stub(predict, "instances", ["background", "cell", "border"])
 

@@ -20,7 +20,7 @@ DISTANCE = 3  # the map that a network of kind "instances" gives after its class
 # Distances from the edge are learnt up to this many pixels, as parts of it: farther in, they would tell an object's
 # size, which a network sees less well, and dents of the edge would make peaks.
 REACH = 6
-PEAK_HEIGHT = 1 / REACH  # lower peaks make no object of their own
+SMOOTHING, PEAK_HEIGHT = 1.0, 0.1  # sd in pixels; of the smoothed distances, lower peaks make no object
 NO_VALUE = -1  # class of pixels that are not to be learnt
 MAX_CLASSES = 256  # predictions are written as 8-bit images
 MIN_SIZE, THRESHOLD = 16, 0.5  # of objects: their least number of pixels, and the foreground's probability
@@ -275,7 +275,8 @@ def instances_from(
     foreground = maps[BACKGROUND] < 1 - threshold
     numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
     if kind == "instances":
-        grown = skimage.segmentation.watershed(-maps[DISTANCE], _peaks(maps[DISTANCE]), mask=foreground)
+        distances = scipy.ndimage.gaussian_filter(maps[DISTANCE], SMOOTHING)
+        grown = skimage.segmentation.watershed(-distances, _peaks(distances), mask=foreground)
         # An object without a peak keeps the number of its component.
         numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))
     sizes = np.bincount(numbers.ravel())
