@@ -41,6 +41,7 @@ NETWORKS = {
     "medium": "8.9 M network at 28x28",
     "small": "1.6 M network at 28x28",
 }
+OTSU = "20 lines without training: Otsu's threshold, watershed"
 Rows = list[Sequence[object]]
 
 
@@ -226,12 +227,15 @@ def label_efficiency() -> Rows:
         scores = [[run[score] for run in same] for score in ("dice", "ap_50", "ap_50_to_90")]
         cells = [f"{statistics.mean(one):.3f} ({min(one):.3f} to {max(one):.3f})" for one in scores]
         rows.append((methods[method], labels, len(same), *cells))
+    untrained = result("nuclei")["results"][0]["all"]
+    scores_of_none = [f"{untrained[score]:.3f}" for score in ("dice", "ap_50", "ap_50_to_90")]
+    rows.append((OTSU, 0, "", *scores_of_none))
     return rows
 
 
 def nuclei() -> Rows:
     """Scores on nuclei with all labels, of all test images and of each kind."""
-    names = {"classical": "20 lines: Otsu's threshold, watershed"}
+    names = {"classical": OTSU}
     kinds = ("fluorescence", "stained", "bright field")
     rows: Rows = [("", "AP at 0.5", "pooled", "AP 0.5 to 0.9", "pooled", "Dice", *(f"{kind}, AP" for kind in kinds))]
     scores = ("ap_50", "ap_50_pooled", "ap_50_to_90", "ap_50_to_90_pooled", "dice")
