@@ -295,6 +295,7 @@ def readme() -> Rows:
     """The results that help to decide whether to use the package."""
     cpu, avx2, runs = result("train_step_cifar10"), result("train_step_medium_avx2"), result("gpu")["runs"]
     quality = {(run["contender"], run["minutes"]): run["distance"] for run in result("time_to_quality")["results"]}
+    all_labels = {run["method"]: run["all"]["ap_50_to_90"] for run in result("nuclei")["results"]}
     nuclei = {
         method: statistics.mean(
             run["ap_50"]
@@ -334,6 +335,8 @@ def readme() -> Rows:
         ("Fashion-MNIST after ten minutes on two cores, Fréchet distance (less is better)",
          f"{quality['ours', 10]:.0f}; without labels {quality['ours_unconditional', 10]:.0f}",
          f"diffusers tuned {quality['diffusers_tuned', 10]:.0f}, without labels"),
+        ("Nuclei with 320 labelled images, average precision at IoU 0.5 to 0.9",
+         f"{all_labels['nuclei_segment']:.3f}", f"{all_labels['classical']:.3f}, 20 lines without training"),
         ("Nuclei from 5 labelled images, average precision at IoU 0.5",
          f"{nuclei['finetuned']:.3f}, denoised first", f"{nuclei['scratch']:.3f} from scratch"),
         ("Membranes of ISBI 2012, ten minutes on two cores, V_rand", f"{membranes['modern']:.3f}",
