@@ -68,12 +68,15 @@ def served(arguments: list[str]) -> int:
     """0 if the command serves a page, and ends when it is interrupted."""
     words = [sys.executable, "-m", "unet_diffusion", *(word for word in arguments if word != "--open_browser")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        with urlopen(re.search(r"http://127.0.0.1:\d+/", line)[0]) as page:  # type: ignore[index]
-            assert b"gradio" in page.read()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130  # as shells report it
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            with urlopen(re.search(r"http://127.0.0.1:\d+/", line)[0]) as page:  # type: ignore[index]
+                assert b"gradio" in page.read()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130  # as shells report it
+        finally:
+            process.kill()
     return 0
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from threading import Event
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from unet_diffusion.inference.segmenter import Segmenter
 
 LOCAL = "127.0.0.1"
+SIGNALS = (SIGINT, SIGTERM)  # that end the page, also where a shell has put it into the background and ignores SIGINT
 LARGEST_PORT = 65535
 
 
@@ -89,7 +90,7 @@ def explore(
     chosen: dict[str, Any] = {"allow": allow, "device": device, "precision": precision, "autoencoder": autoencoder}
     options = {name: value for name, value in chosen.items() if value not in (None, "auto")}
     opened: list[Run[Any]] = [Run(run, loaded(run), loaded, partial(data_of_run, run), options) for run in runs]
-    with served(opened, host=host, port=port, open_browser=open_browser) as address, handled((SIGTERM,), _end):
+    with served(opened, host=host, port=port, open_browser=open_browser) as address, handled(SIGNALS, _end):
         print(f"open {address} in a browser; Ctrl-C ends the page", flush=True)
         Event().wait()
 
