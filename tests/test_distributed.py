@@ -160,7 +160,7 @@ def test_segmenter_is_validated_alike_on_two_processes(segmenter_run):
         with torch.no_grad():
             probabilities = trained.maps(scale_to_unit_range(image))
         truths.append(labels > 0)
-        predictions.append((probabilities[0] < 0.5).numpy())
+        predictions.append((probabilities[0] < 1 - trained.threshold).numpy())
     with open(segmenter_run / "logs" / "version_0" / "metrics.csv") as file:
         (logged,) = [row["val/dice"] for row in csv.DictReader(file) if row.get("val/dice")]
     assert float(logged) == pytest.approx(dice(np.concatenate(truths), np.concatenate(predictions)), abs=1e-4)
