@@ -253,6 +253,7 @@ def test_nearest_curves_evaluation_and_configuration(visit, digits_run, run_of, 
     visitor.picture("nearest_images")
     assert "Held-out images" in visitor.window.locator("text=Distance to the nearest").inner_text()
     visitor.open_tab("Curves")
+    visitor.press("Read again")
     assert visitor.picture("plots").std() > 10
     visitor.open_tab("Evaluation")
     visitor.window.frame_locator("#evaluation_page iframe").get_by_role("heading", name="Good digits").wait_for()

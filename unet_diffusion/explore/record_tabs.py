@@ -41,7 +41,8 @@ def record_tabs(runs: Sequence[Run[Any]], chosen: Callable[[Values], Run[Any]], 
             missing = "These runs wrote no metrics: they were trained without logger.csv, or are no run folders."
             return {plots: gr.Image(plot, visible=plot is not None), words: missing if plot is None else ""}
 
-        bind([tab.select, refresh.click], drawn, [which], [plots, words])
+        bind([tab.select], drawn, [which], [plots, words])
+        bind([refresh.click], drawn, [which], [plots, words])
 
     with gr.Tab("Evaluation", id="evaluation") as tab:
         page = gr.HTML(elem_id="evaluation_page")
