@@ -291,6 +291,7 @@ def test_a_run_tells_its_checkpoints_pictures_and_metrics(digits_run, run_of):
     assert run.history["val/loss"] == rows
     assert curves({"run": run.history}).size[0] > 500
     assert curves({"run": {}}) is None
+    assert curves({f"{'long/' * 40}{number}": run.history for number in range(3)}).size[0] > 500  # and no warning
     many = {f"val/class_{number}": [(1, 0.5)] for number in range(200)}
     assert curves({"run": many}).size[1] < 4000
     assert "seed_everything" in run.configuration

@@ -16,6 +16,7 @@ from unet_diffusion.runtime.pictures import CHANNELS, image_grid, over_white
 MIN_TILE = 96  # least side of an image on the page, in pixels
 PANEL = (4.2, 2.6)  # width and height of the plot of one metric, in inches
 MOST_PANELS = 30  # plots; a run may log a metric for each of a thousand classes
+MOST_LETTERS = 16  # of a run's name in a legend: the end of its path
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe & Ito
 HEAT_SIDE = 256  # least side of an image below heat, in pixels
 FONT, GAP = ImageFont.load_default(size=14), 8  # of the names of rows, and the space around them in pixels
@@ -55,7 +56,7 @@ def curves(histories: Mapping[str, History]) -> Image.Image | None:
         for (run, history), colour in zip(histories.items(), COLOURS * len(histories), strict=False):
             for name, points in history.items():
                 if name.split("/", 1)[-1] == panel:
-                    stage, label = name.split("/")[0], name if len(histories) == 1 else f"{run} {name}"
+                    stage, label = name.split("/")[0], name if len(histories) == 1 else f"{run[-MOST_LETTERS:]} {name}"
                     steps, values = zip(*points, strict=True)
                     style = "--" if stage == "train" else "-"
                     marker = "o" if len(points) < 12 else ""
