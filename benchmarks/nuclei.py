@@ -26,6 +26,7 @@ from torch import Tensor
 
 from unet_diffusion.data import PairedFiles
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.evaluation.scores_of_counts import average_precision_of
 from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.record import checkpoint_file
 from unet_diffusion.inference.segmenter import Segmenter
@@ -126,9 +127,7 @@ def overlap(truth: Labels, predicted: Labels) -> tuple[int, int]:
 
 def scores(counts: NDArray[np.int64], pixels: NDArray[np.int64]) -> dict[str, float]:
     """Mean over images and pooled scores of the counts of images, (N, T, 3), and their overlaps, (N, 2)."""
-    of_images = np.where(counts.sum(axis=2) > 0, counts[..., 0] / counts.sum(axis=2).clip(1), 1)
-    sums = counts.sum(axis=0)
-    pooled = sums[:, 0] / sums.sum(axis=1).clip(1)
+    of_images, pooled = average_precision_of(counts), average_precision_of(counts.sum(axis=0))
     both, total = pixels.sum(axis=0)
     values = {
         "ap_50": of_images[:, 0].mean(),

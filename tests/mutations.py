@@ -236,7 +236,7 @@ MUTATIONS = [
              "data/test_batches.py data/test_modules.py"),
     Mutation("data: an image to train and to validate on", "data/split.py",
              "return order[num_val:].sort()", "return order[num_val - 1 :].sort()", "data/test_modules.py"),
-    Mutation("data: scale of 8 bits", "data/scaling.py",
+    Mutation("data: scale of 8 bits", "runtime/pictures.py",
              "half = 127.5 if", "half = 128.0 if", "data/test_modules.py"),
     Mutation("data: windows of the last image only", "data/segmentation.py",
              "(int(self.images[number % len(self.images)])", "(int(self.images[-1])", "data/test_labelled.py"),

@@ -71,7 +71,7 @@ def served(arguments: list[str]) -> int:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            with urlopen(re.search(r"http://127.0.0.1:\d+/", line)[0]) as page:  # type: ignore[index]
+            with urlopen(re.search(r"http://127.0.0.1:\d+/", line)[0]) as page:
                 assert b"gradio" in page.read()
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=60) == 130  # as shells report it

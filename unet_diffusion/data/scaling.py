@@ -1,24 +1,13 @@
 """From grey values of a file to the float32 in [-1, 1] that networks take."""
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from unet_diffusion.runtime.pictures import scale_to_unit_range
 
 # That become -1 and 1 when grey values are stretched, as in StarDist (Schmidt et al. 2018, https://arxiv.org/abs/1806.03535).
 # In sparse images objects are brighter than the 99th percentile.
 PERCENTILES = (1, 99.8)
-
-
-def scale_to_unit_range(images: Tensor) -> Tensor:
-    """Images as float32 in [-1, 1]: x / 127.5 - 1 for uint8, x / 32767.5 - 1 for uint16.
-
-    Raises:
-        ValueError: If the images have another dtype, such as when they were scaled before.
-    """
-    if images.dtype not in (torch.uint8, torch.uint16):
-        raise ValueError(f"images must be uint8 or uint16 to be scaled, got {images.dtype}; scale them only once")
-    half = 127.5 if images.dtype == torch.uint8 else 32767.5
-    return images.float().div_(half).sub_(1.0)
 
 
 def to_float(image: Tensor, *, stretch: bool) -> Tensor:

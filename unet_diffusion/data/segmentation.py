@@ -19,8 +19,9 @@ from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, 
 from unet_diffusion.data.checking import num_cpus
 from unet_diffusion.data.known import contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
-from unet_diffusion.data.scaling import percentiles, scale_to_unit_range, stretch_to_unit_range
+from unet_diffusion.data.scaling import percentiles, stretch_to_unit_range
 from unet_diffusion.runtime.messages import first_few
+from unet_diffusion.runtime.pictures import scale_to_unit_range
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
 from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, REACH, Targets

@@ -37,9 +37,9 @@ from unet_diffusion.data.batches import (
 from unet_diffusion.data.decoding import to_depth
 from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.data.items import Item, ItemSource, num_items, read_item, read_items
-from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.split import split_by_name, split_indices
 from unet_diffusion.latents.codec import Codec
+from unet_diffusion.runtime.pictures import scale_to_unit_range
 
 IN_MEMORY_BYTES = 2 * 1024**3  # a set up to 2 GiB is kept in memory: at 8 bits 170,000 RGB images of 64x64
 

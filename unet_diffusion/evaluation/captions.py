@@ -183,9 +183,9 @@ def caption_section(
     words = frequent_words(train.captions or [])
     if words:
         network = word_finder(train, words, folder, progress=progress)
-        ours, real = (_found(network, images, words) for images in (samples, held_out))
+        ours, real = (_precision(network, images, words) for images in (samples, held_out))
         order = torch.randperm(len(samples), generator=keyed_generator(SEED))
-        chance = _found(network, samples, words, samples.select(order).captions)
+        chance = _precision(network, samples, words, samples.select(order).captions)
         section.about = (
             f"A small network learns, from the training images, which of {len(words)} words their captions have. A "
             "sample's caption is right as far as the network finds its words in the sample."
@@ -208,7 +208,7 @@ def caption_section(
 
 
 @torch.no_grad()
-def _found(
+def _precision(
     network: WordFinder, images: Selection, words: Sequence[str], captions: Sequence[str] | None = None
 ) -> float:
     scores = torch.cat([network(batch) for batch in images.batches()])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.data.base import ImageDataModule
-from unet_diffusion.data.scaling import scale_to_unit_range
+from unet_diffusion.runtime.pictures import scale_to_unit_range
 from unet_diffusion.runtime.randomness import keyed_generator
 
 BATCH = 256  # images in memory at once as float32

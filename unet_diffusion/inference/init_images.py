@@ -16,9 +16,9 @@ from unet_diffusion.data.checking import decoded
 from unet_diffusion.data.decoding import ImageFormat, decode_page, fitted_image
 from unet_diffusion.data.files import OneFile
 from unet_diffusion.data.items import pixels_of
-from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.stored import StoredImage, stored_images
 from unet_diffusion.inference.sample_options import ImageLike, check_file
+from unet_diffusion.runtime.pictures import scale_to_unit_range
 
 
 @dataclass(frozen=True)

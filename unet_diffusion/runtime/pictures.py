@@ -51,6 +51,18 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def scale_to_unit_range(images: Tensor) -> Tensor:
+    """Images as float32 in [-1, 1]: x / 127.5 - 1 for uint8, x / 32767.5 - 1 for uint16.
+
+    Raises:
+        ValueError: If the images have another dtype, such as when they were scaled before.
+    """
+    if images.dtype not in (torch.uint8, torch.uint16):
+        raise ValueError(f"images must be uint8 or uint16 to be scaled, got {images.dtype}; scale them only once")
+    half = 127.5 if images.dtype == torch.uint8 else 32767.5
+    return images.float().div_(half).sub_(1.0)
+
+
 def over_white(images: Tensor) -> Tensor:
     """Return images in colour, (N, 3, H, W): grey ones with three equal channels, and RGBA ones over white.
 

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.batches import ImageBatches
-from unet_diffusion.data.scaling import scale_to_unit_range
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.diffusion.schedulers import SchedulerName
 from unet_diffusion.inference.record import PACKAGE, network_record
@@ -27,7 +26,7 @@ from unet_diffusion.inference.sample_options import SampleOptions
 from unet_diffusion.latents.codec import PixelCodec
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.messages import printable
-from unet_diffusion.runtime.pictures import check_channels, image_grid, write_png
+from unet_diffusion.runtime.pictures import check_channels, image_grid, scale_to_unit_range, write_png
 from unet_diffusion.segmentation.labels import probabilities_in
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.base import NetworkModule
