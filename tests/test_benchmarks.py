@@ -80,7 +80,8 @@ def test_gpu_on_a_cpu(tmp_path):
     report = run("gpu.py", "--cases", *cases, "--minutes", 3, "--device", "cpu", output=tmp_path / "gpu.json")
     found = {(record["task"], record["contender"]) for record in report["contenders"] if len(record["seconds"]) == 3}
     assert len(found) == 5
-    assert 0 < next(record["of_the_bare_step"] for record in report["contenders"] if record["task"] == "fit") < 1
+    # Of two timings so short either may be the longer one: only that the share was measured is certain.
+    assert 0 < next(record["of_the_bare_step"] for record in report["contenders"] if record["task"] == "fit")
 
 
 @pytest.mark.slow
