@@ -31,7 +31,7 @@ SOURCES = {  # and their arguments
     "Digits": (),
     "Folder": (*OF_IMAGES, "semantic_map", "paired_image", "boxes", "on_bad_file", "in_memory"),
     "Latents": ("root", "scaling_factor"),
-    "PairedFiles": ("images", "labels", "channels", "label_suffix"),
+    "PairedFiles": ("images", "labels", "channels", "label_suffix", "unlabelled"),
     "Shards": (*OF_IMAGES, "window", "num_lanes", "on_bad_shard", "num_retries"),
     "SyntheticCells": ("num_images",),
     "Tiles": ("root", "tile_size", "channels", "stretch", "num_images"),

@@ -4,7 +4,7 @@ A TIFF file with several pages, as of the ISBI challenge, counts as as many imag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,12 +31,14 @@ class LabelledImages:
         labels: The label images, whole numbers (H, W) each.
         names: The name of each image without its extension; names of a file's pages end in their number.
         left_out: A line about what else there was; "" if there was nothing.
+        unlabelled: Images without a label, likewise.
     """
 
     images: list[Tensor]
     labels: list[NDArray[np.int32]]
     names: list[str]
     left_out: str = ""
+    unlabelled: list[Tensor] = field(default_factory=list)
 
 
 class LabelledSource(ItemSource):
@@ -89,18 +91,28 @@ class PairedFiles(LabelledSource):
         labels: The place of the labels, likewise; the label of an image has the same path there, but for the extension.
         channels: 1 (grey) or 3 (RGB); images are converted.
         label_suffix: The end that the names of labels have and those of images lack, such as "_mask".
+        unlabelled: The place of images without labels, likewise, for `model.joint`; None: there are none.
 
     Raises:
         ValueError: If channels is neither.
     """
 
-    def __init__(self, images: str | Path, labels: str | Path, *, channels: int = 1, label_suffix: str = "") -> None:
+    def __init__(
+        self,
+        images: str | Path,
+        labels: str | Path,
+        *,
+        channels: int = 1,
+        label_suffix: str = "",
+        unlabelled: str | Path | None = None,
+    ) -> None:
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
         self.images = images
         self.labels = labels
         self.channels = channels
         self.label_suffix = label_suffix
+        self.unlabelled = unlabelled
 
     def load(self, *, progress: bool = True) -> LabelledImages:
         """Find, match and decode all files.
@@ -135,7 +147,23 @@ class PairedFiles(LabelledSource):
             loaded.names += [name] if len(pages) == 1 else [f"{name}_{page:04d}" for page in range(len(pages))]
         if bad:
             raise ValueError(f"{len(bad)} of {len(pairs)} images cannot be used:{listed(bad)}")
+        if self.unlabelled is not None:
+            loaded.unlabelled = self._load_unlabelled(find_images_or_one(self.unlabelled), progress)
         return loaded
+
+    def _load_unlabelled(self, files: ImageFiles, progress: bool) -> list[Tensor]:
+        def read(name: str) -> list[Tensor] | str:
+            return decoded(lambda data: decode_pages(data, self.channels), files, name)
+
+        images, bad = list[Tensor](), []
+        for name, outcome in in_threads(read, files.names, "loading images without labels", progress):
+            if isinstance(outcome, str):
+                bad.append(f"{name}: {outcome}")
+            else:
+                images += outcome
+        if bad:
+            raise ValueError(f"{len(bad)} of {len(files.names)} images without labels cannot be used:{listed(bad)}")
+        return images
 
     def _left_out(self, images: ImageFiles, labels: ImageFiles) -> str:
         others = sum(not _stem(name).endswith(self.label_suffix) for name in labels.names)

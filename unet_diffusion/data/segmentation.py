@@ -29,6 +29,7 @@ from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, REACH, Tar
 VAL_SHARE = 5  # by default a fifth of the images is kept for validation
 SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number
 OBJECT_KEY = 1  # with seed, epoch and number: whether a window holds an object, and which
+UNLABELLED_KEY = 2  # likewise: the window of an image without a label
 
 DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
@@ -38,7 +39,9 @@ class SegmentationDataModule(SourceDataModule):
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "classes": int64 (B, H, W), "weights": float32 (B, H, W), 0
     where nothing is to be learnt, "index": int64 (B,)}: random windows; for targets with borders also "distances",
-    float32 (B, H, W) in [0, 1], in parts of REACH. In validation they are lists of `whole` images.
+    float32 (B, H, W) in [0, 1], in parts of REACH; for `JointDenoising` also "unlabelled", float32 (B, C, H, W):
+    windows of images whose labels are not used, and of those to train on. In validation they are lists of `whole`
+    images.
 
     Args:
         source: Where the labelled images come from: `PairedFiles`, or a class of your own, see `LabelledSource`.
@@ -66,6 +69,7 @@ class SegmentationDataModule(SourceDataModule):
 
     source: LabelledSource
     margin = 0  # of the network, in pixels: a window's prediction is smaller by it; set by the module that trains
+    draws_unlabelled = False  # a window without a label beside each with one; set by the module, too
 
     def __init__(
         self,
@@ -123,7 +127,11 @@ class SegmentationDataModule(SourceDataModule):
                            if borders}  # fmt: skip
         self._objects = {i: (self._classes[i] > 0).flatten().nonzero().flatten().int() for i in train.tolist()
                          if self.object_share}  # fmt: skip
-        self._ends = [percentiles(image) for image in loaded.images] if self.stretch else []
+        # Images without labels come after the others.
+        self._pixels = [*loaded.images, *loaded.unlabelled]
+        self._ends = [percentiles(image) for image in self._pixels] if self.stretch else []
+        held_out = {*self.fit_indices.tolist(), *self.val_indices.tolist()}
+        self._to_denoise = [index for index in range(len(self._pixels)) if index not in held_out]
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
@@ -145,6 +153,7 @@ class SegmentationDataModule(SourceDataModule):
             f"labels: {self._labels_described()}",
             f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
             "epoch; whole images to validate on",
+            *([f"unlabelled: {len(self.images.unlabelled)} images"] if self.images.unlabelled else []),
             f"split: {len(images) - len(self.val_indices)} to train on{chosen}{kept}, the last {len(self.val_indices)} "
             "by name to validate on",
         ]
@@ -210,9 +219,23 @@ class SegmentationDataModule(SourceDataModule):
             across = (coordinates[:, :, -1] - coordinates[:, :, 0]).norm(dim=0).mean()  # of the window, in the image
             scale = (self.window_size - 1) / across
             sampled["distances"] = (sampled["distances"] * (scale / REACH)).clamp(max=1)
+        pixels = self._pixels_at(image, coordinates, generator)
+        batch = {"images": pixels, **sampled, "classes": sampled["classes"].long(), "index": torch.tensor(index)}
+        return {**batch, "unlabelled": self._window_to_denoise(drawn)} if self.draws_unlabelled else batch
+
+    def _window_to_denoise(self, drawn: DrawnWindow) -> Tensor:
+        """A random window of an image that is not held out, (C, H, W), whether or not it has a label."""
+        generator = keyed_generator(self.seed, *drawn[1:], UNLABELLED_KEY)
+        chosen = int(torch.randint(len(self._to_denoise), (), generator=generator))
+        image = self._scaled(self._to_denoise[chosen])
+        centre = self._centre(image.shape[1:], generator, None)
+        size = (self.window_size, self.window_size)
+        coordinates = (self.augmentation or NO_AUGMENTATION).coordinates(size, centre, generator)
+        return self._pixels_at(image, coordinates, generator)
+
+    def _pixels_at(self, image: Tensor, coordinates: Tensor, generator: torch.Generator) -> Tensor:
         mode: Any = "nearest" if self.augmentation is None else "bicubic"
-        pixels = augmentation.grey_values(sample_at(image, coordinates, mode=mode), generator)
-        return {"images": pixels, **sampled, "classes": sampled["classes"].long(), "index": torch.tensor(index)}
+        return (self.augmentation or NO_AUGMENTATION).grey_values(sample_at(image, coordinates, mode=mode), generator)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of random windows; see `WindowBatches`.
@@ -241,7 +264,7 @@ class SegmentationDataModule(SourceDataModule):
         return {**self.__dict__, "trainer": None}
 
     def _scaled(self, index: int) -> Tensor:
-        image = self.images.images[index]
+        image = self._pixels[index]
         return stretch_to_unit_range(image, self._ends[index]) if self.stretch else scale_to_unit_range(image)
 
     def _drawn_pixel(self, drawn: DrawnWindow) -> tuple[int, int] | None:

@@ -112,13 +112,15 @@ class Segmenter(Running):
 
     def __post_init__(self) -> None:
         num_scores = self.unet.config.get("out_channels") or self.unet.in_channels
-        num_classes = {"binary": 2, "instances": 3}.get(self.kind, num_scores)
+        num_classes = {"binary": 2, "instances": 3}.get(self.kind, len(self.class_names))
         expected = num_classes + (self.kind == "instances")
-        if num_scores != expected or len(self.class_names) != num_classes:
+        with_denoising = expected + self.unet.in_channels  # of a network that learnt to denoise beside
+        if num_scores not in (expected, with_denoising) or len(self.class_names) != num_classes:
             raise ValueError(
                 f"a segmenter of kind {self.kind} must have {num_classes} class_names and {expected} scores of the "
-                f"network, got {len(self.class_names)} and {num_scores}"
+                f"network, or {with_denoising} with those to denoise, got {len(self.class_names)} and {num_scores}"
             )
+        self.num_maps = expected
         if (self.timestep is None) != (self.unet.time_embedding is None):
             rule = "must be None for a network without timestep" if self.unet.time_embedding is None else "must be set"
             raise ValueError(f"timestep {rule}, got {self.timestep}")
@@ -177,6 +179,7 @@ class Segmenter(Running):
                 self.unet,
                 image,
                 num_classes=len(self.class_names),
+                num_maps=self.num_maps,
                 timestep=self.timestep,
                 window_size=self.window_size,
                 views=views,

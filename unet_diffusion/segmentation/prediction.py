@@ -1,4 +1,4 @@
-"""Scores of images that fit the network, and maps of images of any size: class probabilities and distances."""
+"""Maps of images of any size: class probabilities and distances."""
 
 from collections.abc import Callable
 from itertools import count
@@ -10,22 +10,12 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.tiles import NUM_VIEWS, predict_tiled, predict_views
 
 
-def scores_of(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
-    """Return the scores of the maps: of classes before the softmax, of distances before the sigmoid, (B, K, H, W).
-
-    Args:
-        network: The network, called `network(x, t)`.
-        x: Images in [-1, 1], (B, C, H, W).
-        timestep: The timestep of all images; None: the network takes none.
-    """
-    return network(x, None if timestep is None else torch.full((len(x),), timestep, device=x.device))
-
-
 def predicted_maps(
     network: PixelNetwork,
     image: Tensor,
     *,
     num_classes: int,
+    num_maps: int,
     timestep: int | None,
     window_size: int,
     views: bool = False,
@@ -37,7 +27,8 @@ def predicted_maps(
     Args:
         network: The network, on the device.
         image: (C, H, W) in [-1, 1], of any size.
-        num_classes: How many of the scores are of classes.
+        num_classes: How many of the maps are of classes, the first.
+        num_maps: How many of the network's outputs are maps, the first; others are of another task.
         timestep: The timestep that the network is given; None: it takes none.
         window_size: Height and width of the windows that the network sees, in pixels.
         views: Average over the eight rotated and mirrored views.
@@ -47,7 +38,8 @@ def predicted_maps(
     num_views, done = NUM_VIEWS if views else 1, count(1)
 
     def predict(x: Tensor) -> Tensor:
-        scores = scores_of(network, x, timestep).float()
+        t = None if timestep is None else torch.full((len(x),), timestep, device=x.device)
+        scores = network(x, t)[:, :num_maps].float()
         classes, distances = scores[:, :num_classes], scores[:, num_classes:]
         return torch.cat([torch.softmax(classes, dim=1), torch.sigmoid(distances)], dim=1)
 

@@ -22,13 +22,14 @@ from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, THRESHOLD
 from unet_diffusion.segmentation.losses import SegmentationLoss, distance_loss, segmentation_loss
-from unet_diffusion.segmentation.prediction import scores_of
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule, check_choice
-from unet_diffusion.training.lightning_internals import data_of
+from unet_diffusion.training.joint import JointDenoising
+from unet_diffusion.training.lightning_internals import data_of, total_batches
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 from unet_diffusion.training.prediction import images_of
 from unet_diffusion.training.symptoms import one_class_only, warn_of
@@ -44,11 +45,13 @@ class SegmentationModule(NetworkModule):
     maps of each, (K, H, W): class probabilities, and for targets with borders the distances.
 
     Args:
-        unet: The network to train; its out_channels are the classes, and for targets with borders one more.
+        unet: The network to train; its out_channels are the classes, for targets with borders one more, and to denoise
+            beside segmenting those of an image.
         loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum. That of distances is added.
         timestep: The timestep for a network with a timestep embedding, such as a DenoiserUNet; 0 means almost no noise.
         init_from: A denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
             pipeline folder. The run prints what was taken over.
+        joint: Denoise windows of images without labels, too, with the same network. None: segment only.
         optimizer: A function that makes the optimiser from the parameters.
         lr_warmup_steps: The number of optimiser steps over which the learning rate rises linearly to its full value; 0
             is off.
@@ -81,6 +84,7 @@ class SegmentationModule(NetworkModule):
         loss: SegmentationLoss = "cross_entropy",
         timestep: int | None = None,
         init_from: str | None = None,
+        joint: JointDenoising | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup_steps: int = 0,
         lr_decay: LRDecay = "constant",
@@ -96,6 +100,9 @@ class SegmentationModule(NetworkModule):
         if unet.class_embedding is not None:
             raise ValueError("the network must have no class embedding, as images to segment have no class; "
                              "set num_class_embeds to null")  # fmt: skip
+        if joint is not None and (timestep is None or isinstance(unet, FeatureClassifier)):
+            raise ValueError(f"joint needs a network that takes a timestep and is trained, got {type(unet).__name__} "
+                             "with timestep None; use a DenoiserUNet, and set timestep to 0")  # fmt: skip
         super().__init__(
             unet,
             optimizer=optimizer,
@@ -108,6 +115,7 @@ class SegmentationModule(NetworkModule):
         self.loss = loss
         self.timestep = timestep
         self.init_from = init_from
+        self.joint = joint
         self._validation_sums: Tensor | None = None
 
     @property
@@ -142,7 +150,7 @@ class SegmentationModule(NetworkModule):
         self.image_shape = tuple(datamodule.image_shape)
         targets = datamodule.targets
         self.kind, self.class_names, self.stretch = targets.kind, list(targets.class_names), datamodule.stretch
-        datamodule.margin = self.unet.margin
+        datamodule.margin, datamodule.draws_unlabelled = self.unet.margin, self.joint is not None
         channels, height, width = self.image_shape
         num_scores = self.unet.config["out_channels"]
         if self.unet.in_channels != channels:
@@ -150,10 +158,14 @@ class SegmentationModule(NetworkModule):
                 f"the images have {channels} channels and the network takes {self.unet.in_channels}; set "
                 "model.unet.in_channels or channels of the source"
             )
-        if num_scores != targets.num_maps:
-            distance = ", and one for the distance from the edge" if self.kind == "instances" else ""
+        if datamodule.images.unlabelled and self.joint is None:
+            raise ValueError("data.unlabelled is for a network that denoises, too; set model.joint, or leave it out")
+        expected = targets.num_maps + (channels if self.joint is not None else 0)
+        if num_scores != expected:
+            more = ", and one for the distance from the edge" if self.kind == "instances" else ""
+            more += f", and {channels} to denoise" if self.joint is not None else ""
             raise ValueError(
-                f"out_channels must be {targets.num_maps}, one a class ({', '.join(self.class_names)}){distance}, got "
+                f"out_channels must be {expected}, one a class ({', '.join(self.class_names)}){more}, got "
                 f"{num_scores}; set model.unet.out_channels"
             )
         self.unet.check_size(height, width)
@@ -193,13 +205,25 @@ class SegmentationModule(NetworkModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of windows, where the network predicts."""
-        margin = self.unet.margin
-        inside = (slice(None), *(slice(margin, side - margin) for side in batch["images"].shape[-2:]))
-        scores, weights = scores_of(self.unet, batch["images"], self.timestep), batch["weights"][inside]
+        margin, images = self.unet.margin, batch["images"]
+        inside = (slice(None), *(slice(margin, side - margin) for side in images.shape[-2:]))
+        x, t = images, None if self.timestep is None else torch.full((len(images),), self.timestep, device=self.device)
+        if self.joint is not None:
+            # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would.
+            step = total_batches(self.trainer)
+            generator = keyed_generator(self.seed, step, self.global_rank, device=images.device)
+            noised, noised_t, target = self.joint.noised(batch["unlabelled"], generator)
+            x, t = torch.cat([images, noised]), torch.cat([cast(Tensor, t), noised_t])
+        prediction = self.unet(x, t)
+        scores, weights = prediction[: len(images)], batch["weights"][inside]
         num_classes = len(self.class_names)
         loss = segmentation_loss(scores[:, :num_classes], batch["classes"][inside], weights, self.loss)
         if self.kind == "instances":
             loss = loss + distance_loss(scores[:, num_classes], batch["distances"][inside], weights)
+        if self.joint is not None:
+            denoised = prediction[len(images) :, -images.shape[1] :]
+            loss, denoising_loss = self.joint.loss(loss, denoised, target[:, :, *inside[1:]])
+            self.log("train/denoising_loss", denoising_loss.detach())
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
