@@ -9,6 +9,8 @@ is not there. Then, with labels of N of the 320, drawn by the seed:
     scratch    configs/nuclei_finetune.yaml, from random weights
     finetuned  configs/nuclei_finetune.yaml, from the denoiser's weights
     features   configs/nuclei_features.yaml: a pixel classifier on the frozen denoiser
+    alone      configs/nuclei_joint.yaml without denoising: its network, from random weights
+    joint      configs/nuclei_joint.yaml, which denoises all 320 while it learns from the N labels
 
 Each is trained by `unet-diffusion fit` in a process of its own, which fits its threshold on images that it trains on,
 and scored on the test images as in nuclei.py. The program of nuclei.py that learns nothing is a row, too. A result is
@@ -31,13 +33,20 @@ from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory, set_speed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-METHODS = {"scratch": "nuclei_finetune.yaml", "finetuned": "nuclei_finetune.yaml", "features": "nuclei_features.yaml"}
+METHODS = {  # the recipe, and what is changed of it
+    "scratch": ("nuclei_finetune.yaml", ["--model.init_from=null"]),
+    "finetuned": ("nuclei_finetune.yaml", []),
+    "features": ("nuclei_features.yaml", []),
+    "alone": ("nuclei_joint.yaml", ["--model.joint=null", "--model.unet.init_args.out_channels=4"]),
+    "joint": ("nuclei_joint.yaml", []),
+}
+FROM_DENOISER = ("finetuned", "features")
 TEST_WINDOW = 256  # pixels; twice that of training: half the test images are no larger, and need one window
 
 
 def main() -> None:
     options = parsed()
-    if not options.denoiser.exists():
+    if not options.denoiser.exists() and not set(options.methods).isdisjoint(FROM_DENOISER):
         train_denoiser(options)
     results = json.loads(options.json.read_text())["results"] if options.json.exists() else []
     if not results:
@@ -93,7 +102,7 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
     run.parent.mkdir(parents=True, exist_ok=True)
     root = options.root.resolve()
     arguments = [
-        f"--config={CONFIGS / METHODS[method]}",
+        f"--config={CONFIGS / METHODS[method][0]}",
         f"--data.images={root / 'image'}",
         f"--data.labels={root / 'label'}",
         f"--data.num_val={options.num_test}",
@@ -102,7 +111,8 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
         f"--seed_everything={seed}",
         "--trainer.limit_val_batches=1",  # a validation fits the threshold
         f"--trainer.default_root_dir={run}",
-        f"--model.init_from={'null' if method == 'scratch' else options.denoiser}",
+        *([f"--model.init_from={options.denoiser}"] if method in FROM_DENOISER else []),
+        *METHODS[method][1],
         *options.of_fit,
     ]
     command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments]
