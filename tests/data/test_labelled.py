@@ -131,6 +131,17 @@ def test_damaged_files_are_listed_with_the_reason(tmp_path):
         source.load(progress=False)
 
 
+def test_images_without_labels_are_read_and_damaged_ones_listed(tmp_path):
+    source = pairs(tmp_path / "pairs", unlabelled=tmp_path / "more")
+    pixels = RNG.integers(256, size=(20, 22), dtype=np.uint8)
+    write(tmp_path / "more" / "a.png", pixels)
+    (without,) = source.load(progress=False).unlabelled
+    assert np.array_equal(without[0].numpy(), pixels)
+    (tmp_path / "more" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"1 of 2 images without labels cannot be used:\n  b.png: "):
+        source.load(progress=False)
+
+
 def test_coloured_labels_are_refused(tmp_path):
     source = pairs(tmp_path)
     write(tmp_path / "label" / "0.png", RNG.integers(256, size=(24, 30, 3), dtype=np.uint8))
@@ -311,6 +322,28 @@ def sparse(tmp_path, **options):
     for path in (tmp_path / "label").iterdir():
         Image.fromarray(label).save(path)
     return data(source, window_size=16, windows_per_image=50, **options)
+
+
+def test_windows_to_denoise_are_of_all_images_that_are_not_held_out(tmp_path):
+    for i in range(8):  # of one grey value each, so that it tells the image
+        folder = "image" if i < 6 else "more"
+        write(tmp_path / folder / f"{i}.png", np.full((24, 30), 30 * i, np.uint8))
+        if i < 6:
+            write(tmp_path / "label" / f"{i}.png", np.eye(24, 30, dtype=np.uint8) * 255)
+    source = PairedFiles(tmp_path / "image", tmp_path / "label", unlabelled=tmp_path / "more")
+    made = data(source, num_train=3, num_fit=1)
+    assert "unlabelled" not in made.window((int(made.train_images[0]), 0, 0))
+    made.draws_unlabelled = True
+
+    def image_of(number):
+        window = made.window((int(made.train_images[0]), 0, number))["unlabelled"]
+        assert window.shape == (1, 16, 16)
+        (value,) = window.unique().tolist()
+        return round((value + 1) / 2 * 255 / 30)
+
+    drawn = [image_of(number) for number in range(80)]
+    assert set(drawn) == set(range(8)) - {5, *made.fit_indices.tolist()}
+    assert drawn == [image_of(number) for number in range(80)]
 
 
 @pytest.mark.parametrize(("share", "least"), [(1.0, 1.0), (0.5, 0.4)])

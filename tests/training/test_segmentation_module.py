@@ -28,6 +28,7 @@ from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.segmentation.scores import THRESHOLDS, dice, iou, pixel_error
 from unet_diffusion.training import DiffusionModule, SegmentationModule
+from unet_diffusion.training.joint import JointDenoising
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
 ADAM = functools.partial(torch.optim.Adam, lr=1.0e-3)
@@ -41,9 +42,9 @@ def cells(**options) -> SegmentationDataModule:
     return SegmentationDataModule(SyntheticCells(num_images=5), targets, **settings)
 
 
-def network(**options) -> SegmentationUNet:
+def network(out_channels=2, **options) -> SegmentationUNet:
     torch.manual_seed(0)
-    return SegmentationUNet(1, 2, **{"channels": (4, 8), "padding": "same", **options})
+    return SegmentationUNet(1, out_channels, **{"channels": (4, 8), "padding": "same", **options})
 
 
 def module(unet=None, **options) -> SegmentationModule:
@@ -60,6 +61,59 @@ def test_step_is_the_weighted_cross_entropy_of_the_predicted_part(quiet_trainer,
     loss = made.training_step(batch, 0)
     inside = batch["classes"][:, 8:-8, 8:-8]
     torch.testing.assert_close(loss, F.cross_entropy(made.unet(batch["images"]), inside))
+
+
+def joint_module(weight=0.25, **options) -> SegmentationModule:
+    unet = network(out_channels=3, norm="group", timestep_embedding=True, **options)
+    return module(unet, timestep=0, joint=JointDenoising(NoiseSchedule(100, "linear"), weight=weight))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_joint_loss_is_the_weighted_sum_of_both_tasks(quiet_trainer, monkeypatch, padding):
+    data = cells(window_size=36 if padding == "valid" else 32, num_train=1)
+    made = joint_module(padding=padding)
+    quiet_trainer(max_steps=1, limit_val_batches=0).fit(made, data)
+    logged = {}
+    monkeypatch.setattr(made, "log", lambda name, value, **options: logged.update({name: value}))
+    batch = next(iter(data.train_dataloader()))
+    x0, side = batch["unlabelled"], batch["images"].shape[-1] - 2 * made.unet.margin
+    assert x0.shape == batch["images"].shape
+    drawn = {}
+    monkeypatch.setattr(JointDenoising, "noised", spy := noised_spy(JointDenoising.noised, drawn))
+    loss = made.training_step(batch, 0)
+    assert spy.calls == 1
+
+    x_t, t, noise = drawn["x_t"], drawn["t"], drawn["target"]
+    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 100), dim=0)[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_t, a.sqrt() * x0 + (1 - a).sqrt() * noise)  # epsilon is predicted
+    scores = made.unet(batch["images"], torch.zeros(len(x0), dtype=torch.int64))[:, :2]
+    denoised = made.unet(x_t, t)[:, 2:]
+    inner = slice(made.unet.margin, made.unet.margin + side)
+    weights = batch["weights"][:, inner, inner]
+    crossed = F.cross_entropy(scores, batch["classes"][:, inner, inner], reduction="none")
+    segmented = (crossed * weights).sum() / weights.sum()
+    squared = (denoised - noise[:, :, inner, inner]).square().mean()
+    torch.testing.assert_close(loss, 0.75 * segmented + 0.25 * squared)
+    torch.testing.assert_close(logged["train/denoising_loss"], squared)
+
+
+def noised_spy(noised, drawn):
+    def spy(self, x0, generator):
+        spy.calls += 1
+        drawn["x_t"], drawn["t"], drawn["target"] = found = noised(self, x0, generator)
+        return found
+
+    spy.calls = 0
+    return spy
+
+
+def test_segmenter_that_learnt_to_denoise_gives_the_maps_alone(quiet_trainer, tmp_path):
+    made = joint_module()
+    path = fit_and_save(made, cells(), quiet_trainer(max_steps=2, limit_val_batches=0), tmp_path / "x.ckpt")
+    image = torch.rand(1, 32, 32) * 2 - 1
+    with torch.no_grad():
+        scores = made.ema_unet.eval()(image[None], torch.tensor([0]))[0, :2]
+    torch.testing.assert_close(read_segmenter(path).maps(image), scores.softmax(dim=0))
 
 
 def test_training_lowers_the_loss_and_finds_the_cells(quiet_trainer):
@@ -109,10 +163,11 @@ def test_average_without_decay_is_the_raw_network_batch_norms_too(quiet_trainer)
         torch.testing.assert_close(made.ema_unet.state_dict()[name], value, rtol=1e-6, atol=1e-7)  # x + (y - x)
 
 
-def test_resumed_run_is_the_uninterrupted_one(quiet_trainer, tmp_path):
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_resumed_run_is_the_uninterrupted_one(quiet_trainer, tmp_path, is_joint):
     def train(folder, steps, **options):
         keep = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_train_steps=2, enable_version_counter=False)
-        made = module(network(norm="batch"), optimizer=ADAM, ema_decay=0.9)
+        made = joint_module() if is_joint else module(network(norm="batch"), optimizer=ADAM, ema_decay=0.9)
         trainer = quiet_trainer(max_steps=steps, callbacks=[keep], enable_checkpointing=True, limit_val_batches=0)
         trainer.fit(made, cells(augmentation=Augmentation(noise=0.1)), **options)
         return made.state_dict()
@@ -228,6 +283,8 @@ def test_2015_network_with_a_timestep_denoises_digits(quiet_trainer, tmp_path):
         (lambda: module(timestep=3), "it has no timestep embedding, got 3"),
         (lambda: module(DenoiserUNet(**SMALL)), "it has a timestep embedding, got None"),
         (lambda: module(DenoiserUNet(**SMALL, num_class_embeds=3), timestep=0), "must have no class embedding"),
+        (lambda: JointDenoising(NoiseSchedule(), weight=1.0), "above 0 and below 1, got 1.0"),
+        (lambda: module(joint=JointDenoising(NoiseSchedule())), "joint needs a network that takes a timestep"),
         (lambda: DiffusionModule(network(), NoiseSchedule()), "a denoiser needs a timestep"),
         (
             lambda: DiffusionModule(network(padding="valid", timestep_embedding=True), NoiseSchedule()),
@@ -254,3 +311,16 @@ def test_network_that_does_not_fit_the_data_is_refused_before_training(quiet_tra
         options = {"window_size": 31}
     with pytest.raises(ValueError, match=message):
         quiet_trainer(max_steps=1).fit(module(unet()), cells(**options))
+
+
+def test_joint_needs_outputs_to_denoise_and_images_without_labels_need_joint(quiet_trainer, monkeypatch):
+    unet = network(norm="group", timestep_embedding=True)
+    joint = JointDenoising(NoiseSchedule(100, "linear"))
+    message = r"out_channels must be 3, one a class \(background, cell\), and 1 to denoise, got 2"
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(max_steps=1).fit(module(unet, timestep=0, joint=joint), cells())
+    data = cells()
+    data.setup()
+    data.images.unlabelled.append(data.images.images[0])
+    with pytest.raises(ValueError, match=r"data.unlabelled is for a network that denoises, too; set model.joint"):
+        quiet_trainer(max_steps=1).fit(module(), data)
