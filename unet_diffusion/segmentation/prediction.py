@@ -1,4 +1,4 @@
-"""Scores of images that fit the network, and maps of images of any size: class probabilities and distances."""
+"""Scores of images that fit the network, and maps of images of any size: probabilities, distances, affinities."""
 
 from collections.abc import Callable
 from itertools import count
@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.segmentation.affinities import turned_back
 from unet_diffusion.segmentation.tiles import NUM_VIEWS, predict_tiled, predict_views
 
 
 def scores_of(network: PixelNetwork, x: Tensor, timestep: int | None) -> Tensor:
-    """Return the scores of the maps: of classes before the softmax, of distances before the sigmoid, (B, K, H, W).
+    """Return the scores of the maps: of classes before the softmax, of others before the sigmoid, (B, K, H, W).
 
     Args:
         network: The network, called `network(x, t)`.
@@ -26,18 +27,20 @@ def predicted_maps(
     image: Tensor,
     *,
     num_classes: int,
+    has_affinities: bool = False,
     timestep: int | None,
     window_size: int,
     views: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[float], object] | None = None,
 ) -> Tensor:
-    """Return the probability of each class at each pixel, and then the distances, (K, H, W) float32 on the CPU.
+    """Return each pixel's probability of each class, and then distances or affinities, (K, H, W) float32 on the CPU.
 
     Args:
         network: The network, on the device.
         image: (C, H, W) in [-1, 1], of any size.
         num_classes: How many of the scores are of classes.
+        has_affinities: Whether the other scores are of affinities, which depend on the direction of the view.
         timestep: The timestep that the network is given; None: it takes none.
         window_size: Height and width of the windows that the network sees, in pixels.
         views: Average over the eight rotated and mirrored views.
@@ -48,8 +51,8 @@ def predicted_maps(
 
     def predict(x: Tensor) -> Tensor:
         scores = scores_of(network, x, timestep).float()
-        classes, distances = scores[:, :num_classes], scores[:, num_classes:]
-        return torch.cat([torch.softmax(classes, dim=1), torch.sigmoid(distances)], dim=1)
+        classes, others = scores[:, :num_classes], scores[:, num_classes:]
+        return torch.cat([torch.softmax(classes, dim=1), torch.sigmoid(others)], dim=1)
 
     def on_window(num_windows: int) -> None:
         if progress is not None:
@@ -58,4 +61,9 @@ def predicted_maps(
     def whole(view: Tensor) -> Tensor:
         return predict_tiled(predict, view, network, window_size=window_size, device=device, on_window=on_window)
 
-    return predict_views(whole, image) if views else whole(image)
+    def turned(maps: Tensor, turns: int, mirrored: bool) -> Tensor:
+        return torch.cat([maps[:num_classes], turned_back(maps[num_classes:], turns, mirrored)])
+
+    if not views:
+        return whole(image)
+    return predict_views(whole, image, turned) if has_affinities else predict_views(whole, image)

@@ -23,8 +23,8 @@ from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.features import FeatureClassifier
-from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, THRESHOLD
-from unet_diffusion.segmentation.losses import SegmentationLoss, distance_loss, segmentation_loss
+from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, THRESHOLD, Kind
+from unet_diffusion.segmentation.losses import SegmentationLoss, affinity_loss, distance_loss, segmentation_loss
 from unet_diffusion.segmentation.prediction import scores_of
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule, check_choice
@@ -41,11 +41,13 @@ class SegmentationModule(NetworkModule):
     """A network that gives each pixel a class, and how it is trained.
 
     Batches are those of `SegmentationDataModule`. `trainer.predict` takes images of any size, in [-1, 1], and gives the
-    maps of each, (K, H, W): class probabilities, and for targets with borders the distances.
+    maps of each, (K, H, W): class probabilities, and then the distances or affinities, as `Segmenter.maps`.
 
     Args:
-        unet: The network to train; its out_channels are the classes, and for targets with borders one more.
-        loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum. That of distances is added.
+        unet: The network to train; its out_channels are the classes, and for targets with borders one more, or for
+            targets with affinities one for each offset.
+        loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum. That of distances is added, or this loss
+            of affinities.
         timestep: The timestep for a network with a timestep embedding, such as a DenoiserUNet; 0 means almost no noise.
         init_from: A denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
             pipeline folder. The run prints what was taken over.
@@ -63,7 +65,7 @@ class SegmentationModule(NetworkModule):
 
     unet: PixelNetwork
     ema_unet: PixelNetwork
-    kind: Literal["binary", "classes", "instances"]  # the three below are known with the data
+    kind: Kind  # the three below are known with the data
     class_names: list[str]
     stretch: bool
     threshold: float = THRESHOLD  # these two are fitted before a validation
@@ -151,9 +153,10 @@ class SegmentationModule(NetworkModule):
                 "model.unet.in_channels or channels of the source"
             )
         if num_scores != targets.num_maps:
-            distance = ", and one for the distance from the edge" if self.kind == "instances" else ""
+            others = {"instances": ", and one for the distance from the edge",
+                      "affinities": ", and one for each offset of affinities"}.get(self.kind, "")  # fmt: skip
             raise ValueError(
-                f"out_channels must be {targets.num_maps}, one a class ({', '.join(self.class_names)}){distance}, got "
+                f"out_channels must be {targets.num_maps}, one a class ({', '.join(self.class_names)}){others}, got "
                 f"{num_scores}; set model.unet.out_channels"
             )
         self.unet.check_size(height, width)
@@ -200,6 +203,8 @@ class SegmentationModule(NetworkModule):
         loss = segmentation_loss(scores[:, :num_classes], batch["classes"][inside], weights, self.loss)
         if self.kind == "instances":
             loss = loss + distance_loss(scores[:, num_classes], batch["distances"][inside], weights)
+        elif self.kind == "affinities":
+            loss = loss + affinity_loss(scores[:, num_classes:], batch["instances"][inside], self.loss)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
