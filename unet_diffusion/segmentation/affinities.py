@@ -9,7 +9,6 @@ gap in a membrane, through which a threshold would join two cells, is closed by 
 from collections import defaultdict
 
 import numpy as np
-import scipy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -53,16 +52,12 @@ def mutex_watershed(affinities: NDArray[np.float32], foreground: NDArray[np.bool
         foreground: The pixels that are of objects, (H, W).
     """
     nodes = np.cumsum(foreground).reshape(foreground.shape) - 1
-    num_nodes = int(foreground.sum())
-    attracting, repelling = (
-        np.concatenate([_edges(affinities[channel], nodes, foreground, channel) for channel in channels], axis=1)
-        for channels in (range(NUM_ATTRACTIVE), range(NUM_ATTRACTIVE, len(OFFSETS)))
-    )
-    attracting = _spanning(attracting, num_nodes)
-    repels = np.arange(attracting.shape[1] + repelling.shape[1]) >= attracting.shape[1]
-    u, v, weights = np.concatenate([attracting, repelling], axis=1)
+    edges = [_edges(affinities[channel], nodes, foreground, channel) for channel in range(len(OFFSETS))]
+    repels = np.repeat(np.arange(len(OFFSETS)) >= NUM_ATTRACTIVE, [each.shape[1] for each in edges])
+    u, v, weights = np.concatenate(edges, axis=1)
     order = np.argsort(-weights, kind="stable")
-    roots = _clusters(num_nodes, u[order].astype(int).tolist(), v[order].astype(int).tolist(), repels[order].tolist())
+    ends = (one[order].astype(int).tolist() for one in (u, v))
+    roots = _clusters(int(foreground.sum()), *ends, repels[order].tolist())
     numbers = np.zeros(foreground.shape, dtype=np.int32)
     numbers[foreground] = np.unique(roots, return_inverse=True)[1] + 1
     return numbers
@@ -111,17 +106,6 @@ def _edges(
     weights = affinities[here][are_pairs].astype(float)
     weights = weights if channel < NUM_ATTRACTIVE else 1 - weights
     return np.stack([nodes[here][are_pairs], nodes[there][are_pairs], weights])
-
-
-def _spanning(edges: NDArray[np.float64], num_nodes: int) -> NDArray[np.float64]:
-    """The edges of a maximum spanning forest; the others join nothing.
-
-    Their ends are joined by edges that are visited before. If one of these was refused, so are they.
-    """
-    u, v, weights = edges
-    costs = scipy.sparse.coo_array((2 - weights, (u.astype(int), v.astype(int))), shape=(num_nodes, num_nodes))
-    forest = scipy.sparse.csgraph.minimum_spanning_tree(costs.tocsr()).tocoo()
-    return np.stack([forest.row, forest.col, 2 - forest.data])
 
 
 def _clusters(num_nodes: int, us: list[int], vs: list[int], repels: list[bool]) -> list[int]:
