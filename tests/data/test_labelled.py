@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from PIL import Image
 from scipy import ndimage
@@ -19,6 +20,7 @@ from unet_diffusion.data import (
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.folder import cut
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.segmentation.affinities import APART
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.labels import REACH, Targets
 
@@ -375,6 +377,21 @@ def test_distances_are_in_pixels_of_the_window_however_it_is_scaled(tmp_path):
     expected = np.stack([ndimage.distance_transform_edt(one) for one in classes]).clip(max=REACH)
     assert (distances[expected == 0] == 0).all()
     assert np.abs(distances - expected)[expected > 0].mean() < 0.4
+
+
+def test_objects_of_a_window_are_those_of_the_image_and_none_beyond_it(tmp_path):
+    targets = Targets(label_format="instances", affinities=True)
+    source = pairs(tmp_path, size=(64, 64))
+    for path in (tmp_path / "label").iterdir():
+        Image.fromarray(np.pad(np.ones((24, 64), dtype=np.uint8), ((20, 20), (0, 0)))).save(path)
+    made = data(source, targets, window_size=48, augmentation=Augmentation(elastic_sd=4.0, rotation=45.0))
+    windows = [made.window((0, 0, number)) for number in range(20)]
+    instances, classes = (torch.stack([window[key] for window in windows]) for key in ("instances", "classes"))
+    is_beyond = instances == APART
+    assert torch.equal(instances[~is_beyond].long(), classes[~is_beyond])
+    assert 0.01 < is_beyond.float().mean() < 0.5
+    one = data(source, targets, window_size=96).window((0, 0, 0))["instances"]  # larger than the image
+    assert torch.equal(one != APART, F.pad(torch.ones(64, 64), (16,) * 4) > 0)
 
 
 def test_generated_cells_are_a_source_without_files():

@@ -23,6 +23,7 @@ from unet_diffusion.evaluation.segmenter_pictures import SIDE as PICTURE_SIDE
 from unet_diffusion.evaluation.segmenters import evaluate_segmenter
 from unet_diffusion.evaluation.thresholds import images_to_fit_on
 from unet_diffusion.inference.segmenter import Segmentation
+from unet_diffusion.segmentation.affinities import affinities_of
 from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD, Targets
 from unet_diffusion.segmentation.object_scores import average_precisions
 from unet_diffusion.segmentation.scores import dice, membrane_scores, pixel_error, v_rand
@@ -115,7 +116,19 @@ def separated(change=lambda labels: labels):
     return Stub(predict, "instances", ["background", "cell", "border"])
 
 
+def paired(change=lambda labels: labels):
+    """A stub of affinities that is sure of a changed truth."""
+
+    def predict(labels):
+        classes = foreground((change(labels) > 0).astype(float))
+        return np.concatenate([classes, affinities_of(torch.from_numpy(change(labels))[None])[0][0]])
+
+    return Stub(predict, "affinities")
+
+
 def evaluated(stub, labels=None, **targets):
+    if stub.kind == "affinities":
+        targets = {"affinities": True, **targets}
     if stub.kind == "instances":
         targets = {"separate_borders": True, "border_width": 1, **targets}
     labels = [cells(seed) for seed in range(6)] if labels is None else labels
@@ -134,7 +147,7 @@ def without_small(labels):
     return np.where(labels == 1, 0, labels)
 
 
-@pytest.mark.parametrize("stub", [binary, separated])
+@pytest.mark.parametrize("stub", [binary, separated, paired])
 def test_a_perfect_segmenter_has_the_best_scores(stub):
     result = evaluated(stub(), [np.where(cells(seed) == 4, 0, cells(seed)) for seed in range(6)])
     for key, figure in result.figures.items():
@@ -143,14 +156,16 @@ def test_a_perfect_segmenter_has_the_best_scores(stub):
     assert result.warnings == [next(text for text in result.warnings if "only 3 images" in text)]
 
 
-def test_a_shifted_prediction_lowers_every_score_of_shape():
-    perfect, result = evaluated(separated()).figures, evaluated(separated(shifted)).figures
+@pytest.mark.parametrize("stub", [separated, paired])
+def test_a_shifted_prediction_lowers_every_score_of_shape(stub):
+    perfect, result = evaluated(stub()).figures, evaluated(stub(shifted)).figures
     for key in ("dice_images", "iou_pooled", "ap_50_90_images", "v_rand_images"):
         assert result[key].value < NEAR_ONE * perfect[key].value, key
 
 
-def test_a_merger_costs_objects_but_no_pixels():
-    result = evaluated(separated(merged)).figures
+@pytest.mark.parametrize("stub", [separated, paired])
+def test_a_merger_costs_objects_but_no_pixels(stub):
+    result = evaluated(stub(merged)).figures
     assert result["dice_images"].value == 1
     assert result["ap_50_images"].value == pytest.approx(3 / 4)  # the larger cell has an IoU of over a half with both
     assert result["v_rand_images"].value < NEAR_ONE

@@ -25,7 +25,8 @@ from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.features import FeatureClassifier
-from unet_diffusion.segmentation.labels import Targets
+from unet_diffusion.segmentation.labels import Targets, instances_from
+from unet_diffusion.segmentation.object_scores import average_precision
 from unet_diffusion.segmentation.scores import THRESHOLDS, dice, iou, pixel_error
 from unet_diffusion.training import DiffusionModule, SegmentationModule
 from unet_diffusion.training.joint import JointDenoising
@@ -36,10 +37,13 @@ SMALL = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num
 
 
 def cells(**options) -> SegmentationDataModule:
-    about_targets = {name: options.pop(name) for name in ("separate_borders", "ignore_label") if name in options}
+    about_targets = {
+        name: options.pop(name) for name in ("separate_borders", "affinities", "ignore_label") if name in options
+    }
     targets = Targets(label_format="instances", **about_targets)
     settings = {"window_size": 32, "batch_size": 2, "windows_per_image": 2, "num_val": 2, **options}
-    return SegmentationDataModule(SyntheticCells(num_images=5), targets, **settings)
+    source = SyntheticCells(num_images=settings.pop("num_images", 5))
+    return SegmentationDataModule(source, targets, **settings)
 
 
 def network(out_channels=2, **options) -> SegmentationUNet:
@@ -154,6 +158,24 @@ def test_threshold_is_the_best_on_images_that_are_kept_for_it(quiet_trainer, tmp
     scores = {threshold: dice(truth, foreground > threshold) for threshold in THRESHOLDS}
     assert scores[trained.threshold] == pytest.approx(max(scores.values()))
     assert trained.segment(whole["images"]).threshold == trained.threshold
+
+
+def test_network_of_affinities_learns_to_tell_touching_cells_apart(quiet_trainer, tmp_path):
+    data = cells(affinities=True, num_fit=1, window_size=64, batch_size=4, num_images=12)
+    unet = SegmentationUNet(1, 14, channels=(8, 16, 32), padding="same", norm="group")
+    made = module(unet, loss="both", optimizer=functools.partial(torch.optim.Adam, lr=1.0e-2))
+    trained = read_segmenter(fit_and_save(made, data, quiet_trainer(max_steps=60), tmp_path / "cells.ckpt"))
+    assert (trained.kind, trained.threshold, trained.min_size) == ("affinities", made.threshold, made.min_size)
+    by_pairs, by_parts = [], []
+    for index in data.val_indices.tolist():
+        segmented = trained.segment(data.whole(index)["images"], views=True)
+        assert segmented.probabilities.shape[0] == 2
+        assert segmented.affinities.shape[0] == 12
+        truth = data.images.labels[index].astype(np.int32)
+        by_pairs.append(average_precision(truth, segmented.instances, 0.5))
+        parts = instances_from(segmented.probabilities, "binary", threshold=trained.threshold)
+        by_parts.append(average_precision(truth, parts, 0.5))
+    assert np.mean(by_pairs) > np.mean(by_parts)
 
 
 def test_average_without_decay_is_the_raw_network_batch_norms_too(quiet_trainer):
@@ -302,6 +324,7 @@ def test_settings_that_contradict_each_other_are_refused(make, message):
     [
         (lambda: SegmentationUNet(3, 2, channels=(4, 8)), {}, "the images have 1 channels and the network takes 3"),
         (lambda: network(), {"separate_borders": True}, "out_channels must be 4, one a class \\(background, cell, bor"),
+        (lambda: network(), {"affinities": True}, "out_channels must be 14, one a class .*, and one for each offset"),
         (lambda: network(), {"window_size": 33}, "the next size that fits is 34 x 34"),
         (lambda: network(padding="valid"), {}, "the next size that fits is"),
     ],

@@ -119,7 +119,7 @@ def object_findings(objects: Objects, targets: Targets, num_images: int, window_
         text = f"{objects.num_empty} of {num_images} label images hold no object, and many windows only background"
         findings.append(Finding("advice", text, "fewer of them"))
     share = objects.num_touching / max(len(objects.areas), 1)
-    if share > MANY_TOUCHING and targets.label_format == "instances" and not targets.separate_borders:
+    if share > MANY_TOUCHING and targets.label_format == "instances" and targets.kind == "binary":
         text = f"{percent(share)} of the objects touch another, and are learnt as one with it"
         findings.append(Finding("advice", text, "--data.targets.separate_borders true, and one more out_channels"))
     if len(objects.areas) and (large := float(np.median(objects.areas)) ** 0.5) > window_size:

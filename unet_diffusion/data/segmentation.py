@@ -23,6 +23,7 @@ from unet_diffusion.data.scaling import percentiles, stretch_to_unit_range
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.pictures import scale_to_unit_range
 from unet_diffusion.runtime.randomness import keyed_generator
+from unet_diffusion.segmentation.affinities import APART
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
 from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, REACH, Targets
 
@@ -39,9 +40,9 @@ class SegmentationDataModule(SourceDataModule):
 
     Batches are {"images": float32 (B, C, H, W) in [-1, 1], "classes": int64 (B, H, W), "weights": float32 (B, H, W), 0
     where nothing is to be learnt, "index": int64 (B,)}: random windows; for targets with borders also "distances",
-    float32 (B, H, W) in [0, 1], in parts of REACH; for `JointDenoising` also "unlabelled", float32 (B, C, H, W):
-    windows of images whose labels are not used, and of those to train on. In validation they are lists of `whole`
-    images.
+    float32 (B, H, W) in [0, 1], in parts of REACH; for those with affinities "instances", int32 (B, H, W), see
+    `Targets.partners`; for `JointDenoising` "unlabelled", float32 (B, C, H, W): windows of images that are not held
+    out, whether or not they have a label. In validation they are lists of `whole` images.
 
     Args:
         source: Where the labelled images come from: `PairedFiles`, or a class of your own, see `LabelledSource`.
@@ -125,6 +126,8 @@ class SegmentationDataModule(SourceDataModule):
         borders = self.targets.separate_borders
         self._distances = {i: torch.from_numpy(self.targets.distances(loaded.labels[i])) for i in train.tolist()
                            if borders}  # fmt: skip
+        self._instances = {i: torch.from_numpy(self.targets.partners(loaded.labels[i])) for i in train.tolist()
+                           if self.targets.affinities}  # fmt: skip
         self._objects = {i: (self._classes[i] > 0).flatten().nonzero().flatten().int() for i in train.tolist()
                          if self.object_share}  # fmt: skip
         # Images without labels come after the others.
@@ -219,6 +222,8 @@ class SegmentationDataModule(SourceDataModule):
             across = (coordinates[:, :, -1] - coordinates[:, :, 0]).norm(dim=0).mean()  # of the window, in the image
             scale = (self.window_size - 1) / across
             sampled["distances"] = (sampled["distances"] * (scale / REACH)).clamp(max=1)
+        if self.targets.affinities:
+            sampled["instances"] = self._sampled_instances(index, coordinates)
         pixels = self._pixels_at(image, coordinates, generator)
         batch = {"images": pixels, **sampled, "classes": sampled["classes"].long(), "index": torch.tensor(index)}
         return {**batch, "unlabelled": self._window_to_denoise(drawn)} if self.draws_unlabelled else batch
@@ -236,6 +241,13 @@ class SegmentationDataModule(SourceDataModule):
     def _pixels_at(self, image: Tensor, coordinates: Tensor, generator: torch.Generator) -> Tensor:
         mode: Any = "nearest" if self.augmentation is None else "bicubic"
         return (self.augmentation or NO_AUGMENTATION).grey_values(sample_at(image, coordinates, mode=mode), generator)
+
+    def _sampled_instances(self, index: int, coordinates: Tensor) -> Tensor:
+        """The number of the object at each place in an image, (H, W); APART beyond it, where mirror images touch."""
+        instances = sample_at(self._instances[index][None], coordinates, mode="nearest")[0]
+        places = coordinates.round()
+        last = torch.tensor(self._instances[index].shape)[:, None, None] - 1
+        return torch.where(((places >= 0) & (places <= last)).all(dim=0), instances, APART)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of random windows; see `WindowBatches`.

@@ -11,13 +11,15 @@ import skimage
 from numpy.typing import NDArray
 
 from unet_diffusion.evaluation.intervals import Values
-from unet_diffusion.inference.segmenter import Kind, Segmentation
+from unet_diffusion.inference.segmenter import Segmentation
 from unet_diffusion.segmentation.labels import (
     BACKGROUND,
     NO_VALUE,
+    Kind,
     Targets,
     instances_from,
     mask_from,
+    without_small,
 )
 from unet_diffusion.segmentation.object_scores import matched_pairs, object_ious
 from unet_diffusion.segmentation.scores import FOUR_CONNECTED, segment_sums, thin_borders, warping_error
@@ -170,13 +172,9 @@ def mask_counts(truth: Truth, predicted: Predicted, num_classes: int) -> Values:
     return _pixels(truth.mask[has_class], predicted.mask[has_class], num_classes)
 
 
-def membrane_sums(probabilities: NDArray[np.float32], truth: Truth, thresholds: tuple[float, ...]) -> Values:
-    """Sums of `segment_sums` at each threshold as in the ISBI 2012 challenge, with thinned borders, (T, 3, 3)."""
-    numbers = []
-    for threshold in thresholds:
-        mask = mask_from(probabilities, "binary", threshold=threshold) > 0
-        numbers.append(thin_borders(skimage.measure.label(mask, connectivity=FOUR_CONNECTED)))
-    return np.stack([_segments(truth.objects, segments) for segments in numbers])
+def membrane_sums(truth: Truth, predicted: Predicted, min_size: int) -> Values:
+    """Sums of `segment_sums` as in the ISBI 2012 challenge, with thinned borders, (3, 3)."""
+    return _segments(truth.objects, thin_borders(without_small(predicted.objects, min_size)))
 
 
 def warped_shares(probabilities: NDArray[np.float32], truth: Truth, thresholds: tuple[float, ...]) -> Values:

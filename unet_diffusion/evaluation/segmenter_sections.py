@@ -28,7 +28,8 @@ from unet_diffusion.evaluation.scores_of_counts import (
 )
 from unet_diffusion.evaluation.segmented_images import IOU_THRESHOLDS, ImageCounts
 from unet_diffusion.evaluation.thresholds import FITTED, FittedThreshold, ScoresByThreshold, fitted_thresholds
-from unet_diffusion.inference.segmenter import Kind, Segmenter
+from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.segmentation.labels import Kind
 from unet_diffusion.segmentation.scores import rand_error_of, v_info_of, v_rand_of
 
 Better = Literal["lower", "higher"]
@@ -61,6 +62,7 @@ ABOUT_SIZES = "By size, each row has as many true objects; what is falsely predi
 PARTS = {
     "classes": "The connected parts of a class are its objects here.",
     "binary": "The connected parts of the foreground are its objects.",
+    "affinities": "The mutex watershed divides the foreground into objects.",
 }
 TRAINED_ON = (
     "The network was trained on them, which may make them too easy: keep some from training (data.num_train) for a "
@@ -86,7 +88,7 @@ def mask_section(kind: Kind, class_names: Sequence[str], images: Sequence[ImageC
         *_both("iou", "IoU", "higher", mask, iou_of),
         *_both("pixel_error", "Pixel error", "lower", mask, pixel_error_of),
     ]
-    if kind == "binary":
+    if kind in ("binary", "affinities"):
         foreground = np.stack([image.reliability[0] for image in images])
         title = "Pixel error of the ISBI 2012 challenge"
         figures.append(_pooled("challenge_pixel_error", title, "lower", foreground, challenge_pixel_error_of, BEST_F))
@@ -102,8 +104,8 @@ def object_section(
     Args:
         kind: The meaning of the classes.
         images: The counts of each image.
-        membranes: Sums of `membrane_sums` of each image, for kind "binary".
-        warped: `warped_shares` of each image, for kind "binary".
+        membranes: Sums of `membrane_sums` of each image, for kinds "binary" and "affinities".
+        warped: `warped_shares` of each image, for these kinds, too.
     """
     objects = np.stack([image.objects.counts() for image in images])  # (N, T, 3)
     figures = [
@@ -115,7 +117,7 @@ def object_section(
         segments = np.stack([image.segments for image in images])
         for key, title, better, score in SEGMENT_SCORES:
             figures += _both(key, title, better, segments, _where_counted(score))
-    if kind == "binary":
+    if kind in ("binary", "affinities"):
         sums = np.stack([one for one in membranes if one is not None])
         for key, title, better, score in SEGMENT_SCORES:
             figures += _best(key, title, better, sums, _where_counted(score))

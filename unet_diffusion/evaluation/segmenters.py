@@ -39,7 +39,7 @@ class SegmentedImage:
     Args:
         counts: The counts at the threshold and least size of the segmenter.
         by_threshold: The scores at each threshold; None: classes have none.
-        warped: See `warped_shares`; None: the network separates objects by itself, or has classes.
+        warped: See `warped_shares`; None: borders are learnt as a class, or the network has classes.
     """
 
     counts: ImageCounts
@@ -136,7 +136,7 @@ class _Look:
         image = SegmentedImage(
             counted(index, segmented, truth),
             ScoresByThreshold.of(index, segmented.maps, kind, truth) if kind != "classes" else None,
-            warped_shares(segmented.maps, truth, THRESHOLDS) if kind == "binary" else None,
+            warped_shares(segmented.maps, truth, THRESHOLDS) if kind in ("binary", "affinities") else None,
         )
         self.step()
         return image
@@ -146,8 +146,9 @@ def _worst_section(look: _Look, images: list[ImageCounts]) -> Section:
     kind, names = look.segmenter.kind, look.data.images.names
     dices = dice_of(np.stack([image.mask for image in images]))
     precisions = mean_average_precision_of(np.stack([image.objects.counts() for image in images]))
-    scores = np.nan_to_num(precisions if kind == "instances" else dices, nan=np.inf)
-    score_name = "AP" if kind == "instances" else "Dice"
+    tells_apart = kind in ("instances", "affinities")
+    scores = np.nan_to_num(precisions if tells_apart else dices, nan=np.inf)
+    score_name = "AP" if tells_apart else "Dice"
     worst = np.lexsort((dices, scores))[:NUM_WORST].tolist()
     rows: list[list[str | float | int | None]] = []
     pictures: list[Picture] = []

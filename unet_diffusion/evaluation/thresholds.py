@@ -10,8 +10,7 @@ from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.evaluation.intervals import Values
 from unet_diffusion.evaluation.scores_of_counts import average_precision_of, dice_of, mean_average_precision_of
 from unet_diffusion.evaluation.segmented_images import ObjectMatches, Predicted, Truth, mask_counts, membrane_sums
-from unet_diffusion.inference.segmenter import Kind
-from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
+from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD, Kind
 from unet_diffusion.segmentation.scores import THRESHOLDS, v_rand_of
 
 SIZES = (1, 4, 8, 16, 32, 64, 128)  # least numbers of pixels in an object
@@ -21,7 +20,8 @@ FITTED = {  # the scores that are fitted, each by itself, for they want differen
     "dice": "Dice",
     "v_rand": "V_rand",
 }
-KEPT = {"instances": "ap_50_90", "binary": "dice"}  # the score whose threshold training keeps, by kind
+# The score whose threshold training keeps, by kind
+KEPT = {"instances": "ap_50_90", "affinities": "ap_50_90", "binary": "dice"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ScoresByThreshold:
         index: Number of the image in the data.
         mask: Counts of the mask's pixels, (T, 2, 3).
         objects: Counts of the objects that are found at each IoU of IOU_THRESHOLDS, (T, S, I, 3).
-        membranes: Sums of `membrane_sums`, (T, 3, 3); None: the network separates objects by itself.
+        membranes: Sums of `membrane_sums`, (T, 3, 3); None: borders are learnt as a class, and are not thinned.
     """
 
     index: int
@@ -43,14 +43,15 @@ class ScoresByThreshold:
     @classmethod
     def of(cls, index: int, maps: NDArray[np.float32], kind: Kind, truth: Truth) -> "ScoresByThreshold":
         """The scores of an image by the maps of a network, (K, H, W)."""
-        masks, objects = [], []
+        masks, objects, membranes = [], [], []
         for threshold in THRESHOLDS:
             predicted = Predicted.of(maps, kind, truth, threshold, min_size=1)
             masks.append(mask_counts(truth, predicted, num_classes=2))
             matches = ObjectMatches.of(truth, predicted)
             objects.append(np.stack([matches.counts(size) for size in SIZES]))
-        membranes = membrane_sums(maps, truth, THRESHOLDS) if kind == "binary" else None
-        return cls(index, np.stack(masks), np.stack(objects), membranes)
+            if kind != "instances":  # the watershed leaves crumbs, and the challenge took all components
+                membranes.append(membrane_sums(truth, predicted, MIN_SIZE if kind == "affinities" else 1))
+        return cls(index, np.stack(masks), np.stack(objects), np.stack(membranes) if membranes else None)
 
     @property
     def scores(self) -> dict[str, Values]:

@@ -7,11 +7,13 @@ larger than its storage, or by the description of a network larger than its weig
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from unet_diffusion.segmentation.labels import Kind
 
 T = TypeVar("T")
 Rule = tuple[str, Callable[[Any], bool]]
@@ -83,8 +85,8 @@ RULES: dict[str, dict[str, Rule]] = {
     "segmenter": {
         "unet": _NETWORK,
         "kind": (
-            "binary, classes or instances",
-            lambda value: isinstance(value, str) and value in ("binary", "classes", "instances"),
+            ", ".join(get_args(Kind)[:-1]) + f" or {get_args(Kind)[-1]}",
+            lambda value: isinstance(value, str) and value in get_args(Kind),
         ),
         "class_names": ("a list of different texts", _is_classes),
         "timestep": _NUMBER_OR_NONE,

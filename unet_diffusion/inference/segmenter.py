@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.labels import (
     DISTANCE,
     MIN_SIZE,
+    NUM_BESIDE,
+    NUM_CLASSES,
     THRESHOLD,
+    Kind,
     check_threshold,
     instances_from,
     mask_from,
@@ -32,7 +35,6 @@ from unet_diffusion.segmentation.prediction import predicted_maps
 FIELDS = (  # of a record, beside the network
     *("kind", "class_names", "timestep", "stretch", "window_size", "settings", "threshold", "min_size"),
 )
-Kind = Literal["binary", "classes", "instances"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Segmentation:
         return self.maps[DISTANCE] if self.kind == "instances" else None
 
     @property
+    def affinities(self) -> NDArray[np.float32] | None:
+        """How surely each pixel and that at each of OFFSETS are of one object, (K, H, W); None: the kind has none."""
+        return self.maps[NUM_CLASSES[self.kind] :] if self.kind == "affinities" else None
+
+    @property
     def classes(self) -> NDArray[np.uint8]:
         """The mask, (H, W): 255 for foreground, or with kind "classes" the index of the likeliest class."""
         return mask_from(self.maps, self.kind, threshold=self.threshold)
@@ -84,8 +91,8 @@ class Segmenter(Running):
 
     Args:
         unet: The network, called as `unet(x, t)` for scores, with its averaged (EMA) weights.
-        kind: "binary" (background and foreground), "classes", or "instances" (background, cell and cell border; the
-            network gives distances, too).
+        kind: "binary" (background and foreground), "classes", "instances" (background, cell and cell border; the
+            network gives distances, too), or "affinities" (background and foreground; the network gives affinities).
         class_names: The name of each class.
         timestep: The timestep for a network that was a denoiser; None: the network takes no timestep.
         stretch: Scale grey values by each image's 1st and 99.8th percentile instead of the range of its type.
@@ -112,8 +119,8 @@ class Segmenter(Running):
 
     def __post_init__(self) -> None:
         num_scores = self.unet.config.get("out_channels") or self.unet.in_channels
-        num_classes = {"binary": 2, "instances": 3}.get(self.kind, len(self.class_names))
-        expected = num_classes + (self.kind == "instances")
+        num_classes = NUM_CLASSES.get(self.kind, len(self.class_names))
+        expected = num_classes + NUM_BESIDE[self.kind]
         with_denoising = expected + self.unet.in_channels  # of a network that learnt to denoise beside
         if num_scores not in (expected, with_denoising) or len(self.class_names) != num_classes:
             raise ValueError(
@@ -167,7 +174,7 @@ class Segmenter(Running):
 
     @torch.no_grad()
     def maps(self, image: Tensor, *, views: bool = False, progress: Callable[[float], object] | None = None) -> Tensor:
-        """The probability of each class at each pixel, and of kind "instances" the distances, (K, H, W) on the CPU.
+        """The probability of each class at each pixel, and then distances or affinities, (K, H, W) on the CPU.
 
         Args:
             image: Image of any size, (C, H, W) in [-1, 1].
@@ -180,6 +187,7 @@ class Segmenter(Running):
                 image,
                 num_classes=len(self.class_names),
                 num_maps=self.num_maps,
+                has_affinities=self.kind == "affinities",
                 timestep=self.timestep,
                 window_size=self.window_size,
                 views=views,

@@ -9,14 +9,17 @@ import scipy
 import skimage
 from numpy.typing import NDArray
 
+from unet_diffusion.segmentation.affinities import APART, OFFSETS, mutex_watershed
 from unet_diffusion.segmentation.border_weights import border_weights, class_weights
 from unet_diffusion.segmentation.scores import FOUR_CONNECTED
 
 LabelFormat = Literal["0/1", "0/255", "classes", "instances"]
-Kind = Literal["binary", "classes", "instances"]
+Kind = Literal["binary", "classes", "instances", "affinities"]
 
-BACKGROUND, CELL, BORDER = 0, 1, 2  # the classes of kind "instances"; those of kind "binary" without the border
+BACKGROUND, CELL, BORDER = 0, 1, 2  # the classes of kind "instances"; other kinds of objects have no border
 DISTANCE = 3  # the map that a network of kind "instances" gives after its classes
+NUM_CLASSES: dict[Kind, int] = {"binary": 2, "instances": 3, "affinities": 2}  # of the kinds that fix it
+NUM_BESIDE: dict[Kind, int] = {"binary": 0, "classes": 0, "instances": 1, "affinities": len(OFFSETS)}  # maps after them
 # Distances from the edge are learnt up to this many pixels, as parts of it: farther in, they would tell an object's
 # size, which a network sees less well, and dents of the edge would make peaks.
 REACH = 6
@@ -41,6 +44,8 @@ class Targets:
         num_classes: With "classes", the number of classes, background included; otherwise leave it out.
         separate_borders: With "instances", whether to learn the borders of objects as a class of their own, and the
             distance of each pixel from the edge of its object, so that touching objects are separated.
+        affinities: Whether to learn for pairs of pixels, near and far, if they are of one object, instead of borders:
+            gaps in thin membranes then join no cells. Without instance numbers, the connected parts are the objects.
         border_width: Width of that class, in pixels inwards from the edge of an object.
         ignore_label: Value in the label images of pixels that are not to be learnt; None learns all pixels.
         class_balance: Whether to weight classes by their inverse frequency in the training images.
@@ -54,6 +59,7 @@ class Targets:
     label_format: LabelFormat
     num_classes: int | None = None
     separate_borders: bool = False
+    affinities: bool = False
     border_width: int = 1
     ignore_label: int | None = None
     class_balance: bool = False
@@ -76,6 +82,11 @@ class Targets:
             raise ValueError(
                 f"separate_borders needs label_format instances, which tells objects apart, got {self.label_format}"
             )
+        if self.affinities and (self.separate_borders or self.label_format == "classes"):
+            raise ValueError(
+                f"affinities are of objects, and are learnt instead of borders, got separate_borders "
+                f"{self.separate_borders} and label_format {self.label_format}; turn one of the two off"
+            )
         if self.border_width < 1 or self.border_sigma <= 0 or self.border_weight < 0:
             raise ValueError(
                 f"border_width must be at least 1, border_sigma above 0 and border_weight 0 or more, got "
@@ -89,6 +100,8 @@ class Targets:
         """The meaning of the classes."""
         if self.label_format == "classes":
             return "classes"
+        if self.affinities:
+            return "affinities"
         return "instances" if self.separate_borders else "binary"
 
     @property
@@ -100,8 +113,8 @@ class Targets:
 
     @property
     def num_maps(self) -> int:
-        """The number of maps that a network gives: one for each class, and with kind "instances" the distance."""
-        return len(self.class_names) + self.separate_borders
+        """The number of maps that a network gives: one for each class, and then the distance or the affinities."""
+        return len(self.class_names) + NUM_BESIDE[self.kind]
 
     def check(self, labels: NDArray[Any]) -> str | None:
         """Return a description of the error in the values of a label image, or None if they are right."""
@@ -144,6 +157,15 @@ class Targets:
         """
         instances = self.instances(labels)
         return np.where(instances > 0, depths(instances)[0] + 1, 0).astype(np.float32)
+
+    def partners(self, labels: NDArray[Any]) -> NDArray[np.int32]:
+        """Return the number of each pixel's object, (H, W), and APART for pixels whose pairs are not to be learnt.
+
+        Args:
+            labels: A label image whose values were checked.
+        """
+        instances = np.unique(self.instances(labels), return_inverse=True)[1].reshape(labels.shape)
+        return np.where(self.classes(labels) == NO_VALUE, APART, instances).astype(np.int32)
 
     def weights(self, labels: NDArray[Any], balance: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the weight of each pixel in the loss, (H, W): class weight plus border weight, and 0 for NO_VALUE.
@@ -256,10 +278,12 @@ def instances_from(
     """Return instance numbers, 0 for background, (H, W), from the maps that a network gives, (K, H, W).
 
     With kind "instances" each peak of the distances is the seed of an object, which grows over the foreground around
-    it. With kind "binary" the objects are the 4-connected components of the foreground.
+    it. With kind "affinities" the mutex watershed divides the foreground into objects. With kind "binary" they are its
+    4-connected components.
 
     Args:
-        maps: Probabilities of background and cell, and with kind "instances" of border, and distances, (K, H, W).
+        maps: Probabilities of background and cell, and then of border and distances with kind "instances", or
+            affinities, (K, H, W).
         kind: The meaning of the classes.
         min_size: Least number of pixels in an object; smaller objects are left out.
         threshold: The foreground is where its probability is larger.
@@ -273,12 +297,20 @@ def instances_from(
             "leave them out"
         )
     foreground = maps[BACKGROUND] < 1 - threshold
-    numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
+    if kind == "affinities":
+        numbers = mutex_watershed(maps[NUM_CLASSES[kind] :], foreground)
+    else:
+        numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
     if kind == "instances":
         distances = scipy.ndimage.gaussian_filter(maps[DISTANCE], SMOOTHING)
         grown = skimage.segmentation.watershed(-distances, _peaks(distances), mask=foreground)
         # An object without a peak keeps the number of its component.
         numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))
+    return without_small(numbers, min_size)
+
+
+def without_small(numbers: NDArray[np.int32], min_size: int) -> NDArray[np.int32]:
+    """Return the numbers of the objects of at least so many pixels, from 1 without gaps; the others become 0."""
     sizes = np.bincount(numbers.ravel())
     sizes[0] = 0
     large = np.flatnonzero(sizes >= min_size)
@@ -295,7 +327,7 @@ def _peaks(distances: NDArray[np.float32]) -> NDArray[np.int32]:
 
 def probabilities_in(maps: NDArray[np.float32], kind: Kind) -> NDArray[np.float32]:
     """Return the maps that are probabilities of classes, (K, H, W)."""
-    return maps[:DISTANCE] if kind == "instances" else maps
+    return maps[: len(maps) - NUM_BESIDE[kind]]
 
 
 def check_threshold(kind: Kind, threshold: float | None, min_size: int | None) -> None:

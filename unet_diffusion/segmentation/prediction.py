@@ -1,4 +1,4 @@
-"""Maps of images of any size: class probabilities and distances."""
+"""Maps of images of any size: class probabilities, distances and affinities."""
 
 from collections.abc import Callable
 from itertools import count
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.segmentation.affinities import turned_back
 from unet_diffusion.segmentation.tiles import NUM_VIEWS, predict_tiled, predict_views
 
 
@@ -16,19 +17,21 @@ def predicted_maps(
     *,
     num_classes: int,
     num_maps: int,
+    has_affinities: bool = False,
     timestep: int | None,
     window_size: int,
     views: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[float], object] | None = None,
 ) -> Tensor:
-    """Return the probability of each class at each pixel, and then the distances, (K, H, W) float32 on the CPU.
+    """Return each pixel's probability of each class, and then distances or affinities, (K, H, W) float32 on the CPU.
 
     Args:
         network: The network, on the device.
         image: (C, H, W) in [-1, 1], of any size.
         num_classes: How many of the maps are of classes, the first.
         num_maps: How many of the network's outputs are maps, the first; others are of another task.
+        has_affinities: Whether the other scores are of affinities, which depend on the direction of the view.
         timestep: The timestep that the network is given; None: it takes none.
         window_size: Height and width of the windows that the network sees, in pixels.
         views: Average over the eight rotated and mirrored views.
@@ -40,8 +43,8 @@ def predicted_maps(
     def predict(x: Tensor) -> Tensor:
         t = None if timestep is None else torch.full((len(x),), timestep, device=x.device)
         scores = network(x, t)[:, :num_maps].float()
-        classes, distances = scores[:, :num_classes], scores[:, num_classes:]
-        return torch.cat([torch.softmax(classes, dim=1), torch.sigmoid(distances)], dim=1)
+        classes, others = scores[:, :num_classes], scores[:, num_classes:]
+        return torch.cat([torch.softmax(classes, dim=1), torch.sigmoid(others)], dim=1)
 
     def on_window(num_windows: int) -> None:
         if progress is not None:
@@ -50,4 +53,9 @@ def predicted_maps(
     def whole(view: Tensor) -> Tensor:
         return predict_tiled(predict, view, network, window_size=window_size, device=device, on_window=on_window)
 
-    return predict_views(whole, image) if views else whole(image)
+    def turned(maps: Tensor, turns: int, mirrored: bool) -> Tensor:
+        return torch.cat([maps[:num_classes], turned_back(maps[num_classes:], turns, mirrored)])
+
+    if not views:
+        return whole(image)
+    return predict_views(whole, image, turned) if has_affinities else predict_views(whole, image)

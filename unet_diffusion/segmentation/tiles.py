@@ -65,12 +65,18 @@ def predict_tiled(
     return output if network.margin else output.div_(weight)
 
 
-def predict_views(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+def predict_views(
+    predict: Callable[[Tensor], Tensor],
+    image: Tensor,
+    turned: Callable[[Tensor, int, bool], Tensor] = lambda maps, turns, mirrored: maps,
+) -> Tensor:
     """Return the mean prediction over the eight rotated and mirrored views of an image, each turned back, (K, H, W).
 
     Args:
         predict: Function (C, H, W) -> (K, H, W) of images of any size.
         image: The image, (C, H, W).
+        turned: Function of a prediction whose pixels are turned back, the number of quarter turns of the view and
+            whether it was mirrored, which gives the prediction that is averaged. Maps of directions need it.
     """
     total: Tensor | None = None
     for turns in range(NUM_VIEWS // 2):
@@ -78,7 +84,7 @@ def predict_views(predict: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
             view = torch.rot90(image, turns, (1, 2))
             prediction = predict(view.flip(2) if mirrored else view)
             prediction = prediction.flip(2) if mirrored else prediction
-            back = torch.rot90(prediction, -turns, (1, 2))
+            back = turned(torch.rot90(prediction, -turns, (1, 2)), turns, mirrored)
             total = back.clone() if total is None else total.add_(back)
     assert total is not None
     return total / NUM_VIEWS

@@ -24,8 +24,8 @@ from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import FeatureClassifier
-from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, THRESHOLD
-from unet_diffusion.segmentation.losses import SegmentationLoss, distance_loss, segmentation_loss
+from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, NUM_BESIDE, THRESHOLD, Kind
+from unet_diffusion.segmentation.losses import SegmentationLoss, affinity_loss, distance_loss, segmentation_loss
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule, check_choice
 from unet_diffusion.training.joint import JointDenoising
@@ -42,12 +42,13 @@ class SegmentationModule(NetworkModule):
     """A network that gives each pixel a class, and how it is trained.
 
     Batches are those of `SegmentationDataModule`. `trainer.predict` takes images of any size, in [-1, 1], and gives the
-    maps of each, (K, H, W): class probabilities, and for targets with borders the distances.
+    maps of each, (K, H, W): class probabilities, and then the distances or affinities, as `Segmenter.maps`.
 
     Args:
-        unet: The network to train; its out_channels are the classes, for targets with borders one more, and to denoise
-            beside segmenting those of an image.
-        loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum. That of distances is added.
+        unet: The network to train; its out_channels are the classes; for targets with borders one more, or for targets
+            with affinities one for each offset; and to denoise beside segmenting, those of an image.
+        loss: "cross_entropy", weighted by pixel; "dice"; or "both", their sum. That of distances is added, or this loss
+            of affinities.
         timestep: The timestep for a network with a timestep embedding, such as a DenoiserUNet; 0 means almost no noise.
         init_from: A denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
             pipeline folder. The run prints what was taken over.
@@ -66,7 +67,7 @@ class SegmentationModule(NetworkModule):
 
     unet: PixelNetwork
     ema_unet: PixelNetwork
-    kind: Literal["binary", "classes", "instances"]  # the three below are known with the data
+    kind: Kind  # the three below are known with the data
     class_names: list[str]
     stretch: bool
     threshold: float = THRESHOLD  # these two are fitted before a validation
@@ -162,10 +163,11 @@ class SegmentationModule(NetworkModule):
             raise ValueError("data.unlabelled is for a network that denoises, too; set model.joint, or leave it out")
         expected = targets.num_maps + (channels if self.joint is not None else 0)
         if num_scores != expected:
-            more = ", and one for the distance from the edge" if self.kind == "instances" else ""
-            more += f", and {channels} to denoise" if self.joint is not None else ""
+            others = {"instances": ", and one for the distance from the edge",
+                      "affinities": ", and one for each offset of affinities"}.get(self.kind, "")  # fmt: skip
+            others += f", and {channels} to denoise" if self.joint is not None else ""
             raise ValueError(
-                f"out_channels must be {expected}, one a class ({', '.join(self.class_names)}){more}, got "
+                f"out_channels must be {expected}, one a class ({', '.join(self.class_names)}){others}, got "
                 f"{num_scores}; set model.unet.out_channels"
             )
         self.unet.check_size(height, width)
@@ -217,9 +219,12 @@ class SegmentationModule(NetworkModule):
         prediction = self.unet(x, t)
         scores, weights = prediction[: len(images)], batch["weights"][inside]
         num_classes = len(self.class_names)
+        num_maps = num_classes + NUM_BESIDE[self.kind]
         loss = segmentation_loss(scores[:, :num_classes], batch["classes"][inside], weights, self.loss)
         if self.kind == "instances":
             loss = loss + distance_loss(scores[:, num_classes], batch["distances"][inside], weights)
+        elif self.kind == "affinities":
+            loss = loss + affinity_loss(scores[:, num_classes:num_maps], batch["instances"][inside], self.loss)
         if self.joint is not None:
             denoised = prediction[len(images) :, -images.shape[1] :]
             loss, denoising_loss = self.joint.loss(loss, denoised, target[:, :, *inside[1:]])
