@@ -15,6 +15,7 @@ from unet_diffusion.data import (
     PairedFiles,
     SegmentationDataModule,
     SyntheticCells,
+    SyntheticPairs,
     Tiles,
 )
 from unet_diffusion.data.decoding import decode_pages
@@ -324,6 +325,40 @@ def sparse(tmp_path, **options):
     for path in (tmp_path / "label").iterdir():
         Image.fromarray(label).save(path)
     return data(source, window_size=16, windows_per_image=50, **options)
+
+
+def test_synthetic_windows_have_their_share_of_the_first_epochs(tmp_path):
+    source = pairs(tmp_path / "real")
+    pairs(tmp_path / "drawn", num=3, size=(20, 20))
+    synthetic = SyntheticPairs(tmp_path / "drawn", share=0.25, num_epochs=2)
+    made, real = data(source, synthetic=synthetic), data(source)
+    assert "synthetic: 3 images, 25% of the windows until the end of epoch 2" in made.summary()
+    assert [len(one.val_indices) for one in (made, real)] == [1, 1]
+    for epoch in range(3):
+        windows = [made.window((1, epoch, number)) for number in range(200)]
+        drawn = [int(window["index"]) for window in windows if window["index"] > 4]
+        assert set(drawn) == (set() if epoch == 2 else {5, 6, 7})
+        assert len(drawn) == (0 if epoch == 2 else pytest.approx(50, abs=20))
+    number = next(number for number in range(200) if made.window((1, 0, number))["index"] == 6)
+    window = made.window((1, 0, number))
+    assert window["classes"].shape == (16, 16)
+    pixels = np.asarray(Image.open(tmp_path / "drawn" / "image" / "1.png")).astype(np.float32) / 127.5 - 1
+    assert np.isin(window["images"].numpy().round(4), pixels.round(4)).all()
+    other = next(number for number in range(200) if made.window((1, 0, number))["index"] == 1)
+    for name, value in real.window((1, 0, other)).items():  # real windows are as they would be
+        assert torch.equal(value, made.window((1, 0, other))[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 1.0}, "above 0 and below 1, got 1.0"),
+        ({"num_epochs": 0}, "num_epochs of synthetic must be at least 1"),
+    ],
+)
+def test_synthetic_pairs_beside_real_ones_are_needed(options, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticPairs("x", **options)
 
 
 def test_windows_to_denoise_are_of_all_images_that_are_not_held_out(tmp_path):

@@ -24,7 +24,7 @@ OF_EACH = ("batch_size", "num_val", "num_workers", "seed")
 OWN_ARGUMENTS = {  # of each data module; options of --data with other names are those of its source
     "ImageDataModule": ("source", "horizontal_flip", *OF_EACH),
     "SegmentationDataModule": ("source", "targets", "window_size", "windows_per_image", "num_train", "num_fit",
-                               "object_share", "augmentation", "stretch", *OF_EACH),
+                               "object_share", "augmentation", "stretch", "synthetic", *OF_EACH),
 }  # fmt: skip
 OF_IMAGES = ("root", "image_size", "channels", "class_labels", "captions", "background")
 SOURCES = {  # and their arguments

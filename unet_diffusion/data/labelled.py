@@ -175,6 +175,40 @@ class PairedFiles(LabelledSource):
         return "; ".join(f"{what} {where}" for where, what in parts.items() if what)
 
 
+@dataclass(frozen=True)
+class SyntheticPairs:
+    """Drawn images and their labels, which windows are taken of at times in place of real ones.
+
+    Args:
+        root: The folder, which holds image and label, as `unet-diffusion synthesize` writes it.
+        share: The share of these windows in an epoch. Evidence is for half at most.
+        num_epochs: After so many epochs all windows are real, so that training ends on what is to be segmented.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    root: str | Path
+    share: float = 0.5
+    num_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share of synthetic must be above 0 and below 1, got {self.share}; 0.5 is usual")
+        if self.num_epochs < 1:
+            raise ValueError(f"num_epochs of synthetic must be at least 1, got {self.num_epochs}")
+
+    def load(self, channels: int, *, progress: bool = True) -> LabelledImages:
+        """All images and labels, with the channels of the real ones; errors are those of `PairedFiles.load`.
+
+        Args:
+            channels: 1 (grey) or 3 (RGB); images are converted.
+            progress: Whether a progress bar is shown.
+        """
+        root = Path(self.root).expanduser()
+        return PairedFiles(root / "image", root / "label", channels=channels).load(progress=progress)
+
+
 class SyntheticCells(LabelledSource):
     """Generated images of cells that touch, grey, 128x128, with instance numbers; the same ones every time.
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,19 +20,20 @@ from unet_diffusion.data.base import SourceDataModule
 from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
 from unet_diffusion.data.checking import num_cpus
 from unet_diffusion.data.known import contents_of_pixels
-from unet_diffusion.data.labelled import LabelledImages, LabelledSource, listed
+from unet_diffusion.data.labelled import LabelledImages, LabelledSource, SyntheticPairs, listed
 from unet_diffusion.data.scaling import percentiles, stretch_to_unit_range
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.pictures import scale_to_unit_range
 from unet_diffusion.runtime.randomness import keyed_generator
-from unet_diffusion.segmentation.affinities import APART
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
-from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, REACH, Targets
+from unet_diffusion.segmentation.image_targets import ImageTargets
+from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, Targets
 
 VAL_SHARE = 5  # by default a fifth of the images is kept for validation
 SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number
 OBJECT_KEY = 1  # with seed, epoch and number: whether a window holds an object, and which
 UNLABELLED_KEY = 2  # likewise: the window of an image without a label
+SYNTHETIC_KEY = 3  # likewise: whether a window is of a synthetic image, and of which
 
 DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
@@ -61,6 +64,7 @@ class SegmentationDataModule(SourceDataModule):
         augmentation: How windows are deformed. None leaves them as they are.
         stretch: Whether each image's grey values are scaled from its 1st and 99.8th percentile, not from the range of
             its type. This suits 16-bit images that use little of the range, and sets of mixed brightness.
+        synthetic: Drawn images with labels to train on at times, in place of real ones. None: there are none.
         num_workers: The number of processes that draw windows. 0 draws them in the training process.
         seed: Seed of the windows and their deformation.
 
@@ -86,6 +90,7 @@ class SegmentationDataModule(SourceDataModule):
         object_share: float = 0.0,
         augmentation: Augmentation | None = None,
         stretch: bool = False,
+        synthetic: SyntheticPairs | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -103,6 +108,7 @@ class SegmentationDataModule(SourceDataModule):
         self.object_share = object_share
         self.augmentation = augmentation
         self.stretch = stretch
+        self.synthetic = synthetic
         self._images: LabelledImages | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -122,24 +128,28 @@ class SegmentationDataModule(SourceDataModule):
         balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
         self._classes = [torch.from_numpy(self.targets.classes(labels)) for labels in loaded.labels]
         self._check_classes(train, self.val_indices)
-        self._weights = {i: torch.from_numpy(self.targets.weights(loaded.labels[i], balance)) for i in train.tolist()}
-        borders = self.targets.separate_borders
-        self._distances = {i: torch.from_numpy(self.targets.distances(loaded.labels[i])) for i in train.tolist()
-                           if borders}  # fmt: skip
-        self._instances = {i: torch.from_numpy(self.targets.partners(loaded.labels[i])) for i in train.tolist()
-                           if self.targets.affinities}  # fmt: skip
-        self._objects = {i: (self._classes[i] > 0).flatten().nonzero().flatten().int() for i in train.tolist()
-                         if self.object_share}  # fmt: skip
-        # Images without labels come after the others.
-        self._pixels = [*loaded.images, *loaded.unlabelled]
-        self._ends = [percentiles(image) for image in self._pixels] if self.stretch else []
         held_out = {*self.fit_indices.tolist(), *self.val_indices.tolist()}
+        # Images beside the labelled ones come after them: those without labels, and then synthetic ones.
+        self._pixels = [*loaded.images, *loaded.unlabelled]
         self._to_denoise = [index for index in range(len(self._pixels)) if index not in held_out]
+        labels = {i: loaded.labels[i] for i in train.tolist()} | self._add_synthetic()
+        self._learnt = {index: ImageTargets.of(self.targets, one, balance) for index, one in labels.items()}
+        self._ends = [percentiles(image) for image in self._pixels] if self.stretch else []
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
         self.bound_batch_size(len(self.train_indices))
         self._images = loaded
+
+    def _add_synthetic(self) -> dict[int, NDArray[np.int32]]:
+        """Append the synthetic images to the others, and return the labels of each."""
+        self._first_synthetic = len(self._pixels)
+        if self.synthetic is None:
+            return {}
+        drawn = self.synthetic.load(len(self._pixels[0]), progress=self.shows_progress)
+        self._check_labels(drawn)
+        self._pixels += drawn.images
+        return dict(enumerate(drawn.labels, start=self._first_synthetic))
 
     def summary(self) -> list[str]:
         """What was found, what is left out, what the labels hold and how images are split, a line each."""
@@ -156,10 +166,17 @@ class SegmentationDataModule(SourceDataModule):
             f"labels: {self._labels_described()}",
             f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
             "epoch; whole images to validate on",
+            *([self._synthetic_described()] if self.synthetic is not None else []),
             *([f"unlabelled: {len(self.images.unlabelled)} images"] if self.images.unlabelled else []),
             f"split: {len(images) - len(self.val_indices)} to train on{chosen}{kept}, the last {len(self.val_indices)} "
             "by name to validate on",
         ]
+
+    def _synthetic_described(self) -> str:
+        assert self.synthetic is not None
+        share, num_epochs = self.synthetic.share, self.synthetic.num_epochs
+        number = len(self._pixels) - self._first_synthetic
+        return f"synthetic: {number} images, {share:.0%} of the windows until the end of epoch {num_epochs}"
 
     def _labels_described(self) -> str:
         """The share of each class, and how many labels hold no object, or nothing that is to be learnt."""
@@ -205,28 +222,26 @@ class SegmentationDataModule(SourceDataModule):
 
     def window(self, drawn: DrawnWindow) -> Batch:
         """A random window of a training image, as a batch without its first dimension."""
-        index, epoch, number = drawn
+        drawn = index, epoch, number = self._or_synthetic(drawn)
         generator = keyed_generator(self.seed, epoch, number)
         image = self._scaled(index)
         size = (self.window_size, self.window_size)
         centre = self._centre(image.shape[1:], generator, self._drawn_pixel(drawn))
         augmentation = self.augmentation or NO_AUGMENTATION
         coordinates = augmentation.coordinates(size, centre, generator)
-        targets = {"classes": self._classes[index].float(), "weights": self._weights[index]}
-        if self.targets.separate_borders:
-            targets["distances"] = self._distances[index]
-        sampled = dict(
-            zip(targets, sample_at(torch.stack([*targets.values()]), coordinates, mode="nearest"), strict=True)
-        )
-        if self.targets.separate_borders:
-            across = (coordinates[:, :, -1] - coordinates[:, :, 0]).norm(dim=0).mean()  # of the window, in the image
-            scale = (self.window_size - 1) / across
-            sampled["distances"] = (sampled["distances"] * (scale / REACH)).clamp(max=1)
-        if self.targets.affinities:
-            sampled["instances"] = self._sampled_instances(index, coordinates)
         pixels = self._pixels_at(image, coordinates, generator)
-        batch = {"images": pixels, **sampled, "classes": sampled["classes"].long(), "index": torch.tensor(index)}
+        batch = {"images": pixels, **self._learnt[index].sampled(coordinates), "index": torch.tensor(index)}
         return {**batch, "unlabelled": self._window_to_denoise(drawn)} if self.draws_unlabelled else batch
+
+    def _or_synthetic(self, drawn: DrawnWindow) -> DrawnWindow:
+        """The window itself, or in its place one of a synthetic image."""
+        _, epoch, number = drawn
+        if self.synthetic is None or epoch >= self.synthetic.num_epochs:
+            return drawn
+        share, place = torch.rand(2, generator=keyed_generator(self.seed, epoch, number, SYNTHETIC_KEY)).tolist()
+        num_synthetic = len(self._pixels) - self._first_synthetic
+        chosen = self._first_synthetic + int(place * num_synthetic)
+        return (chosen, epoch, number) if share < self.synthetic.share else drawn
 
     def _window_to_denoise(self, drawn: DrawnWindow) -> Tensor:
         """A random window of an image that is not held out, (C, H, W), whether or not it has a label."""
@@ -241,13 +256,6 @@ class SegmentationDataModule(SourceDataModule):
     def _pixels_at(self, image: Tensor, coordinates: Tensor, generator: torch.Generator) -> Tensor:
         mode: Any = "nearest" if self.augmentation is None else "bicubic"
         return (self.augmentation or NO_AUGMENTATION).grey_values(sample_at(image, coordinates, mode=mode), generator)
-
-    def _sampled_instances(self, index: int, coordinates: Tensor) -> Tensor:
-        """The number of the object at each place in an image, (H, W); APART beyond it, where mirror images touch."""
-        instances = sample_at(self._instances[index][None], coordinates, mode="nearest")[0]
-        places = coordinates.round()
-        last = torch.tensor(self._instances[index].shape)[:, None, None] - 1
-        return torch.where(((places >= 0) & (places <= last)).all(dim=0), instances, APART)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of random windows; see `WindowBatches`.
@@ -284,10 +292,11 @@ class SegmentationDataModule(SourceDataModule):
         index, epoch, number = drawn
         generator = keyed_generator(self.seed, epoch, number, OBJECT_KEY)
         share, place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        if share >= self.object_share or not len(self._objects[index]):
+        learnt = self._learnt[index]
+        if share >= self.object_share or not len(learnt.objects):
             return None
-        pixel = int(self._objects[index][int(place * len(self._objects[index]))])
-        return divmod(pixel, self._classes[index].shape[1])
+        pixel = int(learnt.objects[int(place * len(learnt.objects))])
+        return divmod(pixel, learnt.classes.shape[1])
 
     def _centre(
         self, size: torch.Size, generator: torch.Generator, pixel: tuple[int, int] | None
