@@ -27,8 +27,8 @@ def load_unconditional_weights(network: PixelNetwork, schedule: NoiseSchedule, d
             input; the error names a difference, and nothing is copied.
     """
     if denoiser.conditions:
-        names = ", ".join(type(one).__name__ for one in denoiser.conditions)
-        raise ValueError(f"init_from must be a denoiser without conditions, and this one has {names}")
+        kinds = ", ".join(type(one).__name__ for one in denoiser.conditions)
+        raise ValueError(f"init_from must be a denoiser without conditions, and this one has {kinds}")
     if schedule.config != denoiser.schedule.config:
         raise ValueError(f"the schedule must be that of init_from, {denoiser.schedule.config}, got {schedule.config}; "
                          "set model.schedule to it")  # fmt: skip
