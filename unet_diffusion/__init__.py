@@ -20,6 +20,7 @@ _MODULES = {  # where each name of a user comes from
     "from_diffusers": "diffusers_io.importing",
     "load": "inference.loading",
     "sample": "diffusion.sampling",
+    "synthesize": "inference.synthesis",
     "to_diffusers": "diffusers_io.exporting",
 }
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unet_diffusion.data import Folder, ImageDataModule
+from unet_diffusion.data import Folder, ImageDataModule, Tiles
+from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 
 SIZE = (20, 24)  # of the files; images are cut to their centre of 20x20 and scaled to 10x10
 NUM = 4
@@ -167,3 +168,37 @@ def test_batches_say_which_images_are_mirrored(images):
     is_mirrored = torch.cat([batch["is_mirrored"] for _ in range(10) for batch in data.train_dataloader()])
     assert is_mirrored.any()
     assert not torch.cat([batch["is_mirrored"] for batch in data.val_dataloader()]).any()
+
+
+def test_tiles_of_label_images_are_cut_and_mirrored_like_their_images(tmp_path):
+    """Labels that are the grey values of their images stay so in every batch."""
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(16, 16), (16, 40), (20, 16)]):
+        grey = rng.integers(256, size=size, dtype=np.uint8)
+        write(tmp_path / "image", i, grey)
+        write(tmp_path / "map", i, grey, "tif")
+    source = Tiles(tmp_path / "image", tile_size=16, channels=1, semantic_map=tmp_path / "map", num_images=2)
+    made = ImageDataModule(source, batch_size=3, num_val=1, horizontal_flip=True)
+    made.setup()
+    assert torch.equal(made.entries["semantic_map"], made.image_set.images)
+    condition = SemanticMap(256, 256)
+    for epoch in range(4):
+        for batch in made.train_dataloader():
+            assert torch.equal(condition.read(batch), batch["images"].long()), epoch
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((16, 15), r"a\.png: its semantic map a\.png: 16x15 pixels, and its image 16x16"),
+        (None, r"1 images have no semantic map:\n  a\.png"),
+    ],
+)
+def test_label_images_that_do_not_fit_their_tiles_are_listed(tmp_path, size, said):
+    write(tmp_path / "image", "a", np.zeros((16, 16), np.uint8))
+    write(tmp_path / "image", "b", np.zeros((16, 16), np.uint8))
+    write(tmp_path / "map", "b", np.zeros((16, 16), np.uint8))
+    if size is not None:
+        write(tmp_path / "map", "a", np.zeros(size, np.uint8))
+    with pytest.raises(ValueError, match=said):
+        ImageDataModule(Tiles(tmp_path / "image", tile_size=16, semantic_map=tmp_path / "map")).setup()

@@ -66,6 +66,9 @@ MADE = {
     "map of objects and classes": lambda folder: of_classes(
         pixels(folder, [map_of(2, label_format="instances", ignore_label=2)], 2, num_class_embeds=3, **PLAIN)
     ),
+    "map of objects with distances": lambda folder: pixels(
+        folder, [map_of(4, label_format="instances", max_distance=6)], 4, **PLAIN
+    ),
     "map and captions of latents": lambda folder: text_denoiser(
         folder, conditions=[text_tokens(), map_of(2, 3, downsampling=2, dropout=0.0)], in_channels=6, out_channels=4
     ),

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from PIL import Image
 
@@ -39,6 +40,51 @@ def test_objects_become_background_object_and_edge():
     assert classes.tolist() == [[0, 0, 0, 0, 0], [0, 2, 2, 2, 0], [0, 2, 1, 2, 0], [0, 2, 2, 2, 0], [0, 0, 2, 0, 0]]
 
 
+def chessboard_distances(labels: np.ndarray, most: int) -> np.ndarray:
+    """Of each object by itself; outside of the image it goes on."""
+    distances = np.zeros(labels.shape, dtype=int)
+    for number in np.unique(labels[labels > 0]):
+        is_object = np.pad(labels == number, most, mode="edge")
+        found = scipy.ndimage.distance_transform_cdt(is_object, "chessboard")[most:-most, most:-most]
+        distances = np.where(labels == number, found, distances)
+    return np.where(distances < 0, most, distances).clip(max=most)  # -1 where the object is everywhere
+
+
+@pytest.mark.parametrize("most", [1, 3, 6])
+def test_distance_is_that_of_scipy_from_the_edge_of_each_object(most):
+    rng = np.random.default_rng(most)
+    seeds = np.where(rng.random((40, 50)) < 0.01, rng.integers(1, 70_000, (40, 50)), 0)
+    labels = scipy.ndimage.grey_dilation(seeds, size=(9, 15))  # objects that touch, and that the border cuts
+    labels[:20, :15] = 8
+    condition = SemanticMap(4, label_format="instances", max_distance=most)
+    expected = torch.from_numpy(chessboard_distances(labels, most))
+    torch.testing.assert_close(shares(condition, torch.from_numpy(labels))[0, 3], expected / most)
+    without = SemanticMap(3, label_format="instances")
+    assert torch.equal(shares(condition, torch.from_numpy(labels))[:, :3], shares(without, torch.from_numpy(labels)))
+
+
+def test_distance_of_an_object_that_fills_the_image_is_the_largest():
+    condition = SemanticMap(4, label_format="instances", max_distance=6)
+    assert shares(condition, torch.full((8, 9), 3))[0, 3].unique().tolist() == [1.0]
+
+
+def test_pixels_to_ignore_have_no_distance_and_are_an_edge_to_others():
+    condition = SemanticMap(3, label_format="0/255", ignore_label=9, max_distance=2)
+    labels = torch.full((3, 5), 255)
+    labels[:, 4] = 9
+    assert shares(condition, labels)[0, 2, 1].tolist() == [1.0, 1.0, 1.0, 0.5, 0.0]
+    batch = {"semantic_map": condition.read({"semantic_map": labels[None, None]})}
+    assert unconditional_inputs([condition], batch)["concat"].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"label_format": "classes", "num_classes": 3}, {"max_distance": 0}, {"channels": 1}]
+)
+def test_distance_needs_objects_a_pixel_and_a_channel(arguments):
+    with pytest.raises(ValueError, match="max_distance must be at least 1 pixel, with objects as label_format"):
+        SemanticMap(**{"channels": 4, "label_format": "instances", "max_distance": 6, **arguments})
+
+
 def test_what_is_not_known_is_zero_in_all_channels():
     condition = SemanticMap(2, label_format="0/255", ignore_label=9)
     labels = torch.tensor([[0, 255, 9]])
@@ -47,7 +93,7 @@ def test_what_is_not_known_is_zero_in_all_channels():
     assert unconditional_inputs([condition], batch)["concat"].abs().max() == 0
 
 
-@pytest.mark.parametrize("condition", [SemanticMap(3, 3), PairedImage(3)])
+@pytest.mark.parametrize("condition", [SemanticMap(3, 3), SemanticMap(3, label_format="0/1", max_distance=2), PairedImage(3)])
 def test_maps_of_mirrored_images_are_mirrored(condition):
     torch.manual_seed(0)
     entry = torch.randint(3, (2, 3 if isinstance(condition, PairedImage) else 1, 4, 4), dtype=torch.uint8)

@@ -30,6 +30,7 @@ COMMANDS = {  # the module of each command, and its function there
     "two-stages": "two_stages.two_stages",
     "sample": "sample.sample_images",
     "segment": "segment.segment",
+    "synthesize": "synthesize.synthesize_pairs",
     "evaluate": "evaluate.evaluate_run",
     "explore": "explore.explore",
     "export": "export.export",

@@ -80,8 +80,42 @@ def semantic_maps(root: str | Path, images: Fitted, progress: bool) -> Tensor:
     sizes = dict(zip(images.names, images.sizes, strict=True))
     outcomes = list(in_threads(read, images.names, "loading semantic maps", progress))
     _refuse([f"{partners[name]}: {row}" for name, row in outcomes if isinstance(row, str)], len(images.names))
-    stacked = torch.from_numpy(np.stack([row for _, row in outcomes if not isinstance(row, str)]))[:, None]
-    return stacked.to(torch.uint8) if stacked.min() >= 0 and stacked.max() <= 255 else stacked
+    return in_few_bytes(torch.from_numpy(np.stack([row for _, row in outcomes if not isinstance(row, str)]))[:, None])
+
+
+def in_few_bytes(labels: Tensor) -> Tensor:
+    """Label images as uint8 where their numbers fit, otherwise as they are."""
+    return labels.to(torch.uint8) if labels.min() >= 0 and labels.max() <= 255 else labels
+
+
+def label_pages(root: str | Path, names: Sequence[str]) -> Callable[[str, Sequence[Size]], list[Tensor] | str]:
+    """A function that gives the label pages of an image, (1, H, W) int32 each, or the reason why there are none.
+
+    It takes the name of the image, and the height and width of each of its pages.
+
+    Args:
+        root: A folder or archive of label images.
+        names: The names of all images.
+
+    Raises:
+        FileNotFoundError: If the root does not exist.
+        ValueError: If an image has no partner, or the other way round; the message lists such files.
+    """
+    files = find_images(root)
+    partners = dict(match(names, files.names, kind="semantic map").values())
+
+    def read(name: str, sizes: Sequence[Size]) -> list[Tensor] | str:
+        pages = decoded(decode_label_pages, files, partners[name])
+        if not isinstance(pages, str) and len(pages) != len(sizes):
+            pages = f"{len(pages)} pages, and its image {len(sizes)}"
+        if isinstance(pages, str):
+            return f"{partners[name]}: {pages}"
+        mismatches = [_other_size(page.shape, size) for page, size in zip(pages, sizes, strict=True)]
+        if mismatch := next(filter(None, mismatches), None):
+            return f"{partners[name]}: {mismatch}"
+        return [torch.from_numpy(page)[None] for page in pages]
+
+    return read
 
 
 def paired_images(root: str | Path, images: Fitted, progress: bool) -> Tensor:

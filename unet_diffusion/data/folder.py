@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from unet_diffusion.data.batches import Entries, ImageSet
-from unet_diffusion.data.beside import READERS, Fitted, read_beside
+from unet_diffusion.data.beside import READERS, Fitted, in_few_bytes, label_pages, read_beside
 from unet_diffusion.data.captions import TEXT_EXTENSIONS, Captions, read_captions
 from unet_diffusion.data.checking import (
     CheckedImages,
@@ -193,6 +193,8 @@ class Tiles(Source):
             its type.
         num_images: The number of images to use, the first by name, such as those that are not kept for a test. None
             takes all. Tiles that are validated on may be of an image that other tiles are trained on.
+        semantic_map: A folder or archive of label images of the same names and sizes as the images, for the condition
+            `SemanticMap`; they are cut as the images are. None: there are none.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -206,6 +208,7 @@ class Tiles(Source):
         channels: int = 3,
         stretch: bool = False,
         num_images: int | None = None,
+        semantic_map: str | Path | None = None,
     ) -> None:
         if tile_size < 1:
             raise ValueError(f"tile_size must be at least 1, got {tile_size}")
@@ -217,6 +220,7 @@ class Tiles(Source):
         self.channels = channels
         self.stretch = stretch
         self.num_images = num_images
+        self.semantic_map = semantic_map
         self._left_out = self._changed = ""
 
     def load(self, *, progress: bool = True) -> ImageSet:
@@ -227,35 +231,45 @@ class Tiles(Source):
 
         Raises:
             FileNotFoundError: If root does not exist.
-            ValueError: If root holds no images, or images that cannot be used; the message lists them.
+            ValueError: If root holds no images, or images that cannot be used, or if a semantic map does not fit its
+                image; the message lists them.
         """
         files = find_images(self.root)
         names = files.names[: self.num_images]
+        maps_of = None if self.semantic_map is None else label_pages(self.semantic_map, files.names)
 
-        def tiles_of(name: str) -> list[Tensor] | str:
+        def tiles_of(name: str) -> list[tuple[Tensor, Tensor | None]] | str:
             pages = decoded(lambda data: decode_pages(data, self.channels), files, name)
             if isinstance(pages, str):
                 return pages
-            small = [page for page in pages if min(page.shape[1:]) < self.tile_size]
-            if small:
-                height, width = small[0].shape[1:]
+            sizes = [(page.shape[1], page.shape[2]) for page in pages]
+            if small := [size for size in sizes if min(size) < self.tile_size]:
+                height, width = small[0]
                 return f"too small: {height}x{width}, must be at least {self.tile_size}x{self.tile_size}"
-            return [cut(self._as_bytes(page), self.tile_size) for page in pages]
+            maps = None if maps_of is None else maps_of(name, sizes)
+            if isinstance(maps, str):
+                return f"its semantic map {maps}"
+            return [
+                (cut(self._as_bytes(page), self.tile_size), None if maps is None else cut(maps[i], self.tile_size))
+                for i, page in enumerate(pages)
+            ]
 
         outcomes = list(in_threads(tiles_of, names, "cutting images", progress))
         bad = [f"{name}: {outcome}" for name, outcome in outcomes if isinstance(outcome, str)]
         if bad:
             raise ValueError(f"{bad_files_message(bad, len(names))}\nRemove them, or lower tile_size.")
-        tiles, tile_names = list[Tensor](), list[str]()
+        tiles, maps, tile_names = list[Tensor](), list[Tensor](), list[str]()
         for name, outcome in outcomes:
-            for page, cut_up in enumerate(outcome if isinstance(outcome, list) else []):
-                tiles.append(cut_up)
-                tile_names += [f"{name}, page {page}, tile {tile}" for tile in range(len(cut_up))]
+            for page, (tiles_of_page, maps_of_page) in enumerate(outcome if isinstance(outcome, list) else []):
+                tiles.append(tiles_of_page)
+                maps += [] if maps_of_page is None else [maps_of_page]
+                tile_names += [f"{name}, page {page}, tile {tile}" for tile in range(len(tiles_of_page))]
         unasked = len(files.names) - len(names)
         more = f"{unasked} images beyond num_images" if unasked else ""
         self._left_out = "; ".join(filter(None, (files.left_out.described(), more))) or "nothing"
         self._changed = f"{len(names)} images are cut into {len(tile_names)} tiles, which overlap where they must"
-        return ImageSet(torch.cat(tiles), names=tile_names)
+        entries: Entries = {"semantic_map": in_few_bytes(torch.cat(maps))} if maps else {}
+        return ImageSet(torch.cat(tiles), entries, names=tile_names)
 
     def left_out(self) -> str:
         return self._left_out

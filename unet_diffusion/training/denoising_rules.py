@@ -4,9 +4,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.losses import LossWeighting
+from unet_diffusion.diffusion.parts import channels_beside
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.unet import PixelNetwork
 
@@ -121,16 +124,59 @@ def check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> Non
         )
 
 
+def check_channels(
+    unet: PixelNetwork, sample_shape: tuple[int, int, int], conditions: nn.ModuleList, kind: str
+) -> None:
+    """Refuse a network for other channels, or another size, than the data and the conditions give.
+
+    Args:
+        unet: The network.
+        sample_shape: (C, h, w) of what is denoised.
+        conditions: The conditions beside the class labels.
+        kind: The word for what is denoised.
+
+    Raises:
+        ValueError: If the network takes another number of channels, or not this size.
+    """
+    beside = channels_beside(conditions)
+    if sample_shape[0] + beside != unet.in_channels:
+        more = f" plus {beside} channels from conditions" if beside else ""
+        raise ValueError(
+            f"the {kind} have {sample_shape[0]} channels{more} and the network takes {unet.in_channels}; set "
+            "model.unet.in_channels or data.channels"
+        )
+    unet.check_size(*sample_shape[1:])
+
+
+def check_provided_labels(conditions: Sequence[Condition], provided: set[str]) -> None:
+    """Refuse a class embedding with more or fewer rows than the labels that another condition provides have.
+
+    Args:
+        conditions: All conditions, the class labels first.
+        provided: The entries that conditions provide.
+
+    Raises:
+        ValueError: If the number of rows differs.
+    """
+    if "labels" not in provided or not isinstance(conditions[0], ClassLabels):
+        return
+    wanted = next(one.num_classes for one in conditions[1:] if "labels" in one.provides)
+    if (rows := conditions[0].num_embeddings) != wanted:
+        raise ValueError(f"num_class_embeds must be {wanted}, a class for each level of noise, got {rows}")
+
+
 def conditions_identity(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What may not change of the conditions while a run goes on.
 
-    How often a condition is dropped may change, and whether its weights are trained.
+    How often a condition is dropped may change, and whether its weights are trained. A run of before a setting existed
+    lacks it, which is as None.
 
     Args:
         records: The records of the conditions.
     """
     identities = []
     for record in records:
-        init_args = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
+        kept = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
+        init_args = {name: one for name, one in kept.items() if one is not None}
         identities.append({**record, "init_args": init_args})
     return identities

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from unet_diffusion.data.base import refuse_unused
-from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.condition import (
     CONDITION_KEY,
     Condition,
@@ -33,8 +33,9 @@ from unet_diffusion.diffusion.losses import (
     loss_weights,
     sums_by_quarter,
 )
-from unet_diffusion.diffusion.parts import all_conditions, channels_beside
+from unet_diffusion.diffusion.parts import all_conditions
 from unet_diffusion.diffusion.schedule import NoiseSchedule, stratified_timesteps
+from unet_diffusion.diffusion.transfer import load_unconditional_weights
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.inference.record import codec_record, denoiser_record, network_record
@@ -47,8 +48,10 @@ from unet_diffusion.training.averaging import averaged_copy
 from unet_diffusion.training.base import NetworkModule, check_choice
 from unet_diffusion.training.denoising_rules import (
     check_batch,
+    check_channels,
     check_conditions,
     check_denoises,
+    check_provided_labels,
     check_settings,
     conditions_identity,
     space_identity,
@@ -81,6 +84,9 @@ class DiffusionModule(NetworkModule):
         conditions: What the network is conditioned on, beside the class labels that it embeds itself; trained with it.
         label_dropout: Probability of training on the null label, which is then the last row of the network's class
             embedding; 0: there is no null label and no guidance.
+        init_from: A denoiser without conditions whose weights the network starts with: a checkpoint file, a run folder
+            or a diffusers pipeline folder. The weights of channels that conditions give begin at 0. The run prints what
+            was taken over.
         optimizer: Makes the optimiser from the parameters.
         lr_warmup_steps: Optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
         lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
@@ -116,6 +122,7 @@ class DiffusionModule(NetworkModule):
         codec: Codec | None = None,
         conditions: list[Condition] | None = None,
         label_dropout: float = 0.0,
+        init_from: str | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup_steps: int = 0,
         lr_decay: LRDecay = "constant",
@@ -144,6 +151,7 @@ class DiffusionModule(NetworkModule):
         self.loss = loss
         self.loss_weighting = loss_weighting
         self.label_dropout = label_dropout
+        self.init_from = init_from
 
         self.conditions = nn.ModuleList(conditions or [])
         self.ema_conditions = averaged_copy(self.conditions)
@@ -199,7 +207,7 @@ class DiffusionModule(NetworkModule):
         self.codec = encoded_by or self.codec
         self.sample_shape = self._sample_shape_of(datamodule)
         self.class_names = datamodule.class_names
-        self._check_channels()
+        check_channels(self.unet, self.sample_shape, self.conditions, self.codec.name)
         provided = {entry for one in self.all_conditions for entry in one.provides}
         if provided and getattr(datamodule, "codec", None) is not None:
             makers = ", ".join(type(one).__name__ for one in self.all_conditions if one.provides)
@@ -212,9 +220,18 @@ class DiffusionModule(NetworkModule):
             condition.bind_sample_shape(self.sample_shape)
             if condition.provides or condition.batch_key not in provided:
                 condition.bind_data(datamodule)
-        self._check_labels(provided)
+        check_provided_labels(self.all_conditions, provided)
         for average, trained in zip(self.ema_conditions, self.conditions, strict=True):
             cast(Condition, average).copy_learned(cast(Condition, trained))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.init_from is not None and not self.is_continued:
+            from unet_diffusion.inference.loading import load_denoiser  # imports diffusers, which only this needs
+
+            denoiser = load_denoiser(self.init_from)
+            load_unconditional_weights(self.ema_unet, self.schedule, denoiser)
+            rank_zero_info(f"{self.init_from}: {load_unconditional_weights(self.unet, self.schedule, denoiser)}")
+        super().setup(stage)
 
     def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
         assert self.sample_shape is not None
@@ -241,7 +258,7 @@ class DiffusionModule(NetworkModule):
             arguments["label_dropout"] = USUAL_DROPOUT
         conditions = cast(list[Condition], list(trained.conditions))
         parts = {"unet": trained.unet, "schedule": trained.schedule, "codec": trained.codec, "conditions": conditions}
-        module = cls(**{**parts, **arguments})
+        module = cls(**{**parts, **arguments, "init_from": None})
         module.sample_shape, module.class_names = trained.sample_shape, trained.class_names
         for condition in module.all_conditions:
             condition.bind_sample_shape(module.sample_shape)
@@ -429,22 +446,3 @@ class DiffusionModule(NetworkModule):
         channels, height, width = datamodule.image_shape
         holds_x0 = getattr(datamodule, "codec", None) is not None
         return (channels, height, width) if holds_x0 else self.codec.sample_shape((channels, height, width))
-
-    def _check_channels(self) -> None:
-        assert self.sample_shape is not None
-        in_channels, beside = self.unet.in_channels, channels_beside(self.conditions)
-        if self.sample_shape[0] + beside != in_channels:
-            more = f" plus {beside} channels from conditions" if beside else ""
-            raise ValueError(
-                f"the {self.codec.name} have {self.sample_shape[0]} channels{more} and the network takes "
-                f"{in_channels}; set model.unet.in_channels or data.channels"
-            )
-        self.unet.check_size(*self.sample_shape[1:])
-
-    def _check_labels(self, provided: set[str]) -> None:
-        """Labels that another condition provides need as many rows of the network's class embedding."""
-        if "labels" not in provided or not isinstance(self.all_conditions[0], ClassLabels):
-            return
-        wanted = next(one.num_classes for one in self.conditions if "labels" in cast(Condition, one).provides)
-        if (rows := self.all_conditions[0].num_embeddings) != wanted:
-            raise ValueError(f"num_class_embeds must be {wanted}, a class for each level of noise, got {rows}")

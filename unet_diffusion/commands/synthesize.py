@@ -1,0 +1,118 @@
+"""synthesize: labelled training data from a denoiser that draws images for masks."""
+
+from pathlib import Path
+from typing import Annotated
+
+from unet_diffusion.commands.arguments import Checkpoint, Folder, Precision, Size, Speed, check_exists, claimed
+from unet_diffusion.diffusion.schedulers import SCHEDULERS
+from unet_diffusion.runtime.imports import quick_imports
+from unet_diffusion.runtime.messages import did_you_mean
+
+
+def synthesize_pairs(
+    denoiser: Annotated[Path, "DENOISER"],
+    *,
+    labels: Folder,
+    num_labels: int,
+    output: Folder,
+    segmenter: Checkpoint | None = None,
+    min_dice: float = 0.8,
+    num_images: int = 64,
+    copy_from: Folder | None = None,
+    image_size: Size | None = None,
+    guidance_scale: float = 1.0,
+    scheduler: str = "DPMSolverMultistepScheduler",
+    num_inference_steps: int = 25,
+    seed: int = 0,
+    allow: Annotated[list[str], "MODULE"] | None = None,
+    autoencoder: Folder | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    precision: Precision = "auto",
+    speed: Speed | None = None,
+) -> None:
+    """Make labelled training data: masks from real ones, and an image drawn for each.
+
+        unet-diffusion synthesize runs/nuclei_from_masks --labels nuclei/label --num_labels 320 --output synthetic
+
+    A mask is a window of a real label image, turned by quarters, mirrored and a little enlarged or reduced, with
+    objects of other images at free places. A pair is kept where the segmenter finds the mask in the image. The pairs
+    are DIR/image/000000.png, DIR/label/000000.png and so on, where the label image has a number for each object, and
+    DIR/pairs.png shows some. DIR/synthesize.json has the settings, the share that was kept, and the Dice of each pair.
+    To train a segmenter on the pairs:
+
+        unet-diffusion fit --config nuclei_segment --data.images synthetic/image --data.labels synthetic/label
+
+    Pair i depends on the label files, the seed and i alone. The same command again continues where it was cut off, and
+    with a larger --num_images it adds pairs.
+
+    Args:
+        denoiser: The .ckpt file, run folder or diffusers pipeline folder of a denoiser that draws from masks, such as a
+            run of the recipe nuclei_from_masks.
+        labels: The label images to make masks of, with a number for each object: a folder or archive.
+        num_labels: The number of label files to use, the first by name. Images that segmenters are tested on must not
+            be among them.
+        output: The folder for the pairs.
+        segmenter: The .ckpt file or run folder of a segmenter that was trained on real labels. By default all pairs are
+            kept.
+        min_dice: Keep pairs whose Dice of the mask and what the segmenter finds is at least this, from 0 to 1.
+        num_images: The number of pairs to make; those that are not kept count.
+        copy_from: Copy the pixels of the images that the labels belong to, which move with the objects, and draw
+            nothing. The control that tells what drawing adds; of DENOISER only the size and channels count.
+        image_size: The height and width of the pairs in pixels. The default is as in training.
+        guidance_scale: How much closer images come to their mask; 1 turns guidance off.
+        scheduler: The name of a diffusers scheduler.
+        num_inference_steps: The number of denoising steps.
+        seed: The seed of the masks and the noise.
+        allow: The modules of your own, or of somebody you trust, that the checkpoints may name.
+        autoencoder: The folder of the autoencoder of a denoiser of latents, if it is not where it was in training.
+        batch_size: The number of images that are drawn at once.
+        device: The device, such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU if there is one.
+        precision: The number format that the networks compute in; "auto" takes 16 bits where the hardware has them,
+            else float32.
+        speed: How the networks run. The default is as in training, but nothing is compiled as a whole.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint, or there are no such labels or images.
+        FileExistsError: If the output folder holds something else, or pairs of other settings.
+        ValueError: If denoiser, segmenter and labels do not fit each other, a number is out of range, or no pair was
+            kept.
+    """
+    places = {"DENOISER": denoiser, "--labels": labels, "--segmenter": segmenter, "--copy_from": copy_from}
+    for name, path in places.items():
+        if path is not None:
+            check_exists(name, path)
+    if scheduler not in SCHEDULERS:
+        similar = did_you_mean(scheduler, SCHEDULERS)
+        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}{similar}")
+    with quick_imports():
+        from tqdm import tqdm
+
+        from unet_diffusion.inference.loading import load_denoiser
+        from unet_diffusion.inference.reading import read_segmenter
+        from unet_diffusion.inference.synthesis import IMAGES, LABELS, RECORD, SHEET, synthesize
+        from unet_diffusion.runtime.processes import ALONE
+
+    drawing = load_denoiser(denoiser, allow=allow or (), autoencoder=autoencoder)
+    judging = None if segmenter is None else read_segmenter(segmenter, allow=allow or ())
+    for network in (drawing, judging):
+        if network is not None:
+            network.to(device, precision=precision, speed=speed)
+    with claimed(output, ALONE), tqdm(unit="image step") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        made = synthesize(
+            drawing, labels, num_labels=num_labels, output=output, num_images=num_images, segmenter=judging,
+            min_dice=min_dice, copy_from=copy_from, image_size=image_size, scheduler=scheduler,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size,
+            progress=show,
+        )  # fmt: skip
+    if not made.kept:
+        best = max(score for score in made.dice.values() if score is not None)
+        raise ValueError(f"none of {len(made.dice)} pairs was kept, as the best Dice is {best:.2f} and min_dice "
+                         f"{min_dice}; train the denoiser for longer, or lower --min_dice")  # fmt: skip
+    print(f"kept {len(made.kept)} of {len(made.dice)} pairs ({made.share_kept:.0%}): {output / IMAGES} and "
+          f"{output / LABELS}; {SHEET} shows some, and {RECORD} has the Dice of each")  # fmt: skip
