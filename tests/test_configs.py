@@ -47,6 +47,7 @@ NARROWER = {
         "--model.unet.init_args.denoiser.init_args.norm_num_groups=4",
     ],
     "nuclei_finetune.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"],
+    "nuclei_joint.yaml": ["--model.unet.init_args.channels=[8,8,8]"],
     "nuclei_segment.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--data.num_fit=1"],
     "cifar10_ddpm.yaml": [*DENOISE, "--model.unet.init_args.channels", "[8,8,8,8]"],
     "digits.yaml": [*DENOISE, "--model.unet.init_args.channels", "[8,8]"],

@@ -41,6 +41,7 @@ SMALL_RECIPE = {
     "latents_text": [*SMALL_DENOISER, "--data.num_val=2"],
     "nuclei_denoiser": [*SMALL_DENOISER, "--model.unet.init_args.attention_levels=[]"],
     "nuclei_finetune": [*SMALL_SEGMENTER, *SMALL_NUCLEI],
+    "nuclei_joint": [*SMALL_SEGMENTER, "--data.num_val=4"],
 }
 
 

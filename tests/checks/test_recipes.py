@@ -29,6 +29,7 @@ DATA = {  # what the network sees, and the number of images to train on
     "nuclei_denoiser": ((3, 64, 64), 12_427),
     "nuclei_features": ((3, 128, 128), 320),
     "nuclei_finetune": ((3, 128, 128), 320),
+    "nuclei_joint": ((3, 128, 128), 320),
     "nuclei_segment": ((3, 128, 128), 320),
     "stream": ((3, 64, 64), 1_000_000),
     "upscaling": ((4, 16, 16), 3200),
