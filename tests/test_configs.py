@@ -277,7 +277,9 @@ def test_recipe_with_maps_trains_and_leaves_a_pipeline(run_cli, tmp_path, name):
 
 def test_recipe_of_masks_starts_as_the_denoiser_and_draws_training_data_as_its_comment_says(run_cli, caplog, tmp_path):
     write_pairs(tmp_path, 3, instances=True)
-    save_denoiser(Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8)), tmp_path / "denoiser.ckpt")
+    save_denoiser(
+        Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8)), tmp_path / "denoiser.ckpt"
+    )
     arguments = ["--config", CONFIGS / FROM_MASKS, *SMALLER, *NARROWER[FROM_MASKS], "--data.tile_size=32"]
     arguments += ["--data.root", tmp_path / "image", "--data.semantic_map", tmp_path / "label"]
     arguments += ["--model.init_from", tmp_path / "denoiser.ckpt", "--samples.num_inference_steps=2"]

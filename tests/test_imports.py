@@ -86,7 +86,9 @@ def test_the_package_by_itself_imports_nothing():
     assert ours == {"unet_diffusion"}
 
 
-COMMANDS = "fit validate check recipes pack encode two-stages sample segment synthesize evaluate export import completion"
+COMMANDS = (
+    "fit validate check recipes pack encode two-stages sample segment synthesize evaluate export import completion"
+)
 
 
 @pytest.mark.parametrize(

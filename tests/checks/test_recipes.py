@@ -36,7 +36,14 @@ DATA = {  # what the network sees, and the number of images to train on
 }
 PATHS = ("--data.root", "--data.images", "--data.labels", "--data.semantic_map", "--model.init_from",
          "--model.codec.init_args.autoencoder")  # fmt: skip
-NAMES = ("root:", "images:", "labels:", "semantic_map:", "init_from:", "autoencoder: runs")  # of these settings in a recipe
+NAMES = (
+    "root:",
+    "images:",
+    "labels:",
+    "semantic_map:",
+    "init_from:",
+    "autoencoder: runs",
+)  # of these settings in a recipe
 
 
 def test_every_recipe_is_looked_at():

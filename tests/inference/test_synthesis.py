@@ -186,7 +186,10 @@ def test_no_pair_that_is_kept_is_an_error_that_leaves_the_record(run_cli, files)
         (["--image_size", 31, 32], "image_size must be"),
         (["--labels", "none"], "--labels must exist, got none"),
         (["--scheduler", "Euler"], "--scheduler must be one of"),
-        (["--segmenter", "colours.ckpt"], "must take the 1 channels of the images that the denoiser draws, and takes 3"),
+        (
+            ["--segmenter", "colours.ckpt"],
+            "must take the 1 channels of the images that the denoiser draws, and takes 3",
+        ),
         (["--segmenter", "classes.ckpt"], "must tell objects from background, and this one was trained on classes"),
         (["--segmenter", "denoiser.ckpt"], "holds a denoiser, not a segmenter"),
         (["--labels", "negative"], "1 of 3 label files cannot be used:\n  1.tif: numbers of objects must be 0 or more"),
