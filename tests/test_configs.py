@@ -47,6 +47,7 @@ NARROWER = {
         "--model.unet.init_args.denoiser.init_args.norm_num_groups=4",
     ],
     "nuclei_finetune.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"],
+    "nuclei_from_masks.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"],
     "nuclei_joint.yaml": ["--model.unet.init_args.channels=[8,8,8]"],
     "nuclei_segment.yaml": ["--model.unet.init_args.channels=[8,8,8]", "--data.num_fit=1"],
     "cifar10_ddpm.yaml": [*DENOISE, "--model.unet.init_args.channels", "[8,8,8,8]"],
@@ -173,10 +174,11 @@ SEGMENT = [name for name in RECIPES if yaml.safe_load((CONFIGS / name).read_text
 
 
 WITH_MAPS = ["inpainting.yaml", "upscaling.yaml"]
+FROM_MASKS = "nuclei_from_masks.yaml"
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in RECIPES if name not in [*SEGMENT, *AUTOENCODE, *LATENTS, *WITH_MAPS]]
+    "name", [name for name in RECIPES if name not in [*SEGMENT, *AUTOENCODE, *LATENTS, *WITH_MAPS, FROM_MASKS]]
 )
 def test_recipe_trains_and_leaves_a_whole_run(run_cli, tmp_path, monkeypatch, name):
     arguments = ["--config", CONFIGS / name, *SMALLER, *NARROWER[name]]
@@ -272,6 +274,29 @@ def test_recipe_with_maps_trains_and_leaves_a_pipeline(run_cli, tmp_path, name):
     assert status == 0, err
     for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml", "captions.txt"):
         assert (tmp_path / "run" / file).is_file(), file
+
+
+def test_recipe_of_masks_starts_as_the_denoiser_and_draws_training_data_as_its_comment_says(run_cli, caplog, tmp_path):
+    write_pairs(tmp_path, 3, instances=True)
+    save_denoiser(
+        Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8)), tmp_path / "denoiser.ckpt"
+    )
+    arguments = ["--config", CONFIGS / FROM_MASKS, *SMALLER, *NARROWER[FROM_MASKS], "--data.tile_size=32"]
+    arguments += ["--data.root", tmp_path / "image", "--data.semantic_map", tmp_path / "label"]
+    arguments += ["--model.init_from", tmp_path / "denoiser.ckpt", "--samples.num_inference_steps=2"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
+    assert "those of 4 channels of conditions begin at 0" in caplog.text
+    for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
+        assert (tmp_path / "run" / file).is_file(), file
+    command = ["synthesize", tmp_path / "run", "--labels", tmp_path / "label", "--num_labels", 4, "--num_images", 2]
+    status, _, err = run_cli(*command, "--num_inference_steps", 2, "--output", tmp_path / "pairs", "--device", "cpu")
+    assert status == 0, err
+    arguments[arguments.index("--trainer.max_steps=2")] = "--trainer.max_steps=3"
+    (tmp_path / "denoiser.ckpt").write_bytes(b"")  # a run that goes on needs it no more
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    status, _, err = run_cli("fit", *arguments, "--ckpt_path", last, "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, err
 
 
 def test_pretrained_autoencoder_is_trained_on_by_the_command_line(run_cli, tmp_path):

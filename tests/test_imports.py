@@ -86,7 +86,9 @@ def test_the_package_by_itself_imports_nothing():
     assert ours == {"unet_diffusion"}
 
 
-COMMANDS = "fit validate check recipes pack encode two-stages sample segment evaluate export import completion"
+COMMANDS = (
+    "fit validate check recipes pack encode two-stages sample segment synthesize evaluate export import completion"
+)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,7 @@ COMMANDS = "fit validate check recipes pack encode two-stages sample segment eva
         "sample none.ckpt",
         "sample . --scheduler Euler",
         "segment none images --output masks",
+        "synthesize none --labels none --num_labels 1 --output pairs",
         "evaluate none",
         "evaluate . --scheduler Euler",
         "encode none none --output latents",

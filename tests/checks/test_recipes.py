@@ -29,13 +29,22 @@ DATA = {  # what the network sees, and the number of images to train on
     "nuclei_denoiser": ((3, 64, 64), 12_427),
     "nuclei_features": ((3, 128, 128), 320),
     "nuclei_finetune": ((3, 128, 128), 320),
+    "nuclei_from_masks": ((3, 64, 64), 12_427),
     "nuclei_joint": ((3, 128, 128), 320),
     "nuclei_segment": ((3, 128, 128), 320),
     "stream": ((3, 64, 64), 1_000_000),
     "upscaling": ((4, 16, 16), 3200),
 }
-PATHS = ("--data.root", "--data.images", "--data.labels", "--model.init_from", "--model.codec.init_args.autoencoder")
-NAMES = ("root:", "images:", "labels:", "init_from:", "autoencoder: runs")  # of these settings in a recipe
+PATHS = ("--data.root", "--data.images", "--data.labels", "--data.semantic_map", "--model.init_from",
+         "--model.codec.init_args.autoencoder")  # fmt: skip
+NAMES = (
+    "root:",
+    "images:",
+    "labels:",
+    "semantic_map:",
+    "init_from:",
+    "autoencoder: runs",
+)  # of these settings in a recipe
 
 
 def test_every_recipe_is_looked_at():

@@ -93,7 +93,9 @@ def test_what_is_not_known_is_zero_in_all_channels():
     assert unconditional_inputs([condition], batch)["concat"].abs().max() == 0
 
 
-@pytest.mark.parametrize("condition", [SemanticMap(3, 3), SemanticMap(3, label_format="0/1", max_distance=2), PairedImage(3)])
+@pytest.mark.parametrize(
+    "condition", [SemanticMap(3, 3), SemanticMap(3, label_format="0/1", max_distance=2), PairedImage(3)]
+)
 def test_maps_of_mirrored_images_are_mirrored(condition):
     torch.manual_seed(0)
     entry = torch.randint(3, (2, 3 if isinstance(condition, PairedImage) else 1, 4, 4), dtype=torch.uint8)

@@ -12,19 +12,18 @@ from unet_diffusion.diffusion.transfer import load_unconditional_weights
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 SMALL = {"in_channels": 3, "out_channels": 3, "channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
-SCHEDULE = {"num_train_timesteps": 100, "beta_schedule": "linear"}
 
 
-def denoiser(*conditions, schedule=SCHEDULE, **options) -> DenoiserParts:
+def denoiser(*conditions, **options) -> DenoiserParts:
     torch.manual_seed(1)
     unet = randomise(DenoiserUNet(**{**SMALL, **options}))
-    return DenoiserParts(unet, NoiseSchedule(**schedule), (3, 8, 8), conditions=nn.ModuleList(conditions))
+    return DenoiserParts(unet, NoiseSchedule(100, "linear"), (3, 8, 8), conditions=nn.ModuleList(conditions))
 
 
 def test_network_predicts_at_first_what_the_denoiser_does_whatever_the_mask():
     """Bit for bit on these sizes; the products with 0 add nothing."""
     trained, network = denoiser(), denoiser(in_channels=7).unet
-    said = load_unconditional_weights(network, trained.schedule, trained)
+    said = load_unconditional_weights(network, trained)
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     assert said == f"copied all {millions:.2f} M weights of the denoiser; those of 4 channels of conditions begin at 0"
     condition = SemanticMap(4, label_format="instances", max_distance=6)
@@ -32,13 +31,15 @@ def test_network_predicts_at_first_what_the_denoiser_does_whatever_the_mask():
     expected = trained.unet(x, t)
     for labels in (torch.zeros(3, 1, 16, 16), torch.randint(3, (3, 1, 16, 16))):
         assert torch.equal(network(x, t, concat=condition(condition.encoder.entry_of(labels))), expected)
-    assert not torch.equal(network(x, t, concat=torch.ones(3, 4, 16, 16)), network(x + 1, t, concat=x.new_ones(3, 4, 16, 16)))
+    assert not torch.equal(
+        network(x, t, concat=torch.ones(3, 4, 16, 16)), network(x + 1, t, concat=x.new_ones(3, 4, 16, 16))
+    )
 
 
 def test_network_of_the_same_channels_gets_all_weights():
     trained, network = denoiser(), denoiser(dropout=0.1).unet
     randomise(network)
-    load_unconditional_weights(network, trained.schedule, trained)
+    load_unconditional_weights(network, trained)
     for name, value in trained.unet.state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
 
@@ -49,13 +50,12 @@ def test_network_of_the_same_channels_gets_all_weights():
         (denoiser(), {"channels": [8, 8]}, "tensors differ, such as "),
         (denoiser(in_channels=4), {}, "conv_in.weight: 8x4x3x3 in init_from, 8x3x3x3 here"),
         (denoiser(num_class_embeds=3), {}, "class_embedding.weight: 3x32 in init_from, none here"),
-        (denoiser(schedule={**SCHEDULE, "prediction_type": "v_prediction"}), {}, "the schedule must be that of init_"),
         (denoiser(SemanticMap(3, 3), in_channels=6), {}, "without conditions, and this one has SemanticMap"),
     ],
 )
-def test_another_network_schedule_or_condition_is_refused_and_nothing_copied(trained, options, said):
+def test_another_network_or_condition_is_refused_and_nothing_copied(trained, options, said):
     own = denoiser(**options)
     before = {name: value.clone() for name, value in own.unet.state_dict().items()}
     with pytest.raises(ValueError, match=said):
-        load_unconditional_weights(own.unet, own.schedule, trained)
+        load_unconditional_weights(own.unet, trained)
     assert all(torch.equal(value, before[name]) for name, value in own.unet.state_dict().items())

@@ -50,8 +50,8 @@ def synthesize_pairs(
         denoiser: The .ckpt file, run folder or diffusers pipeline folder of a denoiser that draws from masks, such as a
             run of the recipe nuclei_from_masks.
         labels: The label images to make masks of, with a number for each object: a folder or archive.
-        num_labels: The number of label files to use, the first by name. Images that segmenters are tested on must not
-            be among them.
+        num_labels: The number of label files to use at most, the first by name. Labels that segmenters are tested on
+            must not be among them.
         output: The folder for the pairs.
         segmenter: The .ckpt file or run folder of a segmenter that was trained on real labels. By default all pairs are
             kept.

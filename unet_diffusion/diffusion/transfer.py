@@ -8,30 +8,27 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.diffusion.parts import DenoiserParts
-from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.unet import PixelNetwork
 
 INPUT = "conv_in.weight"  # (width, in_channels, 3, 3)
 
 
-def load_unconditional_weights(network: PixelNetwork, schedule: NoiseSchedule, denoiser: DenoiserParts) -> str:
+def load_unconditional_weights(network: PixelNetwork, denoiser: DenoiserParts) -> str:
     """Copy the weights of a denoiser without conditions, in place, and return a sentence about what was copied.
+
+    Schedules may differ: then the network soon learns to predict something else, from the same features.
 
     Args:
         network: The network to start; it may take more channels than the denoiser's.
-        schedule: The schedule that it is trained with.
         denoiser: The trained denoiser.
 
     Raises:
-        ValueError: If the denoiser has conditions, or if networks or schedules differ in more than the channels of the
-            input; the error names a difference, and nothing is copied.
+        ValueError: If the denoiser has conditions, or if the networks differ in more than the channels of the input;
+            the error names a difference, and nothing is copied.
     """
     if denoiser.conditions:
         kinds = ", ".join(type(one).__name__ for one in denoiser.conditions)
         raise ValueError(f"init_from must be a denoiser without conditions, and this one has {kinds}")
-    if schedule.config != denoiser.schedule.config:
-        raise ValueError(f"the schedule must be that of init_from, {denoiser.schedule.config}, got {schedule.config}; "
-                         "set model.schedule to it")  # fmt: skip
     own, weights = network.state_dict(), dict(denoiser.unet.state_dict())
     num_new = 0
     if INPUT in own and INPUT in weights and own[INPUT].shape[1] > weights[INPUT].shape[1]:

@@ -122,7 +122,8 @@ def synthesize(
     Args:
         denoiser: A denoiser with the condition `SemanticMap` of instances.
         labels: The label images that masks are made of, with a number for each object: a folder or archive.
-        num_labels: The number of label files to use, the first by name, such as those that are not kept for a test.
+        num_labels: The number of label files to use at most, the first by name, such as those that are not kept for a
+            test.
         output: The folder for the pairs.
         num_images: Number of pairs to make; those that are not kept count.
         segmenter: A segmenter that was trained on real labels; None: all pairs are kept.
@@ -188,16 +189,15 @@ def first_labels(root: StrPath, num_labels: int) -> tuple[list[str], Labels]:
 
     Args:
         root: A folder, archive.zip, archive.zip/folder, or one file.
-        num_labels: The number of files.
+        num_labels: The number of files, at most.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If there are fewer files, or a file cannot be read or holds negative numbers; the message lists it.
+        ValueError: If the number is below 1, or a file cannot be read or holds negative numbers; the message lists it.
     """
+    if num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1, got {num_labels}; give the number of labels to train on")
     files = find_images_or_one(str(root))
-    if not 1 <= num_labels <= len(files.names):
-        raise ValueError(f"num_labels must be from 1 to {len(files.names)}, the number of label files in {root}, got "
-                         f"{num_labels}; give the number of those to train on")  # fmt: skip
     outcomes = list(in_threads(lambda name: decoded(decode_label_pages, files, name),
                                files.names[:num_labels], "loading labels", False))  # fmt: skip
     pages = [(name, page) for name, pages in outcomes if not isinstance(pages, str) for page in pages]
@@ -206,7 +206,7 @@ def first_labels(root: StrPath, num_labels: int) -> tuple[list[str], Labels]:
         f"{name}: numbers of objects must be 0 or more, got {page.min()}" for name, page in pages if page.min() < 0
     ]
     if wrong:
-        raise ValueError(f"{len(wrong)} of {num_labels} label files cannot be used:{listed(wrong)}")
+        raise ValueError(f"{len(wrong)} of {len(outcomes)} label files cannot be used:{listed(wrong)}")
     return [name for name, _ in pages], [page for _, page in pages]
 
 
