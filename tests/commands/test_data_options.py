@@ -108,3 +108,10 @@ def test_source_is_chosen_by_its_bare_name(run_cli, tmp_path):
 def test_wrong_option_is_told_as_it_was_typed(run_cli, tmp_path, given, said):
     status, _, err = run_cli("fit", "--config", "folder", *given.format(tmp=tmp_path).split())
     assert (status != 0, said in err) == (True, True), err
+
+
+@pytest.mark.parametrize("option", ["data.unlabelled", "data.synthetic.root"])
+def test_missing_folder_beside_labelled_images_is_told_at_once(run_cli, tmp_path, option):
+    given = ["--data.images", tmp_path, "--data.labels", tmp_path, f"--{option}", "none"]
+    status, _, err = run_cli("fit", "--config", "nuclei_joint", *given)
+    assert (status != 0, f"{option} must be an existing folder or file, got none" in err) == (True, True), err

@@ -239,11 +239,11 @@ def _check_paths(settings: dict[str, Any]) -> None:
 
 def _is_input(name: str, settings: dict[str, Any]) -> bool:
     """Whether a setting is a folder, file or archive that must exist, which is known for our own classes."""
-    if name == "model.init_from":
+    if name in ("model.init_from", "data.synthetic.root"):
         return True
     owner, _, argument = name.rpartition(".")
     if owner.split(".")[0] != "data" or settings.get(f"{owner}.download"):
         return False
     kind = _class_of(owner, settings)
-    inputs = ("images", "labels") if kind == "PairedFiles" else ("root",) if kind in SOURCES else ()
+    inputs = ("images", "labels", "unlabelled") if kind == "PairedFiles" else ("root",) if kind in SOURCES else ()
     return argument in inputs

@@ -39,9 +39,9 @@ def synthesize_pairs(
     objects of other images at free places. A pair is kept where the segmenter finds the mask in the image. The pairs
     are DIR/image/000000.png, DIR/label/000000.png and so on, where the label image has a number for each object, and
     DIR/pairs.png shows some. DIR/synthesize.json has the settings, the share that was kept, and the Dice of each pair.
-    To train a segmenter on the pairs:
+    To train a segmenter on them, too:
 
-        unet-diffusion fit --config nuclei_segment --data.images synthetic/image --data.labels synthetic/label
+        unet-diffusion fit --config nuclei_segment --data.synthetic.root synthetic
 
     Pair i depends on the label files, the seed and i alone. The same command again continues where it was cut off, and
     with a larger --num_images it adds pairs.
