@@ -200,6 +200,15 @@ def test_orientation_of_a_tiff_turns_image_label_and_size_alike(orientation, dty
     np.testing.assert_array_equal(decode_image(content, ImageFormat(*expected.shape, 1))[0].numpy(), expected)
 
 
+@pytest.mark.parametrize("kind", ["pages", "imagej", "ome"])
+def test_pages_are_never_taken_for_one_image(kind):
+    options = {"pages": {}, "imagej": {"imagej": True}, "ome": {"ome": True, "metadata": {"axes": "CYX"}}}[kind]
+    content = tiff_of(np.zeros((5, 8, 12), np.uint16), photometric="minisblack", **options)
+    with pytest.raises(ValueError, match=r"^a file must hold one image, and this one has 5 pages; save each page as a"):
+        decode_image(content, ImageFormat(8, 12, 1))
+    assert len(decode_pages(content, 1)) == 5
+
+
 ODD_FILES = Path(__file__).parent / "odd_files"
 
 

@@ -143,7 +143,7 @@ def test_pages_of_a_stack_are_refused_with_what_to_do(visit, run_of, cells_run, 
     visitor = visit(run_of(cells_run))
     visitor.upload(tmp_path / "stack.tif")
     visitor.press("Segment")
-    assert "segment all pages with unet-diffusion segment" in visitor.status("several pages")
+    assert "save each page as a file" in visitor.status("has 2 pages")
 
 
 def test_names_of_classes_are_words_and_nothing_else(visit, tmp_path):

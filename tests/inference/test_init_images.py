@@ -163,5 +163,7 @@ def test_stack_is_refused_where_one_image_is_read(tmp_path):
         path = tmp_path / f"{num_pages}.tif"
         tifffile.imwrite(path, np.zeros((num_pages, 8, 12), dtype=np.uint8), photometric="minisblack")
     assert read_at_its_own_size(tmp_path / "1.tif", 1).shape == (1, 8, 12)
-    with pytest.raises(ValueError, match=r"2\.tif cannot be read: it has several pages, and must have one; segment"):
+    with pytest.raises(
+        ValueError, match=r"2\.tif cannot be read: a file must hold one image, and this one has 2 pages; save"
+    ):
         read_at_its_own_size(tmp_path / "2.tif", 1)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image, to_depth
+from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image, only_image, to_depth
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash
-from unet_diffusion.data.stored import stored_images
 from unet_diffusion.runtime.messages import in_words, printable
 
 T = TypeVar("T")
@@ -197,7 +196,7 @@ class _Decoded:
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], _Decoded | str]:
     def decode(data: bytes) -> _Decoded:
-        stored = next(stored_images(data))
+        stored = only_image(data)
         with _one_at_a_time if math.prod(stored.size) > LARGE_IMAGE else nullcontext():
             return _Decoded(fitted_image(stored, image_format), stored.size, content_hash(data))
 

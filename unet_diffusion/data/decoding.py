@@ -72,8 +72,8 @@ class ImageFormat:
 def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
     """The image in a file: scaled to cover height x width, cut to its centre, (channels, height, width).
 
-    Reductions are antialiased. Nothing is enlarged. The orientation that the file says is applied. Of several frames or
-    pages the first counts.
+    Reductions are antialiased. Nothing is enlarged. The orientation that the file says is applied. Of several frames
+    the first counts. A TIFF file of several pages is refused, as they may be images or channels of one.
 
     Args:
         data: The contents of an image file.
@@ -84,10 +84,29 @@ def decode_image(data: bytes, image_format: ImageFormat) -> Tensor:
 
     Raises:
         ValueError: If the image is smaller than asked for in either direction, has more pixels than
-            PIL.Image.MAX_IMAGE_PIXELS, or holds numbers that are no 8 or 16-bit colours.
+            PIL.Image.MAX_IMAGE_PIXELS, or holds numbers that are no 8 or 16-bit colours, or if there are several pages.
         Exception: If the file is damaged; its type is the decoder's.
     """
-    return fitted_image(next(stored_images(data)), image_format)
+    return fitted_image(only_image(data), image_format)
+
+
+def only_image(data: bytes) -> StoredImage:
+    """The image of a file that holds one.
+
+    Args:
+        data: The contents of an image file.
+
+    Raises:
+        ValueError: If there are several pages, which may be as many images, or channels of one.
+        Exception: If the file is damaged; its type is the decoder's.
+    """
+    image, *others = stored_images(data)
+    if others:
+        raise ValueError(
+            f"a file must hold one image, and this one has {1 + len(others)} pages; save each page as a file, or, if "
+            "they are channels, one grey or RGB image of those that are to be used"
+        )
+    return image
 
 
 def fitted_image(image: StoredImage, image_format: ImageFormat) -> Tensor:

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.checking import decoded, in_threads
-from unet_diffusion.data.decoding import ImageFormat, fitted_image
+from unet_diffusion.data.decoding import ImageFormat, fitted_image, only_image
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
-from unet_diffusion.data.stored import stored_images
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.messages import first_few
@@ -190,7 +189,7 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | None) -> Pack
     Raises:
         ValueError: If it cannot be used.
     """
-    stored = next(stored_images(content))
+    stored = only_image(content)
     pixels = fitted_image(stored, image_format or ImageFormat(1, 1))
     bits = 16 if pixels.dtype == torch.uint16 else 8
     if image_format is None:

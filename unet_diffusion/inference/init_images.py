@@ -1,9 +1,8 @@
 """A user's image and mask, read, scaled and cropped to the size to draw in the same way as training images."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unet_diffusion.data.checking import decoded
-from unet_diffusion.data.decoding import ImageFormat, decode_page, fitted_image
+from unet_diffusion.data.decoding import ImageFormat, decode_page, fitted_image, only_image
 from unet_diffusion.data.files import OneFile
 from unet_diffusion.data.items import pixels_of
-from unet_diffusion.data.stored import StoredImage, stored_images
+from unet_diffusion.data.stored import StoredImage
 from unet_diffusion.inference.sample_options import ImageLike, check_file
 from unet_diffusion.runtime.pictures import scale_to_unit_range
 
@@ -75,7 +74,7 @@ def size_of(name: str, image: ImageLike) -> tuple[int, int]:
     """
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
-    size = _with(lambda images: next(images).size, name, image)
+    size = _with(lambda stored: stored.size, name, image)
     if isinstance(size, str):
         raise ValueError(f"{name} {_path_of(image)}cannot be read as an image: {size}")
     return size
@@ -93,7 +92,7 @@ def read_at_its_own_size(image: ImageLike, channels: int) -> Tensor:
         ValueError: If the image cannot be read, or has several pages.
     """
     check_file("image", image)
-    pixels = _with(lambda images: decode_page(_only_page(images), channels), "image", image)
+    pixels = _with(lambda stored: decode_page(stored, channels), "image", image)
     if isinstance(pixels, str):
         raise ValueError(f"image {_path_of(image)}cannot be read: {pixels}")
     return pixels
@@ -139,7 +138,7 @@ def read_picture(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Te
         check_tensor(name, image)
         return image.detach().float().cpu()[None]
     image_format = ImageFormat(height, width, channels)
-    pixels = _with(lambda images: fitted_image(next(images), image_format), name, image)
+    pixels = _with(lambda stored: fitted_image(stored, image_format), name, image)
     if isinstance(pixels, str):
         raise ValueError(f"{name} {_path_of(image)}cannot be read as an image of the size to draw: {pixels}")
     return scale_to_unit_range(pixels[None])
@@ -155,14 +154,14 @@ def _signed(mask: Tensor) -> Tensor:
     return mask
 
 
-def _with(read: Callable[[Iterator[StoredImage]], Any], name: str, image: Any) -> Any:
-    """What a function makes of the images of a file, or of an image in memory; or the reason why it cannot."""
+def _with(read: Callable[[StoredImage], Any], name: str, image: Any) -> Any:
+    """What a function makes of the image of a file, or of an image in memory; or the reason why it cannot."""
     if isinstance(image, str | os.PathLike):
         file = OneFile(Path(image))
-        return decoded(lambda data: read(stored_images(data)), file, file.names[0])
+        return decoded(lambda data: read(only_image(data)), file, file.names[0])
     stored = _in_memory(name, image)
     try:
-        return read(iter([stored]))
+        return read(stored)
     except ValueError as error:
         return str(error)
 
@@ -189,14 +188,6 @@ def _in_memory(name: str, image: Any) -> StoredImage:
         white=limits.max,
         alpha="straight" if num_samples == 4 else None,
     )
-
-
-def _only_page(images: Iterator[StoredImage]) -> StoredImage:
-    first, *others = islice(images, 2)
-    if others:
-        raise ValueError("it has several pages, and must have one; segment all pages with unet-diffusion segment, or "
-                         "open the page with PIL")  # fmt: skip
-    return first
 
 
 def _path_of(image: Any) -> str:
