@@ -317,7 +317,7 @@ MUTATIONS = [
     Mutation("labels: every peak is an object", "segmentation/labels.py",
              "skimage.morphology.local_maxima(lowered)", "skimage.morphology.local_maxima(distances)",
              "segmentation/test_labels.py"),
-    Mutation("labels: distances in pixels of the image", "data/segmentation.py",
+    Mutation("labels: distances in pixels of the image", "segmentation/image_targets.py",
              "(scale / REACH)", "(1 / REACH)", "data/test_labelled.py"),
     Mutation("data: windows anywhere", "data/segmentation.py",
              "if share >= self.object_share or", "if share < self.object_share or", "data/test_labelled.py"),
