@@ -220,10 +220,22 @@ def label_efficiency() -> Rows:
         "finetuned": "denoiser, fine-tuned",
         "features": "features of the frozen denoiser",
     }
+    return by_labels(result("label_efficiency")["results"], methods)
+
+
+def joint_training() -> Rows:
+    """Scores on nuclei of a network that denoises beside segmenting, and of the same without."""
+    methods = {"alone": "segmenting alone", "joint": "denoising beside segmenting"}
+    return by_labels(result("joint_training")["results"], methods)
+
+
+def by_labels(runs: Sequence[dict[str, Any]], methods: dict[str, str]) -> Rows:
+    """Mean and range over the seeds of each number of labels and method, and the program that learns nothing."""
     rows: Rows = [("", "labels", "seeds", "Dice", "AP at 0.5", "AP 0.5 to 0.9")]
-    runs = result("label_efficiency")["results"]
-    for labels, method in product((5, 20, 80), methods):
+    for labels, method in product(sorted({run["labelled"] for run in runs} - {0}), methods):
         same = [run for run in runs if (run["labelled"], run["method"]) == (labels, method)]
+        if not same:
+            continue
         scores = [[run[score] for run in same] for score in ("dice", "ap_50", "ap_50_to_90")]
         cells = [f"{statistics.mean(one):.3f} ({min(one):.3f} to {max(one):.3f})" for one in scores]
         rows.append((methods[method], labels, len(same), *cells))
