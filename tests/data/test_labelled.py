@@ -327,38 +327,106 @@ def sparse(tmp_path, **options):
     return data(source, window_size=16, windows_per_image=50, **options)
 
 
-def test_synthetic_windows_have_their_share_of_the_first_epochs(tmp_path):
+def drawn_windows(made, num_epochs):
+    """The images of the windows of each batch of so many epochs."""
+    loader = made.train_dataloader()
+    batches = []
+    for epoch in range(num_epochs):
+        loader.sampler.set_epoch(epoch)
+        batches += [[index for index, *_ in drawn] for drawn in loader.sampler]
+    return batches
+
+
+def test_synthetic_windows_have_their_share_of_the_first_batches(tmp_path):
     source = pairs(tmp_path / "real")
     pairs(tmp_path / "drawn", num=3, size=(20, 20))
-    synthetic = SyntheticPairs(tmp_path / "drawn", share=0.25, num_epochs=2)
-    made, real = data(source, synthetic=synthetic), data(source)
-    assert "synthetic: 3 images, 25% of the windows until the end of epoch 2" in made.summary()
-    assert [len(one.val_indices) for one in (made, real)] == [1, 1]
-    for epoch in range(3):
-        windows = [made.window((1, epoch, number)) for number in range(200)]
-        drawn = [int(window["index"]) for window in windows if window["index"] > 4]
-        assert set(drawn) == (set() if epoch == 2 else {5, 6, 7})
-        assert len(drawn) == (0 if epoch == 2 else pytest.approx(50, abs=20))
-    number = next(number for number in range(200) if made.window((1, 0, number))["index"] == 6)
-    window = made.window((1, 0, number))
+    synthetic = SyntheticPairs(tmp_path / "drawn", num_batches=150, share=0.25)
+    made, real = (data(source, windows_per_image=50, synthetic=one) for one in (synthetic, None))
+    assert "synthetic: 3 images, 25% of the windows of the first 150 batches" in made.summary()
+    with_synthetic, without = drawn_windows(made, 2), drawn_windows(real, 2)
+    assert len(with_synthetic) == len(without) == 200  # of 4 x 50 windows in twos
+    assert with_synthetic[150:] == without[150:]
+    windows = [pair for one, other in zip(with_synthetic[:150], without, strict=False)
+               for pair in zip(one, other, strict=True)]  # fmt: skip
+    synthetic_ones = [index for index, _ in windows if index > 4]
+    assert set(synthetic_ones) == {5, 6, 7}
+    assert len(synthetic_ones) == pytest.approx(75, abs=25)
+    assert all(index == other for index, other in windows if index <= 4)
+
+
+def test_position_in_a_resumed_epoch_decides_what_may_be_synthetic(tmp_path):
+    source = pairs(tmp_path / "real")
+    pairs(tmp_path / "drawn", size=(20, 20))
+    made = data(source, windows_per_image=50, synthetic=SyntheticPairs(tmp_path / "drawn", num_batches=150))
+    whole = drawn_windows(made, 2)
+    loader = made.train_dataloader()
+    loader.load_state_dict({"epoch": 1, "num_batches": 30})
+    loader.sampler.set_epoch(1)
+    assert [[index for index, *_ in drawn] for drawn in loader.sampler] == whole[130:]
+
+
+def test_synthetic_images_are_taken_as_they_were_drawn(tmp_path):
+    source = pairs(tmp_path / "real")
+    pairs(tmp_path / "drawn", num=3, size=(20, 20))
+    made = data(source, synthetic=SyntheticPairs(tmp_path / "drawn", num_batches=5), stretch=True)
+    window = made.window((6, 0, 0))
     assert window["classes"].shape == (16, 16)
     pixels = np.asarray(Image.open(tmp_path / "drawn" / "image" / "1.png")).astype(np.float32) / 127.5 - 1
     assert np.isin(window["images"].numpy().round(4), pixels.round(4)).all()
-    other = next(number for number in range(200) if made.window((1, 0, number))["index"] == 1)
-    for name, value in real.window((1, 0, other)).items():  # real windows are as they would be
-        assert torch.equal(value, made.window((1, 0, other))[name])
+
+
+def test_synthetic_images_that_cannot_be_used_are_told(tmp_path):
+    source = pairs(tmp_path / "real")
+    pairs(tmp_path / "small", num=1, size=(15, 20))
+    with pytest.raises(
+        ValueError, match=r"at least 16x16 pixels.* 1 of 1 are smaller: 0 \(15x20\); make them with --im"
+    ):
+        data(source, synthetic=SyntheticPairs(tmp_path / "small", num_batches=5))
+    pairs(tmp_path / "numbered", num=1, size=(20, 20))
+    write(tmp_path / "numbered" / "label" / "0.png", np.eye(20, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"^synthetic .*numbered: 1 of 1 label images do not fit targets"):
+        data(source, synthetic=SyntheticPairs(tmp_path / "numbered", num_batches=5))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 1.0}, "above 0 and below 1, got 1.0"),
-        ({"num_epochs": 0}, "num_epochs of synthetic must be at least 1"),
+        ({"num_batches": 5, "share": 1.0}, "above 0 and below 1, got 1.0"),
+        ({"num_batches": 0}, "num_batches of synthetic must be at least 1"),
     ],
 )
 def test_synthetic_pairs_beside_real_ones_are_needed(options, message):
     with pytest.raises(ValueError, match=message):
         SyntheticPairs("x", **options)
+
+
+def test_training_ends_on_real_images(tmp_path):
+    pairs(tmp_path / "drawn", size=(20, 20))
+    made = data(pairs(tmp_path / "real"), synthetic=SyntheticPairs(tmp_path / "drawn", num_batches=6))
+    made.trainer = Trainer(max_steps=3, accumulate_grad_batches=2, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"less than the 6 batches of the run.*got 6; 4 is two thirds"):
+        made.train_dataloader()
+
+
+def test_changed_images_beside_the_labelled_ones_are_noticed(tmp_path):
+    pairs(tmp_path / "drawn", size=(20, 20))
+    options = {"synthetic": SyntheticPairs(tmp_path / "drawn", num_batches=6)}
+    before = data(pairs(tmp_path / "real"), **options).state_dict()
+    write(tmp_path / "drawn" / "image" / "2.png", np.zeros((20, 20), np.uint8))
+    made = data(PairedFiles(tmp_path / "real" / "image", tmp_path / "real" / "label"), **options)
+    made.must_be_same = True
+    with pytest.raises(ValueError, match=r"1 changed \(beside the labelled images, 2\)"):
+        made.load_state_dict(before)
+
+
+def test_copies_of_images_that_are_held_out_are_not_denoised(tmp_path):
+    source = pairs(tmp_path, unlabelled=tmp_path / "image")
+    made = data(source, num_fit=1)
+    made.draws_unlabelled = True
+    held_out = [made.images.images[i] for i in [*made.fit_indices.tolist(), *made.val_indices.tolist()]]
+    denoised = [made._pixels[i] for i in made._to_denoise]
+    assert len(denoised) == 6  # three that are trained on, twice
+    assert not any(torch.equal(one, other) for one in denoised for other in held_out)
 
 
 def test_windows_to_denoise_are_of_all_images_that_are_not_held_out(tmp_path):

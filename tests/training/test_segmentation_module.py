@@ -306,6 +306,12 @@ def test_2015_network_with_a_timestep_denoises_digits(quiet_trainer, tmp_path):
         (lambda: module(DenoiserUNet(**SMALL)), "it has a timestep embedding, got None"),
         (lambda: module(DenoiserUNet(**SMALL, num_class_embeds=3), timestep=0), "must have no class embedding"),
         (lambda: JointDenoising(NoiseSchedule(), weight=1.0), "above 0 and below 1, got 1.0"),
+        (
+            lambda: module(
+                network(norm="batch", timestep_embedding=True), timestep=0, joint=JointDenoising(NoiseSchedule())
+            ),
+            "joint needs a network without batch norm",
+        ),
         (lambda: module(joint=JointDenoising(NoiseSchedule())), "joint needs a network that takes a timestep"),
         (lambda: DiffusionModule(network(), NoiseSchedule()), "a denoiser needs a timestep"),
         (

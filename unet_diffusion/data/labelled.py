@@ -179,24 +179,28 @@ class PairedFiles(LabelledSource):
 class SyntheticPairs:
     """Drawn images and their labels, which windows are taken of at times in place of real ones.
 
+    Grey values are taken as they were drawn, also where those of real images are stretched: a denoiser of stretched
+    images draws stretched ones.
+
     Args:
         root: The folder, which holds image and label, as `unet-diffusion synthesize` writes it.
-        share: The share of these windows in an epoch. Evidence is for half at most.
-        num_epochs: After so many epochs all windows are real, so that training ends on what is to be segmented.
+        num_batches: Windows are of these images in so many batches at first. Later ones are real, so that training
+            ends on what is to be segmented.
+        share: The share of these windows in a batch, on average. Evidence is for half at most.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
     root: str | Path
+    num_batches: int
     share: float = 0.5
-    num_epochs: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ValueError(f"share of synthetic must be above 0 and below 1, got {self.share}; 0.5 is usual")
-        if self.num_epochs < 1:
-            raise ValueError(f"num_epochs of synthetic must be at least 1, got {self.num_epochs}")
+        if self.num_batches < 1:
+            raise ValueError(f"num_batches of synthetic must be at least 1, got {self.num_batches}")
 
     def load(self, channels: int, *, progress: bool = True) -> LabelledImages:
         """All images and labels, with the channels of the real ones; errors are those of `PairedFiles.load`.

@@ -6,7 +6,6 @@ section 3.1), and reaches beyond the image's border where it must, into its mirr
 """
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unet_diffusion.data.base import SourceDataModule
-from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader, ShuffledBatches
+from unet_diffusion.data.batches import Batch, OrderedBatches, ResumableLoader
 from unet_diffusion.data.checking import num_cpus
 from unet_diffusion.data.known import contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, SyntheticPairs, listed
 from unet_diffusion.data.scaling import percentiles, stretch_to_unit_range
+from unet_diffusion.data.windows import DrawnWindow, WindowBatches
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.pictures import scale_to_unit_range
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -33,9 +33,6 @@ VAL_SHARE = 5  # by default a fifth of the images is kept for validation
 SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number
 OBJECT_KEY = 1  # with seed, epoch and number: whether a window holds an object, and which
 UNLABELLED_KEY = 2  # likewise: the window of an image without a label
-SYNTHETIC_KEY = 3  # likewise: whether a window is of a synthetic image, and of which
-
-DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
 
 class SegmentationDataModule(SourceDataModule):
@@ -51,7 +48,7 @@ class SegmentationDataModule(SourceDataModule):
         source: Where the labelled images come from: `PairedFiles`, or a class of your own, see `LabelledSource`.
         targets: How label images are read, and what the network learns from them.
         window_size: Height and width of a training window in pixels; the network must take it.
-        batch_size: The number of windows per batch and process.
+        batch_size: The number of windows with labels per batch and process.
         windows_per_image: The number of windows that are drawn from each training image in an epoch.
         num_val: The number of images kept for validation, the last by name, as neighbours in a stack are alike. None
             takes a fifth. With a number, files that are added move none that was trained on; a fifth grows with them.
@@ -130,16 +127,24 @@ class SegmentationDataModule(SourceDataModule):
         self._check_classes(train, self.val_indices)
         held_out = {*self.fit_indices.tolist(), *self.val_indices.tolist()}
         # Images beside the labelled ones come after them: those without labels, and then synthetic ones.
-        self._pixels = [*loaded.images, *loaded.unlabelled]
+        self._pixels = [*loaded.images, *self._not_held_out(loaded, held_out)]
         self._to_denoise = [index for index in range(len(self._pixels)) if index not in held_out]
         labels = {i: loaded.labels[i] for i in train.tolist()} | self._add_synthetic()
         self._learnt = {index: ImageTargets.of(self.targets, one, balance) for index, one in labels.items()}
-        self._ends = [percentiles(image) for image in self._pixels] if self.stretch else []
+        self._ends = [percentiles(image) for image in self._pixels[: self._first_synthetic]] if self.stretch else []
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
         self.bound_batch_size(len(self.train_indices))
         self._images = loaded
+
+    def _not_held_out(self, loaded: LabelledImages, held_out: set[int]) -> list[Tensor]:
+        """The images without labels, but for copies of images that are fitted or validated on."""
+        if not loaded.unlabelled:
+            return []
+        contents = set(contents_of_pixels([loaded.images[index] for index in held_out]))
+        pairs = zip(loaded.unlabelled, contents_of_pixels(loaded.unlabelled), strict=True)
+        return [image for image, content in pairs if content not in contents]
 
     def _add_synthetic(self) -> dict[int, NDArray[np.int32]]:
         """Append the synthetic images to the others, and return the labels of each."""
@@ -147,7 +152,17 @@ class SegmentationDataModule(SourceDataModule):
         if self.synthetic is None:
             return {}
         drawn = self.synthetic.load(len(self._pixels[0]), progress=self.shows_progress)
-        self._check_labels(drawn)
+        try:
+            self._check_labels(drawn)
+        except ValueError as error:
+            raise ValueError(f"synthetic {self.synthetic.root}: {error}") from error
+        sizes = zip(drawn.names, (one.shape for one in drawn.labels), strict=True)
+        if small := [f"{name} ({size[0]}x{size[1]})" for name, size in sizes if min(size) < self.window_size]:
+            raise ValueError(
+                f"synthetic images must have at least {self.window_size}x{self.window_size} pixels, as windows do, and "
+                f"{len(small)} of {len(drawn.names)} are smaller: {first_few(small)}; make them with --image_size "
+                f"{self.window_size}"
+            )
         self._pixels += drawn.images
         return dict(enumerate(drawn.labels, start=self._first_synthetic))
 
@@ -167,16 +182,20 @@ class SegmentationDataModule(SourceDataModule):
             f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
             "epoch; whole images to validate on",
             *([self._synthetic_described()] if self.synthetic is not None else []),
-            *([f"unlabelled: {len(self.images.unlabelled)} images"] if self.images.unlabelled else []),
+            *(
+                [f"denoised: {len(self._to_denoise)} images, all that are not held out"]
+                if self.draws_unlabelled
+                else []
+            ),
             f"split: {len(images) - len(self.val_indices)} to train on{chosen}{kept}, the last {len(self.val_indices)} "
             "by name to validate on",
         ]
 
     def _synthetic_described(self) -> str:
         assert self.synthetic is not None
-        share, num_epochs = self.synthetic.share, self.synthetic.num_epochs
+        share, num_batches = self.synthetic.share, self.synthetic.num_batches
         number = len(self._pixels) - self._first_synthetic
-        return f"synthetic: {number} images, {share:.0%} of the windows until the end of epoch {num_epochs}"
+        return f"synthetic: {number} images, {share:.0%} of the windows of the first {num_batches} batches"
 
     def _labels_described(self) -> str:
         """The share of each class, and how many labels hold no object, or nothing that is to be learnt."""
@@ -204,7 +223,9 @@ class SegmentationDataModule(SourceDataModule):
         """The names and contents that `KnownImages` asks for; contents include the label image."""
         labels = contents_of_pixels([torch.from_numpy(one) for one in self.images.labels])
         contents = contents_of_pixels(self.images.images)
-        return self.images.names, [f"{one}\n{label}" for one, label in zip(contents, labels, strict=True)]
+        more = contents_of_pixels(self._pixels[len(contents) :])  # synthetic ones and those without labels
+        names = [*self.images.names, *(f"beside the labelled images, {number}" for number in range(len(more)))]
+        return names, [*(f"{one}\n{label}" for one, label in zip(contents, labels, strict=True)), *more]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -222,7 +243,7 @@ class SegmentationDataModule(SourceDataModule):
 
     def window(self, drawn: DrawnWindow) -> Batch:
         """A random window of a training image, as a batch without its first dimension."""
-        drawn = index, epoch, number = self._or_synthetic(drawn)
+        index, epoch, number = drawn
         generator = keyed_generator(self.seed, epoch, number)
         image = self._scaled(index)
         size = (self.window_size, self.window_size)
@@ -232,16 +253,6 @@ class SegmentationDataModule(SourceDataModule):
         pixels = self._pixels_at(image, coordinates, generator)
         batch = {"images": pixels, **self._learnt[index].sampled(coordinates), "index": torch.tensor(index)}
         return {**batch, "unlabelled": self._window_to_denoise(drawn)} if self.draws_unlabelled else batch
-
-    def _or_synthetic(self, drawn: DrawnWindow) -> DrawnWindow:
-        """The window itself, or in its place one of a synthetic image."""
-        _, epoch, number = drawn
-        if self.synthetic is None or epoch >= self.synthetic.num_epochs:
-            return drawn
-        share, place = torch.rand(2, generator=keyed_generator(self.seed, epoch, number, SYNTHETIC_KEY)).tolist()
-        num_synthetic = len(self._pixels) - self._first_synthetic
-        chosen = self._first_synthetic + int(place * num_synthetic)
-        return (chosen, epoch, number) if share < self.synthetic.share else drawn
 
     def _window_to_denoise(self, drawn: DrawnWindow) -> Tensor:
         """A random window of an image that is not held out, (C, H, W), whether or not it has a label."""
@@ -261,10 +272,19 @@ class SegmentationDataModule(SourceDataModule):
         """Batches of random windows; see `WindowBatches`.
 
         Raises:
-            ValueError: If the trainer is to overfit batches, for which Lightning would replace the sampler.
+            ValueError: If the trainer is to overfit batches, for which Lightning would replace the sampler, or if it
+                would end on synthetic images.
         """
         self.refuse_overfit_batches()
-        sampler = WindowBatches(self.train_indices, images=self.train_images, seed=self.seed, **self.order())
+        self._check_end()
+        sampler = WindowBatches(
+            self.train_indices,
+            images=self.train_images,
+            synthetic=self.synthetic,
+            synthetic_images=torch.arange(self._first_synthetic, len(self._pixels)),
+            seed=self.seed,
+            **self.order(),
+        )
         workers = self.num_workers or 0
         return ResumableLoader(
             dataset=_Windows(self),
@@ -273,6 +293,17 @@ class SegmentationDataModule(SourceDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
         )
+
+    def _check_end(self) -> None:
+        """Refuse to end on synthetic images."""
+        if self.synthetic is None or self.trainer is None or self.trainer.max_steps < 1:
+            return
+        in_all = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        if self.synthetic.num_batches >= in_all:
+            raise ValueError(
+                f"num_batches of synthetic must be less than the {in_all} batches of the run, so that it ends on real "
+                f"images, got {self.synthetic.num_batches}; {in_all * 2 // 3} is two thirds"
+            )
 
     def val_dataloader(self) -> DataLoader[list[Batch]]:
         """The validation images, whole: lists of one, or of two where processes must have equally many batches."""
@@ -284,8 +315,8 @@ class SegmentationDataModule(SourceDataModule):
         return {**self.__dict__, "trainer": None}
 
     def _scaled(self, index: int) -> Tensor:
-        image = self._pixels[index]
-        return stretch_to_unit_range(image, self._ends[index]) if self.stretch else scale_to_unit_range(image)
+        image, is_stretched = self._pixels[index], self.stretch and index < self._first_synthetic
+        return stretch_to_unit_range(image, self._ends[index]) if is_stretched else scale_to_unit_range(image)
 
     def _drawn_pixel(self, drawn: DrawnWindow) -> tuple[int, int] | None:
         """The row and column of a pixel of an object that the window must hold; None: it is drawn anywhere."""
@@ -362,29 +393,6 @@ class SegmentationDataModule(SourceDataModule):
                     f"labels to train on must hold two classes or more, and all pixels of the {len(indices)} are of "
                     f"class {self.targets.class_names[only]}; check the files of labels and label_format"
                 )
-
-
-class WindowBatches(ShuffledBatches):
-    """Lists of drawn windows, shuffled anew every epoch; see `ShuffledBatches`.
-
-    Args:
-        indices: The numbers of an epoch's windows; window n is of the image at n modulo the number of images.
-        batch_size: The number of windows per batch and process.
-        images: The indices of the training images, (n,) int64.
-        seed: Seed of the order.
-        num_replicas: The number of processes that share an epoch.
-        rank: The rank of this process, in [0, num_replicas).
-    """
-
-    def __init__(
-        self, indices: Tensor, batch_size: int, *, images: Tensor, seed: int = 0, num_replicas: int = 1, rank: int = 0
-    ) -> None:
-        super().__init__(indices, batch_size, num_images=len(indices), seed=seed, num_replicas=num_replicas, rank=rank)
-        self.images = images
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        for numbers in super().__iter__():
-            yield [(int(self.images[number % len(self.images)]), self.epoch, number) for number in numbers]
 
 
 class _Windows(Dataset[Batch]):

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.evaluation.segmented_images import Truth
@@ -34,6 +34,7 @@ from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 from unet_diffusion.training.prediction import images_of
 from unet_diffusion.training.symptoms import one_class_only, warn_of
 
+JOINT_KEY = 5  # keeps the noise of what is denoised apart from windows, which have the same seed
 MOST_FITTED = 16  # images on which thresholds are fitted
 MIN_STEPS_OF_ALL_CLASSES = 100  # after which a segmenter that predicts one class only is warned about
 
@@ -104,6 +105,9 @@ class SegmentationModule(NetworkModule):
         if joint is not None and (timestep is None or isinstance(unet, FeatureClassifier)):
             raise ValueError(f"joint needs a network that takes a timestep and is trained, got {type(unet).__name__} "
                              "with timestep None; use a DenoiserUNet, and set timestep to 0")  # fmt: skip
+        if joint is not None and any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in unet.modules()):
+            raise ValueError("joint needs a network without batch norm, which would mix the statistics of images with "
+                             "and without noise; set norm to group")  # fmt: skip
         super().__init__(
             unet,
             optimizer=optimizer,
@@ -213,7 +217,7 @@ class SegmentationModule(NetworkModule):
         if self.joint is not None:
             # Keyed by the number of the batch in the whole run: a resumed run draws what an uninterrupted one would.
             step = total_batches(self.trainer)
-            generator = keyed_generator(self.seed, step, self.global_rank, device=images.device)
+            generator = keyed_generator(self.seed, JOINT_KEY, step, self.global_rank, device=images.device)
             noised, noised_t, target = self.joint.noised(batch["unlabelled"], generator)
             x, t = torch.cat([images, noised]), torch.cat([cast(Tensor, t), noised_t])
         prediction = self.unet(x, t)

@@ -1,0 +1,63 @@
+"""Which windows a segmenter is trained on, batch by batch: of which image, and whether of a synthetic one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unet_diffusion.data.batches import ShuffledBatches
+from unet_diffusion.data.labelled import SyntheticPairs
+from unet_diffusion.runtime.randomness import keyed_generator
+
+SYNTHETIC_KEY = 3  # with seed, epoch and number: whether a window is of a synthetic image, and of which
+
+DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
+
+
+class WindowBatches(ShuffledBatches):
+    """Lists of drawn windows, shuffled anew every epoch; see `ShuffledBatches`.
+
+    Args:
+        indices: The numbers of an epoch's windows; window n is of the image at n modulo the number of images.
+        batch_size: The number of windows per batch and process.
+        images: The indices of the training images, (n,) int64.
+        synthetic: How often a synthetic image takes the place of a training image; None: never.
+        synthetic_images: The indices of the synthetic images, (m,) int64.
+        seed: Seed of the order, and of the synthetic images.
+        num_replicas: The number of processes that share an epoch.
+        rank: The rank of this process, in [0, num_replicas).
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        *,
+        images: Tensor,
+        synthetic: SyntheticPairs | None = None,
+        synthetic_images: Tensor | None = None,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(indices, batch_size, num_images=len(indices), seed=seed, num_replicas=num_replicas, rank=rank)
+        self.images = images
+        self.synthetic = synthetic
+        self.synthetic_images = synthetic_images
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for step, numbers in enumerate(super().__iter__(), start=self.first_batch):
+            drawn = [(int(self.images[number % len(self.images)]), self.epoch, number) for number in numbers]
+            may_be_synthetic = self.synthetic and self.epoch * len(self) + step < self.synthetic.num_batches
+            yield [self._or_synthetic(one) for one in drawn] if may_be_synthetic else drawn
+
+    def _or_synthetic(self, drawn: DrawnWindow) -> DrawnWindow:
+        """The window itself, or in its place one of a synthetic image."""
+        assert self.synthetic is not None
+        assert self.synthetic_images is not None
+        _, epoch, number = drawn
+        share, place = torch.rand(2, generator=keyed_generator(self.seed, epoch, number, SYNTHETIC_KEY)).tolist()
+        if share >= self.synthetic.share:
+            return drawn
+        return int(self.synthetic_images[int(place * len(self.synthetic_images))]), epoch, number
