@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation import affinities
 from unet_diffusion.segmentation.affinities import (
     APART,
@@ -13,13 +14,12 @@ from unet_diffusion.segmentation.affinities import (
     OFFSETS,
     affinities_of,
     mutex_watershed,
-    turned_back,
 )
 from unet_diffusion.segmentation.labels import Targets, instances_from
 from unet_diffusion.segmentation.losses import affinity_loss
+from unet_diffusion.segmentation.prediction import predicted_maps
 from unet_diffusion.segmentation.scores import thin_borders, v_rand
 from unet_diffusion.segmentation.synthetic import synthetic_cells
-from unet_diffusion.segmentation.tiles import predict_views
 
 NEAR = ((-1, 0), (0, -1), (-2, 0), (0, -3), (-2, -2), (2, -1))
 
@@ -121,11 +121,22 @@ def test_affinities_are_those_of_each_pair():
                 assert together[0, channel, row, column] == (one == other and one > 0)
 
 
-def test_views_of_true_affinities_agree():
-    cells = torch.from_numpy(synthetic_cells((40, 50), seed=0)[1])[None]
-    predicted = predict_views(lambda view: affinities_of(view)[0][0].double(), cells, turned_back)
+class SureNetwork(SegmentationUNet):
+    """Knows the affinities of an image whose grey values are the numbers of its objects."""
+
+    def forward(self, x, t=None, labels=None):
+        return torch.cat([torch.zeros_like(x).expand(-1, 2, -1, -1), 200 * affinities_of(x[:, 0])[0] - 100.0], dim=1)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_views_of_true_affinities_agree(views):
+    cells = torch.from_numpy(synthetic_cells((40, 56), seed=0)[1]).float()[None]
+    network = SureNetwork(1, 14, channels=(2, 2), padding="same")
+    maps = predicted_maps(
+        network, cells, num_classes=2, has_affinities=True, timestep=None, window_size=64, views=views
+    )
     together, counts = affinities_of(cells)
-    assert torch.equal(predicted[counts[0]], together[0].double()[counts[0]])
+    torch.testing.assert_close(maps[2:][counts[0]], together[0].float()[counts[0]])
 
 
 INSTANCES = torch.from_numpy(synthetic_cells((40, 48), seed=0)[1].astype(np.int32))[None].clone()
