@@ -204,7 +204,7 @@ def isbi2012() -> Rows:
     }
     before = "`isbi2012_modern` without affinities"
     files = {
-        "isbi2012_affinities": "`isbi2012_modern`, half its widths, two windows a batch",
+        "isbi2012_affinities": "`isbi2012_modern`, half its widths, batches of two",
         "isbi2012": f"{before}, border weight 5",
         "isbi2012_border_weight_1": f"{before}, border weight 1",
     }
