@@ -199,17 +199,25 @@ def bad_inputs() -> Rows:
 def isbi2012() -> Rows:
     """Scores on membranes, averaged over eight views of a slice."""
     names = {
-        "modern": "`isbi2012_modern`",
         "paper": "`isbi2012_unet`",
         "port": "port: the paper's widths, padded, batch norm, plain cross-entropy, flips",
     }
-    scores = {"pixel_error": 3, "rand_error": 3, "v_rand": 3, "v_info": 3, "warping_error": 4}
-    rows: Rows = [("", "minutes", "steps", "pixel error", "Rand error", "V_rand", "V_info", "warping error")]
-    for name, note in (("isbi2012", ""), ("isbi2012_border_weight_1", ", border weight 1")):
+    before = "`isbi2012_modern` without affinities"
+    files = {
+        "isbi2012_affinities": "`isbi2012_modern`, half its widths, batches of two",
+        "isbi2012": f"{before}, border weight 5",
+        "isbi2012_border_weight_1": f"{before}, border weight 1",
+    }
+    scores = {"v_rand_objects": 3, "v_info_objects": 3, "v_rand": 3, "v_info": 3, "pixel_error": 3,
+              "challenge_pixel_error": 3, "rand_error": 3, "warping_error": 4}  # fmt: skip
+    rows: Rows = [("", "minutes", "steps", "V_rand of objects", "V_info of objects", "V_rand", "V_info", "pixel error",
+                   "challenge's pixel error", "Rand error", "warping error")]  # fmt: skip
+    for name, modern in files.items():
         for run in result(name)["results"]:
             if run["views"]:
-                cells = [f"{run[score]:.{digits}f}" for score, digits in scores.items()]
-                rows.append((names[run["contender"]] + note, f"{run['minutes']:g}", f"{run['steps']:,}", *cells))
+                cells = [f"{run[score]:.{digits}f}" if score in run else "" for score, digits in scores.items()]
+                contender = {**names, "modern": modern}[run["contender"]]
+                rows.append((contender, f"{run['minutes']:g}", f"{run['steps']:,}", *cells))
     return rows
 
 

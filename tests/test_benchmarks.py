@@ -174,7 +174,7 @@ TINY_SEGMENTER = [
 
 @pytest.mark.slow
 def test_isbi2012(tmp_path):
-    write_pairs(tmp_path / "train", channels=1, instances=False, num=8)
+    write_pairs(tmp_path / "train", channels=1, instances=False, num=9)
     command = [sys.executable, str(ROOT / "benchmarks" / "isbi2012.py"), "--root", str(tmp_path)]
     command += ["--contenders", "modern", "--minutes", "0.05", "--work", str(tmp_path / "work")]
     command += [

@@ -114,7 +114,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_images(tmp_path / "images", 12, channels=3, values=256)
     captions = [f"{number}.png,picture number {number}" for number in range(12)]
     (tmp_path / "images" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
-    for folder, num, channels in (("isbi2012/train", 8, 1), ("nuclei", 24, 3)):
+    for folder, num, channels in (("isbi2012/train", 9, 1), ("nuclei", 24, 3)):
         write_images(tmp_path / folder / "image", num, channels=channels, values=256)
         write_images(tmp_path / folder / "label", num, channels=1, values=2, scale=255 if channels == 1 else 1)
     write_png((torch.arange(64).view(1, 8, 8) % 8 > 3).to(torch.uint8) * 255, str(tmp_path / "mask.png"))

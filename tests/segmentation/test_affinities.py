@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.segmentation import affinities
 from unet_diffusion.segmentation.affinities import (
     APART,
@@ -13,13 +14,12 @@ from unet_diffusion.segmentation.affinities import (
     OFFSETS,
     affinities_of,
     mutex_watershed,
-    turned_back,
 )
 from unet_diffusion.segmentation.labels import Targets, instances_from
 from unet_diffusion.segmentation.losses import affinity_loss
+from unet_diffusion.segmentation.prediction import predicted_maps
 from unet_diffusion.segmentation.scores import thin_borders, v_rand
 from unet_diffusion.segmentation.synthetic import synthetic_cells
-from unet_diffusion.segmentation.tiles import predict_views
 
 NEAR = ((-1, 0), (0, -1), (-2, 0), (0, -3), (-2, -2), (2, -1))
 
@@ -28,7 +28,9 @@ def true_affinities(instances: np.ndarray) -> np.ndarray:
     return affinities_of(torch.from_numpy(instances.astype(np.int32))[None])[0][0].numpy().astype(np.float32)
 
 
-def step_by_step(weights: np.ndarray, foreground: np.ndarray, offsets, stride: int) -> np.ndarray:
+def step_by_step(
+    weights: np.ndarray, probability: np.ndarray, foreground: np.ndarray, offsets, stride: int
+) -> np.ndarray:
     """Algorithm 1 of Wolf et al. 2018 with sets of clusters and of pairs of pixels that exclude each other."""
     edges = []
     for channel, offset in enumerate(offsets):
@@ -37,8 +39,11 @@ def step_by_step(weights: np.ndarray, foreground: np.ndarray, offsets, stride: i
             is_inside = all(0 <= at < side for at, side in zip(partner, foreground.shape, strict=True))
             repels = channel >= NUM_ATTRACTIVE
             if is_inside and foreground[tuple(partner)] and not (repels and any(at % stride for at in pixel)):
-                affinity = weights[channel][tuple(pixel)]
-                edges.append((1 - affinity if repels else affinity, repels, tuple(pixel), tuple(partner)))
+                affinity = float(weights[channel][tuple(pixel)])
+                if repels:
+                    both = probability[tuple(pixel)] * probability[tuple(partner)]
+                    affinity = 1 - min(affinity / float(both), 1)
+                edges.append((affinity, repels, tuple(pixel), tuple(partner)))
     clusters = {tuple(pixel): {tuple(pixel)} for pixel in np.argwhere(foreground).tolist()}
     exclusions: set[frozenset] = set()
     for _, repels, one, other in sorted(edges, key=lambda edge: -edge[0]):
@@ -68,16 +73,28 @@ def test_watershed_is_the_papers_step_by_step(monkeypatch, seed, offsets, stride
     rng = np.random.default_rng(seed)
     weights = rng.random((len(offsets), 13, 11)).astype(np.float32)  # without ties
     foreground = rng.random((13, 11)) < (1 if seed == 0 else 0.8)
-    numbers = mutex_watershed(weights, foreground)
+    probability = (0.5 + 0.5 * rng.random((13, 11))).astype(np.float32)
+    numbers = mutex_watershed(weights, probability, foreground)
     assert np.array_equal(numbers > 0, foreground)
-    assert are_the_same(numbers, step_by_step(weights, foreground, offsets, stride))
+    assert are_the_same(numbers, step_by_step(weights, probability, foreground, offsets, stride))
     assert 1 < numbers.max() < foreground.sum() / 2  # neither all nor nothing is joined
 
 
 def test_image_without_foreground_or_smaller_than_the_offsets_has_its_objects():
     weights = np.ones((len(OFFSETS), 5, 3), dtype=np.float32)
-    assert not mutex_watershed(weights, np.zeros((5, 3), dtype=bool)).any()
-    assert (mutex_watershed(weights, np.ones((5, 3), dtype=bool)) == 1).all()
+    sure = np.ones((5, 3), dtype=np.float32)
+    assert not mutex_watershed(weights, sure, sure < 1).any()
+    assert (mutex_watershed(weights, sure, sure == 1) == 1).all()
+
+
+def test_far_pairs_that_may_be_background_repel_by_what_is_left_of_the_doubt():
+    """Each pixel is of a cell with 0.8, and each pair with 0.64: affinities of 0.65 leave no doubt."""
+    weights = np.full((len(OFFSETS), 1, 24), 0.65, dtype=np.float32)
+    probability = np.full((1, 24), 0.8, dtype=np.float32)
+    weights[:NUM_ATTRACTIVE, :, 12] = 0.3  # less than 1 - 0.65
+    foreground = np.ones((1, 24), dtype=bool)
+    assert mutex_watershed(weights, probability, foreground).max() == 1
+    assert mutex_watershed(weights, np.ones_like(probability), foreground).max() == 2
 
 
 def membranes(seed: int) -> np.ndarray:
@@ -96,7 +113,7 @@ def test_true_affinities_give_the_true_cells_through_gaps_in_their_membranes(see
     cells = membranes(seed)
     foreground = cells > 0
     foreground[::20] = True  # a threshold would join all cells
-    numbers = mutex_watershed(true_affinities(cells), foreground)
+    numbers = mutex_watershed(true_affinities(cells), np.ones(cells.shape, dtype=np.float32), foreground)
     assert v_rand(cells, ndimage.label(foreground)[0]) < 0.6
     assert v_rand(cells, numbers) > 0.999
     assert v_rand(cells, thin_borders(numbers)) > 0.999
@@ -121,11 +138,22 @@ def test_affinities_are_those_of_each_pair():
                 assert together[0, channel, row, column] == (one == other and one > 0)
 
 
-def test_views_of_true_affinities_agree():
-    cells = torch.from_numpy(synthetic_cells((40, 50), seed=0)[1])[None]
-    predicted = predict_views(lambda view: affinities_of(view)[0][0].double(), cells, turned_back)
+class SureNetwork(SegmentationUNet):
+    """Knows the affinities of an image whose grey values are the numbers of its objects."""
+
+    def forward(self, x, t=None, labels=None):
+        return torch.cat([torch.zeros_like(x).expand(-1, 2, -1, -1), 200 * affinities_of(x[:, 0])[0] - 100.0], dim=1)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_views_of_true_affinities_agree(views):
+    cells = torch.from_numpy(synthetic_cells((40, 56), seed=0)[1]).float()[None]
+    network = SureNetwork(1, 12, channels=(2, 2), padding="same")
+    maps = predicted_maps(
+        network, cells, num_classes=2, has_affinities=True, timestep=None, window_size=64, views=views
+    )
     together, counts = affinities_of(cells)
-    assert torch.equal(predicted[counts[0]], together[0].double()[counts[0]])
+    torch.testing.assert_close(maps[2:][counts[0]], together[0].float()[counts[0]])
 
 
 INSTANCES = torch.from_numpy(synthetic_cells((40, 48), seed=0)[1].astype(np.int32))[None].clone()
@@ -166,7 +194,7 @@ def test_objects_are_components_where_labels_have_no_numbers(label_format, label
     targets = Targets(label_format, affinities=True)
     last = 1 if label_format == "instances" else 2
     assert targets.partners(labels).tolist() == [[0, 1, 1, 0, last]] * 2
-    assert (targets.kind, targets.class_names, targets.num_maps) == ("affinities", ["background", "cell"], 14)
+    assert (targets.kind, targets.class_names, targets.num_maps) == ("affinities", ["background", "cell"], 12)
 
 
 def test_ignored_pixels_are_apart_and_large_numbers_are_compact():

@@ -16,6 +16,7 @@ from unet_diffusion.segmentation.object_scores import (
 from unet_diffusion.segmentation.scores import (
     NEIGHBOURS,
     SIMPLE_POINTS,
+    THRESHOLDS,
     dice,
     iou,
     membrane_scores,
@@ -359,7 +360,14 @@ def scores_of_one(truth, probability, **options):
 def test_a_sure_and_right_probability_has_the_best_scores():
     truth = two_cells()
     scores = scores_of_one(truth, truth.astype(np.float32))
-    expected = {"pixel_error": 0, "rand_error": 0, "v_rand": 1, "v_info": 1, "warping_error": 0}
+    expected = {
+        "pixel_error": 0,
+        "challenge_pixel_error": 0,
+        "rand_error": 0,
+        "v_rand": 1,
+        "v_info": 1,
+        "warping_error": 0,
+    }
     assert asdict(scores) == pytest.approx(expected, abs=ROUNDING)
 
 
@@ -371,6 +379,13 @@ def faint_membrane() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("name", "best"), [("rand_error", 0), ("v_rand", 1), ("v_info", 1), ("warping_error", 0)])
 def test_scores_are_the_best_over_the_thresholds(name, best):
     assert getattr(scores_of_one(*faint_membrane()), name) == pytest.approx(best, abs=ROUNDING)
+
+
+def test_the_pixel_error_of_the_challenge_is_that_of_the_best_f_score_of_cells():
+    truth, probability = faint_membrane()
+    noisy = np.random.default_rng(0).normal(probability, 0.1).clip(0, 1)
+    f_scores = [f1_score(truth.ravel(), noisy.ravel() > threshold) for threshold in THRESHOLDS]
+    assert scores_of_one(truth, noisy).challenge_pixel_error == pytest.approx(1 - max(f_scores))
 
 
 def test_a_stack_is_scored_at_one_threshold_for_all_its_images():

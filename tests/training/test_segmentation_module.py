@@ -162,7 +162,7 @@ def test_threshold_is_the_best_on_images_that_are_kept_for_it(quiet_trainer, tmp
 
 def test_network_of_affinities_learns_to_tell_touching_cells_apart(quiet_trainer, tmp_path):
     data = cells(affinities=True, num_fit=1, window_size=64, batch_size=4, num_images=12)
-    unet = SegmentationUNet(1, 14, channels=(8, 16, 32), padding="same", norm="group")
+    unet = SegmentationUNet(1, 12, channels=(8, 16, 32), padding="same", norm="group")
     made = module(unet, loss="both", optimizer=functools.partial(torch.optim.Adam, lr=1.0e-2))
     trained = read_segmenter(fit_and_save(made, data, quiet_trainer(max_steps=60), tmp_path / "cells.ckpt"))
     assert (trained.kind, trained.threshold, trained.min_size) == ("affinities", made.threshold, made.min_size)
@@ -170,7 +170,7 @@ def test_network_of_affinities_learns_to_tell_touching_cells_apart(quiet_trainer
     for index in data.val_indices.tolist():
         segmented = trained.segment(data.whole(index)["images"], views=True)
         assert segmented.probabilities.shape[0] == 2
-        assert segmented.affinities.shape[0] == 12
+        assert segmented.affinities.shape[0] == 10
         truth = data.images.labels[index].astype(np.int32)
         by_pairs.append(average_precision(truth, segmented.instances, 0.5))
         parts = instances_from(segmented.probabilities, "binary", threshold=trained.threshold)
@@ -330,7 +330,7 @@ def test_settings_that_contradict_each_other_are_refused(make, message):
     [
         (lambda: SegmentationUNet(3, 2, channels=(4, 8)), {}, "the images have 1 channels and the network takes 3"),
         (lambda: network(), {"separate_borders": True}, "out_channels must be 4, one a class \\(background, cell, bor"),
-        (lambda: network(), {"affinities": True}, "out_channels must be 14, one a class .*, and one for each offset"),
+        (lambda: network(), {"affinities": True}, "out_channels must be 12, one a class .*, and one for each offset"),
         (lambda: network(), {"window_size": 33}, "the next size that fits is 34 x 34"),
         (lambda: network(padding="valid"), {}, "the next size that fits is"),
     ],

@@ -298,7 +298,7 @@ def instances_from(
         )
     foreground = maps[BACKGROUND] < 1 - threshold
     if kind == "affinities":
-        numbers = mutex_watershed(maps[NUM_CLASSES[kind] :], foreground)
+        numbers = mutex_watershed(maps[NUM_CLASSES[kind] :], 1 - maps[BACKGROUND], foreground)
     else:
         numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
     if kind == "instances":

@@ -6,10 +6,10 @@ All scores take 2D numpy arrays, (H, W), and know nothing of networks.
 - Warping error: Jain et al. 2010, https://doi.org/10.1109/CVPR.2010.5539950
 
 The results in Ronneberger et al. 2015 come from the challenge's server
-(http://brainiac2.mit.edu/isbi_challenge/evaluation). Its pixel error was 1 - the best F-score of pixels, its Rand error
-had no thinning, and its warping error counted only splits and mergers. The scores of these names here follow the
-definitions of the papers: compare them with each other, not with that table. V_rand and V_info are the scores with
-which the challenge ended.
+(http://brainiac2.mit.edu/isbi_challenge/evaluation). Its pixel error was 1 - the best F-score of pixels, which is
+`challenge_pixel_error` here, its Rand error had no thinning, and its warping error counted only splits and mergers. The
+scores of these names here follow the definitions of the papers: compare them with each other, not with that table.
+V_rand and V_info are the scores with which the challenge ended.
 """
 
 from collections import deque
@@ -188,6 +188,7 @@ class MembraneScores:
     """The scores of `membrane_scores`: errors are best at 0, and v_rand and v_info at 1."""
 
     pixel_error: float
+    challenge_pixel_error: float
     rand_error: float
     v_rand: float
     v_info: float
@@ -226,6 +227,7 @@ def membrane_scores(
     errors = [pixel_error(truth, cell > 0.5) for truth, cell in zip(truths, cell_probabilities, strict=True)]
     return MembraneScores(
         pixel_error=float(np.mean(errors)),
+        challenge_pixel_error=float(1 - table[:, 4].max()),
         rand_error=float(table[:, 0].min()),
         v_rand=float(table[:, 1].max()),
         v_info=float(table[:, 2].max()),
@@ -236,7 +238,7 @@ def membrane_scores(
 def _scores_by_threshold(
     truth: Mask, cell_probability: NDArray[np.floating[Any]], thresholds: Sequence[float]
 ) -> list[list[float]]:
-    """Return the Rand error, V_rand, V_info and warping error of an image at each threshold."""
+    """Return the Rand error, V_rand, V_info, warping error and F-score of pixels of an image at each threshold."""
     _check_shapes(truth, cell_probability)
     _check_bool(truth)
     _check_unit_range(cell_probability, "cell_probability", "apply the softmax or divide by 255")
@@ -246,7 +248,7 @@ def _scores_by_threshold(
         mask = cell_probability > threshold
         segments = thin_borders(skimage.measure.label(mask, connectivity=FOUR_CONNECTED))
         scores = [score(true_segments, segments) for score in (rand_error, v_rand, v_info)]
-        rows.append([*scores, warping_error(truth, mask)])
+        rows.append([*scores, warping_error(truth, mask), dice(truth, mask)])
     return rows
 
 
