@@ -15,17 +15,8 @@ from unet_diffusion.training.resuming import differences
 
 CHECKPOINTS = "checkpoints"  # folder in the run folder
 RUN_SETTINGS = "run_settings"  # in a checkpoint: the settings that are compared when the run is resumed
-PATHS = {
-    "default_root_dir",
-    "root",
-    "images",
-    "labels",
-    "semantic_map",
-    "init_from",
-    "folder",
-    "autoencoder",
-}  # of this
-# machine
+# Settings that are paths of this machine.
+PATHS = {"default_root_dir", "root", "images", "labels", "semantic_map", "init_from", "folder", "autoencoder"}
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a resumed run keeps
 STEP_SETTINGS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
