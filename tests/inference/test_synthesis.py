@@ -168,6 +168,19 @@ def test_copied_pixels_are_those_of_the_same_masks(files):
     assert np.mean(bright) > np.mean(dark) + 40  # cells are brighter than their background
 
 
+def test_copied_pixels_of_coloured_images_are_not_mixed_with_grey_ones(files):
+    for number in range(NUM):
+        pixels = np.asarray(Image.open(files / f"image/{number}.png"))
+        coloured = np.stack([pixels, pixels // (2 if number % 2 else 1), pixels], axis=-1)
+        Image.fromarray(coloured).save(files / f"image/{number}.png")
+    options = {"output": files / "out", "num_images": 12, "copy_from": files / "image", **SHORT}
+    ud.synthesize(denoiser(channels=3), files / "label", **options)
+    images = [np.asarray(Image.open(path)).astype(int) for path in (files / "out/image").iterdir()]
+    shares = [(image[..., 0] != image[..., 1])[image[..., 0] > 20].mean() for image in images]
+    assert {round(share) for share in shares} == {0, 1}
+    assert all(share < 0.01 or share > 0.99 for share in shares)
+
+
 def test_no_pair_that_is_kept_is_an_error_that_leaves_the_record(run_cli, files):
     command = ["synthesize", files / "denoiser.ckpt", "--labels", files / "label", *WORDS, "--num_images", 2]
     options = ["--segmenter", files / "segmenter.ckpt", "--min_dice", 1]

@@ -89,6 +89,14 @@ def test_touching_numbers_of_a_label_image_stay_apart():
     assert sizes == {2}
 
 
+def test_objects_of_another_kind_are_not_added():
+    kinds = [0, 1, 0, 1, 1]
+    made = RecombinedMasks(LABELS, (48, 40), seed=0, names=NAMES, kinds=kinds)
+    together = [{kinds[image] for image in np.unique(made[number].places[0])} for number in range(30)]
+    assert {len(mixed) for mixed in together} == {1}
+    assert {kind for mixed in together for kind in mixed} == {0, 1}
+
+
 def test_pixels_move_with_the_objects():
     images = [image[None] for image, _ in CELLS]
     mask = masks()[4]

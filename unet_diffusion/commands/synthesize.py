@@ -58,9 +58,11 @@ def synthesize_pairs(
         min_dice: Keep pairs whose Dice of the mask and what the segmenter finds is at least this, from 0 to 1.
         num_images: The number of pairs to make; those that are not kept count.
         copy_from: Copy the pixels of the images that the labels belong to, which move with the objects, and draw
-            nothing. The control that tells what drawing adds; of DENOISER only the size and channels count.
+            nothing. Bright and dark images are not mixed, nor are grey and coloured ones. This is the control that
+            tells what drawing adds; of DENOISER only the size and channels count.
         image_size: The height and width of the pairs in pixels. The default is as in training.
-        guidance_scale: How much closer images come to their mask; 1 turns guidance off.
+        guidance_scale: How much closer images come to their mask; 1 turns guidance off. After a short training, 3 to 5
+            lets more pairs be kept.
         scheduler: The name of a diffusers scheduler.
         num_inference_steps: The number of denoising steps.
         seed: The seed of the masks and the noise.

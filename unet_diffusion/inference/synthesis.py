@@ -44,6 +44,7 @@ RECORD, SHEET = "synthesize.json", "pairs.png"  # files beside them
 MIN_DICE = 0.8
 MOST_SHOWN, COLUMNS = 32, 8  # pairs on the sheet, and tiles in a row of it: each pair has two
 BLANK = np.zeros((1, 1), dtype=np.int32)  # a mask of any size without objects
+COLOURED = 16  # grey levels that the channels of a coloured image are apart, on average
 ENLARGED = 2  # times, on the sheet, so that outlines are thin
 
 
@@ -129,7 +130,8 @@ def synthesize(
         segmenter: A segmenter that was trained on real labels; None: all pairs are kept.
         min_dice: Pairs are kept whose Dice of the mask and what the segmenter finds is at least this.
         copy_from: The images that the labels belong to: their pixels, stretched, move with the objects, and nothing is
-            drawn. Of the denoiser only the size and the channels count. None: images are drawn.
+            drawn. Bright and dark images are not mixed, nor are grey and coloured ones. Of the denoiser only the size
+            and the channels count. None: images are drawn.
         image_size: Height and width of the pairs in pixels, or one number for both; None: as in training.
         scheduler: A diffusers scheduler, or the name of its class.
         num_inference_steps: Denoising steps.
@@ -151,8 +153,9 @@ def synthesize(
     drawing = denoiser.drawing(replace(options, conditions={"semantic_map": BLANK}))  # checks the options
     channels, *size = denoiser.codec.image_shape(drawing.sample_shape)
     names, real = first_labels(labels, num_labels)
-    masks = RecombinedMasks(real, (size[0], size[1]), seed=seed, names=names)
     images = None if copy_from is None else _images_of(copy_from, labels, real, channels)
+    kinds = None if images is None else [_kind_of(image) for image in images]
+    masks = RecombinedMasks(real, (size[0], size[1]), seed=seed, names=names, kinds=kinds)
     settings = _settings(denoiser, options, real, images, segmenter)
     settings |= {"labels": str(labels), "num_labels": num_labels, "image_size": size, "seed": seed}
     settings["min_dice"] = None if segmenter is None else min_dice
@@ -238,6 +241,11 @@ def _images_of(root: StrPath, labels_root: StrPath, labels: Labels, channels: in
     loaded = PairedFiles(str(root), str(labels_root), channels=channels).load(progress=False)
     assert all(map(np.array_equal, loaded.labels, labels))  # both are sorted by name
     return [to_uint8(to_float(image, stretch=True)[None])[0].numpy() for image in loaded.images[: len(labels)]]
+
+
+def _kind_of(image: NDArray[np.uint8]) -> int:
+    """A number for grey or coloured images, (C, H, W), on a dark or a bright ground, whose objects look alike."""
+    return 2 * int(np.median(image) > np.iinfo(np.uint8).max / 2) + int(np.ptp(image, axis=0).mean() > COLOURED)
 
 
 def _settings(

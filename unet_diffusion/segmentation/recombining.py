@@ -46,13 +46,20 @@ class RecombinedMasks:
         size: Height and width of the masks.
         seed: Seed of the masks.
         names: The name of each label image, for errors.
+        kinds: A number for each label image: objects are added to images of the same number alone. None: to all.
 
     Raises:
         ValueError: If a label image is smaller than the longer side of a mask, or none holds an object.
     """
 
     def __init__(
-        self, labels: Sequence[NDArray[np.int32]], size: tuple[int, int], *, seed: int, names: Sequence[str]
+        self,
+        labels: Sequence[NDArray[np.int32]],
+        size: tuple[int, int],
+        *,
+        seed: int,
+        names: Sequence[str],
+        kinds: Sequence[int] | None = None,
     ) -> None:
         side = max(size)
         if small := [f"{name} ({one.shape[0]}x{one.shape[1]})" for name, one in zip(names, labels, strict=True)
@@ -63,6 +70,7 @@ class RecombinedMasks:
             )
         self.labels = [_pieces(one) for one in labels]
         self.size, self.seed = size, seed
+        self._kinds = np.array([0] * len(labels) if kinds is None else kinds)
         boxes = [scipy.ndimage.find_objects(one) for one in self.labels]
         self._boxes = np.array([
             (image, number, *(bound for side in box for bound in (side.start, side.stop - side.start)))
@@ -99,10 +107,11 @@ class RecombinedMasks:
         return _places(image, window, self.size, turns, is_mirrored=rng.random() < 0.5)
 
     def _donors(self, image: int) -> NDArray[np.int64]:
-        """The numbers of the whole objects of other images that are about as large as those of an image."""
-        is_here = self._boxes[:, 0] == image
-        ratio = self._areas / np.median(self._areas[is_here])
-        return np.flatnonzero(~is_here & self._is_whole & (ratio <= LIKE_SIZE) & (ratio >= 1 / LIKE_SIZE))
+        """The numbers of the whole objects of other images of the kind that are about as large as those of an image."""
+        images = self._boxes[:, 0]
+        ratio = self._areas / np.median(self._areas[images == image])
+        is_alike = (ratio <= LIKE_SIZE) & (ratio >= 1 / LIKE_SIZE) & (self._kinds[images] == self._kinds[image])
+        return np.flatnonzero((images != image) & self._is_whole & is_alike)
 
     def _paste(
         self, labels: NDArray[np.int32], places: NDArray[np.int64], donor: int, rng: np.random.Generator

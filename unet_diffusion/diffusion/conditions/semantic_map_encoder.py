@@ -88,7 +88,8 @@ class SemanticMapEncoder(ModelMixin, ConfigMixin):
 
         They are counted up to max_distance. Background has 0.
         """
-        is_object = (labels > 0) & (labels != self.config["ignore_label"])
+        ignore_label = self.config["ignore_label"]
+        is_object = labels > 0 if ignore_label is None else (labels > 0) & (labels != ignore_label)
         numbers = labels.float()
         is_inside = (is_object & (_most_around(numbers) == -_most_around(-numbers))).float()
         distances = is_object.long()
