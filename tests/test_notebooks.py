@@ -84,6 +84,7 @@ def test_the_notebooks_are_found():
         "03_segmentation_to_denoiser",
         "04_latent_diffusion",
         "05_explore_a_checkpoint",
+        "06_segmentation_to_latent_diffusion",
     }
     assert names <= {path.stem for path in NOTEBOOKS}
 

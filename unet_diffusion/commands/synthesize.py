@@ -33,7 +33,7 @@ def synthesize_pairs(
 ) -> None:
     """Make labelled training data: masks from real ones, and an image drawn for each.
 
-        unet-diffusion synthesize runs/nuclei_from_masks --labels nuclei/label --num_labels 320 --image_size 160 --output synthetic
+        unet-diffusion synthesize runs/nuclei_from_masks --labels nuclei/label --num_labels 320 --image_size 160 --output new
 
     A mask is a window of a real label image, turned by quarters, mirrored and a little enlarged or reduced, with
     objects of other images at free places. A pair is kept where the segmenter finds the mask in the image. The pairs
@@ -41,7 +41,7 @@ def synthesize_pairs(
     DIR/pairs.png shows some. DIR/synthesize.json has the settings, the share that was kept, and the Dice of each pair.
     To train a segmenter on them, too:
 
-        unet-diffusion fit --config nuclei_segment --data.synthetic.root synthetic --data.synthetic.num_batches 2000
+        unet-diffusion fit --config nuclei_segment --data.synthetic.root new --data.synthetic.num_batches 2000
 
     Pair i depends on the label files, the seed and i alone. The same command again continues where it was cut off, and
     with a larger --num_images it adds pairs.
