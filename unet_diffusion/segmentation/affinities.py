@@ -1,6 +1,6 @@
 """Affinities, which say whether two pixels are of one object, and the mutex watershed, which makes objects of them.
 
-Wolf et al. 2018 (https://arxiv.org/abs/1904.12654): a network gives a map for each offset, the probability that a pixel
+Wolf et al. 2019 (https://arxiv.org/abs/1904.12654): a network gives a map for each offset, the probability that a pixel
 and the one at the offset are of one object. Pixels side by side attract each other, and pixels far apart repel each
 other. Pairs are visited from the surest to the least sure; what attracts is joined, unless it repelled before. A
 gap in a membrane, through which a threshold would join two cells, is closed by the pixels on both sides of it.

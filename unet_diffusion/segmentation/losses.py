@@ -38,7 +38,7 @@ def distance_loss(scores: Tensor, distances: Tensor, weights: Tensor) -> Tensor:
 def affinity_loss(scores: Tensor, instances: Tensor, kind: SegmentationLoss) -> Tensor:
     """Return the loss of a kind of sigmoids with affinities, (), where each offset counts alike.
 
-    Dice is of 1 - affinity, for fewer pairs are of two objects than of one (Wolf et al. 2018,
+    Dice is of 1 - affinity, for fewer pairs are of two objects than of one (Wolf et al. 2019,
     https://arxiv.org/abs/1904.12654).
 
     Args:
