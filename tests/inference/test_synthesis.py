@@ -117,13 +117,14 @@ def test_pairs_are_kept_where_the_segmenter_finds_the_mask(files):
     assert sorted(path.stem for path in (files / "out/image").iterdir()) == made.kept
     for name in made.kept:
         image, label = (np.asarray(Image.open(files / "out" / kind / f"{name}.png")) for kind in ("image", "label"))
-        assert made.dice[name] == round(dice(label > 0, judge.segment(image).classes > 0), 4)
+        pixels = torch.tensor(image)[None] / 127.5 - 1  # as they were drawn: not stretched
+        assert made.dice[name] == round(dice(label > 0, judge.segment(pixels).classes > 0), 4)
     record = json.loads((files / "out/synthesize.json").read_text())
     assert record["dice"] == made.dice
     assert record["share_kept"] == made.share_kept
 
 
-def test_command_that_was_cut_off_continues_and_adds_pairs(run_cli, files):
+def test_command_that_was_cut_off_continues_and_adds_pairs(run_cli, files, monkeypatch):
     command = ["synthesize", files / "denoiser.ckpt", "--labels", files / "label", *WORDS]
     whole = [*command, "--segmenter", files / "segmenter.ckpt", "--min_dice", 0, "--batch_size", 2]
     assert run_cli(*whole, "--num_images", 5, "--output", files / "whole")[0] == 0
@@ -134,6 +135,11 @@ def test_command_that_was_cut_off_continues_and_adds_pairs(run_cli, files):
     assert status == 0, err
     assert contents(files / "parts") == contents(files / "whole")
     assert (files / "parts/image/000000.png").stat().st_mtime_ns == early
+    monkeypatch.chdir(files)  # the same labels, by another path
+    command[3] = "label"
+    words = [*command, "--segmenter", files / "segmenter.ckpt", "--min_dice", 0, "--num_images", 5]
+    status, _, err = run_cli(*words, "--output", files / "parts")
+    assert status == 0, err
 
 
 def test_folder_of_other_settings_or_files_is_left_as_it_is(run_cli, files):
@@ -150,9 +156,15 @@ def test_folder_of_other_settings_or_files_is_left_as_it_is(run_cli, files):
 
 def test_labels_beyond_the_first_are_never_read(files):
     ud.synthesize(denoiser(), files / "label", output=files / "out", num_images=3, **SHORT)
-    (files / f"label/{NUM - 1}.png").write_bytes(b"damaged")
+    copied = {"num_images": 3, "copy_from": files / "image", **SHORT}
+    ud.synthesize(denoiser(), files / "label", output=files / "copied", **copied)
+    for kind in ("label", "image"):
+        (files / kind / f"{NUM - 1}.png").write_bytes(b"damaged")
     ud.synthesize(denoiser(), files / "label", output=files / "again", num_images=3, **SHORT)
     assert contents(files / "out/label") == contents(files / "again/label")
+    again = {**copied, "num_inference_steps": 7, "num_images": 4}  # nothing is drawn
+    ud.synthesize(denoiser(), files / "label", output=files / "copied", **again)
+    assert len(list((files / "copied/image").iterdir())) == 4
 
 
 def test_copied_pixels_are_those_of_the_same_masks(files):

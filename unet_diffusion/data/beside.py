@@ -102,7 +102,7 @@ def label_pages(root: str | Path, names: Sequence[str]) -> Callable[[str, Sequen
         ValueError: If an image has no partner, or the other way round; the message lists such files.
     """
     files = find_images(root)
-    partners = dict(match(names, files.names, kind="semantic map").values())
+    partners = dict(match(names, files.names, kind="semantic map", can_have_suffix=False).values())
 
     def read(name: str, sizes: Sequence[Size]) -> list[Tensor] | str:
         pages = decoded(decode_label_pages, files, partners[name])
@@ -172,7 +172,7 @@ class _Chosen:
 def _partners(root: str | Path, images: Fitted, kind: str) -> tuple[ImageFiles, dict[str, str]]:
     """The files below a root, and the name of the one that belongs to each image."""
     files = find_images(root)
-    return files, dict(match(images.all_names, files.names, kind=kind).values())
+    return files, dict(match(images.all_names, files.names, kind=kind, can_have_suffix=False).values())
 
 
 def _other_size(size: Size, expected: Size) -> str | None:

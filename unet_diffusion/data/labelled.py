@@ -271,7 +271,12 @@ def listed(lines: Sequence[str]) -> str:
 
 
 def match(
-    images: Sequence[str], labels: Sequence[str], label_suffix: str = "", *, kind: str = "label"
+    images: Sequence[str],
+    labels: Sequence[str],
+    label_suffix: str = "",
+    *,
+    kind: str = "label",
+    can_have_suffix: bool = True,
 ) -> dict[str, tuple[str, str]]:
     """The image and label file of each name; a single file on both sides matches whatever it is called.
 
@@ -280,6 +285,7 @@ def match(
         labels: The names of the label files.
         label_suffix: The end that the names of labels have and those of images lack.
         kind: The word for a label in errors.
+        can_have_suffix: Whether the user can set label_suffix.
 
     Raises:
         ValueError: If a file has no partner; the message lists such files.
@@ -291,7 +297,7 @@ def match(
     without_label = [image_by_name[name] for name in image_by_name if name not in label_by_name]
     without_image = [label_by_name[name] for name in label_by_name if name not in image_by_name]
     if without_label or without_image:
-        parts, has_suffix = [], " (and label_suffix)" if kind == "label" else ""
+        parts, has_suffix = [], " (and label_suffix)" if can_have_suffix else ""
         if without_label:
             parts.append(f"{len(without_label)} images have no {kind}:{listed(without_label)}")
         if without_image:

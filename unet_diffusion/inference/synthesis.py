@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.data.checking import decoded, in_threads
-from unet_diffusion.data.decoding import decode_label_pages
+from unet_diffusion.data.decoding import decode_label_pages, decode_pages
 from unet_diffusion.data.files import find_images_or_one
-from unet_diffusion.data.labelled import PairedFiles, listed
+from unet_diffusion.data.labelled import listed, match
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.inference.denoiser import Denoiser
@@ -31,7 +31,7 @@ from unet_diffusion.inference.segment_files import sixteen_bits
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
-from unet_diffusion.runtime.pictures import picture_of, read_images, save_grid, to_uint8, write_png
+from unet_diffusion.runtime.pictures import picture_of, read_images, save_grid, scale_to_unit_range, to_uint8, write_png
 from unet_diffusion.segmentation.pictures import outlined
 from unet_diffusion.segmentation.recombining import Mask, RecombinedMasks, pixels_at
 from unet_diffusion.segmentation.scores import dice
@@ -117,8 +117,8 @@ def synthesize(
 ) -> Synthesis:
     """Write pairs of an image and its label image that training can use beside real ones.
 
-    Pair i is a function of the label images, the seed and i. A call with the same settings continues where an earlier
-    one was cut off.
+    Mask i is a function of the label images, their size, the seed and i, and its image also of the denoiser and of how
+    it draws. A call with the same settings continues where an earlier one was cut off.
 
     Args:
         denoiser: A denoiser with the condition `SemanticMap` of instances.
@@ -143,7 +143,8 @@ def synthesize(
     Raises:
         FileNotFoundError: If there are no such labels or images.
         FileExistsError: If the output folder holds something else, or pairs of other settings.
-        ValueError: If a number is out of range, or denoiser, segmenter and files do not fit each other.
+        ValueError: If a number is out of range, if denoiser, segmenter and files do not fit each other, or if no pair
+            was kept.
     """
     options = SampleOptions(
         image_size=image_size, scheduler=scheduler, num_inference_steps=num_inference_steps,
@@ -153,14 +154,14 @@ def synthesize(
     drawing = denoiser.drawing(replace(options, conditions={"semantic_map": BLANK}))  # checks the options
     channels, *size = denoiser.codec.image_shape(drawing.sample_shape)
     names, real = first_labels(labels, num_labels)
-    images = None if copy_from is None else _images_of(copy_from, labels, real, channels)
+    images = None if copy_from is None else _images_of(copy_from, labels, num_labels, channels)
     kinds = None if images is None else [_kind_of(image) for image in images]
     masks = RecombinedMasks(real, (size[0], size[1]), seed=seed, names=names, kinds=kinds)
     settings = _settings(denoiser, options, real, images, segmenter)
-    settings |= {"labels": str(labels), "num_labels": num_labels, "image_size": size, "seed": seed}
+    settings |= {"num_labels": num_labels, "image_size": size, "seed": seed}
     settings["min_dice"] = None if segmenter is None else min_dice
 
-    synthesis = _begun(Path(output), settings, min_dice)
+    synthesis = _begun(Path(output), settings, min_dice, notes={"labels": str(labels)})
     todo = [number for number in range(num_images) if name_of(number) not in synthesis.dice]
     total = len(todo) * (1 if images else drawing.num_steps)
     done = 0
@@ -177,8 +178,11 @@ def synthesize(
             score = None if segmenter is None else _agreement(segmenter, image, mask.labels)
             synthesis.add(name_of(number), image, mask.labels, score)
         synthesis.save()
-    if synthesis.kept:
-        _save_sheet(synthesis)
+    if not synthesis.kept:
+        best = max(score for score in synthesis.dice.values() if score is not None)
+        raise ValueError(f"none of {len(synthesis.dice)} pairs was kept, as the best Dice is {best:.2f} and min_dice "
+                         f"{min_dice}; train the denoiser for longer, or lower min_dice")  # fmt: skip
+    _save_sheet(synthesis)
     return synthesis
 
 
@@ -236,11 +240,20 @@ def _check(denoiser: Denoiser, segmenter: Segmenter | None, num_images: int, min
                          f"takes {segmenter.unet.in_channels}; train one with source.channels {channels}")  # fmt: skip
 
 
-def _images_of(root: StrPath, labels_root: StrPath, labels: Labels, channels: int) -> list[NDArray[np.uint8]]:
-    """The image of each label page, (C, H, W), with grey values stretched as for segmenters."""
-    loaded = PairedFiles(str(root), str(labels_root), channels=channels).load(progress=False)
-    assert all(map(np.array_equal, loaded.labels, labels))  # both are sorted by name
-    return [to_uint8(to_float(image, stretch=True)[None])[0].numpy() for image in loaded.images[: len(labels)]]
+def _images_of(root: StrPath, labels_root: StrPath, num_labels: int, channels: int) -> list[NDArray[np.uint8]]:
+    """The image of each page of the first label files, (C, H, W), with grey values stretched as for segmenters."""
+    files, label_files = find_images_or_one(str(root)), find_images_or_one(str(labels_root))
+    image_of = {label: image for image, label in match(files.names, label_files.names, can_have_suffix=False).values()}
+    names = [image_of[name] for name in label_files.names[:num_labels]]
+
+    def read(name: str) -> list[Tensor] | str:
+        return decoded(lambda data: decode_pages(data, channels), files, name)
+
+    outcomes = list(in_threads(read, names, "loading images", False))
+    if wrong := [f"{name}: {why}" for name, why in outcomes if isinstance(why, str)]:
+        raise ValueError(f"{len(wrong)} of {len(names)} images cannot be used:{listed(wrong)}")
+    pages = [page for _, pages in outcomes if not isinstance(pages, str) for page in pages]
+    return [to_uint8(to_float(page, stretch=True)[None])[0].numpy() for page in pages]
 
 
 def _kind_of(image: NDArray[np.uint8]) -> int:
@@ -257,13 +270,16 @@ def _settings(
 ) -> dict[str, Any]:
     """Plain values that decide, with the sizes and seeds, what each pair is and whether it is kept."""
     scheduler = options.scheduler if isinstance(options.scheduler, str) else repr(options.scheduler)
-    return {
+    of_drawing = {
         "scheduler": scheduler,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "precision": denoiser.precision,
-        "is_copied": images is not None,
         f"{CONTENTS}denoiser": contents_of(denoiser),
+    }
+    return {
+        **(of_drawing if images is None else dict.fromkeys(of_drawing)),
+        "is_copied": images is not None,
         f"{CONTENTS}segmenter": None if segmenter is None else contents_of(segmenter),
         f"{CONTENTS}labels": _hash_of(labels),
         f"{CONTENTS}images": _hash_of(images or []),
@@ -277,9 +293,9 @@ def _hash_of(arrays: Sequence[NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _begun(folder: Path, settings: dict[str, Any], min_dice: float) -> Synthesis:
+def _begun(folder: Path, settings: dict[str, Any], min_dice: float, notes: dict[str, Any]) -> Synthesis:
     """The pairs that a folder holds already, which must be of the same settings."""
-    require_same_settings(folder, settings, "synthetic pairs", fix="choose another --output")
+    require_same_settings(folder, settings, "synthetic pairs", fix="choose another --output", notes=notes)
     remove_left_behind(folder)
     done = read_json(folder / RECORD)["dice"] if (folder / RECORD).exists() else {}
     return Synthesis(folder, settings, min_dice, done)
@@ -299,16 +315,15 @@ def _drawn(
     progress: Callable[[int], object],
 ) -> Tensor:
     """Images drawn for masks, (N, C, H, W) uint8, from the noise of these numbers."""
-    given = {"semantic_map": [mask.labels for mask in masks]}
-    drawing = denoiser.drawing(replace(options, num_images=len(masks), conditions=given), numbers)
+    conditions = {"semantic_map": [mask.labels for mask in masks]}
+    drawing = denoiser.drawing(replace(options, num_images=len(masks), conditions=conditions), numbers)
     return to_uint8(drawing.draw(range(len(masks)), progress))
 
 
 def _agreement(segmenter: Segmenter, image: Tensor, labels: NDArray[np.int32]) -> float:
-    """The Dice of a mask and what the segmenter finds in its image, (C, H, W) uint8."""
-    pixels = image.permute(1, 2, 0).numpy()
-    found = segmenter.segment(pixels[..., 0] if len(image) == 1 else pixels)
-    return round(dice(labels > 0, found.classes > 0), 4)
+    """The Dice of a mask and what the segmenter finds in its image, (C, H, W) uint8, which is not stretched again."""
+    segmentation = segmenter.segment(scale_to_unit_range(image))
+    return round(dice(labels > 0, segmentation.classes > 0), 4)
 
 
 def _save_sheet(synthesis: Synthesis) -> None:

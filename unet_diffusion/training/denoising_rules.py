@@ -168,15 +168,13 @@ def check_provided_labels(conditions: Sequence[Condition], provided: set[str]) -
 def conditions_identity(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What may not change of the conditions while a run goes on.
 
-    How often a condition is dropped may change, and whether its weights are trained. A run of before a setting existed
-    lacks it, which is as None.
+    How often a condition is dropped may change, and whether its weights are trained.
 
     Args:
         records: The records of the conditions.
     """
     identities = []
     for record in records:
-        kept = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
-        init_args = {name: one for name, one in kept.items() if one is not None}
+        init_args = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
         identities.append({**record, "init_args": init_args})
     return identities
