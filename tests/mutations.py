@@ -428,7 +428,7 @@ MUTATIONS = [
     Mutation("known: tiles of label images by the side of theirs", "data/folder.py",
              "cut(maps[i], self.tile_size)", "cut(maps[i].flip(-1), self.tile_size)", "data/test_beside.py"),
     Mutation("from masks: new channels with weights", "diffusion/transfer.py",
-             "weights[INPUT].new_zeros(", "weights[INPUT].new_ones(", "diffusion/test_transfer.py"),
+             "weights[INPUT].new_zeros(", "weights[INPUT].new_ones(", "diffusion/test_start_of_a_denoiser.py"),
     Mutation("from masks: objects pasted over others", "segmentation/recombining.py",
              "if not labels[part][is_object].any():", "if True:", "segmentation/test_recombining.py"),
     Mutation("from masks: pieces of one number", "segmentation/recombining.py",

@@ -149,9 +149,8 @@ class SureNetwork(SegmentationUNet):
 def test_views_of_true_affinities_agree(views):
     cells = torch.from_numpy(synthetic_cells((40, 56), seed=0)[1]).float()[None]
     network = SureNetwork(1, 12, channels=(2, 2), padding="same")
-    maps = predicted_maps(
-        network, cells, num_classes=2, has_affinities=True, timestep=None, window_size=64, views=views
-    )
+    options = {"num_classes": 2, "num_maps": 12, "has_affinities": True, "timestep": None, "window_size": 64}
+    maps = predicted_maps(network, cells, views=views, **options)
     together, counts = affinities_of(cells)
     torch.testing.assert_close(maps[2:][counts[0]], together[0].float()[counts[0]])
 
