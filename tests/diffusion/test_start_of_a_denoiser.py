@@ -23,9 +23,11 @@ def denoiser(*conditions, **options) -> DenoiserParts:
 def test_network_predicts_at_first_what_the_denoiser_does_whatever_the_mask():
     """Bit for bit on these sizes; the products with 0 add nothing."""
     trained, network = denoiser(), denoiser(in_channels=7).unet
-    said = load_unconditional_weights(network, trained)
+    said = load_unconditional_weights(network, trained, trained.schedule)
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     assert said == f"copied all {millions:.2f} M weights of the denoiser; those of 4 channels of conditions begin at 0"
+    said = load_unconditional_weights(network, trained, NoiseSchedule(100, "squaredcos_cap_v2"))
+    assert said.endswith("begin at 0; the schedule is another, so what to predict is learnt anew")
     condition = SemanticMap(4, label_format="instances", max_distance=6)
     x, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 40, 99])
     expected = trained.unet(x, t)
@@ -39,7 +41,7 @@ def test_network_predicts_at_first_what_the_denoiser_does_whatever_the_mask():
 def test_network_of_the_same_channels_gets_all_weights():
     trained, network = denoiser(), denoiser(dropout=0.1).unet
     randomise(network)
-    load_unconditional_weights(network, trained)
+    load_unconditional_weights(network, trained, trained.schedule)
     for name, value in trained.unet.state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
 
@@ -57,5 +59,5 @@ def test_another_network_or_condition_is_refused_and_nothing_copied(trained, opt
     own = denoiser(**options)
     before = {name: value.clone() for name, value in own.unet.state_dict().items()}
     with pytest.raises(ValueError, match=said):
-        load_unconditional_weights(own.unet, trained)
+        load_unconditional_weights(own.unet, trained, trained.schedule)
     assert all(torch.equal(value, before[name]) for name, value in own.unet.state_dict().items())

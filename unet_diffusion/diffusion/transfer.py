@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.unet import PixelNetwork
 
 INPUT = "conv_in.weight"  # (width, in_channels, 3, 3)
 
 
-def load_unconditional_weights(network: PixelNetwork, denoiser: DenoiserParts) -> str:
+def load_unconditional_weights(network: PixelNetwork, denoiser: DenoiserParts, schedule: NoiseSchedule) -> str:
     """Copy the weights of a denoiser without conditions, in place, and return a sentence about what was copied.
 
-    Schedules may differ: then the network soon learns to predict something else, from the same features.
+    Schedules may differ: then the network learns to predict something else, from the same features.
 
     Args:
         network: The network to start; it may take more channels than the denoiser's.
         denoiser: The trained denoiser.
+        schedule: The schedule that the network is trained with.
 
     Raises:
         ValueError: If the denoiser has conditions, or if the networks differ in more than the channels of the input;
@@ -45,7 +47,11 @@ def load_unconditional_weights(network: PixelNetwork, denoiser: DenoiserParts) -
         )
     network.load_state_dict(weights)
     millions = sum(value.numel() for value in weights.values()) / 1e6
-    return f"copied all {millions:.2f} M weights of the denoiser; those of {num_new} channels of conditions begin at 0"
+    copied = (
+        f"copied all {millions:.2f} M weights of the denoiser; those of {num_new} channels of conditions begin at 0"
+    )
+    is_same = schedule.config == denoiser.schedule.config
+    return copied if is_same else f"{copied}; the schedule is another, so what to predict is learnt anew"
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, str]:

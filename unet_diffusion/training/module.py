@@ -229,8 +229,8 @@ class DiffusionModule(NetworkModule):
             from unet_diffusion.inference.loading import load_denoiser  # imports diffusers, which only this needs
 
             denoiser = load_denoiser(self.init_from)
-            load_unconditional_weights(self.ema_unet, denoiser)
-            rank_zero_info(f"{self.init_from}: {load_unconditional_weights(self.unet, denoiser)}")
+            load_unconditional_weights(self.ema_unet, denoiser, self.schedule)
+            rank_zero_info(f"{self.init_from}: {load_unconditional_weights(self.unet, denoiser, self.schedule)}")
         super().setup(stage)
 
     def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
