@@ -180,6 +180,22 @@ def test_copied_pixels_are_those_of_the_same_masks(files):
     assert np.mean(bright) > np.mean(dark) + 40  # cells are brighter than their background
 
 
+def test_copied_pixels_are_stretched_as_the_denoisers_images_were(files):
+    dark = np.asarray(Image.open(files / "image/0.png")) // 8
+    for number in range(NUM):
+        Image.fromarray(dark).save(files / f"image/{number}.png")
+    brightest = {}
+    for stretch in (False, True):
+        drawing = denoiser()
+        drawing.settings = {"data": {"init_args": {"source": {"init_args": {"stretch": stretch}}}}}
+        options = {"output": files / f"out{stretch}", "num_images": 8, "copy_from": files / "image", **SHORT}
+        ud.synthesize(drawing, files / "label", **options)
+        paths = (files / f"out{stretch}/image").iterdir()
+        brightest[stretch] = max(int(np.asarray(Image.open(path)).max()) for path in paths)
+    assert brightest[False] == dark.max() < 32
+    assert brightest[True] == 255
+
+
 def test_copied_pixels_of_coloured_images_are_not_mixed_with_grey_ones(files):
     for number in range(NUM):
         pixels = np.asarray(Image.open(files / f"image/{number}.png"))

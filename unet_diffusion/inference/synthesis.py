@@ -129,9 +129,9 @@ def synthesize(
         num_images: Number of pairs to make; those that are not kept count.
         segmenter: A segmenter that was trained on real labels; None: all pairs are kept.
         min_dice: Pairs are kept whose Dice of the mask and what the segmenter finds is at least this.
-        copy_from: The images that the labels belong to: their pixels, stretched, move with the objects, and nothing is
-            drawn. Bright and dark images are not mixed, nor are grey and coloured ones. Of the denoiser only the size
-            and the channels count. None: images are drawn.
+        copy_from: The images that the labels belong to: their pixels move with the objects, stretched if those that the
+            denoiser was trained on were, and nothing is drawn. Bright and dark images are not mixed, nor are grey and
+            coloured ones. Of the denoiser only the size, the channels and the stretch count. None: images are drawn.
         image_size: Height and width of the pairs in pixels, or one number for both; None: as in training.
         scheduler: A diffusers scheduler, or the name of its class.
         num_inference_steps: Denoising steps.
@@ -152,9 +152,9 @@ def synthesize(
     )  # fmt: skip
     _check(denoiser, segmenter, num_images, min_dice)
     drawing = denoiser.drawing(replace(options, conditions={"semantic_map": BLANK}))  # checks the options
-    channels, *size = denoiser.codec.image_shape(drawing.sample_shape)
+    _, *size = denoiser.codec.image_shape(drawing.sample_shape)
     names, real = first_labels(labels, num_labels)
-    images = None if copy_from is None else _images_of(copy_from, labels, num_labels, channels)
+    images = None if copy_from is None else _images_of(copy_from, labels, num_labels, denoiser)
     kinds = None if images is None else [_kind_of(image) for image in images]
     masks = RecombinedMasks(real, (size[0], size[1]), seed=seed, names=names, kinds=kinds)
     settings = _settings(denoiser, options, real, images, segmenter)
@@ -240,8 +240,10 @@ def _check(denoiser: Denoiser, segmenter: Segmenter | None, num_images: int, min
                          f"takes {segmenter.unet.in_channels}; train one with source.channels {channels}")  # fmt: skip
 
 
-def _images_of(root: StrPath, labels_root: StrPath, num_labels: int, channels: int) -> list[NDArray[np.uint8]]:
-    """The image of each page of the first label files, (C, H, W), with grey values stretched as for segmenters."""
+def _images_of(root: StrPath, labels_root: StrPath, num_labels: int, denoiser: Denoiser) -> list[NDArray[np.uint8]]:
+    """The image of each page of the first label files, (C, H, W), stretched if those of the denoiser were."""
+    channels = denoiser.image_shape[0]
+    stretch = bool(_of_source(denoiser).get("stretch"))
     files, label_files = find_images_or_one(str(root)), find_images_or_one(str(labels_root))
     image_of = {label: image for image, label in match(files.names, label_files.names, can_have_suffix=False).values()}
     names = [image_of[name] for name in label_files.names[:num_labels]]
@@ -253,7 +255,15 @@ def _images_of(root: StrPath, labels_root: StrPath, num_labels: int, channels: i
     if wrong := [f"{name}: {why}" for name, why in outcomes if isinstance(why, str)]:
         raise ValueError(f"{len(wrong)} of {len(names)} images cannot be used:{listed(wrong)}")
     pages = [page for _, pages in outcomes if not isinstance(pages, str) for page in pages]
-    return [to_uint8(to_float(page, stretch=True)[None])[0].numpy() for page in pages]
+    return [to_uint8(to_float(page, stretch=stretch)[None])[0].numpy() for page in pages]
+
+
+def _of_source(denoiser: Denoiser) -> dict[str, Any]:
+    """The settings of the source of images that a denoiser was trained on, where they are known."""
+    arguments = denoiser.settings
+    for name in ("data", "source"):
+        arguments = (arguments.get(name) or {}).get("init_args") or {}
+    return arguments
 
 
 def _kind_of(image: NDArray[np.uint8]) -> int:
