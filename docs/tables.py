@@ -359,7 +359,7 @@ def readme() -> Rows:
          f"{all_labels['nuclei_segment']:.3f}", f"{all_labels['classical']:.3f}, 20 lines without training"),
         ("Nuclei from 5 labelled images, average precision at IoU 0.5",
          f"{nuclei['finetuned']:.3f}, denoised first", f"{nuclei['scratch']:.3f} from scratch"),
-        ("Membranes of ISBI 2012, ten minutes on two cores, V_rand", f"{membranes['modern']:.3f}",
+        ("Membranes of ISBI 2012, ten minutes, without affinities, V_rand", f"{membranes['modern']:.3f}",
          f"{membranes['port']:.3f}, a plain port of the 2015 network"),
         ("128x128 images from captions, 3.5 minutes on an H200, Fréchet distance",
          f"{pixels['latents']:.2f}, latent diffusion", f"{pixels['pixels']:.2f}, diffusion of pixels"),
