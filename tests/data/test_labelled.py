@@ -346,7 +346,7 @@ def test_synthetic_windows_have_their_share_of_the_first_batches(tmp_path):
     with_synthetic, without = drawn_windows(made, 2), drawn_windows(real, 2)
     assert len(with_synthetic) == len(without) == 200  # of 4 x 50 windows in twos
     assert with_synthetic[150:] == without[150:]
-    windows = [pair for one, other in zip(with_synthetic[:150], without, strict=False)
+    windows = [pair for one, other in zip(with_synthetic[:150], without[:150], strict=True)
                for pair in zip(one, other, strict=True)]  # fmt: skip
     synthetic_ones = [index for index, _ in windows if index > 4]
     assert set(synthetic_ones) == {5, 6, 7}

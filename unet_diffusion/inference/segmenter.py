@@ -127,11 +127,15 @@ class Segmenter(Running):
                 f"a segmenter of kind {self.kind} must have {num_classes} class_names and {expected} scores of the "
                 f"network, or {with_denoising} with those to denoise, got {len(self.class_names)} and {num_scores}"
             )
-        self.num_maps = expected
         if (self.timestep is None) != (self.unet.time_embedding is None):
             rule = "must be None for a network without timestep" if self.unet.time_embedding is None else "must be set"
             raise ValueError(f"timestep {rule}, got {self.timestep}")
         check_threshold("binary", self.threshold, self.min_size)
+
+    @property
+    def num_maps(self) -> int:
+        """The number of maps that the network gives, its first outputs; others denoise."""
+        return len(self.class_names) + NUM_BESIDE[self.kind]
 
     @torch.inference_mode()
     def segment(
