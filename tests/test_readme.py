@@ -112,6 +112,9 @@ def test_no_figure_is_left_to_be_filled_in() -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a few images in it, to run the commands in."""
     write_images(tmp_path / "images", 12, channels=3, values=256)
+    write_images(tmp_path / "scans", 12, channels=3, values=256)
+    for path in sorted((tmp_path / "scans").iterdir()):
+        path.rename(path.with_name(f"p{int(path.stem) // 3}_slice{path.stem}.png"))
     captions = [f"{number}.png,picture number {number}" for number in range(12)]
     (tmp_path / "images" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     for folder, num, channels in (("isbi2012/train", 9, 1), ("nuclei", 24, 3)):

@@ -29,7 +29,7 @@ def test_state_is_weights_averages_gradients_and_moments():
 def test_lines_have_duration_times_shown_memory_and_disk():
     text = "\n".join(plan_facts(plan(), MEASURED, DISK))
     for words in (
-        "each image 64 times, 640,000 images in all",
+        "each image 64 times on average, 640,000 images in all",
         "memory of the GPU: 2 GiB in the steps that were tried; 4 GiB more were free",
         "500 ms a step, 10 s a validation; 2.8 h for the run",
         "3 checkpoints of 1 GiB; 10 GiB are free",

@@ -90,10 +90,11 @@ def _of_variants(captions: Sequence[str], train: Tensor, val: Tensor) -> list[Fi
         f"({first_few(sorted(phrases))}), {percent(share)} of all images; of {len(val)} images to validate on {leaked} "
         "are of a concept that is trained on"
     )
-    if share < MANY_VARIANTS:
+    if share < MANY_VARIANTS or not leaked:
         return [Finding("note", text)]
     text += ": the validation measures memory more than learning, and these concepts outweigh the others"
-    return [Finding("warning", text, "keep a concept on one side of the split, and fewer variants of each")]
+    option = "--data.groups.pattern, where names tell variants apart, with --data.groups.balanced true"
+    return [Finding("warning", text, f"{option}; or leave variants out")]
 
 
 def concepts(captions: Sequence[str]) -> tuple[list[tuple[str, ...]], set[str]]:

@@ -73,7 +73,7 @@ def alike_findings(thumbs: Tensor, names: Sequence[str], train: Tensor, val: Ten
     if share < MANY_ALIKE:
         return [Finding("note", text)]
     text += ": the validation measures memory more than learning"
-    option = "keep such groups on one side: leave variants out, or hold whole groups back by a folder of their own"
+    option = "keep such groups on one side: by data.groups, if their names tell, or leave variants out"
     return [Finding("warning", text, option)]
 
 

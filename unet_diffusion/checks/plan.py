@@ -125,7 +125,7 @@ def plan_facts(plan: Plan, measured: Measured | None = None, disk: Disk | None =
     ]
     if plan.num_steps < math.inf:
         total = plan.num_steps * plan.images_a_step
-        lines.append(f"shown: each image {plan.times_shown:.3g} times, {total:,.0f} images in all")
+        lines.append(f"shown: each image {plan.times_shown:.3g} times on average, {total:,.0f} images in all")
     if measured is not None:
         lines += _measured_facts(plan, measured)
     if disk is not None:

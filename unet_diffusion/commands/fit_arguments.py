@@ -22,7 +22,7 @@ FLAGS = ("config", "print_config", "print_shtab", "help")
 TASKS = ("denoise", "segment", "autoencode")
 OF_EACH = ("batch_size", "num_val", "num_workers", "seed")
 OWN_ARGUMENTS = {  # of each data module; options of --data with other names are those of its source
-    "ImageDataModule": ("source", "horizontal_flip", *OF_EACH),
+    "ImageDataModule": ("source", "horizontal_flip", "groups", *OF_EACH),
     "SegmentationDataModule": ("source", "targets", "window_size", "windows_per_image", "num_train", "num_fit",
                                "object_share", "augmentation", "stretch", "synthetic", *OF_EACH),
 }  # fmt: skip

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "decoding": ["ImageFormat", "decode_image"],
         "files": ["find_images"],
         "folder": ["Folder", "Tiles"],
+        "groups": ["Groups", "split_by_group"],
         "labelled": ["LabelledImages", "LabelledSource", "PairedFiles", "SyntheticCells", "SyntheticPairs"],
         "latents": ["LatentBatches", "Latents"],
         "packing": ["pack_images"],

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unet_diffusion.data.batches import Batch, Entries, ImageSet
+from unet_diffusion.data.groups import Groups, split_by_group
 from unet_diffusion.data.items import Items, ItemSource
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.source import Source
@@ -83,6 +84,8 @@ class ImageDataModule(SourceDataModule):
             most 1000. The names of files decide which, see `split_by_name`, so that files which are added move none
             that was trained on.
         horizontal_flip: Whether every second training image, drawn at random, is mirrored.
+        groups: Which images belong together by their names: they are kept on one side of the split. None: each image
+            stands for itself.
         num_workers: The number of processes that load batches. None takes 0 if the images are in memory, and otherwise
             one per processor core, at most 8.
         seed: Seed of the order of the training images and of their mirroring.
@@ -103,11 +106,13 @@ class ImageDataModule(SourceDataModule):
         batch_size: int = 64,
         num_val: int | None = None,
         horizontal_flip: bool = False,
+        groups: Groups | None = None,
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(source, batch_size=batch_size, num_val=num_val, num_workers=num_workers, seed=seed)
         self.horizontal_flip = horizontal_flip
+        self.groups = groups
         self.codec: Codec | None = None
         self._image_set: ImageSet | None = None
 
@@ -145,10 +150,20 @@ class ImageDataModule(SourceDataModule):
         if self._image_set is None:
             image_set = self.source.load(progress=self.shows_progress)
             self.source.check(horizontal_flip=self.horizontal_flip, num_workers=self.num_workers)
-            self.train_indices, self.val_indices = self.source.split(image_set, self.num_val)
+            self.train_indices, self.val_indices = self._split(image_set)
             self.bound_batch_size(len(self.train_indices))
             self.codec = self.source.codec
             self._image_set = image_set
+
+    def _split(self, image_set: ImageSet) -> tuple[Tensor, Tensor]:
+        if self.groups is None:
+            return self.source.split(image_set, self.num_val)
+        if image_set.names is None:
+            raise ValueError(f"groups need the names of images, and those of {type(self.source).__name__} have none; "
+                             "leave groups out")  # fmt: skip
+        names = self.groups.of(image_set.names)
+        self._groups = torch.tensor([*map({name: i for i, name in enumerate(dict.fromkeys(names))}.get, names)])
+        return split_by_group(names, self.num_val)
 
     def summary(self) -> list[str]:
         """A line each about what was found, what is left out, what is changed, and how the images are split."""
@@ -156,9 +171,17 @@ class ImageDataModule(SourceDataModule):
             "found": self._found(),
             "left out": self.source.left_out(),
             "changed": self.source.changed(),
-            "split": f"{len(self.train_indices)} to train on, {len(self.val_indices)} to validate on",
+            "split": self._split_described(),
         }
         return [f"{name}: {line}" for name, line in lines.items() if line]
+
+    def _split_described(self) -> str:
+        sides = {"train on": self.train_indices, "validate on": self.val_indices}
+        if self.groups is None:
+            return ", ".join(f"{len(indices)} to {purpose}" for purpose, indices in sides.items())
+        counts = {purpose: (len(indices), len(self._groups[indices].unique())) for purpose, indices in sides.items()}
+        parts = [f"{images} to {purpose} (groups: {groups})" for purpose, (images, groups) in counts.items()]
+        return ", ".join(parts) + ("; each epoch shows all groups equally often" if self.groups.balanced else "")
 
     def _found(self) -> str:
         images = self.image_set.images
@@ -216,6 +239,8 @@ class ImageDataModule(SourceDataModule):
         """
         self.refuse_overfit_batches()
         order = {"horizontal_flip": self.horizontal_flip, "seed": self.seed, **self.order()}
+        if self.groups is not None and self.groups.balanced:
+            order["groups"] = self._groups[self.train_indices]
         return self.source.train_loader(self.image_set, self.train_indices, order, self._loader_options())
 
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from unet_diffusion.data.groups import balanced_order
 from unet_diffusion.runtime.randomness import keyed_generator
 
 Batch = dict[str, Tensor]
@@ -95,7 +96,7 @@ def numbers_of(entries: Entries, index: Tensor) -> Batch:
 
 
 class ShuffledBatches(DistributedSampler[list[int]]):
-    """Lists of indices to train on, shuffled anew every epoch; no index comes twice in an epoch.
+    """Lists of indices to train on, shuffled anew every epoch; without groups, no index comes twice in an epoch.
 
     Images that do not fill a last batch on every process are left out, others in each epoch. If the images are too few
     for one batch per process, the epoch is one smaller batch of all images that can be shared out evenly. Nothing is
@@ -107,6 +108,8 @@ class ShuffledBatches(DistributedSampler[list[int]]):
         num_images: N, the size of the whole set, which is added to the index of a mirrored image.
         horizontal_flip: Whether every second image, drawn at random, is mirrored.
         seed: Seed of the order and the mirroring.
+        groups: The number of the group of each image to train on, (n,) int64, for an epoch that shows all groups
+            equally often, see `balanced_order`. None shows each image once.
         num_replicas: The number of processes that share an epoch.
         rank: The rank of this process, in [0, num_replicas).
 
@@ -122,6 +125,7 @@ class ShuffledBatches(DistributedSampler[list[int]]):
         num_images: int,
         horizontal_flip: bool = False,
         seed: int = 0,
+        groups: Tensor | None = None,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
@@ -135,6 +139,7 @@ class ShuffledBatches(DistributedSampler[list[int]]):
         self.batch_size = min(batch_size, len(indices) // num_replicas)
         self.num_images = num_images
         self.horizontal_flip = horizontal_flip
+        self.groups = groups
         self._resume_at = (0, 0)  # epoch, batch
 
     @property
@@ -158,7 +163,10 @@ class ShuffledBatches(DistributedSampler[list[int]]):
     def _order(self) -> Tensor:
         """This epoch's indices for all processes, those of mirrored images raised by num_images."""
         generator = keyed_generator(self.seed, self.epoch)
-        order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+        if self.groups is None:
+            order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+        else:
+            order = self.indices[balanced_order(self.groups, generator)]
         if self.horizontal_flip:
             order = order + self.num_images * torch.randint(2, order.shape, generator=generator)
         return order

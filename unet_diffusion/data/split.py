@@ -28,7 +28,7 @@ def split_by_name(names: Sequence[str], num_val: int | None = None) -> tuple[Ten
     Raises:
         ValueError: If no image is left to train on or to validate on.
     """
-    numbers = [_number_of(name) for name in names]
+    numbers = [number_of(name) for name in names]
     if num_val is None:
         num_val = min(max(sum(number < VAL_SHARE for number in numbers), 1), MAX_NUM_VAL, max(len(names) - 1, 1))
     check_split(len(names), num_val)
@@ -36,8 +36,8 @@ def split_by_name(names: Sequence[str], num_val: int | None = None) -> tuple[Ten
     return ranked[num_val:].sort().values, ranked[:num_val].sort().values
 
 
-def _number_of(name: str) -> float:
-    """A number in [0, 1) that does not depend on whether a system stores letters and accents together or apart."""
+def number_of(name: str) -> float:
+    """A hash of a name in [0, 1), which does not depend on whether a system stores letters and accents together."""
     text = f"{SPLIT_KEY} {unicodedata.normalize('NFC', name)}"
     return int.from_bytes(text_digest(text)[:8], "big") / 2**64
 
