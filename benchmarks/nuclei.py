@@ -60,6 +60,7 @@ def main() -> None:
     results = [
         {"method": "classical", **scored(images, labels, classical)},
         {"method": "nuclei_segment", **fitted, **scored(images, labels, by(trained))},
+        {"method": "nuclei_segment, eight views", **fitted, **scored(images, labels, by(trained, views=True))},
     ]
     write_json(options.json, {"environment": environment(), "results": results})
     print(table([{"method": one["method"], **one["all"]} for one in results]))
@@ -93,12 +94,12 @@ def classical(image: Tensor) -> Labels:
     return skimage.segmentation.watershed(-distance, seeds, mask=parts > 0)
 
 
-def by(trained: Segmenter) -> Callable[[Tensor], Labels]:
-    """The function that finds nuclei with a segmenter."""
+def by(trained: Segmenter, *, views: bool = False) -> Callable[[Tensor], Labels]:
+    """The function that finds nuclei with a segmenter, on an image or on its eight rotated and mirrored views."""
 
     def predict(image: Tensor) -> Labels:
         with fastest_autocast():
-            return trained.segment(to_float(image, stretch=trained.stretch)).instances
+            return trained.segment(to_float(image, stretch=trained.stretch), views=views).instances
 
     return predict
 

@@ -211,13 +211,27 @@ def test_label_efficiency_resumes(tmp_path):
 
 
 @pytest.mark.slow
+def test_synthetic_pairs(tmp_path):
+    write_pairs(tmp_path, channels=3, instances=True)
+    command = [sys.executable, str(ROOT / "benchmarks" / "synthetic_pairs.py"), "--root", str(tmp_path)]
+    command += ["--denoiser", str(tmp_path / "denoiser"), "--denoiser_steps", "1", "--masks_steps", "1"]
+    command += ["--num_pairs", "2", "--min_dice", "0", "--num_labelled", "2", "--seeds", "0", "--num_test", "2"]
+    command += ["--tile_size", "32", "--image_size", "32"]
+    command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "s.json")]
+    printed([*command, *TINY_SEGMENTER, "--trainer.max_steps=3", "--model.unet.init_args.channels=[8,8,8]"])
+    results = json.loads((tmp_path / "s.json").read_text())["results"]
+    assert [result["method"] for result in results] == ["classical", "alone", "drawn", "copied"]
+    assert [(result["pairs"], result["kept"]) for result in results[2:]] == [(2, 2), (2, 2)]
+
+
+@pytest.mark.slow
 def test_nuclei(tmp_path):
     write_pairs(tmp_path, channels=3, instances=True)
     command = [sys.executable, str(ROOT / "benchmarks" / "nuclei.py"), "--root", str(tmp_path), "--num_test", "2"]
     command += ["--run", str(tmp_path / "run"), "--json", str(tmp_path / "n.json"), "--data.num_fit=1"]
     printed([*command, *TINY_SEGMENTER, "--trainer.max_steps=2", "--model.unet.init_args.channels=[8,8,8]"])
     results = json.loads((tmp_path / "n.json").read_text())["results"]
-    assert [result["method"] for result in results] == ["classical", "nuclei_segment"]
+    assert [result["method"] for result in results] == ["classical", "nuclei_segment", "nuclei_segment, eight views"]
     assert all(0 <= result["all"]["ap_50"] <= 1 and result["all"]["images"] == 2 for result in results)
 
 

@@ -401,6 +401,16 @@ def test_denoiser_sees_float32_images_and_a_timestep_each(name):
     assert torch.equal(torch.stack([t for _, t in seen]), scheduler.timesteps[:, None].expand(-1, 2))
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_thresholding_of_a_scheduler_object_clips_each_x0(name):
+    far = torch.full((1, 1, 4, 4), 1.7)  # outside of [-1, 1], as a guided prediction may be
+    plain = getattr(diffusers, name)()
+    clipping = getattr(diffusers, name)(thresholding=True, sample_max_value=1.0)
+    images = {one: sample(oracle(LINEAR_V, far), LINEAR_V, far.shape, scheduler=one) for one in (plain, clipping)}
+    torch.testing.assert_close(images[plain], far, atol=1e-3, rtol=0)  # rounding of 50 steps
+    torch.testing.assert_close(images[clipping], torch.ones_like(far), atol=1e-3, rtol=0)
+
+
 @every_scheduler
 def test_scheduler_computes_in_float32_under_autocast(name):
     x0 = images_like()

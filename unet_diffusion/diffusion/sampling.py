@@ -51,6 +51,8 @@ Watch = Callable[[float, Tensor], object]
 MIN_PNDM_SIGNAL = 1e-5  # below this a_T, PNDM misses x0 by more than 1e-5 (measured; the linear schedule has 4e-5)
 MIN_PNDM_STEPS = 4  # the Runge-Kutta start of PNDM takes the first four steps
 
+THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")  # fields of the solver, not the noise
+
 BEYOND_DDPM: dict[str, dict[str, Any]] = {  # fields that DDPMScheduler lacks and whose defaults are wrong here
     "DPMSolverSinglestepScheduler": {"lower_order_final": True},  # the default makes it set this with a warning
     "PNDMScheduler": {"set_alpha_to_one": True},  # the default stops at timestep 0, which is still noisy
@@ -200,8 +202,8 @@ def build_scheduler(schedule: NoiseSchedule, scheduler: Any = "DDIMScheduler", *
 
     Args:
         schedule: The noise schedule.
-        scheduler: The name of a diffusers scheduler, or a scheduler object. The object's solver settings are used; the
-            noise schedule, prediction type and timestep spacing come from `schedule`.
+        scheduler: The name of a diffusers scheduler, or a scheduler object. The object's solver settings are used, with
+            its thresholding; the noise schedule, prediction type and timestep spacing come from `schedule`.
         clip_sample: Clip each estimate of x0 to [-1, 1], if the scheduler can.
 
     Raises:
@@ -214,7 +216,8 @@ def build_scheduler(schedule: NoiseSchedule, scheduler: Any = "DDIMScheduler", *
     reason = refusal(schedule, name)
     if reason is not None:
         raise ValueError(f"{name} cannot sample this model: {reason}; use one of {valid}")
-    fields = own | scheduler_config(schedule, clip_sample=clip_sample) | BEYOND_DDPM.get(name, {})
+    thresholding = {field: own[field] for field in THRESHOLDING if field in own}
+    fields = own | scheduler_config(schedule, clip_sample=clip_sample) | thresholding | BEYOND_DDPM.get(name, {})
     scheduler_class = getattr(diffusers, name)
     accepted = inspect.signature(scheduler_class).parameters
     return scheduler_class(**{field: value for field, value in fields.items() if field in accepted})
