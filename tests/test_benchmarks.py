@@ -18,7 +18,6 @@ from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import NUCLEI, write_fashion_mnist, write_pairs
 from until_time import STEPS, UntilTime
 
-from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import save_denoiser
@@ -339,22 +338,21 @@ def test_checkpoints(tmp_path):
 
 
 @pytest.mark.slow
-def test_semantic_map(tmp_path):
-    write_pairs(tmp_path, 3, instances=True, num=12)
-    condition = SemanticMap(3, label_format="instances")
-    denoiser = Denoiser(
-        DenoiserUNet(6, (8, 8), out_channels=3, norm_num_groups=4, layers_per_block=1),
-        NoiseSchedule(100, "linear"),
-        (3, 32, 32),
-        conditions=torch.nn.ModuleList([condition]),
-    )
-    save_denoiser(denoiser, tmp_path / "denoiser.ckpt")
-    report = run(
-        "semantic_map.py", tmp_path / "denoiser.ckpt", "--images", tmp_path / "image", "--labels", tmp_path / "label",
-        "--num_images", 4, "--num_inference_steps", 2, output=tmp_path / "semantic_map.json",
-    )  # fmt: skip
-    assert [row["images"].split(",")[0] for row in report["results"]] == ["real", "drawn from the maps", "drawn"]
-    assert all(0 <= row["iou"] <= 1 for row in report["results"])
+def test_conditions(tmp_path):
+    write_fashion_mnist(tmp_path / "data", num_images=700)
+    command = [sys.executable, str(ROOT / "benchmarks" / "conditions.py"), "--root", str(tmp_path / "data")]
+    command += ["--num_images", "40", "--num_val", "4", "--num_single", "4", "--num_inference_steps", "2"]
+    command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "c.json")]
+    steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    printed([*command, *steps, "--model.speed=plain", "--data.batch_size=4"])
+    results = json.loads((tmp_path / "c.json").read_text())["results"]
+    kinds = ["class", "text", "map", "boxes", "pairs", "enlarging", "inpainting"]
+    assert [result["condition"] for result in results] == kinds
+    assert all(np.isfinite([result["drawn"], result["shuffled"]]).all() for result in results)
+    real = {result["condition"]: result["real"] for result in results if "real" in result}
+    assert (real["map"], real["boxes"]) == (1, 1)
+    with Image.open(tmp_path / "c.png") as sheet:
+        assert sheet.width > sheet.height
 
 
 @pytest.mark.slow
