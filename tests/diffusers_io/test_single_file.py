@@ -8,17 +8,26 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from safetensors.torch import save_file
 from single_files import (
+    CLIP,
     FIRST_STAGE,
+    LAYOUTS,
+    OPEN_CLIP,
     UNET,
     autoencoder_weights,
-    clip_weights,
-    open_clip_weights,
+    classes,
+    inpainting,
     parameters,
-    tiny_condition_unet,
+    pix2pix,
+    saved,
+    sd1,
+    sd2,
+    sdxl,
     tiny_text,
-    tiny_unet,
     tiny_vae,
+    unconditional,
+    unconditional_kl,
     unet_weights,
+    x4_upscaler,
 )
 
 import unet_diffusion as ud
@@ -38,97 +47,6 @@ pytest.importorskip("transformers")
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 SCALED = {"beta_schedule": "scaled_linear"}
-LINEAR = {"use_linear_projection": True, "attention_head_dim": [1, 2], "block_out_channels": (64, 128)}
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-
-
-def sd1(**changes):
-    unet, vae, text = tiny_condition_unet(**changes), tiny_vae(), tiny_text("quick_gelu")
-    tensors = {**unet_weights(unet), **autoencoder_weights(vae), **clip_weights(text, CLIP)}
-    tensors[f"{CLIP}text_model.embeddings.position_ids"] = torch.arange(12)[None]
-    return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[text], told={})
-
-
-def inpainting():
-    return sd1(in_channels=9)
-
-
-def pix2pix():
-    return sd1(in_channels=8)
-
-
-def sd2(**changes):
-    """With a further layer, which Stable Diffusion 2 does not use, and the projection, as its files have it."""
-    unet, vae = tiny_condition_unet(**{**LINEAR, **changes}), tiny_vae()
-    whole, used = tiny_text("gelu", num_layers=4), tiny_text("gelu", num_layers=3)
-    weights = whole.encoder.state_dict()
-    used.encoder.load_state_dict({key: weights[key] for key in used.encoder.state_dict()})
-    tensors = {
-        **unet_weights(unet),
-        **autoencoder_weights(vae),
-        **open_clip_weights(whole, OPEN_CLIP, torch.randn(64, 64)),
-        f"{OPEN_CLIP}logit_scale": torch.ones(()),
-    }
-    told = {"prediction_type": "v_prediction"}
-    return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[used], told=told)
-
-
-def sd2_inpainting():
-    return SimpleNamespace(**{**vars(sd2(in_channels=9)), "told": {}})
-
-
-def x4_upscaler():
-    network = {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000, "only_cross_attention": [True, False]}
-    made = sd2(**network, attention_head_dim=8, block_out_channels=(64, 64))
-    return SimpleNamespace(**{**vars(made), "told": {}})
-
-
-def sdxl():
-    first, second = tiny_text("quick_gelu"), tiny_text("gelu")
-    projection = torch.randn(48, 64)
-    unet = tiny_condition_unet(
-        block_out_channels=(64, 64, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=[1, 1, 2],
-        transformer_layers_per_block=[1, 2, 3],
-        use_linear_projection=True,
-        cross_attention_dim=128,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=48 + 6 * 256,
-    )
-    vae = tiny_vae()
-    tensors = {
-        **unet_weights(unet),
-        **autoencoder_weights(vae),
-        **clip_weights(first, "conditioner.embedders.0.transformer."),
-        **open_clip_weights(second, "conditioner.embedders.1.model.", projection),
-        "denoiser.sigmas": torch.rand(1000),
-    }
-    return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[first, second], told={}, projection=projection)
-
-
-def unconditional():
-    unet, vae = tiny_unet(), tiny_vae("vq", 3, attended=True)
-    tensors = {**unet_weights(unet), **autoencoder_weights(vae)}
-    return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[], told={})
-
-
-def unconditional_kl():
-    unet, vae = tiny_unet(), tiny_vae("kl", 3)
-    tensors = {**unet_weights(unet), **autoencoder_weights(vae), "scale_factor": torch.tensor(0.5)}
-    return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[], told={})
-
-
-def classes():
-    unet = tiny_condition_unet(in_channels=3, out_channels=3, attention_head_dim=1)
-    vae, embedding = tiny_vae("vq", 3), torch.randn(11, 64)
-    tensors = {**unet_weights(unet), **autoencoder_weights(vae), "cond_stage_model.embedding.weight": embedding}
-    return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[], told={"num_heads": 1}, embedding=embedding)
-
-
-LAYOUTS = [sd1, inpainting, pix2pix, sd2, sd2_inpainting, x4_upscaler, sdxl, unconditional, unconditional_kl, classes]
 
 
 CAPTIONED = [sd1, sd2, x4_upscaler, sdxl]
@@ -136,13 +54,7 @@ CAPTIONED = [sd1, sd2, x4_upscaler, sdxl]
 
 @pytest.fixture(params=LAYOUTS, ids=lambda make: make.__name__)
 def made(request, tmp_path):
-    made = request.param()
-    made.name, made.file = request.param.__name__, tmp_path / "model.safetensors"
-    save_file({key: value.contiguous() for key, value in made.tensors.items()}, made.file)
-    if made.texts:
-        made.texts[0].tokenizer.save_pretrained(tmp_path / "tokenizer")
-        made.told = {**made.told, "tokenizer": tmp_path / "tokenizer"}
-    return made
+    return saved(request.param, tmp_path)
 
 
 @torch.no_grad()

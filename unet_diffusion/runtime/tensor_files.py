@@ -13,8 +13,14 @@ from torch import Tensor
 
 from unet_diffusion.runtime.safe_loading import load_plain
 
+SUFFIX = ".safetensors"
 NESTED = "state_dict"  # the entry of a training's checkpoint that holds the weights
 NETWORK, AVERAGED = "model.", "model_ema."  # prefixes of a weight and of its average, whose name has no dots
+
+
+def is_single_file_name(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path names one file of weights rather than a folder: by its suffix, .safetensors."""
+    return Path(path).suffix == SUFFIX
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -28,7 +34,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: If the file is damaged, has another format, or holds objects that could run code.
     """
     path = Path(path)
-    content = _safetensors(path) if path.suffix == ".safetensors" else load_plain(path)
+    content = _safetensors(path) if path.suffix == SUFFIX else load_plain(path)
     while isinstance(content, Mapping) and isinstance(content.get(NESTED), Mapping):
         content = content[NESTED]
     if not isinstance(content, Mapping):

@@ -6,6 +6,7 @@ and OpenCLIP (https://github.com/mlfoundations/open_clip) with the token of numb
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,8 +125,9 @@ def _text(
     vocab_size, width = weights["embeddings.token_embedding.weight"].shape
     if width % HEAD_CHANNELS:
         raise ValueError(f"the width of a text encoder must be a multiple of {HEAD_CHANNELS}, got {width}")
-    if len(tokenizer) != vocab_size:
-        raise ValueError(f"tokenizer must have the text encoder's {vocab_size} tokens, got {len(tokenizer)}")
+    if len(tokenizer) < vocab_size:
+        warnings.warn(f"the tokenizer has {len(tokenizer)} tokens of the text encoder's {vocab_size}; make sure that "
+                      "it is the encoder's own", stacklevel=2)  # fmt: skip
     text = TextTokens(
         width,
         vocab_size=vocab_size,
