@@ -21,7 +21,7 @@ def import_pipeline(
     head_channels: int | None = None,
     scaling_factor: float | None = None,
 ) -> None:
-    """Make a checkpoint from a diffusers pipeline folder, or from one file of latent diffusion or Stable Diffusion.
+    """Make a checkpoint from a diffusers pipeline folder, or from one file of another program's weights.
 
         unet-diffusion import pipeline imported/first.ckpt
 
@@ -30,15 +30,16 @@ def import_pipeline(
 
         unet-diffusion fit --config RECIPE --config imported/first.yaml --ckpt_path imported/first.ckpt
 
-    A .safetensors or .ckpt file does not say all of its model. The options say it; without them it is as in the
-    published models of its layout, and printed.
+    A file has the layout of latent diffusion, of Stable Diffusion, or of a U-Net for segmentation with the names inc,
+    down1, up1 and outc. It does not say all of its model. The options say it; without them it is as in the published
+    models of its layout, and printed.
 
     Args:
         pipeline: The diffusers pipeline folder, or the file of weights, to read.
         checkpoint: The .ckpt file to make.
         tokenizer: The folder of CLIP's tokenizer, for a file of a model of captions.
         prediction_type: What the network in a file predicts.
-        image_size: The side of the images in pixels of a model in a file.
+        image_size: The side of the images in pixels of a model in a file, or of the tiles of a segmenter.
         num_heads: The number of attention heads of a network in a file.
         head_channels: The channels of each attention head of a network in a file, in place of num_heads.
         scaling_factor: The factor that brings the latents of a model in a file to unit variance.

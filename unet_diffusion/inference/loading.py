@@ -10,6 +10,7 @@ from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
 from unet_diffusion.inference.record import KINDS, checkpoint_file, kind_of
+from unet_diffusion.inference.segmentation_files import holds_segmenter, segmenter_of
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.safe_loading import load_plain
 
@@ -33,17 +34,18 @@ def load(
 
     No code in the files is run. The model is on the CPU, in float32 and in eval mode; `to` moves it.
 
-    The arguments from tokenizer on are for a .safetensors or .ckpt file of the layout of latent diffusion or Stable
-    Diffusion. They say what its weights do not; None: as in the published models of its layout.
+    The arguments from tokenizer on are for one file of another program's weights: of latent diffusion, of Stable
+    Diffusion, or of a U-Net for segmentation with the names inc, down1, up1 and outc. They say what its weights do not;
+    None: as in the published models of its layout.
 
     Args:
-        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, a local diffusers folder, or one file of latent
-            diffusion or Stable Diffusion.
+        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, a local diffusers folder, or one file of another
+            program's weights.
         allow: Further modules that you trust, whose classes a checkpoint may name.
         autoencoder: Current folder of the autoencoder of a denoiser of latents; None: its folder in training.
         tokenizer: Folder of CLIP's tokenizer, for a denoiser that takes captions.
         prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
-        image_size: Side of the images in pixels.
+        image_size: Side of the images in pixels, or of the tiles of a segmenter.
         num_heads: Number of attention heads.
         head_channels: Channels of each attention head, in place of num_heads.
         scaling_factor: Factor that brings the latents to unit variance.
@@ -64,8 +66,8 @@ def load(
     if is_single_file(path):
         return _from_single_file(Path(path), autoencoder, told)
     if given := [name for name, value in told.items() if value is not None]:
-        raise ValueError(f"{given[0]} is for one file of latent diffusion or Stable Diffusion, and {path} says it "
-                         "itself; leave it out")  # fmt: skip
+        raise ValueError(f"{given[0]} is for one file of another program's weights, and {path} says it itself; leave "
+                         "it out")  # fmt: skip
     if not is_checkpoint(path):
         return _from_diffusers(Path(path), autoencoder)
     file = checkpoint_file(path)
@@ -120,7 +122,9 @@ def is_single_file(path: StrPath) -> bool:
     return isinstance(content, dict) and not any(isinstance(content.get(kind), dict) for kind in KINDS)
 
 
-def _from_single_file(file: Path, autoencoder: StrPath | None, told: dict[str, Any]) -> Denoiser | Autoencoder:
+def _from_single_file(
+    file: Path, autoencoder: StrPath | None, told: dict[str, Any]
+) -> Denoiser | Segmenter | Autoencoder:
     from unet_diffusion.diffusers_io.single_file.importing import Untold, import_single_file
     from unet_diffusion.diffusers_io.single_file.layouts import holds_unet
     from unet_diffusion.models.autoencoders import pretrained_autoencoder
@@ -128,8 +132,12 @@ def _from_single_file(file: Path, autoencoder: StrPath | None, told: dict[str, A
     from unet_diffusion.runtime.tensor_files import read_tensors
 
     tensors = read_tensors(file)
-    if holds_unet(tensors) or not holds_autoencoder(tensors):
+    if holds_unet(tensors) or not (holds_segmenter(tensors) or holds_autoencoder(tensors)):
         return Denoiser(**vars(import_single_file(file, Untold(**told), autoencoder=autoencoder)))
+    if given := [name for name, value in told.items() if value is not None and name != "image_size"]:
+        raise ValueError(f"{given[0]} is for a denoiser, and {file} holds none; leave it out")
+    if holds_segmenter(tensors):
+        return segmenter_of(tensors, file, window_size=told["image_size"])
     network = pretrained_autoencoder(file)
     side = told["image_size"] or RESOLUTION
     return Autoencoder(network, (network.config["in_channels"], side, side))
