@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet_diffusion.commands.arguments import Checkpoint, Folder, Pipeline, PredictionType, check_exists
+from unet_diffusion.runtime.hub import is_hub_name
 from unet_diffusion.runtime.messages import UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def import_pipeline(
     num_heads: int | None = None,
     head_channels: int | None = None,
     scaling_factor: float | None = None,
+    revision: str | None = None,
 ) -> None:
     """Make a checkpoint from a diffusers pipeline folder, or from one file of another program's weights.
 
@@ -34,8 +36,10 @@ def import_pipeline(
     down1, up1 and outc. It does not say all of its model. The options say it; without them it is as in the published
     models of its layout, and printed.
 
+    A name such as owner/name is a model on the hub, which is downloaded into its cache.
+
     Args:
-        pipeline: The diffusers pipeline folder, or the file of weights, to read.
+        pipeline: The diffusers pipeline folder, the file of weights, or the model on the hub to read.
         checkpoint: The .ckpt file to make.
         tokenizer: The folder of CLIP's tokenizer, for a file of a model of captions.
         prediction_type: What the network in a file predicts.
@@ -43,14 +47,17 @@ def import_pipeline(
         num_heads: The number of attention heads of a network in a file.
         head_channels: The channels of each attention head of a network in a file, in place of num_heads.
         scaling_factor: The factor that brings the latents of a model in a file to unit variance.
+        revision: The branch, tag or commit of a model on the hub.
 
     Raises:
         UsageError: If the checkpoint has the name of the configuration.
-        FileNotFoundError: If there is no such folder or file.
+        FileNotFoundError: If there is no such folder or file, or the hub cannot be reached.
         FileExistsError: If one of the two files exists.
         ValueError: If the pipeline has parts that are not supported, or the layout of the file is not known.
     """
-    check_exists("PIPELINE", pipeline)
+    is_here = not is_hub_name(pipeline)
+    if is_here:
+        check_exists("PIPELINE", pipeline)
     from unet_diffusion.inference.denoiser import Denoiser
     from unet_diffusion.inference.loading import is_checkpoint, is_single_file, load
 
@@ -60,8 +67,8 @@ def import_pipeline(
                          "name it .ckpt")  # fmt: skip
     if recipe.exists():
         raise FileExistsError(f"{recipe} exists and is not overwritten; choose another path, or remove it")
-    is_file = is_single_file(pipeline)
-    if not is_file and is_checkpoint(pipeline):
+    is_file = is_here and is_single_file(pipeline)
+    if is_here and not is_file and is_checkpoint(pipeline):
         raise UsageError(f"{pipeline} is a checkpoint already; train on from it with fit --ckpt_path")
     model = load(
         pipeline,
@@ -71,6 +78,7 @@ def import_pipeline(
         num_heads=num_heads,
         head_channels=head_channels,
         scaling_factor=scaling_factor,
+        revision=revision,
     )
     model.save(checkpoint)
     if not isinstance(model, Denoiser):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unet_diffusion.diffusers_io.segmenter_folder import holds_segmenter as holds_segmenter_folder
 from unet_diffusion.diffusion.schedule import PredictionType
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
@@ -12,6 +13,7 @@ from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, re
 from unet_diffusion.inference.record import KINDS, checkpoint_file, kind_of
 from unet_diffusion.inference.segmentation_files import holds_segmenter, segmenter_of
 from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.runtime.hub import download, is_hub_name
 from unet_diffusion.runtime.safe_loading import load_plain
 
 StrPath = str | os.PathLike[str]
@@ -29,8 +31,9 @@ def load(
     num_heads: int | None = None,
     head_channels: int | None = None,
     scaling_factor: float | None = None,
+    revision: str | None = None,
 ) -> Denoiser | Segmenter | Autoencoder:
-    """The model in a run folder, a checkpoint file or a diffusers folder; print it to see a summary.
+    """The model in a run folder, a checkpoint file, a diffusers folder or on the hub; print it to see a summary.
 
     No code in the files is run. The model is on the CPU, in float32 and in eval mode; `to` moves it.
 
@@ -40,7 +43,7 @@ def load(
 
     Args:
         path: A run folder (its checkpoints/last.ckpt), a .ckpt file, a local diffusers folder, or one file of another
-            program's weights.
+            program's weights; or the name of a model on the hub, owner/name, which is downloaded into its cache.
         allow: Further modules that you trust, whose classes a checkpoint may name.
         autoencoder: Current folder of the autoencoder of a denoiser of latents; None: its folder in training.
         tokenizer: Folder of CLIP's tokenizer, for a denoiser that takes captions.
@@ -49,12 +52,17 @@ def load(
         num_heads: Number of attention heads.
         head_channels: Channels of each attention head, in place of num_heads.
         scaling_factor: Factor that brings the latents to unit variance.
+        revision: Branch, tag or commit of a model on the hub; None: the main branch.
 
     Raises:
-        FileNotFoundError: If there is no model at the path.
+        FileNotFoundError: If there is no model at the path, or the hub cannot be reached.
         ValueError: If the model cannot be read, is damaged, is not of this package, or something must be given that
             its weights do not say.
     """
+    if is_hub_name(path):
+        path = download(path, revision)
+    elif revision is not None:
+        raise ValueError(f"revision is for a model on the hub, and {path} is here; leave it out")
     told = {
         "tokenizer": tokenizer,
         "prediction_type": prediction_type,
@@ -69,6 +77,8 @@ def load(
         raise ValueError(f"{given[0]} is for one file of another program's weights, and {path} says it itself; leave "
                          "it out")  # fmt: skip
     if not is_checkpoint(path):
+        if holds_segmenter_folder(Path(path)):
+            return Segmenter.from_pretrained(path, allow=allow)
         return _from_diffusers(Path(path), autoencoder)
     file = checkpoint_file(path)
     kind = kind_of(load_plain(file), file)
@@ -84,11 +94,12 @@ def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
         FileNotFoundError: If there is no model at the path.
         ValueError: If the model is not a denoiser, or cannot be read.
     """
-    if is_checkpoint(path) and not is_single_file(path):
+    if not is_hub_name(path) and is_checkpoint(path) and not is_single_file(path):
         return read_denoiser(path, allow=allow, autoencoder=autoencoder)
     model = load(path, autoencoder=autoencoder)
     if not isinstance(model, Denoiser):
-        raise ValueError(f"{path} holds an autoencoder, not a denoiser; use unet-diffusion encode")
+        kind, command = ("a segmenter", "segment") if isinstance(model, Segmenter) else ("an autoencoder", "encode")
+        raise ValueError(f"{path} holds {kind}, not a denoiser; use unet-diffusion {command}")
     return model
 
 
