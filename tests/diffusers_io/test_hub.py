@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from hub import TOKEN, serve
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 import unet_diffusion as ud
 from unet_diffusion.diffusers_io.publishing import completed_card
@@ -17,30 +17,24 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.runtime.hub import check_hub_name, is_hub_name
 
 NAME = "someone/model"
+ADDRESS = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.fixture(scope="module")
-def hub():
+def server():
     with serve() as hub:
         yield hub
 
 
 @pytest.fixture
-def run_python(hub, tmp_path):
-    """Runs Python in a process that knows this hub, as huggingface_hub reads its settings once."""
-
-    def run(*arguments, token=TOKEN, cache="cache", **settings) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / cache), **settings}
-        environment |= {"HF_TOKEN": token} if token else {}
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    return run
-
-
-@pytest.fixture
-def command(run_python):
-    return lambda *arguments, **settings: run_python("-m", "unet_diffusion", *arguments, **settings)
+def hub(server, tmp_path, monkeypatch):
+    """The hub of this process, with an empty cache and a token."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.endpoint}{ADDRESS}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path)
+    return server
 
 
 def denoiser() -> ud.Denoiser:
@@ -57,7 +51,7 @@ def segmenter() -> ud.Segmenter:
     return ud.Segmenter(unet=unet, kind="binary", class_names=["background", "cell"], **options)
 
 
-def test_run_is_pushed_with_its_card_and_loaded_by_its_name(hub, command, run_python, tmp_path):
+def test_run_is_pushed_with_its_card_and_loaded_by_its_name(hub, run_cli, tmp_path):
     run = tmp_path / "run"
     denoiser().save(run / "checkpoints" / "last.ckpt")
     (run / "samples.png").write_bytes(b"a picture")
@@ -65,9 +59,9 @@ def test_run_is_pushed_with_its_card_and_loaded_by_its_name(hub, command, run_py
     (run / "evaluation").mkdir()
     (run / "evaluation" / "evaluation.json").write_text(json.dumps({"figures": {"fd": figure}}))
     options = ["--push_to_hub", NAME, "--license", "apache-2.0", "--private"]
-    done = command("export", run, tmp_path / "pipeline", *options)
-    assert done.returncode == 0, done.stderr
-    assert f"pushed to {hub.endpoint}/{NAME}" in done.stdout
+    status, *written = run_cli("export", run, tmp_path / "pipeline", *options)
+    assert status == 0, written
+    assert f"pushed to {hub.endpoint}/{NAME}" in written[0]
     assert NAME in hub.private
     files = hub.repositories[NAME][-1]
     assert files["pictures/samples.png"] == b"a picture"
@@ -79,77 +73,84 @@ def test_run_is_pushed_with_its_card_and_loaded_by_its_name(hub, command, run_py
     for words in (f'from_pretrained("{NAME}")', "lr: 0.001", "| Fréchet distance | 12.5 | 11 to 14 | lower |",
                   "(pictures/samples.png)", "## Licence\napache-2.0"):  # fmt: skip
         assert words in card.text
-    assert_nothing_holds_the_token(done, tmp_path, hub)
+    assert_nothing_holds_the_token(written, tmp_path, hub)
 
+    # In a process of its own, as huggingface_hub reads its settings when it is imported.
     code = f"import unet_diffusion as ud; ud.load({NAME!r}).save('again.ckpt'); print(ud.load('hf://{NAME}'))"
-    done = run_python("-c", code)
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     ours, again = denoiser().unet.state_dict(), ud.load(tmp_path / "again.ckpt").unet.state_dict()
     assert all(torch.equal(value, again[key]) for key, value in ours.items())
-    assert_nothing_holds_the_token(done, tmp_path, hub)
+    assert_nothing_holds_the_token([done.stdout, done.stderr], tmp_path, hub)
 
 
-def assert_nothing_holds_the_token(done, folder, hub):
-    assert TOKEN not in done.stdout + done.stderr
+def assert_nothing_holds_the_token(printed, folder, hub):
+    assert TOKEN not in "".join(printed)
     written = [path for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
     assert not [path for commits in hub.repositories.values() for files in commits
                 for path, content in files.items() if TOKEN.encode() in content]  # fmt: skip
 
 
-def test_segmenter_is_pushed_and_imported_at_a_revision(hub, command, tmp_path):
+def test_segmenter_is_pushed_and_imported_at_a_revision(hub, run_cli, tmp_path):
     name = "someone/cells"
     segmenter().save(tmp_path / "cells.ckpt")
-    done = command("export", tmp_path / "cells.ckpt", tmp_path / "folder", "--push_to_hub", name)
-    assert done.returncode == 0, done.stderr
+    status, _, err = run_cli("export", tmp_path / "cells.ckpt", tmp_path / "folder", "--push_to_hub", name)
+    assert status == 0, err
     first, _ = hub.files(name, "main")
     card = ModelCard(hub.repositories[name][-1]["README.md"].decode())
     assert "image-segmentation" in card.data.tags
     assert f'ud.load("{name}")' in card.text
     hub.commit(name, {"config.json": b"{}"})  # a later commit, which is not wanted
-    done = command("import", name, tmp_path / "imported.ckpt", "--revision", first)
-    assert done.returncode == 0, done.stderr
+    status, _, err = run_cli("import", name, tmp_path / "imported.ckpt", "--revision", first)
+    assert status == 0, err
     image = torch.rand(1, 16, 16) * 2 - 1
     expected = segmenter().segment(image).probabilities
     assert (ud.load(tmp_path / "imported.ckpt").segment(image).probabilities == expected).all()
-    done = command("import", name, tmp_path / "other.ckpt", "--revision", "nowhere")
-    assert done.returncode != 0
-    assert "someone/cells on the hub has no revision nowhere" in done.stderr
+    status, _, err = run_cli("import", name, tmp_path / "other.ckpt", "--revision", "nowhere")
+    assert status != 0
+    assert "someone/cells on the hub has no revision nowhere" in err
 
 
-def test_cache_serves_without_a_network(hub, run_python):
+def test_cache_serves_without_a_network(hub, tmp_path, monkeypatch):
     name = "someone/offline"
-    files = {f"{place}": content for place, content in folder_of(segmenter()).items()}
-    hub.commit(name, files)
-    code = f"import unet_diffusion as ud; print(ud.load({name!r}))"
-    assert run_python("-c", code).returncode == 0
+    segmenter().save_pretrained(tmp_path / "made")
+    hub.commit(name, files_in(tmp_path / "made"))
+    ud.load(name)
     asked = len(hub.seen)
-    done = run_python("-c", code, HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert ud.load(name).record() == segmenter().record()
     assert len(hub.seen) == asked
-    done = run_python("-c", code, HF_HUB_OFFLINE="1", cache="empty")
-    assert "the hub cannot be reached, nor is the model in its cache" in done.stderr
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"the hub cannot be reached, nor is the model in its cache"):
+        ud.load(name)
 
 
-def folder_of(model: ud.Segmenter) -> dict[str, bytes]:
-    import tempfile
-    from pathlib import Path
+def test_hub_that_does_not_answer_is_said(hub, tmp_path, monkeypatch, run_cli):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(FileNotFoundError, match=r"the hub cannot be reached, nor is the model in its cache"):
+        ud.load("someone/far")
+    denoiser().save(tmp_path / "some.ckpt")
+    status, _, err = run_cli("export", "some.ckpt", "pipeline", "--push_to_hub", "someone/far")
+    assert status != 0
+    assert "the hub cannot be reached for someone/far; connect to the network" in err
 
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder) / "made")
-        return {path.name: path.read_bytes() for path in (Path(folder) / "made").iterdir() if path.name[0] != "."}
+
+def files_in(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_safetensors_in_full_precision_are_downloaded(hub, run_python, tmp_path):
+def test_only_safetensors_in_full_precision_are_downloaded(hub, tmp_path):
     name = "someone/crowded"
     denoiser().export(tmp_path / "pipeline")
-    files = {path.relative_to(tmp_path / "pipeline").as_posix(): path.read_bytes()
-             for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}  # fmt: skip
+    files = files_in(tmp_path / "pipeline")
     unwanted = {"model.safetensors": b"1", "model.ckpt": b"2", "unet/diffusion_pytorch_model.fp16.safetensors": b"3",
                 "unet/diffusion_pytorch_model.bin": b"4", "pipeline.py": b"5"}  # fmt: skip
     hub.commit(name, {**files, **unwanted})
-    done = run_python("-c", f"import unet_diffusion as ud; ud.load({name!r})")
-    assert done.returncode == 0, done.stderr
+    ud.load(name)
     asked = {path.rpartition("/")[2] for path in hub.seen if f"/{name}/resolve/" in path}
     assert "diffusion_pytorch_model.safetensors" in asked
     assert not asked & {path.rpartition("/")[2] for path in unwanted}
@@ -170,13 +171,14 @@ def test_only_safetensors_in_full_precision_are_downloaded(hub, run_python, tmp_
         (["export", "some.ckpt", "one.safetensors", "--push_to_hub", "a/b"], TOKEN, "--push_to_hub pushes a folder"),
     ],
 )
-def test_what_the_hub_does_not_take_is_said_in_a_line(command, tmp_path, arguments, token, message):
+def test_what_the_hub_does_not_take_is_said_in_a_line(hub, run_cli, tmp_path, monkeypatch, arguments, token, message):
+    monkeypatch.setenv("HF_TOKEN", token)
     denoiser().save(tmp_path / "some.ckpt")
-    done = command(*arguments, token=token)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert token not in done.stdout + done.stderr
+    status, out, err = run_cli(*arguments)
+    assert status != 0
+    assert message in err
+    assert "Traceback" not in err
+    assert token not in out + err
 
 
 def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
