@@ -326,7 +326,7 @@ def test_what_differs_between_models_is_asked_for(make, told, message, tmp_path,
 
 def test_options_for_a_file_are_refused_for_a_folder(tmp_path):
     tiny_vae().save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"image_size is for one file of another program's weights.* leave it out"):
+    with pytest.raises(ValueError, match=r"image_size is for another program's weights in one file.* leave it out"):
         ud.load(tmp_path / "vae", image_size=64)
 
 

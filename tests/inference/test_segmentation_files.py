@@ -159,7 +159,7 @@ def test_other_weights_are_refused(change, message, tmp_path):
 
 def test_options_of_denoisers_are_refused(tmp_path):
     save_file(tiny().state_dict(), tmp_path / "net.safetensors")
-    with pytest.raises(ValueError, match=r"num_heads is for a denoiser, and .* holds none"):
+    with pytest.raises(ValueError, match=r"num_heads is for another program's weights .* leave it out"):
         ud.load(tmp_path / "net.safetensors", num_heads=8)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unet_diffusion.commands.arguments import Checkpoint, Folder, Pipeline, PredictionType, check_exists
+from unet_diffusion.commands.arguments import Checkpoint, Folder, Normalization, Pipeline, PredictionType, check_exists
 from unet_diffusion.runtime.hub import is_hub_name
 from unet_diffusion.runtime.messages import UsageError
 
@@ -21,6 +21,7 @@ def import_pipeline(
     num_heads: int | None = None,
     head_channels: int | None = None,
     scaling_factor: float | None = None,
+    normalization: Normalization | None = None,
     revision: str | None = None,
 ) -> None:
     """Make a checkpoint from a diffusers pipeline folder, or from one file of another program's weights.
@@ -36,6 +37,8 @@ def import_pipeline(
     down1, up1 and outc. It does not say all of its model. The options say it; without them it is as in the published
     models of its layout, and printed.
 
+    A folder may also be one that save_pretrained of segmentation_models_pytorch's Unet wrote.
+
     A name such as owner/name is a model on the hub, which is downloaded into its cache.
 
     Args:
@@ -47,6 +50,8 @@ def import_pipeline(
         num_heads: The number of attention heads of a network in a file.
         head_channels: The channels of each attention head of a network in a file, in place of num_heads.
         scaling_factor: The factor that brings the latents of a model in a file to unit variance.
+        normalization: What a network of segmentation_models_pytorch was trained on: "unit" for images in [0, 1],
+            "imagenet" for these normalised by ImageNet's mean and deviation.
         revision: The branch, tag or commit of a model on the hub.
 
     Raises:
@@ -78,6 +83,7 @@ def import_pipeline(
         num_heads=num_heads,
         head_channels=head_channels,
         scaling_factor=scaling_factor,
+        normalization=normalization,
         revision=revision,
     )
     model.save(checkpoint)

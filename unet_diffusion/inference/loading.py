@@ -9,6 +9,7 @@ from unet_diffusion.diffusers_io.segmenter_folder import holds_segmenter as hold
 from unet_diffusion.diffusion.schedule import PredictionType
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.encoder_segmenters import Normalization, encoder_segmenter, holds_encoder_unet
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
 from unet_diffusion.inference.record import KINDS, checkpoint_file, kind_of
 from unet_diffusion.inference.segmentation_files import holds_segmenter, segmenter_of
@@ -31,6 +32,7 @@ def load(
     num_heads: int | None = None,
     head_channels: int | None = None,
     scaling_factor: float | None = None,
+    normalization: Normalization | None = None,
     revision: str | None = None,
 ) -> Denoiser | Segmenter | Autoencoder:
     """The model in a run folder, a checkpoint file, a diffusers folder or on the hub; print it to see a summary.
@@ -52,6 +54,8 @@ def load(
         num_heads: Number of attention heads.
         head_channels: Channels of each attention head, in place of num_heads.
         scaling_factor: Factor that brings the latents to unit variance.
+        normalization: What a network of segmentation_models_pytorch was trained on, which its folder does not say:
+            "unit" for images in [0, 1], "imagenet" for these normalised by ImageNet's mean and deviation.
         revision: Branch, tag or commit of a model on the hub; None: the main branch.
 
     Raises:
@@ -71,11 +75,14 @@ def load(
         "head_channels": head_channels,
         "scaling_factor": scaling_factor,
     }
+    if Path(path).is_dir() and holds_encoder_unet(Path(path)):
+        _check_told(told, ("image_size",), path)
+        return encoder_segmenter(Path(path), normalization=normalization, window_size=image_size)
+    if normalization is not None:
+        raise ValueError(f"normalization is for a folder of segmentation_models_pytorch, got {path}; leave it out")
     if is_single_file(path):
         return _from_single_file(Path(path), autoencoder, told)
-    if given := [name for name, value in told.items() if value is not None]:
-        raise ValueError(f"{given[0]} is for one file of another program's weights, and {path} says it itself; leave "
-                         "it out")  # fmt: skip
+    _check_told(told, (), path)
     if not is_checkpoint(path):
         if holds_segmenter_folder(Path(path)):
             return Segmenter.from_pretrained(path, allow=allow)
@@ -133,6 +140,13 @@ def is_single_file(path: StrPath) -> bool:
     return isinstance(content, dict) and not any(isinstance(content.get(kind), dict) for kind in KINDS)
 
 
+def _check_told(told: dict[str, Any], allowed: tuple[str, ...], path: StrPath) -> None:
+    """Refuse what a user says of a model that says it itself, or does not have it."""
+    if given := [name for name, value in told.items() if value is not None and name not in allowed]:
+        raise ValueError(f"{given[0]} is for another program's weights in one file that do not say it, and {path} "
+                         "needs none; leave it out")  # fmt: skip
+
+
 def _from_single_file(
     file: Path, autoencoder: StrPath | None, told: dict[str, Any]
 ) -> Denoiser | Segmenter | Autoencoder:
@@ -145,8 +159,7 @@ def _from_single_file(
     tensors = read_tensors(file)
     if holds_unet(tensors) or not (holds_segmenter(tensors) or holds_autoencoder(tensors)):
         return Denoiser(**vars(import_single_file(file, Untold(**told), autoencoder=autoencoder)))
-    if given := [name for name, value in told.items() if value is not None and name != "image_size"]:
-        raise ValueError(f"{given[0]} is for a denoiser, and {file} holds none; leave it out")
+    _check_told(told, ("image_size",), file)
     if holds_segmenter(tensors):
         return segmenter_of(tensors, file, window_size=told["image_size"])
     network = pretrained_autoencoder(file)
