@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", "configs", "unet_diffusion"]
 IMPORTS_OF_EXTRAS = {
-    "segmentation_models_pytorch": ("encoders",),
+    "segmentation_models_pytorch": ["encoders"],
     "gradio": ["explore"],
     "transformers": ["text"],
     "tokenizers": ["text"],
