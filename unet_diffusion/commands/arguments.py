@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, "CHECKPOINT"]
 File = Annotated[Path, "FILE"]
 Folder = Annotated[Path, "DIR"]
+Pipeline = Annotated[Path, "PIPELINE"]
 Size = Annotated[tuple[int, int], "H W"]
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]  # those of `speed.py`, which imports PyTorch
 Precision = Literal["auto", "float32", "bfloat16", "float16"]  # those of `precision.py`, which imports it too, and auto
+PredictionType = Literal["epsilon", "sample", "v_prediction"]  # those of `schedule.py`, which imports PyTorch
+Normalization = Literal["imagenet", "unit"]  # those of `encoder_segmenters.py`, which imports it too
 BadFiles = Literal["error", "skip"]
 
 

@@ -1,8 +1,15 @@
-"""export: a checkpoint becomes a folder that diffusers loads."""
+"""export: a checkpoint becomes a folder that diffusers loads, or one file of weights."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from unet_diffusion.commands.arguments import Checkpoint, Folder, check_exists
+from unet_diffusion.runtime.messages import UsageError
+
+if TYPE_CHECKING:
+    from unet_diffusion.inference.autoencoder import Autoencoder
+    from unet_diffusion.inference.denoiser import Denoiser
+    from unet_diffusion.inference.segmenter import Segmenter
 
 
 def export(
@@ -12,32 +19,95 @@ def export(
     overwrite: bool = False,
     autoencoder: Folder | None = None,
     allow: Annotated[list[str], "MODULE"] | None = None,
+    push_to_hub: Annotated[str, "OWNER/NAME"] | None = None,
+    license: str | None = None,
+    private: bool = False,
 ) -> None:
-    """Write a checkpoint as a diffusers pipeline folder.
+    """Write a checkpoint as a diffusers pipeline folder, or as one file of weights.
 
         unet-diffusion export runs/digits pipeline
 
     The folder loads with diffusers, without this package. It is loaded again and compared with the checkpoint before
     the command ends. Where no pipeline of diffusers draws the same images, the folder holds the code of one that does.
-    A checkpoint of an autoencoder becomes an autoencoder of diffusers.
+    A checkpoint of an autoencoder becomes an autoencoder of diffusers. That of a segmenter becomes a folder with
+    config.json and model.safetensors, which this package loads.
+
+    A name that ends in .safetensors makes one file in the layout of latent diffusion or Stable Diffusion, without the
+    tokenizer of captions:
+
+        unet-diffusion export runs/latents model.safetensors
+
+    --push_to_hub makes a model on the Hugging Face Hub of the folder, whose card has the training's settings, and the
+    figures and samples of the run. Log in before with `hf auth login`.
+
+        unet-diffusion export runs/digits pipeline --push_to_hub owner/name --license apache-2.0
 
     Args:
         checkpoint: The .ckpt file, run folder or diffusers pipeline folder to read.
-        folder: The folder to make.
-        overwrite: Replace the folder if it is an earlier export.
+        folder: The folder to make, or the .safetensors file.
+        overwrite: Replace the folder or the file if it is an earlier export.
         autoencoder: The folder of the autoencoder of a denoiser of latents, if it is not where it was in training.
         allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
+        push_to_hub: The name of the model on the hub, which is made if it is not there.
+        license: The licence of the model on the hub, in its words, such as apache-2.0.
+        private: Make the model on the hub a private one.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        UsageError: If an option for the hub has no model there, or a single file is to be pushed.
+        FileNotFoundError: If there is no such checkpoint, or the hub cannot be reached.
         FileExistsError: If the folder exists and is not to be replaced, or holds other files.
         ValueError: If diffusers has no counterpart of the network.
     """
     check_exists("CHECKPOINT", checkpoint)
+    _check_push(folder, push_to_hub, license, private=private)
     from unet_diffusion.inference.autoencoder import Autoencoder
     from unet_diffusion.inference.loading import load
+    from unet_diffusion.inference.segmenter import Segmenter
+    from unet_diffusion.runtime.tensor_files import is_single_file_name
 
     model = load(checkpoint, allow=allow or (), autoencoder=autoencoder)
     model.export(folder, overwrite=overwrite)
-    kind = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
-    print(f"{folder} holds the {kind}; loaded again with diffusers, it gives the same output")
+    if is_single_file_name(folder):
+        print(f"{folder} holds the weights; read again, they are the same. {_how_to_import(model, folder)}")
+        return
+    if isinstance(model, Segmenter):
+        print(f"{folder} holds the segmenter; read again, it is the same")
+    else:
+        kind = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
+        print(f"{folder} holds the {kind}; loaded again with diffusers, it gives the same output")
+    if push_to_hub is not None:
+        from unet_diffusion.diffusers_io.publishing import publish
+
+        run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+        print(f"pushed to {publish(folder, push_to_hub, run=run, licence=license, private=private)}")
+
+
+def _check_push(folder: Path, name: str | None, licence: str | None, *, private: bool) -> None:
+    """Refuse options for the hub that do not fit, before seconds are spent."""
+    from unet_diffusion.diffusers_io.publishing import check_licence
+    from unet_diffusion.runtime.hub import check_hub_name
+    from unet_diffusion.runtime.tensor_files import is_single_file_name
+
+    if name is None:
+        if licence is not None or private:
+            raise UsageError("--license and --private are for --push_to_hub; add it, or leave them out")
+        return
+    check_hub_name(name)
+    check_licence(licence)
+    if is_single_file_name(folder):
+        raise UsageError(f"--push_to_hub pushes a folder, got {folder}; give a name without .safetensors")
+
+
+def _how_to_import(model: "Denoiser | Segmenter | Autoencoder", file: Path) -> str:
+    """The command that imports a file, with all that its weights do not say."""
+    from unet_diffusion.inference.denoiser import Denoiser
+
+    command = f"It is read by: unet-diffusion import {file} CHECKPOINT"
+    if not isinstance(model, Denoiser):
+        return command
+    from unet_diffusion.diffusers_io.single_file.exporting import untold_by
+
+    said = {name: value for name, value in vars(untold_by(model)).items() if value is not None}
+    if any(condition.batch_key == "captions" for condition in model.all_conditions):
+        said["tokenizer"] = "DIR"
+    return f"{command} {' '.join(f'--{name} {value}' for name, value in said.items())}"

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.configurations import complete, config_from_diffusers, schedule_from_diffusers
+from unet_diffusion.diffusers_io.single_file.network import read_unet
 from unet_diffusion.diffusers_io.weights import load_weights, read_weights
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.concat import Concat
@@ -51,7 +52,7 @@ def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath
     Args:
         model_or_folder: A UNet2DModel or UNet2DConditionModel, or a folder that holds one directly or in its subfolder
             unet. Weights are safetensors or .bin files, whole or in shards. A variant such as fp16 is read only if
-            there is no other.
+            there is no other. A .safetensors or .ckpt file has the layout of latent diffusion or Stable Diffusion.
 
     Raises:
         FileNotFoundError: If the folder or a file in it is missing.
@@ -61,6 +62,8 @@ def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath
         kind = UNet2DModel if isinstance(model_or_folder, UNet2DModel) else UNet2DConditionModel
         config = {**model_or_folder.config, "_class_name": kind.__name__}
         weights = model_or_folder.state_dict()
+    elif isinstance(model_or_folder, str | os.PathLike) and Path(model_or_folder).is_file():
+        return read_unet(model_or_folder)
     elif isinstance(model_or_folder, str | os.PathLike):
         folder = _unet_folder(Path(model_or_folder))
         config, weights = read_json(folder / "config.json"), {}
@@ -116,7 +119,7 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
         raise ValueError("force_zeros_for_empty_prompt must be true in model_index.json, got false: the null would be "
                          "another")  # fmt: skip
     if index.get("_class_name") == PAIRED:
-        _take_scaled_latents(unet, codec)
+        take_scaled_latents(unet, codec)
     _warn_of_lost_fields(scheduler_config, clip_sample=codec.clip_sample)
     return DenoiserParts(
         unet=unet,
@@ -228,8 +231,16 @@ def _maps(
 
 
 @torch.no_grad()
-def _take_scaled_latents(unet: DenoiserUNet, codec: Codec) -> None:
-    """Have a network of paired images take the normalised latents of the image; PAIRED gives it them as encoded."""
+def take_scaled_latents(unet: DenoiserUNet, codec: Codec) -> None:
+    """Have a network of paired images take the normalised latents of the image; PAIRED gives it them as encoded.
+
+    Args:
+        unet: The network, whose first convolution is changed.
+        codec: The codec of the latents.
+
+    Raises:
+        ValueError: If the latents are normalised by more than one scale.
+    """
     assert codec.space is not None
     if any(codec.space.mean):
         raise ValueError(f"the autoencoder of a {PAIRED} must have a scaling_factor alone, got latents_mean")

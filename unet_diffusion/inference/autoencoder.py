@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unet_diffusion.inference.record import write_checkpoint
 from unet_diffusion.inference.running import Running
+from unet_diffusion.runtime.tensor_files import is_single_file_name
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds
     from unet_diffusion.models.autoencoders import AutoencoderNetwork
@@ -84,15 +85,22 @@ class Autoencoder(Running):
         }
 
     def export(self, folder: StrPath, *, overwrite: bool = False) -> None:
-        """Write a folder that diffusers loads without this package, with the latents' scale if it is known.
+        """Write a folder that diffusers loads without this package, or one .safetensors file.
+
+        The folder has the latents' scale if it is known; the file has the layout of latent diffusion, and no scale.
 
         Args:
-            folder: The folder to make; it appears whole or not at all.
-            overwrite: Replace the folder, if everything in it was exported there.
+            folder: The folder to make, or the file, by its suffix; it appears whole or not at all.
+            overwrite: Replace the folder, if everything in it was exported there, or the file.
 
         Raises:
             FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
         """
+        if is_single_file_name(folder):
+            from unet_diffusion.diffusers_io.single_file.exporting import export_autoencoder_file
+
+            export_autoencoder_file(self.autoencoder, folder, overwrite=overwrite)
+            return
         from unet_diffusion.diffusers_io.exporting import export_autoencoder
 
         export_autoencoder(

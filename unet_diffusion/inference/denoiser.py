@@ -11,6 +11,7 @@ from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike, SampleOptions
 from unet_diffusion.models.speed import Speed
+from unet_diffusion.runtime.tensor_files import is_single_file_name
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds, so `drawing` imports it when the first image is drawn
     from unet_diffusion.inference.drawing import Drawing
@@ -138,16 +139,21 @@ class Denoiser(DenoiserParts, Running):
         save_denoiser(self, path)
 
     def export(self, folder: StrPath, *, overwrite: bool = False) -> None:
-        """Write a pipeline folder that diffusers loads without this package.
+        """Write a pipeline folder that diffusers loads without this package, or one .safetensors file.
 
         Args:
-            folder: The folder to make; it appears whole or not at all.
-            overwrite: Replace the folder, if everything in it was exported there.
+            folder: The folder to make, or the file, by its suffix; it appears whole or not at all.
+            overwrite: Replace the folder, if everything in it was exported there, or the file.
 
         Raises:
             FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
-            ValueError: If no such pipeline exists; the message says why.
+            ValueError: If no such pipeline, or layout of one file, exists; the message says why.
         """
+        if is_single_file_name(folder):
+            from unet_diffusion.diffusers_io.single_file.exporting import export_single_file
+
+            export_single_file(self, folder, overwrite=overwrite)
+            return
         from unet_diffusion.diffusers_io.exporting import export_pipeline
 
         export_pipeline(self, folder, overwrite=overwrite)

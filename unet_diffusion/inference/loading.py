@@ -3,12 +3,18 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from unet_diffusion.diffusers_io.segmenter_folder import holds_segmenter as holds_segmenter_folder
+from unet_diffusion.diffusion.schedule import PredictionType
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.encoder_segmenters import Normalization, encoder_segmenter, holds_encoder_unet
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
-from unet_diffusion.inference.record import checkpoint_file, kind_of
+from unet_diffusion.inference.record import KINDS, checkpoint_file, kind_of
+from unet_diffusion.inference.segmentation_files import holds_segmenter, segmenter_of
 from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.runtime.hub import download, is_hub_name
 from unet_diffusion.runtime.safe_loading import load_plain
 
 StrPath = str | os.PathLike[str]
@@ -16,22 +22,70 @@ PIPELINE_FILES = ("model_index.json", "unet/config.json", "config.json")  # a di
 
 
 def load(
-    path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None
+    path: StrPath,
+    *,
+    allow: Sequence[str] = (),
+    autoencoder: StrPath | None = None,
+    tokenizer: StrPath | None = None,
+    prediction_type: PredictionType | None = None,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+    head_channels: int | None = None,
+    scaling_factor: float | None = None,
+    normalization: Normalization | None = None,
+    revision: str | None = None,
 ) -> Denoiser | Segmenter | Autoencoder:
-    """The model in a run folder, a checkpoint file or a diffusers folder; print it to see a summary.
+    """The model in a run folder, a checkpoint file, a diffusers folder or on the hub; print it to see a summary.
 
     No code in the files is run. The model is on the CPU, in float32 and in eval mode; `to` moves it.
 
+    The arguments from tokenizer on are for one file of another program's weights: of latent diffusion, of Stable
+    Diffusion, or of a U-Net for segmentation with the names inc, down1, up1 and outc. They say what its weights do not;
+    None: as in the published models of its layout.
+
     Args:
-        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, or a local diffusers folder.
+        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, a local diffusers folder, or one file of another
+            program's weights; or the name of a model on the hub, owner/name, which is downloaded into its cache.
         allow: Further modules that you trust, whose classes a checkpoint may name.
         autoencoder: Current folder of the autoencoder of a denoiser of latents; None: its folder in training.
+        tokenizer: Folder of CLIP's tokenizer, for a denoiser that takes captions.
+        prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
+        image_size: Side of the images in pixels, or of the tiles of a segmenter.
+        num_heads: Number of attention heads.
+        head_channels: Channels of each attention head, in place of num_heads.
+        scaling_factor: Factor that brings the latents to unit variance.
+        normalization: What a network of segmentation_models_pytorch was trained on, which its folder does not say:
+            "unit" for images in [0, 1], "imagenet" for these normalised by ImageNet's mean and deviation.
+        revision: Branch, tag or commit of a model on the hub; None: the main branch.
 
     Raises:
-        FileNotFoundError: If there is no model at the path.
-        ValueError: If the model cannot be read, is damaged, or is not of this package.
+        FileNotFoundError: If there is no model at the path, or the hub cannot be reached.
+        ValueError: If the model cannot be read, is damaged, is not of this package, or something must be given that
+            its weights do not say.
     """
+    if is_hub_name(path):
+        path = download(path, revision)
+    elif revision is not None:
+        raise ValueError(f"revision is for a model on the hub, and {path} is here; leave it out")
+    told = {
+        "tokenizer": tokenizer,
+        "prediction_type": prediction_type,
+        "image_size": image_size,
+        "num_heads": num_heads,
+        "head_channels": head_channels,
+        "scaling_factor": scaling_factor,
+    }
+    if Path(path).is_dir() and holds_encoder_unet(Path(path)):
+        _check_told(told, ("image_size",), path)
+        return encoder_segmenter(Path(path), normalization=normalization, window_size=image_size)
+    if normalization is not None:
+        raise ValueError(f"normalization is for a folder of segmentation_models_pytorch, got {path}; leave it out")
+    if is_single_file(path):
+        return _from_single_file(Path(path), autoencoder, told)
+    _check_told(told, (), path)
     if not is_checkpoint(path):
+        if holds_segmenter_folder(Path(path)):
+            return Segmenter.from_pretrained(path, allow=allow)
         return _from_diffusers(Path(path), autoencoder)
     file = checkpoint_file(path)
     kind = kind_of(load_plain(file), file)
@@ -47,11 +101,12 @@ def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
         FileNotFoundError: If there is no model at the path.
         ValueError: If the model is not a denoiser, or cannot be read.
     """
-    if is_checkpoint(path):
+    if not is_hub_name(path) and is_checkpoint(path) and not is_single_file(path):
         return read_denoiser(path, allow=allow, autoencoder=autoencoder)
-    model = _from_diffusers(Path(path), autoencoder)
+    model = load(path, autoencoder=autoencoder)
     if not isinstance(model, Denoiser):
-        raise ValueError(f"{path} holds an autoencoder, not a denoiser; use unet-diffusion encode")
+        kind, command = ("a segmenter", "segment") if isinstance(model, Segmenter) else ("an autoencoder", "encode")
+        raise ValueError(f"{path} holds {kind}, not a denoiser; use unet-diffusion {command}")
     return model
 
 
@@ -70,6 +125,46 @@ def is_checkpoint(path: StrPath) -> bool:
         f"there is no model at {path}: it must be a checkpoint file, a run folder with checkpoints/last.ckpt, or a "
         "diffusers folder with model_index.json"
     )
+
+
+def is_single_file(path: StrPath) -> bool:
+    """Whether a path is a file of weights that another program wrote, rather than a checkpoint of this package.
+
+    Raises:
+        ValueError: If the file is no checkpoint, is damaged, or holds objects that could run code.
+    """
+    path = Path(path)
+    if not path.is_file() or path.suffix == ".safetensors":
+        return path.is_file()
+    content = load_plain(path)
+    return isinstance(content, dict) and not any(isinstance(content.get(kind), dict) for kind in KINDS)
+
+
+def _check_told(told: dict[str, Any], allowed: tuple[str, ...], path: StrPath) -> None:
+    """Refuse what a user says of a model that says it itself, or does not have it."""
+    if given := [name for name, value in told.items() if value is not None and name not in allowed]:
+        raise ValueError(f"{given[0]} is for another program's weights in one file that do not say it, and {path} "
+                         "needs none; leave it out")  # fmt: skip
+
+
+def _from_single_file(
+    file: Path, autoencoder: StrPath | None, told: dict[str, Any]
+) -> Denoiser | Segmenter | Autoencoder:
+    from unet_diffusion.diffusers_io.single_file.importing import Untold, import_single_file
+    from unet_diffusion.diffusers_io.single_file.layouts import holds_unet
+    from unet_diffusion.models.autoencoders import pretrained_autoencoder
+    from unet_diffusion.models.single_file import RESOLUTION, holds_autoencoder
+    from unet_diffusion.runtime.tensor_files import read_tensors
+
+    tensors = read_tensors(file)
+    if holds_unet(tensors) or not (holds_segmenter(tensors) or holds_autoencoder(tensors)):
+        return Denoiser(**vars(import_single_file(file, Untold(**told), autoencoder=autoencoder)))
+    _check_told(told, ("image_size",), file)
+    if holds_segmenter(tensors):
+        return segmenter_of(tensors, file, window_size=told["image_size"])
+    network = pretrained_autoencoder(file)
+    side = told["image_size"] or RESOLUTION
+    return Autoencoder(network, (network.config["in_channels"], side, side))
 
 
 def _from_diffusers(folder: Path, autoencoder: StrPath | None) -> Denoiser | Autoencoder:

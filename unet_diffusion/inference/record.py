@@ -48,8 +48,8 @@ def kind_of(checkpoint: Any, path: StrPath) -> ModelKind:
     kind = next((kind for kind in KINDS if isinstance(entries.get(kind), dict)), None)
     if kind is None:
         raise ValueError(
-            f"{path} was not written by {PACKAGE}; convert another program's weights to a diffusers folder and import "
-            "that"
+            f"{path} was not written by {PACKAGE}; unet-diffusion import makes a checkpoint of the weights of other "
+            "programs that it knows"
         )
     return kind
 

@@ -1,9 +1,10 @@
 """A trained segmenter, which makes masks."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.init_images import check_tensor, read_at_its_own_size
-from unet_diffusion.inference.record import network_record, write_checkpoint
+from unet_diffusion.inference.record import explained, network_record, network_with_weights, write_checkpoint
+from unet_diffusion.inference.record_checks import check_record, no_larger_than
 from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.runtime.hub import download, is_hub_name
 from unet_diffusion.segmentation.labels import (
     DISTANCE,
     MIN_SIZE,
@@ -211,13 +214,48 @@ class Segmenter(Running):
         """The plain values that a checkpoint holds beside the weights."""
         return {"unet": network_record(self.unet), **{name: getattr(self, name) for name in FIELDS}}
 
-    def export(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Not possible: diffusers has no pipeline for segmentation.
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a folder with config.json, model.safetensors and README.md, which `load` and `from_pretrained` read.
+
+        Args:
+            folder: The folder to make; it appears whole or not at all.
+            overwrite: Replace the folder, if everything in it was exported there.
 
         Raises:
-            ValueError: Always.
+            FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
         """
-        raise ValueError("a segmenter cannot be exported, as diffusers has no pipeline for it; pass on its checkpoint")
+        from unet_diffusion.diffusers_io.segmenter_folder import save_segmenter_folder
+
+        save_segmenter_folder(self.record(), self.unet.state_dict(), folder, overwrite=overwrite)
+
+    export = save_pretrained
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | os.PathLike[str], *, revision: str | None = None, allow: Sequence[str] = ()
+    ) -> "Segmenter":
+        """The segmenter in a folder of `save_pretrained`, or of that name on the hub.
+
+        Args:
+            name_or_folder: A folder, or owner/name.
+            revision: Branch, tag or commit of a model on the hub; None: the main branch.
+            allow: Further modules that you trust, whose classes the folder may name.
+
+        Raises:
+            FileNotFoundError: If there is no such segmenter, or the hub cannot be reached.
+            ValueError: If the folder is damaged, or holds something else.
+        """
+        from unet_diffusion.diffusers_io.segmenter_folder import holds_segmenter, read_segmenter_folder
+
+        folder = download(name_or_folder, revision) if is_hub_name(name_or_folder) else Path(name_or_folder)
+        if not holds_segmenter(folder):
+            raise ValueError(f"{name_or_folder} must hold a segmenter of save_pretrained, with config.json")
+        record, weights = read_segmenter_folder(folder)
+        with explained(folder, "segmenter"), no_larger_than(weights):
+            check_record(record, "segmenter")
+            named = {f"ema_unet.{key}": value for key, value in weights.items()}
+            fields = {name: record[name] for name in FIELDS}
+            return cls(unet=network_with_weights(record["unet"], named, allow), **fields)
 
     def __repr__(self) -> str:
         weights = sum(parameter.numel() for parameter in self.unet.parameters())

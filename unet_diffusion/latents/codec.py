@@ -240,7 +240,7 @@ def latent_space_of(
         scaling_factor: The scale; None: the scale, means and deviations in the autoencoder's configuration.
 
     Raises:
-        ValueError: If the autoencoder does not take images of this shape.
+        ValueError: If the autoencoder does not take images of this shape, or its scale is not known.
     """
     from unet_diffusion.models.autoencoders import downsampling, num_latent_channels
 
@@ -265,6 +265,11 @@ def latent_space_of(
     # diffusers' pipelines for Stable Diffusion XL decode latents * latents_std / scaling_factor + latents_mean.
     mean, std = (autoencoder.config.get(name) for name in MOMENTS)
     scale = autoencoder.config["scaling_factor"]
+    if scale is None:
+        raise ValueError(
+            f"{folder} does not say by which scaling_factor its latents are divided; set it: 0.18215 for autoencoders "
+            "of Stable Diffusion 1 and 2, 0.13025 for those of XL"
+        )
     return replace(space, mean=tuple(mean or space.mean), std=tuple(value / scale for value in std or space.std))
 
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor
 
+from unet_diffusion.models.single_file import single_file_autoencoder
 from unet_diffusion.runtime.atomic_files import read_json
 from unet_diffusion.runtime.safe_loading import check_safetensors
 
@@ -83,15 +84,17 @@ def vq_autoencoder(
 def pretrained_autoencoder(
     folder: str | os.PathLike[str],
 ) -> ModelMixin:  # no union, as YAML files name this function where they want a model
-    """Load the autoencoder in a diffusers folder, or in the folder vae, vqvae or autoencoder inside it.
+    """Load the autoencoder in a diffusers folder, or in the folder vae, vqvae or autoencoder inside it, or in a file.
 
     Args:
-        folder: Path of the folder.
+        folder: Path of the folder, or of a file of the layout of latent diffusion; see `single_file.py`.
 
     Raises:
         FileNotFoundError: If there is no autoencoder, or none with weights in safetensors.
         ValueError: If the model has another class, or weights are missing or left over.
     """
+    if Path(folder).is_file():
+        return single_file_autoencoder(folder)
     kind, path = autoencoder_class(folder)
     check_safetensors(path, "diffusion_pytorch_model")
     autoencoder, report = kind.from_pretrained(

@@ -22,6 +22,7 @@ class DoubleConv(nn.Module):
         make_norm: Function that makes the norm for a number of channels.
         emb_channels: Length D of the embedding; None for a block without one.
         dropout: Probability of zeroing an activation of the output; 0 is off.
+        mid_channels: Channels between the convolutions; None: those of the output.
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class DoubleConv(nn.Module):
         make_norm: Callable[[int], nn.Module],
         emb_channels: int | None = None,
         dropout: float = 0.0,
+        mid_channels: int | None = None,
     ):
         super().__init__()
-        self.conv1 = Conv3x3(in_channels, out_channels, padded=padded)
-        self.norm1 = make_norm(out_channels)
-        self.time_emb_proj = None if emb_channels is None else nn.Linear(emb_channels, out_channels)
-        self.conv2 = Conv3x3(out_channels, out_channels, padded=padded)
+        mid_channels = mid_channels or out_channels
+        self.conv1 = Conv3x3(in_channels, mid_channels, padded=padded)
+        self.norm1 = make_norm(mid_channels)
+        self.time_emb_proj = None if emb_channels is None else nn.Linear(emb_channels, mid_channels)
+        self.conv2 = Conv3x3(mid_channels, out_channels, padded=padded)
         self.norm2 = make_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
 
@@ -79,6 +82,22 @@ class PooledDownBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None) -> list[Tensor]:
         """Return the only map of the level, in a list."""
         return [self.double_conv(F.max_pool2d(x, 2), emb, context)]
+
+
+class InterpolatedUpBlock(nn.Module):
+    """A level of the expanding path: bilinear doubling with aligned corners, the skip concatenated, double convolution.
+
+    Args:
+        double_conv: The double convolution; it takes the channels from below and of the skip.
+    """
+
+    def __init__(self, double_conv: DoubleConv):
+        super().__init__()
+        self.double_conv = double_conv
+
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor | None, context: Tensor | None) -> Tensor:
+        doubled = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return self.double_conv(crop_and_concat(doubled, skips.pop()), emb, context)
 
 
 class UpConvBlock(nn.Module):

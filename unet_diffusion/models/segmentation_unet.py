@@ -8,12 +8,19 @@ from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
 
-from unet_diffusion.models.double_conv import DoubleConv, PooledDoubleConv, PooledDownBlock, UpConvBlock
+from unet_diffusion.models.double_conv import (
+    DoubleConv,
+    InterpolatedUpBlock,
+    PooledDoubleConv,
+    PooledDownBlock,
+    UpConvBlock,
+)
 from unet_diffusion.models.embeddings import TimestepEmbedding
 from unet_diffusion.models.unet import PixelNetwork, UNet
 
 Padding = Literal["valid", "same"]
 Norm = Literal["batch", "group"]
+Upsampling = Literal["transposed", "bilinear"]
 
 NORM_NUM_GROUPS = 32  # at most (Wu & He 2018)
 
@@ -36,6 +43,9 @@ class SegmentationUNet(UNet, PixelNetwork):
         timestep_embedding: Whether forward takes timesteps, whose embedding is added within every double convolution
             except the first.
         num_class_embeds: Rows of the class embedding, which is added to the timestep's; None for no classes.
+        upsampling: "transposed" for the paper's up-convolution, or "bilinear" for interpolation, after which the double
+            convolution of a level gives the width of the level above; the last two widths must then be equal.
+        unit_range: Whether the first convolution sees images in [0, 1]; forward takes them in [-1, 1] either way.
 
     Raises:
         ValueError: If there are fewer than two levels, or an argument is out of its range.
@@ -52,7 +62,10 @@ class SegmentationUNet(UNet, PixelNetwork):
         dropout: float = 0.0,
         timestep_embedding: bool = False,
         num_class_embeds: int | None = None,
+        upsampling: Upsampling = "transposed",
+        unit_range: bool = False,
     ):
+        _check_upsampling(channels, upsampling)
         _check_arguments(channels, padding, norm, timestep_embedding, num_class_embeds)
         emb_channels = 4 * channels[0] if timestep_embedding else None
         first_conv = partial(DoubleConv, padded=padding == "same", make_norm=_norm_maker(norm))
@@ -65,9 +78,7 @@ class SegmentationUNet(UNet, PixelNetwork):
                 for above, width, p in zip(channels[:-2], channels[1:-1], dropouts[1:-1], strict=True)
             ],
             mid_block=PooledDoubleConv(double_conv(channels[-2], channels[-1], dropout=dropouts[-1])),
-            up_blocks=[
-                UpConvBlock(below, double_conv(2 * width, width)) for width, below in reversed(list(pairwise(channels)))
-            ],
+            up_blocks=_up_blocks(channels, upsampling, double_conv),
         )
         if emb_channels is not None:
             self.time_embedding = TimestepEmbedding(channels[0], emb_channels)
@@ -83,6 +94,8 @@ class SegmentationUNet(UNet, PixelNetwork):
             "dropout": dropout,
             "timestep_embedding": timestep_embedding,
             "num_class_embeds": num_class_embeds,
+            "upsampling": upsampling,
+            "unit_range": unit_range,
         }
         self.size_step = 2 ** (len(channels) - 1)
         self.margin = 0 if padding == "same" else 6 * self.size_step - 4  # see `smallest_size`
@@ -112,7 +125,23 @@ class SegmentationUNet(UNet, PixelNetwork):
             ValueError: If the network does not take the size, or timesteps or labels are missing or not wanted.
         """
         self.check_size(*x.shape[-2:])
+        x = (x + 1) / 2 if self.config["unit_range"] else x
         return self.conv_out(self.wire(x, self.embed(t, labels)))
+
+
+def _up_blocks(
+    channels: Sequence[int], upsampling: Upsampling, double_conv: Callable[..., DoubleConv]
+) -> Sequence[nn.Module]:
+    """The levels of the expanding path, from the lowest up."""
+    if upsampling == "transposed":
+        return [
+            UpConvBlock(below, double_conv(2 * width, width)) for width, below in reversed(list(pairwise(channels)))
+        ]
+    above = [channels[0], *channels[:-2]]
+    return [
+        InterpolatedUpBlock(double_conv(2 * width, out, mid_channels=width))
+        for width, out in reversed(list(zip(channels[:-1], above, strict=True)))
+    ]
 
 
 def _norm_maker(norm: Norm | None) -> Callable[[int], nn.Module]:
@@ -131,6 +160,13 @@ def _initialise(model: nn.Module) -> None:
             places = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)
             nn.init.normal_(module.weight, std=math.sqrt(2 / (places * module.in_channels)))
             nn.init.zeros_(cast(Tensor, module.bias))
+
+
+def _check_upsampling(channels: Sequence[int], upsampling: str) -> None:
+    if upsampling not in get_args(Upsampling):
+        raise ValueError(f"upsampling must be 'transposed' or 'bilinear', got {upsampling!r}")
+    if upsampling == "bilinear" and len(channels) > 1 and channels[-1] != channels[-2]:
+        raise ValueError(f"the last two channels must be equal for bilinear upsampling, got {list(channels)}")
 
 
 def _check_arguments(

@@ -94,7 +94,7 @@ class TextTokens(Condition):
             ValueError: If vocab_size has no room for the 256 bytes, within a word and at its end.
         """
         if self.tokenizer is None:
-            self._take(_tokenizer_of(captions, self.config["vocab_size"]))
+            self.take_tokenizer(_tokenizer_of(captions, self.config["vocab_size"]))
 
     def token_ids(self, captions: Sequence[str]) -> Tensor:
         """The token ids of captions, (N, max_length) int64, padded at the end.
@@ -215,10 +215,15 @@ class TextTokens(Condition):
         if len(state):
             words = json.loads(bytes(state.tolist()))
             merges = [tuple(pair) for pair in words["merges"]]
-            tokenizer_class = _transformers().CLIPTokenizer
-            self._take(tokenizer_class(vocab=words["vocab"], merges=merges, pad_token=words["pad_token"]))
+            tokenizer_class = import_transformers().CLIPTokenizer
+            self.take_tokenizer(tokenizer_class(vocab=words["vocab"], merges=merges, pad_token=words["pad_token"]))
 
-    def _take(self, tokenizer: "CLIPTokenizer") -> None:
+    def take_tokenizer(self, tokenizer: "CLIPTokenizer") -> None:
+        """Read captions with this tokenizer from now on.
+
+        Raises:
+            ValueError: If it has more tokens than the vocabulary of the transformer.
+        """
         num_tokens, vocab_size = len(tokenizer), self.config["vocab_size"]
         if num_tokens > vocab_size:
             raise ValueError(f"vocab_size must be at least the tokenizer's {num_tokens} tokens, got {vocab_size}")
@@ -244,7 +249,7 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
     """
     folder = Path(folder)
     text = TextTokens(**{**text_config(folder / "text_encoder"), "frozen": frozen, "dropout": dropout})
-    load_frozen(text, _transformers().CLIPTextModel, folder / "text_encoder", folder / "tokenizer")
+    load_frozen(text, import_transformers().CLIPTextModel, folder / "text_encoder", folder / "tokenizer")
     return text
 
 
@@ -297,7 +302,7 @@ def load_frozen(text: TextTokens, kind: Any, encoder: Path, tokenizer: Path, con
         dtype=torch.float32,
     )
     text.encoder.load_state_dict(getattr(model, "text_model", model).state_dict())
-    text._take(_transformers().CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True))
+    text.take_tokenizer(import_transformers().CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True))
     return model
 
 
@@ -310,7 +315,7 @@ def _tokenizer_of(captions: Sequence[str], vocab_size: int) -> "CLIPTokenizer":
         raise ValueError(f"vocab_size must be at least {SMALLEST_VOCAB}, for single bytes, got {vocab_size}; raise it")
     alphabet = sorted(ByteLevel.alphabet())
     single = [*SPECIAL, *alphabet, *(byte + WORD_END for byte in alphabet)]
-    tokenizer_class = _transformers().CLIPTokenizer
+    tokenizer_class = import_transformers().CLIPTokenizer
     backend = tokenizer_class(vocab=dict(SPECIAL), merges=[]).backend_tokenizer
     # The trainer breaks ties by token id and gives ids in hash order, except that "special" tokens come first.
     trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=single, end_of_word_suffix=WORD_END, show_progress=False)
@@ -328,7 +333,7 @@ def _check_build(config: dict[str, Any], path: Path) -> None:
 
 
 def _text_model(config: dict[str, Any]) -> "CLIPTextModel":
-    transformers = _transformers()
+    transformers = import_transformers()
     return transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             hidden_size=config["context_dim"],
@@ -347,7 +352,12 @@ def _text_model(config: dict[str, Any]) -> "CLIPTextModel":
     )
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The package transformers.
+
+    Raises:
+        ImportError: If it is missing; the message names the extra that installs it.
+    """
     try:
         import transformers
     except ImportError as error:

@@ -1,0 +1,222 @@
+"""Models pushed to the hub and loaded from it by name, against a stand-in of the hub on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from hub import TOKEN, serve
+from huggingface_hub import ModelCard, constants
+
+import unet_diffusion as ud
+from unet_diffusion.diffusers_io.publishing import completed_card
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.runtime.hub import check_hub_name, is_hub_name
+
+NAME = "someone/model"
+ADDRESS = "/{repo_id}/resolve/{revision}/{filename}"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """The hub of this process, with an empty cache and a token."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.endpoint}{ADDRESS}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path)
+    return server
+
+
+def denoiser() -> ud.Denoiser:
+    torch.manual_seed(0)
+    unet = ud.DenoiserUNet(1, (8, 16), norm_num_groups=4)
+    settings = {"model": {"optimizer": {"lr": 0.001}}}
+    return ud.Denoiser(unet=unet.eval(), schedule=NoiseSchedule(50), sample_shape=(1, 8, 8), settings=settings)
+
+
+def segmenter() -> ud.Segmenter:
+    torch.manual_seed(0)
+    unet = ud.SegmentationUNet(1, 2, channels=(4, 8), padding="same", norm="batch").eval()
+    options = {"timestep": None, "stretch": True, "window_size": 32, "threshold": 0.4, "min_size": 7}
+    return ud.Segmenter(unet=unet, kind="binary", class_names=["background", "cell"], **options)
+
+
+def test_run_is_pushed_with_its_card_and_loaded_by_its_name(hub, run_cli, tmp_path):
+    run = tmp_path / "run"
+    denoiser().save(run / "checkpoints" / "last.ckpt")
+    (run / "samples.png").write_bytes(b"a picture")
+    figure = {"title": "Fréchet distance", "value": 12.5, "interval": [11.0, 14.0], "better": "lower"}
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps({"figures": {"fd": figure}}))
+    options = ["--push_to_hub", NAME, "--license", "apache-2.0", "--private"]
+    status, *written = run_cli("export", run, tmp_path / "pipeline", *options)
+    assert status == 0, written
+    assert f"pushed to {hub.endpoint}/{NAME}" in written[0]
+    assert NAME in hub.private
+    files = hub.repositories[NAME][-1]
+    assert files["pictures/samples.png"] == b"a picture"
+    weights = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert files["unet/diffusion_pytorch_model.safetensors"] == weights.read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "diffusers")
+    assert {"image-generation", "unconditional", "unet-diffusion"} <= {*card.data.tags}
+    for words in (f'from_pretrained("{NAME}")', "lr: 0.001", "| Fréchet distance | 12.5 | 11 to 14 | lower |",
+                  "(pictures/samples.png)", "## Licence\napache-2.0"):  # fmt: skip
+        assert words in card.text
+    assert_nothing_holds_the_token(written, tmp_path, hub)
+
+    # In a process of its own, as huggingface_hub reads its settings when it is imported.
+    code = f"import unet_diffusion as ud; ud.load({NAME!r}).save('again.ckpt'); print(ud.load('hf://{NAME}'))"
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    ours, again = denoiser().unet.state_dict(), ud.load(tmp_path / "again.ckpt").unet.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in ours.items())
+    assert_nothing_holds_the_token([done.stdout, done.stderr], tmp_path, hub)
+
+
+def assert_nothing_holds_the_token(printed, folder, hub):
+    assert TOKEN not in "".join(printed)
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    assert not [path for commits in hub.repositories.values() for files in commits
+                for path, content in files.items() if TOKEN.encode() in content]  # fmt: skip
+
+
+def test_segmenter_is_pushed_and_imported_at_a_revision(hub, run_cli, tmp_path):
+    name = "someone/cells"
+    segmenter().save(tmp_path / "cells.ckpt")
+    status, _, err = run_cli("export", tmp_path / "cells.ckpt", tmp_path / "folder", "--push_to_hub", name)
+    assert status == 0, err
+    first, _ = hub.files(name, "main")
+    card = ModelCard(hub.repositories[name][-1]["README.md"].decode())
+    assert "image-segmentation" in card.data.tags
+    assert f'ud.load("{name}")' in card.text
+    hub.commit(name, {"config.json": b"{}"})  # a later commit, which is not wanted
+    status, _, err = run_cli("import", name, tmp_path / "imported.ckpt", "--revision", first)
+    assert status == 0, err
+    image = torch.rand(1, 16, 16) * 2 - 1
+    expected = segmenter().segment(image).probabilities
+    assert (ud.load(tmp_path / "imported.ckpt").segment(image).probabilities == expected).all()
+    status, _, err = run_cli("import", name, tmp_path / "other.ckpt", "--revision", "nowhere")
+    assert status != 0
+    assert "someone/cells on the hub has no revision nowhere" in err
+
+
+def test_cache_serves_without_a_network(hub, tmp_path, monkeypatch):
+    name = "someone/offline"
+    segmenter().save_pretrained(tmp_path / "made")
+    hub.commit(name, files_in(tmp_path / "made"))
+    ud.load(name)
+    asked = len(hub.seen)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert ud.load(name).record() == segmenter().record()
+    assert len(hub.seen) == asked
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"the hub cannot be reached, nor is the model in its cache"):
+        ud.load(name)
+
+
+def test_hub_that_does_not_answer_is_said(hub, tmp_path, monkeypatch, run_cli):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(FileNotFoundError, match=r"the hub cannot be reached, nor is the model in its cache"):
+        ud.load("someone/far")
+    denoiser().save(tmp_path / "some.ckpt")
+    status, _, err = run_cli("export", "some.ckpt", "pipeline", "--push_to_hub", "someone/far")
+    assert status != 0
+    assert "the hub cannot be reached for someone/far; connect to the network" in err
+
+
+def files_in(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_safetensors_in_full_precision_are_downloaded(hub, tmp_path):
+    name = "someone/crowded"
+    denoiser().export(tmp_path / "pipeline")
+    files = files_in(tmp_path / "pipeline")
+    unwanted = {"model.safetensors": b"1", "model.ckpt": b"2", "unet/diffusion_pytorch_model.fp16.safetensors": b"3",
+                "unet/diffusion_pytorch_model.bin": b"4", "pipeline.py": b"5"}  # fmt: skip
+    hub.commit(name, {**files, **unwanted})
+    ud.load(name)
+    asked = {path.rpartition("/")[2] for path in hub.seen if f"/{name}/resolve/" in path}
+    assert "diffusion_pytorch_model.safetensors" in asked
+    assert not asked & {path.rpartition("/")[2] for path in unwanted}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "message"),
+    [
+        (["import", "nobody/nothing", "new.ckpt"], TOKEN, "no model of this name on the hub that you may use"),
+        (["export", "some.ckpt", "pipeline", "--push_to_hub", "me/new"], "hf_wrong", "refused me/new (status 401)"),
+        (["export", "some.ckpt", "pipeline", "--push_to_hub", "just-a-name"], TOKEN, "must be named as owner/name"),
+        (["export", "some.ckpt", "pipeline", "--license", "mit"], TOKEN, "--license and --private are for"),
+        (
+            ["export", "some.ckpt", "pipeline", "--push_to_hub", "a/b", "--license", "My own"],
+            TOKEN,
+            "a licence must be",
+        ),
+        (["export", "some.ckpt", "one.safetensors", "--push_to_hub", "a/b"], TOKEN, "--push_to_hub pushes a folder"),
+    ],
+)
+def test_what_the_hub_does_not_take_is_said_in_a_line(hub, run_cli, tmp_path, monkeypatch, arguments, token, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    denoiser().save(tmp_path / "some.ckpt")
+    status, out, err = run_cli(*arguments)
+    assert status != 0
+    assert message in err
+    assert "Traceback" not in err
+    assert token not in out + err
+
+
+def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert [is_hub_name(name) for name in ("owner/name", "hf://owner/name", "runs/digits", "name", "a/b/c", "./a")] == [
+        *(True, True, False, False, False, False),
+    ]
+    assert check_hub_name("hf://owner/name") == "owner/name"
+
+
+def test_segmenter_of_save_pretrained_is_the_same(tmp_path):
+    segmenter().save_pretrained(tmp_path / "folder")
+    for again in (ud.Segmenter.from_pretrained(tmp_path / "folder"), ud.load(tmp_path / "folder")):
+        assert again.record() == segmenter().record()
+        weights = again.unet.state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in segmenter().unet.state_dict().items())
+    with pytest.raises(FileExistsError, match="exists and is not overwritten"):
+        segmenter().save_pretrained(tmp_path / "folder")
+    segmenter().save_pretrained(tmp_path / "folder", overwrite=True)
+
+
+def test_folder_of_a_segmenter_that_is_no_segmenter_is_refused(tmp_path):
+    segmenter().save_pretrained(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["unet"]["class_path"] = "os.system"
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="os"):
+        ud.load(tmp_path / "folder")
+    with pytest.raises(ValueError, match="must hold a segmenter of save_pretrained"):
+        ud.Segmenter.from_pretrained(tmp_path)
+
+
+def test_card_without_a_licence_keeps_its_words():
+    card = "---\nlibrary_name: x\n---\n# A\n\n## Licence\nNot stated.\n"
+    figure = {"title": "Dice", "value": 0.9, "interval": None, "better": "higher"}
+    nothing = {**figure, "value": None}
+    made = completed_card(card, "a/b", licence=None, figures={"dice": figure, "no": nothing}, pictures=[])
+    assert made.endswith("## Evaluation\n| figure | value | 95 % interval | better |\n| --- | --- | --- | --- |\n"
+                         "| Dice | 0.9 |  | higher |\n\n## Licence\nNot stated.\n")  # fmt: skip
+    assert yaml.safe_load(made.split("---\n")[1]) == {"library_name": "x"}

@@ -1,0 +1,168 @@
+"""Segmenters in files of the layout inc, down, up, outc, beside a network of these names that is written here."""
+
+import numpy as np
+import pytest
+import torch
+from denoisers import randomise
+from safetensors.torch import save_file
+from torch import nn
+
+import unet_diffusion as ud
+
+
+class DoubleConv(nn.Module):
+    def __init__(self, channels, mid, out, bias):
+        super().__init__()
+        self.double_conv = nn.Sequential(
+            *(nn.Conv2d(channels, mid, 3, padding=1, bias=bias), nn.BatchNorm2d(mid), nn.ReLU()),
+            *(nn.Conv2d(mid, out, 3, padding=1, bias=bias), nn.BatchNorm2d(out), nn.ReLU()),
+        )
+
+    def forward(self, x):
+        return self.double_conv(x)
+
+
+class Down(nn.Module):
+    def __init__(self, channels, out, bias):
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(channels, out, out, bias))
+
+    def forward(self, x):
+        return self.maxpool_conv(x)
+
+
+class Up(nn.Module):
+    def __init__(self, channels, out, bilinear, bias):
+        super().__init__()
+        if bilinear:
+            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        else:
+            self.up = nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+        self.conv = DoubleConv(channels, channels // 2 if bilinear else out, out, bias)
+
+    def forward(self, below, skip):
+        return self.conv(torch.cat([skip, self.up(below)], dim=1))
+
+
+class Out(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, classes, 1)
+
+
+class Net(nn.Module):
+    """Four levels down, with the names of the layout."""
+
+    def __init__(self, channels=3, classes=2, *, bilinear=False, bias=False, width=4):
+        super().__init__()
+        half = 2 if bilinear else 1
+        self.inc = DoubleConv(channels, width, width, bias)
+        for level in range(1, 5):
+            out = width * 2**level // (half if level == 4 else 1)
+            setattr(self, f"down{level}", Down(width * 2 ** (level - 1), out, bias))
+        for level in range(1, 5):
+            below = width * 2 ** (5 - level)
+            out = below // 2 // (half if level < 4 else 1)
+            setattr(self, f"up{level}", Up(below, out, bilinear, bias))
+        self.outc = Out(width, classes)
+
+    def forward(self, x):
+        maps = [self.inc(x)]
+        for level in range(1, 5):
+            maps.append(getattr(self, f"down{level}")(maps[-1]))
+        x = maps.pop()
+        for level in range(1, 5):
+            x = getattr(self, f"up{level}")(x, maps.pop())
+        return self.outc.conv(x)
+
+
+def tiny(**options) -> Net:
+    torch.manual_seed(0)
+    net = randomise(Net(**options).train())
+    with torch.no_grad():
+        net.train()(torch.rand(4, options.get("channels", 3), 32, 32))  # running statistics of its own
+    return net.eval()
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("channels", "classes"), [(3, 2), (1, 5)])
+@torch.no_grad()
+def test_network_gives_the_scores_of_the_layout(bilinear, bias, channels, classes, tmp_path):
+    net = tiny(bilinear=bilinear, bias=bias, channels=channels, classes=classes)
+    torch.save({**net.state_dict(), "mask_values": [0, 1]}, tmp_path / "net.pth")
+    ours = ud.load(tmp_path / "net.pth")
+    x = torch.rand(2, channels, 32, 48)
+    torch.testing.assert_close(ours.unet(2 * x - 1), net(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_probabilities_are_those_of_the_network(tmp_path):
+    net = tiny(classes=3)
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    segmenter = ud.load(tmp_path / "net.safetensors")
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    expected = net(x).softmax(dim=1)[0].numpy()
+    np.testing.assert_allclose(segmenter.segment(image).probabilities, expected, atol=1e-5)
+    assert (segmenter.kind, segmenter.class_names) == ("classes", ["0", "1", "2"])
+
+
+@torch.no_grad()
+def test_one_score_is_the_logit_of_the_foreground(tmp_path):
+    net = tiny(classes=1)
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    segmenter = ud.load(tmp_path / "net.safetensors")
+    image = torch.rand(3, 32, 32)
+    expected = net(image[None]).sigmoid()[0, 0].numpy()
+    result = segmenter.segment(2 * image - 1)
+    np.testing.assert_allclose(result.probabilities[1], expected, atol=1e-5)
+    np.testing.assert_array_equal(result.classes > 0, expected > 0.5)
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_imported_segmenter_is_a_checkpoint(bilinear, tmp_path, run_cli):
+    save_file(tiny(bilinear=bilinear).state_dict(), tmp_path / "net.safetensors")
+    status, out, err = run_cli("import", tmp_path / "net.safetensors", tmp_path / "net.ckpt", "--image_size", "64")
+    assert status == 0, err
+    assert "windows of 64 pixels" in out
+    image = torch.rand(3, 40, 40) * 2 - 1
+    expected = ud.load(tmp_path / "net.safetensors", image_size=64).segment(image).probabilities
+    np.testing.assert_array_equal(ud.load(tmp_path / "net.ckpt").segment(image).probabilities, expected)
+
+
+def without_norm(weights):
+    return {key: value for key, value in weights.items() if "running" not in key}
+
+
+def with_more(weights):
+    return {**weights, "attention.weight": torch.ones(1)}
+
+
+def with_a_hole(weights):
+    return {key: value for key, value in weights.items() if not key.startswith("up2")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_norm, r"must have batch norm after each convolution"),
+        (with_more, r"has the layout inc, down, up, outc, but .*attention.weight"),
+        (with_a_hole, r"has the layout inc, down, up, outc, but .*up_blocks.1"),
+    ],
+)
+def test_other_weights_are_refused(change, message, tmp_path):
+    save_file(change(tiny().state_dict()), tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=message):
+        ud.load(tmp_path / "net.safetensors")
+
+
+def test_options_of_denoisers_are_refused(tmp_path):
+    save_file(tiny().state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"num_heads is for another program's weights .* leave it out"):
+        ud.load(tmp_path / "net.safetensors", num_heads=8)
+
+
+def test_bilinear_upsampling_needs_two_equal_widths():
+    with pytest.raises(ValueError, match=r"the last two channels must be equal for bilinear upsampling, got \[4, 8\]"):
+        ud.SegmentationUNet(1, 2, channels=(4, 8), padding="same", upsampling="bilinear")

@@ -1,0 +1,198 @@
+"""Import of a denoiser from one file of latent diffusion or Stable Diffusion; nothing is downloaded.
+
+Weights are tensors by name; code in the file never runs. `layouts.py` says what a file does not.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unet_diffusion.diffusers_io.importing import DROPOUT, take_scaled_latents
+from unet_diffusion.diffusers_io.single_file.layouts import CLASSES, SD1, SD2, UPSCALER, XL, Layout, layout_of
+from unet_diffusion.diffusers_io.single_file.network import single_file_unet
+from unet_diffusion.diffusers_io.single_file.text import class_tokens, clip_text, open_clip_text, xl_text
+from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
+from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
+from unet_diffusion.diffusion.conditions.paired_image import PairedImage
+from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.diffusion.schedule import NoiseSchedule, PredictionType
+from unet_diffusion.latents.codec import LatentCodec, latent_space_of
+from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, num_codes, pretrained_autoencoder
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.runtime.tensor_files import read_tensors
+
+StrPath = str | os.PathLike[str]
+SD2_CHANNELS = 4  # of the latents of Stable Diffusion 2
+SD2_SIZES: dict[str, int] = {"epsilon": 512, "v_prediction": 768}  # side of the images of both models of Stability
+BETAS_TOLERANCE = 2e-3  # relative; some files hold their tables in float16
+
+
+@dataclass(frozen=True)
+class Untold:
+    """What a user says of a file that its weights do not; None: as in the published models of its layout.
+
+    Args:
+        tokenizer: Folder of CLIP's tokenizer, for a denoiser that takes captions.
+        prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
+        image_size: Side of the images in pixels.
+        num_heads: Number of attention heads.
+        head_channels: Channels of each attention head, in place of num_heads.
+        scaling_factor: Factor that brings the latents to unit variance.
+    """
+
+    tokenizer: StrPath | None = None
+    prediction_type: PredictionType | None = None
+    image_size: int | None = None
+    num_heads: int | None = None
+    head_channels: int | None = None
+    scaling_factor: float | None = None
+
+
+def import_single_file(path: StrPath, untold: Untold, *, autoencoder: StrPath | None = None) -> DenoiserParts:
+    """The denoiser in a .safetensors or .ckpt file, with averaged weights if it has any.
+
+    A checkpoint made of it names the file as the place of its autoencoder.
+
+    Args:
+        path: The file.
+        untold: What its weights do not say.
+        autoencoder: Folder or file of the autoencoder of the latents; None: the autoencoder in the file.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If its layout is not known, or something must be given that its weights do not say.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    layout = layout_of(tensors, path)
+    if layout.reason is not None:
+        raise ValueError(f"{path} has the layout of {layout.name}, which is not imported: {layout.reason}")
+    unet = single_file_unet(tensors, layout, num_heads=untold.num_heads, head_channels=untold.head_channels)
+    prediction_type = _prediction_type(tensors, layout, untold.prediction_type, path=path, in_channels=unet.in_channels)
+    schedule = _schedule(tensors, layout, prediction_type, path)
+    network = pretrained_autoencoder(path)
+    size = untold.image_size or layout.image_size or SD2_SIZES[schedule.prediction_type]
+    space = latent_space_of(
+        network,
+        path,
+        (network.config["in_channels"], size, size),
+        scaling_factor=untold.scaling_factor or _scale(network, layout, path),
+    )
+    codec = LatentCodec.of(space, autoencoder)
+    maps = _maps(unet, layout, path)
+    if isinstance(next(iter(maps), None), PairedImage):
+        take_scaled_latents(unet, codec)
+    side = size // downsampling(network)
+    return DenoiserParts(
+        unet=unet,
+        schedule=schedule,
+        sample_shape=(unet.out_channels, side, side),
+        codec=codec,
+        conditions=nn.ModuleList([*_tokens(tensors, layout, untold.tokenizer), *maps]).eval(),
+    )
+
+
+def assumptions(path: StrPath, parts: DenoiserParts) -> str:
+    """What was imported from a file, in a line: its layout, and what its weights do not say.
+
+    Args:
+        path: The file.
+        parts: The denoiser, from `import_single_file`.
+    """
+    layout = layout_of(read_tensors(path), path)
+    config, space = parts.unet.config, parts.codec.space
+    assert space is not None
+    heads = (
+        f"heads of {config['head_channels']} channels"
+        if config["num_heads"] is None
+        else f"{config['num_heads']} heads"
+    )
+    return (
+        f"{path} has the layout of {layout.name}. What its weights do not say is set to: prediction_type "
+        f"{parts.schedule.prediction_type}, images of {parts.image_shape[1]} pixels, {heads}, scaling_factor "
+        f"{space.scaling_factor}"
+    )
+
+
+def _prediction_type(
+    tensors: dict[str, Tensor], layout: Layout, told: PredictionType | None, *, path: Path, in_channels: int
+) -> PredictionType:
+    """What the network predicts: as told, as the file says, or as all published models of its layout do."""
+    if told is not None:
+        return told
+    if "v_pred" in tensors:  # a mark of fine-tuned models of Stable Diffusion XL
+        return "v_prediction"
+    if layout.prediction_type is not None:
+        return layout.prediction_type
+    if in_channels > SD2_CHANNELS:  # the model for inpainting
+        return "epsilon"
+    raise ValueError(f"prediction_type must be given for {path}, a {layout.name}, as no weight says it: epsilon for "
+                     "the models of 512 pixels (base), v_prediction for those of 768")  # fmt: skip
+
+
+def _schedule(tensors: dict[str, Tensor], layout: Layout, prediction_type: PredictionType, path: Path) -> NoiseSchedule:
+    """The noise schedule in a file, or the layout's if the file has none."""
+    schedule = partial(
+        NoiseSchedule,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr="ztsnr" in tensors,  # as "v_pred"
+    )
+    start, end = layout.betas
+    known = schedule(1000, "scaled_linear", beta_start=start, beta_end=end)
+    betas = tensors.get("betas")
+    if betas is None or _same_table(known, betas):
+        return known
+    first, last = (float(f"{float(value):.5g}") for value in (betas[0], betas[-1]))
+    for read in (
+        schedule(len(betas), "scaled_linear", beta_start=first, beta_end=last),
+        schedule(len(betas), "linear", beta_start=first, beta_end=last),
+    ):
+        if _same_table(read, betas):
+            return read
+    raise ValueError(
+        f"the betas in {path} must be even, or have even roots, and are neither; their schedule is not read"
+    )
+
+
+def _same_table(schedule: NoiseSchedule, betas: Tensor) -> bool:
+    ours = schedule.betas
+    return ours.shape == betas.shape and torch.allclose(ours, betas.float(), rtol=BETAS_TOLERANCE, atol=0)
+
+
+def _scale(network: AutoencoderNetwork, layout: Layout, path: Path) -> float:
+    """The scaling_factor in the file, or else that of the layout; latents of a codebook are not scaled."""
+    if (scale := network.config["scaling_factor"] or layout.scaling_factor) is not None:
+        return scale
+    if num_codes(network):
+        return 1.0
+    raise ValueError(f"scaling_factor must be given for {path}, as the file has no scale_factor; it is in the "
+                     "configuration that the model was trained with")  # fmt: skip
+
+
+def _tokens(tensors: dict[str, Tensor], layout: Layout, tokenizer: StrPath | None) -> list[Condition]:
+    """The conditions that the network attends to."""
+    if layout is CLASSES:
+        return [class_tokens(tensors, dropout=DROPOUT)]
+    texts = {SD1: clip_text, SD2: open_clip_text, UPSCALER: open_clip_text, XL: xl_text}
+    return [texts[layout](tensors, tokenizer, dropout=DROPOUT)] if layout in texts else []
+
+
+def _maps(unet: DenoiserUNet, layout: Layout, path: Path) -> list[Condition]:
+    """The condition on the input channels beyond x."""
+    channels = unet.out_channels
+    beside = unet.in_channels - channels
+    if beside == 0:
+        return []
+    if layout is UPSCALER:
+        return [LowResolution(beside)]
+    if layout in (SD1, SD2) and beside == channels + 1:
+        return [MaskedImage(beside)]
+    if layout is SD1 and beside == channels:
+        return [PairedImage(beside, dropout=DROPOUT)]
+    raise ValueError(f"a {layout.name} with {unet.in_channels} channels in and {channels} out is not imported, got "
+                     f"{path}; from_diffusers reads its U-Net alone")  # fmt: skip

@@ -1,0 +1,62 @@
+"""Files of tensors by name that other programs wrote: `.safetensors`, or a `.ckpt` of torch, read without running code.
+
+A checkpoint of a training holds more than weights. Only its tensors are read, with the averaged ones in their place.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unet_diffusion.runtime.safe_loading import load_plain
+
+SUFFIX = ".safetensors"
+NESTED = "state_dict"  # the entry of a training's checkpoint that holds the weights
+NETWORK, AVERAGED = "model.", "model_ema."  # prefixes of a weight and of its average, whose name has no dots
+
+
+def is_single_file_name(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path names one file of weights rather than a folder: by its suffix, .safetensors."""
+    return Path(path).suffix == SUFFIX
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return all tensors in a file by name, on the CPU; averaged (EMA) weights replace those that were trained.
+
+    Args:
+        path: Path of a .safetensors file, or of one written by `torch.save`.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If the file is damaged, has another format, or holds objects that could run code.
+    """
+    path = Path(path)
+    content = _safetensors(path) if path.suffix == SUFFIX else load_plain(path)
+    while isinstance(content, Mapping) and isinstance(content.get(NESTED), Mapping):
+        content = content[NESTED]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold tensors by name, and holds a {type(content).__name__}; it is another file")
+    return with_averages({key: value for key, value in content.items() if isinstance(value, Tensor)})
+
+
+def with_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the averages (EMA) of weights, which take the place of these weights.
+
+    Args:
+        tensors: Tensors by name, as latent diffusion names them.
+    """
+    weights = {key: value for key, value in tensors.items() if not key.startswith(AVERAGED)}
+    averages = {
+        key: AVERAGED + key.removeprefix(NETWORK).replace(".", "") for key in weights if key.startswith(NETWORK)
+    }
+    return weights | {key: tensors[average] for key, average in averages.items() if average in tensors}
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again") from error
