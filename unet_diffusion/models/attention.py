@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_diffusion.models.layers import GroupNorm
+from unet_diffusion.models.recomputing import RecomputedBlock
 
 # Attention is plain products up to this number of scores (images x heads x pairs of pixels): 32 MiB in bfloat16.
 MAX_SCORES = 2**24
@@ -21,7 +22,7 @@ TRANSFORMER_NORM_EPS = 1e-6  # of a spatial transformer's group norm, from Romba
 FEED_FORWARD_WIDTH = 4  # times the channels (Vaswani et al. 2017, section 3.3)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(RecomputedBlock):
     """Attention of every pixel to every pixel, plus the input.
 
     Args:
@@ -46,7 +47,7 @@ class SelfAttention(nn.Module):
         return x + tokens_as_pixels(self.to_out[0](out), x.shape[-2:])
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(RecomputedBlock):
     """Transformer blocks over all pixels, which attend to each other and to the context, plus the input.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unet_diffusion.models.double_conv import DoubleConv, PooledDoubleConv, PooledDownBlock, UpConvBlock
 from unet_diffusion.models.embeddings import TimestepEmbedding
+from unet_diffusion.models.recomputing import recompute_blocks
 from unet_diffusion.models.unet import PixelNetwork, UNet
 
 Padding = Literal["valid", "same"]
@@ -36,6 +37,8 @@ class SegmentationUNet(UNet, PixelNetwork):
         timestep_embedding: Whether forward takes timesteps, whose embedding is added within every double convolution
             except the first.
         num_class_embeds: Rows of the class embedding, which is added to the timestep's; None for no classes.
+        gradient_checkpointing: Whether training keeps the inputs of blocks alone and computes the rest again in the
+            backward pass: gradients stay the same, memory falls, and a step takes about a third longer.
 
     Raises:
         ValueError: If there are fewer than two levels, or an argument is out of its range.
@@ -52,6 +55,7 @@ class SegmentationUNet(UNet, PixelNetwork):
         dropout: float = 0.0,
         timestep_embedding: bool = False,
         num_class_embeds: int | None = None,
+        gradient_checkpointing: bool = False,
     ):
         _check_arguments(channels, padding, norm, timestep_embedding, num_class_embeds)
         emb_channels = 4 * channels[0] if timestep_embedding else None
@@ -74,6 +78,8 @@ class SegmentationUNet(UNet, PixelNetwork):
             self.class_embedding = nn.Embedding(num_class_embeds, emb_channels) if num_class_embeds else None
         self.conv_out = nn.Conv2d(channels[0], out_channels, 1)
         _initialise(self)
+        if gradient_checkpointing:
+            recompute_blocks(self)
         self.config = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -83,6 +89,7 @@ class SegmentationUNet(UNet, PixelNetwork):
             "dropout": dropout,
             "timestep_embedding": timestep_embedding,
             "num_class_embeds": num_class_embeds,
+            "gradient_checkpointing": gradient_checkpointing,
         }
         self.size_step = 2 ** (len(channels) - 1)
         self.margin = 0 if padding == "same" else 6 * self.size_step - 4  # see `smallest_size`
