@@ -16,7 +16,13 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", "configs", "unet_diffusion"]
-IMPORTS_OF_EXTRAS = {"gradio": ["explore"], "transformers": ["text"], "tokenizers": ["text"], "wandb": ["wandb"]}
+IMPORTS_OF_EXTRAS = {
+    "gradio": ["explore"],
+    "peft": ["lora"],
+    "tokenizers": ["text"],
+    "transformers": ["text"],
+    "wandb": ["wandb"],
+}
 
 
 def build(kind: str, source: Path, target: Path) -> Path:

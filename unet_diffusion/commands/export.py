@@ -1,6 +1,6 @@
 """export: a checkpoint becomes a folder that diffusers loads."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from unet_diffusion.commands.arguments import Checkpoint, Folder, check_exists
 
@@ -9,6 +9,7 @@ def export(
     checkpoint: Checkpoint,
     folder: Folder,
     *,
+    format: Literal["pipeline", "adapter"] = "pipeline",
     overwrite: bool = False,
     autoencoder: Folder | None = None,
     allow: Annotated[list[str], "MODULE"] | None = None,
@@ -24,6 +25,8 @@ def export(
     Args:
         checkpoint: The .ckpt file, run folder or diffusers pipeline folder to read.
         folder: The folder to make.
+        format: What to write: "pipeline" is the whole model, "adapter" what was trained on a frozen base, such as a
+            LoRA, which the base's pipeline of diffusers loads.
         overwrite: Replace the folder if it is an earlier export.
         autoencoder: The folder of the autoencoder of a denoiser of latents, if it is not where it was in training.
         allow: The modules of your own, or of somebody you trust, that the checkpoint may name.
@@ -35,9 +38,16 @@ def export(
     """
     check_exists("CHECKPOINT", checkpoint)
     from unet_diffusion.inference.autoencoder import Autoencoder
+    from unet_diffusion.inference.denoiser import Denoiser
     from unet_diffusion.inference.loading import load
 
     model = load(checkpoint, allow=allow or (), autoencoder=autoencoder)
+    if format == "adapter":
+        if not isinstance(model, Denoiser):
+            raise ValueError(f"{checkpoint} holds no denoiser, and adapters are of denoisers; leave out --format")
+        model.export(folder, format=format, overwrite=overwrite)
+        print(f"{folder} holds the adapter; the pipeline of its base loads it")
+        return
     model.export(folder, overwrite=overwrite)
     kind = "autoencoder" if isinstance(model, Autoencoder) else "pipeline"
     print(f"{folder} holds the {kind}; loaded again with diffusers, it gives the same output")

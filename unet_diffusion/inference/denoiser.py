@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -137,20 +137,45 @@ class Denoiser(DenoiserParts, Running):
         """
         save_denoiser(self, path)
 
-    def export(self, folder: StrPath, *, overwrite: bool = False) -> None:
-        """Write a pipeline folder that diffusers loads without this package.
+    def export(
+        self, folder: StrPath, *, format: Literal["pipeline", "adapter"] = "pipeline", overwrite: bool = False
+    ) -> None:
+        """Write a folder that diffusers loads without this package.
 
         Args:
             folder: The folder to make; it appears whole or not at all.
+            format: "pipeline": a whole pipeline, with an adapter merged into its weights. "adapter": the adapter
+                alone, which the pipeline of its base loads.
             overwrite: Replace the folder, if everything in it was exported there.
 
         Raises:
             FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
-            ValueError: If no such pipeline exists; the message says why.
+            ValueError: If no such pipeline exists, or if there is no adapter; the message says why.
         """
+        if format == "adapter":
+            from unet_diffusion.diffusers_io.adapter_files import export_adapter
+
+            export_adapter(self, folder, overwrite=overwrite)
+            return
         from unet_diffusion.diffusers_io.exporting import export_pipeline
 
         export_pipeline(self, folder, overwrite=overwrite)
+
+    def load_lora_weights(self, path: StrPath, *, scale: float = 1.0) -> None:
+        """Add a LoRA to the weights, as diffusers' pipelines load it, for all images from now on.
+
+        Args:
+            path: The .safetensors file, or a folder with pytorch_lora_weights.safetensors.
+            scale: Factor of the change; 0 changes nothing.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ImportError: If the package peft is missing.
+            ValueError: If the file holds no LoRA of this denoiser; nothing is changed.
+        """
+        from unet_diffusion.diffusers_io.adapter_files import merge_lora
+
+        merge_lora(self, path, scale=scale)
 
     def __repr__(self) -> str:
         weights = sum(parameter.numel() for parameter in self.unet.parameters())

@@ -7,12 +7,11 @@ from pathlib import Path
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
-from unet_diffusion.inference.record import checkpoint_file, kind_of
+from unet_diffusion.inference.record import checkpoint_file, is_checkpoint, kind_of
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.safe_loading import load_plain
 
 StrPath = str | os.PathLike[str]
-PIPELINE_FILES = ("model_index.json", "unet/config.json", "config.json")  # a diffusers folder has one of them
 
 
 def load(
@@ -53,23 +52,6 @@ def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
     if not isinstance(model, Denoiser):
         raise ValueError(f"{path} holds an autoencoder, not a denoiser; use unet-diffusion encode")
     return model
-
-
-def is_checkpoint(path: StrPath) -> bool:
-    """Whether a path is a checkpoint file or a run folder with one, rather than a diffusers folder.
-
-    Raises:
-        FileNotFoundError: If it is none of these.
-    """
-    path = Path(path)
-    if path.is_file() or (path / "checkpoints" / "last.ckpt").is_file():
-        return True
-    if any((path / name).is_file() for name in PIPELINE_FILES):
-        return False
-    raise FileNotFoundError(
-        f"there is no model at {path}: it must be a checkpoint file, a run folder with checkpoints/last.ckpt, or a "
-        "diffusers folder with model_index.json"
-    )
 
 
 def _from_diffusers(folder: Path, autoencoder: StrPath | None) -> Denoiser | Autoencoder:

@@ -22,8 +22,8 @@ class RecomputedBlock(nn.Module):
         if not (self.recomputes and torch.is_grad_enabled()):
             return super().__call__(*args, **kwargs)
         # A compiler sees both computations as one graph, in which the statistics move once.
-        contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _at_rest(self))}
-        return checkpoint(super().__call__, *args, use_reentrant=False, **contexts, **kwargs)
+        options: Any = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _at_rest(self))}
+        return checkpoint(super().__call__, *args, use_reentrant=False, **options, **kwargs)
 
 
 def recompute_blocks(network: nn.Module) -> None:
