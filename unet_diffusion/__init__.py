@@ -18,6 +18,7 @@ _MODULES = {  # where each name of a user comes from
     "SegmentationModule": "training.segmentation",
     "SegmentationUNet": "models.segmentation_unet",
     "Segmenter": "inference.segmenter",
+    "TextualInversion": "diffusion.adapters.textual_inversion",
     "evaluate": "evaluation.evaluation",
     "from_diffusers": "diffusers_io.importing",
     "load": "inference.loading",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from denoisers import CAPTIONS, WORDS, save_stable_diffusion, shorten
+from denoisers import CAPTIONS, WIDTH, WORDS, save_stable_diffusion, shorten
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from PIL import Image
@@ -74,15 +74,15 @@ def pipeline_of(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def their_images(pipeline: StableDiffusionPipeline) -> np.ndarray:
-    generators = image_generators(SEED, range(len(CAPTIONS)))
+def their_images(pipeline: StableDiffusionPipeline, captions=CAPTIONS) -> np.ndarray:
+    generators = image_generators(SEED, range(len(captions)))
     options = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "generator": generators, "output_type": "np"}
-    return pipeline(CAPTIONS, **options).images
+    return pipeline(captions, **options).images
 
 
-def our_images(denoiser: ud.Denoiser) -> np.ndarray:
+def our_images(denoiser: ud.Denoiser, captions=CAPTIONS) -> np.ndarray:
     options = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "scheduler": "DDIMScheduler", "seed": SEED}
-    images = denoiser.sample(len(CAPTIONS), captions=CAPTIONS, **options)
+    images = denoiser.sample(len(captions), captions=captions, **options)
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
@@ -271,3 +271,65 @@ def test_denoiser_without_attention_takes_no_lora(tmp_path, tiny_unet):
     ud.Denoiser(network, ud.NoiseSchedule(10), (1, 8, 8)).save(tmp_path / "plain.ckpt")
     with pytest.raises(ValueError, match="DenoiserUNet has no attention, which LoRA changes"):
         AdapterModule(str(tmp_path / "plain.ckpt"), ud.LoRA())
+
+
+# ------------------------------------------------------------------------------------------------- textual inversion
+
+WORD = ("--model.adapter", "textual_inversion", "--model.adapter.placeholder_token", "<toy>",
+        "--model.adapter.initializer_token", "cat")  # fmt: skip
+CAPTIONS_WITH_WORD = ["a red <toy>", "two <toy> on a sofa"]
+
+
+@pytest.fixture
+def word_run(fit, images, tmp_path) -> Path:
+    """A run whose captions say <toy> for cat."""
+    shutil.copytree(images, tmp_path / "toys")
+    table = tmp_path / "toys" / "metadata.csv"
+    table.write_text(table.read_text().replace("cat", "<toy>"))
+    return fit("textual_inversion", *WORD, "--data.root", tmp_path / "toys")
+
+
+def test_run_of_textual_inversion_draws_in_stock_diffusers_what_it_draws_here(word_run, base, tmp_path, run_cli):
+    ours = our_images(ud.load(word_run), CAPTIONS_WITH_WORD)
+    with_word = pipeline_of(base)
+    with_word.load_textual_inversion(word_run / "adapter")
+    assert_same_images(ours, their_images(with_word, CAPTIONS_WITH_WORD))
+    cats = [caption.replace("<toy>", "cat") for caption in CAPTIONS_WITH_WORD]
+    assert np.abs(ours - our_images(ud.load(word_run), cats)).max() > 1e-3  # it is no cat any more
+    assert_same_images(our_images(ud.load(base), cats), our_images(ud.load(word_run), cats))  # and other words stay
+    status, _, err = run_cli("export", word_run, tmp_path / "whole")
+    assert status == 0, err
+    assert_same_images(ours, their_images(pipeline_of(tmp_path / "whole"), CAPTIONS_WITH_WORD))
+    read = ud.load(base)
+    assert read.load_textual_inversion(word_run / "adapter") == "<toy>"
+    assert_same_images(ours, our_images(read, CAPTIONS_WITH_WORD))
+    with pytest.raises(ValueError, match="the tokenizer has a token '<toy>' already"):
+        read.load_textual_inversion(word_run / "adapter")
+
+
+def test_checkpoint_of_textual_inversion_holds_one_vector_and_its_average(word_run, base):
+    state = torch.load(word_run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        f"{prefix}conditions.0.encoder.embeddings.token_embedding.word": (WIDTH,) for prefix in ("", "ema_")
+    }
+    for name, value in ud.load(base).unet.state_dict().items():
+        assert torch.equal(value, ud.load(word_run).unet.state_dict()[name]), name
+
+
+def test_run_of_textual_inversion_is_saved_whole(word_run, tmp_path):
+    ud.load(word_run).save(tmp_path / "whole.ckpt")
+    drawn = (our_images(ud.load(path), CAPTIONS_WITH_WORD) for path in (word_run, tmp_path / "whole.ckpt"))
+    assert_same_images(*drawn)
+
+
+def test_captions_without_the_word_and_unknown_first_words_are_refused(fit, base, images, run_cli, tmp_path):
+    with pytest.raises(AssertionError, match="no caption of the data has the new word <toy>"):
+        fit("textual_inversion", *WORD)
+    with pytest.raises(ValueError, match=r"initializer_token must be one token of the tokenizer, got 'zebra' of"):
+        AdapterModule(str(base), ud.TextualInversion("<toy>", initializer_token="zebra"))
+
+
+def test_speed_auto_times_a_network_that_is_frozen_as_a_whole(word_run, tmp_path, run_cli):
+    arguments = ["--config", tmp_path / "recipe.yaml", *WORD, "--data.root", tmp_path / "toys", "--model.speed", "auto"]
+    status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "timed")
+    assert status == 0, err  # a trial that fails at every speed is an error

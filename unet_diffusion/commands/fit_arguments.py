@@ -20,7 +20,10 @@ SECTIONS = ("model", "data", "trainer", "samples", "evaluate", "checkpoint", "ta
 NESTED = ("model", "trainer", "samples", "evaluate", "checkpoint")  # the sections that hold settings of their own
 FLAGS = ("config", "print_config", "print_shtab", "help")
 TASKS = ("denoise", "adapt", "segment", "autoencode")
-ADAPTERS = {"lora": "unet_diffusion.diffusion.adapters.lora.LoRA"}  # short names of model.adapter
+ADAPTERS = {  # short names of model.adapter
+    "lora": "unet_diffusion.diffusion.adapters.lora.LoRA",
+    "textual_inversion": "unet_diffusion.diffusion.adapters.textual_inversion.TextualInversion",
+}
 OF_EACH = ("batch_size", "num_val", "num_workers", "seed")
 OWN_ARGUMENTS = {  # of each data module; options of --data with other names are those of its source
     "ImageDataModule": ("source", "horizontal_flip", "groups", *OF_EACH),

@@ -52,6 +52,7 @@ def sample_images(
     autoencoder: Folder | None = None,
     lora: Checkpoint | None = None,
     lora_scale: float = 1.0,
+    textual_inversion: Checkpoint | None = None,
     batch_size: int = 64,
     device: str = "auto",
     precision: Precision = "auto",
@@ -107,6 +108,7 @@ def sample_images(
         lora: The LoRA to draw with: a .safetensors file as diffusers loads it, or a folder with one. A run that trained
             one needs no such option.
         lora_scale: How strongly --lora changes the model; 0 does not.
+        textual_inversion: The new word for --captions: a .safetensors file as diffusers loads it, or a folder with one.
         batch_size: The number of images that are drawn at once.
         device: The device, such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU if there is one.
         precision: The number format that the network computes in; "auto" takes 16 bits where the hardware has them,
@@ -138,6 +140,8 @@ def sample_images(
     check_channels(denoiser.image_shape[0])
     if lora is not None:
         denoiser.load_lora_weights(lora, scale=lora_scale)
+    if textual_inversion is not None:
+        denoiser.load_textual_inversion(textual_inversion)
     worse = None if autoguidance is None else load_denoiser(autoguidance, allow=allow or ())
     networks = {"checkpoint": denoiser} if worse is None else {"checkpoint": denoiser, "autoguidance": worse}
     contents = {name: contents_of(network) for name, network in networks.items()}

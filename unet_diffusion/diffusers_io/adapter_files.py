@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.exporting import to_diffusers
 from unet_diffusion.diffusion.adapters.lora import merge_layers, peft_package
+from unet_diffusion.diffusion.adapters.textual_inversion import FILE as WORD_FILE
+from unet_diffusion.diffusion.adapters.textual_inversion import put_word, text_of
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder
@@ -110,3 +113,28 @@ def _merged(network: nn.Module, state: dict[str, Tensor], prefix: str) -> nn.Mod
         raise ValueError(f"it has {expected} matrices for {prefix[:-1]}, of which {placed} have a place here")
     merge_layers(network)
     return network
+
+
+def add_word(parts: DenoiserParts, path: StrPath) -> str:
+    """Add the word of a file to the text encoder of a denoiser, in place, and return it.
+
+    Args:
+        parts: The denoiser, on the CPU.
+        path: The .safetensors file, or a folder with learned_embeds.safetensors.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the denoiser takes no captions, the file does not hold one vector of its text encoder's width, or
+            the tokenizer knows the word; nothing is changed.
+    """
+    file = Path(path) / WORD_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise FileNotFoundError(f"a word must be a .safetensors file, or a folder with {WORD_FILE}, got {path}")
+    text, words = text_of(parts.conditions), load_file(file)
+    width = text.config["context_dim"]
+    if len(words) != 1 or next(iter(words.values())).shape not in ((width,), (1, width)):
+        shapes = {name: tuple(value.shape) for name, value in words.items()}
+        raise ValueError(f"{file} must hold the vector of one word, (1, {width}) for this text encoder, got {shapes}")
+    ((word, vector),) = words.items()
+    put_word(text, text.add_word(word), vector.flatten())
+    return word

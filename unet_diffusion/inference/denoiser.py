@@ -177,6 +177,21 @@ class Denoiser(DenoiserParts, Running):
 
         merge_lora(self, path, scale=scale)
 
+    def load_textual_inversion(self, path: StrPath) -> str:
+        """Add a word to the text encoder, as diffusers' pipelines load it, and return it for use in captions.
+
+        Args:
+            path: The .safetensors file, or a folder with learned_embeds.safetensors.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the denoiser takes no captions, or the file does not hold one vector of its text encoder's
+                width, or the tokenizer knows the word; nothing is changed.
+        """
+        from unet_diffusion.diffusers_io.adapter_files import add_word
+
+        return add_word(self, path)
+
     def __repr__(self) -> str:
         weights = sum(parameter.numel() for parameter in self.unet.parameters())
         kinds = [type(condition).__name__ for condition in self.all_conditions]

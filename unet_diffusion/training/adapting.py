@@ -33,7 +33,7 @@ class AdapterModule(DiffusionModule):
     Args:
         base: The trained denoiser: a checkpoint file, a run folder or a diffusers pipeline folder. It is read again
             wherever the adapter is used, so it has to stay where it is.
-        adapter: The adapter, such as `LoRA`.
+        adapter: The adapter: `LoRA`, `TextualInversion`, or one of your own.
         optimizer: Makes the optimiser from the parameters of the adapter.
         lr_warmup_steps: Optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
         lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
@@ -101,6 +101,9 @@ class AdapterModule(DiffusionModule):
             ValueError: If the data are latents of another autoencoder, or have other classes than the base.
         """
         super().bind_data(datamodule)
+        captions = getattr(datamodule, "entries", {}).get("captions")
+        if captions is not None:
+            self.adapter.check_captions(captions)
         meaning = {**space_identity(self.codec.space_record), "class names": self.class_names}
         if self.unet.num_class_embeds is None:
             meaning["class names"] = self.base_meaning["class names"]

@@ -45,6 +45,13 @@ class Adapter:
         """Add the parameters of the adapter to a frozen denoiser, in place."""
         raise NotImplementedError(f"{type(self).__name__} must define add()")
 
+    def check_captions(self, captions: list[str]) -> None:
+        """Refuse data with these captions if the adapter can learn nothing from them; by default any will do.
+
+        Raises:
+            ValueError: If they will not do.
+        """
+
     def merge(self, unet: PixelNetwork, conditions: nn.ModuleList) -> None:
         """Make the adapter part of the weights of the denoiser that it was attached to, in place."""
         raise NotImplementedError(f"{type(self).__name__} must define merge()")
