@@ -18,6 +18,8 @@ REPOSITORY = Path(__file__).parents[1]
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", "configs", "unet_diffusion"]
 IMPORTS_OF_EXTRAS = {
     "gradio": ["explore"],
+    "onnxruntime": ["onnx"],
+    "onnxscript": ["onnx"],
     "peft": ["lora"],
     "tokenizers": ["text"],
     "transformers": ["text"],

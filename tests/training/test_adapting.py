@@ -169,6 +169,19 @@ def test_run_of_lora_goes_on_bit_for_bit(check_resuming, base, images):
     check_resuming(make_module, make_data)
 
 
+def test_gradient_checkpointing_trains_the_same_adapter(base, images, quiet_trainer):
+    trained = []
+    for recomputes in (False, True):
+        torch.manual_seed(0)
+        module = AdapterModule(str(base), ud.LoRA(2), gradient_checkpointing=recomputes)
+        data = ud.ImageDataModule(
+            ud_data.Folder(images, image_size=16, channels=3, captions=True), batch_size=4, num_val=2, num_workers=0
+        )
+        quiet_trainer(max_steps=2, limit_val_batches=0).fit(module, data)
+        trained.append(module.state_dict())
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
 def test_module_is_loaded_from_its_checkpoint(fit):
     run = fit("lora", *LORA)
     module = AdapterModule.load_from_checkpoint(run / "checkpoints" / "last.ckpt")

@@ -138,14 +138,19 @@ class Denoiser(DenoiserParts, Running):
         save_denoiser(self, path)
 
     def export(
-        self, folder: StrPath, *, format: Literal["pipeline", "adapter"] = "pipeline", overwrite: bool = False
+        self,
+        folder: StrPath,
+        *,
+        format: Literal["pipeline", "adapter", "onnx", "torch"] = "pipeline",
+        overwrite: bool = False,
     ) -> None:
-        """Write a folder that diffusers loads without this package.
+        """Write a folder that needs this package no more.
 
         Args:
             folder: The folder to make; it appears whole or not at all.
             format: "pipeline": a whole pipeline, with an adapter merged into its weights. "adapter": the adapter
-                alone, which the pipeline of its base loads.
+                alone, which the pipeline of its base loads. "onnx" and "torch": the network, and the decoder of its
+                latents, for ONNX and by torch.export, for any batch and size.
             overwrite: Replace the folder, if everything in it was exported there.
 
         Raises:
@@ -156,6 +161,11 @@ class Denoiser(DenoiserParts, Running):
             from unet_diffusion.diffusers_io.adapter_files import export_adapter
 
             export_adapter(self, folder, overwrite=overwrite)
+            return
+        if format != "pipeline":
+            from unet_diffusion.inference.portable import export_denoiser
+
+            export_denoiser(self, folder, format=format, overwrite=overwrite)
             return
         from unet_diffusion.diffusers_io.exporting import export_pipeline
 

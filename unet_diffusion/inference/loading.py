@@ -6,6 +6,7 @@ from pathlib import Path
 
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.onnx_segmenter import onnx_file
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
 from unet_diffusion.inference.record import checkpoint_file, is_checkpoint, kind_of
 from unet_diffusion.inference.segmenter import Segmenter
@@ -22,7 +23,7 @@ def load(
     No code in the files is run. The model is on the CPU, in float32 and in eval mode; `to` moves it.
 
     Args:
-        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, or a local diffusers folder.
+        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, a local diffusers folder, or a segmenter.onnx.
         allow: Further modules that you trust, whose classes a checkpoint may name.
         autoencoder: Current folder of the autoencoder of a denoiser of latents; None: its folder in training.
 
@@ -30,6 +31,8 @@ def load(
         FileNotFoundError: If there is no model at the path.
         ValueError: If the model cannot be read, is damaged, or is not of this package.
     """
+    if onnx_file(path):
+        return read_segmenter(path)
     if not is_checkpoint(path):
         return _from_diffusers(Path(path), autoencoder)
     file = checkpoint_file(path)

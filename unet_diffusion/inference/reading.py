@@ -12,6 +12,7 @@ from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.parts import channels_beside
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.onnx_segmenter import onnx_file, read_onnx_segmenter
 from unet_diffusion.inference.record import (
     averaged_weights,
     checkpoint_file,
@@ -152,13 +153,16 @@ def read_segmenter(path: StrPath, *, allow: Sequence[str] = ()) -> Segmenter:
     """The segmenter in a checkpoint, with its averaged (EMA) weights, on the CPU and in eval mode.
 
     Args:
-        path: A checkpoint file, or a run folder.
+        path: A checkpoint file, a run folder, or a segmenter.onnx or its folder.
         allow: Further modules whose classes the checkpoint may name.
 
     Raises:
         OSError: If the file is missing or cannot be opened.
+        ImportError: If the segmenter is in a file of ONNX, and ONNX Runtime is missing.
         ValueError: If the file is no checkpoint, is damaged, holds code, or holds no segmenter of this package.
     """
+    if exported := onnx_file(path):
+        return read_onnx_segmenter(exported)
     file = checkpoint_file(path)
     record, weights, speed = read_record(file, "segmenter")
     with explained(file, "segmenter"), no_larger_than(weights):

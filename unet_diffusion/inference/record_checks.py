@@ -124,7 +124,20 @@ def check_record(record: Mapping[str, Any], kind: str) -> None:
         ValueError: If a field is missing or wrong; the message names it.
     """
     adapted = kind == "denoiser" and not OF_ADAPTERS.keys().isdisjoint(record)
-    for name, (rule, fits) in (RULES[kind] | (OF_ADAPTERS if adapted else {})).items():
+    check_fields(record, RULES[kind] | (OF_ADAPTERS if adapted else {}))
+
+
+def check_fields(record: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Refuse plain values of which one is missing or wrong.
+
+    Args:
+        record: The values by name.
+        rules: The rule of each.
+
+    Raises:
+        ValueError: If a value is missing or wrong; the message names it.
+    """
+    for name, (rule, fits) in rules.items():
         if name not in record:
             raise ValueError(f"the field {name} is missing")
         if not fits(record[name]):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -211,13 +211,33 @@ class Segmenter(Running):
         """The plain values that a checkpoint holds beside the weights."""
         return {"unet": network_record(self.unet), **{name: getattr(self, name) for name in FIELDS}}
 
-    def export(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Not possible: diffusers has no pipeline for segmentation.
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        format: Literal["pipeline", "onnx", "torch"] = "pipeline",
+        overwrite: bool = False,
+    ) -> None:
+        """Write a folder with the network as a file that needs no Python of ours.
+
+        Args:
+            folder: The folder to make; it appears whole or not at all.
+            format: "onnx", which `load` and `segment` read, too, or "torch" for torch.export. Diffusers has no
+                pipeline for segmentation, so that "pipeline" is refused.
+            overwrite: Replace the folder, if everything in it was exported there.
 
         Raises:
-            ValueError: Always.
+            FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
+            ImportError: If a package is missing.
+            ValueError: If the format is "pipeline".
         """
-        raise ValueError("a segmenter cannot be exported, as diffusers has no pipeline for it; pass on its checkpoint")
+        if format == "pipeline":
+            raise ValueError("a segmenter cannot be exported, as diffusers has no pipeline for it; pass on its "
+                             "checkpoint, or export it as onnx or torch (--format)")  # fmt: skip
+        from unet_diffusion.inference.portable import export_segmenter
+
+        metadata = {name: getattr(self, name) for name in FIELDS if name != "settings"} | {"settings": {}}
+        export_segmenter(self.unet, metadata, folder, format=format, overwrite=overwrite)
 
     def __repr__(self) -> str:
         weights = sum(parameter.numel() for parameter in self.unet.parameters())

@@ -176,7 +176,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """
     q, k, v = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L or M, C / heads)
     num_scores = q.shape[0] * num_heads * q.shape[2] * k.shape[2]
-    if q.device.type == "cpu" and num_scores <= MAX_SCORES:
+    # an exported network is for any size
+    if q.device.type == "cpu" and not torch.compiler.is_exporting() and num_scores <= MAX_SCORES:
         out = torch.softmax((q * q.shape[3] ** -0.5) @ k.transpose(2, 3), dim=3) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)

@@ -15,6 +15,7 @@ from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import base_record, read_base, read_denoiser
 from unet_diffusion.inference.record import network_record
 from unet_diffusion.latents.codec import Codec, LatentCodec
+from unet_diffusion.models.recomputing import recompute_blocks
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.training.denoising_rules import space_identity
 from unet_diffusion.training.module import USUAL_DROPOUT, DiffusionModule
@@ -34,6 +35,8 @@ class AdapterModule(DiffusionModule):
         base: The trained denoiser: a checkpoint file, a run folder or a diffusers pipeline folder. It is read again
             wherever the adapter is used, so it has to stay where it is.
         adapter: The adapter: `LoRA`, `TextualInversion`, or one of your own.
+        gradient_checkpointing: Whether training keeps the inputs of the network's blocks alone and computes the rest
+            again in the backward pass, which takes less memory and more time.
         optimizer: Makes the optimiser from the parameters of the adapter.
         lr_warmup_steps: Optimiser steps over which the learning rate rises linearly to its full value; 0 is off.
         lr_decay: "constant", or "cosine" to 0 at the trainer's last step.
@@ -54,6 +57,7 @@ class AdapterModule(DiffusionModule):
         base: str,
         adapter: Adapter,
         *,
+        gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup_steps: int = 0,
         lr_decay: LRDecay = "constant",
@@ -66,6 +70,8 @@ class AdapterModule(DiffusionModule):
         denoiser = read_base(base)
         record = base_record(denoiser, base)
         adapter.attach(denoiser.unet, denoiser.conditions)
+        if gradient_checkpointing:
+            recompute_blocks(denoiser.unet)
         super().__init__(
             denoiser.unet,
             denoiser.schedule,
@@ -81,7 +87,7 @@ class AdapterModule(DiffusionModule):
             speed=speed,
             seed=seed,
         )
-        self.base, self.adapter = str(base), adapter
+        self.base, self.adapter, self.gradient_checkpointing = str(base), adapter, gradient_checkpointing
         self.base_record = record
         self.base_meaning = {**space_identity(denoiser.codec.space_record), "class names": denoiser.class_names}
         self.adapter_names = trained_names(self.unet, self.conditions)
