@@ -36,11 +36,11 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """12 images of noise with captions."""
+    """24 images of noise with captions."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     rows = ["file_name,text"]
-    for number in range(12):
+    for number in range(24):
         Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
         rows.append(f"{number:02d}.png,{WORDS[number % len(WORDS)]}")
     (folder / "metadata.csv").write_text("\n".join(rows))
@@ -167,6 +167,16 @@ def test_run_of_lora_goes_on_bit_for_bit(check_resuming, base, images):
         return ud.ImageDataModule(source, batch_size=4, num_val=2, num_workers=0)
 
     check_resuming(make_module, make_data)
+
+
+def test_run_of_lora_goes_on_by_the_same_command_and_is_evaluated(fit, tmp_path, run_cli):
+    run = fit("lora", *LORA)
+    again = ["fit", "--config", tmp_path / "recipe.yaml", *LORA, "--trainer.max_steps", "5"]
+    evaluate = ["evaluate", run, "--num_images", "10", "--device", "cpu", "--output", tmp_path / "evaluation"]
+    for arguments in (again, evaluate, ["check", "--config", tmp_path / "recipe.yaml", *LORA]):
+        status, _, err = run_cli(*arguments)
+        assert status == 0, err
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
 
 
 def test_gradient_checkpointing_trains_the_same_adapter(base, images, quiet_trainer):
