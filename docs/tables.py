@@ -151,6 +151,15 @@ def checkpoints() -> Rows:
     return rows
 
 
+def adapters() -> Rows:
+    """What adapters and gradient checkpointing save."""
+    rows: Rows = [("trained", "trained weights", "checkpoint, MiB", "memory, MiB", "seconds a step")]
+    for run in result("adapters")["results"]:
+        sizes = f"{run['trained weights']:,}", significant(run["checkpoint MiB"]), f"{run['memory MiB']:,}"
+        rows.append((run["trained"], *sizes, f"{run['seconds a step']:.1f}"))
+    return rows
+
+
 def processes() -> Rows:
     """One process on two cores against two of one core each."""
     record = result("processes")

@@ -5,7 +5,7 @@ And what several files ask of networks and schedulers of diffusers.
 
 import pytest
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, ModelMixin, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from unet_diffusion.diffusers_io.configurations import config_from_diffusers
@@ -25,6 +25,16 @@ WORDS = [*CAPTIONS, "a green cat on a red sofa"]
 WIDTH = 8  # of the text encoder
 TINY_UNET = {"in_channels": 4, "channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 SMALL = {"layers_per_block": 1, "mid_attention": False, "norm_num_groups": 4}
+
+STABLE_DIFFUSION_1_SCHEDULER = {  # scheduler_config.json of stable-diffusion-v1-5
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
 
 SCHEDULER_WARNINGS = [  # of diffusers' schedulers
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),  # it calls numpy in ways numpy will stop
@@ -93,6 +103,42 @@ def text_denoiser(folder, *, conditions=None, space=None, size=(8, 8), **options
         codec=LatentCodec.of(latent_space(folder / "autoencoder") if space is None else space),
         conditions=nn.ModuleList([text_tokens()] if conditions is None else conditions),
     )
+
+
+def save_stable_diffusion(folder, kind=StableDiffusionPipeline, network=None, **parts):
+    """A folder of the build of Stable Diffusion 1.5, tiny, but for what else is told of its network and parts."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        **(network or {}),
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=WIDTH,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    text = text_tokens()
+    kind(
+        vae=randomise(vae),
+        text_encoder=text.encoder,
+        tokenizer=text.tokenizer,
+        unet=randomise(unet),
+        scheduler=PNDMScheduler(**STABLE_DIFFUSION_1_SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        **(parts or {"requires_safety_checker": False}),
+    ).save_pretrained(folder)
+    return folder
 
 
 def inpainter(folder, **options) -> Denoiser:

@@ -328,6 +328,16 @@ def test_bandwidth_is_measured_between_two_processes():
     assert float(gbps) > 0
 
 
+def test_adapters(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    options = ["--network", "tiny", "--side", 8, "--blocks", 1]
+    report = run("adapters.py", *options, output=tmp_path / "adapters.json")
+    weights = [row["trained weights"] for row in report["results"]]
+    assert weights[0] == weights[1] > weights[2] == weights[3] > weights[4] == 128
+    assert all(row["seconds a step"] > 0 for row in report["results"])
+
+
 def test_checkpoints(tmp_path):
     report = run("checkpoints.py", "--network", "tiny", "--repeats", 2, output=tmp_path / "checkpoints.json")
     sizes = report["mib"]

@@ -19,8 +19,11 @@ SOURCES = ["pyproject.toml", "README.md", "LICENSE", "configs", "unet_diffusion"
 IMPORTS_OF_EXTRAS = {
     "segmentation_models_pytorch": ["encoders"],
     "gradio": ["explore"],
-    "transformers": ["text"],
+    "onnxruntime": ["onnx"],
+    "onnxscript": ["onnx"],
+    "peft": ["lora"],
     "tokenizers": ["text"],
+    "transformers": ["text"],
     "wandb": ["wandb"],
 }
 

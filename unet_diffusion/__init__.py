@@ -4,6 +4,7 @@ Names are imported when they are first used: importing the package by itself tak
 """
 
 _MODULES = {  # where each name of a user comes from
+    "AdapterModule": "training.adapting",
     "Autoencoder": "inference.autoencoder",
     "AutoencoderModule": "training.autoencoder",
     "Condition": "diffusion.conditions.condition",
@@ -12,10 +13,12 @@ _MODULES = {  # where each name of a user comes from
     "DiffusionModule": "training.module",
     "Guidance": "diffusion.guidance",
     "ImageDataModule": "data.base",
+    "LoRA": "diffusion.adapters.lora",
     "NoiseSchedule": "diffusion.schedule",
     "SegmentationModule": "training.segmentation",
     "SegmentationUNet": "models.segmentation_unet",
     "Segmenter": "inference.segmenter",
+    "TextualInversion": "diffusion.adapters.textual_inversion",
     "evaluate": "evaluation.evaluation",
     "from_diffusers": "diffusers_io.importing",
     "load": "inference.loading",

@@ -8,15 +8,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from denoisers import CAPTIONS, WIDTH, WORDS, inpainter, randomise, shorten, text_denoiser, text_tokens, upscaler
+from denoisers import (
+    CAPTIONS,
+    WIDTH,
+    WORDS,
+    inpainter,
+    save_stable_diffusion,
+    shorten,
+    text_denoiser,
+    text_tokens,
+    upscaler,
+)
 from diffusers import (
-    AutoencoderKL,
     DDPMScheduler,
-    PNDMScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
-    UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from PIL import Image
@@ -41,51 +48,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 pytest.importorskip("transformers")
 
 SEED = 5
-STABLE_DIFFUSION_1_SCHEDULER = {  # scheduler_config.json of stable-diffusion-v1-5
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-
-
-def save_stable_diffusion(folder, kind=StableDiffusionPipeline, network=None, **parts):
-    """A folder of the build of Stable Diffusion 1.5, tiny, but for what else is told of its network and parts."""
-    torch.manual_seed(1)
-    unet = UNet2DConditionModel(
-        **(network or {}),
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=WIDTH,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    text = text_tokens()
-    kind(
-        vae=randomise(vae),
-        text_encoder=text.encoder,
-        tokenizer=text.tokenizer,
-        unet=randomise(unet),
-        scheduler=PNDMScheduler(**STABLE_DIFFUSION_1_SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        **(parts or {"requires_safety_checker": False}),
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -19,7 +19,11 @@ SECTIONS = ("model", "data", "trainer", "samples", "evaluate", "checkpoint", "ta
             "weights_only", "verbose")  # fmt: skip
 NESTED = ("model", "trainer", "samples", "evaluate", "checkpoint")  # the sections that hold settings of their own
 FLAGS = ("config", "print_config", "print_shtab", "help")
-TASKS = ("denoise", "segment", "autoencode")
+TASKS = ("denoise", "adapt", "segment", "autoencode")
+ADAPTERS = {  # short names of model.adapter
+    "lora": "unet_diffusion.diffusion.adapters.lora.LoRA",
+    "textual_inversion": "unet_diffusion.diffusion.adapters.textual_inversion.TextualInversion",
+}
 OF_EACH = ("batch_size", "num_val", "num_workers", "seed")
 OWN_ARGUMENTS = {  # of each data module; options of --data with other names are those of its source
     "ImageDataModule": ("source", "horizontal_flip", "groups", *OF_EACH),
@@ -94,6 +98,10 @@ def check_arguments(arguments: Sequence[str]) -> FitArguments:
             continue
         if name.startswith("--"):
             _check_section(name.removeprefix("--"), f"option {name}")
+            if name == "--model.adapter" and value in ADAPTERS:
+                value = ADAPTERS[value]
+                words = [f"{name}={value}"]
+                argument = words[0]
             option = _with_owner(name.removeprefix("--"), _value(value), settings)
             words[0] = words[0].replace(name, f"--{option}", 1)
             _update(settings, {option: _value(value)})
@@ -239,7 +247,7 @@ def _check_paths(settings: dict[str, Any]) -> None:
 
 def _is_input(name: str, settings: dict[str, Any]) -> bool:
     """Whether a setting is a folder, file or archive that must exist, which is known for our own classes."""
-    if name in ("model.init_from", "data.synthetic.root"):
+    if name in ("model.base", "model.init_from", "data.synthetic.root"):
         return True
     owner, _, argument = name.rpartition(".")
     if owner.split(".")[0] != "data" or settings.get(f"{owner}.download"):

@@ -50,6 +50,9 @@ def sample_images(
     guidance_interval: Annotated[tuple[int, int], "LOW HIGH"] | None = None,
     autoguidance: Checkpoint | None = None,
     autoencoder: Folder | None = None,
+    lora: Checkpoint | None = None,
+    lora_scale: float = 1.0,
+    textual_inversion: Checkpoint | None = None,
     batch_size: int = 64,
     device: str = "auto",
     precision: Precision = "auto",
@@ -102,6 +105,10 @@ def sample_images(
         guidance_interval: The lowest and the highest timestep with guidance. By default all have it.
         autoguidance: The earlier checkpoint to guide away from (fit keeps them with --checkpoint.save_top_k -1).
         autoencoder: The folder of the autoencoder of a denoiser of latents, if it is not where it was in training.
+        lora: The LoRA to draw with: a .safetensors file as diffusers loads it, or a folder with one. A run that trained
+            one needs no such option.
+        lora_scale: How strongly --lora changes the model; 0 does not.
+        textual_inversion: The new word for --captions: a .safetensors file as diffusers loads it, or a folder with one.
         batch_size: The number of images that are drawn at once.
         device: The device, such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU if there is one.
         precision: The number format that the network computes in; "auto" takes 16 bits where the hardware has them,
@@ -131,6 +138,10 @@ def sample_images(
 
     denoiser = load_denoiser(checkpoint, allow=allow or (), autoencoder=autoencoder)
     check_channels(denoiser.image_shape[0])
+    if lora is not None:
+        denoiser.load_lora_weights(lora, scale=lora_scale)
+    if textual_inversion is not None:
+        denoiser.load_textual_inversion(textual_inversion)
     worse = None if autoguidance is None else load_denoiser(autoguidance, allow=allow or ())
     networks = {"checkpoint": denoiser} if worse is None else {"checkpoint": denoiser, "autoguidance": worse}
     contents = {name: contents_of(network) for name, network in networks.items()}

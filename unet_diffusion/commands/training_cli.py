@@ -1,6 +1,6 @@
 """fit and validate: Lightning's command line around the modules and the data modules.
 
-What is trained is the configuration's `task`: "denoise", the default, "segment" or "autoencode".
+What is trained is the configuration's `task`: "denoise", the default, "adapt", "segment" or "autoencode".
 
 The run folder is `trainer.default_root_dir`. A run leaves there config.yaml, logs/, samples/ and samples.png,
 checkpoints/ and the exported pipeline/ or autoencoder/. The same command again continues from the last checkpoint that
@@ -95,6 +95,10 @@ class Task:
             from unet_diffusion.training.autoencoder import AutoencoderModule
 
             return cls(AutoencoderModule, ImageDataModule, ReconstructionGrid)
+        if name == "adapt":
+            from unet_diffusion.training.adapting import AdapterModule
+
+            return cls(AdapterModule, ImageDataModule, SampleGrid)
         from unet_diffusion.training.module import DiffusionModule
 
         return cls(DiffusionModule, ImageDataModule, SampleGrid)
@@ -196,7 +200,7 @@ class TrainingCLI(OpenCLI):
             "--task", choices=TASKS, default="denoise", help="The task that the network is trained for."
         )
         parser.add_lightning_class_args(self.pictures, "samples")
-        if self.task == "denoise":
+        if self.task in ("denoise", "adapt"):
             parser.add_lightning_class_args(EvaluateSamples, "evaluate")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step:07d}",
@@ -300,7 +304,7 @@ class TrainingCLI(OpenCLI):
             self.datamodule.must_be_same = self.resumes_by_itself
         check_monitors(self.trainer, self.model.logged)
         if self.task != "segment" and self.trainer.is_global_zero:
-            name = "autoencoder" if self.task == "autoencode" else "pipeline"
+            name = {"autoencode": "autoencoder", "adapt": "adapter"}.get(self.task, "pipeline")
             check_replaceable(run_folder(self.trainer).resolve() / name, overwrite=True)
         self.model.is_continued = has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
 
@@ -320,6 +324,12 @@ class TrainingCLI(OpenCLI):
         """Export the model if diffusers has a counterpart; return a text that says what to do next."""
         if self.task == "segment":
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
+        if self.task == "adapt":
+            try:
+                self.model.trained.export(folder / "adapter", format="adapter", overwrite=True)
+            except ValueError:  # diffusers has no pipeline that loads it, as export says to whoever asks
+                return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
+            return "adapter/, which the base's pipeline of diffusers loads"
         from unet_diffusion.diffusers_io.exporting import why_not_exported
 
         if self.task == "autoencode":

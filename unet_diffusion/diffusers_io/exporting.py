@@ -105,7 +105,7 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
         ValueError: If there is no such pipeline (see `why_not_exported`), or if the autoencoder was replaced.
         RuntimeError: If the reloaded folder gives other results than the original.
     """
-    folder = Path(folder).resolve()
+    folder, parts = Path(folder).resolve(), parts.merged()
     check_replaceable(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:

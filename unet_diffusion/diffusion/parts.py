@@ -1,11 +1,13 @@
 """The parts of a denoiser, which training, sampling, import and export share."""
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
+from unet_diffusion.diffusion.adapters.adapter import TrainedAdapter
 from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
 from unet_diffusion.diffusion.conditions.condition import Condition, network_inputs, unconditional_inputs
 from unet_diffusion.diffusion.schedule import NoiseSchedule
@@ -30,6 +32,7 @@ class DenoiserParts:
         settings: The settings of the training as plain values, for the model card.
         conditions: The conditions beside the class labels that the network itself embeds.
         speed: The speed that the network was trained at.
+        adapter: The adapter that was trained on a frozen denoiser, whose weights these are; None: there is none.
 
     Raises:
         ValueError: If null_label or class_names do not fit the network.
@@ -44,6 +47,7 @@ class DenoiserParts:
     settings: dict[str, Any] = field(default_factory=dict)
     conditions: nn.ModuleList = field(default_factory=nn.ModuleList)
     speed: Speed = "plain"
+    adapter: TrainedAdapter | None = None
 
     def __post_init__(self) -> None:
         rows = self.unet.config.get("num_class_embeds")
@@ -74,6 +78,16 @@ class DenoiserParts:
         provided = {entry for condition in self.all_conditions for entry in condition.provides}
         return next((condition.num_classes for condition in self.all_conditions
                      if condition.batch_key == "labels" and "labels" not in provided), 0)  # fmt: skip
+
+    def merged(self) -> Self:
+        """The same denoiser with its adapter in its weights: itself, or a copy if the adapter stands beside them."""
+        if self.adapter is None or self.adapter.is_merged:
+            return self
+        unet, conditions = copy.deepcopy(self.unet), copy.deepcopy(self.conditions)
+        self.adapter.adapter.merge(unet, conditions)
+        made = copy.copy(self)
+        made.unet, made.conditions, made.adapter = unet, conditions, replace(self.adapter, is_merged=True)
+        return made
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """The network's inputs beside x and t, and the unconditional ones; None if no condition has a null.

@@ -3,7 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,18 +84,28 @@ class Autoencoder(Running):
             "settings": self.settings,
         }
 
-    def export(self, folder: StrPath, *, overwrite: bool = False) -> None:
-        """Write a folder that diffusers loads without this package, or one .safetensors file.
-
-        The folder has the latents' scale if it is known; the file has the layout of latent diffusion, and no scale.
+    def export(
+        self, folder: StrPath, *, format: Literal["pipeline", "onnx", "torch"] = "pipeline", overwrite: bool = False
+    ) -> None:
+        """Write a folder or file that needs this package no more.
 
         Args:
-            folder: The folder to make, or the file, by its suffix; it appears whole or not at all.
+            folder: The folder to make; or one .safetensors file in the layout of latent diffusion, by its suffix, which
+                has no scale of latents. It appears whole or not at all.
+            format: "pipeline": an autoencoder of diffusers, with the latents' scale if it is known. "onnx" and
+                "torch": the decoder, for ONNX and by torch.export, for any batch and size.
             overwrite: Replace the folder, if everything in it was exported there, or the file.
 
         Raises:
             FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
         """
+        if format != "pipeline":
+            from unet_diffusion.inference.portable import export_decoder
+            from unet_diffusion.models.autoencoders import downsampling, num_latent_channels
+
+            shape = num_latent_channels(self.autoencoder), downsampling(self.autoencoder)
+            export_decoder(self.autoencoder, *shape, folder, format=format, overwrite=overwrite)
+            return
         if is_single_file_name(folder):
             from unet_diffusion.diffusers_io.single_file.exporting import export_autoencoder_file
 

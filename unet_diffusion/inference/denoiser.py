@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -138,17 +138,38 @@ class Denoiser(DenoiserParts, Running):
         """
         save_denoiser(self, path)
 
-    def export(self, folder: StrPath, *, overwrite: bool = False) -> None:
-        """Write a pipeline folder that diffusers loads without this package, or one .safetensors file.
+    def export(
+        self,
+        folder: StrPath,
+        *,
+        format: Literal["pipeline", "adapter", "onnx", "torch"] = "pipeline",
+        overwrite: bool = False,
+    ) -> None:
+        """Write a folder or file that needs this package no more.
 
         Args:
-            folder: The folder to make, or the file, by its suffix; it appears whole or not at all.
+            folder: The folder to make; or one .safetensors file in the layout of latent diffusion or Stable Diffusion,
+                by its suffix. It appears whole or not at all.
+            format: "pipeline": a whole pipeline, with an adapter merged into its weights. "adapter": the adapter
+                alone, which the pipeline of its base loads. "onnx" and "torch": the network, and the decoder of its
+                latents, for ONNX and by torch.export, for any batch and size.
             overwrite: Replace the folder, if everything in it was exported there, or the file.
 
         Raises:
             FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
-            ValueError: If no such pipeline, or layout of one file, exists; the message says why.
+            ValueError: If no such pipeline, or layout of one file, exists, or if there is no adapter; the message says
+                why.
         """
+        if format == "adapter":
+            from unet_diffusion.diffusers_io.adapter_files import export_adapter
+
+            export_adapter(self, folder, overwrite=overwrite)
+            return
+        if format != "pipeline":
+            from unet_diffusion.inference.portable import export_denoiser
+
+            export_denoiser(self, folder, format=format, overwrite=overwrite)
+            return
         if is_single_file_name(folder):
             from unet_diffusion.diffusers_io.single_file.exporting import export_single_file
 
@@ -157,6 +178,37 @@ class Denoiser(DenoiserParts, Running):
         from unet_diffusion.diffusers_io.exporting import export_pipeline
 
         export_pipeline(self, folder, overwrite=overwrite)
+
+    def load_lora_weights(self, path: StrPath, *, scale: float = 1.0) -> None:
+        """Add a LoRA to the weights, as diffusers' pipelines load it, for all images from now on.
+
+        Args:
+            path: The .safetensors file, or a folder with pytorch_lora_weights.safetensors.
+            scale: Factor of the change; 0 changes nothing.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ImportError: If the package peft is missing.
+            ValueError: If the file holds no LoRA of this denoiser; nothing is changed.
+        """
+        from unet_diffusion.diffusers_io.adapter_files import merge_lora
+
+        merge_lora(self, path, scale=scale)
+
+    def load_textual_inversion(self, path: StrPath) -> str:
+        """Add a word to the text encoder, as diffusers' pipelines load it, and return it for use in captions.
+
+        Args:
+            path: The .safetensors file, or a folder with learned_embeds.safetensors.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the denoiser takes no captions, or the file does not hold one vector of its text encoder's
+                width, or the tokenizer knows the word; nothing is changed.
+        """
+        from unet_diffusion.diffusers_io.adapter_files import add_word
+
+        return add_word(self, path)
 
     def __repr__(self) -> str:
         weights = sum(parameter.numel() for parameter in self.unet.parameters())

@@ -10,15 +10,15 @@ from unet_diffusion.diffusion.schedule import PredictionType
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.encoder_segmenters import Normalization, encoder_segmenter, holds_encoder_unet
+from unet_diffusion.inference.onnx_segmenter import onnx_file
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
-from unet_diffusion.inference.record import KINDS, checkpoint_file, kind_of
+from unet_diffusion.inference.record import KINDS, checkpoint_file, is_checkpoint, kind_of
 from unet_diffusion.inference.segmentation_files import holds_segmenter, segmenter_of
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.hub import download, is_hub_name
 from unet_diffusion.runtime.safe_loading import load_plain
 
 StrPath = str | os.PathLike[str]
-PIPELINE_FILES = ("model_index.json", "unet/config.json", "config.json")  # a diffusers folder has one of them
 
 
 def load(
@@ -44,8 +44,9 @@ def load(
     None: as in the published models of its layout.
 
     Args:
-        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, a local diffusers folder, or one file of another
-            program's weights; or the name of a model on the hub, owner/name, which is downloaded into its cache.
+        path: A run folder (its checkpoints/last.ckpt), a .ckpt file, a local diffusers folder, a segmenter.onnx, or one
+            file of another program's weights; or the name of a model on the hub, owner/name, which is downloaded into
+            its cache.
         allow: Further modules that you trust, whose classes a checkpoint may name.
         autoencoder: Current folder of the autoencoder of a denoiser of latents; None: its folder in training.
         tokenizer: Folder of CLIP's tokenizer, for a denoiser that takes captions.
@@ -75,6 +76,9 @@ def load(
         "head_channels": head_channels,
         "scaling_factor": scaling_factor,
     }
+    if onnx_file(path):
+        _check_told(told, (), path)
+        return read_segmenter(path)
     if Path(path).is_dir() and holds_encoder_unet(Path(path)):
         _check_told(told, ("image_size",), path)
         return encoder_segmenter(Path(path), normalization=normalization, window_size=image_size)
@@ -108,23 +112,6 @@ def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
         kind, command = ("a segmenter", "segment") if isinstance(model, Segmenter) else ("an autoencoder", "encode")
         raise ValueError(f"{path} holds {kind}, not a denoiser; use unet-diffusion {command}")
     return model
-
-
-def is_checkpoint(path: StrPath) -> bool:
-    """Whether a path is a checkpoint file or a run folder with one, rather than a diffusers folder.
-
-    Raises:
-        FileNotFoundError: If it is none of these.
-    """
-    path = Path(path)
-    if path.is_file() or (path / "checkpoints" / "last.ckpt").is_file():
-        return True
-    if any((path / name).is_file() for name in PIPELINE_FILES):
-        return False
-    raise FileNotFoundError(
-        f"there is no model at {path}: it must be a checkpoint file, a run folder with checkpoints/last.ckpt, or a "
-        "diffusers folder with model_index.json"
-    )
 
 
 def is_single_file(path: StrPath) -> bool:

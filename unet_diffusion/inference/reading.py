@@ -2,19 +2,23 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from unet_diffusion.diffusion.adapters.adapter import Adapter, TrainedAdapter, merge_trained
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.parts import channels_beside
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.onnx_segmenter import onnx_file, read_onnx_segmenter
 from unet_diffusion.inference.record import (
     averaged_weights,
     checkpoint_file,
     denoiser_record,
     explained,
+    is_checkpoint,
     network_with_weights,
     read_record,
     schedule_of,
@@ -23,6 +27,7 @@ from unet_diffusion.inference.record_checks import built, no_larger_than
 from unet_diffusion.inference.segmenter import FIELDS, Segmenter
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
+from unet_diffusion.models.speed import Speed
 from unet_diffusion.runtime.named_class import class_of
 
 StrPath = str | os.PathLike[str]
@@ -43,6 +48,8 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
     """
     file = checkpoint_file(path)
     record, weights, speed = read_record(file, "denoiser")
+    if "adapter" in record:
+        return _adapted(file, record, weights, speed=speed, allow=allow, autoencoder=autoencoder)
     with explained(file, "denoiser"), no_larger_than(weights):
         channels, height, width = record["sample_shape"]
         conditions = nn.ModuleList(
@@ -71,17 +78,91 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
         )
 
 
+def read_base(path: StrPath, *, allow: Sequence[str] = ()) -> Denoiser:
+    """The denoiser at a path, which an adapter is trained on: a checkpoint, a run folder or a diffusers folder.
+
+    Raises:
+        FileNotFoundError: If there is no model at the path.
+        ValueError: If it is no denoiser, cannot be read, or is a base with an adapter itself.
+    """
+    if not is_checkpoint(path):
+        from unet_diffusion.diffusers_io.importing import import_pipeline
+
+        return Denoiser(**vars(import_pipeline(path)))
+    if "adapter" in read_record(checkpoint_file(path), "denoiser")[0]:
+        raise ValueError(f"{path} holds an adapter, and a base must be a whole denoiser; export it, and use that")
+    return read_denoiser(path, allow=allow)
+
+
+def base_record(base: Denoiser, path: StrPath) -> dict[str, str]:
+    """What a checkpoint of an adapter says of its base: where it is, and a hash of its weights and settings.
+
+    Args:
+        base: The denoiser, as it was read.
+        path: Its path.
+    """
+    # Settings at 0, None or False do not count: a later version may have further ones, which are off.
+    settings = {**base.unet.config, **base.schedule.config}
+    parts = nn.ModuleList([base.unet, base.conditions])
+    return {
+        "path": str(Path(path).resolve()),
+        "fingerprint": fingerprint(parts, {name: value for name, value in settings.items() if value}),
+    }
+
+
+def _adapted(
+    file: Path,
+    record: dict[str, Any],
+    weights: dict[str, Tensor],
+    *,
+    speed: Speed,
+    allow: Sequence[str],
+    autoencoder: StrPath | None,
+) -> Denoiser:
+    """The denoiser of a checkpoint of an adapter: its base, with the adapter merged into the weights.
+
+    Raises:
+        FileNotFoundError: If the base is missing.
+        ValueError: If the base is another one now, or the adapter does not fit it.
+    """
+    path = record["base"]["path"]
+    try:
+        base = read_base(path, allow=allow)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} holds an adapter of {path}, which is needed too: {error}") from error
+    if base_record(base, path)["fingerprint"] != record["base"]["fingerprint"]:
+        raise ValueError(f"{file} holds an adapter of {path}, which was trained further or replaced since; restore it, "
+                         "or train the adapter again")  # fmt: skip
+    with explained(file, "denoiser"):
+        adapter = built(class_of(record["adapter"]["class_path"], Adapter, allow), record["adapter"]["init_args"])
+        adapter.attach(base.unet, base.conditions)
+        averaged = {
+            f"{part}.{name}": value
+            for part in ("unet", "conditions")
+            for name, value in averaged_weights(part, weights).items()
+        }
+        merge_trained(adapter, averaged, base.unet, base.conditions)
+        base.sample_shape, base.class_names = tuple(record["sample_shape"]), record["class_names"]
+        base.codec = _codec(record, allow, autoencoder)
+    base.settings, base.speed = record["settings"], speed
+    base.adapter = TrainedAdapter(adapter, averaged)
+    return base
+
+
 def read_segmenter(path: StrPath, *, allow: Sequence[str] = ()) -> Segmenter:
     """The segmenter in a checkpoint, with its averaged (EMA) weights, on the CPU and in eval mode.
 
     Args:
-        path: A checkpoint file, or a run folder.
+        path: A checkpoint file, a run folder, or a segmenter.onnx or its folder.
         allow: Further modules whose classes the checkpoint may name.
 
     Raises:
         OSError: If the file is missing or cannot be opened.
+        ImportError: If the segmenter is in a file of ONNX, and ONNX Runtime is missing.
         ValueError: If the file is no checkpoint, is damaged, holds code, or holds no segmenter of this package.
     """
+    if exported := onnx_file(path):
+        return read_onnx_segmenter(exported)
     file = checkpoint_file(path)
     record, weights, speed = read_record(file, "segmenter")
     with explained(file, "segmenter"), no_larger_than(weights):

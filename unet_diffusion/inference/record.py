@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from unet_diffusion.diffusion.adapters.adapter import Adapter
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.diffusion.schedule import NoiseSchedule
@@ -31,6 +32,7 @@ ModelKind = Literal["denoiser", "segmenter", "autoencoder"]
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 COMMANDS = {"denoiser": "draw from it with unet-diffusion sample", "segmenter": "use unet-diffusion segment",
             "autoencoder": "use unet-diffusion encode or export"}  # fmt: skip
+PIPELINE_FILES = ("model_index.json", "unet/config.json", "config.json")  # a diffusers folder has one of them
 LIGHTNING_VERSION = "2.6.0"  # version of the checkpoint layout; later versions of Lightning migrate it
 
 
@@ -67,6 +69,23 @@ def checkpoint_file(path: StrPath) -> Path:
     return file
 
 
+def is_checkpoint(path: StrPath) -> bool:
+    """Whether a path is a checkpoint file or a run folder with one, rather than a diffusers folder.
+
+    Raises:
+        FileNotFoundError: If it is none of these.
+    """
+    path = Path(path)
+    if path.is_file() or (path / "checkpoints" / "last.ckpt").is_file():
+        return True
+    if any((path / name).is_file() for name in PIPELINE_FILES):
+        return False
+    raise FileNotFoundError(
+        f"there is no model at {path}: it must be a checkpoint file, a run folder with checkpoints/last.ckpt, or a "
+        "diffusers folder with model_index.json"
+    )
+
+
 def denoiser_record(parts: DenoiserParts) -> dict[str, Any]:
     """The plain values that a checkpoint holds beside the weights; `reading.read_denoiser` reads them."""
     return {
@@ -88,11 +107,12 @@ def save_denoiser(parts: DenoiserParts, path: StrPath) -> None:
     Raises:
         FileExistsError: If the file exists; nothing is overwritten.
     """
+    parts = parts.merged()
     write_checkpoint(path, "denoiser", denoiser_record(parts), {"unet": parts.unet, "conditions": parts.conditions})
 
 
-def network_record(network: PixelNetwork | Condition | Codec) -> dict[str, Any]:
-    """The class and the constructor's arguments of a network, condition or codec, as plain values."""
+def network_record(network: PixelNetwork | Condition | Codec | Adapter) -> dict[str, Any]:
+    """The class and the constructor's arguments of a network, condition, codec or adapter, as plain values."""
     # With sharded weights, the first class is torch's own subclass.
     kind = next(cls for cls in type(network).__mro__ if not cls.__module__.startswith("torch."))
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config}

@@ -60,6 +60,11 @@ def _is_space(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == checks.keys() and all(checks[key](value[key]) for key in checks)
 
 
+def _is_base(value: Any) -> bool:
+    names = {"path", "fingerprint"}
+    return isinstance(value, dict) and value.keys() == names and all(map(_is_text, value.values()))
+
+
 _NETWORK: Rule = ("class_path and init_args", _is_network)
 _SHAPE: Rule = ("three whole numbers from 1: channels, height, width", _is_shape)
 _DICT: Rule = ("a dict", lambda value: isinstance(value, dict))
@@ -105,6 +110,9 @@ RULES: dict[str, dict[str, Rule]] = {
 }
 
 
+OF_ADAPTERS: dict[str, Rule] = {"adapter": _NETWORK, "base": ("path and fingerprint", _is_base)}  # both or none
+
+
 def check_record(record: Mapping[str, Any], kind: str) -> None:
     """Refuse a record with a missing or wrong field.
 
@@ -115,7 +123,21 @@ def check_record(record: Mapping[str, Any], kind: str) -> None:
     Raises:
         ValueError: If a field is missing or wrong; the message names it.
     """
-    for name, (rule, fits) in RULES[kind].items():
+    adapted = kind == "denoiser" and not OF_ADAPTERS.keys().isdisjoint(record)
+    check_fields(record, RULES[kind] | (OF_ADAPTERS if adapted else {}))
+
+
+def check_fields(record: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Refuse plain values of which one is missing or wrong.
+
+    Args:
+        record: The values by name.
+        rules: The rule of each.
+
+    Raises:
+        ValueError: If a value is missing or wrong; the message names it.
+    """
+    for name, (rule, fits) in rules.items():
         if name not in record:
             raise ValueError(f"the field {name} is missing")
         if not fits(record[name]):

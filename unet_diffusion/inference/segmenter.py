@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -214,6 +214,33 @@ class Segmenter(Running):
         """The plain values that a checkpoint holds beside the weights."""
         return {"unet": network_record(self.unet), **{name: getattr(self, name) for name in FIELDS}}
 
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        format: Literal["pipeline", "onnx", "torch"] = "pipeline",
+        overwrite: bool = False,
+    ) -> None:
+        """Write a folder of `save_pretrained`, or one with the network as a file that needs no Python of ours.
+
+        Args:
+            folder: The folder to make; it appears whole or not at all.
+            format: "pipeline" for `save_pretrained`, as diffusers has no pipeline for segmentation; "onnx", which `load`
+                and `segment` read, too; or "torch" for torch.export.
+            overwrite: Replace the folder, if everything in it was exported there.
+
+        Raises:
+            FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
+            ImportError: If a package is missing.
+        """
+        if format == "pipeline":
+            self.save_pretrained(folder, overwrite=overwrite)
+            return
+        from unet_diffusion.inference.portable import export_segmenter
+
+        metadata = {name: getattr(self, name) for name in FIELDS if name != "settings"} | {"settings": {}}
+        export_segmenter(self.unet, metadata, folder, format=format, overwrite=overwrite)
+
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a folder with config.json, model.safetensors and README.md, which `load` and `from_pretrained` read.
 
@@ -227,8 +254,6 @@ class Segmenter(Running):
         from unet_diffusion.diffusers_io.segmenter_folder import save_segmenter_folder
 
         save_segmenter_folder(self.record(), self.unet.state_dict(), folder, overwrite=overwrite)
-
-    export = save_pretrained
 
     @classmethod
     def from_pretrained(

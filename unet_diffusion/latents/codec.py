@@ -182,6 +182,7 @@ class LatentCodec(Codec):
         if self.space is None:  # the autoencoder is still on the CPU, as its fingerprint requires
             self.space = latent_space_of(self.autoencoder, self.folder, image_shape, scaling_factor=self.scaling_factor)
         factor = self.space.downsampling
+        _check_image_shape(image_shape, self.space.image_shape[0], factor, self.folder)
         return len(self.space.std), image_shape[1] // factor, image_shape[2] // factor
 
     def image_shape(self, sample_shape: Shape) -> Shape:
@@ -246,11 +247,7 @@ def latent_space_of(
 
     channels, height, width = image_shape
     factor, in_channels = downsampling(autoencoder), autoencoder.config["in_channels"]
-    if channels != in_channels or height % factor or width % factor:
-        raise ValueError(
-            f"images must have {in_channels} channels and multiples of {factor} pixels for the autoencoder in "
-            f"{folder}, got {channels} channels of {height}x{width}; set channels and image_size of the images"
-        )
+    _check_image_shape(image_shape, in_channels, factor, folder)
     count = num_latent_channels(autoencoder)
     space = LatentSpace(
         autoencoder=str(Path(folder).resolve()),
@@ -271,6 +268,17 @@ def latent_space_of(
             "of Stable Diffusion 1 and 2, 0.13025 for those of XL"
         )
     return replace(space, mean=tuple(mean or space.mean), std=tuple(value / scale for value in std or space.std))
+
+
+def _check_image_shape(
+    image_shape: Sequence[int], in_channels: int, factor: int, folder: str | os.PathLike[str]
+) -> None:
+    channels, height, width = image_shape
+    if channels != in_channels or height % factor or width % factor:
+        raise ValueError(
+            f"images must have {in_channels} channels and multiples of {factor} pixels for the autoencoder in "
+            f"{folder}, got {channels} channels of {height}x{width}; set channels and image_size of the images"
+        )
 
 
 @torch.no_grad()

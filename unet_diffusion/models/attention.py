@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_diffusion.models.layers import GroupNorm
+from unet_diffusion.models.recomputing import RecomputedBlock
 
 # Attention is plain products up to this number of scores (images x heads x pairs of pixels): 32 MiB in bfloat16.
 MAX_SCORES = 2**24
@@ -21,7 +22,7 @@ TRANSFORMER_NORM_EPS = 1e-6  # of a spatial transformer's group norm, from Romba
 FEED_FORWARD_WIDTH = 4  # times the channels (Vaswani et al. 2017, section 3.3)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(RecomputedBlock):
     """Attention of every pixel to every pixel, plus the input.
 
     Args:
@@ -46,7 +47,7 @@ class SelfAttention(nn.Module):
         return x + tokens_as_pixels(self.to_out[0](out), x.shape[-2:])
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(RecomputedBlock):
     """Transformer blocks over all pixels, which attend to each other and to the context, plus the input.
 
     Args:
@@ -175,7 +176,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """
     q, k, v = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L or M, C / heads)
     num_scores = q.shape[0] * num_heads * q.shape[2] * k.shape[2]
-    if q.device.type == "cpu" and num_scores <= MAX_SCORES:
+    # an exported network is for any size
+    if q.device.type == "cpu" and not torch.compiler.is_exporting() and num_scores <= MAX_SCORES:
         out = torch.softmax((q * q.shape[3] ** -0.5) @ k.transpose(2, 3), dim=3) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_diffusion.models.layers import Conv3x3, crop_and_concat
+from unet_diffusion.models.recomputing import RecomputedBlock
 
 
-class DoubleConv(nn.Module):
+class DoubleConv(RecomputedBlock):
     """conv, [norm], [add the embedding], ReLU, conv, [norm], ReLU, dropout (Ronneberger et al. 2015, figure 1).
 
     Args:

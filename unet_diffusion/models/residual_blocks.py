@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_diffusion.models.layers import Conv3x3, GroupNormSiLU, crop_and_concat
+from unet_diffusion.models.recomputing import RecomputedBlock
 
 
 class DownBlock(nn.Module):
@@ -87,7 +88,7 @@ class UpBlock(nn.Module):
         return x
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(RecomputedBlock):
     """norm, SiLU, [resample], conv, add or scale-shift by the embedding, norm, SiLU, dropout, conv; plus the input.
 
     Args:

@@ -16,6 +16,7 @@ from unet_diffusion.models.double_conv import (
     UpConvBlock,
 )
 from unet_diffusion.models.embeddings import TimestepEmbedding
+from unet_diffusion.models.recomputing import recompute_blocks
 from unet_diffusion.models.unet import PixelNetwork, UNet
 
 Padding = Literal["valid", "same"]
@@ -46,6 +47,8 @@ class SegmentationUNet(UNet, PixelNetwork):
         upsampling: "transposed" for the paper's up-convolution, or "bilinear" for interpolation, after which the double
             convolution of a level gives the width of the level above; the last two widths must then be equal.
         unit_range: Whether the first convolution sees images in [0, 1]; forward takes them in [-1, 1] either way.
+        gradient_checkpointing: Whether training keeps the inputs of blocks alone and computes the rest again in the
+            backward pass: gradients stay the same, memory falls, and a step takes about a third longer.
 
     Raises:
         ValueError: If there are fewer than two levels, or an argument is out of its range.
@@ -64,6 +67,7 @@ class SegmentationUNet(UNet, PixelNetwork):
         num_class_embeds: int | None = None,
         upsampling: Upsampling = "transposed",
         unit_range: bool = False,
+        gradient_checkpointing: bool = False,
     ):
         _check_upsampling(channels, upsampling)
         _check_arguments(channels, padding, norm, timestep_embedding, num_class_embeds)
@@ -85,6 +89,8 @@ class SegmentationUNet(UNet, PixelNetwork):
             self.class_embedding = nn.Embedding(num_class_embeds, emb_channels) if num_class_embeds else None
         self.conv_out = nn.Conv2d(channels[0], out_channels, 1)
         _initialise(self)
+        if gradient_checkpointing:
+            recompute_blocks(self)
         self.config = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -96,6 +102,7 @@ class SegmentationUNet(UNet, PixelNetwork):
             "num_class_embeds": num_class_embeds,
             "upsampling": upsampling,
             "unit_range": unit_range,
+            "gradient_checkpointing": gradient_checkpointing,
         }
         self.size_step = 2 ** (len(channels) - 1)
         self.margin = 0 if padding == "same" else 6 * self.size_step - 4  # see `smallest_size`

@@ -300,15 +300,17 @@ class _Trial:
     def _step(self, setting: Setting, num_images: int) -> float:
         """Return the seconds of a forward and backward pass; no gradients are stored."""
         x, network = self.x[:num_images], self.network
-        inputs = {name: value[:num_images] for name, value in self.inputs.items()}
+        inputs = {name: value[:num_images].detach() for name, value in self.inputs.items()}
         t = None if network.time_embedding is None else torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        trained: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if not trained:  # what is trained makes the network's inputs, so that gradients flow through all of it
+            trained = [value.requires_grad_() for value in inputs.values() if value.is_floating_point()]
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):  # dropout draws random numbers
             _synchronize(x.device)
             start = time.perf_counter()
             with autocast(x.device.type, setting.dtype):
                 loss = network(x, t, **inputs).float().square().mean()
-            torch.autograd.grad(loss, parameters)
+            torch.autograd.grad(loss, trained)
             _synchronize(x.device)
         return time.perf_counter() - start
 

@@ -51,3 +51,19 @@ def _begin_torchmetrics() -> None:
 
     package.Metric, package.MetricCollection = Metric, MetricCollection
     package.__getattr__ = import_the_rest  # called for every other name (PEP 562)
+
+
+def onnx_runtime() -> Any:
+    """The package onnxruntime.
+
+    Raises:
+        ImportError: If it or onnxscript is missing; the message names the extra.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # with which torch writes ONNX
+    except ImportError as error:
+        raise ImportError(
+            'ONNX needs the packages onnxscript and onnxruntime; install them with pip install "unet-diffusion[onnx]"'
+        ) from error
+    return onnxruntime

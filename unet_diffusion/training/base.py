@@ -34,7 +34,7 @@ from unet_diffusion.training.precision import (
     settle_precision,
     warn_of_emulation,
 )
-from unet_diffusion.training.resuming import differences
+from unet_diffusion.training.resuming import FREE, differences
 from unet_diffusion.training.sharding import shard
 from unet_diffusion.training.timing import can_be_graphed, fastest
 
@@ -331,7 +331,7 @@ class NetworkModule(LightningModule):
             ValueError: Naming each setting that differs.
         """
         check_callbacks(checkpoint)
-        now = {name: value for name, value in self.identity().items() if name != "dropout"}  # which has no weights
+        now = {name: value for name, value in self.identity().items() if name not in FREE}
         before = self.identity_in(self.record_in(checkpoint))
         if differ := differences({name: before.get(name) for name in now}, now):
             raise ValueError(f"the checkpoint holds another model ({'; '.join(differ)}); set model as it was")

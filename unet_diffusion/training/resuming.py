@@ -2,6 +2,8 @@
 
 from typing import Any
 
+FREE = ("dropout", "gradient_checkpointing")  # settings of a network that may change: they have no weights
+
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """A line for each setting that is not the same, with both values.

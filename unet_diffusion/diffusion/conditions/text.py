@@ -107,6 +107,32 @@ class TextTokens(Condition):
         encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
         return encoded.input_ids
 
+    def tokenize(self, caption: str) -> list[int]:
+        """The token ids of a caption, its beginning and end included, before it is cut.
+
+        Raises:
+            RuntimeError: If there is no tokenizer yet.
+        """
+        if self.tokenizer is None:
+            raise RuntimeError("the tokenizer must be trained first: call learn_words")
+        return self.tokenizer(caption, verbose=False).input_ids
+
+    def add_word(self, word: str) -> int:
+        """Make a word a token of its own, and return its id, for which the encoder may have no vector yet.
+
+        Raises:
+            RuntimeError: If there is no tokenizer yet.
+            ValueError: If the tokenizer knows the word.
+        """
+        if self.tokenizer is None:
+            raise RuntimeError("the tokenizer must be trained first: call learn_words")
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if not tokenizer.add_tokens([word]):
+            raise ValueError(f"the tokenizer has a token {word!r} already; choose another word")
+        self.config["vocab_size"] = max(self.config["vocab_size"], len(tokenizer))
+        self.take_tokenizer(tokenizer)
+        return len(tokenizer) - 1
+
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
         """How many tokens each caption has, its beginning and end included, before it is cut.
 
@@ -206,8 +232,9 @@ class TextTokens(Condition):
         """The tokenizer as the bytes of its JSON, uint8, for a checkpoint; empty if there is no tokenizer."""
         if self.tokenizer is None:
             return torch.zeros(0, dtype=torch.uint8)
-        model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
-        words = {"vocab": model["vocab"], "merges": model["merges"], "pad_token": self.tokenizer.pad_token}
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        words = {name: state["model"][name] for name in ("vocab", "merges")} | {"pad_token": self.tokenizer.pad_token}
+        words["added"] = [token["content"] for token in state["added_tokens"] if not token["special"]]
         return torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -216,7 +243,9 @@ class TextTokens(Condition):
             words = json.loads(bytes(state.tolist()))
             merges = [tuple(pair) for pair in words["merges"]]
             tokenizer_class = import_transformers().CLIPTokenizer
-            self.take_tokenizer(tokenizer_class(vocab=words["vocab"], merges=merges, pad_token=words["pad_token"]))
+            tokenizer = tokenizer_class(vocab=words["vocab"], merges=merges, pad_token=words["pad_token"])
+            tokenizer.add_tokens(words.get("added", []))
+            self.take_tokenizer(tokenizer)
 
     def take_tokenizer(self, tokenizer: "CLIPTokenizer") -> None:
         """Read captions with this tokenizer from now on.
