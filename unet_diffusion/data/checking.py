@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image, only_image, to_depth
+from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image, to_depth
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash
+from unet_diffusion.data.stored import only_image
 from unet_diffusion.runtime.messages import in_words, printable
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class StreamedImages:
         files: The files below the root.
         names: The name of each image's file.
         image_format: The size and channels that each image is converted to.
-        dtype: torch.uint8, or torch.uint16 if any file holds 16 bits.
+        dtype: torch.uint8, or torch.uint16 if any file holds 16 bits; torch.float32 with a range of values.
     """
 
     files: ImageFiles
@@ -84,13 +85,15 @@ class CheckedImages:
 def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
     """Decode all files into one tensor: uint8, or uint16 if any file holds 16 bits (8-bit values are then times 257).
 
+    With a range of values it is float32 in [-1, 1].
+
     Args:
         files: The files to decode.
         image_format: The size and channels that each image is converted to.
         progress: Whether a progress bar is shown.
     """
     size = (image_format.channels, image_format.height, image_format.width)
-    images = torch.empty(len(files.names), *size, dtype=torch.uint8)
+    images = torch.empty(len(files.names), *size, dtype=image_format.dtype)
     checked = CheckedImages(images, [], [], [], [])
     decode = _decoder(files, image_format)
     for name, outcome in in_threads(decode, files.names, "loading images", progress):
@@ -122,7 +125,7 @@ def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool
             outcome if isinstance(outcome, str) else replace(outcome, image=torch.empty(0, dtype=outcome.image.dtype))
         )
 
-    images = StreamedImages(files, [], image_format, torch.uint8)
+    images = StreamedImages(files, [], image_format, image_format.dtype)
     checked = CheckedImages(images, images.names, [], [], [])
     for name, outcome in in_threads(check, files.names, "checking images", progress):
         if isinstance(outcome, str):
@@ -196,7 +199,7 @@ class _Decoded:
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], _Decoded | str]:
     def decode(data: bytes) -> _Decoded:
-        stored = only_image(data)
+        stored = only_image(data, image_format.channels)
         with _one_at_a_time if math.prod(stored.size) > LARGE_IMAGE else nullcontext():
             return _Decoded(fitted_image(stored, image_format), stored.size, content_hash(data))
 

@@ -39,7 +39,7 @@ class Folder(Source):
     Args:
         root: A folder, archive.zip, or archive.zip/folder.
         image_size: Height and width in pixels, or one number for both; no image may be smaller.
-        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are converted; or the number that files hold.
         class_labels: Whether the folder directly below root that a file lies in is its class.
         captions: Whether each image has a caption, see `captions.py`.
         semantic_map: A folder or archive of label images of the same names and sizes as the images, for the condition
@@ -188,7 +188,7 @@ class Tiles(Source):
     Args:
         root: A folder, archive.zip, or archive.zip/folder.
         tile_size: Height and width of a tile in pixels; no image may be smaller.
-        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are converted; or the number that files hold.
         stretch: Whether each image's grey values are scaled from its 1st and 99.8th percentile, not from the range of
             its type.
         num_images: The number of images to use, the first by name, such as those that are not kept for a test. None

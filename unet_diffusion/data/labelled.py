@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unet_diffusion.data.checking import NUM_NAMED, decoded, in_threads
-from unet_diffusion.data.decoding import decode_label_pages, decode_pages
+from unet_diffusion.data.decoding import check_num_channels, decode_pages
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.items import Item, ItemSource, read_items
+from unet_diffusion.data.label_decoding import decode_label_pages
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 CELLS_SIZE = (128, 128)  # of generated images, in pixels
@@ -89,12 +90,12 @@ class PairedFiles(LabelledSource):
     Args:
         images: A folder, archive.zip, archive.zip/folder, or one file.
         labels: The place of the labels, likewise; the label of an image has the same path there, but for the extension.
-        channels: 1 (grey) or 3 (RGB); images are converted.
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which images are converted; or the number that files hold.
         label_suffix: The end that the names of labels have and those of images lack, such as "_mask".
         unlabelled: The place of images without labels, likewise, for `model.joint`; None: there are none.
 
     Raises:
-        ValueError: If channels is neither.
+        ValueError: If channels is below 1.
     """
 
     def __init__(
@@ -106,8 +107,7 @@ class PairedFiles(LabelledSource):
         label_suffix: str = "",
         unlabelled: str | Path | None = None,
     ) -> None:
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+        check_num_channels(channels)
         self.images = images
         self.labels = labels
         self.channels = channels

@@ -20,18 +20,20 @@ from torch import Tensor
 
 from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.checking import decoded, in_threads
-from unet_diffusion.data.decoding import ImageFormat, fitted_image, only_image
+from unet_diffusion.data.decoding import ImageFormat, fitted_image
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
+from unet_diffusion.data.stored import only_image
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.randomness import keyed_generator
+from unet_diffusion.runtime.tiff_files import tiff_of
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
-PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of 8 bits, by channels
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def pack_images(
     root: str | Path,
     shard_images: int = 1024,
     image_format: ImageFormat | None = None,
+    channels: int = 3,
     entries: Entries | None = None,
     class_names: list[str] | None = None,
     skip_bad_files: bool = False,
@@ -71,8 +74,9 @@ def pack_images(
         folder: The folder of the shards; it is made if it is not there.
         root: The place of the images, for messages and to tell them from others.
         shard_images: The number of images per shard; the last shard, and shards with images left out, hold fewer.
-        image_format: The size and channels that each image is converted to, and kept as PNG. None keeps the files as
-            they are.
+        image_format: The size and channels that each image is converted to, and kept as PNG, or as TIFF where PNG does
+            not hold it. None keeps the files as they are.
+        channels: The channels of the images where files are kept as they are, as in `ImageFormat`.
         entries: What is known of each image by name: numbers (N, ...), of which whole ones become int64, or N texts.
         class_names: The name of each class, or None.
         skip_bad_files: Whether files that cannot be decoded or are too small are left out. Otherwise no index is
@@ -97,6 +101,7 @@ def pack_images(
         f"{CONTENTS}names": text_digest("\n".join(files.names)).hex(),
         "shard_images": shard_images,
         "image_format": str(image_format),
+        "channels": channels if image_format is None else image_format.channels,
         "class_names": class_names,
         "entries": {f"{CONTENTS}{key}": text_digest(json.dumps(rows)).hex() for key, rows in plain.items()},
     }
@@ -112,7 +117,7 @@ def pack_images(
             say(f"{shard_name(number)} is packed again, because images in it have changed: {first_few(changed)}")
         if record is None or changed or (record["bad_files"] and not skip_bad_files):
             before = record["shard"]["sha256"] if record else None
-            record = _write_shard(folder, number, files, members, image_format, plain, before)
+            record = _write_shard(folder, number, files, members, image_format or channels, plain, before)
         progress(len(members))
         records.append(record)
     bad_files = [line for record in records for line in record.pop("bad_files")]
@@ -140,11 +145,21 @@ def _write_shard(
     number: int,
     files: ImageFiles,
     members: list[int],
-    image_format: ImageFormat | None,
+    image_format: ImageFormat | int,
     entries: Mapping[str, list[Any]],
     before: str | None,
 ) -> dict[str, Any]:
-    """Write a shard and return its record; `before` is the checksum of the shard in its place, if that is known."""
+    """Write a shard and return its record.
+
+    Args:
+        folder: The folder of the shards.
+        number: The number of the shard.
+        files: The images.
+        members: The numbers of the images in the shard.
+        image_format: The format of the images, or the number of channels of files that are kept as they are.
+        entries: What is known of each image.
+        before: The checksum of the shard in its place, if that is known.
+    """
     names = {files.names[i]: i for i in members}
     good: dict[int, Packed] = {}
     bad_files = []
@@ -183,20 +198,23 @@ def _write_shard(
     return record
 
 
-def _packed(content: bytes, name: str, image_format: ImageFormat | None) -> Packed:
+def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packed:
     """An image as it goes into a shard, after it was decoded to find damage.
 
     Raises:
         ValueError: If it cannot be used.
     """
-    stored = only_image(content)
-    pixels = fitted_image(stored, image_format or ImageFormat(1, 1))
-    bits = 16 if pixels.dtype == torch.uint16 else 8
-    if image_format is None:
-        return Packed(content, PurePosixPath(name).suffix.lower(), stored.size, bits)
-    if bits == 16:
-        raise ValueError("16 bits a channel are not kept by --image_size; leave it out, or save the image in 8 bits")
-    return Packed(_png(pixels), ".png", (image_format.height, image_format.width), bits)
+    if isinstance(image_format, int):
+        stored = only_image(content, image_format)
+        pixels = fitted_image(stored, ImageFormat(1, 1, image_format))
+        return Packed(content, PurePosixPath(name).suffix.lower(), stored.size, 8 * pixels.itemsize)
+    stored = only_image(content, image_format.channels)
+    pixels = fitted_image(stored, image_format)
+    size, bits = (image_format.height, image_format.width), 8 * pixels.itemsize
+    are_colours = stored.kind != "channels"
+    if bits == 8 and are_colours:
+        return Packed(_png(pixels), ".png", size, bits)
+    return Packed(tiff_of(pixels.numpy(), are_colours=are_colours), ".tif", size, bits)
 
 
 def _png(pixels: Tensor) -> bytes:

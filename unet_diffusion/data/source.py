@@ -50,7 +50,7 @@ class Source(ItemSource):
     A subclass defines `__len__`, and `__getitem__(index)`, which returns a dict with
 
     - `image`: A PIL image, or an array or tensor (H, W), (H, W, C) or (C, H, W) of uint8, uint16, or floats in [0, 1],
-      with 1, 3 or 4 channels. All images have one size.
+      with 1, 3 or 4 channels; a tensor (C, H, W) may have others. All images have one size.
     - `label`: The number of the class, where images have classes.
     - Any further key, in all items or in none: What else is known of the image, for the condition whose `batch_key` is
       that key. A number, or an array or tensor of one shape and type over all items, becomes an entry of a batch, (B,

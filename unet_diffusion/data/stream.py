@@ -39,7 +39,7 @@ class Shards(Source):
         root: A folder, or its address: http://..., s3://... (keys and endpoint come from the environment, as AWS
             names them).
         image_size: Height and width in pixels, or one number for both; no image may be smaller.
-        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are converted; or the number that files hold.
         class_labels: Whether images have classes; they must have been packed.
         captions: Whether images have captions; they must have been packed.
         background: The colour behind transparent pixels, a name or "#rrggbb"; it is not used if channels is 4.

@@ -209,7 +209,7 @@ def _segmented(
 
     segmentation = segmenter.segment(image, views=views, progress=progress)
     data = Path(path).read_bytes()
-    stored = intensities(next(iter(stored_images(data)))).astype(np.float32)
+    stored = intensities(next(iter(stored_images(data, segmenter.unet.in_channels)))).astype(np.float32)
     height, width = ("" if size is None else f"{size:.6g}" for size in pixel_size(data))
     return Segmented(Path(path).name, to_uint8(image.clamp(-1, 1)[None])[0], segmentation, stored, (height, width))
 

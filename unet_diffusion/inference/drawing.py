@@ -141,7 +141,9 @@ class Drawing:
             size = options.image_size
             height, width = self._network_sizes("image_size", [size, size] if isinstance(size, int) else size)
         elif self._enlarges and options.image is not None:
-            height, width = (_largest_size(side, parts.unet) for side in size_of("image", options.image))
+            height, width = (
+                _largest_size(side, parts.unet) for side in size_of("image", options.image, parts.image_shape[0])
+            )
         if options.window is not None:
             self._network_sizes("window", [options.window])
         if height * width > MOST_PIXELS:

@@ -18,7 +18,8 @@ from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.fingerprints import MadeOf, fingerprint, is_of
 from unet_diffusion.data.listing import TIFF_EXTENSIONS
 from unet_diffusion.data.scaling import to_float
-from unet_diffusion.data.stored import StoredImage, stored_images
+from unet_diffusion.data.stored import stored_images
+from unet_diffusion.data.stored_image import StoredImage
 from unet_diffusion.inference.segmenter import Segmentation, Segmenter
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.pictures import write_png
@@ -112,10 +113,15 @@ class ImagesToSegment:
         there = [mask for mask in self.sources if mask in made_of and (outputs.folder / mask).exists()]
         return [mask for mask in there if not is_of(*self.sources[mask], made_of[mask])]
 
-    def pages(self, mask: str) -> list[StoredImage] | str:
-        """The pages of the image of a mask, or the reason why it cannot be read."""
+    def pages(self, mask: str, channels: int) -> list[StoredImage] | str:
+        """The images in the file of a mask, or the reason why it cannot be read.
+
+        Args:
+            mask: The name of the mask.
+            channels: The number of channels that images must have.
+        """
         files, name = self.sources[mask]
-        return decoded(lambda data: list(stored_images(data)), files, name)
+        return decoded(lambda data: list(stored_images(data, channels)), files, name)
 
 
 def segment_images(
@@ -143,7 +149,7 @@ def segment_images(
     for mask in group.shard(list(images.sources)):
         if not (outputs.folder / mask).exists():
             made_of = fingerprint(*images.sources[mask])
-            pages = images.pages(mask)
+            pages = images.pages(mask, trained.unet.in_channels)
             if isinstance(pages, list):
                 outputs.made_of.note(mask, None)
                 try:

@@ -10,8 +10,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from unet_diffusion.data.checking import decoded
-from unet_diffusion.data.decoding import decode_label_pages, fitted_label
 from unet_diffusion.data.files import OneFile, find_images
+from unet_diffusion.data.label_decoding import decode_label_pages, fitted_label
 from unet_diffusion.inference.init_images import read_picture
 
 
