@@ -86,10 +86,11 @@ def encode(
         from tqdm import tqdm
 
         from unet_diffusion.data import Folder as ImageFolder
-        from unet_diffusion.data import ImageDataModule, scale_to_unit_range
+        from unet_diffusion.data import ImageDataModule
         from unet_diffusion.latents.store import encode_images
         from unet_diffusion.models.autoencoders import latent_moments, pretrained_autoencoder
         from unet_diffusion.models.speed import keep_freed_memory
+        from unet_diffusion.runtime.pictures import in_unit_range
         from unet_diffusion.runtime.precision import autocast, chosen_precision
         from unet_diffusion.runtime.processes import own_device, process_group
 
@@ -123,7 +124,7 @@ def encode(
     network.to(device, memory_format=torch.channels_last)
 
     def images_of(numbers: range) -> torch.Tensor:
-        return scale_to_unit_range(data.image_set.images.index_select(0, torch.tensor(list(numbers))))
+        return in_unit_range(data.image_set.images.index_select(0, torch.tensor(list(numbers))))
 
     @torch.inference_mode()
     def moments(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

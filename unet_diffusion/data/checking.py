@@ -5,15 +5,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image, to_depth
+from unet_diffusion.data.decoding import ImageFormat, check_within, decode_image, fitted_image, to_depth
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.data.stored import only_image
@@ -73,6 +74,8 @@ class CheckedImages:
         bad_files: A line "name: reason" for each of the other files.
         sizes: Height and width of each upright image before it was scaled and cut.
         contents: The hash of each image's file as it was decoded.
+        dtypes: The types of the numbers in the files.
+        are_colours: Whether the channels of all images are grey, RGB, or RGB and alpha.
     """
 
     images: Tensor | StreamedImages
@@ -80,6 +83,8 @@ class CheckedImages:
     bad_files: list[str]
     sizes: list[tuple[int, int]]
     contents: list[str]
+    dtypes: set[np.dtype] = field(default_factory=set)
+    are_colours: bool = True
 
 
 def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
@@ -190,18 +195,21 @@ def reason(error: Exception) -> str:
 
 @dataclass
 class _Decoded:
-    """An image, its size before it was scaled and cut, and the hash of its file."""
+    """An image, its size before it was scaled and cut, the hash of its file, and what its numbers are."""
 
     image: Tensor
     size: tuple[int, int]
     content: str
+    dtype: np.dtype
+    are_colours: bool
 
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], _Decoded | str]:
     def decode(data: bytes) -> _Decoded:
         stored = only_image(data, image_format.channels)
         with _one_at_a_time if math.prod(stored.size) > LARGE_IMAGE else nullcontext():
-            return _Decoded(fitted_image(stored, image_format), stored.size, content_hash(data))
+            image = check_within(fitted_image(stored, image_format), image_format.value_range)
+        return _Decoded(image, stored.size, content_hash(data), stored.dtype, stored.kind != "channels")
 
     return lambda name: decoded(decode, files, name)
 
@@ -210,3 +218,5 @@ def _add(checked: CheckedImages, name: str, outcome: _Decoded) -> None:
     checked.names.append(name)
     checked.sizes.append(outcome.size)
     checked.contents.append(outcome.content)
+    checked.dtypes.add(outcome.dtype.newbyteorder("="))
+    checked.are_colours &= outcome.are_colours

@@ -176,6 +176,25 @@ def decode_page(image: StoredImage, channels: int, value_range: ValueRange | Non
     return _tensor(pixels, image_format, pixels.levels.dtype)
 
 
+def check_within(image: Tensor, value_range: ValueRange | None) -> Tensor:
+    """The image, once it is known to lie within a range of values.
+
+    Args:
+        image: An image as it was decoded, in [-1, 1] where its numbers are within the range.
+        value_range: The range; None: there is none to lie within.
+
+    Raises:
+        ValueError: If numbers are beyond the range. They would be clipped in what is drawn.
+    """
+    if value_range is not None:
+        low, high = value_range
+        ends = [(float(end) + 1) / 2 * (high - low) + low for end in image.aminmax()]
+        if float(image.min()) < -1 or float(image.max()) > 1:
+            raise ValueError(f"numbers must be within value_range, {low:.6g} to {high:.6g}, and go from {ends[0]:.6g} "
+                             f"to {ends[1]:.6g}; widen it, or set it to measured")  # fmt: skip
+    return image
+
+
 def to_depth(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 images as uint16 of the same brightness, if that is the dtype; otherwise unchanged."""
     if images.dtype == dtype:

@@ -12,6 +12,7 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 Kind = TypeVar("Kind", bound=Condition)
 
@@ -30,6 +31,7 @@ class DenoiserParts:
         settings: The settings of the training as plain values, for the model card.
         conditions: The conditions beside the class labels that the network itself embeds.
         speed: The speed that the network was trained at.
+        values: What the numbers in the files of its images mean, and which channels pictures show.
 
     Raises:
         ValueError: If null_label or class_names do not fit the network.
@@ -44,6 +46,7 @@ class DenoiserParts:
     settings: dict[str, Any] = field(default_factory=dict)
     conditions: nn.ModuleList = field(default_factory=nn.ModuleList)
     speed: Speed = "plain"
+    values: PixelValues = field(default_factory=PixelValues)
 
     def __post_init__(self) -> None:
         rows = self.unet.config.get("num_class_embeds")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -171,7 +171,8 @@ class Drawing:
         channels, height, width = self.parts.codec.image_shape(self.sample_shape)
         if self._enlarges:
             height, width = self.sample_shape[1:]
-        return read_user_image(options.image, options.mask, (channels, height, width))
+        shape = (channels, height, width)
+        return read_user_image(options.image, options.mask, shape, self.parts.values.value_range)
 
     def _entries(self) -> dict[str, Tensor]:
         """The entries that the conditions read, (num_images, ...) each."""
@@ -185,7 +186,7 @@ class Drawing:
             mask=None if image is None or image.keep_mask is None else (~image.keep_mask).float(),
             encode=self._encode,
             image_shape=self.parts.codec.image_shape(self.sample_shape),
-            read_pictures=read_pictures,
+            read_pictures=partial(read_pictures, value_range=self.parts.values.value_range),
             read_label_images=read_label_images,
         )
         return {name: entry for condition in self._conditions for name, entry in condition.from_user(request).items()}

@@ -188,7 +188,7 @@ def _segment_pages(
         if outputs.instances and has_objects:
             write_instances = files.enter_context(_whole_pages(outputs.folder / "instances" / mask))
         for page, stem in zip(pages, stems, strict=True):
-            image = to_float(_decoded_page(page, trained.unet.in_channels), stretch=trained.stretch)
+            image = to_float(_decoded_page(page, trained), stretch=trained.stretch)
             prediction = predict(image)
             write_mask(prediction.classes)
             if outputs.instances and has_objects:
@@ -198,12 +198,13 @@ def _segment_pages(
                     _save_array(partial, prediction.probabilities.astype(np.float16))
             if outputs.overlays:
                 outline = prediction.instances if has_objects else prediction.classes
-                write_png(outlined(image, outline), outputs.folder / "overlays" / f"{stem}.png")
+                seen = trained.values.seen(image[None])[0]
+                write_png(outlined(seen, outline), outputs.folder / "overlays" / f"{stem}.png")
 
 
-def _decoded_page(page: StoredImage, channels: int) -> Tensor:
+def _decoded_page(page: StoredImage, trained: Segmenter) -> Tensor:
     try:
-        return decode_page(page, channels)
+        return decode_page(page, trained.unet.in_channels, trained.values.value_range)
     except Exception as error:  # decoders raise anything for damaged files
         raise ValueError(reason(error)) from error
 
