@@ -14,13 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.checking import decoded, in_threads
-from unet_diffusion.data.decoding import ImageFormat, fitted_image
+from unet_diffusion.data.decoding import ImageFormat, fitted_image, plain_numbers
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
@@ -44,13 +46,17 @@ class Packed:
         content: The contents of the image file.
         extension: The extension of its name, such as ".png".
         size: Height and width in pixels.
-        bits: 8 or 16 bits per channel.
+        bits: Bits of a number.
+        dtype: Type of the numbers.
+        ends: The least and the largest number; None: the image has alpha or colours by index.
     """
 
     content: bytes
     extension: str
     size: tuple[int, int]
     bits: int
+    dtype: np.dtype
+    ends: tuple[float, float] | None
 
 
 def pack_images(
@@ -190,6 +196,8 @@ def _write_shard(
         "shard": asdict(shard),
         "smallest": [min(sides) for sides in zip(*sizes, strict=True)] if sizes else None,
         "bits": max((one.bits for one in good.values()), default=8),
+        "dtypes": sorted({one.dtype.newbyteorder("=").name for one in good.values()}),
+        "ends": [one.ends for one in good.values()],
         "bad_files": bad_files,
         "made_of": made_of,
     }
@@ -206,15 +214,29 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packe
     """
     if isinstance(image_format, int):
         stored = only_image(content, image_format)
-        pixels = fitted_image(stored, ImageFormat(1, 1, image_format))
-        return Packed(content, PurePosixPath(name).suffix.lower(), stored.size, 8 * pixels.itemsize)
+        extension = PurePosixPath(name).suffix.lower()
+        is_plain = stored.palette is None and stored.alpha is None and stored.transparent is None
+        numbers = plain_numbers(stored) if is_plain else stored.numbers()
+        if stored.white is not None:
+            fitted_image(stored, ImageFormat(1, 1, image_format))  # refuses other channels
+        bits = 8 if stored.bits <= 8 else stored.bits
+        return Packed(content, extension, stored.size, bits, numbers.dtype, _ends(numbers) if is_plain else None)
     stored = only_image(content, image_format.channels)
+    if stored.white is None:
+        raise ValueError(f"{stored} have no range that is known, by which they could be scaled; leave --image_size "
+                         "out, and set value_range in training")  # fmt: skip
     pixels = fitted_image(stored, image_format)
     size, bits = (image_format.height, image_format.width), 8 * pixels.itemsize
     are_colours = stored.kind != "channels"
+    numbers = pixels.numpy()
+    ends = None if are_colours and len(pixels) == 4 else _ends(numbers)
     if bits == 8 and are_colours:
-        return Packed(_png(pixels), ".png", size, bits)
-    return Packed(tiff_of(pixels.numpy(), are_colours=are_colours), ".tif", size, bits)
+        return Packed(_png(pixels), ".png", size, bits, numbers.dtype, ends)
+    return Packed(tiff_of(numbers, are_colours=are_colours), ".tif", size, bits, numbers.dtype, ends)
+
+
+def _ends(numbers: NDArray[Any]) -> tuple[float, float]:
+    return float(numbers.min()), float(numbers.max())
 
 
 def _png(pixels: Tensor) -> bytes:
@@ -240,12 +262,15 @@ def _write_index(
     if not sizes:
         raise ValueError(f"none of the images can be used, so {folder} is left without an index")
     height, width = (min(sides) for sides in zip(*sizes, strict=True))
+    ends = [pair for record in records for pair in record["ends"]]
     index = ShardIndex(
         shards=[Shard(**record["shard"]) for record in records],
         class_names=class_names,
         smallest=(height, width),
         bits=max(record["bits"] for record in records),
         channels=channels,
+        dtype=np.result_type(*{np.dtype(name) for record in records for name in record["dtypes"]}).name,
+        ends=None if None in ends else [min(low for low, _ in ends), max(high for _, high in ends)],
     )
     with atomic_write(folder / INDEX) as partial:
         partial.write_text(json.dumps(asdict(index)))

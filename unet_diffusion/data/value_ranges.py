@@ -4,7 +4,7 @@ Numbers of 8 and 16 bits have a range by themselves. Others do not, such as floa
 -1 and 1 must be known, and be the same in training, for new images, and where images are written.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ from unet_diffusion.data.checking import CheckedImages, decoded, in_threads
 from unet_diffusion.data.decoding import ImageFormat, ValueRange, check_range, plain_numbers
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.stored import stored_images
-from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
+from unet_diffusion.runtime.pixel_values import LARGEST, PixelValues, default_shown
 
 MEASURED: Literal["measured"] = "measured"
 DeclaredRange = ValueRange | Literal["measured"] | None  # an option of sources
@@ -65,6 +65,31 @@ def settled_range(
     if not low < high:
         held = f"all of their numbers are {low:.6g}" if ends else "none of the files can be read"
         raise ValueError(f"value_range must be measured over images of different numbers, and {held}; declare it")
+    return low, high
+
+
+def range_of_shards(value_range: DeclaredRange, dtype: str, ends: Sequence[float] | None) -> ValueRange | None:
+    """The range of values of shards, whose numbers pack has looked at.
+
+    Args:
+        value_range: The option.
+        dtype: The type of the numbers.
+        ends: The least and the largest of them; None: images have alpha or colours by index.
+
+    Raises:
+        ValueError: If a range is needed, or cannot be, or numbers are beyond it.
+    """
+    if value_range is None:
+        if dtype not in LARGEST:
+            raise ValueError(f'value_range must be two numbers, or "{MEASURED}", for images of {dtype}, got None')
+        return None
+    if ends is None:
+        raise ValueError("value_range must be None, as the images were packed with alpha or with colours by index")
+    low, high = ends if isinstance(value_range, str) else value_range
+    check_range((low, high))
+    if not low <= ends[0] <= ends[1] <= high:
+        raise ValueError(f"numbers must be within value_range, {low:.6g} to {high:.6g}, and those of the shards go "
+                         f'from {ends[0]:.6g} to {ends[1]:.6g}; widen it, or set it to "{MEASURED}"')  # fmt: skip
     return low, high
 
 

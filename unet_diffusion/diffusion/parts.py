@@ -12,7 +12,7 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.runtime.pixel_values import PixelValues
+from unet_diffusion.runtime.pixel_values import OF_COLOURS, PixelValues
 
 Kind = TypeVar("Kind", bound=Condition)
 
@@ -61,6 +61,12 @@ class DenoiserParts:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the denoiser was trained on, in pixels."""
         return self.codec.image_shape(self.sample_shape)
+
+    @property
+    def are_pictures(self) -> bool:
+        """Whether images are grey, RGB, or RGB and alpha, with the range of 8 or 16 bits."""
+        is_of_colours = self.image_shape[0] in OF_COLOURS and self.values.shown is None
+        return is_of_colours and self.values.value_range is None
 
     @property
     def all_conditions(self) -> list[Condition]:

@@ -105,6 +105,7 @@ class Autoencoder(Running):
             image_shape=self.image_shape,
             latent_std=self.latent_std,
             settings=self.settings,
+            values=self.values,
             overwrite=overwrite,
         )
 
