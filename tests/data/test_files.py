@@ -15,7 +15,7 @@ from PIL import Image
 
 from unet_diffusion.data import ImageFormat, check_images, find_images, load_images
 from unet_diffusion.data import files as files_module
-from unet_diffusion.data.listing import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
+from unet_diffusion.data.listing import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, MEDICAL_EXTENSIONS
 from unet_diffusion.data.stored_pillow import FORMATS
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
 
@@ -143,7 +143,7 @@ def spellings() -> dict[str, str]:
 
 
 def test_all_spellings_of_the_formats_that_are_read_are_images(tmp_path):
-    of_pillow = {*IMAGE_EXTENSIONS} - {*ARRAY_EXTENSIONS}
+    of_pillow = {*IMAGE_EXTENSIONS} - {*ARRAY_EXTENSIONS, *MEDICAL_EXTENSIONS}
     assert {*spellings()} - NO_IMAGES_TO_TRAIN_ON == of_pillow
     for extension in of_pillow:
         encoded = encode(random_pixels(8, 8, 3), spellings()[extension])

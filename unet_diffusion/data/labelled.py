@@ -351,6 +351,7 @@ def _by_name(names: Sequence[str], suffix: str) -> dict[str, str]:
 
 
 def _stem(name: str) -> str:
+    name = name[: -len(".gz")] if name.lower().endswith(".nii.gz") else name
     return str(PurePosixPath(name).with_suffix(""))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from unet_diffusion.data.stored_arrays import NPY_SIGNATURE, NPZ_SIGNATURE, stored_in_array
 from unet_diffusion.data.stored_image import StoredImage
+from unet_diffusion.data.stored_medical import is_dicom, is_nifti, stored_in_dicom, stored_in_nifti
 from unet_diffusion.data.stored_pillow import opened, stored_in_pillow
 from unet_diffusion.data.stored_tiff import stored_in_tiff, why_several
 
@@ -30,6 +31,10 @@ def stored_images(data: bytes, channels: int | None = None) -> Iterator[StoredIm
         yield from stored_in_tiff(data, channels)
     elif data.startswith((NPY_SIGNATURE, NPZ_SIGNATURE)):
         yield stored_in_array(data, channels)
+    elif is_dicom(data):
+        yield stored_in_dicom(data)
+    elif is_nifti(data):
+        yield stored_in_nifti(data, channels)
     else:
         image = opened(data)
         yield stored_in_pillow(image, data)
