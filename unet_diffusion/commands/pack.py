@@ -53,6 +53,8 @@ def pack(
         ValueError: If files cannot be used and are not to be left out.
     """
     check_exists("IMAGES", images)
+    if channels < 1:
+        raise ValueError(f"--channels must be at least 1, got {channels}")
     from tqdm import tqdm
 
     from unet_diffusion.data import ImageFormat, find_images, pack_images

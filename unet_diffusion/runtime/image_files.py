@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.runtime import pictures
-from unet_diffusion.runtime.pixel_values import PixelValues
+from unet_diffusion.runtime.pixel_values import OF_COLOURS, PixelValues
 from unet_diffusion.runtime.tiff_files import read_tiff, write_tiff
 
 
@@ -58,8 +58,9 @@ class NumberedImages:
         if self.are_png:
             return pictures.save_images(images, folder, indices=indices, overwrite=overwrite)
         paths = pictures.free_paths(folder, [self.name(index) for index in indices], len(images), overwrite)
+        are_colours = self.values.shown is None and self.channels in OF_COLOURS
         for numbers, path in zip(self.values.numbers(images), paths, strict=True):
-            write_tiff(numbers, path, are_colours=self.values.shown is None)
+            write_tiff(numbers, path, are_colours=are_colours)
         return paths
 
     def pixels(self, path: Path) -> Tensor:
