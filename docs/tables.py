@@ -202,6 +202,19 @@ def bad_inputs() -> Rows:
     ]
 
 
+def formats() -> Rows:
+    """The largest difference of the numbers that are read of a file from those that its own library reads."""
+    cases = result("formats")["cases"]
+    rows: Rows = [("format", "written by", "files", "compared", "largest difference")]
+    for name in dict.fromkeys(case["format"] for case in cases):
+        group = [case for case in cases if case["format"] == name]
+        compared = [case["compared"] for case in group]
+        library = ", ".join(dict.fromkeys(case["written by"] for case in group))
+        largest = f"{max(case['largest difference'] for case in group):g}"
+        rows.append((name, library, len(group), "; ".join(compared), largest))
+    return rows
+
+
 # --- segmentation
 
 

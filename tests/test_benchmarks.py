@@ -47,6 +47,11 @@ def run(script: str, *arguments: object, output: Path) -> dict:
     return json.loads(output.read_text())
 
 
+def test_formats(tmp_path):
+    cases = run("formats.py", output=tmp_path / "formats.json")["cases"]
+    assert {case["largest difference"] for case in cases} == {0.0}
+
+
 @pytest.mark.slow
 def test_train_step(tmp_path):
     report = run(

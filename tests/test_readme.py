@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 import torch
 from forked import run_python
@@ -115,6 +116,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_images(tmp_path / "scans", 12, channels=3, values=256)
     for path in sorted((tmp_path / "scans").iterdir()):
         path.rename(path.with_name(f"p{int(path.stem) // 3}_slice{path.stem}.png"))
+    for folder, channels, dtype in (("stacks", 5, "uint16"), ("floats", 1, "float32"), ("slices", 1, "int16")):
+        (tmp_path / folder).mkdir()
+        for number in range(12):
+            numbers = np.random.default_rng(number).integers(0, 3000, size=(channels, 70, 66)).astype(dtype)
+            np.save(tmp_path / folder / f"{number}.npy", numbers)
     captions = [f"{number}.png,picture number {number}" for number in range(12)]
     (tmp_path / "images" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     for folder, num, channels in (("isbi2012/train", 9, 1), ("nuclei", 24, 3)):

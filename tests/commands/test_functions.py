@@ -105,7 +105,7 @@ def test_words_become_the_values_that_the_signature_names(words, values):
         ("sample a --seed", "--seed must be followed by one value"),
         ("sample a --precision flot32", "--precision must be one of auto, float32, bfloat16, float16, got flot32; did"),
         ("sample a --output=", "--output must be a path, and is empty; . is the current folder"),
-        ("pack a b --channels 2", "--channels must be one of 1, 3, 4, got 2"),
+        ("pack a b --on_bad_file drop", "--on_bad_file must be one of error, skip, got drop"),
         ("recipes shw", "ACTION must be one of show, copy, got shw; did you mean show?"),
         ("recipes show", "NAME must be given"),
         ("recipes copy digits", "FILE must be given"),

@@ -10,7 +10,8 @@ from encoded import encode, encode_16_bit_png, random_pixels
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from unet_diffusion.data import ImageFormat, decode_image
-from unet_diffusion.data.decoding import decode_label_pages, decode_pages, to_depth
+from unet_diffusion.data.decoding import decode_pages, to_depth
+from unet_diffusion.data.label_decoding import decode_label_pages
 from unet_diffusion.data.stored import stored_images
 
 EXIF_ORIENTATION = 0x0112
@@ -276,7 +277,7 @@ def test_numbers_without_a_range_are_refused():
     ("arguments", "message"),
     [
         ((0, 8), "at least 1"),
-        ((8, 8, 2), "got 2"),
+        ((8, 8, 0), "got 0"),
         ((8, 8, 3, "nope"), "nope"),
         ((8, 8, 3, None), "background must be"),
     ],

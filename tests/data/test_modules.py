@@ -434,7 +434,7 @@ def test_images_asked_for_before_setup_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"num_workers": -1}, {"on_bad_file": "ignore"}, {"channels": 2}, {"image_size": 0}]
+    "options", [{"batch_size": 0}, {"num_workers": -1}, {"on_bad_file": "ignore"}, {"channels": 0}, {"image_size": 0}]
 )
 def test_argument_out_of_range_is_named(options):
     with pytest.raises(ValueError, match=f"got .?{next(iter(options.values()))}"):

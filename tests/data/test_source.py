@@ -245,7 +245,7 @@ MISTAKES = {
     "the image of item 0 of Mine must hold uint8, uint16, or floats in [0, 1], got int64": lambda i: {
         "image": PIXELS[i].astype(np.int64)
     },
-    "the image of item 0 of Mine must be (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, got": (
+    "the image of item 0 of Mine must be (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, or": (
         lambda i: {"image": PIXELS[i, ..., :2]}
     ),
     "item 5 of Mine cannot be read: KeyError: 'gone'": at(5, lambda i: {}["gone"]),

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_png
 
 from unet_diffusion.data import ImageFormat, decode_image
-from unet_diffusion.data.decoding import decode_label_pages, decode_pages
+from unet_diffusion.data.decoding import decode_pages
+from unet_diffusion.data.label_decoding import decode_label_pages
 from unet_diffusion.data.stored import stored_images
 
 SIZE = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -202,9 +203,13 @@ def test_orientation_of_a_tiff_turns_image_label_and_size_alike(orientation, dty
 
 @pytest.mark.parametrize("kind", ["pages", "imagej", "ome"])
 def test_pages_are_never_taken_for_one_image(kind):
-    options = {"pages": {}, "imagej": {"imagej": True}, "ome": {"ome": True, "metadata": {"axes": "CYX"}}}[kind]
+    axes = {"metadata": {"axes": "ZYX"}}
+    options = {"pages": {}, "imagej": {"imagej": True, **axes}, "ome": {"ome": True, **axes}}[kind]
     content = tiff_of(np.zeros((5, 8, 12), np.uint16), photometric="minisblack", **options)
-    with pytest.raises(ValueError, match=r"^a file must hold one image, and this one has 5 pages; save each page as a"):
+    said = (
+        "5 pages and does not say what they are" if kind == "pages" else rf"5 images along Z \(depth\), as its {kind}"
+    )
+    with pytest.raises(ValueError, match=rf"^a file must hold one image, and this one has {said}"):
         decode_image(content, ImageFormat(8, 12, 1))
     assert len(decode_pages(content, 1)) == 5
 
@@ -278,7 +283,7 @@ def test_odd_png_has_its_transparent_pixels_on_the_background(name, key, scale):
     [
         ("int8.tif", "signed 8-bit integers have no range"),
         ("int16.tif", "signed 16-bit integers have no range"),
-        ("two_channels.tif", "this file has 2 grey channels"),
+        ("two_channels.tif", "this file has 2 channels; set channels"),
     ],
 )
 def test_odd_image_that_is_no_picture_is_refused_by_what_it_is(name, said):

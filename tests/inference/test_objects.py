@@ -38,7 +38,7 @@ def test_table_has_a_row_for_each_object_of_each_page(tmp_path):
     tifffile.imwrite(tmp_path / "out" / "instances" / "stack.tif", numbers, photometric="minisblack")
     Image.fromarray(numbers[0]).save(tmp_path / "out" / "instances" / "colour.png")
     outputs = Outputs(tmp_path / "out", instances=True)
-    assert write_objects(ImagesToSegment([tmp_path / "images"]), outputs) == 3
+    assert write_objects(ImagesToSegment([tmp_path / "images"]), outputs, 1) == 3
     with (tmp_path / "out" / "objects.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert tuple(header) == COLUMNS
@@ -90,7 +90,7 @@ def test_objects_of_an_image_that_was_removed_are_left_out(tmp_path):
             Image.fromarray(np.ones((6, 5), dtype=np.uint8)).save(tmp_path / folder / name)
     images = ImagesToSegment([tmp_path / "images"])
     (tmp_path / "images" / "a.png").unlink()
-    assert write_objects(images, Outputs(tmp_path / "out", instances=True)) == 1
+    assert write_objects(images, Outputs(tmp_path / "out", instances=True), 1) == 1
 
 
 def test_other_formats_hold_no_size_of_a_pixel():

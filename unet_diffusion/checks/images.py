@@ -18,9 +18,11 @@ def value_facts(images: Sequence[Tensor] | Tensor) -> list[str]:
     """A line about the values of images.
 
     Args:
-        images: The images, uint8 or uint16 (C, H, W) each, or all as one tensor (N, C, H, W).
+        images: The images, uint8, uint16 or floats in [-1, 1], (C, H, W) each, or all as one tensor (N, C, H, W).
     """
     lows, highs = zip(*value_ends(images), strict=True)
+    if images[0].is_floating_point():
+        return [f"values: {min(lows):.3g} to {max(highs):.3g}, where -1 and 1 are the ends of value_range"]
     return [f"values: {min(lows):,} to {max(highs):,} of 0 to {torch.iinfo(images[0].dtype).max:,}"]
 
 
@@ -28,7 +30,7 @@ def image_findings(images: Sequence[Tensor] | Tensor, names: Sequence[str] | Non
     """What is wrong with the values of images.
 
     Args:
-        images: The images, uint8 or uint16 (C, H, W) each, or all as one tensor (N, C, H, W).
+        images: The images, uint8, uint16 or floats in [-1, 1], (C, H, W) each, or all as one tensor (N, C, H, W).
         names: The name of each; None: they are numbered.
     """
     names = names or [str(number) for number in range(len(images))]
@@ -36,15 +38,17 @@ def image_findings(images: Sequence[Tensor] | Tensor, names: Sequence[str] | Non
     return [*_of_range(images, ends), *_of_constants(ends, names), *_of_channels(images)]
 
 
-def value_ends(images: Sequence[Tensor] | Tensor) -> list[tuple[int, int]]:
+def value_ends(images: Sequence[Tensor] | Tensor) -> list[tuple[float, float]]:
     """The least and the largest value of each image, by NumPy, as torch finds none of 16 bits."""
     if isinstance(images, Tensor):
         rows = images.flatten(1).numpy()
         return list(zip(rows.min(axis=1).tolist(), rows.max(axis=1).tolist(), strict=True))
-    return [(int(image.numpy().min()), int(image.numpy().max())) for image in images]
+    return [(image.numpy().min().item(), image.numpy().max().item()) for image in images]
 
 
-def _of_range(images: Sequence[Tensor] | Tensor, ends: Sequence[tuple[int, int]]) -> list[Finding]:
+def _of_range(images: Sequence[Tensor] | Tensor, ends: Sequence[tuple[float, float]]) -> list[Finding]:
+    if images[0].is_floating_point():  # the range was declared or measured
+        return []
     white = torch.iinfo(images[0].dtype).max
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
     if low == high or (high - low) / white >= LEAST_RANGE:
@@ -56,7 +60,7 @@ def _of_range(images: Sequence[Tensor] | Tensor, ends: Sequence[tuple[int, int]]
     return [Finding("warning", text, "--data.stretch true, where the data have it; else scale the files")]
 
 
-def _of_constants(ends: Sequence[tuple[int, int]], names: Sequence[str]) -> list[Finding]:
+def _of_constants(ends: Sequence[tuple[float, float]], names: Sequence[str]) -> list[Finding]:
     constant = [name for name, (low, high) in zip(names, ends, strict=True) if low == high]
     if not constant:
         return []
@@ -66,7 +70,11 @@ def _of_constants(ends: Sequence[tuple[int, int]], names: Sequence[str]) -> list
 
 def _of_channels(images: Sequence[Tensor] | Tensor) -> list[Finding]:
     channels = len(images[0])
-    if channels == 4 and all(bool((image[3].numpy() == torch.iinfo(image.dtype).max).all()) for image in images):
+    if (
+        channels == 4
+        and not images[0].is_floating_point()
+        and all(bool((image[3].numpy() == torch.iinfo(image.dtype).max).all()) for image in images)
+    ):
         return [Finding("note", "no image has a transparent pixel; three channels hold as much", "--data.channels 3")]
     if channels == 3 and all(bool((image.numpy() == image[:1].numpy()).all()) for image in images):
         return [Finding("note", "all images are grey; one channel holds as much", "--data.channels 1")]

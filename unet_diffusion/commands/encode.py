@@ -42,7 +42,8 @@ def encode(
 
         unet-diffusion encode runs/autoencoder images --output latents
 
-    Images are scaled and cropped to the autoencoder's size. A denoiser trains on the latents with:
+    Images are scaled and cropped to the autoencoder's size, and their numbers have the range of its training images. A
+    denoiser trains on the latents with:
 
         unet-diffusion fit --config latents --data.root latents
 
@@ -86,20 +87,26 @@ def encode(
         from tqdm import tqdm
 
         from unet_diffusion.data import Folder as ImageFolder
-        from unet_diffusion.data import ImageDataModule, scale_to_unit_range
+        from unet_diffusion.data import ImageDataModule
+        from unet_diffusion.diffusers_io.values_file import read_values
         from unet_diffusion.latents.store import encode_images
         from unet_diffusion.models.autoencoders import latent_moments, pretrained_autoencoder
         from unet_diffusion.models.speed import keep_freed_memory
+        from unet_diffusion.runtime.pictures import in_unit_range
         from unet_diffusion.runtime.precision import autocast, chosen_precision
         from unet_diffusion.runtime.processes import own_device, process_group
 
     device = own_device(device)
     dtype = chosen_precision(precision, torch.device(device))
     network = pretrained_autoencoder(autoencoder).eval()
+    channels = network.config["in_channels"]
+    values = read_values(autoencoder, channels)
     source = ImageFolder(
         images,
         image_size=_image_size(network, image_size),
-        channels=network.config["in_channels"],
+        channels=channels,
+        value_range=values.value_range,
+        shown_channels=values.shown,
         class_labels=class_labels,
         captions=captions,
         **beside,
@@ -123,7 +130,7 @@ def encode(
     network.to(device, memory_format=torch.channels_last)
 
     def images_of(numbers: range) -> torch.Tensor:
-        return scale_to_unit_range(data.image_set.images.index_select(0, torch.tensor(list(numbers))))
+        return in_unit_range(data.image_set.images.index_select(0, torch.tensor(list(numbers))))
 
     @torch.inference_mode()
     def moments(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,4 +178,5 @@ def _latents_settings(autoencoder: "AutoencoderNetwork", data: "ImageDataModule"
         "has_codes": num_codes(autoencoder) > 0,
         "class_names": data.class_names,
         "names": data.image_set.names,
+        "values": data.values.plain(),
     }

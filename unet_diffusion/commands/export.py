@@ -57,7 +57,7 @@ def export(
         private: Make the model on the hub a private one.
 
     Raises:
-        UsageError: If an option for the hub has no model there, or if what is to be pushed is not a whole model's folder.
+        UsageError: If an option for the hub has no model there, or if what is to be pushed is not a whole folder.
         FileNotFoundError: If there is no such checkpoint, or the hub cannot be reached.
         FileExistsError: If the folder exists and is not to be replaced, or holds other files.
         ValueError: If diffusers has no counterpart of the network.

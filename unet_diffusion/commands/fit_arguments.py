@@ -30,12 +30,13 @@ OWN_ARGUMENTS = {  # of each data module; options of --data with other names are
     "SegmentationDataModule": ("source", "targets", "window_size", "windows_per_image", "num_train", "num_fit",
                                "object_share", "augmentation", "stretch", "synthetic", *OF_EACH),
 }  # fmt: skip
-OF_IMAGES = ("root", "image_size", "channels", "class_labels", "captions", "background")
+OF_VALUES = ("channels", "value_range", "shown_channels")
+OF_IMAGES = ("root", "image_size", *OF_VALUES, "class_labels", "captions", "background")
 SOURCES = {  # and their arguments
     "Digits": (),
     "Folder": (*OF_IMAGES, "semantic_map", "paired_image", "boxes", "on_bad_file", "in_memory"),
     "Latents": ("root", "scaling_factor"),
-    "PairedFiles": ("images", "labels", "channels", "label_suffix", "unlabelled"),
+    "PairedFiles": ("images", "labels", *OF_VALUES, "label_suffix", "unlabelled"),
     "Shards": (*OF_IMAGES, "window", "num_lanes", "on_bad_shard", "num_retries"),
     "SyntheticCells": ("num_images",),
     "Tiles": ("root", "tile_size", "channels", "stretch", "num_images", "semantic_map"),

@@ -4,7 +4,6 @@ import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 from unet_diffusion.commands.arguments import BadFiles, Folder, Size, check_exists, say_left_out
 
@@ -15,7 +14,7 @@ def pack(
     *,
     shard_images: int = 1024,
     image_size: Size | None = None,
-    channels: Literal[1, 3, 4] = 3,
+    channels: int = 3,
     background: str = "white",
     class_labels: bool = False,
     captions: bool = False,
@@ -38,9 +37,10 @@ def pack(
         folder: The folder for the shards.
         shard_images: The number of images in a shard. In training a process holds 16 shards in memory, as files, and
             one more for each worker (2 * window * num_lanes + num_workers).
-        image_size: Scale and crop images to this height and width, as fit would, and store them as PNG, which takes
-            less time in training. By default they are stored unchanged.
-        channels: The number of channels of the stored images, with --image_size.
+        image_size: Scale and crop images to this height and width, as fit would, and store them as PNG or TIFF, which
+            takes less time in training. By default they are stored unchanged.
+        channels: The number of channels of the images: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are
+            converted with --image_size, or the number that the files hold.
         background: The colour behind transparent pixels, with --image_size.
         class_labels: Use the folders directly below IMAGES as classes.
         captions: Store the captions in metadata.csv, metadata.jsonl or NAME.txt.
@@ -53,6 +53,8 @@ def pack(
         ValueError: If files cannot be used and are not to be left out.
     """
     check_exists("IMAGES", images)
+    if channels < 1:
+        raise ValueError(f"--channels must be at least 1, got {channels}")
     from tqdm import tqdm
 
     from unet_diffusion.data import ImageFormat, find_images, pack_images
@@ -68,7 +70,7 @@ def pack(
     with closing(ClaimedFolder(folder)), tqdm(total=len(files.names), unit="image", desc="pack") as bar:
         entries, class_names = entries_of(files, files.names, images, class_labels=class_labels, captions=captions)
         bad_files = pack_images(
-            files, folder, root=images, shard_images=shard_images, image_format=image_format,
+            files, folder, root=images, shard_images=shard_images, image_format=image_format, channels=channels,
             entries=entries, class_names=class_names, skip_bad_files=on_bad_file == "skip",
             progress=bar.update, say=bar.write,
         )  # fmt: skip

@@ -15,6 +15,8 @@ from unet_diffusion.runtime.messages import UsageError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+    from unet_diffusion.runtime.image_files import NumberedImages
+
 NUM_DRAWN = "num_drawn"  # in the settings of a folder: the number of images there that sample has drawn
 MAX_GRID_IMAGES = 100  # further images are written as files, but not into the grid
 NOT_OF_AN_IMAGE = (  # arguments that an image does not depend on
@@ -63,8 +65,9 @@ def sample_images(
         unet-diffusion sample runs/digits --num_images 16 --labels 3 7 --output threes_and_sevens
         unet-diffusion sample runs/two_stages/denoiser --captions "red heart" --guidance_scale 3
 
-    The images are DIR/000000.png and so on, and DIR/grid.png shows them side by side. Image i depends on the seed and i
-    alone, not on the batch size, nor on the number of processes that share the work:
+    The images are DIR/000000.png and so on, or DIR/000000.tif, of the type and range of the training images, where PNG
+    of 8 bits does not hold them. DIR/grid.png shows them side by side. Image i depends on the seed and i alone, not on
+    the batch size, nor on the number of processes that share the work:
 
         torchrun --nproc_per_node 8 --no-python unet-diffusion sample ...
 
@@ -134,14 +137,14 @@ def sample_images(
         from unet_diffusion.inference.reading import contents_of
         from unet_diffusion.inference.sample_options import SampleOptions
         from unet_diffusion.models.speed import prepare_weights
-        from unet_diffusion.runtime.pictures import check_channels
+        from unet_diffusion.runtime.image_files import NumberedImages
 
     denoiser = load_denoiser(checkpoint, allow=allow or (), autoencoder=autoencoder)
-    check_channels(denoiser.image_shape[0])
     if lora is not None:
         denoiser.load_lora_weights(lora, scale=lora_scale)
     if textual_inversion is not None:
         denoiser.load_textual_inversion(textual_inversion)
+    files = NumberedImages(denoiser.values, denoiser.image_shape[0])
     worse = None if autoguidance is None else load_denoiser(autoguidance, allow=allow or ())
     networks = {"checkpoint": denoiser} if worse is None else {"checkpoint": denoiser, "autoguidance": worse}
     contents = {name: contents_of(network) for name, network in networks.items()}
@@ -152,7 +155,7 @@ def sample_images(
     arguments["precision"] = denoiser.precision
     settings = _settings_of_images(arguments, drawing.classes, contents)
     _draw_and_save(
-        drawing.draw, drawing.num_steps, output, settings, num_images=num_images, batch_size=batch_size,
+        drawing.draw, drawing.num_steps, files, output, settings, num_images=num_images, batch_size=batch_size,
         overwrite=overwrite, resume=resume,
     )  # fmt: skip
 
@@ -212,6 +215,7 @@ def _hash_of_files(path: Path) -> str | None:
 def _draw_and_save(
     draw: Callable[[list[int], Callable[[int], object]], "torch.Tensor"],
     num_steps: int,
+    files: "NumberedImages",
     output: Path,
     settings: dict[str, Any],
     *,
@@ -223,43 +227,34 @@ def _draw_and_save(
     """Draw the images that the output folder lacks, batch by batch, shared by the processes, and make the grid."""
     from tqdm import tqdm
 
-    from unet_diffusion.runtime.pictures import read_images, save_grid, save_images
+    from unet_diffusion.runtime.pictures import save_grid
     from unet_diffusion.runtime.processes import process_group
 
     with process_group() as group, claimed(output, group):
         missing = group.on_rank_zero(
-            lambda: _prepare_output(output, settings, num_images, overwrite=overwrite, resume=resume)
+            lambda: _prepare_output(output, settings, files, num_images, overwrite=overwrite, resume=resume)
         )
         todo = group.shard(missing)
         with tqdm(total=len(todo) * num_steps, unit="image step", disable=group.rank > 0) as bar:
             for indices in [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]:
-                save_images(draw(indices, bar.update), output, indices=indices)
+                files.save(draw(indices, bar.update), output, indices=indices)
         group.barrier()
         if group.rank > 0:
             return
-        first = [output / image_name(i) for i in range(min(num_images, MAX_GRID_IMAGES))]
-        save_grid(read_images(first), output / "grid.png")
+        first = [output / files.name(i) for i in range(min(num_images, MAX_GRID_IMAGES))]
+        save_grid(files.values.seen(files.read(first)), output / "grid.png")
     print(f"{num_images} images and grid.png in {output}")
 
 
-def image_name(index: int) -> str:
-    """The name of the file of image `index`.
-
-    Args:
-        index: The number of the image, from 0.
-    """
-    return f"{index:06d}.png"
-
-
 def _prepare_output(
-    folder: Path, settings: dict[str, Any], num_images: int, *, overwrite: bool, resume: bool
+    folder: Path, settings: dict[str, Any], files: "NumberedImages", num_images: int, *, overwrite: bool, resume: bool
 ) -> list[int]:
     """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
     num_before = _num_drawn(folder)
-    present = {path.name for path in folder.glob("*.png")}
-    drawn = present & {image_name(i) for i in range(num_before or 0)}
+    present = {path.name for kind in ("*.png", "*.tif") for path in folder.glob(kind)}
+    drawn = present & {files.name(i) for i in range(num_before or 0)}
     ours = drawn if num_before is None else {*drawn, "grid.png"}
-    if others := sorted(present & {*(image_name(i) for i in range(num_images)), "grid.png"} - ours):
+    if others := sorted(present & {*(files.name(i) for i in range(num_images)), "grid.png"} - ours):
         raise FileExistsError(
             f"{folder} holds {others[0]}, which was not drawn there by sample; choose another --output"
         )
@@ -284,7 +279,7 @@ def _prepare_output(
     )
     remove_left_behind(folder)
     kept = drawn if resume else set()
-    return [i for i in range(num_images) if image_name(i) not in kept]
+    return [i for i in range(num_images) if files.name(i) not in kept]
 
 
 def _num_drawn(folder: Path) -> int | None:

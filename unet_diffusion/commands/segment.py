@@ -129,7 +129,7 @@ def segment(
         shutil.rmtree(output)
     print(f"{len(sources) - len(failed)} masks in {output}")
     if instances:
-        print(f"{write_objects(sources, outputs)} objects in {output / TABLE}")
+        print(f"{write_objects(sources, outputs, trained.unet.in_channels)} objects in {output / TABLE}")
     if failed:
         raise ValueError("\n  ".join([f"{len(failed)} of {len(sources)} images could not be segmented:", *failed]))
 

@@ -17,6 +17,7 @@ from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.source import Source
 from unet_diffusion.latents.codec import Codec
 from unet_diffusion.runtime.messages import did_you_mean
+from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
 from unet_diffusion.runtime.randomness import keyed_generator
 
 MAX_NUM_WORKERS = 8  # by default, for each process
@@ -187,6 +188,8 @@ class ImageDataModule(SourceDataModule):
         images = self.image_set.images
         size, depth = "x".join(map(str, images.shape[1:])), str(images.dtype).removeprefix("torch.")
         where = f" in {self.source.root}" if hasattr(self.source, "root") else ""
+        if self.codec is None and self.values.value_range is not None:
+            depth = f"{self.values.dtype} from {self.values.low:.6g} to {self.values.high:.6g}"
         parts = [f"{len(images)} {self.source.kind} of {size} ({depth}){where}"]
         return "; ".join([*parts, *(self._about(key, rows) for key, rows in self.entries.items())])
 
@@ -215,6 +218,12 @@ class ImageDataModule(SourceDataModule):
             return self.source.image_shape
         _, channels, height, width = self.image_set.images.shape
         return channels, height, width
+
+    @property
+    def values(self) -> PixelValues:
+        """What the numbers in the files mean, and which channels pictures show."""
+        shown = default_shown(self.image_shape[0])
+        return self.source.values or PixelValues.of_images(self.image_set.images.dtype, shown)
 
     @property
     def class_names(self) -> list[str] | None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unet_diffusion.data.checking import decoded, in_threads, load_images
-from unet_diffusion.data.decoding import ImageFormat, decode_label_pages, fitted_label
+from unet_diffusion.data.decoding import ImageFormat
 from unet_diffusion.data.files import ImageFiles, find_images
+from unet_diffusion.data.label_decoding import decode_label_pages, fitted_label
 from unet_diffusion.data.labelled import listed, match
 from unet_diffusion.diffusion.conditions.coco import coco_boxes, fitted_boxes
 from unet_diffusion.runtime.atomic_files import read_json

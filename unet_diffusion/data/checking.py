@@ -5,17 +5,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_diffusion.data.decoding import ImageFormat, decode_image, fitted_image, only_image, to_depth
+from unet_diffusion.data.decoding import ImageFormat, check_within, decode_image, fitted_image, to_depth
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash
+from unet_diffusion.data.stored import only_image
 from unet_diffusion.runtime.messages import in_words, printable
 
 T = TypeVar("T")
@@ -33,7 +35,7 @@ class StreamedImages:
         files: The files below the root.
         names: The name of each image's file.
         image_format: The size and channels that each image is converted to.
-        dtype: torch.uint8, or torch.uint16 if any file holds 16 bits.
+        dtype: torch.uint8, or torch.uint16 if any file holds 16 bits; torch.float32 with a range of values.
     """
 
     files: ImageFiles
@@ -72,6 +74,8 @@ class CheckedImages:
         bad_files: A line "name: reason" for each of the other files.
         sizes: Height and width of each upright image before it was scaled and cut.
         contents: The hash of each image's file as it was decoded.
+        dtypes: The types of the numbers in the files.
+        are_colours: Whether the channels of all images are grey, RGB, or RGB and alpha.
     """
 
     images: Tensor | StreamedImages
@@ -79,10 +83,14 @@ class CheckedImages:
     bad_files: list[str]
     sizes: list[tuple[int, int]]
     contents: list[str]
+    dtypes: set[np.dtype] = field(default_factory=set)
+    are_colours: bool = True
 
 
 def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool = True) -> CheckedImages:
     """Decode all files into one tensor: uint8, or uint16 if any file holds 16 bits (8-bit values are then times 257).
+
+    With a range of values it is float32 in [-1, 1].
 
     Args:
         files: The files to decode.
@@ -90,7 +98,7 @@ def load_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool 
         progress: Whether a progress bar is shown.
     """
     size = (image_format.channels, image_format.height, image_format.width)
-    images = torch.empty(len(files.names), *size, dtype=torch.uint8)
+    images = torch.empty(len(files.names), *size, dtype=image_format.dtype)
     checked = CheckedImages(images, [], [], [], [])
     decode = _decoder(files, image_format)
     for name, outcome in in_threads(decode, files.names, "loading images", progress):
@@ -122,7 +130,7 @@ def check_images(files: ImageFiles, image_format: ImageFormat, *, progress: bool
             outcome if isinstance(outcome, str) else replace(outcome, image=torch.empty(0, dtype=outcome.image.dtype))
         )
 
-    images = StreamedImages(files, [], image_format, torch.uint8)
+    images = StreamedImages(files, [], image_format, image_format.dtype)
     checked = CheckedImages(images, images.names, [], [], [])
     for name, outcome in in_threads(check, files.names, "checking images", progress):
         if isinstance(outcome, str):
@@ -187,18 +195,21 @@ def reason(error: Exception) -> str:
 
 @dataclass
 class _Decoded:
-    """An image, its size before it was scaled and cut, and the hash of its file."""
+    """An image, its size before it was scaled and cut, the hash of its file, and what its numbers are."""
 
     image: Tensor
     size: tuple[int, int]
     content: str
+    dtype: np.dtype
+    are_colours: bool
 
 
 def _decoder(files: ImageFiles, image_format: ImageFormat) -> Callable[[str], _Decoded | str]:
     def decode(data: bytes) -> _Decoded:
-        stored = only_image(data)
+        stored = only_image(data, image_format.channels)
         with _one_at_a_time if math.prod(stored.size) > LARGE_IMAGE else nullcontext():
-            return _Decoded(fitted_image(stored, image_format), stored.size, content_hash(data))
+            image = check_within(fitted_image(stored, image_format), image_format.value_range)
+        return _Decoded(image, stored.size, content_hash(data), stored.dtype, stored.kind != "channels")
 
     return lambda name: decoded(decode, files, name)
 
@@ -207,3 +218,5 @@ def _add(checked: CheckedImages, name: str, outcome: _Decoded) -> None:
     checked.names.append(name)
     checked.sizes.append(outcome.size)
     checked.contents.append(outcome.content)
+    checked.dtypes.add(outcome.dtype.newbyteorder("="))
+    checked.are_colours &= outcome.are_colours

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from typing import Protocol
 
-from unet_diffusion.data.listing import IMAGE_EXTENSIONS, LeftOut, composed, image_names, walk
+from unet_diffusion.data.listing import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, LeftOut, composed, image_names, walk
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
 
 MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
@@ -67,7 +67,7 @@ def find_images(root: str | Path) -> ImageFiles:
 def find_images_or_one(root: str | Path) -> ImageFiles:
     """The image files below a root as `find_images` has them, or the root alone if it is a file and no zip archive."""
     path = Path(root).expanduser()
-    if path.is_file() and not zipfile.is_zipfile(path):
+    if path.is_file() and (path.name.lower().endswith(ARRAY_EXTENSIONS) or not zipfile.is_zipfile(path)):
         return OneFile(path)
     return find_images(path)
 

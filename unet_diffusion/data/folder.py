@@ -1,6 +1,7 @@
 """Sources of your own images, in a folder or a zip archive: scaled to one size, or cut into tiles."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,6 +24,7 @@ from unet_diffusion.data.decoding import ImageFormat, decode_pages
 from unet_diffusion.data.files import ImageFiles, class_names_of, find_images, labels_of
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.source import IN_MEMORY_BYTES, Source
+from unet_diffusion.data.value_ranges import DeclaredRange, check_declared, check_shown, settled_range, values_of
 
 OnBadFile = Literal["error", "skip"]
 
@@ -39,7 +41,11 @@ class Folder(Source):
     Args:
         root: A folder, archive.zip, or archive.zip/folder.
         image_size: Height and width in pixels, or one number for both; no image may be smaller.
-        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are converted; or the number that files hold.
+        value_range: The numbers of files that become -1 and 1, two numbers; or "measured": the least and the largest
+            number in all images. None suits 8 and 16 bits, whose range is that of their type. No number may be beyond.
+        shown_channels: The channels that pictures show as red, green and blue, from 0. None: the first three, unless
+            the channels are grey, RGB, or RGB and alpha.
         class_labels: Whether the folder directly below root that a file lies in is its class.
         captions: Whether each image has a caption, see `captions.py`.
         semantic_map: A folder or archive of label images of the same names and sizes as the images, for the condition
@@ -65,6 +71,8 @@ class Folder(Source):
         *,
         image_size: int | tuple[int, int] = (64, 64),
         channels: int = 3,
+        value_range: DeclaredRange = None,
+        shown_channels: tuple[int, ...] | None = None,
         class_labels: bool = False,
         captions: bool = False,
         semantic_map: str | Path | None = None,
@@ -76,7 +84,10 @@ class Folder(Source):
     ) -> None:
         if on_bad_file not in get_args(OnBadFile):
             raise ValueError(f'on_bad_file must be "error" or "skip", got {on_bad_file!r}')
+        check_declared(value_range)
+        check_shown(shown_channels, channels)
         self.root = root
+        self.value_range, self.shown_channels = value_range, shown_channels
         self.image_format = ImageFormat.of_size(image_size, channels, background)
         self.image_shape = self.image_format.shape
         self.class_labels = class_labels
@@ -105,12 +116,15 @@ class Folder(Source):
         if self.class_labels:
             class_names_of(files.names, self.root)  # fails before the files are decoded, not after
         written = read_captions(files, files.names) if self.captions else None
+        value_range = settled_range(self.value_range, [files], self.image_format.channels, progress=progress)
+        self.image_format = replace(self.image_format, value_range=value_range)
         in_memory = self.in_memory
         if in_memory is None:
-            in_memory = len(files.names) * math.prod(self.image_format.shape) <= IN_MEMORY_BYTES
+            num_bytes = math.prod(self.image_format.shape) * self.image_format.dtype.itemsize
+            in_memory = len(files.names) * num_bytes <= IN_MEMORY_BYTES
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
-        self.sizes = checked.sizes
+        self.sizes, self.values = checked.sizes, values_of(checked, self.image_format, self.shown_channels)
         self._left_out = _left_out(files, checked, written)
         self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
         entries, class_names = entries_of(
@@ -188,7 +202,7 @@ class Tiles(Source):
     Args:
         root: A folder, archive.zip, or archive.zip/folder.
         tile_size: Height and width of a tile in pixels; no image may be smaller.
-        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are converted; or the number that files hold.
         stretch: Whether each image's grey values are scaled from its 1st and 99.8th percentile, not from the range of
             its type.
         num_images: The number of images to use, the first by name, such as those that are not kept for a test. None

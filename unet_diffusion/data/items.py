@@ -10,9 +10,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from unet_diffusion.runtime.pixel_values import OF_COLOURS
+
 RESERVED = ("images", "index", "x0", "std", "replaced", "labels", "captions")  # what batches hold by these names
-CHANNELS = (1, 3, 4)  # grey, RGB, RGB and alpha
-LAYOUTS = "(H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels"
+LAYOUTS = "(H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, or a tensor (C, H, W) with others"
 AS_THEY_ARE = ("L", "RGB", "RGBA")  # modes of PIL images; others are converted
 WHITE_16_BIT = 65535
 
@@ -120,12 +121,13 @@ def _value(key: object, value: Any, where: str) -> Any:
     return numbers.float() if numbers.is_floating_point() else numbers
 
 
-def pixels_of(image: object, name: str) -> Tensor:
+def pixels_of(image: object, name: str, channels: int | None = None) -> Tensor:
     """An image as uint8 or uint16 (C, H, W); floats in [0, 1] become uint16.
 
     Args:
         image: A PIL image, an array or a tensor.
         name: Name of the image in errors.
+        channels: The number of channels that it must have, by which their side is told. None: it is not known.
 
     Raises:
         ValueError: If the image has another type, layout or range.
@@ -137,7 +139,7 @@ def pixels_of(image: object, name: str) -> Tensor:
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
     if not isinstance(image, Tensor):
         raise ValueError(f"{name} must be a PIL image, an array or a tensor, got {_kind(image)}")
-    pixels = _channels_first(image.detach().cpu(), prefers_last, name)
+    pixels = _channels_first(image.detach().cpu(), prefers_last, name, channels)
     if pixels.is_floating_point():
         low, high = (float(end) for end in pixels.aminmax())
         if not 0 <= low <= high <= 1:
@@ -162,15 +164,16 @@ def _array_of(image: Image.Image) -> np.ndarray:
     return np.asarray(upright)
 
 
-def _channels_first(image: Tensor, prefers_last: bool, name: str) -> Tensor:
+def _channels_first(image: Tensor, prefers_last: bool, name: str, channels: int | None) -> Tensor:
     shape = tuple(image.shape)
     if image.ndim == 2 and image.numel():
         return image[None]
     if image.ndim == 3 and image.numel():
-        first, last = shape[0] in CHANNELS, shape[2] in CHANNELS
+        possible = OF_COLOURS if channels in (None, *OF_COLOURS) else (channels,)
+        first, last = shape[0] in possible, shape[2] in possible
         if last and (prefers_last or not first):
             return image.permute(2, 0, 1)
-        if first:
+        if first or (channels is None and not prefers_last):
             return image
     raise ValueError(f"{name} must be {LAYOUTS}, got the shape {shape}")
 

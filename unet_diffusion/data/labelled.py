@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unet_diffusion.data.checking import NUM_NAMED, decoded, in_threads
-from unet_diffusion.data.decoding import decode_label_pages, decode_pages
+from unet_diffusion.data.decoding import ValueRange, check_num_channels, check_within, decode_pages
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.items import Item, ItemSource, read_items
+from unet_diffusion.data.label_decoding import decode_label_pages
+from unet_diffusion.data.value_ranges import DeclaredRange, check_declared, check_shown, pixel_values, settled_range
+from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 CELLS_SIZE = (128, 128)  # of generated images, in pixels
@@ -27,11 +30,12 @@ class LabelledImages:
     """Images with their label images, in the order of their names.
 
     Args:
-        images: The images, uint8 or uint16 (C, H, W) each.
+        images: The images, uint8, uint16, or float32 in [-1, 1], (C, H, W) each.
         labels: The label images, whole numbers (H, W) each.
         names: The name of each image without its extension; names of a file's pages end in their number.
         left_out: A line about what else there was; "" if there was nothing.
         unlabelled: Images without a label, likewise.
+        values: What the numbers in the files mean. None: they are those of the images.
     """
 
     images: list[Tensor]
@@ -39,6 +43,7 @@ class LabelledImages:
     names: list[str]
     left_out: str = ""
     unlabelled: list[Tensor] = field(default_factory=list)
+    values: PixelValues | None = None
 
 
 class LabelledSource(ItemSource):
@@ -89,12 +94,14 @@ class PairedFiles(LabelledSource):
     Args:
         images: A folder, archive.zip, archive.zip/folder, or one file.
         labels: The place of the labels, likewise; the label of an image has the same path there, but for the extension.
-        channels: 1 (grey) or 3 (RGB); images are converted.
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which images are converted; or the number that files hold.
+        value_range: As in `Folder`; measured over images with and without labels.
+        shown_channels: As in `Folder`.
         label_suffix: The end that the names of labels have and those of images lack, such as "_mask".
         unlabelled: The place of images without labels, likewise, for `model.joint`; None: there are none.
 
     Raises:
-        ValueError: If channels is neither.
+        ValueError: If channels is below 1.
     """
 
     def __init__(
@@ -103,14 +110,18 @@ class PairedFiles(LabelledSource):
         labels: str | Path,
         *,
         channels: int = 1,
+        value_range: DeclaredRange = None,
+        shown_channels: tuple[int, ...] | None = None,
         label_suffix: str = "",
         unlabelled: str | Path | None = None,
     ) -> None:
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+        check_declared(value_range)
+        check_shown(shown_channels, channels)
+        check_num_channels(channels)
         self.images = images
         self.labels = labels
         self.channels = channels
+        self.value_range, self.shown_channels = value_range, shown_channels
         self.label_suffix = label_suffix
         self.unlabelled = unlabelled
 
@@ -128,9 +139,13 @@ class PairedFiles(LabelledSource):
         image_files, label_files = find_images_or_one(self.images), find_images_or_one(self.labels)
         pairs = match(image_files.names, label_files.names, self.label_suffix)
 
+        unlabelled = [] if self.unlabelled is None else [find_images_or_one(self.unlabelled)]
+        places = [image_files, *unlabelled]
+        value_range = settled_range(self.value_range, places, self.channels, progress=progress)
+
         def read(name: str) -> tuple[list[Tensor], list[NDArray[np.int32]]] | str:
             image_name, label_name = pairs[name]
-            pages = decoded(lambda data: decode_pages(data, self.channels), image_files, image_name)
+            pages = self._pages(image_files, image_name, value_range)
             label_pages = decoded(decode_label_pages, label_files, label_name)
             if isinstance(pages, str) or isinstance(label_pages, str):
                 return pages if isinstance(pages, str) else f"its label {label_name}: {label_pages}"
@@ -147,13 +162,22 @@ class PairedFiles(LabelledSource):
             loaded.names += [name] if len(pages) == 1 else [f"{name}_{page:04d}" for page in range(len(pages))]
         if bad:
             raise ValueError(f"{len(bad)} of {len(pairs)} images cannot be used:{listed(bad)}")
-        if self.unlabelled is not None:
-            loaded.unlabelled = self._load_unlabelled(find_images_or_one(self.unlabelled), progress)
+        for files in unlabelled:
+            loaded.unlabelled = self._load_unlabelled(files, value_range, progress)
+        shown = self.shown_channels or default_shown(self.channels)
+        values = PixelValues.of_images(loaded.images[0].dtype, shown)
+        loaded.values = pixel_values([np.dtype(np.float32)], value_range, values)
         return loaded
 
-    def _load_unlabelled(self, files: ImageFiles, progress: bool) -> list[Tensor]:
+    def _pages(self, files: ImageFiles, name: str, value_range: ValueRange | None) -> list[Tensor] | str:
+        def read(data: bytes) -> list[Tensor]:
+            return [check_within(page, value_range) for page in decode_pages(data, self.channels, value_range)]
+
+        return decoded(read, files, name)
+
+    def _load_unlabelled(self, files: ImageFiles, value_range: ValueRange | None, progress: bool) -> list[Tensor]:
         def read(name: str) -> list[Tensor] | str:
-            return decoded(lambda data: decode_pages(data, self.channels), files, name)
+            return self._pages(files, name, value_range)
 
         images, bad = list[Tensor](), []
         for name, outcome in in_threads(read, files.names, "loading images without labels", progress):
@@ -327,6 +351,7 @@ def _by_name(names: Sequence[str], suffix: str) -> dict[str, str]:
 
 
 def _stem(name: str) -> str:
+    name = name[: -len(".gz")] if name.lower().endswith(".nii.gz") else name
     return str(PurePosixPath(name).with_suffix(""))
 
 

@@ -2,8 +2,8 @@
 
 Names come out composed (Unicode's NFC), so that a name from macOS, whose accents are characters of their own, and one
 from anywhere else are the same name. What is an image is told from the extension: all spellings of the formats in
-`stored.FORMATS`. Left out are files of other kinds, what systems put beside files of people, and folders that this
-package has written.
+`stored_pillow.FORMATS`, NumPy's, DICOM's and NIfTI's. Left out are files of other kinds, what systems put beside files
+of people, and folders that this package has written.
 """
 
 import json
@@ -18,10 +18,13 @@ from pathlib import Path, PurePosixPath
 from unet_diffusion.runtime.folder_settings import LOCK, RUN_HEADER, SETTINGS
 from unet_diffusion.runtime.messages import MOST_NAMED, first_few, printable
 
+ARRAY_EXTENSIONS = (".npy", ".npz")
+MEDICAL_EXTENSIONS = (".dcm", ".dicom", ".nii", ".nii.gz")
 TIFF_EXTENSIONS = (".btf", ".tf2", ".tf8", ".tif", ".tiff")
 IMAGE_EXTENSIONS = (
     *(".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".jfif", ".jif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm"),
     *(".pgm", ".png", ".pnm", ".ppm", *TIFF_EXTENSIONS, ".webp"),
+    *(*ARRAY_EXTENSIONS, *MEDICAL_EXTENSIONS),
 )
 OF_SYSTEMS = {  # files and folders, in lower case, beside those that begin with a dot
     *("__macosx", "lost+found", "desktop.ini", "thumbs.db", "ehthumbs.db"),

@@ -14,24 +14,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.checking import decoded, in_threads
-from unet_diffusion.data.decoding import ImageFormat, fitted_image, only_image
+from unet_diffusion.data.decoding import ImageFormat, fitted_image, plain_numbers
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
+from unet_diffusion.data.stored import only_image
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.randomness import keyed_generator
+from unet_diffusion.runtime.tiff_files import tiff_of
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
-PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of 8 bits, by channels
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,17 @@ class Packed:
         content: The contents of the image file.
         extension: The extension of its name, such as ".png".
         size: Height and width in pixels.
-        bits: 8 or 16 bits per channel.
+        bits: Bits of a number.
+        dtype: Type of the numbers.
+        ends: The least and the largest number; None: the image has alpha or colours by index.
     """
 
     content: bytes
     extension: str
     size: tuple[int, int]
     bits: int
+    dtype: np.dtype
+    ends: tuple[float, float] | None
 
 
 def pack_images(
@@ -58,6 +66,7 @@ def pack_images(
     root: str | Path,
     shard_images: int = 1024,
     image_format: ImageFormat | None = None,
+    channels: int = 3,
     entries: Entries | None = None,
     class_names: list[str] | None = None,
     skip_bad_files: bool = False,
@@ -71,8 +80,9 @@ def pack_images(
         folder: The folder of the shards; it is made if it is not there.
         root: The place of the images, for messages and to tell them from others.
         shard_images: The number of images per shard; the last shard, and shards with images left out, hold fewer.
-        image_format: The size and channels that each image is converted to, and kept as PNG. None keeps the files as
-            they are.
+        image_format: The size and channels that each image is converted to, and kept as PNG, or as TIFF where PNG does
+            not hold it. None keeps the files as they are.
+        channels: The channels of the images where files are kept as they are, as in `ImageFormat`.
         entries: What is known of each image by name: numbers (N, ...), of which whole ones become int64, or N texts.
         class_names: The name of each class, or None.
         skip_bad_files: Whether files that cannot be decoded or are too small are left out. Otherwise no index is
@@ -97,6 +107,7 @@ def pack_images(
         f"{CONTENTS}names": text_digest("\n".join(files.names)).hex(),
         "shard_images": shard_images,
         "image_format": str(image_format),
+        "channels": channels if image_format is None else image_format.channels,
         "class_names": class_names,
         "entries": {f"{CONTENTS}{key}": text_digest(json.dumps(rows)).hex() for key, rows in plain.items()},
     }
@@ -112,7 +123,7 @@ def pack_images(
             say(f"{shard_name(number)} is packed again, because images in it have changed: {first_few(changed)}")
         if record is None or changed or (record["bad_files"] and not skip_bad_files):
             before = record["shard"]["sha256"] if record else None
-            record = _write_shard(folder, number, files, members, image_format, plain, before)
+            record = _write_shard(folder, number, files, members, image_format or channels, plain, before)
         progress(len(members))
         records.append(record)
     bad_files = [line for record in records for line in record.pop("bad_files")]
@@ -140,11 +151,21 @@ def _write_shard(
     number: int,
     files: ImageFiles,
     members: list[int],
-    image_format: ImageFormat | None,
+    image_format: ImageFormat | int,
     entries: Mapping[str, list[Any]],
     before: str | None,
 ) -> dict[str, Any]:
-    """Write a shard and return its record; `before` is the checksum of the shard in its place, if that is known."""
+    """Write a shard and return its record.
+
+    Args:
+        folder: The folder of the shards.
+        number: The number of the shard.
+        files: The images.
+        members: The numbers of the images in the shard.
+        image_format: The format of the images, or the number of channels of files that are kept as they are.
+        entries: What is known of each image.
+        before: The checksum of the shard in its place, if that is known.
+    """
     names = {files.names[i]: i for i in members}
     good: dict[int, Packed] = {}
     bad_files = []
@@ -175,6 +196,8 @@ def _write_shard(
         "shard": asdict(shard),
         "smallest": [min(sides) for sides in zip(*sizes, strict=True)] if sizes else None,
         "bits": max((one.bits for one in good.values()), default=8),
+        "dtypes": sorted({one.dtype.newbyteorder("=").name for one in good.values()}),
+        "ends": [one.ends for one in good.values()],
         "bad_files": bad_files,
         "made_of": made_of,
     }
@@ -183,20 +206,37 @@ def _write_shard(
     return record
 
 
-def _packed(content: bytes, name: str, image_format: ImageFormat | None) -> Packed:
+def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packed:
     """An image as it goes into a shard, after it was decoded to find damage.
 
     Raises:
         ValueError: If it cannot be used.
     """
-    stored = only_image(content)
-    pixels = fitted_image(stored, image_format or ImageFormat(1, 1))
-    bits = 16 if pixels.dtype == torch.uint16 else 8
-    if image_format is None:
-        return Packed(content, PurePosixPath(name).suffix.lower(), stored.size, bits)
-    if bits == 16:
-        raise ValueError("16 bits a channel are not kept by --image_size; leave it out, or save the image in 8 bits")
-    return Packed(_png(pixels), ".png", (image_format.height, image_format.width), bits)
+    if isinstance(image_format, int):
+        stored = only_image(content, image_format)
+        extension = PurePosixPath(name).suffix.lower()
+        is_plain = stored.palette is None and stored.alpha is None and stored.transparent is None
+        numbers = plain_numbers(stored) if is_plain else stored.numbers()
+        if stored.white is not None:
+            fitted_image(stored, ImageFormat(1, 1, image_format))  # refuses other channels
+        bits = 8 if stored.bits <= 8 else stored.bits
+        return Packed(content, extension, stored.size, bits, numbers.dtype, _ends(numbers) if is_plain else None)
+    stored = only_image(content, image_format.channels)
+    if stored.white is None:
+        raise ValueError(f"{stored} have no range that is known, by which they could be scaled; leave --image_size "
+                         "out, and set value_range in training")  # fmt: skip
+    pixels = fitted_image(stored, image_format)
+    size, bits = (image_format.height, image_format.width), 8 * pixels.itemsize
+    are_colours = stored.kind != "channels"
+    numbers = pixels.numpy()
+    ends = None if are_colours and len(pixels) == 4 else _ends(numbers)
+    if bits == 8 and are_colours:
+        return Packed(_png(pixels), ".png", size, bits, numbers.dtype, ends)
+    return Packed(tiff_of(numbers, are_colours=are_colours), ".tif", size, bits, numbers.dtype, ends)
+
+
+def _ends(numbers: NDArray[Any]) -> tuple[float, float]:
+    return float(numbers.min()), float(numbers.max())
 
 
 def _png(pixels: Tensor) -> bytes:
@@ -222,12 +262,15 @@ def _write_index(
     if not sizes:
         raise ValueError(f"none of the images can be used, so {folder} is left without an index")
     height, width = (min(sides) for sides in zip(*sizes, strict=True))
+    ends = [pair for record in records for pair in record["ends"]]
     index = ShardIndex(
         shards=[Shard(**record["shard"]) for record in records],
         class_names=class_names,
         smallest=(height, width),
         bits=max(record["bits"] for record in records),
         channels=channels,
+        dtype=np.result_type(*{np.dtype(name) for record in records for name in record["dtypes"]}).name,
+        ends=None if None in ends else [min(low for low, _ in ends), max(high for _, high in ends)],
     )
     with atomic_write(folder / INDEX) as partial:
         partial.write_text(json.dumps(asdict(index)))

@@ -23,7 +23,8 @@ from unet_diffusion.data.labelled import LabelledImages, LabelledSource, Synthet
 from unet_diffusion.data.scaling import percentiles, stretch_to_unit_range
 from unet_diffusion.data.windows import DrawnWindow, WindowBatches
 from unet_diffusion.runtime.messages import first_few
-from unet_diffusion.runtime.pictures import scale_to_unit_range
+from unet_diffusion.runtime.pictures import in_unit_range
+from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
 from unet_diffusion.segmentation.image_targets import ImageTargets
@@ -232,6 +233,12 @@ class SegmentationDataModule(SourceDataModule):
         """(C, H, W) of a training window."""
         return len(self.images.images[0]), self.window_size, self.window_size
 
+    @property
+    def values(self) -> PixelValues:
+        """What the numbers in the files mean, and which channels pictures show."""
+        first = self.images.images[0]
+        return self.images.values or PixelValues.of_images(first.dtype, default_shown(len(first)))
+
     def classes(self, index: int) -> Tensor:
         """The class of each pixel of an image, (H, W) int16; NO_VALUE where there is no class."""
         return self._classes[index]
@@ -316,7 +323,7 @@ class SegmentationDataModule(SourceDataModule):
 
     def _scaled(self, index: int) -> Tensor:
         image, is_stretched = self._pixels[index], self.stretch and index < self._first_synthetic
-        return stretch_to_unit_range(image, self._ends[index]) if is_stretched else scale_to_unit_range(image)
+        return stretch_to_unit_range(image, self._ends[index]) if is_stretched else in_unit_range(image)
 
     def _drawn_pixel(self, drawn: DrawnWindow) -> tuple[int, int] | None:
         """The row and column of a pixel of an object that the window must hold; None: it is drawn anywhere."""

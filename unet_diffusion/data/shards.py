@@ -79,6 +79,8 @@ class ShardIndex:
         smallest: Height and width in pixels that no image falls below.
         bits: 8, or 16 if any image has 16 bits per channel.
         channels: The number of channels that images were converted to. None says that files were kept as they are.
+        dtype: The type of the numbers in all files, as NumPy names it.
+        ends: The least and the largest number in them. None says that images have alpha or colours by index.
     """
 
     shards: list[Shard]
@@ -86,6 +88,8 @@ class ShardIndex:
     smallest: tuple[int, int]
     bits: int
     channels: int | None = None
+    dtype: str = "uint8"
+    ends: list[float] | None = None
 
     @classmethod
     def from_json(cls, text: bytes, place: str) -> "ShardIndex":
@@ -263,7 +267,8 @@ class ShardedImages:
         self.num_kept = num_kept
         self.starts = index.starts
         self._epoch = 0
-        self.dtype = torch.uint16 if index.bits == 16 else torch.uint8
+        of_files = torch.uint16 if index.bits == 16 else torch.uint8
+        self.dtype = of_files if image_format.value_range is None else image_format.dtype
         self._forget()
 
     def __len__(self) -> int:

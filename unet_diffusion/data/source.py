@@ -39,7 +39,8 @@ from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.data.items import Item, ItemSource, num_items, read_item, read_items
 from unet_diffusion.data.split import split_by_name, split_indices
 from unet_diffusion.latents.codec import Codec
-from unet_diffusion.runtime.pictures import scale_to_unit_range
+from unet_diffusion.runtime.pictures import in_unit_range
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 IN_MEMORY_BYTES = 2 * 1024**3  # a set up to 2 GiB is kept in memory: at 8 bits 170,000 RGB images of 64x64
 
@@ -50,7 +51,7 @@ class Source(ItemSource):
     A subclass defines `__len__`, and `__getitem__(index)`, which returns a dict with
 
     - `image`: A PIL image, or an array or tensor (H, W), (H, W, C) or (C, H, W) of uint8, uint16, or floats in [0, 1],
-      with 1, 3 or 4 channels. All images have one size.
+      with 1, 3 or 4 channels; a tensor (C, H, W) may have others. All images have one size.
     - `label`: The number of the class, where images have classes.
     - Any further key, in all items or in none: What else is known of the image, for the condition whose `batch_key` is
       that key. A number, or an array or tensor of one shape and type over all items, becomes an entry of a batch, (B,
@@ -70,12 +71,14 @@ class Source(ItemSource):
         kind: What the run calls the images when it tells what it found.
         image_shape: (C, H, W) of every image, if that is known before they are loaded.
         codec: What encoded the images, if the items are latents; None if they are images.
+        values: What the numbers in the files mean, once they are loaded. None: they are those of the images.
     """
 
     class_names: Sequence[str] | None = None
     kind: str = "images"
     image_shape: tuple[int, int, int] | None = None
     codec: Codec | None = None
+    values: PixelValues | None = None
 
     def load(self, *, progress: bool = True) -> ImageSet:
         """All images with what is known of them; `ImageDataModule` calls it once.
@@ -190,7 +193,7 @@ class Source(ItemSource):
             batch: A batch as `batches` made it.
             generator: Makes the random draws of this training step, on the device of the batch; None in validation.
         """
-        return {**batch, "images": scale_to_unit_range(batch["images"])}
+        return {**batch, "images": in_unit_range(batch["images"])}
 
 
 class SourceImages:

@@ -5,10 +5,12 @@ no state of its loader but the number of batches that were handed out. docs/stre
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -19,6 +21,8 @@ from unet_diffusion.data.decoding import ImageFormat
 from unet_diffusion.data.shards import ShardedImages, ShardError, ShardStore
 from unet_diffusion.data.source import Source
 from unet_diffusion.data.split import check_split, default_num_val
+from unet_diffusion.data.value_ranges import DeclaredRange, check_declared, check_shown, pixel_values, range_of_shards
+from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
 from unet_diffusion.runtime.randomness import keyed_generator
 
 OnBadShard = Literal["error", "skip"]
@@ -39,7 +43,9 @@ class Shards(Source):
         root: A folder, or its address: http://..., s3://... (keys and endpoint come from the environment, as AWS
             names them).
         image_size: Height and width in pixels, or one number for both; no image may be smaller.
-        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are converted; or the number that files hold.
+        value_range: As in `Folder`; pack has measured it.
+        shown_channels: As in `Folder`.
         class_labels: Whether images have classes; they must have been packed.
         captions: Whether images have captions; they must have been packed.
         background: The colour behind transparent pixels, a name or "#rrggbb"; it is not used if channels is 4.
@@ -62,6 +68,8 @@ class Shards(Source):
         *,
         image_size: int | tuple[int, int] = (64, 64),
         channels: int = 3,
+        value_range: DeclaredRange = None,
+        shown_channels: tuple[int, ...] | None = None,
         class_labels: bool = False,
         captions: bool = False,
         background: str = "white",
@@ -75,7 +83,10 @@ class Shards(Source):
         for name, value, least in (("window", window, 1), ("num_lanes", num_lanes, 1), ("num_retries", num_retries, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_declared(value_range)
+        check_shown(shown_channels, channels)
         self.root = root
+        self.value_range, self.shown_channels = value_range, shown_channels
         self.image_format = ImageFormat.of_size(image_size, channels, background)
         self.image_shape = self.image_format.shape
         self.class_labels = class_labels
@@ -101,6 +112,8 @@ class Shards(Source):
         store = ShardStore(self.root, num_retries=self.num_retries)
         index = store.index()
         self._check_size(index.smallest, index.channels)
+        value_range = range_of_shards(self.value_range, index.dtype, index.ends)
+        self.image_format = replace(self.image_format, value_range=value_range)
         entries = dict(index.entries)
         for key, name in OPTIONS.items():
             if not getattr(self, name):
@@ -108,6 +121,9 @@ class Shards(Source):
             elif key not in entries:
                 raise ValueError(f"{self.root} was packed without {name}; pack again with --{name}, or set it to false")
         images = ShardedImages(store, index, self.image_format, self._num_kept(num_workers=0))
+        shown = self.shown_channels or default_shown(self.image_format.channels)
+        values = PixelValues.of_images(images.dtype, shown)
+        self.values = pixel_values([np.dtype(index.dtype)], value_range, values)
         return ImageSet(images, entries, index.class_names if self.class_labels else None)
 
     def check(self, *, horizontal_flip: bool, num_workers: int | None) -> None:

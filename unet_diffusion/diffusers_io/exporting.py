@@ -4,7 +4,6 @@ An exported folder needs diffusers but not this package. It is reloaded and comp
 """
 
 import copy
-import inspect
 import json
 import math
 import os
@@ -33,8 +32,9 @@ from torch import Tensor
 
 from unet_diffusion.diffusers_io.configurations import SDXL_TIME_DIM, config_to_diffusers
 from unet_diffusion.diffusers_io.model_card import autoencoder_card, model_card
-from unet_diffusion.diffusers_io.pipelines import conditional
+from unet_diffusion.diffusers_io.pipeline_code import ship_pipeline_code
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
+from unet_diffusion.diffusers_io.values_file import write_values
 from unet_diffusion.diffusion.conditions.low_resolution import MAX_NOISE_LEVEL
 from unet_diffusion.diffusion.conditions.xl_text import NUM_SIZES, size_waves
 from unet_diffusion.diffusion.parts import DenoiserParts
@@ -45,7 +45,8 @@ from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling,
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.speed import set_speed
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder, read_json
+from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder
+from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
 from unet_diffusion.runtime.randomness import keyed_generator
 
 StrPath = str | os.PathLike[str]
@@ -91,7 +92,8 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
       StableDiffusionUpscalePipeline, with a paired image StableDiffusionInstructPix2PixPipeline;
     - for latents from texts and sizes StableDiffusionXLPipeline.
 
-    Otherwise the folder has its own `pipeline.py` and loads with
+    Otherwise, and for images of other channels or values than pictures have, the folder has its own `pipeline.py` and
+    loads with
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. Its README.md shows how to use it.
 
     Args:
@@ -113,7 +115,8 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
         pipeline.save_pretrained(partial)
         _check_equal(parts, type(pipeline).from_pretrained(partial))
         if isinstance(pipeline, ConditionalPipeline):
-            _ship_pipeline_code(partial, pipeline)
+            ship_pipeline_code(partial, pipeline, OWN_PARTS)
+        write_values(parts.values, partial)
         (partial / "README.md").write_text(model_card(parts, pipeline), encoding="utf-8")
         put_folder(partial, folder)
     finally:
@@ -139,6 +142,7 @@ def export_autoencoder(
     image_shape: tuple[int, int, int],
     latent_std: float | None = None,
     settings: Mapping[str, Any] | None = None,
+    values: PixelValues | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a folder that diffusers loads without this package; the reloaded autoencoder is compared with the original.
@@ -151,6 +155,7 @@ def export_autoencoder(
         image_shape: (C, H, W) of the images that the autoencoder was trained on.
         latent_std: Standard deviation of the latents, whose inverse becomes scaling_factor; None: it is not known.
         settings: The settings of the training as plain values; None: they are not known.
+        values: What the numbers in the files of its images mean; None: they are of 8 bits.
         overwrite: Replace the folder, if everything in it was exported there.
 
     Raises:
@@ -168,6 +173,7 @@ def export_autoencoder(
     try:
         exported.save_pretrained(partial)
         _check_same_reconstruction(exported, pretrained_autoencoder(partial))
+        write_values(values or PixelValues(shown=default_shown(image_shape[0])), partial)
         card = autoencoder_card(autoencoder, image_shape, latent_std, settings or {})
         (partial / "README.md").write_text(card, encoding="utf-8")
         put_folder(partial, folder)
@@ -215,7 +221,7 @@ def _build_pipeline(parts: DenoiserParts) -> DiffusionPipeline:
     codec = parts.codec
     scheduler = DDPMScheduler(**scheduler_config(parts.schedule, clip_sample=codec.clip_sample))
     if not isinstance(codec, LatentCodec):
-        if not parts.all_conditions:
+        if not parts.all_conditions and parts.are_pictures:
             return DDPMPipeline(unet, scheduler)
         return _own_pipeline(parts, unet, scheduler, None)
     scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
@@ -238,6 +244,8 @@ def _stock_pipeline(
     parts: DenoiserParts, space: LatentSpace, vae: AutoencoderNetwork
 ) -> type[DiffusionPipeline] | None:
     """The class of diffusers' pipeline that draws the same latents from the same conditions; None if there is none."""
+    if not parts.are_pictures:
+        return None
     roles = {condition.pipeline_role for condition in parts.all_conditions}
     channels, height, width = parts.sample_shape
     takes_scale = _takes_scale(vae, space, None)
@@ -274,6 +282,7 @@ def _own_pipeline(
             condition.pipeline_role: condition.pipeline_null for condition in conditions if condition.has_null
         },
         max_noise_level=MAX_NOISE_LEVEL,
+        values=None if parts.are_pictures else parts.values.plain(),
         conditions={
             name: f"{type(condition).__module__}.{type(condition).__qualname__}"
             for condition, parts_of in own
@@ -436,15 +445,3 @@ def _check_same_reconstruction(autoencoder: AutoencoderNetwork, loaded: Autoenco
     side = 2 * downsampling(autoencoder)
     x = torch.randn(1, autoencoder.config["in_channels"], side, side, generator=keyed_generator(0))
     _check_small({"reconstructed images": _difference(reconstruct(autoencoder, x), reconstruct(loaded, x))})
-
-
-def _ship_pipeline_code(folder: Path, pipeline: ConditionalPipeline) -> None:
-    """Copy the source of the pipeline and its parts into the folder, named in model_index.json as diffusers does it."""
-    index = read_json(folder / "model_index.json")
-    shutil.copyfile(conditional.__file__, folder / "pipeline.py")
-    index["_class_name"] = ["pipeline", ConditionalPipeline.__name__]
-    for name in ("class_tokens", *OWN_PARTS):
-        if (part := getattr(pipeline, name)) is not None:
-            shutil.copyfile(inspect.getfile(type(part)), folder / name / f"{name}.py")
-            index[name] = [name, type(part).__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

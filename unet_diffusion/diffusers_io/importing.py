@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.configurations import complete, config_from_diffusers, schedule_from_diffusers
 from unet_diffusion.diffusers_io.single_file.network import read_unet
+from unet_diffusion.diffusers_io.values_file import read_values
 from unet_diffusion.diffusers_io.weights import load_weights, read_weights
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.concat import Concat
@@ -128,6 +129,7 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
         null_label=unconditional.get("class_labels"),
         class_names=index.get("class_names"),
         codec=codec,
+        values=read_values(folder, codec.image_shape(sample_shape)[0]),
         conditions=nn.ModuleList(
             [*_tokens(folder, parts, unconditional), *maps, *_own_conditions(folder, parts, index)]
         ).eval(),

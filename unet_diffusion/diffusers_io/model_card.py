@@ -62,6 +62,10 @@ images = pipeline({arguments}, num_inference_steps={steps}{guidance}).images
 {about}To sample in fewer steps, use another scheduler with the same noise schedule, such as
 `pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)`.
 """
+NUMBERS = """`images` is an array (N, C, H, W) of {dtype} from {low:g} to {high:g}, the type and range of the training
+images. `output_type` may also be "np" or "pt", for numbers from 0 to 1.
+
+"""
 LOAD_IMAGE = "from diffusers.utils import load_image\n\n"
 PREPARATIONS = {  # code that prepares an argument of a ConditionalPipeline
     "mask_image": f'{LOAD_IMAGE}image, mask_image = load_image("image.png"), load_image("mask.png")  '
@@ -245,15 +249,20 @@ def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     _, height, width = parts.sample_shape
     num_maps = pipeline.unet.config.in_channels - pipeline.unet.config.out_channels
     guidance = 3.0 if "prompt" in pipeline.config.unconditional else 2.0
+    arguments = [f"{name}={values.get(name, name)}" for name in pipeline.arguments] or ["batch_size=4"]
+    about = (
+        f"Classes: {', '.join(names) if names else f'0 to {last}'}.\n\n" if "class_labels" in pipeline.arguments else ""
+    )
+    if pipeline.config["values"] is not None:
+        arguments.append('output_type="numbers"')
+        about += NUMBERS.format(**pipeline.config["values"])
     return OWN_USAGE.format(
         preparation=preparation.format(num_maps=num_maps, height=height, width=width)
         + "".join(f"{one.usage}\n" for one in (pipeline.tokens, pipeline.maps) if one is not None),
-        arguments=", ".join(f"{name}={values.get(name, name)}" for name in pipeline.arguments) or "batch_size=4",
+        arguments=", ".join(arguments),
         steps=parts.schedule.num_train_timesteps if parts.codec.space is None else 50,
         guidance=f", guidance_scale={guidance}" if pipeline.config.unconditional else "",
-        about=f"Classes: {', '.join(names) if names else f'0 to {last}'}.\n\n"
-        if "class_labels" in pipeline.arguments
-        else "",
+        about=about,
     )
 
 

@@ -14,6 +14,7 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.runtime.pixel_values import OF_COLOURS, PixelValues
 
 Kind = TypeVar("Kind", bound=Condition)
 
@@ -33,6 +34,7 @@ class DenoiserParts:
         conditions: The conditions beside the class labels that the network itself embeds.
         speed: The speed that the network was trained at.
         adapter: The adapter that was trained on a frozen denoiser, whose weights these are; None: there is none.
+        values: What the numbers in the files of its images mean, and which channels pictures show.
 
     Raises:
         ValueError: If null_label or class_names do not fit the network.
@@ -48,6 +50,7 @@ class DenoiserParts:
     conditions: nn.ModuleList = field(default_factory=nn.ModuleList)
     speed: Speed = "plain"
     adapter: TrainedAdapter | None = None
+    values: PixelValues = field(default_factory=PixelValues)
 
     def __post_init__(self) -> None:
         rows = self.unet.config.get("num_class_embeds")
@@ -62,6 +65,12 @@ class DenoiserParts:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the denoiser was trained on, in pixels."""
         return self.codec.image_shape(self.sample_shape)
+
+    @property
+    def are_pictures(self) -> bool:
+        """Whether images are grey, RGB, or RGB and alpha, with the range of 8 or 16 bits."""
+        is_of_colours = self.image_shape[0] in OF_COLOURS and self.values.shown is None
+        return is_of_colours and self.values.value_range is None
 
     @property
     def all_conditions(self) -> list[Condition]:

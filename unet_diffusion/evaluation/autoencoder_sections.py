@@ -12,7 +12,7 @@ from unet_diffusion.evaluation.intervals import FEW_IMAGES, Values, interval, in
 from unet_diffusion.evaluation.latent_sums import LatentSums
 from unet_diffusion.evaluation.result import Figure, Picture, Section, Table
 from unet_diffusion.latents.collapse import collapsed_channels, unused_codes
-from unet_diffusion.runtime.pictures import CHANNELS, image_grid, over_white
+from unet_diffusion.runtime.pictures import image_grid, over_white
 
 SHOWN_SIDE = 96  # of an image in a picture, at least
 NEARLY_THE_SAME = 0.95  # correlation of two channels
@@ -170,8 +170,8 @@ def _psnr_of(sums: Values) -> Values:
 
 
 def _as_rgb(images: Tensor) -> Tensor:
-    """Images in colour, (N, 3, H, W); of a number of channels that no picture shows, the first one in grey."""
-    return over_white(images if images.shape[1] in CHANNELS else images[:, :1])
+    """Images in colour, (N, 3, H, W)."""
+    return over_white(images)
 
 
 def _coloured(values: Tensor) -> Tensor:

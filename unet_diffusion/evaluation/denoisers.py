@@ -24,7 +24,7 @@ from unet_diffusion.evaluation.result import Evaluation, Figure, Picture, Sectio
 from unet_diffusion.evaluation.samples import SAMPLES, Sampling, draw_samples, samples_in
 from unet_diffusion.evaluation.selections import Selection, of_data
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.runtime.pictures import CHANNELS, image_grid
+from unet_diffusion.runtime.pictures import image_grid
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -133,9 +133,6 @@ def _check(model: Denoiser | Path, train: Selection, held_out: Selection, num_im
     if num_real < least or len(train) < LEAST_IMAGES:
         raise ValueError(f"there must be at least {least} real images to compare with, {LEAST_IMAGES} of them to train "
                          f"on, got {num_real}, {len(train)} of them to train on")  # fmt: skip
-    if train.image_shape[0] not in CHANNELS:
-        raise ValueError(f"images must have {', '.join(map(str, CHANNELS))} channels to be stored as PNG, got "
-                         f"{train.image_shape[0]}")  # fmt: skip
     if num_images < LEAST_IMAGES:
         raise ValueError(f"num_images must be at least {LEAST_IMAGES}, got {num_images}; 1000 are usual")
     if isinstance(model, Denoiser) and model.image_shape != train.image_shape:
@@ -188,8 +185,7 @@ def _likeness(samples: Compared, real: Compared, reference: Compared, train: Com
             "fd_all", "Fréchet distance, all images", frechet_distance(samples.features, train.features), "lower",
             remark=f"N = {len(samples.features)} against all {len(train.features)} training images, as papers have it.",
         ))  # fmt: skip
-    if samples.images.image_shape[0] in CHANNELS:
-        section.pictures += _pictures(samples, real, reference)
+    section.pictures += _pictures(samples, real, reference)
     _warn_of_difference(section)
     return section
 
@@ -214,7 +210,7 @@ def _warn_of_difference(section: Section) -> None:
 
 def _pictures(samples: Compared, real: Compared, reference: Compared) -> list[Picture]:
     drawn, shown = min(SHOWN, len(samples.images)), min(SHOWN, len(real.images))
-    grids = (image_grid(one.images.take(range(count))) for one, count in ((samples, drawn), (real, shown)))
+    grids = (image_grid(one.images.seen(range(count))) for one, count in ((samples, drawn), (real, shown)))
     nearest = torch.cat([
         torch.cdist(rows, reference.features).topk(NUM_NEIGHBOURS, largest=False).values.mean(1)
         for rows in samples.features.split(2000)
@@ -225,9 +221,9 @@ def _pictures(samples: Compared, real: Compared, reference: Compared) -> list[Pi
     return [
         Picture("samples", "Samples (left) and held-out real images (right).", _beside(next(grids), next(grids))),
         Picture("typical", "The most typical samples: those nearest to real images in the features.",
-                image_grid(samples.images.take(typical), columns)),
+                image_grid(samples.images.seen(typical), columns)),
         Picture("odd", "The least typical samples: those farthest from real images in the features.",
-                image_grid(samples.images.take(odd), columns)),
+                image_grid(samples.images.seen(odd), columns)),
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from unet_diffusion.evaluation.result import Figure, Picture, Section
 from unet_diffusion.evaluation.selections import Selection
-from unet_diffusion.runtime.pictures import CHANNELS, image_grid
+from unet_diffusion.runtime.pictures import image_grid
 
 NUM_NEIGHBOURS = 50  # whose mean distance tells how densely images lie there, as in the paper
 COPY = 0.25  # of that mean: what is nearer is a copy. The paper has half, but so near are an eighth of all digits
@@ -138,8 +138,7 @@ def memorisation(
         training = TrainingImages(of_train, are_mirrored=are_mirrored)
         nearest, calibration = training.nearest_to(of_samples), training.nearest_to(of_held_out)
         _add_figures(section, name, training, nearest, calibration)
-        if samples.image_shape[0] in CHANNELS:
-            section.pictures.append(_closest_pairs(name, samples, train, nearest))
+        section.pictures.append(_closest_pairs(name, samples, train, nearest))
     return section
 
 
@@ -185,7 +184,7 @@ def _are_more(ours: Tensor, theirs: Tensor) -> bool:
 
 def _closest_pairs(name: str, samples: Selection, train: Selection, nearest: Nearest) -> Picture:
     rows = nearest.ratio.argsort(stable=True)[:NUM_PAIRS]
-    images = torch.cat([samples.take(rows), train.take(nearest.index[rows])])
+    images = torch.cat([samples.seen(rows), train.seen(nearest.index[rows])])
     ratios = ", ".join(f"{ratio:.2f}" for ratio in nearest.ratio[rows].tolist())
     caption = f"The {len(rows)} closest pairs in {name}: samples above, their training images below; ratios {ratios}."
     return Picture(f"closest_{name}", caption, image_grid(images, columns=len(rows)))

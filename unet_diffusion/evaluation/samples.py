@@ -6,22 +6,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from unet_diffusion.data.base import ImageDataModule
-from unet_diffusion.data.files import class_names_of, labels_of
+from unet_diffusion.data.checking import bad_files_message, load_images
+from unet_diffusion.data.decoding import ImageFormat
+from unet_diffusion.data.files import class_names_of, find_images, labels_of
 from unet_diffusion.data.fingerprints import content_hash
-from unet_diffusion.data.folder import Folder
 from unet_diffusion.evaluation.selections import Selection, classes_of, of_images
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import contents_of
 from unet_diffusion.inference.sample_options import SampleOptions
 from unet_diffusion.runtime.atomic_files import remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings, settings_of
-from unet_diffusion.runtime.pictures import save_images
+from unet_diffusion.runtime.image_files import NumberedImages
 from unet_diffusion.runtime.processes import ProcessGroup
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -60,7 +59,7 @@ def draw_samples(
     overwrite: bool = False,
     group: ProcessGroup,
 ) -> Selection:
-    """Draw images as PNG files; those that are there, drawn with the same settings, are kept.
+    """Draw images as files; those that are there, drawn with the same settings, are kept.
 
     Classes are drawn as often as there are training images of them, and captions are those of held-out images, so that
     a difference to the training images is the model's.
@@ -68,7 +67,7 @@ def draw_samples(
     Args:
         denoiser: What draws them.
         data: The data, loaded.
-        folder: Where the images go, as 000000.png and so on.
+        folder: Where the images go, as `NumberedImages`.
         num_images: The number of images.
         sampling: How they are drawn.
         overwrite: Whether images that were drawn with other settings are removed.
@@ -80,21 +79,23 @@ def draw_samples(
     """
     request, labels = request_of(denoiser, data, num_images, sampling)
     drawing = denoiser.drawing(request)
+    files = NumberedImages(denoiser.values, denoiser.image_shape[0])
     settings: dict[str, Any] = asdict(sampling)
     del settings["batch_size"]  # which no image depends on
     settings |= {"precision": denoiser.precision, f"{CONTENTS}model": contents_of(denoiser)}
     settings["captions"] = request.captions
     settings[f"{CONTENTS}labels"] = None if labels is None else _hash_of_labels(data)  # more images begin with the same
-    missing = group.on_rank_zero(lambda: _missing(folder, settings, num_images, overwrite))
+    names = [files.name(i) for i in range(num_images)]
+    missing = group.on_rank_zero(lambda: _missing(folder, settings, names, overwrite))
     todo = group.shard(missing)
     with tqdm(total=len(todo) * drawing.num_steps, desc="drawing", unit="image step", disable=group.rank > 0) as bar:
         for first in range(0, len(todo), sampling.batch_size):
             indices = todo[first : first + sampling.batch_size]
-            save_images(drawing.draw(indices, bar.update), folder, indices=indices)
+            files.save(drawing.draw(indices, bar.update), folder, indices=indices)
     group.barrier()
-    pixels = [_pixels(folder / _name(i)) for i in range(num_images)]
+    pixels = [files.pixels(folder / name) for name in names]
     captions = None if request.captions is None else _by_turns(list(request.captions), range(num_images))
-    return of_images(torch.stack(pixels), labels, captions)
+    return of_images(torch.stack(pixels), labels, captions, denoiser.values)
 
 
 def request_of(
@@ -139,26 +140,30 @@ def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int,
         ValueError: If there are no images, or images that cannot be used.
     """
     channels, height, width = image_shape
-    image_set = Folder(folder, image_size=(height, width), channels=channels, in_memory=True).load()
-    names, images = image_set.names or [], image_set.images
-    assert isinstance(images, Tensor)
+    image_format = ImageFormat(height, width, channels, value_range=data.values.value_range)
+    files = find_images(folder)
     try:
         settings = settings_of(folder, "images") or {}
     except FileExistsError:  # it was written by something else
         settings = {}
     if CLASSES in settings:
-        rows = [i for i, name in enumerate(names) if Path(name).stem.isdigit()]  # not grid.png
-        images, names = images[rows], [names[i] for i in rows]
+        files.names = [name for name in files.names if Path(name).stem.isdigit()]  # not grid.png
+    checked = load_images(files, image_format)
+    if checked.bad_files:
+        raise ValueError(f"{bad_files_message(checked.bad_files, len(files.names))}\nRemove them.")
+    names, images = checked.names, checked.images
+    assert isinstance(images, Tensor)
+    if CLASSES in settings:
         numbers, labels = [int(Path(name).stem) for name in names], None
         if settings[CLASSES] and data.class_names:
             classes = [int(str(one).partition(":")[0]) for one in settings[CLASSES]]
             labels = torch.tensor(_by_turns(classes, numbers))
         captions = settings.get("captions")
-        return of_images(images, labels, _by_turns(captions, numbers) if captions else None)
+        return of_images(images, labels, _by_turns(captions, numbers) if captions else None, data.values)
     if data.class_names and all(name.split("/")[0] in data.class_names and "/" in name for name in names):
         class_names_of(names, folder)
-        return of_images(images, torch.tensor(labels_of(names, data.class_names)))
-    return of_images(images)
+        return of_images(images, torch.tensor(labels_of(names, data.class_names)), values=data.values)
+    return of_images(images, values=data.values)
 
 
 def _labels_to_draw(denoiser: Denoiser, data: ImageDataModule, num_images: int, seed: int) -> Tensor | None:
@@ -185,11 +190,11 @@ def _captions_to_draw(data: ImageDataModule, seed: int) -> list[str]:
     return [captions[i] for i in data.val_indices[order].tolist()]
 
 
-def _missing(folder: Path, settings: dict[str, Any], num_images: int, overwrite: bool) -> list[int]:
+def _missing(folder: Path, settings: dict[str, Any], names: Sequence[str], overwrite: bool) -> list[int]:
     """The numbers of the images that are to be drawn, once the folder is made or its settings are compared."""
 
     def remove_images() -> None:
-        for path in folder.glob("*.png"):
+        for path in (*folder.glob("*.png"), *folder.glob("*.tif")):
             path.unlink()
 
     require_same_settings(
@@ -200,7 +205,7 @@ def _missing(folder: Path, settings: dict[str, Any], num_images: int, overwrite:
         replace=remove_images if overwrite else None,
     )
     remove_left_behind(folder)
-    return [i for i in range(num_images) if not (folder / _name(i)).exists()]
+    return [i for i, name in enumerate(names) if not (folder / name).exists()]
 
 
 def _by_turns(values: Sequence[Value], numbers: Iterable[int]) -> list[Value]:
@@ -213,12 +218,3 @@ def _hash_of_labels(data: ImageDataModule) -> str:
     labels = classes_of(data)
     assert labels is not None
     return content_hash(labels[data.train_indices].numpy().tobytes())
-
-
-def _name(index: int) -> str:
-    return f"{index:06d}.png"
-
-
-def _pixels(path: Path) -> Tensor:
-    with Image.open(path, formats=["PNG"]) as image:
-        return pil_to_tensor(image)

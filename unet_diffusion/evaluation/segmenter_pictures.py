@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unet_diffusion.evaluation.segmented_images import ObjectMatches, Predicted, Truth
 from unet_diffusion.runtime.pictures import GRID_GREY, GRID_PADDING, picture_of, to_uint8
+from unet_diffusion.runtime.pixel_values import as_colours
 
 SIDE = 448  # of an image, in pixels
 HEADER = 16  # height of the line of titles
@@ -24,7 +25,7 @@ def outlined_errors(image: Tensor, truth: Truth, predicted: Predicted) -> Image.
         predicted: What the segmenter sees in it.
     """
     matches = ObjectMatches.of(truth, predicted)
-    shown = picture_of(to_uint8(image[None, : 3 if len(image) >= 3 else 1])[0]).convert("RGB")
+    shown = picture_of(to_uint8(as_colours(image[None]))[0]).convert("RGB")
     scale = SIDE / max(shown.size)
     width, height = (max(round(side * scale), 1) for side in shown.size)
     pixels = np.asarray(shown.resize((width, height), Image.Resampling.BICUBIC))

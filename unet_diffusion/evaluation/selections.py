@@ -1,13 +1,14 @@
 """Images that an evaluation looks at: some of a data set, or samples in a folder, read when they are asked for."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from unet_diffusion.data.base import ImageDataModule
-from unet_diffusion.runtime.pictures import scale_to_unit_range
+from unet_diffusion.runtime.pictures import in_unit_range
+from unet_diffusion.runtime.pixel_values import PixelValues, as_colours
 from unet_diffusion.runtime.randomness import keyed_generator
 
 BATCH = 256  # images in memory at once as float32
@@ -22,12 +23,14 @@ class Selection:
         indices: The numbers of the images, (N,) int64.
         labels: The class of each, (N,) int64; None: there are no classes.
         captions: The caption of each; None: there are no captions.
+        values: Which channels pictures show.
     """
 
     read: Callable[[list[int]], Tensor]
     indices: Tensor
     labels: Tensor | None = None
     captions: list[str] | None = None
+    values: PixelValues = field(default_factory=PixelValues)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -41,6 +44,10 @@ class Selection:
     def take(self, rows: Sequence[int] | Tensor) -> Tensor:
         """Images by their place in the selection, (n, C, H, W) float32 in [-1, 1]."""
         return self.read(self.indices[torch.as_tensor(rows)].tolist())
+
+    def seen(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """Images by their place in the selection as pictures show them, (n, C, H, W) with C of 1, 3 or 4."""
+        return as_colours(self.values.seen(self.take(rows)))
 
     def select(self, rows: Tensor) -> "Selection":
         """Some of these images, by their place."""
@@ -62,7 +69,8 @@ class Selection:
 
         labels = None if self.labels is None else torch.cat([self.labels, self.labels])
         captions = None if self.captions is None else [*self.captions, *self.captions]
-        return Selection(read, torch.cat([self.indices, -1 - self.indices]), labels, captions)
+        indices = torch.cat([self.indices, -1 - self.indices])
+        return Selection(read, indices, labels, captions, self.values)
 
     def batches(self, size: int = BATCH) -> Iterator[Tensor]:
         """All images in order, some at a time, each (n, C, H, W)."""
@@ -70,16 +78,23 @@ class Selection:
             yield self.take(rows)
 
 
-def of_images(images: Tensor, labels: Tensor | None = None, captions: list[str] | None = None) -> Selection:
+def of_images(
+    images: Tensor,
+    labels: Tensor | None = None,
+    captions: list[str] | None = None,
+    values: PixelValues | None = None,
+) -> Selection:
     """A selection of all of these images.
 
     Args:
         images: The images (N, C, H, W): uint8 or uint16, or float in [-1, 1].
         labels: The class of each image, (N,) int64; None: there are no classes.
         captions: The caption of each image; None: there are no captions.
+        values: Which channels pictures show; None: the first three, unless they are colours.
     """
     numbers = torch.arange(len(images))
-    return Selection(lambda rows: _as_float(images[torch.tensor(rows)]), numbers, labels, captions)
+    values = values or PixelValues()
+    return Selection(lambda rows: in_unit_range(images[torch.tensor(rows)]), numbers, labels, captions, values)
 
 
 def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
@@ -104,6 +119,7 @@ def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
         torch.arange(len(data.image_set.images)),
         labels,
         captions if isinstance(captions, list) else None,
+        data.values,
     )
     return whole.select(data.train_indices), whole.select(data.val_indices)
 
@@ -119,7 +135,3 @@ def classes_of(data: ImageDataModule) -> Tensor | None:
     """The class of each image of a data module that is set up, (N,) int64; None if there are no classes."""
     labels = data.entries.get("labels")
     return labels if isinstance(labels, Tensor) and data.class_names is not None else None
-
-
-def _as_float(images: Tensor) -> Tensor:
-    return images.float() if images.is_floating_point() else scale_to_unit_range(images)

@@ -202,16 +202,18 @@ def _segmented(
     segmenter: Segmenter, path: str, views: bool, status: gr.HTML, say: Callable[[Update], None]
 ) -> Segmented:
     """Segment a file, saying how far it is."""
-    image = to_float(read_at_its_own_size(path, segmenter.unet.in_channels), stretch=segmenter.stretch)
+    channels, values = segmenter.unet.in_channels, segmenter.values
+    image = to_float(read_at_its_own_size(path, channels, values.value_range), stretch=segmenter.stretch)
 
     def progress(share: float) -> None:
         say({status: progress_line(share, f"{share:.0%} of the image")})
 
     segmentation = segmenter.segment(image, views=views, progress=progress)
     data = Path(path).read_bytes()
-    stored = intensities(next(iter(stored_images(data)))).astype(np.float32)
+    stored = intensities(next(iter(stored_images(data, channels)))).astype(np.float32)
     height, width = ("" if size is None else f"{size:.6g}" for size in pixel_size(data))
-    return Segmented(Path(path).name, to_uint8(image.clamp(-1, 1)[None])[0], segmentation, stored, (height, width))
+    shown = to_uint8(values.seen(image.clamp(-1, 1)[None]))[0]
+    return Segmented(Path(path).name, shown, segmentation, stored, (height, width))
 
 
 def _presented(segmented: Segmented, column: Column, threshold: float, min_size: int) -> Update:

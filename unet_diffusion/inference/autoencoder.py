@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unet_diffusion.inference.record import write_checkpoint
 from unet_diffusion.inference.running import Running
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.tensor_files import is_single_file_name
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds
@@ -28,12 +29,14 @@ class Autoencoder(Running):
         latent_std: Standard deviation of the latents of its validation images; None: it is not known. That is so for a
             checkpoint, which may be older or newer than the last validation.
         settings: The settings of its training as plain values.
+        values: What the numbers in the files of its images mean, and which channels pictures show.
     """
 
     autoencoder: "AutoencoderNetwork"
     image_shape: tuple[int, int, int]
     latent_std: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    values: PixelValues = field(default_factory=PixelValues)
 
     def encode(self, images: Tensor) -> Tensor:
         """The latents of images, (B, c, h, w) float32 on the CPU: the means of their distributions, not normalised.
@@ -82,6 +85,7 @@ class Autoencoder(Running):
             "config": {name: value for name, value in config.items() if name[0] != "_"},
             "image_shape": list(self.image_shape),
             "settings": self.settings,
+            "values": self.values.plain(),
         }
 
     def export(
@@ -119,6 +123,7 @@ class Autoencoder(Running):
             image_shape=self.image_shape,
             latent_std=self.latent_std,
             settings=self.settings,
+            values=self.values,
             overwrite=overwrite,
         )
 

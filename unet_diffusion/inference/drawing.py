@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -141,7 +141,9 @@ class Drawing:
             size = options.image_size
             height, width = self._network_sizes("image_size", [size, size] if isinstance(size, int) else size)
         elif self._enlarges and options.image is not None:
-            height, width = (_largest_size(side, parts.unet) for side in size_of("image", options.image))
+            height, width = (
+                _largest_size(side, parts.unet) for side in size_of("image", options.image, parts.image_shape[0])
+            )
         if options.window is not None:
             self._network_sizes("window", [options.window])
         if height * width > MOST_PIXELS:
@@ -169,7 +171,8 @@ class Drawing:
         channels, height, width = self.parts.codec.image_shape(self.sample_shape)
         if self._enlarges:
             height, width = self.sample_shape[1:]
-        return read_user_image(options.image, options.mask, (channels, height, width))
+        shape = (channels, height, width)
+        return read_user_image(options.image, options.mask, shape, self.parts.values.value_range)
 
     def _entries(self) -> dict[str, Tensor]:
         """The entries that the conditions read, (num_images, ...) each."""
@@ -183,7 +186,7 @@ class Drawing:
             mask=None if image is None or image.keep_mask is None else (~image.keep_mask).float(),
             encode=self._encode,
             image_shape=self.parts.codec.image_shape(self.sample_shape),
-            read_pictures=read_pictures,
+            read_pictures=partial(read_pictures, value_range=self.parts.values.value_range),
             read_label_images=read_label_images,
         )
         return {name: entry for condition in self._conditions for name, entry in condition.from_user(request).items()}

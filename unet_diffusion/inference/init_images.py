@@ -12,12 +12,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unet_diffusion.data.checking import decoded
-from unet_diffusion.data.decoding import ImageFormat, decode_page, fitted_image, only_image
+from unet_diffusion.data.decoding import ImageFormat, ValueRange, check_within, decode_page, fitted_image
 from unet_diffusion.data.files import OneFile
 from unet_diffusion.data.items import pixels_of
-from unet_diffusion.data.stored import StoredImage
+from unet_diffusion.data.stored import only_image
+from unet_diffusion.data.stored_image import StoredImage
 from unet_diffusion.inference.sample_options import ImageLike, check_file
-from unet_diffusion.runtime.pictures import scale_to_unit_range
+from unet_diffusion.runtime.pictures import in_unit_range
+from unet_diffusion.runtime.pixel_values import OF_COLOURS
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ class UserImage:
         return images if self.keep_mask is None else torch.where(self.keep_mask, self.pixels, images)
 
 
-def read_user_image(image: ImageLike, mask: ImageLike | None, image_shape: tuple[int, int, int]) -> UserImage:
+def read_user_image(
+    image: ImageLike,
+    mask: ImageLike | None,
+    image_shape: tuple[int, int, int],
+    value_range: ValueRange | None = None,
+) -> UserImage:
     """A user's image and mask at the size to draw.
 
     Args:
@@ -45,15 +52,17 @@ def read_user_image(image: ImageLike, mask: ImageLike | None, image_shape: tuple
         mask: Mask of the size of the image; white is painted, black stays; a tensor may be bool, True where the image
             is painted; None: there is no mask.
         image_shape: (C, H, W) of the images to draw.
+        value_range: The numbers of files that become -1 and 1, as in `ImageFormat`.
 
     Raises:
         ValueError: If the image or the mask cannot be read, or does not fit.
     """
-    pixels = read_picture("image", image, image_shape)
+    pixels = read_picture("image", image, image_shape, value_range)
     if mask is None:
         return UserImage(pixels, None)
     keep_mask = read_picture("mask", mask, (1, *image_shape[1:])) < 0
-    expected, got = "{}x{}".format(*size_of("image", image)), "{}x{}".format(*size_of("mask", mask))
+    expected = "{}x{}".format(*size_of("image", image, image_shape[0]))
+    got = "{}x{}".format(*size_of("mask", mask, 1))
     if got != expected:
         raise ValueError(f"mask must be as large as image, {expected}, got {got}; resize it")
     if keep_mask.all():
@@ -62,37 +71,39 @@ def read_user_image(image: ImageLike, mask: ImageLike | None, image_shape: tuple
     return UserImage(pixels, keep_mask)
 
 
-def size_of(name: str, image: ImageLike) -> tuple[int, int]:
+def size_of(name: str, image: ImageLike, channels: int) -> tuple[int, int]:
     """The height and width of an image, upright.
 
     Args:
         name: Name of the image in errors.
         image: The image.
+        channels: The number of channels that it must have, by which channels are told from images.
 
     Raises:
         ValueError: If the image cannot be read.
     """
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
-    size = _with(lambda stored: stored.size, name, image)
+    size = _with(lambda stored: stored.size, name, image, channels)
     if isinstance(size, str):
         raise ValueError(f"{name} {_path_of(image)}cannot be read as an image: {size}")
     return size
 
 
-def read_at_its_own_size(image: ImageLike, channels: int) -> Tensor:
-    """The image, upright and at its own size, (channels, H, W) uint8 or uint16.
+def read_at_its_own_size(image: ImageLike, channels: int, value_range: ValueRange | None = None) -> Tensor:
+    """The image, upright and at its own size, (channels, H, W), of the types of `decode_image`.
 
     Args:
         image: A file, a PIL image or an array.
-        channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+        channels: As in `ImageFormat`.
+        value_range: As in `ImageFormat`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the image cannot be read, or has several pages.
     """
     check_file("image", image)
-    pixels = _with(lambda stored: decode_page(stored, channels), "image", image)
+    pixels = _with(lambda stored: decode_page(stored, channels, value_range), "image", image, channels)
     if isinstance(pixels, str):
         raise ValueError(f"image {_path_of(image)}cannot be read: {pixels}")
     return pixels
@@ -119,13 +130,16 @@ def check_tensor(name: str, image: Tensor, *, is_bounded: bool = True) -> None:
                          "was drawn with .clamp(-1, 1)")  # fmt: skip
 
 
-def read_picture(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Tensor:
+def read_picture(
+    name: str, image: ImageLike, shape: tuple[int, int, int], value_range: ValueRange | None = None
+) -> Tensor:
     """The image scaled and cropped to a shape (C, H, W), as (1, C, H, W) in [-1, 1].
 
     Args:
         name: Name of the image in errors.
         image: The image.
         shape: The shape.
+        value_range: The numbers of files that become -1 and 1, as in `ImageFormat`; none may be beyond.
 
     Raises:
         ValueError: If the image cannot be read, or is too small.
@@ -137,11 +151,11 @@ def read_picture(name: str, image: ImageLike, shape: tuple[int, int, int]) -> Te
         image = _signed(image) if name == "mask" else image
         check_tensor(name, image)
         return image.detach().float().cpu()[None]
-    image_format = ImageFormat(height, width, channels)
-    pixels = _with(lambda stored: fitted_image(stored, image_format), name, image)
+    image_format = ImageFormat(height, width, channels, value_range=value_range)
+    pixels = _with(lambda stored: check_within(fitted_image(stored, image_format), value_range), name, image, channels)
     if isinstance(pixels, str):
         raise ValueError(f"{name} {_path_of(image)}cannot be read as an image of the size to draw: {pixels}")
-    return scale_to_unit_range(pixels[None])
+    return in_unit_range(pixels[None])
 
 
 def _signed(mask: Tensor) -> Tensor:
@@ -154,19 +168,19 @@ def _signed(mask: Tensor) -> Tensor:
     return mask
 
 
-def _with(read: Callable[[StoredImage], Any], name: str, image: Any) -> Any:
+def _with(read: Callable[[StoredImage], Any], name: str, image: Any, channels: int) -> Any:
     """What a function makes of the image of a file, or of an image in memory; or the reason why it cannot."""
     if isinstance(image, str | os.PathLike):
         file = OneFile(Path(image))
-        return decoded(lambda data: read(only_image(data)), file, file.names[0])
-    stored = _in_memory(name, image)
+        return decoded(lambda data: read(only_image(data, channels)), file, file.names[0])
+    stored = _in_memory(name, image, channels)
     try:
         return read(stored)
     except ValueError as error:
         return str(error)
 
 
-def _in_memory(name: str, image: Any) -> StoredImage:
+def _in_memory(name: str, image: Any, channels: int) -> StoredImage:
     """A PIL image or an array as if it had been stored in a file."""
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)
@@ -174,13 +188,13 @@ def _in_memory(name: str, image: Any) -> StoredImage:
             image = image.convert("RGBA")
     elif isinstance(image, np.ndarray) and image.dtype == np.bool_:
         image = image * np.uint8(255)
-    numbers = pixels_of(image, name).permute(1, 2, 0).numpy()  # (C, H, W) -> (H, W, C)
+    numbers = pixels_of(image, name, channels).permute(1, 2, 0).numpy()  # (C, H, W) -> (H, W, C)
     height, width, num_samples = numbers.shape
     limits = np.iinfo(numbers.dtype)
     return StoredImage(
         file_format="",
         stored_size=(height, width),
-        kind="grey" if num_samples == 1 else "RGB",
+        kind="grey" if num_samples == 1 else "RGB" if num_samples in OF_COLOURS else "channels",
         num_samples=num_samples,
         dtype=numbers.dtype,
         bits=limits.bits,

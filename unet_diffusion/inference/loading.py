@@ -156,11 +156,13 @@ def _from_single_file(
 
 def _from_diffusers(folder: Path, autoencoder: StrPath | None) -> Denoiser | Autoencoder:
     from unet_diffusion.diffusers_io.importing import holds_autoencoder, import_pipeline
+    from unet_diffusion.diffusers_io.values_file import read_values
     from unet_diffusion.models.autoencoders import pretrained_autoencoder
 
     if holds_autoencoder(folder):
         network = pretrained_autoencoder(folder).eval()
         size = network.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
-        return Autoencoder(network, (network.config["in_channels"], height, width))
+        channels = network.config["in_channels"]
+        return Autoencoder(network, (channels, height, width), values=read_values(folder, channels))
     return Denoiser(**vars(import_pipeline(folder, autoencoder=autoencoder)))

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from skimage.measure import regionprops_table
 from tifffile import TiffFile
 
-from unet_diffusion.data.stored import StoredImage, stored_images
+from unet_diffusion.data.stored import stored_images
+from unet_diffusion.data.stored_image import StoredImage
 from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs
 from unet_diffusion.runtime.atomic_files import atomic_write
 
@@ -29,7 +30,7 @@ MICROMETRES = {  # in a unit, by its names in OME and ImageJ
 CENTIMETRE = 3  # of the tag ResolutionUnit; inches tell how a picture is printed, not how large its pixels are
 
 
-def write_objects(images: ImagesToSegment, outputs: Outputs) -> int:
+def write_objects(images: ImagesToSegment, outputs: Outputs, channels: int) -> int:
     """Write objects.csv for all images whose objects are there, and return the number of rows.
 
     Areas are in pixels, centres and boxes in pixels from the upper left corner (bottom and right are just outside), and
@@ -39,6 +40,7 @@ def write_objects(images: ImagesToSegment, outputs: Outputs) -> int:
     Args:
         images: The images.
         outputs: Where their objects are.
+        channels: The number of channels that images must have.
     """
     num_rows = 0
     with atomic_write(outputs.folder / TABLE) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -47,15 +49,15 @@ def write_objects(images: ImagesToSegment, outputs: Outputs) -> int:
         for mask in images.sources:
             instances = outputs.folder / "instances" / mask
             if instances.is_file():
-                rows = list(_rows_of(images, mask, instances))
+                rows = list(_rows_of(images, mask, instances, channels))
                 writer.writerows(rows)
                 num_rows += len(rows)
     return num_rows
 
 
-def _rows_of(images: ImagesToSegment, mask: str, instances: Path) -> Iterator[list[Any]]:
+def _rows_of(images: ImagesToSegment, mask: str, instances: Path, channels: int) -> Iterator[list[Any]]:
     files, name = images.sources[mask]
-    pages, labels = images.pages(mask), stored_images(instances.read_bytes())
+    pages, labels = images.pages(mask, channels), stored_images(instances.read_bytes())
     if isinstance(pages, str):  # the image was removed meanwhile
         return
     sizes = ["" if size is None else f"{size:.6g}" for size in pixel_size(files.read(name))]

@@ -29,6 +29,7 @@ from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.runtime.named_class import class_of
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 StrPath = str | os.PathLike[str]
 
@@ -72,6 +73,7 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
             null_label=record["null_label"],
             class_names=record["class_names"],
             settings=record["settings"],
+            values=PixelValues.from_plain(record["values"]),
             codec=_codec(record, allow, autoencoder),
             conditions=conditions.eval(),
             speed=speed,
@@ -166,7 +168,7 @@ def read_segmenter(path: StrPath, *, allow: Sequence[str] = ()) -> Segmenter:
     file = checkpoint_file(path)
     record, weights, speed = read_record(file, "segmenter")
     with explained(file, "segmenter"), no_larger_than(weights):
-        fields = {name: record[name] for name in FIELDS}
+        fields = {name: record[name] for name in FIELDS} | {"values": PixelValues.from_plain(record["values"])}
         return Segmenter(unet=network_with_weights(record["unet"], weights, allow), **fields, speed=speed)
 
 
@@ -194,7 +196,8 @@ def read_autoencoder(path: StrPath) -> Autoencoder:
                 f"image_shape must have {network.config['in_channels']} channels and sides that are multiples of "
                 f"{step}, got {record['image_shape']}"
             )
-        return Autoencoder(network.eval(), (channels, height, width), settings=record["settings"])
+        values = PixelValues.from_plain(record["values"])
+        return Autoencoder(network.eval(), (channels, height, width), settings=record["settings"], values=values)
 
 
 def contents_of(model: Denoiser | Segmenter) -> str:

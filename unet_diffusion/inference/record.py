@@ -95,6 +95,7 @@ def denoiser_record(parts: DenoiserParts) -> dict[str, Any]:
         "null_label": parts.null_label,
         "class_names": parts.class_names,
         "settings": parts.settings,
+        "values": parts.values.plain(),
         "latent_space": parts.codec.space_record,
         "codec": codec_record(parts.codec),
         "conditions": [network_record(cast(Condition, condition)) for condition in parts.conditions],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.segmentation.labels import Kind
 
 T = TypeVar("T")
@@ -54,6 +55,10 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value)
 
 
+def _is_values(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == PixelValues().plain().keys()
+
+
 def _is_space(value: Any) -> bool:
     checks = {"autoencoder": _is_text, "fingerprint": _is_text, "image_shape": _is_shape, "downsampling": is_count}
     checks |= {"mean": _is_numbers, "std": _is_numbers}
@@ -67,6 +72,7 @@ def _is_base(value: Any) -> bool:
 
 _NETWORK: Rule = ("class_path and init_args", _is_network)
 _SHAPE: Rule = ("three whole numbers from 1: channels, height, width", _is_shape)
+_VALUES: Rule = ("dtype, low, high and shown", _is_values)
 _DICT: Rule = ("a dict", lambda value: isinstance(value, dict))
 _NUMBER_OR_NONE: Rule = (
     "a whole number from 0, or None",
@@ -80,6 +86,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "null_label": _NUMBER_OR_NONE,
         "class_names": ("a list of different texts, or None", lambda value: value is None or _is_classes(value)),
         "settings": _DICT,
+        "values": _VALUES,
         "latent_space": ("a latent space, or None", lambda value: value is None or _is_space(value)),
         "codec": ("class_path and init_args, or None", lambda value: value is None or _is_network(value)),
         "conditions": (
@@ -98,6 +105,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "stretch": ("True or False", lambda value: isinstance(value, bool)),
         "window_size": ("a whole number from 1", is_count),
         "settings": _DICT,
+        "values": _VALUES,
         "threshold": ("a number between 0 and 1", lambda value: isinstance(value, float) and 0 < value < 1),
         "min_size": ("a whole number from 1", is_count),
     },
@@ -106,6 +114,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "config": _DICT,
         "image_shape": _SHAPE,
         "settings": _DICT,
+        "values": _VALUES,
     },
 }
 

@@ -18,7 +18,8 @@ from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.fingerprints import MadeOf, fingerprint, is_of
 from unet_diffusion.data.listing import TIFF_EXTENSIONS
 from unet_diffusion.data.scaling import to_float
-from unet_diffusion.data.stored import StoredImage, stored_images
+from unet_diffusion.data.stored import stored_images
+from unet_diffusion.data.stored_image import StoredImage
 from unet_diffusion.inference.segmenter import Segmentation, Segmenter
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.pictures import write_png
@@ -112,10 +113,15 @@ class ImagesToSegment:
         there = [mask for mask in self.sources if mask in made_of and (outputs.folder / mask).exists()]
         return [mask for mask in there if not is_of(*self.sources[mask], made_of[mask])]
 
-    def pages(self, mask: str) -> list[StoredImage] | str:
-        """The pages of the image of a mask, or the reason why it cannot be read."""
+    def pages(self, mask: str, channels: int) -> list[StoredImage] | str:
+        """The images in the file of a mask, or the reason why it cannot be read.
+
+        Args:
+            mask: The name of the mask.
+            channels: The number of channels that images must have.
+        """
         files, name = self.sources[mask]
-        return decoded(lambda data: list(stored_images(data)), files, name)
+        return decoded(lambda data: list(stored_images(data, channels)), files, name)
 
 
 def segment_images(
@@ -143,7 +149,7 @@ def segment_images(
     for mask in group.shard(list(images.sources)):
         if not (outputs.folder / mask).exists():
             made_of = fingerprint(*images.sources[mask])
-            pages = images.pages(mask)
+            pages = images.pages(mask, trained.unet.in_channels)
             if isinstance(pages, list):
                 outputs.made_of.note(mask, None)
                 try:
@@ -182,7 +188,7 @@ def _segment_pages(
         if outputs.instances and has_objects:
             write_instances = files.enter_context(_whole_pages(outputs.folder / "instances" / mask))
         for page, stem in zip(pages, stems, strict=True):
-            image = to_float(_decoded_page(page, trained.unet.in_channels), stretch=trained.stretch)
+            image = to_float(_decoded_page(page, trained), stretch=trained.stretch)
             prediction = predict(image)
             write_mask(prediction.classes)
             if outputs.instances and has_objects:
@@ -192,12 +198,13 @@ def _segment_pages(
                     _save_array(partial, prediction.probabilities.astype(np.float16))
             if outputs.overlays:
                 outline = prediction.instances if has_objects else prediction.classes
-                write_png(outlined(image, outline), outputs.folder / "overlays" / f"{stem}.png")
+                seen = trained.values.seen(image[None])[0]
+                write_png(outlined(seen, outline), outputs.folder / "overlays" / f"{stem}.png")
 
 
-def _decoded_page(page: StoredImage, channels: int) -> Tensor:
+def _decoded_page(page: StoredImage, trained: Segmenter) -> Tensor:
     try:
-        return decode_page(page, channels)
+        return decode_page(page, trained.unet.in_channels, trained.values.value_range)
     except Exception as error:  # decoders raise anything for damaged files
         raise ValueError(reason(error)) from error
 

@@ -21,6 +21,7 @@ from unet_diffusion.inference.sample_options import ImageLike
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.hub import download, is_hub_name
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.segmentation.labels import (
     DISTANCE,
     MIN_SIZE,
@@ -104,6 +105,7 @@ class Segmenter(Running):
         speed: The speed that the network was trained at.
         threshold: The foreground is where its probability is larger; training fits it. Classes have none.
         min_size: Least number of pixels in an object, which training fits, too.
+        values: What the numbers in the files of its images mean, and which channels pictures show.
 
     Raises:
         ValueError: If class_names or timestep do not fit the network, or threshold or min_size are out of range.
@@ -119,6 +121,7 @@ class Segmenter(Running):
     speed: Speed = "plain"
     threshold: float = THRESHOLD
     min_size: int = MIN_SIZE
+    values: PixelValues = field(default_factory=PixelValues)
 
     def __post_init__(self) -> None:
         num_scores = self.unet.config.get("out_channels") or self.unet.in_channels
@@ -154,7 +157,8 @@ class Segmenter(Running):
 
         Args:
             image: A file, a PIL image, an array (H, W[, C]) of 8 or 16 bits or in [0, 1], or a tensor (C, H, W)
-                in [-1, 1], or stretched if the segmenter stretches images. A file must hold one page;
+                in [-1, 1], or stretched if the segmenter stretches images. Numbers beyond the range of values of
+                the training are not clipped. A file must hold one image;
                 `unet-diffusion segment` segments all pages of a stack.
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
             threshold: The foreground is where its probability is larger; None: the segmenter's own.
@@ -169,11 +173,12 @@ class Segmenter(Running):
         check_threshold(self.kind, threshold, min_size)
         channels = self.unet.in_channels
         if not isinstance(image, Tensor):
-            image = to_float(read_at_its_own_size(image, channels), stretch=self.stretch)
+            pixels = read_at_its_own_size(image, channels, self.values.value_range)
+            image = to_float(pixels, stretch=self.stretch)
         elif image.ndim != 3 or image.shape[0] != channels or not image.numel():
             raise ValueError(f"image as a tensor must be ({channels}, H, W), got {tuple(image.shape)}")
         else:
-            check_tensor("image", image, is_bounded=not self.stretch)
+            check_tensor("image", image, is_bounded=not self.stretch and self.values.value_range is None)
         threshold = self.threshold if threshold is None else threshold
         min_size = self.min_size if min_size is None else min_size
         maps = self.maps(image, views=views, progress=progress).numpy()
@@ -212,7 +217,8 @@ class Segmenter(Running):
 
     def record(self) -> dict[str, Any]:
         """The plain values that a checkpoint holds beside the weights."""
-        return {"unet": network_record(self.unet), **{name: getattr(self, name) for name in FIELDS}}
+        fields = {name: getattr(self, name) for name in FIELDS}
+        return {"unet": network_record(self.unet), **fields, "values": self.values.plain()}
 
     def export(
         self,
@@ -225,7 +231,7 @@ class Segmenter(Running):
 
         Args:
             folder: The folder to make; it appears whole or not at all.
-            format: "pipeline" for `save_pretrained`, as diffusers has no pipeline for segmentation; "onnx", which `load`
+            format: "pipeline" for `save_pretrained`, as diffusers has no pipeline for segmenters; "onnx", which `load`
                 and `segment` read, too; or "torch" for torch.export.
             overwrite: Replace the folder, if everything in it was exported there.
 

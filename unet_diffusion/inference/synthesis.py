@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.data.checking import decoded, in_threads
-from unet_diffusion.data.decoding import decode_label_pages, decode_pages
+from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.files import find_images_or_one
+from unet_diffusion.data.label_decoding import decode_label_pages
 from unet_diffusion.data.labelled import listed, match
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap

@@ -10,24 +10,26 @@ from PIL.Image import Image
 from torch import Tensor
 
 from unet_diffusion.data.checking import decoded
-from unet_diffusion.data.decoding import decode_label_pages, fitted_label
+from unet_diffusion.data.decoding import ValueRange
 from unet_diffusion.data.files import OneFile, find_images
+from unet_diffusion.data.label_decoding import decode_label_pages, fitted_label
 from unet_diffusion.inference.init_images import read_picture
 
 
-def read_pictures(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
+def read_pictures(name: str, value: Any, shape: tuple[int, int, int], value_range: ValueRange | None = None) -> Tensor:
     """Pictures scaled and cropped to a shape (C, H, W), as (n, C, H, W) in [-1, 1].
 
     Args:
         name: Name of the option in errors.
         value: A file, a folder, an image in memory as for `Denoiser.sample`, or a list of these.
         shape: The shape.
+        value_range: The numbers of files that become -1 and 1, as in `ImageFormat`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a picture cannot be read, or is too small.
     """
-    return torch.cat([read_picture(name, one, shape) for one in _each(name, value)])
+    return torch.cat([read_picture(name, one, shape, value_range) for one in _each(name, value)])
 
 
 def read_label_images(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:

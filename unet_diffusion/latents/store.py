@@ -8,7 +8,7 @@ from which each step of training draws anew. Unlike in their code the scale come
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from unet_diffusion.latents.space import LEAST_STD, LatentSpace, moment_sums
 from unet_diffusion.runtime.atomic_files import atomic_write, field_of, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import SETTINGS, require_same_settings
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 
 INDEX = "index.json"
@@ -41,6 +42,7 @@ class LatentSet:
         class_names: The name of each class, or None.
         has_mirrored: Whether mirror images are there too.
         names: The name of each image's file, or None.
+        values: What the numbers in those files mean.
     """
 
     space: LatentSpace
@@ -50,6 +52,7 @@ class LatentSet:
     class_names: list[str] | None
     has_mirrored: bool
     names: list[str] | None = None
+    values: PixelValues = field(default_factory=PixelValues)
 
     def __len__(self) -> int:
         return len(self.mean) // 2 if self.has_mirrored else len(self.mean)
@@ -78,7 +81,8 @@ def encode_images(
         encode: A function that gives mean and standard deviation of their latents, (B, c, h, w) each.
         settings: Plain values that decide what the latents are: "autoencoder", "fingerprint", "image_shape",
             "num_images", "has_mirrored" (each image's mirror image is encoded too), "has_codes" (all channels share a
-            scale), "class_names" and "names" (of each image, or None), and those of the images.
+            scale), "class_names" and "names" (of each image, or None), "values" (of `PixelValues`), and those of the
+            images.
         contents: A hash of each image's file. Latents of other contents are made again.
         entries: Values of each image beside its latents, by name: numbers (N, ...) or N texts.
         batch_size: The number of images that are encoded at once.
@@ -123,7 +127,7 @@ def read_latents(folder: str | Path) -> LatentSet:
         reason = "were not finished" if (folder / SETTINGS).is_file() else "are not there"
         raise FileNotFoundError(f"the latents in {folder} {reason}; run unet-diffusion encode, which goes on by itself")
     index = read_json(folder / INDEX)
-    for name in ("num_images", "has_mirrored", "space", "class_names", "texts"):
+    for name in ("num_images", "has_mirrored", "space", "class_names", "texts", "values"):
         field_of(index, name, folder / INDEX)
     shards = [_read_shard(path) for _, path in _shards(folder, index["num_images"])]
     copies = ("", "_mirrored") if index["has_mirrored"] else ("",)
@@ -136,6 +140,7 @@ def read_latents(folder: str | Path) -> LatentSet:
         class_names=index["class_names"],
         has_mirrored=index["has_mirrored"],
         names=index.get("names"),
+        values=PixelValues.from_plain(index["values"]),
     )
 
 
@@ -211,6 +216,7 @@ def _write_index(folder: Path, settings: dict[str, Any], entries: dict[str, Tens
     space = LatentSpace.from_plain({**fields, "downsampling": factor, "mean": mean, "std": std})
     keys = ("num_images", "has_mirrored", "class_names", "names", "texts")
     index = {"space": space.plain(), **{key: settings.get(key) for key in keys}}
+    index["values"] = settings.get("values", PixelValues().plain())
     with atomic_write(folder / ENTRIES) as partial:
         save_file({key: rows.contiguous() for key, rows in entries.items()}, partial)
     with atomic_write(folder / INDEX) as partial:

@@ -12,27 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.runtime.atomic_files import atomic_write
+from unet_diffusion.runtime.pixel_values import OF_COLOURS, as_colours
 
-CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+CHANNELS = OF_COLOURS  # of pictures: grey, RGB, RGBA
 GRID_PADDING = 2  # pixels between tiles
 GRID_GREY = 128  # grey level of the padding, which stands out against black digits and white sprites
 CHECKERBOARD = (255, 224)  # the two grey levels behind transparent pixels
-
-
-def check_channels(channels: int) -> None:
-    """Refuse images that no picture shows.
-
-    Args:
-        channels: The number of channels of the images.
-
-    Raises:
-        ValueError: If it is not 1, 3 or 4.
-    """
-    if channels not in CHANNELS:
-        raise ValueError(
-            f"images must have 1, 3 or 4 channels to be drawn as pictures, got {channels}; add or leave out a channel, "
-            "or stay in Python, where lightning's Trainer needs no pictures and sample() gives tensors"
-        )
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -63,12 +48,22 @@ def scale_to_unit_range(images: Tensor) -> Tensor:
     return images.float().div_(half).sub_(1.0)
 
 
+def in_unit_range(images: Tensor) -> Tensor:
+    """Images as float32 in [-1, 1]: those of 8 or 16 bits are scaled, and floats have been before.
+
+    Args:
+        images: Images, uint8, uint16 or floats.
+    """
+    return images.float() if images.is_floating_point() else scale_to_unit_range(images)
+
+
 def over_white(images: Tensor) -> Tensor:
     """Return images in colour, (N, 3, H, W): grey ones with three equal channels, and RGBA ones over white.
 
     Args:
-        images: Images, (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4.
+        images: Images, (N, C, H, W) float in [-1, 1]; of other channels than 1, 3 or 4 the first three are shown.
     """
+    images = as_colours(images)
     if images.shape[1] == 4:
         alpha = (images[:, 3:] + 1) / 2
         return alpha * images[:, :3] + (1 - alpha)
@@ -100,17 +95,35 @@ def save_images(
         ValueError: If the images have another type or shape, or there are not N indices.
     """
     pixels = to_uint8(images).cpu()
-    paths = [Path(folder) / f"{index:06d}.png" for index in (range(len(images)) if indices is None else indices)]
-    if len(paths) != len(images):
-        raise ValueError(f"indices must number each of {len(images)} images, got {len(paths)}")
+    names = [f"{index:06d}.png" for index in (range(len(images)) if indices is None else indices)]
+    paths = free_paths(Path(folder), names, len(images), overwrite)
+    for image, path in zip(pixels, paths, strict=True):
+        write_png(picture_of(image), path)
+    return paths
+
+
+def free_paths(folder: Path, names: Sequence[str], num_images: int, overwrite: bool) -> list[Path]:
+    """The paths of files to write, once none of them is there.
+
+    Args:
+        folder: The folder of the files.
+        names: The name of each.
+        num_images: The number of images to write.
+        overwrite: Whether files that exist may be replaced.
+
+    Raises:
+        FileExistsError: If a file exists and may not be replaced.
+        ValueError: If there is not a name for each image.
+    """
+    paths = [folder / name for name in names]
+    if len(paths) != num_images:
+        raise ValueError(f"indices must number each of {num_images} images, got {len(paths)}")
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(
             f"images must not replace others, and {len(existing)} of {len(paths)} exist, such as {existing[0]}; "
             "choose another folder or set overwrite"
         )
-    for image, path in zip(pixels, paths, strict=True):
-        write_png(picture_of(image), path)
     return paths
 
 
@@ -138,10 +151,10 @@ def image_grid(images: Tensor, columns: int | None = None, min_tile: int = 64) -
     """Return an RGB picture of the images side by side, row by row.
 
     Small images are enlarged by a whole factor, so that each of their pixels is a square. Behind transparent pixels
-    lies a light checkerboard.
+    lies a light checkerboard. Of other channels than 1, 3 or 4 the first three are red, green and blue.
 
     Args:
-        images: Images, (N, C, H, W) float in [-1, 1] with C of 1, 3 or 4, N at least 1.
+        images: Images, (N, C, H, W) float in [-1, 1], N at least 1.
         columns: Number of images in a row; the default makes about as many columns as rows.
         min_tile: Least side of an image in the grid, in pixels.
 
@@ -150,7 +163,7 @@ def image_grid(images: Tensor, columns: int | None = None, min_tile: int = 64) -
     """
     from torchvision.utils import make_grid
 
-    pixels = to_uint8(images).cpu()
+    pixels = to_uint8(as_colours(images)).cpu()
     if not len(pixels) or (columns is not None and columns < 1):
         raise ValueError(f"a grid must have at least one image and one column, got {len(pixels)} and {columns}")
     factor = max(1, math.ceil(min_tile / min(pixels.shape[2:])))

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from unet_diffusion.runtime.pictures import GRID_GREY, GRID_PADDING, picture_of, to_uint8
+from unet_diffusion.runtime.pixel_values import as_colours
 
 # The colours of Okabe & Ito, which colour-blind people can distinguish, too, after black for background and white.
 PALETTE = np.array(
@@ -35,10 +36,10 @@ def outlined(image: Tensor, objects: NDArray[Any]) -> Image.Image:
     """Return the image in RGB with the outline of each object or class.
 
     Args:
-        image: The image, (C, H, W) float in [-1, 1], C of 1 or 3.
+        image: The image, (C, H, W) float in [-1, 1]; of other channels than 1, 3 or 4 the first three are shown.
         objects: Instance numbers or class indices, (H, W).
     """
-    pixels = np.asarray(picture_of(to_uint8(image[None])[0]).convert("RGB"))
+    pixels = np.asarray(picture_of(to_uint8(as_colours(image[None]))[0]).convert("RGB"))
     marked = skimage.segmentation.mark_boundaries(pixels, objects, color=OUTLINE, mode="inner")
     return Image.fromarray((marked * 255).round().astype(np.uint8))
 
@@ -59,7 +60,7 @@ def comparison(
     for column, title in enumerate(columns):
         draw.text((column * step + 4, 2), title, fill="white")
     for row, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
-        tiles = [picture_of(to_uint8(image[None])[0]).convert("RGB")]
+        tiles = [picture_of(to_uint8(as_colours(image[None]))[0]).convert("RGB")]
         tiles += [Image.fromarray(colour_classes(classes)) for classes in (truth, prediction)]
         for column, tile in enumerate(tiles):
             # Colours of classes must not be mixed.

@@ -27,8 +27,9 @@ from unet_diffusion.models.discriminator import hinge_loss
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.training.adversarial import AdversarialLoss, adversarial_in, problem_of
-from unet_diffusion.training.base import NetworkModule, check_choice
+from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.health import SkipBadSteps
+from unet_diffusion.training.hyperparameters import check_choice
 from unet_diffusion.training.latent_terms import latent_term
 from unet_diffusion.training.lightning_internals import callbacks_of, log_interval
 from unet_diffusion.training.optimizers import LRDecay, adam_of_gans
@@ -160,6 +161,7 @@ class AutoencoderModule(NetworkModule):
             image_shape=self.image_shape,
             latent_std=self.latent_std,
             settings=self.settings,
+            values=self.values,
         )
         trained.device = self.device
         return trained
@@ -291,7 +293,7 @@ class AutoencoderModule(NetworkModule):
         trained = read_autoencoder(path)
         parts = {"autoencoder": trained.autoencoder, "adversarial": adversarial_in(checkpoint, trained.settings)}
         module = cls(**{**parts, **arguments})
-        module.image_shape = trained.image_shape
+        module.image_shape, module.values = trained.image_shape, trained.values
         return module
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -337,6 +339,7 @@ class AutoencoderModule(NetworkModule):
     def bind_data(self, datamodule: Any) -> None:
         refuse_unused(datamodule, set())
         channels, height, width = self.image_shape = tuple(datamodule.image_shape)
+        self.bind_values(datamodule, channels)
         in_channels, multiple = self.autoencoder.config["in_channels"], downsampling(self.autoencoder)
         if channels != in_channels:
             raise ValueError(

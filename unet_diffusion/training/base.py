@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,7 +22,8 @@ from unet_diffusion.runtime.precision import precision_name
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.training.averaging import Averages, averaged_copy
-from unet_diffusion.training.hyperparameters import plain_arguments, plain_optimizer, scalar_arguments
+from unet_diffusion.training.hyperparameters import check_choice, plain_arguments, plain_optimizer, scalar_arguments
+from unet_diffusion.training.kept_values import KeepsValues
 from unet_diffusion.training.lightning_internals import callbacks_of, data_of, is_attached, total_batches
 from unet_diffusion.training.optimizers import LRDecay, clip_gradients, lay_out_moments, lr_factor, put_hyperparameters
 from unet_diffusion.training.precision import (
@@ -41,7 +41,7 @@ from unet_diffusion.training.timing import can_be_graphed, fastest
 DROPOUT_KEY = 3  # keeps dropout apart from noise, which has the same seed
 
 
-class NetworkModule(LightningModule):
+class NetworkModule(KeepsValues):
     """A network in training, and the moving average of its weights.
 
     A subclass defines `training_step` and the hooks of validation, `input_shape`, `bind_data`, `record`, `identity`,
@@ -66,7 +66,6 @@ class NetworkModule(LightningModule):
     """
 
     network_name = "unet"
-    record_key: str  # of `record` in a checkpoint
     logged: tuple[str, ...]  # what callbacks may monitor
     is_timed = True  # whether the precision is left to a trial; otherwise it is the last that the machine has
     can_scale_losses = True  # which float16 needs
@@ -330,6 +329,7 @@ class NetworkModule(LightningModule):
         Raises:
             ValueError: Naming each setting that differs.
         """
+        super().on_load_checkpoint(checkpoint)
         check_callbacks(checkpoint)
         now = {name: value for name, value in self.identity().items() if name not in FREE}
         before = self.identity_in(self.record_in(checkpoint))
@@ -442,9 +442,3 @@ class NetworkModule(LightningModule):
         inputs = {name: value.to(device) for name, value in self.example_inputs(batch_size).items()}
         network = cast(PixelNetwork, self.network)
         return fastest(self.trainer, network, x, inputs, speeds=speeds, precisions=precisions)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError if the value is none of the choices; the error lists them."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -23,10 +23,9 @@ from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.diffusion.schedulers import SchedulerName
 from unet_diffusion.inference.record import PACKAGE, network_record
 from unet_diffusion.inference.sample_options import SampleOptions
-from unet_diffusion.latents.codec import PixelCodec
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.messages import printable
-from unet_diffusion.runtime.pictures import check_channels, image_grid, scale_to_unit_range, write_png
+from unet_diffusion.runtime.pictures import image_grid, in_unit_range, write_png
 from unet_diffusion.segmentation.labels import probabilities_in
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.base import NetworkModule
@@ -163,10 +162,7 @@ class SampleGrid(PictureGrid):
         if stage != "fit":
             return
         codec = getattr(data_of(trainer), "codec", None)
-        if codec is None:
-            is_of_pixels = isinstance(pl_module.codec, PixelCodec)
-            _check_image_channels(trainer, pl_module.unet.out_channels if is_of_pixels else None)
-        else:
+        if codec is not None:
             codec.check()
             codec.release()
         if self.guidance_scale != 1 and not any(one.has_null for one in pl_module.all_conditions):
@@ -195,9 +191,10 @@ class SampleGrid(PictureGrid):
         for name, values in self.values(trainer, module).items() if trainer.is_global_zero else ():
             with atomic_write(run_folder(trainer) / f"{name}.txt") as partial:  # row by row
                 partial.write_text("\n".join(map(str, values)) + "\n", encoding="utf-8")
+        shown = module.values.seen(images)
         if seen is not None:
-            return in_pairs(seen, images)
-        return image_grid(images, columns=num_classes if 0 < num_classes <= MAX_COLUMNS else None)
+            return in_pairs(module.values.seen(seen) if seen.shape[1] == images.shape[1] else seen, shown)
+        return image_grid(shown, columns=num_classes if 0 < num_classes <= MAX_COLUMNS else None)
 
     def real_colours(self, trainer: Trainer, num_classes: int) -> Tensor:
         """The mean of each channel of validation images, (N, C), the same number of each class.
@@ -208,7 +205,7 @@ class SampleGrid(PictureGrid):
         if data is None or data.codec is not None:
             return torch.empty(0, 0)
         batch = ImageBatches(data.image_set)[data.val_indices[:NUM_COMPARED].tolist()]
-        means = scale_to_unit_range(batch["images"]).mean(dim=(2, 3))
+        means = in_unit_range(batch["images"]).mean(dim=(2, 3))
         if not num_classes:
             return means
         if "labels" not in batch:
@@ -280,7 +277,8 @@ class SegmentationGrid(PictureGrid):
         shown = [data.whole(index) for index in data.val_indices[: self.num_images].tolist()]
         maps = [module.maps(one["images"]).numpy() for one in shown]
         predictions = [probabilities_in(each, module.kind).argmax(axis=0) for each in maps]
-        return comparison([one["images"] for one in shown], [one["classes"].numpy() for one in shown], predictions)
+        images = [module.values.seen(one["images"][None])[0] for one in shown]
+        return comparison(images, [one["classes"].numpy() for one in shown], predictions)
 
 
 class ReconstructionGrid(PictureGrid):
@@ -300,22 +298,13 @@ class ReconstructionGrid(PictureGrid):
             raise ValueError(f"samples.num_images must be at least 1, got {num_images}")
         self.num_images = num_images
 
-    def setup(self, trainer: Trainer, pl_module: "AutoencoderModule", stage: str) -> None:  # type: ignore[override]
-        """Refuses images that no picture shows.
-
-        Raises:
-            ValueError: If they have other channels than pictures.
-        """
-        if stage == "fit":
-            _check_image_channels(trainer, pl_module.autoencoder.config["in_channels"])
-
     def picture(self, trainer: Trainer, module: "AutoencoderModule") -> Image:
         data = cast(ImageDataModule, data_of(trainer))
         columns = min(self.num_images, PAIRS_IN_A_ROW, len(data.val_indices))
         num_shown = min(self.num_images, len(data.val_indices)) // columns * columns  # whole rows
         shown = ImageBatches(data.image_set)[data.val_indices[:num_shown].tolist()]
-        images = scale_to_unit_range(shown["images"])
-        return in_pairs(images, module.reconstruct(images).cpu())
+        images = in_unit_range(shown["images"])
+        return in_pairs(*(module.values.seen(one) for one in (images, module.reconstruct(images).cpu())))
 
 
 def in_pairs(above: Tensor, below: Tensor) -> Image:
@@ -377,19 +366,6 @@ class RunProgressBar(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _check_image_channels(trainer: Trainer, predicted: int | None) -> None:
-    """Refuse images that no picture shows, by their channels: those of the data module, else those of the network.
-
-    Args:
-        trainer: The trainer.
-        predicted: The channels of the images that the network gives. None: it gives latents.
-    """
-    data = data_of(trainer)
-    channels = predicted if data is None else data.image_shape[0]
-    if channels is not None:
-        check_channels(channels)
 
 
 def _why_no_pipeline(module: LightningModule) -> str | None:

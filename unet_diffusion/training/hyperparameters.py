@@ -58,3 +58,9 @@ def _class_path(value: Any) -> str:
     kinds = type(value).__mro__
     kind = next((one for one in kinds if not one.__module__.startswith("torch.distributed")), kinds[0])
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError if the value is none of the choices; the error lists them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -45,7 +45,7 @@ from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 from unet_diffusion.training.averaging import averaged_copy
-from unet_diffusion.training.base import NetworkModule, check_choice
+from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.denoising_rules import (
     check_batch,
     check_channels,
@@ -56,6 +56,7 @@ from unet_diffusion.training.denoising_rules import (
     conditions_identity,
     space_identity,
 )
+from unet_diffusion.training.hyperparameters import check_choice
 from unet_diffusion.training.lightning_internals import log_interval, total_batches
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 from unet_diffusion.training.prediction import numbered
@@ -182,6 +183,7 @@ class DiffusionModule(NetworkModule):
             null_label=self.null_label,
             class_names=self.class_names,
             settings=self.settings,
+            values=self.values,
             conditions=self.ema_conditions,
             speed=self.chosen_speed,
         )
@@ -207,6 +209,7 @@ class DiffusionModule(NetworkModule):
         self.codec = encoded_by or self.codec
         self.sample_shape = self._sample_shape_of(datamodule)
         self.class_names = datamodule.class_names
+        self.bind_values(datamodule, self.codec.image_shape(self.sample_shape)[0])
         check_channels(self.unet, self.sample_shape, self.conditions, self.codec.name)
         provided = {entry for one in self.all_conditions for entry in one.provides}
         if provided and getattr(datamodule, "codec", None) is not None:
@@ -260,6 +263,7 @@ class DiffusionModule(NetworkModule):
         parts = {"unet": trained.unet, "schedule": trained.schedule, "codec": trained.codec, "conditions": conditions}
         module = cls(**{**parts, **arguments, "init_from": None})
         module.sample_shape, module.class_names = trained.sample_shape, trained.class_names
+        module.values = trained.values
         for condition in module.all_conditions:
             condition.bind_sample_shape(module.sample_shape)
         return module
@@ -305,9 +309,8 @@ class DiffusionModule(NetworkModule):
         index = entries["index"]
         t = self.fixed_timesteps(index)
         generators = image_generators(self.seed, index.tolist())
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g, dtype=torch.float32) for g in generators]).to(
-            x0.device
-        )
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=g, dtype=torch.float32) for g in generators])
+        noise = noise.to(x0.device)
         inputs = network_inputs(self._conditions_of(self.ema_conditions), entries)
         errors = self._errors(self.ema_unet, x0, noise, t, inputs)
         self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
@@ -421,9 +424,8 @@ class DiffusionModule(NetworkModule):
         for condition in providing:
             keys = [keyed_generator(self.seed, CONDITION_KEY, index) for index in batch["index"].tolist()]
             each = [condition.draw(shape, key) for key in keys]
-            drawn.append(
-                (condition, {name: torch.cat([one[name] for one in each]).to(images.device) for name in each[0]})
-            )
+            joined = {name: torch.cat([one[name] for one in each]).to(images.device) for name in each[0]}
+            drawn.append((condition, joined))
         return drawn
 
     def _encode_with(self, generator: torch.Generator | None) -> Encode:

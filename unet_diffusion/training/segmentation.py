@@ -27,7 +27,8 @@ from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, NUM_BESIDE, THRESHOLD, Kind
 from unet_diffusion.segmentation.losses import SegmentationLoss, affinity_loss, distance_loss, segmentation_loss
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
-from unet_diffusion.training.base import NetworkModule, check_choice
+from unet_diffusion.training.base import NetworkModule
+from unet_diffusion.training.hyperparameters import check_choice
 from unet_diffusion.training.joint import JointDenoising
 from unet_diffusion.training.lightning_internals import data_of, total_batches
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
@@ -146,6 +147,7 @@ class SegmentationModule(NetworkModule):
             settings=self.settings,
             threshold=self.threshold,
             min_size=self.min_size,
+            values=self.values,
             speed=self.chosen_speed,
         )
         segmenter.device = self.device
@@ -153,6 +155,7 @@ class SegmentationModule(NetworkModule):
 
     def bind_data(self, datamodule: Any) -> None:
         self.image_shape = tuple(datamodule.image_shape)
+        self.bind_values(datamodule, self.image_shape[0])
         targets = datamodule.targets
         self.kind, self.class_names, self.stretch = targets.kind, list(targets.class_names), datamodule.stretch
         datamodule.margin, datamodule.draws_unlabelled = self.unet.margin, self.joint is not None
@@ -197,7 +200,7 @@ class SegmentationModule(NetworkModule):
         trained = read_segmenter(path, allow=allow)
         module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, "init_from": None})
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
-        module.threshold, module.min_size = trained.threshold, trained.min_size
+        module.threshold, module.min_size, module.values = trained.threshold, trained.min_size, trained.values
         module.image_shape = (trained.unet.in_channels, trained.window_size, trained.window_size)
         return module
 

@@ -6,6 +6,7 @@ needs only torch and diffusers, and for captions transformers.
 
 import inspect
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -45,6 +46,8 @@ class ConditionalPipeline(DiffusionPipeline):
         takes_mask: Whether the maps are a mask and the masked image.
         max_noise_level: Highest noise level of a small image.
         conditions: Names of the classes that trained tokens and maps, by these names; they are not needed to draw.
+        values: Type of the numbers of the training images, "dtype", and the numbers that became -1 and 1, "low" and
+            "high"; None: they were pictures.
 
     Example:
         >>> import torch
@@ -75,6 +78,7 @@ class ConditionalPipeline(DiffusionPipeline):
         takes_mask: bool = False,
         max_noise_level: int = 350,
         conditions: dict | None = None,
+        values: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -94,6 +98,7 @@ class ConditionalPipeline(DiffusionPipeline):
             takes_mask=takes_mask,
             max_noise_level=max_noise_level,
             conditions=conditions or {},
+            values=values,
         )
         # the height of an image divided by the height of its latents
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
@@ -144,7 +149,8 @@ class ConditionalPipeline(DiffusionPipeline):
             num_inference_steps: Denoising steps; second-order schedulers call the network more often.
             generator: Generator of the noise for all images, or a list with one generator per image.
             latents: Initial standard normal noise, (N, C, h, w); None: noise of the generator.
-            output_type: "pil", "np" (N, H, W, C) in [0, 1], "pt" (N, C, H, W) in [0, 1], or "latent" for the network's
+            output_type: "pil", "np" (N, H, W, C) in [0, 1], "pt" (N, C, H, W) in [0, 1], "numbers" (N, C, H, W) of
+                the type and range of the training images, or "latent" for the network's
                 own space.
             return_dict: Return an object with `.images` instead of a tuple of one element.
             others: What tokens and maps take, such as `semantic_map`; see `arguments`, and their `prepare`.
@@ -176,10 +182,22 @@ class ConditionalPipeline(DiffusionPipeline):
         for t in self.progress_bar(self.scheduler.timesteps):
             prediction = self._predict(self.scheduler.scale_model_input(x, t), t, inputs, guidance_scale)
             x = self.scheduler.step(prediction, t, x, **step_options).prev_sample
-        if output_type != "latent":
-            x = self.image_processor.postprocess(self._pasted(self._decode(x), tensors), output_type)
+        images = x if output_type == "latent" else self._converted(self._pasted(self._decode(x), tensors), output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=x) if return_dict else (x,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _converted(self, images: Tensor, output_type: str) -> object:
+        """Images in [-1, 1] as a type of output."""
+        return (
+            self._numbers(images) if output_type == "numbers" else self.image_processor.postprocess(images, output_type)
+        )
+
+    def _numbers(self, images: Tensor) -> np.ndarray:
+        """Images in [-1, 1] as the numbers of files, (N, C, H, W): of the type and range of the training images."""
+        values = self.config.values or {"dtype": "uint8", "low": 0, "high": 255}
+        low, high, dtype = values["low"], values["high"], np.dtype(values["dtype"])
+        numbers = (images.clamp(-1, 1).double().cpu().numpy() + 1) * ((high - low) / 2) + low
+        return (np.rint(numbers) if dtype.kind in "ui" else numbers).astype(dtype)
 
     @property
     def arguments(self) -> list[str]:
@@ -211,8 +229,11 @@ class ConditionalPipeline(DiffusionPipeline):
             )
         if not 0 <= noise_level <= self.config.max_noise_level:
             raise ValueError(f"noise_level must be in [0, {self.config.max_noise_level}], got {noise_level}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+        if output_type not in ("pil", "np", "pt", "latent", "numbers"):
+            raise ValueError(f"output_type must be pil, np, pt, latent or numbers, got {output_type!r}")
+        if output_type == "pil" and self.num_channels not in (1, 3, 4):
+            raise ValueError(f"output_type must be numbers, np or pt for images of {self.num_channels} channels, which "
+                             "are no pictures, got pil")  # fmt: skip
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the images."""

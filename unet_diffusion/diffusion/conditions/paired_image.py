@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unet_diffusion.diffusion.conditions.condition import Encode, Request, by_turns, mirrored_like_images
 from unet_diffusion.diffusion.conditions.encoded import EncodedCondition
-from unet_diffusion.runtime.pictures import scale_to_unit_range
+from unet_diffusion.runtime.pictures import in_unit_range
 
 
 class PairedImage(EncodedCondition):
@@ -65,4 +65,4 @@ class PairedImage(EncodedCondition):
 
 def _as_shown(pixels: Tensor) -> Tensor:
     """Images of uint8 or uint16 as float32 in [-1, 1]; floats are there already."""
-    return pixels if pixels.is_floating_point() else scale_to_unit_range(pixels)
+    return in_unit_range(pixels)

@@ -1,0 +1,153 @@
+"""The range of values of image files: declared, or measured over all of them, and kept with what is trained on them.
+
+Numbers of 8 and 16 bits have a range by themselves. Others do not, such as floating-point numbers: which of them become
+-1 and 1 must be known, and be the same in training, for new images, and where images are written.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from unet_diffusion.data.checking import CheckedImages, decoded, in_threads
+from unet_diffusion.data.decoding import ImageFormat, ValueRange, check_range, plain_numbers
+from unet_diffusion.data.files import ImageFiles
+from unet_diffusion.data.stored import stored_images
+from unet_diffusion.runtime.pixel_values import LARGEST, PixelValues, default_shown
+
+MEASURED: Literal["measured"] = "measured"
+DeclaredRange = ValueRange | Literal["measured"] | None  # an option of sources
+
+
+def check_declared(value_range: DeclaredRange) -> None:
+    """Refuse what is no range of values.
+
+    Args:
+        value_range: The option.
+
+    Raises:
+        ValueError: If it is neither two numbers, the lower first, nor "measured", nor None.
+    """
+    if isinstance(value_range, str) and value_range != MEASURED:
+        raise ValueError(f'value_range must be two numbers, or "{MEASURED}", got {value_range!r}')
+    if value_range is not None and not isinstance(value_range, str):
+        check_range(value_range)
+
+
+def settled_range(
+    value_range: DeclaredRange, files: Iterable[ImageFiles], channels: int, *, progress: bool
+) -> ValueRange | None:
+    """The range of values of files: the declared one, or the least and the largest number in them.
+
+    Files that cannot be read do not count; who decodes them says so.
+
+    Args:
+        value_range: The option.
+        files: The files, in one or several places.
+        channels: The number of channels that images must have.
+        progress: Whether a progress bar is shown.
+
+    Raises:
+        ValueError: If it is to be measured, and no file can be read, or all numbers are equal.
+    """
+    if value_range is None or not isinstance(value_range, str):
+        return value_range if value_range is None else (value_range[0], value_range[1])
+    ends = list[ValueRange]()
+    for place in files:
+
+        def ends_of(name: str, place: ImageFiles = place) -> ValueRange | str:
+            return decoded(lambda data: _ends(data, channels), place, name)
+
+        outcomes = in_threads(ends_of, place.names, "measuring values", progress)
+        ends += [outcome for _, outcome in outcomes if not isinstance(outcome, str)]
+    low, high = min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0)
+    if not low < high:
+        held = f"all of their numbers are {low:.6g}" if ends else "none of the files can be read"
+        raise ValueError(f"value_range must be measured over images of different numbers, and {held}; declare it")
+    return low, high
+
+
+def range_of_shards(value_range: DeclaredRange, dtype: str, ends: Sequence[float] | None) -> ValueRange | None:
+    """The range of values of shards, whose numbers pack has looked at.
+
+    Args:
+        value_range: The option.
+        dtype: The type of the numbers.
+        ends: The least and the largest of them; None: images have alpha or colours by index.
+
+    Raises:
+        ValueError: If a range is needed, or cannot be, or numbers are beyond it.
+    """
+    if value_range is None:
+        if dtype not in LARGEST:
+            raise ValueError(f'value_range must be two numbers, or "{MEASURED}", for images of {dtype}, got None')
+        return None
+    if ends is None:
+        raise ValueError("value_range must be None, as the images were packed with alpha or with colours by index")
+    low, high = ends if isinstance(value_range, str) else value_range
+    check_range((low, high))
+    if not low <= ends[0] <= ends[1] <= high:
+        raise ValueError(f"numbers must be within value_range, {low:.6g} to {high:.6g}, and those of the shards go "
+                         f'from {ends[0]:.6g} to {ends[1]:.6g}; widen it, or set it to "{MEASURED}"')  # fmt: skip
+    return low, high
+
+
+def _ends(data: bytes, channels: int) -> ValueRange:
+    numbers = [plain_numbers(image) for image in stored_images(data, channels)]
+    return min(float(one.min()) for one in numbers), max(float(one.max()) for one in numbers)
+
+
+def values_of(checked: CheckedImages, image_format: ImageFormat, shown_channels: tuple[int, ...] | None) -> PixelValues:
+    """The values of images that were decoded, and the channels that pictures of them show.
+
+    Args:
+        checked: The images.
+        image_format: The format that they were converted to.
+        shown_channels: The channels that pictures show; None: the first three, unless the channels are colours.
+
+    Raises:
+        ValueError: If the type of the files cannot hold the range of values.
+    """
+    shown = shown_channels or default_shown(image_format.channels)
+    if shown is None and not checked.are_colours and image_format.channels > 3:
+        shown = (0, 1, 2)
+    return pixel_values(checked.dtypes, image_format.value_range, PixelValues.of_images(checked.images.dtype, shown))
+
+
+def pixel_values(dtypes: Iterable[np.dtype], value_range: ValueRange | None, values: PixelValues) -> PixelValues:
+    """The values of files of these types with a range of values; without one, they are those of the images.
+
+    Args:
+        dtypes: The types of the numbers in the files.
+        value_range: The range.
+        values: The values of the images as they are in memory.
+
+    Raises:
+        ValueError: If the type of the files cannot hold the range of values.
+    """
+    if value_range is None:
+        return values
+    dtype = np.result_type(*dtypes)
+    if dtype.kind in "ui" and not np.iinfo(dtype).min <= value_range[0] < value_range[1] <= np.iinfo(dtype).max:
+        ends = f"{value_range[0]:.6g} to {value_range[1]:.6g}"
+        raise ValueError(f"value_range must be within the numbers of {dtype.name}, as the files hold, got {ends}; "
+                         "images are written with that type")  # fmt: skip
+    return replace(values, dtype=dtype.name, low=value_range[0], high=value_range[1])
+
+
+def check_shown(shown_channels: tuple[int, ...] | None, channels: int) -> None:
+    """Refuse channels to show that images do not have.
+
+    Args:
+        shown_channels: The option; None: nobody has chosen.
+        channels: The number of channels of the images.
+
+    Raises:
+        ValueError: If there are not one to three, or one is not there.
+    """
+    if shown_channels is None:
+        return
+    if not 1 <= len(shown_channels) <= 3 or not all(0 <= one < channels for one in shown_channels):
+        raise ValueError(f"shown_channels must be one to three numbers from 0 to {channels - 1}, got "
+                         f"{list(shown_channels)}")  # fmt: skip
