@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def precision_auto_is_float32() -> Iterator[None]:
+    """What commands compute is compared with float32, and `auto` takes 16 bits on a machine that has them."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own, as tests undo theirs
+        patch.setattr("unet_diffusion.runtime.precision.cpu_has_bfloat16", lambda: False)
+        yield
 
 
 TINY_UNET = {"in_channels": 1, "channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}

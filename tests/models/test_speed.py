@@ -23,6 +23,11 @@ CPU = torch.device("cpu")
 NEEDS_FUSED = pytest.mark.skipif("fused" not in speed.speeds_for(CPU), reason="needs AVX2 and a C++ compiler")
 
 
+@pytest.fixture
+def precision_auto_is_float32():
+    """Here, `auto` takes what the machine has."""
+
+
 @pytest.mark.parametrize("name", speed.speeds_for(CPU))
 def test_a_speed_changes_neither_weights_nor_names(tiny_unet, name):
     unet = tiny_unet()

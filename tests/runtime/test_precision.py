@@ -17,6 +17,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 
+@pytest.fixture
+def precision_auto_is_float32():
+    """Here, `auto` takes what the machine has."""
+
+
 def pretend(monkeypatch, *, capability="AVX2", has_avx512_bf16=False, gpu_has_bfloat16=False) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
