@@ -20,6 +20,7 @@ as it is there, and a run that was cut off continues.
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,6 +110,10 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
     if method in SYNTHETIC:
         pairs = options.work / f"pairs_{method}_{num_labelled}_{seed}"
         made = synthesized(options, method, files, num_labelled, seed, pairs, alone)
+    if made.get("kept") == 0:  # there is nothing to add: the segmenter is that without pairs
+        scores = of_run(options.root.resolve(), alone, options.num_test)
+        return {"method": method, "labelled": num_labelled, "seed": seed, "seconds": 0.0, **made, **scores}
+    if made:
         arguments += [f"--data.synthetic.root={pairs}", f"--data.synthetic.num_batches={2 * steps // 3}"]
         arguments += ["--data.synthetic.share=0.5"]
     seconds = fit(run, METHODS["alone"][0], [*arguments, *options.of_fit])
@@ -155,7 +160,13 @@ def synthesized(
     command += ["--labels", str(files / "label"), "--num_labels", str(num_labelled), "--seed", str(seed)]
     command += ["--image_size", *2 * [str(options.image_size)], "--batch_size", "16"]
     command += ["--num_images", str(options.num_pairs), "--min_dice", str(options.min_dice)]
-    process_seconds([*command, "--output", str(pairs)], pairs.with_name(f"{pairs.name}.log"))
+    log = pairs.with_name(f"{pairs.name}.log")
+    with log.open("w") as file:
+        subprocess.run(
+            [*command, "--output", str(pairs)], stdout=file, stderr=subprocess.STDOUT
+        )  # fails if it keeps none
+    if not (pairs / "synthesize.json").exists():
+        raise RuntimeError(f"no pairs were made; {log} ends with\n{log.read_text()[-2000:]}")
     record = json.loads((pairs / "synthesize.json").read_text())
     return {"pairs": record["num_images"], "kept": record["num_kept"]}
 

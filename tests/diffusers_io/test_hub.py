@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import unet_diffusion as ud
 from unet_diffusion.diffusers_io.publishing import completed_card
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.runtime.hub import check_hub_name, is_hub_name
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 NAME = "someone/model"
 ADDRESS = "/{repo_id}/resolve/{revision}/{filename}"
@@ -196,6 +198,9 @@ def test_segmenter_of_save_pretrained_is_the_same(tmp_path):
         assert again.record() == segmenter().record()
         weights = again.unet.state_dict()
         assert all(torch.equal(value, weights[key]) for key, value in segmenter().unet.state_dict().items())
+    of_floats = replace(segmenter(), values=PixelValues("float32", -100, 400))
+    of_floats.save_pretrained(tmp_path / "of_floats")
+    assert ud.load(tmp_path / "of_floats").values == of_floats.values
     with pytest.raises(FileExistsError, match="exists and is not overwritten"):
         segmenter().save_pretrained(tmp_path / "folder")
     segmenter().save_pretrained(tmp_path / "folder", overwrite=True)

@@ -1,5 +1,7 @@
 """Networks as files of ONNX and programs of torch.export, at sizes and batches other than those that were traced."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 import unet_diffusion as ud
 from unet_diffusion.inference.portable import PortableFormat
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -46,7 +49,10 @@ def test_segmenter_computes_at_any_batch_and_size(tmp_path, format, padding):
 
 
 def test_segment_runs_from_onnx_and_knows_the_margin(tmp_path, run_cli):
-    trained = segmenter(timestep_embedding=True)  # of the 2015 kind: unpadded
+    trained = replace(
+        segmenter(timestep_embedding=True),  # of the 2015 kind: unpadded
+        values=PixelValues("uint8", 10, 200),
+    )
     trained.save(tmp_path / "trained.ckpt")
     status, _, err = run_cli("export", tmp_path / "trained.ckpt", tmp_path / "out", "--format", "onnx")
     assert status == 0, err
@@ -54,9 +60,10 @@ def test_segment_runs_from_onnx_and_knows_the_margin(tmp_path, run_cli):
     metadata = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
     assert int(metadata["margin"]) == trained.unet.margin == 8
     read = ud.load(tmp_path / "out")
+    assert read.values == trained.values
     assert (read.unet.margin, read.unet.size_step, read.unet.smallest_size) == (8, 2, trained.unet.smallest_size)
     (tmp_path / "images").mkdir()
-    pixels = np.random.default_rng(0).integers(256, size=(83, 131), dtype=np.uint8)  # more than a window
+    pixels = np.random.default_rng(0).integers(10, 200, size=(83, 131), dtype=np.uint8)  # more than a window
     Image.fromarray(pixels).save(tmp_path / "images" / "0.png")
     maps = [one.segment(tmp_path / "images" / "0.png").maps for one in (trained, read)]
     np.testing.assert_allclose(*maps, atol=1e-4)

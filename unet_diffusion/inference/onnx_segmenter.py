@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_diffusion.inference.record_checks import RULES, check_fields
-from unet_diffusion.inference.segmenter import FIELDS, Segmenter
+from unet_diffusion.inference.segmenter import Segmenter, fields_of
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.imports import onnx_runtime
 
@@ -39,7 +39,7 @@ def read_onnx_segmenter(file: Path) -> "OnnxSegmenter":
         check_fields(network.metadata, rules)
     except ValueError as error:
         raise ValueError(f"{file} is no segmenter that was exported here: {error}") from error
-    return OnnxSegmenter(network, **{name: network.metadata[name] for name in FIELDS})
+    return OnnxSegmenter(network, **fields_of(network.metadata))
 
 
 class OnnxNetwork(PixelNetwork):
@@ -119,3 +119,5 @@ class OnnxSegmenter(Segmenter):
             ValueError: Always.
         """
         raise ValueError("a file of ONNX is exported already; copy the file")
+
+    save_pretrained = export

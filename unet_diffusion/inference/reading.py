@@ -24,7 +24,7 @@ from unet_diffusion.inference.record import (
     schedule_of,
 )
 from unet_diffusion.inference.record_checks import built, no_larger_than
-from unet_diffusion.inference.segmenter import FIELDS, Segmenter
+from unet_diffusion.inference.segmenter import Segmenter, fields_of
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.speed import Speed
@@ -168,8 +168,8 @@ def read_segmenter(path: StrPath, *, allow: Sequence[str] = ()) -> Segmenter:
     file = checkpoint_file(path)
     record, weights, speed = read_record(file, "segmenter")
     with explained(file, "segmenter"), no_larger_than(weights):
-        fields = {name: record[name] for name in FIELDS} | {"values": PixelValues.from_plain(record["values"])}
-        return Segmenter(unet=network_with_weights(record["unet"], weights, allow), **fields, speed=speed)
+        network = network_with_weights(record["unet"], weights, allow)
+        return Segmenter(unet=network, **fields_of(record), speed=speed)
 
 
 def read_autoencoder(path: StrPath) -> Autoencoder:

@@ -41,6 +41,11 @@ FIELDS = (  # of a record, beside the network
 )
 
 
+def fields_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Segmenter`, but for the network, from the record that `Segmenter.record` made."""
+    return {**{name: record[name] for name in FIELDS}, "values": PixelValues.from_plain(record["values"])}
+
+
 @dataclass(frozen=True)
 class Segmentation:
     """The segmentation of an image.
@@ -244,7 +249,7 @@ class Segmenter(Running):
             return
         from unet_diffusion.inference.portable import export_segmenter
 
-        metadata = {name: getattr(self, name) for name in FIELDS if name != "settings"} | {"settings": {}}
+        metadata = {name: value for name, value in self.record().items() if name != "unet"} | {"settings": {}}
         export_segmenter(self.unet, metadata, folder, format=format, overwrite=overwrite)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -285,8 +290,7 @@ class Segmenter(Running):
         with explained(folder, "segmenter"), no_larger_than(weights):
             check_record(record, "segmenter")
             named = {f"ema_unet.{key}": value for key, value in weights.items()}
-            fields = {name: record[name] for name in FIELDS}
-            return cls(unet=network_with_weights(record["unet"], named, allow), **fields)
+            return cls(unet=network_with_weights(record["unet"], named, allow), **fields_of(record))
 
     def __repr__(self) -> str:
         weights = sum(parameter.numel() for parameter in self.unet.parameters())

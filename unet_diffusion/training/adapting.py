@@ -90,6 +90,7 @@ class AdapterModule(DiffusionModule):
         self.base, self.adapter, self.gradient_checkpointing = str(base), adapter, gradient_checkpointing
         self.base_record = record
         self.base_meaning = {**space_identity(denoiser.codec.space_record), "class names": denoiser.class_names}
+        self.base_meaning["value range"] = denoiser.values.value_range
         self.adapter_names = trained_names(self.unet, self.conditions)
 
     @property
@@ -111,6 +112,7 @@ class AdapterModule(DiffusionModule):
         if captions is not None:
             self.adapter.check_captions(captions)
         meaning = {**space_identity(self.codec.space_record), "class names": self.class_names}
+        meaning["value range"] = self.values.value_range
         if self.unet.num_class_embeds is None:
             meaning["class names"] = self.base_meaning["class names"]
         if differ := differences(self.base_meaning, meaning):
