@@ -18,6 +18,7 @@ from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.segmentation.scores import dice
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
@@ -194,6 +195,14 @@ def test_copied_pixels_are_stretched_as_the_denoisers_images_were(files):
         brightest[stretch] = max(int(np.asarray(Image.open(path)).max()) for path in paths)
     assert brightest[False] == dark.max() < 32
     assert brightest[True] == 255
+
+
+def test_denoiser_with_a_value_range_is_refused(files):
+    drawing = denoiser()
+    drawing.values = PixelValues("float32", -1000, 3000)
+    with pytest.raises(ValueError, match="without a value_range, as pairs are pictures .* this one has -1000"):
+        ud.synthesize(drawing, files / "label", output=files / "out", **SHORT)
+    assert not (files / "out").exists()
 
 
 def test_copied_pixels_of_coloured_images_are_not_mixed_with_grey_ones(files):

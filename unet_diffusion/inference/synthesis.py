@@ -230,7 +230,11 @@ def _check(denoiser: Denoiser, segmenter: Segmenter | None, num_images: int, min
                          "nuclei_from_masks, whose condition is SemanticMap with label_format instances")  # fmt: skip
     channels = denoiser.image_shape[0]
     if channels not in (1, 3):
-        raise ValueError(f"the denoiser must draw images of 1 or 3 channels, as segmenters take, got {channels}")
+        raise ValueError(f"the denoiser must draw images of 1 or 3 channels, as pairs are pictures, got {channels}")
+    if denoiser.values.value_range is not None:
+        low, high = denoiser.values.value_range
+        raise ValueError(f"the denoiser must be trained without a value_range, as pairs are pictures of 8 bits, and "
+                         f"this one has {low:.6g} to {high:.6g}; train one on images of 8 or 16 bits")  # fmt: skip
     if segmenter is None:
         return
     if segmenter.kind == "classes":
