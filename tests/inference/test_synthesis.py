@@ -200,7 +200,7 @@ def test_copied_pixels_are_stretched_as_the_denoisers_images_were(files):
 def test_denoiser_with_a_value_range_is_refused(files):
     drawing = denoiser()
     drawing.values = PixelValues("float32", -1000, 3000)
-    with pytest.raises(ValueError, match="without a value_range, as pairs are pictures .* this one has -1000"):
+    with pytest.raises(ValueError, match=r"without a value_range, as pairs are pictures .* this one has -1000"):
         ud.synthesize(drawing, files / "label", output=files / "out", **SHORT)
     assert not (files / "out").exists()
 
