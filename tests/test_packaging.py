@@ -19,9 +19,11 @@ SOURCES = ["pyproject.toml", "README.md", "LICENSE", "configs", "unet_diffusion"
 IMPORTS_OF_EXTRAS = {
     "segmentation_models_pytorch": ["encoders"],
     "gradio": ["explore"],
+    "nibabel": ["medical"],
     "onnxruntime": ["onnx"],
     "onnxscript": ["onnx"],
     "peft": ["lora"],
+    "pydicom": ["medical"],
     "tokenizers": ["text"],
     "transformers": ["text"],
     "wandb": ["wandb"],

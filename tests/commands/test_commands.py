@@ -885,7 +885,7 @@ MISSPELT = {
     "--config {tmp}/broken.yaml": "broken.yaml must be YAML, and is not: ",
     "digits": "digits belongs to no option; did you mean --config digits?",
     "--config digits --allow ../mine": "--allow takes the name of a module, such as mine or mine.networks, got '../",
-    "--config digits --task sing": "task must be one of denoise, segment, autoencode, got sing",
+    "--config digits --task sing": "task must be one of denoise, adapt, segment, autoencode, got sing",
 }
 
 

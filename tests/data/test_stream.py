@@ -287,7 +287,7 @@ def test_index_never_outlives_the_shards_that_it_tells_of(images, run_cli):
 
 def test_pack_that_was_killed_while_it_wrote_its_settings_goes_on(images, run_cli):
     (images.parent / "shards").mkdir()
-    (images.parent / "shards" / ".settings.json.12.partial").write_text('{"ima')
+    (images.parent / "shards" / ".settings.json.999999999.partial").write_text('{"ima')
     status, _, err = run_cli("pack", images, images.parent / "shards")
     assert status == 0, err
     assert not list((images.parent / "shards").glob(".*.partial"))

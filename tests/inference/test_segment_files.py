@@ -376,7 +376,7 @@ def test_mask_keeps_the_name_unless_its_format_would_spoil_it(name, mask):
 def test_task_on_the_command_line_must_exist(run_cli):
     status, _, err = run_cli("fit", "--task", "dream")
     assert status == 2
-    assert "task must be one of denoise, segment, autoencode, got dream" in err
+    assert "task must be one of denoise, adapt, segment, autoencode, got dream" in err
 
 
 def test_help_of_a_task_mentions_its_options(run_cli):

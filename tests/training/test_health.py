@@ -123,7 +123,7 @@ def test_bad_step_of_a_discriminator_is_left_out(quiet_trainer, tiny_images):
 
 def test_run_of_bad_steps_ends_and_keeps_the_batch(tiny_digits, run_cli, tmp_path, monkeypatch):
     monkeypatch.setattr(health, "MAX_BAD_STEPS", 3)
-    monkeypatch.setattr("unet_diffusion.data.source.scale_to_unit_range", lambda images: images.float() * torch.nan)
+    monkeypatch.setattr("unet_diffusion.data.source.in_unit_range", lambda images: images.float() * torch.nan)
     run = tmp_path / "run"
     arguments = ["--trainer.default_root_dir", run, "--trainer.limit_val_batches", 0, "--samples.every_n_steps", 0]
     with pytest.warns(UserWarning, match="of the steps to 1 were skipped"):
