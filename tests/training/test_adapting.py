@@ -18,6 +18,7 @@ import unet_diffusion as ud
 import unet_diffusion.data as ud_data
 from unet_diffusion.diffusers_io.adapter_files import LORA_FILE
 from unet_diffusion.diffusion.sampling import build_scheduler, image_generators
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.training.adapting import AdapterModule
 
 pytest.importorskip("peft")
@@ -199,6 +200,18 @@ def test_module_is_loaded_from_its_checkpoint(fit):
     assert module.state_dict().keys() == saved.keys()
     assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
     assert module.adapter.config["rank"] == 3
+
+
+def test_value_range_is_that_of_the_base(fit, base, tmp_path, images, run_cli):
+    denoiser = ud.load(base)
+    denoiser.values = PixelValues("uint8", -10, 300)
+    denoiser.save(tmp_path / "base.ckpt")
+    run = fit("lora", *LORA, "--model.base", tmp_path / "base.ckpt", "--data.value_range", "[-10,300]")
+    module = AdapterModule.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert module.values.value_range == ud.load(run).values.value_range == (-10, 300)
+    others = ["--model.base", tmp_path / "base.ckpt", "--trainer.default_root_dir", tmp_path / "other"]
+    status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml", *LORA, *others)
+    assert (status, "the data must be as those of" in err, "value range" in err) == (1, True, True), err
 
 
 def test_missing_and_changed_bases_are_named(fit, base, tmp_path, run_cli):

@@ -161,7 +161,7 @@ class ImageDataModule(SourceDataModule):
             return self.source.split(image_set, self.num_val)
         if image_set.names is None:
             raise ValueError(f"groups need the names of images, and those of {type(self.source).__name__} have none; "
-                             "leave groups out")  # fmt: skip
+                             "leave groups out, or train on the folder of the images, or on their latents")  # fmt: skip
         names = self.groups.of(image_set.names)
         self._groups = torch.tensor([*map({name: i for i, name in enumerate(dict.fromkeys(names))}.get, names)])
         return split_by_group(names, self.num_val)

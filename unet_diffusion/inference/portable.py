@@ -91,10 +91,11 @@ def export_denoiser(parts: DenoiserParts, folder: StrPath, *, format: PortableFo
             beside = network_inputs(parts.all_conditions, entries)
         examples.append({"x": inputs["x"][:, :channels], "t": torch.arange(batch) * 3 + 1, **beside})
     described = {**facts_of(parts.unet), "schedule": parts.schedule.config, "sample_shape": list(parts.sample_shape)}
+    described |= {"class_names": parts.class_names, "null_label": parts.null_label, "values": parts.values.plain()}
     networks: dict[str, Exported] = {"denoiser": (parts.unet, examples, described)}
     if isinstance(parts.codec, LatentCodec):
         decoder = Decoder(parts.codec.autoencoder, parts.codec.space)
-        networks["decoder"] = _as_decoder(decoder, channels, parts.codec.downsampling)
+        networks["decoder"] = _as_decoder(decoder, channels, parts.codec.downsampling, is_normalised=True)
     _write_folder(folder, networks, format=format, overwrite=overwrite)
 
 
@@ -122,7 +123,7 @@ def export_decoder(
         ImportError: If a package is missing.
         RuntimeError: If the file gives other results than the autoencoder.
     """
-    decoder = _as_decoder(Decoder(autoencoder, None), channels, downsampling)
+    decoder = _as_decoder(Decoder(autoencoder, None), channels, downsampling, is_normalised=False)
     _write_folder(folder, {"decoder": decoder}, format=format, overwrite=overwrite)
 
 
@@ -165,11 +166,11 @@ def _of_network(network: PixelNetwork, batch: int, side: int) -> dict[str, Tenso
     return {"x": x} if network.time_embedding is None else {"x": x, "t": torch.arange(batch) * 3 + 1}
 
 
-def _as_decoder(decoder: nn.Module, channels: int, downsampling: int) -> Exported:
+def _as_decoder(decoder: nn.Module, channels: int, downsampling: int, *, is_normalised: bool) -> Exported:
     generator = torch.Generator().manual_seed(0)
     examples = [{"latents": torch.randn(batch, channels, side, side + 2, generator=generator)}
                 for batch, side in ((2, 6), (1, 10))]  # fmt: skip
-    return decoder, examples, {"channels": channels, "downsampling": downsampling}
+    return decoder, examples, {"channels": channels, "downsampling": downsampling, "is_normalised": is_normalised}
 
 
 def _write_folder(

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from unet_diffusion.inference.record import (
     denoiser_record,
     explained,
     is_checkpoint,
+    network_record,
     network_with_weights,
     read_record,
     schedule_of,
@@ -80,7 +81,7 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
         )
 
 
-def read_base(path: StrPath, *, allow: Sequence[str] = ()) -> Denoiser:
+def read_base(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None) -> Denoiser:
     """The denoiser at a path, which an adapter is trained on: a checkpoint, a run folder or a diffusers folder.
 
     Raises:
@@ -90,10 +91,10 @@ def read_base(path: StrPath, *, allow: Sequence[str] = ()) -> Denoiser:
     if not is_checkpoint(path):
         from unet_diffusion.diffusers_io.importing import import_pipeline
 
-        return Denoiser(**vars(import_pipeline(path)))
+        return Denoiser(**vars(import_pipeline(path, autoencoder=autoencoder)))
     if "adapter" in read_record(checkpoint_file(path), "denoiser")[0]:
         raise ValueError(f"{path} holds an adapter, and a base must be a whole denoiser; export it, and use that")
-    return read_denoiser(path, allow=allow)
+    return read_denoiser(path, allow=allow, autoencoder=autoencoder)
 
 
 def base_record(base: Denoiser, path: StrPath) -> dict[str, str]:
@@ -103,8 +104,11 @@ def base_record(base: Denoiser, path: StrPath) -> dict[str, str]:
         base: The denoiser, as it was read.
         path: Its path.
     """
-    # Settings at 0, None or False do not count: a later version may have further ones, which are off.
-    settings = {**base.unet.config, **base.schedule.config}
+    # Settings at 0, None or False do not count: a later version may have further ones, which are off. Nor do those that
+    # change nothing of what is drawn.
+    settings = {**base.unet.config, **base.schedule.config, "null_label": base.null_label}
+    settings |= {"value_range": base.values.value_range, "gradient_checkpointing": None, "dropout": None}
+    settings["conditions"] = [network_record(cast(Condition, condition)) for condition in base.conditions]
     parts = nn.ModuleList([base.unet, base.conditions])
     return {
         "path": str(Path(path).resolve()),
@@ -129,7 +133,7 @@ def _adapted(
     """
     path = record["base"]["path"]
     try:
-        base = read_base(path, allow=allow)
+        base = read_base(path, allow=allow, autoencoder=autoencoder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} holds an adapter of {path}, which is needed too: {error}") from error
     if base_record(base, path)["fingerprint"] != record["base"]["fingerprint"]:
@@ -146,6 +150,7 @@ def _adapted(
         merge_trained(adapter, averaged, base.unet, base.conditions)
         base.sample_shape, base.class_names = tuple(record["sample_shape"]), record["class_names"]
         base.codec = _codec(record, allow, autoencoder)
+        base.values = PixelValues.from_plain(record["values"])
     base.settings, base.speed = record["settings"], speed
     base.adapter = TrainedAdapter(adapter, averaged)
     return base

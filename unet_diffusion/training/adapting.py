@@ -89,6 +89,7 @@ class AdapterModule(DiffusionModule):
         )
         self.base, self.adapter, self.gradient_checkpointing = str(base), adapter, gradient_checkpointing
         self.base_record = record
+        self.values = denoiser.values
         self.base_meaning = {**space_identity(denoiser.codec.space_record), "class names": denoiser.class_names}
         self.base_meaning["value range"] = denoiser.values.value_range
         self.adapter_names = trained_names(self.unet, self.conditions)
@@ -139,6 +140,7 @@ class AdapterModule(DiffusionModule):
         record = checkpoint[cls.record_key]
         module = cls(**{"base": record["base"]["path"], "adapter": trained.adapter.adapter, **arguments})
         module.sample_shape, module.class_names, module.codec = trained.sample_shape, trained.class_names, trained.codec
+        module.values = trained.values
         return module
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # has overloads
