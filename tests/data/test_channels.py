@@ -215,3 +215,23 @@ def test_shards_of_five_channels_are_those_of_the_folder(stacks, tmp_path, size)
     of_folder = load_images(find_images(stacks), ImageFormat(10, 12, 5), progress=False).images
     read = packed.index_select(0, torch.arange(6)).numpy().tolist()
     assert sorted(read) == sorted(of_folder.numpy().tolist())
+
+
+def test_twelve_bits_are_packed_as_the_folder_reads_them(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        pixels = RNG.integers(4096, size=(16, 16), dtype=np.uint16).astype(">u2").tobytes()
+        (tmp_path / "images" / f"{number}.pgm").write_bytes(b"P5 16 16 4095\n" + pixels)
+    files = find_images(tmp_path / "images")
+    pack_images(files, tmp_path / "shards", root="images", channels=1)
+    of_folder = load_images(files, ImageFormat(16, 16, 1), progress=False).images
+    packed = Shards(tmp_path / "shards", image_size=16, channels=1).load(progress=False).images
+    assert packed.dtype == of_folder.dtype == torch.uint16
+    read = packed.index_select(0, torch.arange(3)).numpy().tolist()
+    assert sorted(read) == sorted(of_folder.numpy().tolist())
+
+
+def test_two_axes_without_a_name_are_no_channels():
+    stack = tiff_of(numbers(5, 3, 9, 12), photometric="minisblack")
+    with pytest.raises(ValueError, match="15 pages and does not say what they are"):
+        decode_image(stack, ImageFormat(9, 12, 15))

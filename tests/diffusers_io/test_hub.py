@@ -189,6 +189,8 @@ def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
     assert [is_hub_name(name) for name in ("owner/name", "hf://owner/name", "runs/digits", "name", "a/b/c", "./a")] == [
         *(True, True, False, False, False, False),
     ]
+    assert not is_hub_name("missing/last.ckpt")  # a mistyped path asks no server
+    assert not is_hub_name("missing/model.safetensors")
     assert check_hub_name("hf://owner/name") == "owner/name"
 
 

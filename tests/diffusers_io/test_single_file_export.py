@@ -9,8 +9,10 @@ from single_files import LAYOUTS, UNET, saved, sd1, tiny_vae, unconditional
 
 import unet_diffusion as ud
 from unet_diffusion.diffusers_io.single_file.exporting import untold_by
+from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.latents.space import LatentSpace
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 pytest.importorskip("transformers")
 
@@ -132,3 +134,16 @@ def test_denoiser_of_pixels_is_refused(tmp_path):
     denoiser = ud.Denoiser(unet=unet, schedule=NoiseSchedule(), sample_shape=(3, 8, 8))
     with pytest.raises(ValueError, match=r"one file holds a denoiser of latents, .* images .* export a folder"):
         denoiser.export(tmp_path / "model.safetensors")
+
+
+def test_heads_and_ranges_that_a_file_cannot_say_are_refused(tmp_path):
+    made = saved(sd1, tmp_path)
+    denoiser = ud.load(made.file, **made.told)
+    denoiser.values = PixelValues("float32", -100, 400)
+    with pytest.raises(ValueError, match="one file does not hold the value_range of images, -100 to 400"):
+        denoiser.export(tmp_path / "again.safetensors")
+    (text,) = (one for one in denoiser.conditions.modules() if isinstance(one, TextTokens))
+    text.config["num_heads"] = 2 * text.config["num_heads"]
+    with pytest.raises(ValueError, match="heads of a text encoder must be 64 wide in one file, got 32"):
+        denoiser.export(tmp_path / "again.safetensors")
+    assert not list(tmp_path.glob("*again*"))

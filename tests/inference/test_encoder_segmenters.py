@@ -9,6 +9,7 @@ from denoisers import randomise
 from torchvision.transforms.functional import normalize
 
 import unet_diffusion as ud
+from unet_diffusion.models.encoder_unet import EncoderUNet
 
 smp = pytest.importorskip("segmentation_models_pytorch")
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402  # it comes with the library
@@ -83,3 +84,8 @@ def test_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch", None)
     with pytest.raises(ImportError, match=r"pip install unet-diffusion\[encoders\]"):
         ud.load(tmp_path, normalization="unit")
+
+
+def test_encoder_that_a_server_would_be_asked_for_is_refused():
+    with pytest.raises(ValueError, match="encoder_name must be one of segmentation_models_pytorch's"):
+        EncoderUNet(3, 2, "tu-hf-hub:someone/model")

@@ -167,3 +167,13 @@ def test_stack_is_refused_where_one_image_is_read(tmp_path):
         ValueError, match=r"2\.tif cannot be read: a file must hold one image, and this one has 2 pages and"
     ):
         read_at_its_own_size(tmp_path / "2.tif", 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint8])
+def test_array_is_read_as_its_file_where_numbers_have_a_range(tmp_path, dtype):
+    array = np.random.default_rng(0).uniform(0, 100, size=(9, 12)).astype(dtype)
+    np.save(tmp_path / "image.npy", array)
+    of_file, of_array = (read_at_its_own_size(one, 1, (-50.0, 120.0)) for one in (tmp_path / "image.npy", array))
+    assert torch.equal(of_file, of_array)
+    expected = (torch.from_numpy(array.astype(np.float64)) + 50) / 85 - 1
+    torch.testing.assert_close(of_array[0].double(), expected, rtol=0, atol=1e-6)

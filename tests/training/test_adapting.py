@@ -202,15 +202,21 @@ def test_module_is_loaded_from_its_checkpoint(fit):
     assert module.adapter.config["rank"] == 3
 
 
-def test_value_range_is_that_of_the_base(fit, base, tmp_path, images, run_cli):
+def test_value_range_is_that_of_the_base(fit, base, tmp_path, run_cli):
     denoiser = ud.load(base)
-    denoiser.values = PixelValues("uint8", -10, 300)
+    denoiser.values = PixelValues("uint8", 0, 200)
     denoiser.save(tmp_path / "base.ckpt")
-    run = fit("lora", *LORA, "--model.base", tmp_path / "base.ckpt", "--data.value_range", "[-10,300]")
+    (tmp_path / "dark").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        Image.fromarray(rng.integers(200, size=(16, 16, 3), dtype=np.uint8)).save(tmp_path / "dark" / f"{number}.png")
+        (tmp_path / "dark" / f"{number}.txt").write_text("a caption")
+    places = ["--model.base", tmp_path / "base.ckpt", "--data.root", tmp_path / "dark"]
+    run = fit("lora", *LORA, *places, "--data.value_range", "[0,200]")
     module = AdapterModule.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
-    assert module.values.value_range == ud.load(run).values.value_range == (-10, 300)
-    others = ["--model.base", tmp_path / "base.ckpt", "--trainer.default_root_dir", tmp_path / "other"]
-    status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml", *LORA, *others)
+    assert module.values.value_range == ud.load(run).values.value_range == (0, 200)
+    others = [*LORA, *places, "--trainer.default_root_dir", tmp_path / "other"]
+    status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml", *others)
     assert (status, "the data must be as those of" in err, "value range" in err) == (1, True, True), err
 
 

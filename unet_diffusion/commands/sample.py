@@ -252,7 +252,8 @@ def _prepare_output(
     """Make the output folder and return the numbers of the images to draw; nothing is overwritten unasked."""
     num_before = _num_drawn(folder)
     present = {path.name for kind in ("*.png", "*.tif") for path in folder.glob(kind)}
-    drawn = present & {files.name(i) for i in range(num_before or 0)}
+    stems = {Path(files.name(i)).stem for i in range(num_before or 0)}
+    drawn = {name for name in present if Path(name).stem in stems}  # a model before may have written the other kind
     ours = drawn if num_before is None else {*drawn, "grid.png"}
     if others := sorted(present & {*(files.name(i) for i in range(num_images)), "grid.png"} - ours):
         raise FileExistsError(

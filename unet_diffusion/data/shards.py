@@ -77,7 +77,7 @@ class ShardIndex:
         shards: The shards in order.
         class_names: The name of each class, or None.
         smallest: Height and width in pixels that no image falls below.
-        bits: 8, or 16 if any image has 16 bits per channel.
+        bits: The largest number of bits per channel: 8, or more if any image needs 16.
         channels: The number of channels that images were converted to. None says that files were kept as they are.
         dtype: The type of the numbers in all files, as NumPy names it.
         ends: The least and the largest number in them. None says that images have alpha or colours by index.
@@ -267,7 +267,7 @@ class ShardedImages:
         self.num_kept = num_kept
         self.starts = index.starts
         self._epoch = 0
-        of_files = torch.uint16 if index.bits == 16 else torch.uint8
+        of_files = torch.uint16 if index.bits > 8 else torch.uint8
         self.dtype = of_files if image_format.value_range is None else image_format.dtype
         self._forget()
 

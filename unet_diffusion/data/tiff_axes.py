@@ -50,7 +50,7 @@ def images_of(planes: Sequence[Plane], tiff: "TiffFile", channels: int) -> Itera
     """
     if len(planes) < 2:
         groups = [[plane] for plane in planes]
-    elif any(CHANNELS in _page_axes(series) for series in tiff.series):
+    elif any(CHANNELS in dict(_page_axes(series)) for series in tiff.series):
         groups = [group for series in tiff.series for group in _by_channel(series, planes, tiff)]
     elif len(planes) == channels and channels not in OF_COLOURS and _is_unsaid(tiff):
         groups = [list(planes)]
@@ -67,7 +67,7 @@ def what_pages_are(tiff: "TiffFile", num_images: int) -> str:
         tiff: The file.
         num_images: The number of its images.
     """
-    axes = {letter for series in tiff.series for letter in _page_axes(series)} - {*UNSAID, CHANNELS}
+    axes = {letter for series in tiff.series for letter, _ in _page_axes(series)} - {*UNSAID, CHANNELS}
     say_so = f"if they are channels, {SAY_SO}"
     if axes:
         kind = tiff.series[0].kind
@@ -78,15 +78,15 @@ def what_pages_are(tiff: "TiffFile", num_images: int) -> str:
     return f"{num_images} pages and does not say what they are; save each page as a file, or, {fix}"
 
 
-def _page_axes(series: "TiffPageSeries") -> dict[str, int]:
-    """The length of each axis along which a series has pages; channels within a page are samples."""
-    sizes = zip(series.axes, series.shape, strict=True)
-    return {letter: size for letter, size in sizes if letter not in OF_A_PAGE and size > 1}
+def _page_axes(series: "TiffPageSeries") -> list[tuple[str, int]]:
+    """Each axis along which a series has pages, and its length; channels within a page are samples."""
+    sizes = zip(series.axes, series.shape, strict=True)  # a letter may come twice: "QQYX"
+    return [(letter, size) for letter, size in sizes if letter not in OF_A_PAGE and size > 1]
 
 
 def _is_unsaid(tiff: "TiffFile") -> bool:
     """Whether the file says of no page what it is, and its pages go along one axis at most."""
-    return all(len(axes) < 2 and axes.keys() <= {*UNSAID} for axes in map(_page_axes, tiff.series))
+    return all(len(axes) < 2 and {letter for letter, _ in axes} <= {*UNSAID} for axes in map(_page_axes, tiff.series))
 
 
 def _by_channel(series: "TiffPageSeries", planes: Sequence[Plane], tiff: "TiffFile") -> list[list[Plane]]:
@@ -97,15 +97,16 @@ def _by_channel(series: "TiffPageSeries", planes: Sequence[Plane], tiff: "TiffFi
         of_page = {plane.page: plane for plane in planes}
         members = [of_page.get(page.index) if page is not None else None for page in series.pages]
     axes = _page_axes(series)
-    if math.prod(axes.values()) != len(members) or None in members:
+    letters, sizes = [letter for letter, _ in axes], [size for _, size in axes]
+    if math.prod(sizes) != len(members) or None in members:
         raise ValueError(
             f"a file must hold all pages that its {series.kind} metadata speak of ({series.axes} of "
             f"{'x'.join(map(str, series.shape))}), and some are missing, or in other files; save the image in one file"
         )
-    order = np.arange(len(members)).reshape(tuple(axes.values()))
-    if CHANNELS in axes:
-        order = np.moveaxis(order, list(axes).index(CHANNELS), -1).reshape(-1, axes[CHANNELS])
-    return [[members[i] for i in row] for row in order.reshape(-1, axes.get(CHANNELS, 1)).tolist()]  # type: ignore[misc]
+    order, num_channels = np.arange(len(members)).reshape(sizes), 1
+    if CHANNELS in letters:
+        order, num_channels = np.moveaxis(order, letters.index(CHANNELS), -1), sizes[letters.index(CHANNELS)]
+    return [[members[i] for i in row] for row in order.reshape(-1, num_channels).tolist()]  # type: ignore[misc]
 
 
 def _joined(planes: Sequence[StoredImage]) -> StoredImage:

@@ -116,7 +116,9 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
         _check_equal(parts, type(pipeline).from_pretrained(partial))
         if isinstance(pipeline, ConditionalPipeline):
             ship_pipeline_code(partial, pipeline, OWN_PARTS)
-        write_values(parts.values, partial)
+        for place in (partial, partial / "vae"):
+            if place.is_dir():
+                write_values(parts.values, place)
         (partial / "README.md").write_text(model_card(parts, pipeline), encoding="utf-8")
         put_folder(partial, folder)
     finally:

@@ -46,7 +46,7 @@ def autoencoder_tab(runs: Sequence[Run[Autoencoder]]) -> None:
 def _reconstructed(autoencoder: Autoencoder, path: str, column: Column, say: Callable[[Update], None]) -> Update:
     """What is shown of an image."""
     place, latents, words = column
-    image = read_user_image(path, None, autoencoder.image_shape).pixels
+    image = read_user_image(path, None, autoencoder.image_shape, autoencoder.values.value_range).pixels
     codes = autoencoder.encode(image)
     back = autoencoder.decode(codes).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (back - image).square().mean().clamp(min=1e-12))

@@ -120,7 +120,8 @@ class ImageTab:
 
     def _image(self, values: Values) -> Tensor:
         """The uploaded image at the size to draw, (C, H, W) in [-1, 1]."""
-        return read_user_image(values[self.upload], None, self.chosen(values).model.image_shape).pixels[0]
+        model = self.chosen(values).model
+        return read_user_image(values[self.upload], None, model.image_shape, model.values.value_range).pixels[0]
 
 
 def _enlarged(image: Tensor) -> Image.Image:

@@ -111,8 +111,9 @@ class Autoencoder(Running):
             export_decoder(self.autoencoder, *shape, folder, format=format, overwrite=overwrite)
             return
         if is_single_file_name(folder):
-            from unet_diffusion.diffusers_io.single_file.exporting import export_autoencoder_file
+            from unet_diffusion.diffusers_io.single_file.exporting import check_values, export_autoencoder_file
 
+            check_values(self.values)
             export_autoencoder_file(self.autoencoder, folder, overwrite=overwrite)
             return
         from unet_diffusion.diffusers_io.exporting import export_autoencoder

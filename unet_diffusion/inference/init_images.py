@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ def size_of(name: str, image: ImageLike, channels: int) -> tuple[int, int]:
     """
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
-    size = _with(lambda stored: stored.size, name, image, channels)
+    size = _with(lambda stored: stored.size, name, image, channels, None)
     if isinstance(size, str):
         raise ValueError(f"{name} {_path_of(image)}cannot be read as an image: {size}")
     return size
@@ -103,7 +105,7 @@ def read_at_its_own_size(image: ImageLike, channels: int, value_range: ValueRang
         ValueError: If the image cannot be read, or has several pages.
     """
     check_file("image", image)
-    pixels = _with(lambda stored: decode_page(stored, channels, value_range), "image", image, channels)
+    pixels = _with(lambda stored: decode_page(stored, channels, value_range), "image", image, channels, value_range)
     if isinstance(pixels, str):
         raise ValueError(f"image {_path_of(image)}cannot be read: {pixels}")
     return pixels
@@ -152,7 +154,8 @@ def read_picture(
         check_tensor(name, image)
         return image.detach().float().cpu()[None]
     image_format = ImageFormat(height, width, channels, value_range=value_range)
-    pixels = _with(lambda stored: check_within(fitted_image(stored, image_format), value_range), name, image, channels)
+    fitted = partial(fitted_image, image_format=image_format)
+    pixels = _with(lambda stored: check_within(fitted(stored), value_range), name, image, channels, value_range)
     if isinstance(pixels, str):
         raise ValueError(f"{name} {_path_of(image)}cannot be read as an image of the size to draw: {pixels}")
     return in_unit_range(pixels[None])
@@ -168,16 +171,25 @@ def _signed(mask: Tensor) -> Tensor:
     return mask
 
 
-def _with(read: Callable[[StoredImage], Any], name: str, image: Any, channels: int) -> Any:
+def _with(
+    read: Callable[[StoredImage], Any], name: str, image: Any, channels: int, value_range: ValueRange | None
+) -> Any:
     """What a function makes of the image of a file, or of an image in memory; or the reason why it cannot."""
     if isinstance(image, str | os.PathLike):
         file = OneFile(Path(image))
         return decoded(lambda data: read(only_image(data, channels)), file, file.names[0])
-    stored = _in_memory(name, image, channels)
+    stored = None if value_range is not None else _in_memory(name, image, channels)
     try:
-        return read(stored)
+        return read(stored or _numbers_in_memory(image, channels))
     except ValueError as error:
         return str(error)
+
+
+def _numbers_in_memory(image: Any, channels: int) -> StoredImage:
+    """A PIL image or an array whose numbers are those of files, as a file of NumPy's holds them."""
+    content = BytesIO()
+    np.save(content, np.asarray(image), allow_pickle=False)
+    return only_image(content.getvalue(), channels)
 
 
 def _in_memory(name: str, image: Any, channels: int) -> StoredImage:

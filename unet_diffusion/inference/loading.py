@@ -76,14 +76,17 @@ def load(
         "head_channels": head_channels,
         "scaling_factor": scaling_factor,
     }
-    if onnx_file(path):
-        _check_told(told, (), path)
-        return read_segmenter(path)
+    for name, value in (("image_size", image_size), ("num_heads", num_heads), ("head_channels", head_channels)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if Path(path).is_dir() and holds_encoder_unet(Path(path)):
         _check_told(told, ("image_size",), path)
         return encoder_segmenter(Path(path), normalization=normalization, window_size=image_size)
     if normalization is not None:
         raise ValueError(f"normalization is for a folder of segmentation_models_pytorch, got {path}; leave it out")
+    if onnx_file(path):
+        _check_told(told, (), path)
+        return read_segmenter(path)
     if is_single_file(path):
         return _from_single_file(Path(path), autoencoder, told)
     _check_told(told, (), path)
@@ -107,7 +110,7 @@ def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
     """
     if not is_hub_name(path) and is_checkpoint(path) and not is_single_file(path):
         return read_denoiser(path, allow=allow, autoencoder=autoencoder)
-    model = load(path, autoencoder=autoencoder)
+    model = load(path, allow=allow, autoencoder=autoencoder)
     if not isinstance(model, Denoiser):
         kind, command = ("a segmenter", "segment") if isinstance(model, Segmenter) else ("an autoencoder", "encode")
         raise ValueError(f"{path} holds {kind}, not a denoiser; use unet-diffusion {command}")

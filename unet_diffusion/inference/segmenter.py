@@ -22,6 +22,7 @@ from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.hub import download, is_hub_name
 from unet_diffusion.runtime.pixel_values import PixelValues
+from unet_diffusion.runtime.tensor_files import is_single_file_name
 from unet_diffusion.segmentation.labels import (
     DISTANCE,
     MIN_SIZE,
@@ -243,7 +244,10 @@ class Segmenter(Running):
         Raises:
             FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
             ImportError: If a package is missing.
+            ValueError: If the folder has the suffix of one file of weights.
         """
+        if is_single_file_name(folder):
+            raise ValueError(f"segmenters are exported as folders, got {folder}; leave out the suffix")
         if format == "pipeline":
             self.save_pretrained(folder, overwrite=overwrite)
             return

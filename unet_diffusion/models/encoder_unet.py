@@ -40,6 +40,8 @@ class EncoderUNet(PixelNetwork):
         std: Sequence[float] = (1.0,),
     ):
         super().__init__()
+        if set(encoder_name) & {":", "/"}:  # such a name makes the library ask a server
+            raise ValueError(f"encoder_name must be one of segmentation_models_pytorch's, got {encoder_name!r}")
         options = options or {}
         self.config = {
             "in_channels": in_channels,

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 PREFIX = "hf://"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILES = (".bin", ".ckpt", ".onnx", ".pt", ".pth", ".safetensors")  # a name that ends so is that of a file
 MOST_CONNECTIONS = 4  # files that are downloaded at once
 PLAIN = ["*.json", "*.txt", "*.md"]  # small files, which say what a repository holds
 WEIGHTS = ["*.safetensors", "*.json", "*.txt"]
@@ -22,11 +23,14 @@ def is_hub_name(path: object) -> bool:
     """Return whether a path is the name of a model on the hub.
 
     Args:
-        path: A path, hf://owner/name, or owner/name, which is a path if there is a folder owner.
+        path: A path, hf://owner/name, or owner/name, which is a path if there is a folder owner or if it ends as a file
+            of weights does.
     """
     text = _text(path)
     if text.startswith(PREFIX):
         return True
+    if Path(text).suffix in FILES:
+        return False
     return bool(NAME.fullmatch(text)) and not Path(text).exists() and not Path(text).parent.exists()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 OF_COLOURS = (1, 3, 4)  # channels that are grey, RGB, or RGB and alpha
 LARGEST = {"uint8": 255, "uint16": 65535}  # the number of white, where no range is declared
-TYPES = (*LARGEST, "int8", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64")
+TYPES = (*LARGEST, "int8", "int16", "uint32", "int32", "float16", "float32", "float64")  # 64-bit integers are rounded
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from unet_diffusion.runtime.safe_loading import load_plain
 
 SUFFIX = ".safetensors"
-NESTED = "state_dict"  # the entry of a training's checkpoint that holds the weights
+NESTED = ("state_dict", "state_dict", "model_state_dict")  # entries of checkpoints that hold the weights, in turn
 NETWORK, AVERAGED = "model.", "model_ema."  # prefixes of a weight and of its average, whose name has no dots
 
 
@@ -35,8 +35,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     content = _safetensors(path) if path.suffix == SUFFIX else load_plain(path)
-    while isinstance(content, Mapping) and isinstance(content.get(NESTED), Mapping):
-        content = content[NESTED]
+    for name in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold tensors by name, and holds a {type(content).__name__}; it is another file")
     return with_averages({key: value for key, value in content.items() if isinstance(value, Tensor)})
@@ -49,9 +50,7 @@ def with_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: Tensors by name, as latent diffusion names them.
     """
     weights = {key: value for key, value in tensors.items() if not key.startswith(AVERAGED)}
-    averages = {
-        key: AVERAGED + key.removeprefix(NETWORK).replace(".", "") for key in weights if key.startswith(NETWORK)
-    }
+    averages = {key: AVERAGED + key.removeprefix(NETWORK).replace(".", "") for key in weights}
     return weights | {key: tensors[average] for key, average in averages.items() if average in tensors}
 
 

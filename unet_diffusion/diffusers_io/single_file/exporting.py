@@ -43,6 +43,7 @@ from unet_diffusion.models.autoencoders import AutoencoderNetwork
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.single_file import single_file_autoencoder
 from unet_diffusion.runtime.atomic_files import atomic_write
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.tensor_files import SUFFIX
 
 StrPath = str | os.PathLike[str]
@@ -50,6 +51,7 @@ METADATA = {"format": "pt", "exported_by": "unet_diffusion"}  # diffusers asks f
 CLIP_PREFIXES = {SD1: "cond_stage_model.transformer.text_model.", XL: "conditioner.embedders.0.transformer.text_model."}
 # Of configurations: heads of networks are said by other arguments, and training alone needs the others.
 UNCOMPARED = ("num_heads", "head_channels", "transformer_depth", "dropout", "frozen")
+HEAD_WIDTH = 64  # of the text encoders of all layouts
 ROUNDING = 1e-6  # relative; the input of a paired image is scaled and scaled back
 
 
@@ -69,6 +71,7 @@ def export_single_file(parts: DenoiserParts, path: StrPath, *, overwrite: bool =
     path = Path(path)
     _check_replaceable(path, overwrite=overwrite)
     layout = _layout(parts)
+    _check_expressible(parts)
     tensors, autoencoder = _tensors(parts, layout)
     untold = untold_by(parts)
     with atomic_write(path) as partial:
@@ -80,6 +83,27 @@ def export_single_file(parts: DenoiserParts, path: StrPath, *, overwrite: bool =
             _check_same(parts, readable, untold, autoencoder)
         finally:
             os.replace(readable, partial)
+
+
+def _check_expressible(parts: DenoiserParts) -> None:
+    """Refuse what no layout of one file can say, and what would come back as something else."""
+    for text in parts.conditions.modules():
+        if isinstance(text, TextTokens) and text.config["context_dim"] != HEAD_WIDTH * text.config["num_heads"]:
+            width = text.config["context_dim"] / text.config["num_heads"]
+            raise ValueError(f"heads of a text encoder must be {HEAD_WIDTH} wide in one file, got {width:g}; export a "
+                             "folder")  # fmt: skip
+    check_values(parts.values)
+
+
+def check_values(values: PixelValues) -> None:
+    """Refuse a range of the numbers of images, which one file does not hold.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if values.value_range is not None:
+        low, high = values.value_range
+        raise ValueError(f"one file does not hold the value_range of images, {low:.6g} to {high:.6g}; export a folder")
 
 
 def export_autoencoder_file(autoencoder: AutoencoderNetwork, path: StrPath, *, overwrite: bool = False) -> None:
