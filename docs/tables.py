@@ -265,18 +265,6 @@ def synthetic_pairs() -> Rows:
     return by_labels(result("synthetic_pairs")["results"], methods)
 
 
-def conditions() -> Rows:
-    """A figure of each kind of condition, and the same with the conditions of other images."""
-    rows: Rows = [("condition", "figure", "images", "drawn", "conditions shuffled", "beside it", "seconds to train")]
-    for run in result("conditions")["results"]:
-        beside = [f"{name} {run[name]:.3g}" for name in ("real", "bicubic", "mean") if name in run]
-        figures = [f"{run[name]:.3g}" for name in ("drawn", "shuffled")]
-        rows.append(
-            (run["condition"], run["figure"], run["images"], *figures, ", ".join(beside), f"{run['seconds']:.0f}")
-        )
-    return rows
-
-
 def by_labels(runs: Sequence[dict[str, Any]], methods: dict[str, str]) -> Rows:
     """Mean and range over the seeds of each number of labels and method, and the program that learns nothing."""
     rows: Rows = [("", "labels", "seeds", "Dice", "AP at 0.5", "AP 0.5 to 0.9")]
