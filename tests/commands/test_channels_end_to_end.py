@@ -165,6 +165,20 @@ def test_latents_of_five_channels_are_drawn_as_files(run_cli, tmp_path):
         *("--trainer.default_root_dir", tmp_path / "autoencoder"),
     )
     assert status == 0, err
+    status, _, err = run_cli(  # the autoencoder's range is not that of the data
+        *("fit", "--config", "folder", "--data.root", images, "--data.image_size", 16, "--data.channels", 5, *common),
+        *("--data.value_range", "[-1.0e+6, 1.0e+6]", "--model.codec.class_path", "LatentCodec"),
+        *(
+            "--model.codec.autoencoder",
+            tmp_path / "autoencoder",
+            "--model.unet.in_channels",
+            4,
+            "--model.speed",
+            "plain",
+        ),
+        *("--model.codec.scaling_factor", 1.0, "--trainer.default_root_dir", tmp_path / "refused"),
+    )
+    assert (status, "as -1 to 1, and the data have -1e+06 to 1e+06; set data.value_range to" in err) == (1, True), err
     status, _, err = run_cli("encode", tmp_path / "autoencoder", images, "--output", tmp_path / "latents",
                              "--device", "cpu")  # fmt: skip
     assert status == 0, err

@@ -209,7 +209,7 @@ class DiffusionModule(NetworkModule):
         self.codec = encoded_by or self.codec
         self.sample_shape = self._sample_shape_of(datamodule)
         self.class_names = datamodule.class_names
-        self.bind_values(datamodule, self.codec.image_shape(self.sample_shape)[0])
+        self.bind_values(datamodule, self.codec.image_shape(self.sample_shape)[0], None if encoded_by else self.codec)
         check_channels(self.unet, self.sample_shape, self.conditions, self.codec.name)
         provided = {entry for one in self.all_conditions for entry in one.provides}
         if provided and getattr(datamodule, "codec", None) is not None:
