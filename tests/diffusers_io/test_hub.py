@@ -13,7 +13,7 @@ from hub import TOKEN, serve
 from huggingface_hub import ModelCard, constants
 
 import unet_diffusion as ud
-from unet_diffusion.diffusers_io.publishing import completed_card
+from unet_diffusion.diffusers_io.publishing import completed_card, publish
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.runtime.hub import check_hub_name, is_hub_name
 from unet_diffusion.runtime.pixel_values import PixelValues
@@ -181,6 +181,14 @@ def test_what_the_hub_does_not_take_is_said_in_a_line(hub, run_cli, tmp_path, mo
     assert message in err
     assert "Traceback" not in err
     assert token not in out + err
+
+
+def test_passwords_in_the_settings_of_a_run_are_not_pushed(hub, tmp_path):
+    secret = replace(segmenter(), settings={"data": {"root": "s3://KEY:SECRET@bucket/cells"}})
+    secret.export(tmp_path / "folder")
+    with pytest.raises(ValueError, match="holds an address with a password, and is not pushed"):
+        publish(tmp_path / "folder", "someone/leak", run=tmp_path)
+    assert "someone/leak" not in hub.repositories
 
 
 def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
