@@ -276,7 +276,8 @@ def measured(options: argparse.Namespace, kind: str, files: Path) -> dict[str, A
     images = drawn(ud.load(options.work / kind).to("cpu"), kind, data, options.num_inference_steps)
     torch.save(images[:NUM_SHOWN].clone(), options.work / f"{kind}.pt")
     name, score, others = scorer(options, kind, data)
-    figures = {"drawn": score(images), "shuffled": score(images.roll(1, 0))}
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # neighbours are of one class
+    figures = {"drawn": score(images), "shuffled": score(images[order])}
     figures |= {who: score(one) for who, one in others.items()}
     return {"figure": name, "images": len(images), **{who: round(value, 4) for who, value in figures.items()}}
 

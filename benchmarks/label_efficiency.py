@@ -22,6 +22,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,20 +49,35 @@ def main() -> None:
     options = parsed()
     if not options.denoiser.exists() and not set(options.methods).isdisjoint(FROM_DENOISER):
         train_denoiser(options)
+    keys = [(method, number, seed) for seed in options.seeds for number in options.num_labelled
+            for method in options.methods]  # fmt: skip
+    measure(options, keys, measured)
+
+
+def measure(
+    options: argparse.Namespace,
+    keys: Iterable[tuple[str, int, int]],
+    measured: Callable[[argparse.Namespace, str, int, int], dict],
+) -> None:
+    """Measure what is not in the file of results yet, beside the program that learns nothing, and print the means.
+
+    Args:
+        options: root, num_test and json.
+        keys: Method, number of labels and seed of each result.
+        measured: Measures one of them.
+    """
     results = json.loads(options.json.read_text())["results"] if options.json.exists() else []
     if not results:
         scores = scored(*tested(options.root, options.num_test), classical)["all"]
         results.append({"method": "classical", "labelled": 0, "seed": 0, "seconds": 0.0, **scores})
-    for seed in options.seeds:
-        for num_labelled in options.num_labelled:
-            for method in options.methods:
-                key = (method, num_labelled, seed)
-                if key in {(one["method"], one["labelled"], one["seed"]) for one in results}:
-                    continue
-                print(f"{method}, {num_labelled} labelled images, seed {seed}", flush=True)
-                results.append(measured(options, *key))
-                print(f"  {results[-1]}", flush=True)
-                write_json(options.json, {"environment": environment(), "results": results})
+    known = {(result["method"], result["labelled"], result["seed"]) for result in results}
+    for method, num_labelled, seed in keys:
+        if (method, num_labelled, seed) in known:
+            continue
+        print(f"{method}, {num_labelled} labelled images, seed {seed}", flush=True)
+        results.append(measured(options, method, num_labelled, seed))
+        print(f"  {results[-1]}", flush=True)
+        write_json(options.json, {"environment": environment(), "results": results})
     print(table(means(results)))
 
 

@@ -25,9 +25,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from label_efficiency import CONFIGS, METHODS, means, of_run
-from measure import RESULTS, environment, process_seconds, table, write_json
-from nuclei import classical, scored, tested
+from label_efficiency import CONFIGS, METHODS, measure, of_run
+from measure import RESULTS, process_seconds
 
 OF_DENOISER = [  # the same for the denoiser without labels and for that of masks
     "--model.unet.channels=[16,32,64,128]",
@@ -52,20 +51,9 @@ def main() -> None:
             f"--trainer.val_check_interval={options.denoiser_steps}",
         ]
         fit(options.denoiser, "nuclei_denoiser.yaml", [*OF_DENOISER, "--model.optimizer.lr=1.0e-3", *data, *steps])
-    results = json.loads(options.json.read_text())["results"] if options.json.exists() else []
-    if not results:
-        scores = scored(*tested(options.root, options.num_test), classical)["all"]
-        results.append({"method": "classical", "labelled": 0, "seed": 0, "seconds": 0.0, **scores})
-    for num_labelled in options.num_labelled:
-        for seed in options.seeds:
-            for method in ("alone", *SYNTHETIC):
-                if (method, num_labelled, seed) in {(one["method"], one["labelled"], one["seed"]) for one in results}:
-                    continue
-                print(f"{method}, {num_labelled} labelled images, seed {seed}", flush=True)
-                results.append(measured(options, method, num_labelled, seed))
-                print(f"  {results[-1]}", flush=True)
-                write_json(options.json, {"environment": environment(), "results": results})
-    print(table(means(results)))
+    methods = ("alone", *SYNTHETIC)
+    keys = [(method, number, seed) for number in options.num_labelled for seed in options.seeds for method in methods]
+    measure(options, keys, measured)
 
 
 def parsed() -> argparse.Namespace:

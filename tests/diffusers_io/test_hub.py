@@ -70,7 +70,8 @@ def test_run_is_pushed_with_its_card_and_loaded_by_its_name(hub, run_cli, tmp_pa
     weights = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     assert files["unet/diffusion_pytorch_model.safetensors"] == weights.read_bytes()
     card = ModelCard(files["README.md"].decode())
-    assert (card.data.license, card.data.library_name) == ("apache-2.0", "diffusers")
+    head = card.data.to_dict()
+    assert (head["license"], head["library_name"]) == ("apache-2.0", "diffusers")
     assert {"image-generation", "unconditional", "unet-diffusion"} <= {*card.data.tags}
     for words in (f'from_pretrained("{NAME}")', "lr: 0.001", "| Fréchet distance | 12.5 | 11 to 14 | lower |",
                   "(pictures/samples.png)", "## Licence\napache-2.0"):  # fmt: skip

@@ -7,6 +7,8 @@ import copy
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,15 +76,8 @@ def export_single_file(parts: DenoiserParts, path: StrPath, *, overwrite: bool =
     _check_expressible(parts)
     tensors, autoencoder = _tensors(parts, layout)
     untold = untold_by(parts)
-    with atomic_write(path) as partial:
-        _save(tensors, partial)
-        # Its suffix says its format.
-        readable = partial.with_name(f"{partial.name}{SUFFIX}")
-        os.replace(partial, readable)
-        try:
-            _check_same(parts, readable, untold, autoencoder)
-        finally:
-            os.replace(readable, partial)
+    with _written(tensors, path) as readable:
+        _check_same(parts, readable, untold, autoencoder)
 
 
 def _check_expressible(parts: DenoiserParts) -> None:
@@ -120,14 +115,8 @@ def export_autoencoder_file(autoencoder: AutoencoderNetwork, path: StrPath, *, o
     """
     path = Path(path)
     _check_replaceable(path, overwrite=overwrite)
-    with atomic_write(path) as partial:
-        _save(names.autoencoder_weights(autoencoder), partial)
-        readable = partial.with_name(f"{partial.name}{SUFFIX}")
-        os.replace(partial, readable)
-        try:
-            _check_equal({"autoencoder": (autoencoder, single_file_autoencoder(readable))})
-        finally:
-            os.replace(readable, partial)
+    with _written(names.autoencoder_weights(autoencoder), path) as readable:
+        _check_equal({"autoencoder": (autoencoder, single_file_autoencoder(readable))})
 
 
 def _check_replaceable(path: Path, *, overwrite: bool) -> None:
@@ -144,8 +133,17 @@ def _check_replaceable(path: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{path} was not exported and is not overwritten; choose another file")
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, path, METADATA)
+@contextmanager
+def _written(tensors: dict[str, Tensor], path: Path) -> Iterator[Path]:
+    """A file of the tensors to read again, which takes its place where the block ends without an error."""
+    with atomic_write(path) as partial:
+        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, partial, METADATA)
+        readable = partial.with_name(f"{partial.name}{SUFFIX}")  # its suffix says its format
+        os.replace(partial, readable)
+        try:
+            yield readable
+        finally:
+            os.replace(readable, partial)
 
 
 def _layout(parts: DenoiserParts) -> Layout:
