@@ -7,8 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbformat import NotebookNode
+from wheels import Elsewhere
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALLER = {"NUM_STEPS": 5, "NUM_IMAGES": 80}  # of training: enough for every cell to have something to show
@@ -157,12 +157,25 @@ def test_notebook_is_for_the_kernel_that_everyone_has(path: Path):
     assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Elsewhere:
+    return Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.mark.slow
 @every_notebook
-def test_notebook_runs_to_outputs_of_the_structure_that_is_stored(path: Path):
+def test_notebook_installs_the_package_without_the_repository_and_runs_to_outputs_of_the_structure_that_is_stored(
+    elsewhere: Elsewhere, path: Path
+):
     notebook = nbformat.read(path, as_version=4)
     stored = {cell.id: structure(cell) for cell in code_cells(notebook)}
     shorten_training(notebook)
-    resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, kernel_name="python3", timeout=TIMEOUT, resources=resources).execute()  # raises on errors
-    assert {cell.id: structure(cell) for cell in code_cells(notebook)} == stored
+    nbformat.write(notebook, elsewhere.folder / path.name)
+    code = "from nbclient.cli import main; main()"
+    elsewhere.run(
+        "-c", code, "--inplace", f"--timeout={TIMEOUT}", "--kernel_name=python3", path.name
+    )  # raises on errors
+    executed = nbformat.read(elsewhere.folder / path.name, as_version=4)
+    assert {cell.id: structure(cell) for cell in code_cells(executed)} == stored
+    where = "import unet_diffusion; print(unet_diffusion.__file__)"
+    assert str(elsewhere.python.parents[1]) in elsewhere.run("-c", where)

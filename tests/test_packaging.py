@@ -1,21 +1,16 @@
 """What a wheel holds, and what it asks pip for."""
 
 import ast
-import shutil
-import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from wheels import REPOSITORY, build_wheel
 
-REPOSITORY = Path(__file__).parents[1]
-SOURCES = ["pyproject.toml", "README.md", "LICENSE", "configs", "unet_diffusion"]
 IMPORTS_OF_EXTRAS = {
     "segmentation_models_pytorch": ["encoders"],
     "gradio": ["explore"],
@@ -30,29 +25,9 @@ IMPORTS_OF_EXTRAS = {
 }
 
 
-def build(kind: str, source: Path, target: Path) -> Path:
-    """The archive that setuptools makes of a source folder, as pip and build ask it to."""
-    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
-    target.mkdir()
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
-    (archive,) = target.iterdir()
-    return archive
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """A wheel, made of a source archive, which is made of a copy of this repository."""
-    root = tmp_path_factory.mktemp("packaging")
-    for name in SOURCES:
-        if (REPOSITORY / name).is_dir():
-            shutil.copytree(REPOSITORY / name, root / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            (root / "clone").mkdir(exist_ok=True)
-            shutil.copy(REPOSITORY / name, root / "clone")
-    with tarfile.open(build("sdist", root / "clone", root / "sdist")) as archive:
-        archive.extractall(root, filter="data")
-        (unpacked,) = {root / name.split("/")[0] for name in archive.getnames()}
-    return zipfile.ZipFile(build("wheel", unpacked, root / "wheel"))
+    return zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("packaging")))
 
 
 def test_wheel_holds_every_file_of_the_package_and_every_recipe(wheel):
