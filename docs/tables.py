@@ -294,11 +294,46 @@ def nuclei() -> Rows:
     return rows
 
 
+def drawn_masks() -> Rows:
+    """Scores of masks that a denoiser draws, mean over the seeds, and of a segmenter's."""
+    scores = {"dice": "Dice", "calibration_error": "calibration error", "calibrated": "after calibration"}
+    scores |= {"errors_in_doubt": "share of errors among the tenth most in doubt"}
+    rows: Rows = [("", "seconds of training", *scores.values())]
+    runs = result("drawn_masks")["results"]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        same = [run for run in runs if run["method"] == method]
+        means = [statistics.mean(run[name] for run in same) for name in ("seconds", *scores)]
+        rows.append((method, f"{means[0]:,.0f}", *(f"{mean:.3f}" for mean in means[1:])))
+    return rows
+
+
 def segmentation_speed() -> Rows:
     """Rates of segmenting slices of 512x512."""
     rows: Rows = [("", "parameters", "multiply-adds a slice", "megapixels/s")]
     for run in result("segmentation_speed")["results"]:
         rows.append((run["network"], run["parameters"], run["multiply-adds a slice"], f"{run['megapixels/s']:.2f}"))
+    return rows
+
+
+# --- conditions
+
+
+def conditions() -> Rows:
+    """How well images fit their conditions, and those of others."""
+    names = {
+        "class": "class",
+        "text": "caption",
+        "map": "semantic map",
+        "boxes": "box",
+        "pairs": "paired image: outlines",
+        "enlarging": "image of a fourth of the width",
+        "inpainting": "image with a hole",
+    }
+    rows: Rows = [("condition", "figure", "drawn", "drawn, shuffled", "beside it", "seconds of training")]
+    for run in result("conditions")["results"]:
+        beside = [f"{who} {run[who]:.2f}" for who in ("real", "bicubic", "mean") if who in run]
+        cells = (f"{run[who]:.2f}" for who in ("drawn", "shuffled"))
+        rows.append((names[run["condition"]], run["figure"], *cells, *(beside or [""]), f"{run['seconds']:,.0f}"))
     return rows
 
 

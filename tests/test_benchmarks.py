@@ -229,6 +229,21 @@ def test_synthetic_pairs(tmp_path):
 
 
 @pytest.mark.slow
+def test_drawn_masks(tmp_path):
+    write_pairs(tmp_path, channels=3, instances=True)
+    command = [sys.executable, str(ROOT / "benchmarks" / "drawn_masks.py"), "--root", str(tmp_path), "--num_test", "2"]
+    command += ["--side", "16", "--steps", "2", "--batch_size", "2", "--num_val", "4"]
+    command += ["--num_draws", "2", "--num_inference_steps", "2"]
+    printed([*command, "--work", str(tmp_path / "work"), "--json", str(tmp_path / "d.json")])
+    results = json.loads((tmp_path / "d.json").read_text())["results"]
+    assert [result["method"] for result in results] == ["one draw", "mean of 2 draws", "segmenter"]
+    scores = ("dice", "calibration_error", "calibrated", "errors_in_doubt")
+    assert all(0 <= result[score] <= 1 for result in results for score in scores)
+    with Image.open(tmp_path / "d.png") as sheet:
+        assert sheet.height > sheet.width
+
+
+@pytest.mark.slow
 def test_nuclei(tmp_path):
     write_pairs(tmp_path, channels=3, instances=True)
     command = [sys.executable, str(ROOT / "benchmarks" / "nuclei.py"), "--root", str(tmp_path), "--num_test", "2"]
