@@ -46,6 +46,7 @@ EDGE = 1.0e-3  # probabilities keep this from 0 and 1, where the logistic curve 
 MAX_TEST_CROPS = 4  # of a test image
 DOUBTFUL = 0.1  # share of the pixels
 NUM_SHOWN = 6
+SHOWN_FROM = 0.1  # share of a crop that is nuclei
 TRAINED = ("denoiser", "segmenter")
 
 Probabilities = NDArray[np.float32]  # (N, H, W)
@@ -234,7 +235,8 @@ def calibration_error(probability: Probabilities, truth: NDArray[np.bool_]) -> f
 
 def sheet(path: Path, images: Sequence[Path], draws: Probabilities, scores: dict[str, Any]) -> None:
     """Images, their labels, two draws, the mean, the doubt (twice the deviation) and the segmenter's probability."""
-    chosen = np.linspace(0, len(images) - 1, NUM_SHOWN).round().astype(int)
+    with_nuclei = np.flatnonzero(scores["truth"].mean(axis=(1, 2)) > SHOWN_FROM)
+    chosen = with_nuclei[np.linspace(0, len(with_nuclei) - 1, NUM_SHOWN).round().astype(int)]
     pixels = np.stack([np.array(Image.open(images[i])) / 255 for i in chosen])
     rows = [pixels, scores["truth"][chosen], draws[0][chosen], draws[1][chosen], draws.mean(axis=0)[chosen]]
     rows += [2 * draws.std(axis=0)[chosen], scores["segmenter"][chosen]]
