@@ -21,7 +21,9 @@ from until_time import STEPS, UntilTime
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import save_denoiser
+from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ["--config", "digits", "--model.speed", "plain", "--trainer.precision", "32-true"]
@@ -241,6 +243,21 @@ def test_drawn_masks(tmp_path):
     assert all(0 <= result[score] <= 1 for result in results for score in scores)
     with Image.open(tmp_path / "d.png") as sheet:
         assert sheet.height > sheet.width
+
+
+@pytest.mark.slow
+def test_alignment_changes_what_is_trained(tmp_path):
+    write_pairs(tmp_path, channels=3, instances=True)
+    unet = SegmentationUNet(3, 4, channels=(4, 4, 4, 4, 4), padding="same")
+    names = ["background", "nucleus", "border"]
+    Segmenter(unet, "instances", names, timestep=None, stretch=True, window_size=32).save(tmp_path / "segmenter.ckpt")
+    command = [sys.executable, str(ROOT / "benchmarks" / "alignment.py"), "--root", str(tmp_path)]
+    command += ["--segmenter", str(tmp_path / "segmenter.ckpt"), "--json", str(tmp_path / "a.json"), "--seeds", "0"]
+    printed([*command, "--steps", "1", "3", "--batch_size", "2", "--tile_size", "32", "--num_images", "16"])
+    alone, aligned = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert [alone["method"], aligned["method"]] == ["alone", "aligned"]
+    assert alone["distances"].keys() == aligned["distances"].keys() == {"1", "3"}
+    assert alone["distances"]["3"] != aligned["distances"]["3"]
 
 
 @pytest.mark.slow
