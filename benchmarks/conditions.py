@@ -274,7 +274,7 @@ def measured(options: argparse.Namespace, kind: str, files: Path) -> dict[str, A
     """The figure of the images drawn, of the same with the conditions of others, and of what needs no denoiser."""
     data = HeldOut(options, kind, files)
     images = drawn(ud.load(options.work / kind).to("cpu"), kind, data, options.num_inference_steps)
-    torch.save(images[:NUM_SHOWN].clone(), options.work / f"{kind}.pt")
+    torch.save(shown_of(images).clone(), options.work / f"{kind}.pt")
     name, score, others = scorer(options, kind, data)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # neighbours are of one class
     figures = {"drawn": score(images), "shuffled": score(images[order])}
@@ -364,11 +364,14 @@ def sheet(options: argparse.Namespace) -> None:
             "enlarging": interpolate(small(data.images), scale_factor=4),
             "inpainting": data.images * ~data.mask,
         }[kind]
-        tiles.append(
-            torch.stack([shown[:NUM_SHOWN], torch.load(options.work / f"{kind}.pt")])
-        )  # (2, NUM_SHOWN, 1, H, W)
+        tiles.append(torch.stack([shown_of(shown), torch.load(options.work / f"{kind}.pt")]))  # (2, NUM_SHOWN, 1, H, W)
     rows = [torch.cat([tile[row] for tile in tiles]) for row in range(2)]
     save_grid(torch.cat(rows), options.json.with_suffix(".png"), columns=NUM_SHOWN * len(tiles))
+
+
+def shown_of(images: Tensor) -> Tensor:
+    """Some of the held-out images, of different classes, as these are sorted by class."""
+    return images[torch.linspace(0, len(images) - 1, NUM_SHOWN).long()]
 
 
 def boxed(box: list[int]) -> Tensor:
