@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from denoisers import WORDS, randomise
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -255,12 +255,13 @@ def sdxl():
         projection_class_embeddings_input_dim=48 + 6 * 256,
     )
     vae = tiny_vae()
+    alphas_cumprod = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
     tensors = {
         **unet_weights(unet),
         **autoencoder_weights(vae),
         **clip_weights(first, "conditioner.embedders.0.transformer."),
         **open_clip_weights(second, "conditioner.embedders.1.model.", projection),
-        "denoiser.sigmas": torch.rand(1000),
+        "denoiser.sigmas": ((1 - alphas_cumprod) / alphas_cumprod).sqrt(),
     }
     return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[first, second], told={}, projection=projection)
 

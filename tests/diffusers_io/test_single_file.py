@@ -252,15 +252,70 @@ def test_damaged_file_is_named(tmp_path):
         ud.load(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("kind", "start", "end"), [("scaled_linear", 0.0015, 0.0195), ("linear", 0.0001, 0.02)])
-def test_schedule_is_that_of_the_file(tmp_path, dtype, kind, start, end):
+def sigmas_of(scheduler):
+    return ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+
+
+TABLES = {
+    "betas": lambda scheduler: scheduler.betas,
+    "alphas_cumprod": lambda scheduler: scheduler.alphas_cumprod,
+    "denoiser.sigmas": sigmas_of,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(("kind", "start", "end"), [("scaled_linear", 0.0012, 0.0195), ("linear", 0.0001, 0.02)])
+def test_schedule_is_that_of_the_file(tmp_path, table, kind, start, end):
     made = unconditional()
     scheduler = DDPMScheduler(beta_schedule=kind, beta_start=start, beta_end=end)
-    save_file({**made.tensors, "betas": scheduler.betas.to(dtype)}, tmp_path / "model.safetensors")
+    save_file({**made.tensors, table: TABLES[table](scheduler)}, tmp_path / "model.safetensors")
     schedule = ud.load(tmp_path / "model.safetensors").schedule
-    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 1e-3}
-    torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod, **tolerance)
+    torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_of_16_bits_are_those_of_the_published_schedule(tmp_path, table, dtype):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+    tensors = {**unconditional().tensors, table: TABLES[table](scheduler).to(dtype)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    schedule = ud.load(tmp_path / "model.safetensors").schedule
+    torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+@pytest.mark.parametrize("is_rescaled", [False, True])
+def test_zero_terminal_snr_is_told_by_the_table_or_by_a_mark(tmp_path, is_marked, is_rescaled):
+    known = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+    scheduler = DDPMScheduler(**known, rescale_betas_zero_snr=is_rescaled)
+    mark = {"ztsnr": torch.zeros(1)} if is_marked else {}
+    tensors = {**unconditional().tensors, "alphas_cumprod": scheduler.alphas_cumprod, **mark}
+    save_file(tensors, tmp_path / "model.safetensors")
+    schedule = ud.load(tmp_path / "model.safetensors", prediction_type="v_prediction").schedule
+    expected = DDPMScheduler(**known, rescale_betas_zero_snr=is_marked or is_rescaled)
+    torch.testing.assert_close(schedule.alphas_cumprod, expected.alphas_cumprod, atol=1e-6, rtol=1e-5)
+
+
+def test_schedules_that_are_not_read_are_refused(tmp_path):
+    """One by a formula that is not known, and one whose tables contradict each other."""
+    cosine = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    linear = DDPMScheduler(beta_start=1e-4, beta_end=0.02)
+    for tables in ({"alphas_cumprod": cosine}, {"betas": linear.betas, "alphas_cumprod": cosine}):
+        save_file({**unconditional().tensors, **tables}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"the noise schedule in .*model.safetensors must have even betas"):
+            ud.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("table", ["betas", "alphas_cumprod"])
+def test_upscaler_whose_small_images_are_noised_otherwise_is_refused(tmp_path, tokenizer, table):
+    made = x4_upscaler()
+    for end in (0.02, 0.012):
+        scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=1e-4, beta_end=end)
+        tensors = {**made.tensors, f"low_scale_model.{table}": TABLES[table](scheduler)}
+        save_file(tensors, tmp_path / f"{end}.safetensors")
+    ud.load(tmp_path / "0.02.safetensors", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"tables low_scale_model.* must be those .* upscaler"):
+        ud.load(tmp_path / "0.012.safetensors", tokenizer=tokenizer)
 
 
 def test_half_precision_is_read_as_float32(tmp_path):

@@ -31,6 +31,7 @@ from unet_diffusion.diffusers_io.single_file.layouts import (
     XL,
     Layout,
 )
+from unet_diffusion.diffusers_io.single_file.schedules import schedule_in
 from unet_diffusion.diffusers_io.single_file.text import OPEN_PREFIX, XL_PREFIX
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.condition import Condition
@@ -40,6 +41,7 @@ from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.conditions.xl_text import XLText
 from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.models.autoencoders import AutoencoderNetwork
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
@@ -73,14 +75,14 @@ def export_single_file(parts: DenoiserParts, path: StrPath, *, overwrite: bool =
     path = Path(path)
     _check_replaceable(path, overwrite=overwrite)
     layout = _layout(parts)
-    _check_expressible(parts)
+    _check_expressible(parts, layout)
     tensors, autoencoder = _tensors(parts, layout)
     untold = untold_by(parts)
     with _written(tensors, path) as readable:
         _check_same(parts, readable, untold, autoencoder)
 
 
-def _check_expressible(parts: DenoiserParts) -> None:
+def _check_expressible(parts: DenoiserParts, layout: Layout) -> None:
     """Refuse what no layout of one file can say, and what would come back as something else."""
     for text in parts.conditions.modules():
         if isinstance(text, TextTokens) and text.config["context_dim"] != HEAD_WIDTH * text.config["num_heads"]:
@@ -88,6 +90,10 @@ def _check_expressible(parts: DenoiserParts) -> None:
             raise ValueError(f"heads of a text encoder must be {HEAD_WIDTH} wide in one file, got {width:g}; export a "
                              "folder")  # fmt: skip
     check_values(parts.values)
+    read = schedule_in(_tables(parts.schedule), layout, parts.schedule.prediction_type)
+    if read is None or read.config != parts.schedule.config:
+        raise ValueError(f"one file holds a noise schedule as tables, from which this one is not read again: "
+                         f"{parts.schedule.config}; export a folder")  # fmt: skip
 
 
 def check_values(values: PixelValues) -> None:
@@ -195,13 +201,16 @@ def _tensors(parts: DenoiserParts, layout: Layout) -> tuple[dict[str, Tensor], A
             cast(Tensor, unet.conv_in.weight)[:, unet.out_channels :] *= scale
     tensors = {UNET + key: value for key, value in names.unet_weights(unet).items()}
     tensors |= {FIRST_STAGE + key: value for key, value in names.autoencoder_weights(autoencoder).items()}
-    tensors |= {"betas": parts.schedule.betas, "alphas_cumprod": parts.schedule.alphas_cumprod}
+    tensors |= _tables(parts.schedule)
     tensors["scale_factor"] = torch.tensor(scale, dtype=torch.float64)
-    if parts.schedule.rescale_betas_zero_snr:
-        tensors["ztsnr"] = torch.zeros(1)
     for condition in parts.conditions:
         tensors |= _condition_tensors(cast(Condition, condition), layout)
     return tensors, autoencoder
+
+
+def _tables(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    mark = {"ztsnr": torch.zeros(1)} if schedule.rescale_betas_zero_snr else {}
+    return {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod, **mark}
 
 
 def _condition_tensors(condition: Condition, layout: Layout) -> dict[str, Tensor]:

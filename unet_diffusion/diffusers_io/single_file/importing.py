@@ -5,15 +5,14 @@ Weights are tensors by name; code in the file never runs. `layouts.py` says what
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.importing import DROPOUT, take_scaled_latents
 from unet_diffusion.diffusers_io.single_file.layouts import CLASSES, SD1, SD2, UPSCALER, XL, Layout, layout_of
 from unet_diffusion.diffusers_io.single_file.network import single_file_unet
+from unet_diffusion.diffusers_io.single_file.schedules import check_low_res_schedule, schedule_in
 from unet_diffusion.diffusers_io.single_file.text import class_tokens, clip_text, open_clip_text, xl_text
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
@@ -29,7 +28,6 @@ from unet_diffusion.runtime.tensor_files import read_tensors
 StrPath = str | os.PathLike[str]
 SD2_CHANNELS = 4  # of the latents of Stable Diffusion 2
 SD2_SIZES: dict[str, int] = {"epsilon": 512, "v_prediction": 768}  # side of the images of both models of Stability
-BETAS_TOLERANCE = 2e-3  # relative; some files hold their tables in float16
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,7 @@ def import_single_file(path: StrPath, untold: Untold, *, autoencoder: StrPath | 
     )
     codec = LatentCodec.of(space, autoencoder)
     maps = _maps(unet, layout, path)
+    check_low_res_schedule(tensors, path)
     if isinstance(next(iter(maps), None), PairedImage):
         take_scaled_latents(unet, codec)
     side = size // downsampling(network)
@@ -136,32 +135,13 @@ def _prediction_type(
 
 
 def _schedule(tensors: dict[str, Tensor], layout: Layout, prediction_type: PredictionType, path: Path) -> NoiseSchedule:
-    """The noise schedule in a file, or the layout's if the file has none."""
-    schedule = partial(
-        NoiseSchedule,
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr="ztsnr" in tensors,  # as "v_pred"
-    )
-    start, end = layout.betas
-    known = schedule(1000, "scaled_linear", beta_start=start, beta_end=end)
-    betas = tensors.get("betas")
-    if betas is None or _same_table(known, betas):
-        return known
-    first, last = (float(f"{float(value):.5g}") for value in (betas[0], betas[-1]))
-    for read in (
-        schedule(len(betas), "scaled_linear", beta_start=first, beta_end=last),
-        schedule(len(betas), "linear", beta_start=first, beta_end=last),
-    ):
-        if _same_table(read, betas):
-            return read
-    raise ValueError(
-        f"the betas in {path} must be even, or have even roots, and are neither; their schedule is not read"
-    )
-
-
-def _same_table(schedule: NoiseSchedule, betas: Tensor) -> bool:
-    ours = schedule.betas
-    return ours.shape == betas.shape and torch.allclose(ours, betas.float(), rtol=BETAS_TOLERANCE, atol=0)
+    schedule = schedule_in(tensors, layout, prediction_type)
+    if schedule is None:
+        raise ValueError(
+            f"the noise schedule in {path} must have even betas, or betas with even roots, the same in all of its "
+            "tables, and has others; from_diffusers reads its U-Net alone"
+        )
+    return schedule
 
 
 def _scale(network: AutoencoderNetwork, layout: Layout, path: Path) -> float:
