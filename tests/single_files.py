@@ -280,9 +280,11 @@ def unconditional_kl():
 
 def classes():
     unet = tiny_condition_unet(in_channels=3, out_channels=3, attention_head_dim=1)
-    vae, embedding = tiny_vae("vq", 3), torch.randn(11, 64)
+    vae, embedding = tiny_vae("vq", 3), torch.randn(11, 64)  # the last row is the null
     tensors = {**unet_weights(unet), **autoencoder_weights(vae), "cond_stage_model.embedding.weight": embedding}
-    return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[], told={"num_heads": 1}, embedding=embedding)
+    return SimpleNamespace(
+        tensors=tensors, unet=unet, vae=vae, texts=[], told={"num_heads": 1, "num_classes": 10}, embedding=embedding
+    )
 
 
 LAYOUTS = [sd1, inpainting, pix2pix, sd2, sd2_inpainting, x4_upscaler, sdxl, unconditional, unconditional_kl, classes]

@@ -213,12 +213,34 @@ def test_input_channels_are_the_conditions_of_their_layout(make, kinds, tmp_path
 
 
 def test_classes_of_the_file_are_tokens_with_a_null(tmp_path):
-    made = classes()
-    save_file(made.tensors, tmp_path / "model.safetensors")
-    tokens = ud.load(tmp_path / "model.safetensors", num_heads=1).conditions[0]
-    assert tokens.num_classes == 10
+    made = saved(classes, tmp_path)
+    tokens = ud.load(made.file, **made.told).conditions[0]
+    assert (tokens.num_classes, tokens.has_null) == (10, True)
     torch.testing.assert_close(tokens(torch.tensor([3]))[0, 0], made.embedding[3])
     torch.testing.assert_close(tokens(tokens.null(torch.tensor([3])))[0, 0], made.embedding[10])
+
+
+def test_classes_without_a_null_have_no_guidance(tmp_path):
+    made = saved(classes, tmp_path)
+    denoiser = ud.load(made.file, num_heads=1, num_classes=11, image_size=16)
+    tokens = denoiser.conditions[0]
+    assert (tokens.num_classes, tokens.has_null) == (11, False)
+    torch.testing.assert_close(tokens(torch.tensor([10]))[0, 0], made.embedding[10])
+    with pytest.raises(ValueError, match="guidance_scale"):
+        denoiser.sample(1, labels=10, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(("rows", "has_null", "words"), [(1001, True, "and a null"), (1000, False, "without a null")])
+def test_classes_of_published_models_are_known_by_their_number(tmp_path, run_cli, rows, has_null, words):
+    """cin256-v2 has a row more than ImageNet has classes, and cin-ldm-vq-f8 has not."""
+    tensors = {**classes().tensors, "cond_stage_model.embedding.weight": torch.randn(rows, 64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    tokens = ud.load(tmp_path / "model.safetensors", num_heads=1).conditions[0]
+    assert (tokens.num_classes, tokens.has_null) == (1000, has_null)
+    options = ["--num_heads", "1", "--image_size", "16"]
+    status, out, err = run_cli("import", tmp_path / "model.safetensors", tmp_path / "imported.ckpt", *options)
+    assert status == 0, err
+    assert f"1000 classes {words}" in out
 
 
 # ------------------------------------------------------------------------------------------------- files and commands
@@ -368,15 +390,52 @@ def test_unknown_layout_is_refused_with_the_nearest_one(make, message, tmp_path,
         (sd1, {}, r"tokenizer must name the folder of CLIP's tokenizer"),
         (sd2, {"tokenizer": "tokenizer"}, r"prediction_type must be given .* epsilon for the models of 512"),
         (classes, {}, r"num_heads or head_channels must be given for latent diffusion by classes"),
+        (classes, {"num_heads": 1}, r"num_classes must be given for .* 10 or 11: its embedding has 11 rows"),
+        (classes, {"num_heads": 1, "num_classes": 12}, r"num_classes must be given for .* 10 or 11.* got 12"),
+        (sd2, {"tokenizer": "tokenizer", "prediction_type": "sample"}, r"image_size must be given .* predicts sample"),
         (unconditional_kl, {}, r"scaling_factor must be given for .* has no scale_factor"),
     ],
 )
 def test_what_differs_between_models_is_asked_for(make, told, message, tmp_path, tokenizer):
     tensors = {key: value for key, value in make().tensors.items() if key != "scale_factor"}
     save_file(tensors, tmp_path / "model.safetensors")
-    told = {key: tmp_path / value for key, value in told.items()}
+    told = {key: tmp_path / value if key == "tokenizer" else value for key, value in told.items()}
     with pytest.raises(ValueError, match=message):
         ud.load(tmp_path / "model.safetensors", **told)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"scaling_factor": 0}, r"scaling_factor must be above 0, got 0; leave it out"),
+        ({"scaling_factor": -0.18}, r"scaling_factor must be above 0, got -0.18"),
+        ({"scaling_factor": float("nan")}, r"scaling_factor must be above 0, got nan"),
+        ({"image_size": 0}, r"image_size must be at least 1, got 0"),
+        ({"num_heads": 2, "head_channels": 32}, r"num_heads and head_channels both set .* 2 and 32; give one"),
+        ({"head_channels": 24}, r"head_channels must divide the width of every level with attention, got 24 for 64"),
+        ({"prediction_type": "noise"}, r"prediction_type must be one of epsilon, sample, v_prediction, got 'noise'"),
+        (
+            {"num_classes": 10},
+            r"num_classes is for other layouts, .* without conditions; leave it out",
+        ),
+        ({"tokenizer": "here"}, r"tokenizer is for other layouts, and .* leave it out"),
+    ],
+)
+def test_what_a_user_says_of_a_file_is_used_or_refused(told, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ud.load(saved(unconditional, tmp_path).file, **told)
+
+
+def test_head_channels_that_do_not_divide_are_named(tmp_path):
+    made = saved(sd1, tmp_path)
+    with pytest.raises(ValueError, match=r"head_channels must divide .* got 24 for 32"):
+        ud.load(made.file, **made.told, head_channels=24)
+
+
+def test_scale_of_a_file_must_be_above_0(tmp_path):
+    save_file({**unconditional_kl().tensors, "scale_factor": torch.tensor(0.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"scale_factor in .*model.safetensors must be above 0, got 0"):
+        ud.load(tmp_path / "model.safetensors")
 
 
 def test_options_for_a_file_are_refused_for_a_folder(tmp_path):
@@ -429,7 +488,7 @@ def test_imported_file_draws_and_is_exported_as_itself(tmp_path, tokenizer, run_
 
 
 def test_model_of_classes_draws_them(tmp_path):
-    save_file(classes().tensors, tmp_path / "model.safetensors")
-    denoiser = ud.load(tmp_path / "model.safetensors", num_heads=1, image_size=16)
+    made = saved(classes, tmp_path)
+    denoiser = ud.load(made.file, **made.told, image_size=16)
     images = denoiser.sample(2, labels=[1, 2], guidance_scale=2.0, num_inference_steps=2)
     assert images.shape == (2, 3, 16, 16)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,6 +43,23 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return with_averages({key: value for key, value in content.items() if isinstance(value, Tensor)})
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the metadata in the header of a .safetensors file.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If the file is damaged, or has another format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
 def with_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without the averages (EMA) of weights, which take the place of these weights.
 
@@ -58,4 +75,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike[str], error: SafetensorError) -> ValueError:
+    return ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again")
