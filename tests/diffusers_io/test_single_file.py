@@ -262,6 +262,26 @@ def test_checkpoint_of_a_training_gives_its_averaged_weights(tmp_path):
     torch.testing.assert_close(unet.conv_in.weight, made.unet.conv_in.weight + 1)
 
 
+def test_average_of_an_autoencoder_is_read_where_it_is_alone(tmp_path):
+    """A denoiser's latents are those of the weights themselves, with which latent diffusion encodes and decodes."""
+    vae = tiny_vae("vq", 3, attended=True)
+    alone = autoencoder_weights(vae, "")
+    averages = {f"model_ema.{key.replace('.', '')}": value + 1 for key, value in alone.items()}
+    torch.save({"state_dict": {**alone, **averages}}, tmp_path / "vae.ckpt")
+    bias = ud.load(tmp_path / "vae.ckpt").autoencoder.decoder.conv_in.bias
+    torch.testing.assert_close(bias, vae.decoder.conv_in.bias + 1)
+    beside = {f"{FIRST_STAGE}{key}": value for key, value in averages.items()}
+    torch.save({"state_dict": {**unconditional().tensors, **beside}}, tmp_path / "model.ckpt")
+    bias = ud.load(tmp_path / "model.ckpt").codec.autoencoder.decoder.conv_in.bias
+    torch.testing.assert_close(bias, vae.decoder.conv_in.bias)
+
+
+def test_names_of_a_network_in_data_parallel_are_read(tmp_path):
+    made = unconditional()
+    torch.save({f"module.{key}": value for key, value in made.tensors.items()}, tmp_path / "model.ckpt")
+    assert max(differences(ud.load(tmp_path / "model.ckpt"), made).values()) < 1e-5
+
+
 def test_file_that_could_run_code_is_refused(tmp_path):
     torch.save({"state_dict": {}, "callbacks": SimpleNamespace}, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"model.ckpt was not loaded: it must hold only tensors .* could run code"):

@@ -19,7 +19,9 @@ from unet_diffusion.runtime.tensor_files import is_single_file_name, read_metada
 PREFIXES = ("first_stage_model.", "vae.", "")  # of an autoencoder's weights; none where it is alone in its file
 SIGN = "decoder.conv_in.weight"  # every autoencoder has it, and no other network
 RESOLUTION = 256  # side in pixels of the images that all published autoencoders were trained on
-LEFT_OUT = re.compile(r"loss\..*|model_ema\..*|colorize")  # weights of its training
+# Weights of its training. Beside a denoiser an average (EMA) is one of them: the denoiser's latents are those of the
+# weights themselves, with which the code of latent diffusion encodes and decodes (`encode_first_stage`).
+LEFT_OUT = re.compile(r"loss\..*|model_ema\..*|colorize")
 CODEBOOK = "quantize.embedding.weight"
 LEVEL_ATTENTION = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.attn\.(\d+)\.(norm|q|k|v|proj_out)\.(weight|bias)")
 SETTINGS = "unet_diffusion"  # entry of the metadata of a file that was exported here, as JSON
@@ -94,8 +96,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"the settings in the metadata of {path} are damaged ({error}); export it again") from error
     if wrong:
         kind = SETTING_TYPES[wrong[0]].__name__
-        raise ValueError(f"{wrong[0]} in the metadata of {path} must be a {kind}, got {settings[wrong[0]]!r}; export it "
-                         "again")  # fmt: skip
+        raise ValueError(f"{wrong[0]} in the metadata of {path} must be a {kind}, got {settings[wrong[0]]!r}; export "
+                         "it again")  # fmt: skip
     return settings
 
 

@@ -15,6 +15,7 @@ from unet_diffusion.runtime.safe_loading import load_plain
 
 SUFFIX = ".safetensors"
 NESTED = ("state_dict", "state_dict", "model_state_dict")  # entries of checkpoints that hold the weights, in turn
+PARALLEL = "module."  # begins the names of all weights of a network in DataParallel
 NETWORK, AVERAGED = "model.", "model_ema."  # prefixes of a weight and of its average, whose name has no dots
 
 
@@ -40,7 +41,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             content = content[name]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold tensors by name, and holds a {type(content).__name__}; it is another file")
-    return with_averages({key: value for key, value in content.items() if isinstance(value, Tensor)})
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if all(key.startswith(PARALLEL) for key in tensors):
+        tensors = {key.removeprefix(PARALLEL): value for key, value in tensors.items()}
+    return with_averages(tensors)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
