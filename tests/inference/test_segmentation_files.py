@@ -135,6 +135,14 @@ def without_norm(weights):
     return {key: value for key, value in weights.items() if "running" not in key}
 
 
+def with_other_names(weights):
+    return {key.replace(".double_conv", ".conv"): value for key, value in weights.items()}
+
+
+def without_an_end(weights):
+    return {key: value for key, value in weights.items() if not key.startswith("outc")}
+
+
 def with_more(weights):
     return {**weights, "attention.weight": torch.ones(1)}
 
@@ -147,6 +155,8 @@ def with_a_hole(weights):
     ("change", "message"),
     [
         (without_norm, r"must have batch norm after each convolution"),
+        (with_other_names, r"has the layout inc, down, up, outc, but lacks inc.double_conv.0.weight"),
+        (without_an_end, r"has the layout inc, down, up, outc, but lacks outc.conv.weight"),
         (with_more, r"has the layout inc, down, up, outc, but .*attention.weight"),
         (with_a_hole, r"has the layout inc, down, up, outc, but .*up_blocks.1"),
     ],

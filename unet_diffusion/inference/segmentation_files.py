@@ -5,6 +5,7 @@ interpolation, which has no weights. Such networks see images in [0, 1], and one
 """
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +16,17 @@ from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.runtime.messages import in_words
 
+NAMES = re.compile(r"(?:inc|down\d+|up\d+|outc)\..+")
 FIRST, LAST = "inc.double_conv.0.weight", "outc.conv.weight"
+SECOND, NORM = "inc.double_conv.3.weight", "inc.double_conv.1.running_mean"
 LAYERS = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}  # of a double convolution, by its number in the file
 WINDOW_SIZE = 512  # pixels, of the tiles of larger images; the network takes any size
 BINARY = ["background", "foreground"]
 
 
 def holds_segmenter(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a segmenter of this layout is among tensors by name."""
-    return FIRST in tensors and LAST in tensors
+    """Whether most tensors have names of this layout."""
+    return 2 * sum(NAMES.fullmatch(key) is not None for key in tensors) > len(tensors)
 
 
 def segmenter_of(
@@ -61,10 +64,13 @@ def segmenter_of(
 
 def _config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments of the network, read off the shapes of its weights."""
-    if "inc.double_conv.1.running_mean" not in tensors:
-        raise ValueError(f"{path} must have batch norm after each convolution, with inc.double_conv.1.running_mean; a "
-                         "network without it is not read")  # fmt: skip
-    widths = [tensors["inc.double_conv.3.weight"].shape[0]]
+    if lacking := [name for name in (FIRST, SECOND, LAST) if name not in tensors]:
+        raise ValueError(f"{path} has the layout inc, down, up, outc, but lacks {lacking[0]}; double convolutions with "
+                         "batch norm in between are read, and no others")  # fmt: skip
+    if NORM not in tensors:
+        raise ValueError(f"{path} must have batch norm after each convolution, with {NORM}; a network without it is "
+                         "not read")  # fmt: skip
+    widths = [tensors[SECOND].shape[0]]
     while (value := tensors.get(f"down{len(widths)}.maxpool_conv.1.double_conv.3.weight")) is not None:
         widths.append(value.shape[0])
     return {
