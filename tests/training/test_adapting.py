@@ -243,8 +243,8 @@ def test_missing_and_changed_bases_are_named(fit, base, tmp_path, run_cli):
     assert "base was" in err
 
 
-def damaged(folder: Path) -> None:
-    """Halve the change in a file, as a scale that is lost would."""
+def damage(folder: Path) -> None:
+    """Make the change in a file smaller, as a scale that is lost would."""
     file = folder / LORA_FILE
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -255,11 +255,12 @@ def test_adapter_is_read_again_before_it_gets_its_name(fit, tmp_path, monkeypatc
     denoiser = ud.load(fit("lora", *LORA, "--model.adapter.text_encoder", "true"))
     denoiser.export(tmp_path / "adapter", format="adapter")
     write = ud.LoRA.save_pretrained
-    monkeypatch.setattr(
-        ud.LoRA,
-        "save_pretrained",
-        lambda self, unet, weights, folder: (write(self, unet, weights, folder), damaged(folder)),
-    )
+
+    def write_wrongly(self, unet, weights, folder):
+        write(self, unet, weights, folder)
+        damage(folder)
+
+    monkeypatch.setattr(ud.LoRA, "save_pretrained", write_wrongly)
     with pytest.raises(RuntimeError, match="must be read as it was written"):
         denoiser.export(tmp_path / "damaged", format="adapter")
     assert not (tmp_path / "damaged").exists()
@@ -278,7 +279,7 @@ def test_adapter_that_no_pipeline_loads_is_exported_whole(tmp_path, tiny_unet):
     unet = ud.DenoiserUNet(3, (8, 16), attention_levels=(1,), norm_num_groups=4)
     denoiser = ud.Denoiser(unet, ud.NoiseSchedule(), (3, 8, 8))
     denoiser.adapter = TrainedAdapter(ud.LoRA(), {})
-    with pytest.raises(ValueError, match="only pipelines of captions to latents load an adapter .* export the whole"):
+    with pytest.raises(ValueError, match=r"only pipelines of captions to latents load an adapter .* export the whole"):
         denoiser.export(tmp_path / "adapter", format="adapter")
 
 
