@@ -13,7 +13,7 @@ from unet_diffusion.inference.encoder_segmenters import Normalization, encoder_s
 from unet_diffusion.inference.onnx_segmenter import onnx_file
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
 from unet_diffusion.inference.record import KINDS, checkpoint_file, is_checkpoint, kind_of
-from unet_diffusion.inference.segmentation_files import holds_segmenter, segmenter_of
+from unet_diffusion.inference.segmentation_files import segmenter_of
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.hub import download, is_hub_name
 from unet_diffusion.runtime.safe_loading import load_plain
@@ -132,15 +132,16 @@ def _check_told(told: Untold, allowed: tuple[str, ...], path: StrPath) -> None:
 def _from_single_file(file: Path, autoencoder: StrPath | None, told: Untold) -> Denoiser | Segmenter | Autoencoder:
     from unet_diffusion.diffusers_io.single_file.importing import import_single_file
     from unet_diffusion.diffusers_io.single_file.layouts import holds_unet
+    from unet_diffusion.models.segmentation_file import holds_segmentation_unet
     from unet_diffusion.models.single_file import RESOLUTION, autoencoder_in, holds_autoencoder, read_settings
     from unet_diffusion.runtime.tensor_files import read_tensors
 
     tensors = read_tensors(file)
-    if holds_unet(tensors) or not (holds_segmenter(tensors) or holds_autoencoder(tensors)):
+    if holds_unet(tensors) or not (holds_segmentation_unet(tensors) or holds_autoencoder(tensors)):
         return Denoiser(**vars(import_single_file(tensors, file, told, autoencoder=autoencoder)))
     _check_told(told, ("image_size",), file)
-    if holds_segmenter(tensors):
-        return segmenter_of(tensors, file, window_size=told.image_size)
+    if holds_segmentation_unet(tensors):
+        return segmenter_of(tensors, file, settings=read_settings(file), window_size=told.image_size)
     network = autoencoder_in(tensors, file)
     side = told.image_size or read_settings(file).get("image_size", RESOLUTION)
     return Autoencoder(network, (network.config["in_channels"], side, side))

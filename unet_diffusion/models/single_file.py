@@ -34,6 +34,9 @@ SETTING_TYPES = {
     "num_classes": int,
     "class_names": list,
     "unconditional": list,
+    "kind": str,
+    "threshold": float,
+    "min_size": int,
 }
 ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 

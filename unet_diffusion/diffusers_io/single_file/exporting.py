@@ -78,11 +78,11 @@ def export_single_file(parts: DenoiserParts, path: StrPath, *, overwrite: bool =
         RuntimeError: If the file gives another denoiser when it is imported.
     """
     path = Path(path)
-    _check_replaceable(path, overwrite=overwrite)
+    check_replaceable(path, overwrite=overwrite)
     layout = _layout(parts)
     _check_expressible(parts, layout)
     tensors, autoencoder = _tensors(parts, layout)
-    with _written(tensors, path, _settings(parts)) as readable:
+    with written(tensors, path, _settings(parts)) as readable:
         _check_same(parts, readable, autoencoder)
 
 
@@ -135,20 +135,29 @@ def export_autoencoder_file(
         ValueError: If the latents are normalised by more than one scale.
     """
     path = Path(path)
-    _check_replaceable(path, overwrite=overwrite)
+    check_replaceable(path, overwrite=overwrite)
     if any(autoencoder.config.get(name) is not None for name in MOMENTS):
         raise ValueError(f"one file holds a scaling_factor, and not {' and '.join(MOMENTS)}; export a folder")
     scale = autoencoder.config["scaling_factor"] if latent_std is None else 1 / latent_std
     settings = {} if scale is None else {"scaling_factor": float(scale)}
     _, height, width = image_shape
     settings |= {"image_size": height} if height == width else {}
-    with _written(names.autoencoder_weights(autoencoder), path, settings) as readable:
+    with written(names.autoencoder_weights(autoencoder), path, settings) as readable:
         again = single_file_autoencoder(readable)
         _check_equal({"autoencoder": (autoencoder, again)})
         _check_same_values({"scaling_factor": scale}, {"scaling_factor": again.config["scaling_factor"]})
 
 
-def _check_replaceable(path: Path, *, overwrite: bool) -> None:
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that is not to be replaced.
+
+    Args:
+        path: Path of the file to write.
+        overwrite: Whether an earlier export is replaced.
+
+    Raises:
+        FileExistsError: If the file exists and overwrite is False, or if it is another file.
+    """
     if not path.exists():
         return
     if not overwrite:
@@ -163,8 +172,14 @@ def _check_replaceable(path: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def _written(tensors: dict[str, Tensor], path: Path, settings: dict[str, Any]) -> Iterator[Path]:
-    """A file of the tensors to read again, which takes its place where the block ends without an error."""
+def written(tensors: dict[str, Tensor], path: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """A file of the tensors to read again, which takes its place where the block ends without an error.
+
+    Args:
+        tensors: The tensors by name.
+        path: Path of the .safetensors file.
+        settings: What its metadata store, see `models.single_file.read_settings`.
+    """
     metadata = {**METADATA, SETTINGS: json.dumps(settings)}
     with atomic_write(path) as partial:
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, partial, metadata)
