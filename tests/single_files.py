@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from denoisers import WORDS, randomise
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -255,12 +255,13 @@ def sdxl():
         projection_class_embeddings_input_dim=48 + 6 * 256,
     )
     vae = tiny_vae()
+    alphas_cumprod = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
     tensors = {
         **unet_weights(unet),
         **autoencoder_weights(vae),
         **clip_weights(first, "conditioner.embedders.0.transformer."),
         **open_clip_weights(second, "conditioner.embedders.1.model.", projection),
-        "denoiser.sigmas": torch.rand(1000),
+        "denoiser.sigmas": ((1 - alphas_cumprod) / alphas_cumprod).sqrt(),
     }
     return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[first, second], told={}, projection=projection)
 
@@ -279,9 +280,11 @@ def unconditional_kl():
 
 def classes():
     unet = tiny_condition_unet(in_channels=3, out_channels=3, attention_head_dim=1)
-    vae, embedding = tiny_vae("vq", 3), torch.randn(11, 64)
+    vae, embedding = tiny_vae("vq", 3), torch.randn(11, 64)  # the last row is the null
     tensors = {**unet_weights(unet), **autoencoder_weights(vae), "cond_stage_model.embedding.weight": embedding}
-    return SimpleNamespace(tensors=tensors, unet=unet, vae=vae, texts=[], told={"num_heads": 1}, embedding=embedding)
+    return SimpleNamespace(
+        tensors=tensors, unet=unet, vae=vae, texts=[], told={"num_heads": 1, "num_classes": 10}, embedding=embedding
+    )
 
 
 LAYOUTS = [sd1, inpainting, pix2pix, sd2, sd2_inpainting, x4_upscaler, sdxl, unconditional, unconditional_kl, classes]

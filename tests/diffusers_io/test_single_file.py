@@ -213,12 +213,34 @@ def test_input_channels_are_the_conditions_of_their_layout(make, kinds, tmp_path
 
 
 def test_classes_of_the_file_are_tokens_with_a_null(tmp_path):
-    made = classes()
-    save_file(made.tensors, tmp_path / "model.safetensors")
-    tokens = ud.load(tmp_path / "model.safetensors", num_heads=1).conditions[0]
-    assert tokens.num_classes == 10
+    made = saved(classes, tmp_path)
+    tokens = ud.load(made.file, **made.told).conditions[0]
+    assert (tokens.num_classes, tokens.has_null) == (10, True)
     torch.testing.assert_close(tokens(torch.tensor([3]))[0, 0], made.embedding[3])
     torch.testing.assert_close(tokens(tokens.null(torch.tensor([3])))[0, 0], made.embedding[10])
+
+
+def test_classes_without_a_null_have_no_guidance(tmp_path):
+    made = saved(classes, tmp_path)
+    denoiser = ud.load(made.file, num_heads=1, num_classes=11, image_size=16)
+    tokens = denoiser.conditions[0]
+    assert (tokens.num_classes, tokens.has_null) == (11, False)
+    torch.testing.assert_close(tokens(torch.tensor([10]))[0, 0], made.embedding[10])
+    with pytest.raises(ValueError, match="guidance_scale"):
+        denoiser.sample(1, labels=10, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(("rows", "has_null", "words"), [(1001, True, "and a null"), (1000, False, "without a null")])
+def test_classes_of_published_models_are_known_by_their_number(tmp_path, run_cli, rows, has_null, words):
+    """cin256-v2 has a row more than ImageNet has classes, and cin-ldm-vq-f8 has not."""
+    tensors = {**classes().tensors, "cond_stage_model.embedding.weight": torch.randn(rows, 64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    tokens = ud.load(tmp_path / "model.safetensors", num_heads=1).conditions[0]
+    assert (tokens.num_classes, tokens.has_null) == (1000, has_null)
+    options = ["--num_heads", "1", "--image_size", "16"]
+    status, out, err = run_cli("import", tmp_path / "model.safetensors", tmp_path / "imported.ckpt", *options)
+    assert status == 0, err
+    assert f"1000 classes {words}" in out
 
 
 # ------------------------------------------------------------------------------------------------- files and commands
@@ -240,6 +262,26 @@ def test_checkpoint_of_a_training_gives_its_averaged_weights(tmp_path):
     torch.testing.assert_close(unet.conv_in.weight, made.unet.conv_in.weight + 1)
 
 
+def test_average_of_an_autoencoder_is_read_where_it_is_alone(tmp_path):
+    """A denoiser's latents are those of the weights themselves, with which latent diffusion encodes and decodes."""
+    vae = tiny_vae("vq", 3, attended=True)
+    alone = autoencoder_weights(vae, "")
+    averages = {f"model_ema.{key.replace('.', '')}": value + 1 for key, value in alone.items()}
+    torch.save({"state_dict": {**alone, **averages}}, tmp_path / "vae.ckpt")
+    bias = ud.load(tmp_path / "vae.ckpt").autoencoder.decoder.conv_in.bias
+    torch.testing.assert_close(bias, vae.decoder.conv_in.bias + 1)
+    beside = {f"{FIRST_STAGE}{key}": value for key, value in averages.items()}
+    torch.save({"state_dict": {**unconditional().tensors, **beside}}, tmp_path / "model.ckpt")
+    bias = ud.load(tmp_path / "model.ckpt").codec.autoencoder.decoder.conv_in.bias
+    torch.testing.assert_close(bias, vae.decoder.conv_in.bias)
+
+
+def test_names_of_a_network_in_data_parallel_are_read(tmp_path):
+    made = unconditional()
+    torch.save({f"module.{key}": value for key, value in made.tensors.items()}, tmp_path / "model.ckpt")
+    assert max(differences(ud.load(tmp_path / "model.ckpt"), made).values()) < 1e-5
+
+
 def test_file_that_could_run_code_is_refused(tmp_path):
     torch.save({"state_dict": {}, "callbacks": SimpleNamespace}, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"model.ckpt was not loaded: it must hold only tensors .* could run code"):
@@ -252,15 +294,70 @@ def test_damaged_file_is_named(tmp_path):
         ud.load(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("kind", "start", "end"), [("scaled_linear", 0.0015, 0.0195), ("linear", 0.0001, 0.02)])
-def test_schedule_is_that_of_the_file(tmp_path, dtype, kind, start, end):
+def sigmas_of(scheduler):
+    return ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+
+
+TABLES = {
+    "betas": lambda scheduler: scheduler.betas,
+    "alphas_cumprod": lambda scheduler: scheduler.alphas_cumprod,
+    "denoiser.sigmas": sigmas_of,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(("kind", "start", "end"), [("scaled_linear", 0.0012, 0.0195), ("linear", 0.0001, 0.02)])
+def test_schedule_is_that_of_the_file(tmp_path, table, kind, start, end):
     made = unconditional()
     scheduler = DDPMScheduler(beta_schedule=kind, beta_start=start, beta_end=end)
-    save_file({**made.tensors, "betas": scheduler.betas.to(dtype)}, tmp_path / "model.safetensors")
+    save_file({**made.tensors, table: TABLES[table](scheduler)}, tmp_path / "model.safetensors")
     schedule = ud.load(tmp_path / "model.safetensors").schedule
-    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 1e-3}
-    torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod, **tolerance)
+    torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_of_16_bits_are_those_of_the_published_schedule(tmp_path, table, dtype):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+    tensors = {**unconditional().tensors, table: TABLES[table](scheduler).to(dtype)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    schedule = ud.load(tmp_path / "model.safetensors").schedule
+    torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+@pytest.mark.parametrize("is_rescaled", [False, True])
+def test_zero_terminal_snr_is_told_by_the_table_or_by_a_mark(tmp_path, is_marked, is_rescaled):
+    known = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+    scheduler = DDPMScheduler(**known, rescale_betas_zero_snr=is_rescaled)
+    mark = {"ztsnr": torch.zeros(1)} if is_marked else {}
+    tensors = {**unconditional().tensors, "alphas_cumprod": scheduler.alphas_cumprod, **mark}
+    save_file(tensors, tmp_path / "model.safetensors")
+    schedule = ud.load(tmp_path / "model.safetensors", prediction_type="v_prediction").schedule
+    expected = DDPMScheduler(**known, rescale_betas_zero_snr=is_marked or is_rescaled)
+    torch.testing.assert_close(schedule.alphas_cumprod, expected.alphas_cumprod, atol=1e-6, rtol=1e-5)
+
+
+def test_schedules_that_are_not_read_are_refused(tmp_path):
+    """One by a formula that is not known, and one whose tables contradict each other."""
+    cosine = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    linear = DDPMScheduler(beta_start=1e-4, beta_end=0.02)
+    for tables in ({"alphas_cumprod": cosine}, {"betas": linear.betas, "alphas_cumprod": cosine}):
+        save_file({**unconditional().tensors, **tables}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"the noise schedule in .*model.safetensors must have even betas"):
+            ud.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("table", ["betas", "alphas_cumprod"])
+def test_upscaler_whose_small_images_are_noised_otherwise_is_refused(tmp_path, tokenizer, table):
+    made = x4_upscaler()
+    for end in (0.02, 0.012):
+        scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=1e-4, beta_end=end)
+        tensors = {**made.tensors, f"low_scale_model.{table}": TABLES[table](scheduler)}
+        save_file(tensors, tmp_path / f"{end}.safetensors")
+    ud.load(tmp_path / "0.02.safetensors", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"tables low_scale_model.* must be those .* upscaler"):
+        ud.load(tmp_path / "0.012.safetensors", tokenizer=tokenizer)
 
 
 def test_half_precision_is_read_as_float32(tmp_path):
@@ -313,15 +410,52 @@ def test_unknown_layout_is_refused_with_the_nearest_one(make, message, tmp_path,
         (sd1, {}, r"tokenizer must name the folder of CLIP's tokenizer"),
         (sd2, {"tokenizer": "tokenizer"}, r"prediction_type must be given .* epsilon for the models of 512"),
         (classes, {}, r"num_heads or head_channels must be given for latent diffusion by classes"),
+        (classes, {"num_heads": 1}, r"num_classes must be given for .* 10 or 11: its embedding has 11 rows"),
+        (classes, {"num_heads": 1, "num_classes": 12}, r"num_classes must be given for .* 10 or 11.* got 12"),
+        (sd2, {"tokenizer": "tokenizer", "prediction_type": "sample"}, r"image_size must be given .* predicts sample"),
         (unconditional_kl, {}, r"scaling_factor must be given for .* has no scale_factor"),
     ],
 )
 def test_what_differs_between_models_is_asked_for(make, told, message, tmp_path, tokenizer):
     tensors = {key: value for key, value in make().tensors.items() if key != "scale_factor"}
     save_file(tensors, tmp_path / "model.safetensors")
-    told = {key: tmp_path / value for key, value in told.items()}
+    told = {key: tmp_path / value if key == "tokenizer" else value for key, value in told.items()}
     with pytest.raises(ValueError, match=message):
         ud.load(tmp_path / "model.safetensors", **told)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"scaling_factor": 0}, r"scaling_factor must be above 0, got 0; leave it out"),
+        ({"scaling_factor": -0.18}, r"scaling_factor must be above 0, got -0.18"),
+        ({"scaling_factor": float("nan")}, r"scaling_factor must be above 0, got nan"),
+        ({"image_size": 0}, r"image_size must be at least 1, got 0"),
+        ({"num_heads": 2, "head_channels": 32}, r"num_heads and head_channels both set .* 2 and 32; give one"),
+        ({"head_channels": 24}, r"head_channels must divide the width of every level with attention, got 24 for 64"),
+        ({"prediction_type": "noise"}, r"prediction_type must be one of epsilon, sample, v_prediction, got 'noise'"),
+        (
+            {"num_classes": 10},
+            r"num_classes is for other layouts, .* without conditions; leave it out",
+        ),
+        ({"tokenizer": "here"}, r"tokenizer is for other layouts, and .* leave it out"),
+    ],
+)
+def test_what_a_user_says_of_a_file_is_used_or_refused(told, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ud.load(saved(unconditional, tmp_path).file, **told)
+
+
+def test_head_channels_that_do_not_divide_are_named(tmp_path):
+    made = saved(sd1, tmp_path)
+    with pytest.raises(ValueError, match=r"head_channels must divide .* got 24 for 32"):
+        ud.load(made.file, **made.told, head_channels=24)
+
+
+def test_scale_of_a_file_must_be_above_0(tmp_path):
+    save_file({**unconditional_kl().tensors, "scale_factor": torch.tensor(0.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"scale_factor in .*model.safetensors must be above 0, got 0"):
+        ud.load(tmp_path / "model.safetensors")
 
 
 def test_options_for_a_file_are_refused_for_a_folder(tmp_path):
@@ -374,7 +508,7 @@ def test_imported_file_draws_and_is_exported_as_itself(tmp_path, tokenizer, run_
 
 
 def test_model_of_classes_draws_them(tmp_path):
-    save_file(classes().tensors, tmp_path / "model.safetensors")
-    denoiser = ud.load(tmp_path / "model.safetensors", num_heads=1, image_size=16)
+    made = saved(classes, tmp_path)
+    denoiser = ud.load(made.file, **made.told, image_size=16)
     images = denoiser.sample(2, labels=[1, 2], guidance_scale=2.0, num_inference_steps=2)
     assert images.shape == (2, 3, 16, 16)

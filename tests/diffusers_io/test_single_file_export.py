@@ -5,12 +5,12 @@ import torch
 from denoisers import text_denoiser
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
-from single_files import LAYOUTS, UNET, saved, sd1, tiny_vae, unconditional
+from single_files import LAYOUTS, UNET, classes, saved, sd1, tiny_vae, unconditional
 
 import unet_diffusion as ud
-from unet_diffusion.diffusers_io.single_file.exporting import untold_by
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import LatentSpace
 from unet_diffusion.runtime.pixel_values import PixelValues
 
@@ -54,8 +54,7 @@ def test_export_is_imported_as_the_denoiser_that_it_was(made, tmp_path):
     denoiser = ud.load(made.file, **{**made.told, "image_size": 16})
     denoiser.schedule = NoiseSchedule(500, "linear", beta_start=2e-4, beta_end=0.01)
     denoiser.export(tmp_path / "again.safetensors")
-    said = {name: value for name, value in vars(untold_by(denoiser)).items() if value is not None}
-    again = ud.load(tmp_path / "again.safetensors", **said, tokenizer=made.told.get("tokenizer"))
+    again = ud.load(tmp_path / "again.safetensors", tokenizer=made.told.get("tokenizer"))
     assert again.schedule.config == denoiser.schedule.config
     assert again.image_shape == (3, 16, 16)
     assert again.codec.space.std == pytest.approx(denoiser.codec.space.std)
@@ -79,8 +78,12 @@ def test_moments_of_latents_are_absorbed_by_the_autoencoder(tmp_path):
 def test_autoencoder_is_exported_alone(kind, tmp_path):
     tiny_vae(kind, attended=True).save_pretrained(tmp_path / "vae")
     original = ud.load(tmp_path / "vae")
+    original.image_shape, original.latent_std = (3, 32, 32), 4.0
     original.export(tmp_path / "vae.safetensors")
-    weights = ud.load(tmp_path / "vae.safetensors").autoencoder.state_dict()
+    again = ud.load(tmp_path / "vae.safetensors")
+    assert (again.image_shape, again.autoencoder.config["scaling_factor"]) == ((3, 32, 32), 0.25)
+    assert LatentCodec(tmp_path / "vae.safetensors").sample_shape((3, 16, 16)) == (4, 8, 8)
+    weights = again.autoencoder.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in original.autoencoder.state_dict().items())
 
 
@@ -89,12 +92,41 @@ def test_command_says_how_the_file_is_imported(tmp_path, run_cli):
     assert run_cli("import", made.file, tmp_path / "imported.ckpt", "--image_size", "16")[0] == 0
     status, out, err = run_cli("export", tmp_path / "imported.ckpt", tmp_path / "again.safetensors")
     assert status == 0, err
-    options = out.split("CHECKPOINT ")[1].split()
-    assert options == ["--prediction_type", "epsilon", "--image_size", "16", "--head_channels", "32"]
-    status, _, err = run_cli("import", tmp_path / "again.safetensors", tmp_path / "second.ckpt", *options)
+    assert out.strip().endswith(f"import {tmp_path / 'again.safetensors'} CHECKPOINT")
+    status, out, err = run_cli("import", tmp_path / "again.safetensors", tmp_path / "second.ckpt")
     assert status == 0, err
+    assert "images of 16 pixels, heads of 32 channels" in out
     status, _, err = run_cli("export", tmp_path / "second.ckpt", tmp_path / "again.safetensors", "--overwrite")
     assert status == 0, err
+
+
+@pytest.mark.parametrize("num_classes", [10, 11])
+def test_classes_keep_their_names_and_their_null(num_classes, tmp_path):
+    """Of 11 rows, the last is the null, or none is; a row of our own that is not used is not written."""
+    made = saved(classes, tmp_path)
+    denoiser = ud.load(made.file, **{**made.told, "num_classes": num_classes}, image_size=16)
+    denoiser.class_names = [f"class {number}" for number in range(num_classes)]
+    denoiser.export(tmp_path / "again.safetensors")
+    assert len(load_file(tmp_path / "again.safetensors")["cond_stage_model.embedding.weight"]) == 11
+    again = ud.load(tmp_path / "again.safetensors")
+    assert again.class_names == denoiser.class_names
+    assert again.conditions[0].has_null == (num_classes == 10)
+
+
+def test_captions_without_a_null_come_back_without_it(tmp_path):
+    made = saved(sd1, tmp_path)
+    denoiser = ud.load(made.file, **made.told, image_size=16)
+    denoiser.conditions[0].dropout = 0.0
+    denoiser.export(tmp_path / "again.safetensors")
+    assert not ud.load(tmp_path / "again.safetensors", **made.told).conditions[0].has_null
+
+
+@pytest.mark.parametrize("settings", ["no JSON", "[1]", '{"image_size": "16"}', '{"other": 1}'])
+def test_damaged_settings_in_metadata_are_refused(settings, tmp_path):
+    made = saved(unconditional, tmp_path)
+    save_file(made.tensors, made.file, {"unet_diffusion": settings})
+    with pytest.raises(ValueError, match=r"metadata of .*model.safetensors .*export it again"):
+        ud.load(made.file)
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
@@ -113,13 +145,16 @@ def test_other_files_are_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "message"),
-    [(NoiseSchedule(100, "squaredcos_cap_v2"), r"the betas in .* must be even")],
+    "schedule",
+    [
+        NoiseSchedule(100, "squaredcos_cap_v2"),
+        NoiseSchedule(1000, "linear", prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    ],
 )
-def test_schedule_that_a_file_cannot_hold_is_refused(schedule, message, tmp_path):
+def test_schedule_that_a_file_cannot_hold_is_refused(schedule, tmp_path):
     denoiser = ud.load(saved(unconditional, tmp_path).file)
     denoiser.schedule = schedule
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"holds a noise schedule as tables, .*'beta_schedule': .*; export a folder"):
         denoiser.export(tmp_path / "again.safetensors")
     assert not list(tmp_path.glob("*again*")) + list(tmp_path.glob(".*again*"))
 

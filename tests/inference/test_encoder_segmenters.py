@@ -14,6 +14,7 @@ from unet_diffusion.models.encoder_unet import EncoderUNet
 smp = pytest.importorskip("segmentation_models_pytorch")
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402  # it comes with the library
 
+SMALL_OF_TIMM = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
 SMALL = {"encoder_depth": 3, "decoder_channels": (16, 8, 8), "encoder_weights": None}
 
 
@@ -71,12 +72,17 @@ def test_normalization_of_images_needs_three_channels(tmp_path):
 def test_other_networks_of_the_library_are_refused(tmp_path):
     saved(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "_model_class": "Linknet"}))
-    with pytest.raises(ValueError, match=r"must be of a Unet without activation and aux_params, got Linknet"):
-        ud.load(tmp_path, normalization="unit")
-    (tmp_path / "config.json").write_text(json.dumps({**config, "decoder_channels": [16, 8, 4]}))
-    with pytest.raises(ValueError, match=r"the weights in .* do not fit its config.json"):
-        ud.load(tmp_path, normalization="unit")
+    for change, message in (
+        ({"_model_class": "Linknet"}, r'_model_class must be "Unet" in .*config.json, got "Linknet"; other networks'),
+        ({"activation": "sigmoid"}, r'activation must be null in .*config.json, got "sigmoid"; .* set it to null'),
+        ({"aux_params": {"classes": 2}}, r"aux_params must be null in .*, got .*classes.*; save the network without"),
+        ({"encoder_name": "resnet19"}, r"encoder_name must be one of .*, got 'resnet19'; did you mean resnet1"),
+        ({"encoder_name": "tu-resnet1"}, r"encoder_name must be one of .*, got 'tu-resnet1'; did you mean tu-resnet"),
+        ({"decoder_channels": [16, 8, 4]}, r"the weights in .* do not fit its config.json"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            ud.load(tmp_path, normalization="unit")
 
 
 def test_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
@@ -84,6 +90,10 @@ def test_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch", None)
     with pytest.raises(ImportError, match=r"pip install unet-diffusion\[encoders\]"):
         ud.load(tmp_path, normalization="unit")
+
+
+def test_encoder_of_timm_is_built():
+    assert EncoderUNet(3, 2, "tu-mobilenetv3_small_050", options=SMALL_OF_TIMM).size_step == 8
 
 
 def test_encoder_that_a_server_would_be_asked_for_is_refused():

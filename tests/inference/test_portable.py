@@ -10,11 +10,13 @@ from PIL import Image
 
 import unet_diffusion as ud
 from unet_diffusion.inference.portable import PortableFormat
+from unet_diffusion.inference.reading import contents_of
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.runtime.pixel_values import PixelValues
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
 pytestmark = pytest.mark.slow
 
 FORMATS: tuple[PortableFormat, ...] = ("onnx", "torch")
@@ -46,6 +48,20 @@ def test_segmenter_computes_at_any_batch_and_size(tmp_path, format, padding):
         x = torch.randn(batch, 1, trained.unet.next_size(height), trained.unet.next_size(width))
         with torch.no_grad():
             torch.testing.assert_close(computed(tmp_path / "out", "segmenter", {"x": x}), trained.unet(x), **TOLERANCE)
+
+
+def test_contents_of_onnx_are_those_of_its_weights_too(tmp_path):
+    """Weights of more than 2 GB lie in a file of their own; here small ones do."""
+    segmenter(padding="same").export(tmp_path / "out", format="onnx")
+    file, weights = tmp_path / "segmenter.onnx", tmp_path / "segmenter.onnx.data"
+    model = onnx.load(tmp_path / "out" / "segmenter.onnx")
+    onnx.save_model(model, file, save_as_external_data=True, location=weights.name, size_threshold=100)
+    before = contents_of(ud.load(file))
+    assert contents_of(ud.load(file)) == before
+    changed = bytearray(weights.read_bytes())
+    changed[0] ^= 1
+    weights.write_bytes(changed)
+    assert contents_of(ud.load(file)) != before
 
 
 def test_segment_runs_from_onnx_and_knows_the_margin(tmp_path, run_cli):

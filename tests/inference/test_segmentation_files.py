@@ -1,10 +1,12 @@
 """Segmenters in files of the layout inc, down, up, outc, beside a network of these names that is written here."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from denoisers import randomise
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import unet_diffusion as ud
@@ -135,6 +137,14 @@ def without_norm(weights):
     return {key: value for key, value in weights.items() if "running" not in key}
 
 
+def with_other_names(weights):
+    return {key.replace(".double_conv", ".conv"): value for key, value in weights.items()}
+
+
+def without_an_end(weights):
+    return {key: value for key, value in weights.items() if not key.startswith("outc")}
+
+
 def with_more(weights):
     return {**weights, "attention.weight": torch.ones(1)}
 
@@ -147,6 +157,8 @@ def with_a_hole(weights):
     ("change", "message"),
     [
         (without_norm, r"must have batch norm after each convolution"),
+        (with_other_names, r"has the layout inc, down, up, outc, but lacks inc.double_conv.0.weight"),
+        (without_an_end, r"has the layout inc, down, up, outc, but lacks outc.conv.weight"),
         (with_more, r"has the layout inc, down, up, outc, but .*attention.weight"),
         (with_a_hole, r"has the layout inc, down, up, outc, but .*up_blocks.1"),
     ],
@@ -166,3 +178,57 @@ def test_options_of_denoisers_are_refused(tmp_path):
 def test_bilinear_upsampling_needs_two_equal_widths():
     with pytest.raises(ValueError, match=r"the last two channels must be equal for bilinear upsampling, got \[4, 8\]"):
         ud.SegmentationUNet(1, 2, channels=(4, 8), padding="same", upsampling="bilinear")
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+@pytest.mark.parametrize("classes", [2, 5])
+@torch.no_grad()
+def test_exported_file_is_that_of_the_layout(bilinear, classes, tmp_path, run_cli):
+    net = tiny(bilinear=bilinear, classes=classes, bias=True)
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    segmenter = replace(ud.load(tmp_path / "net.safetensors", image_size=64), threshold=0.4, min_size=3)
+    if classes == 5:
+        segmenter = replace(segmenter, class_names=["ground", "road", "car", "tree", "sky"])
+    segmenter.save(tmp_path / "net.ckpt")
+    status, out, err = run_cli("export", tmp_path / "net.ckpt", tmp_path / "again.safetensors")
+    assert status == 0, err
+    assert "read again, they are the same" in out
+    exported = load_file(tmp_path / "again.safetensors")
+    assert exported.keys() == net.state_dict().keys()
+    assert all(torch.equal(exported[key], value) for key, value in net.state_dict().items())
+    again = ud.load(tmp_path / "again.safetensors")
+    assert again.record() | {"settings": {}} == segmenter.record() | {"settings": {}}
+
+
+def unlike_the_layout() -> dict[str, tuple[ud.Segmenter, str]]:
+    names = ["background", "foreground"]
+    plain = {"padding": "same", "norm": "batch", "channels": (4, 8)}
+
+    def binary(unet, **fields):
+        return ud.Segmenter(unet, **{"kind": "binary", "class_names": names, "timestep": None, "stretch": False,
+                                     "window_size": 32, **fields})  # fmt: skip
+
+    fitting = ud.SegmentationUNet(1, 2, unit_range=True, **plain)
+    return {
+        "range": (binary(ud.SegmentationUNet(1, 2, **plain)), "network with unit_range True, got False"),
+        "norm": (binary(ud.SegmentationUNet(1, 2, unit_range=True, padding="same")), "norm batch, got None"),
+        "stretch": (binary(fitting, stretch=True), "not stretched"),
+        "objects": (
+            binary(ud.SegmentationUNet(1, 4, unit_range=True, **plain), kind="instances", class_names=[*names, "edge"]),
+            "of kind instances gives 4 maps",
+        ),
+    }
+
+
+@pytest.mark.parametrize("why", unlike_the_layout())
+def test_segmenter_that_the_layout_cannot_hold_is_refused(why, tmp_path):
+    segmenter, words = unlike_the_layout()[why]
+    with pytest.raises(ValueError, match=rf"{words}.*; export a folder"):
+        segmenter.export(tmp_path / "file.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_network_without_python_is_no_file_of_weights(tmp_path):
+    segmenter, _ = unlike_the_layout()["range"]
+    with pytest.raises(ValueError, match="format onnx makes a folder"):
+        segmenter.export(tmp_path / "file.safetensors", format="onnx")

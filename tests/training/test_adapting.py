@@ -12,12 +12,14 @@ from denoisers import CAPTIONS, WIDTH, WORDS, save_stable_diffusion, shorten
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import unet_diffusion as ud
 import unet_diffusion.data as ud_data
 from unet_diffusion.diffusers_io.adapter_files import LORA_FILE
 from unet_diffusion.diffusers_io.values_file import write_values
+from unet_diffusion.diffusion.adapters.adapter import TrainedAdapter
 from unet_diffusion.diffusion.sampling import build_scheduler, image_generators
 from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.training.adapting import AdapterModule
@@ -239,6 +241,46 @@ def test_missing_and_changed_bases_are_named(fit, base, tmp_path, run_cli):
                              "--trainer.max_steps", "5")  # fmt: skip
     assert status != 0
     assert "base was" in err
+
+
+def damage(folder: Path) -> None:
+    """Make the change in a file smaller, as a scale that is lost would."""
+    file = folder / LORA_FILE
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({name: value * 0.7 for name, value in load_file(file).items()}, file, metadata)
+
+
+def test_adapter_is_read_again_before_it_gets_its_name(fit, tmp_path, monkeypatch):
+    denoiser = ud.load(fit("lora", *LORA, "--model.adapter.text_encoder", "true"))
+    denoiser.export(tmp_path / "adapter", format="adapter")
+    write = ud.LoRA.save_pretrained
+
+    def write_wrongly(self, unet, weights, folder):
+        write(self, unet, weights, folder)
+        damage(folder)
+
+    monkeypatch.setattr(ud.LoRA, "save_pretrained", write_wrongly)
+    with pytest.raises(RuntimeError, match="must be read as it was written"):
+        denoiser.export(tmp_path / "damaged", format="adapter")
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_error_of_the_last_export_of_a_run_is_not_hidden(fit, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("the disk has a hole")
+
+    monkeypatch.setattr(ud.LoRA, "save_pretrained", broken)
+    with pytest.raises(AssertionError, match="the disk has a hole"):
+        fit("lora", *LORA)
+
+
+def test_adapter_that_no_pipeline_loads_is_exported_whole(tmp_path, tiny_unet):
+    unet = ud.DenoiserUNet(3, (8, 16), attention_levels=(1,), norm_num_groups=4)
+    denoiser = ud.Denoiser(unet, ud.NoiseSchedule(), (3, 8, 8))
+    denoiser.adapter = TrainedAdapter(ud.LoRA(), {})
+    with pytest.raises(ValueError, match=r"only pipelines of captions to latents load an adapter .* export the whole"):
+        denoiser.export(tmp_path / "adapter", format="adapter")
 
 
 def test_adapter_is_no_base(fit, tmp_path):

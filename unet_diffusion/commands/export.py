@@ -118,15 +118,6 @@ def _check_push(folder: Path, format: str, name: str | None, licence: str | None
 
 
 def _how_to_import(model: "Denoiser | Segmenter | Autoencoder", file: Path) -> str:
-    """The command that imports a file, with all that its weights do not say."""
-    from unet_diffusion.inference.denoiser import Denoiser
-
-    command = f"It is read by: unet-diffusion import {file} CHECKPOINT"
-    if not isinstance(model, Denoiser):
-        return command
-    from unet_diffusion.diffusers_io.single_file.exporting import untold_by
-
-    said = {name: value for name, value in vars(untold_by(model)).items() if value is not None}
-    if any(condition.batch_key == "captions" for condition in model.all_conditions):
-        said["tokenizer"] = "DIR"
-    return f"{command} {' '.join(f'--{name} {value}' for name, value in said.items())}"
+    """The command that imports a file."""
+    takes_captions = any(condition.batch_key == "captions" for condition in getattr(model, "all_conditions", ()))
+    return f"It is read by: unet-diffusion import {file} CHECKPOINT{' --tokenizer DIR' if takes_captions else ''}"

@@ -21,6 +21,7 @@ def import_pipeline(
     num_heads: int | None = None,
     head_channels: int | None = None,
     scaling_factor: float | None = None,
+    num_classes: int | None = None,
     normalization: Normalization | None = None,
     revision: str | None = None,
 ) -> None:
@@ -50,6 +51,7 @@ def import_pipeline(
         num_heads: The number of attention heads of a network in a file.
         head_channels: The channels of each attention head of a network in a file, in place of num_heads.
         scaling_factor: The factor that brings the latents of a model in a file to unit variance.
+        num_classes: The number of classes of a model of classes in a file; one row more of its embedding is the null.
         normalization: What a network of segmentation_models_pytorch was trained on: "unit" for images in [0, 1],
             "imagenet" for these normalised by ImageNet's mean and deviation.
         revision: The branch, tag or commit of a model on the hub.
@@ -83,6 +85,7 @@ def import_pipeline(
         num_heads=num_heads,
         head_channels=head_channels,
         scaling_factor=scaling_factor,
+        num_classes=num_classes,
         normalization=normalization,
         revision=revision,
     )

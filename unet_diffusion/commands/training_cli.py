@@ -325,10 +325,12 @@ class TrainingCLI(OpenCLI):
         if self.task == "segment":
             return f"logs/; to segment: unet-diffusion segment {folder} IMAGES --output DIR"
         if self.task == "adapt":
-            try:
-                self.model.trained.export(folder / "adapter", format="adapter", overwrite=True)
-            except ValueError:  # diffusers has no pipeline that loads it, as export says to whoever asks
-                return f"logs/; to draw images: unet-diffusion sample {folder} --output DIR"
+            from unet_diffusion.diffusers_io.adapter_files import why_adapter_not_exported
+
+            adapted = self.model.trained
+            if why_adapter_not_exported(adapted):  # export says it to whoever asks for an adapter
+                return self._how_to_sample(folder)
+            adapted.export(folder / "adapter", format="adapter", overwrite=True)
             return "adapter/, which the base's pipeline of diffusers loads"
         from unet_diffusion.diffusers_io.exporting import why_not_exported
 
@@ -338,10 +340,13 @@ class TrainingCLI(OpenCLI):
         # A network that is shared out over processes is whole in its checkpoint only.
         trained = read_denoiser(folder / CHECKPOINTS / LAST) if self.model.is_sharded else self.model.trained
         if why_not_exported(trained):  # export says it to whoever asks for a pipeline
-            allowed = "".join(f" --allow {module}" for module in self.modules)
-            return f"logs/; to draw images: unet-diffusion sample {folder}{allowed} --output DIR"
+            return self._how_to_sample(folder)
         trained.export(folder / "pipeline", overwrite=True)
         return "pipeline/, which diffusers loads"
+
+    def _how_to_sample(self, folder: Path) -> str:
+        allowed = "".join(f" --allow {module}" for module in self.modules)
+        return f"logs/; to draw images: unet-diffusion sample {folder}{allowed} --output DIR"
 
 
 class BuildOnly(TrainingCLI):

@@ -3,23 +3,28 @@
 import copy
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.exporting import to_diffusers
+from unet_diffusion.diffusion.adapters.adapter import Adapter, merge_trained
 from unet_diffusion.diffusion.adapters.lora import merge_layers, peft_package
 from unet_diffusion.diffusion.adapters.textual_inversion import FILE as WORD_FILE
 from unet_diffusion.diffusion.adapters.textual_inversion import put_word, text_of
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder
 from unet_diffusion.runtime.messages import in_words
 
 StrPath = str | os.PathLike[str]
 
+ROUNDING = 1e-5  # of weights of order 1
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name in a folder
 
 
@@ -33,19 +38,65 @@ def export_adapter(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = F
 
     Raises:
         FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
-        ValueError: If the denoiser has no adapter, or no pipeline of diffusers loads it.
+        ValueError: If the denoiser has no adapter, or no pipeline of diffusers loads it (see
+            `why_adapter_not_exported`).
+        RuntimeError: If the folder gives another change than the adapter when it is read.
     """
-    if parts.adapter is None:
-        raise ValueError("the denoiser was trained whole and has no adapter; export the pipeline")
+    if reason := why_adapter_not_exported(parts):
+        raise ValueError(reason)
+    assert parts.adapter is not None
     folder = Path(folder).resolve()
     check_replaceable(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         parts.adapter.adapter.save_pretrained(parts.unet, parts.adapter.weights, partial)
+        _check_same(parts, partial)
         put_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def why_adapter_not_exported(parts: DenoiserParts) -> str | None:
+    """The reason why no pipeline of diffusers loads the adapter of a denoiser, and what to do; None if one does."""
+    if parts.adapter is None:
+        return "the denoiser was trained whole and has no adapter; export the pipeline"
+    kind = type(parts.adapter.adapter)
+    if kind.save_pretrained is Adapter.save_pretrained:
+        return f"{kind.__name__} does not define save_pretrained(); export the whole pipeline, which includes it"
+    takes_captions = any(condition.pipeline_role in ("prompt", "xl_prompt") for condition in parts.all_conditions)
+    if not takes_captions or not isinstance(parts.codec, LatentCodec):
+        return ("only pipelines of captions to latents load an adapter of diffusers; export the whole pipeline, which "
+                "includes it")  # fmt: skip
+    return None
+
+
+def _check_same(parts: DenoiserParts, folder: Path) -> None:
+    """Read the adapter in a folder and compare what it does with the adapter itself; other formats are not read."""
+    assert parts.adapter is not None
+    adapter, weights, whole = parts.adapter.adapter, parts.adapter.weights, parts.merged()
+    if (folder / WORD_FILE).is_file():
+        ((word, vector),) = load_file(folder / WORD_FILE).items()
+        (ours,) = weights.values()
+        is_same = word == adapter.config["placeholder_token"] and torch.equal(vector.flatten(), ours.cpu())
+    elif (folder / LORA_FILE).is_file():  # it is put onto the same weights, once by diffusers and once by itself
+        read, expected = (
+            replace(whole, unet=copy.deepcopy(whole.unet).cpu(), conditions=copy.deepcopy(whole.conditions).cpu())
+            for _ in range(2)
+        )
+        merge_lora(read, folder)
+        adapter.attach(expected.unet, expected.conditions)
+        merge_trained(adapter, weights, expected.unet, expected.conditions)
+        is_same = all(
+            torch.allclose(value, ours.state_dict()[name], rtol=ROUNDING, atol=ROUNDING)
+            for ours, theirs in ((expected.unet, read.unet), (expected.conditions, read.conditions))
+            for name, value in theirs.state_dict().items()
+            if not name.endswith("_extra_state")
+        )
+    else:
+        is_same = True
+    if not is_same:
+        raise RuntimeError("the adapter must be read as it was written, and is not; nothing was exported")
 
 
 def merge_lora(parts: DenoiserParts, path: StrPath, *, scale: float = 1.0) -> None:

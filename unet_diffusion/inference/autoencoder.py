@@ -94,8 +94,8 @@ class Autoencoder(Running):
         """Write a folder or file that needs this package no more.
 
         Args:
-            folder: The folder to make; or one .safetensors file in the layout of latent diffusion, by its suffix, which
-                has no scale of latents. It appears whole or not at all.
+            folder: The folder to make; or one .safetensors file in the layout of latent diffusion, by its suffix. It
+                appears whole or not at all.
             format: "pipeline": an autoencoder of diffusers, with the latents' scale if it is known. "onnx" and
                 "torch": the decoder, for ONNX and by torch.export, for any batch and size.
             overwrite: Replace the folder, if everything in it was exported there, or the file.
@@ -114,7 +114,13 @@ class Autoencoder(Running):
             from unet_diffusion.diffusers_io.single_file.exporting import check_values, export_autoencoder_file
 
             check_values(self.values)
-            export_autoencoder_file(self.autoencoder, folder, overwrite=overwrite)
+            export_autoencoder_file(
+                self.autoencoder,
+                folder,
+                image_shape=self.image_shape,
+                latent_std=self.latent_std,
+                overwrite=overwrite,
+            )
             return
         from unet_diffusion.diffusers_io.exporting import export_autoencoder
 

@@ -1,5 +1,6 @@
 """Segmenters in folders that `save_pretrained` of segmentation_models_pytorch's Unet wrote."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,12 @@ KIND = "_model_class"  # field of config.json in which the package names the cla
 WEIGHTS = "model.safetensors"
 # Of images in [0, 1], by which torchvision and timm normalise for nearly all of their encoders.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RULES = {  # field of config.json -> its only value that is read, and what to do about another
+    KIND: ("Unet", "other networks of the package are not read"),
+    "activation": (None, "if it is the sigmoid of one score or the softmax of several, set it to null: the weights are "
+                         "the same, and probabilities are made of the scores before it"),
+    "aux_params": (None, "save the network without its head for classification"),
+}  # fmt: skip
 HEAD = ("segmentation_head.0.weight", "segmentation_head.0.bias")
 SAID_OTHERWISE = (KIND, "in_channels", "classes", "encoder_name", "encoder_weights", "activation", "aux_params")
 
@@ -49,8 +56,9 @@ def encoder_segmenter(
     """
     path = folder / "config.json"
     config = read_json(path)
-    if config[KIND] != "Unet" or config.get("activation") is not None or config.get("aux_params") is not None:
-        raise ValueError(f"{path} must be of a Unet without activation and aux_params, got {config[KIND]}")
+    for name, (rule, fix) in RULES.items():
+        if config.get(name) != rule:
+            raise ValueError(f"{name} must be {json.dumps(rule)} in {path}, got {json.dumps(config.get(name))}; {fix}")
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} must hold {WEIGHTS}, and does not; save_pretrained writes it")
     weights = load_file(folder / WEIGHTS)

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from unet_diffusion.diffusers_io.segmenter_folder import holds_segmenter as holds_segmenter_folder
+from unet_diffusion.diffusers_io.single_file.untold import Untold
 from unet_diffusion.diffusion.schedule import PredictionType
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
@@ -13,7 +13,7 @@ from unet_diffusion.inference.encoder_segmenters import Normalization, encoder_s
 from unet_diffusion.inference.onnx_segmenter import onnx_file
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, read_segmenter
 from unet_diffusion.inference.record import KINDS, checkpoint_file, is_checkpoint, kind_of
-from unet_diffusion.inference.segmentation_files import holds_segmenter, segmenter_of
+from unet_diffusion.inference.segmentation_files import segmenter_of
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.hub import download, is_hub_name
 from unet_diffusion.runtime.safe_loading import load_plain
@@ -32,6 +32,7 @@ def load(
     num_heads: int | None = None,
     head_channels: int | None = None,
     scaling_factor: float | None = None,
+    num_classes: int | None = None,
     normalization: Normalization | None = None,
     revision: str | None = None,
 ) -> Denoiser | Segmenter | Autoencoder:
@@ -55,6 +56,7 @@ def load(
         num_heads: Number of attention heads.
         head_channels: Channels of each attention head, in place of num_heads.
         scaling_factor: Factor that brings the latents to unit variance.
+        num_classes: Number of classes of a denoiser of classes; one row more of their embedding is the null.
         normalization: What a network of segmentation_models_pytorch was trained on, which its folder does not say:
             "unit" for images in [0, 1], "imagenet" for these normalised by ImageNet's mean and deviation.
         revision: Branch, tag or commit of a model on the hub; None: the main branch.
@@ -64,21 +66,11 @@ def load(
         ValueError: If the model cannot be read, is damaged, is not of this package, or something must be given that
             its weights do not say.
     """
+    told = Untold(tokenizer, prediction_type, image_size, num_heads, head_channels, scaling_factor, num_classes)
     if is_hub_name(path):
         path = download(path, revision)
     elif revision is not None:
         raise ValueError(f"revision is for a model on the hub, and {path} is here; leave it out")
-    told = {
-        "tokenizer": tokenizer,
-        "prediction_type": prediction_type,
-        "image_size": image_size,
-        "num_heads": num_heads,
-        "head_channels": head_channels,
-        "scaling_factor": scaling_factor,
-    }
-    for name, value in (("image_size", image_size), ("num_heads", num_heads), ("head_channels", head_channels)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     if Path(path).is_dir() and holds_encoder_unet(Path(path)):
         _check_told(told, ("image_size",), path)
         return encoder_segmenter(Path(path), normalization=normalization, window_size=image_size)
@@ -130,30 +122,28 @@ def is_single_file(path: StrPath) -> bool:
     return isinstance(content, dict) and not any(isinstance(content.get(kind), dict) for kind in KINDS)
 
 
-def _check_told(told: dict[str, Any], allowed: tuple[str, ...], path: StrPath) -> None:
+def _check_told(told: Untold, allowed: tuple[str, ...], path: StrPath) -> None:
     """Refuse what a user says of a model that says it itself, or does not have it."""
-    if given := [name for name, value in told.items() if value is not None and name not in allowed]:
+    if given := [name for name in told.given() if name not in allowed]:
         raise ValueError(f"{given[0]} is for another program's weights in one file that do not say it, and {path} "
                          "needs none; leave it out")  # fmt: skip
 
 
-def _from_single_file(
-    file: Path, autoencoder: StrPath | None, told: dict[str, Any]
-) -> Denoiser | Segmenter | Autoencoder:
-    from unet_diffusion.diffusers_io.single_file.importing import Untold, import_single_file
+def _from_single_file(file: Path, autoencoder: StrPath | None, told: Untold) -> Denoiser | Segmenter | Autoencoder:
+    from unet_diffusion.diffusers_io.single_file.importing import import_single_file
     from unet_diffusion.diffusers_io.single_file.layouts import holds_unet
-    from unet_diffusion.models.autoencoders import pretrained_autoencoder
-    from unet_diffusion.models.single_file import RESOLUTION, holds_autoencoder
+    from unet_diffusion.models.segmentation_file import holds_segmentation_unet
+    from unet_diffusion.models.single_file import RESOLUTION, autoencoder_in, holds_autoencoder, read_settings
     from unet_diffusion.runtime.tensor_files import read_tensors
 
     tensors = read_tensors(file)
-    if holds_unet(tensors) or not (holds_segmenter(tensors) or holds_autoencoder(tensors)):
-        return Denoiser(**vars(import_single_file(file, Untold(**told), autoencoder=autoencoder)))
+    if holds_unet(tensors) or not (holds_segmentation_unet(tensors) or holds_autoencoder(tensors)):
+        return Denoiser(**vars(import_single_file(tensors, file, told, autoencoder=autoencoder)))
     _check_told(told, ("image_size",), file)
-    if holds_segmenter(tensors):
-        return segmenter_of(tensors, file, window_size=told["image_size"])
-    network = pretrained_autoencoder(file)
-    side = told["image_size"] or RESOLUTION
+    if holds_segmentation_unet(tensors):
+        return segmenter_of(tensors, file, settings=read_settings(file), window_size=told.image_size)
+    network = autoencoder_in(tensors, file)
+    side = told.image_size or read_settings(file).get("image_size", RESOLUTION)
     return Autoencoder(network, (network.config["in_channels"], side, side))
 
 

@@ -66,7 +66,7 @@ class OnnxNetwork(PixelNetwork):
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"{file} must have {', '.join(COUNTS)} and margin in its metadata; export it again")
         self.config = {name: self.metadata[name] for name in ("in_channels", "out_channels")}
-        self.config["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.config["sha256"] = _sha256(file)
         self.size_step, self.margin = self.metadata["size_step"], self.metadata["margin"]
         self.inputs = [one.name for one in self.session.get_inputs()]
         if "t" in self.inputs:
@@ -87,6 +87,16 @@ class OnnxNetwork(PixelNetwork):
         self.check_size(*x.shape[-2:])
         given = {"x": x.numpy()} if t is None else {"x": x.numpy(), "t": t.numpy()}
         return torch.from_numpy(self.session.run(None, given)[0])
+
+
+def _sha256(file: Path) -> str:
+    """A hash of the file, and of the weights beside it where they are too large for it."""
+    digest = hashlib.sha256()
+    for part in (file, file.with_name(f"{file.name}.data")):
+        if part.is_file():
+            with part.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 class OnnxSegmenter(Segmenter):

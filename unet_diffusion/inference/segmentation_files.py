@@ -1,113 +1,50 @@
-"""Segmenters in files of weights whose names are `inc`, `down1` ..., `up1` ... and `outc`, as many PyTorch U-Nets have.
-
-Each level is a double convolution with batch norm. Levels go up by a transposed convolution, or by bilinear
-interpolation, which has no weights. Such networks see images in [0, 1], and one score is the logit of the foreground.
-"""
+"""Segmenters in files of the layout inc, down, up, outc; see `models.segmentation_file`."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unet_diffusion.inference.segmenter import Segmenter
-from unet_diffusion.models.segmentation_unet import SegmentationUNet
-from unet_diffusion.runtime.messages import in_words
+from unet_diffusion.models.segmentation_file import segmentation_unet_of
+from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD
 
-FIRST, LAST = "inc.double_conv.0.weight", "outc.conv.weight"
-LAYERS = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}  # of a double convolution, by its number in the file
 WINDOW_SIZE = 512  # pixels, of the tiles of larger images; the network takes any size
 BINARY = ["background", "foreground"]
 
 
-def holds_segmenter(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a segmenter of this layout is among tensors by name."""
-    return FIRST in tensors and LAST in tensors
-
-
 def segmenter_of(
-    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, window_size: int | None = None
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    settings: Mapping[str, Any],
+    window_size: int | None = None,
 ) -> Segmenter:
     """The segmenter of weights of this layout, float32 on the CPU and in eval mode.
 
-    One score, or two, are background and foreground; more are classes, which are named by their numbers.
+    One score, or two, are background and foreground; more are classes. The settings of a file that was exported here
+    say more.
 
     Args:
         tensors: The tensors in a file by name.
         path: Path of the file, for errors.
-        window_size: Height and width in pixels of the tiles of larger images; None: 512.
+        settings: What the file stores beside its weights, see `models.single_file.read_settings`.
+        window_size: Height and width in pixels of the tiles of larger images; None: that of the settings, or 512.
 
     Raises:
         ValueError: If the weights are not those of such a network.
     """
-    config = _config(tensors, path)
-    unet = SegmentationUNet(**config)
-    try:
-        unet.load_state_dict(_renamed(tensors, config))
-    except RuntimeError as error:
-        raise ValueError(f"{path} has the layout inc, down, up, outc, but {in_words(error)}") from error
-    count = config["out_channels"]
-    is_binary = count == len(BINARY)
+    unet = segmentation_unet_of(tensors, path)
+    count = unet.config["out_channels"]
+    names = BINARY if count == len(BINARY) else [str(number) for number in range(count)]
     return Segmenter(
-        unet=unet.eval(),
-        kind="binary" if is_binary else "classes",
-        class_names=BINARY if is_binary else [str(number) for number in range(count)],
+        unet=unet,
+        kind=settings.get("kind", "binary" if count == len(BINARY) else "classes"),
+        class_names=settings.get("class_names", names),
         timestep=None,
         stretch=False,
-        window_size=window_size or WINDOW_SIZE,
+        window_size=window_size or settings.get("image_size", WINDOW_SIZE),
+        threshold=settings.get("threshold", THRESHOLD),
+        min_size=settings.get("min_size", MIN_SIZE),
     )
-
-
-def _config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arguments of the network, read off the shapes of its weights."""
-    if "inc.double_conv.1.running_mean" not in tensors:
-        raise ValueError(f"{path} must have batch norm after each convolution, with inc.double_conv.1.running_mean; a "
-                         "network without it is not read")  # fmt: skip
-    widths = [tensors["inc.double_conv.3.weight"].shape[0]]
-    while (value := tensors.get(f"down{len(widths)}.maxpool_conv.1.double_conv.3.weight")) is not None:
-        widths.append(value.shape[0])
-    return {
-        "in_channels": tensors[FIRST].shape[1],
-        "out_channels": max(tensors[LAST].shape[0], len(BINARY)),
-        "channels": widths,
-        "padding": "same",
-        "norm": "batch",
-        "upsampling": "transposed" if "up1.up.weight" in tensors else "bilinear",
-        "unit_range": True,
-    }
-
-
-def _renamed(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights by the names of SegmentationUNet; those that it does not have keep their names."""
-    levels = len(config["channels"]) - 1
-    places = {"inc.double_conv": "conv_in", "outc.conv": "conv_out"}
-    for number in range(1, levels + 1):
-        below = "mid_block" if number == levels else f"down_blocks.{number - 1}"
-        places[f"down{number}.maxpool_conv.1.double_conv"] = f"{below}.double_conv"
-        places[f"up{number}.conv.double_conv"] = f"up_blocks.{number - 1}.double_conv"
-        places[f"up{number}.up"] = f"up_blocks.{number - 1}.up_conv"
-    renamed: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        place = next((place for place in places if key.startswith(f"{place}.")), None)
-        if place is None:
-            renamed[key] = value
-            continue
-        inner = key.removeprefix(f"{place}.").split(".")
-        renamed[".".join([places[place], *(LAYERS.get(part, part) for part in inner)])] = value
-    return _adapted(renamed)
-
-
-def _adapted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights for a network that has the skip behind what comes from below, biases everywhere, and two scores."""
-    adapted = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
-    for key, value in weights.items():
-        if key.startswith("up_blocks.") and key.endswith(".conv1.weight"):
-            skip, below = value.float().chunk(2, dim=1)
-            adapted[key] = torch.cat([below, skip], dim=1)
-        if ".conv" in f".{key}" and key.endswith(".weight"):  # convolutions before a norm often have no bias
-            adapted.setdefault(f"{key.removesuffix('weight')}bias", torch.zeros(len(value)))
-    if len(adapted["conv_out.weight"]) == 1:  # a logit is the difference of two scores, of which one is 0
-        for key in ("conv_out.weight", "conv_out.bias"):
-            adapted[key] = torch.cat([torch.zeros_like(adapted[key]), adapted[key]])
-    return adapted

@@ -233,10 +233,11 @@ class Segmenter(Running):
         format: Literal["pipeline", "onnx", "torch"] = "pipeline",
         overwrite: bool = False,
     ) -> None:
-        """Write a folder of `save_pretrained`, or one with the network as a file that needs no Python of ours.
+        """Write a folder of `save_pretrained`, one file of weights, or the network for programs without Python.
 
         Args:
-            folder: The folder to make; it appears whole or not at all.
+            folder: The folder to make; it appears whole or not at all. A name that ends in .safetensors makes one file
+                with the names inc, down1 ..., up1 ..., outc, if the network has their layout.
             format: "pipeline" for `save_pretrained`, as diffusers has no pipeline for segmenters; "onnx", which `load`
                 and `segment` read, too; or "torch" for torch.export.
             overwrite: Replace the folder, if everything in it was exported there.
@@ -244,10 +245,15 @@ class Segmenter(Running):
         Raises:
             FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
             ImportError: If a package is missing.
-            ValueError: If the folder has the suffix of one file of weights.
+            ValueError: If one file cannot hold the segmenter.
         """
         if is_single_file_name(folder):
-            raise ValueError(f"segmenters are exported as folders, got {folder}; leave out the suffix")
+            from unet_diffusion.diffusers_io.single_file.segmenters import export_segmenter_file
+
+            if format != "pipeline":
+                raise ValueError(f"format {format} makes a folder, got {folder}; give a name without .safetensors")
+            export_segmenter_file(self.unet, self.record(), folder, overwrite=overwrite)
+            return
         if format == "pipeline":
             self.save_pretrained(folder, overwrite=overwrite)
             return

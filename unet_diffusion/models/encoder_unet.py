@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.runtime.messages import did_you_mean
 
 DEPTH = 5  # of the encoders of the package: how often they halve height and width
 
@@ -27,6 +28,7 @@ class EncoderUNet(PixelNetwork):
 
     Raises:
         ImportError: If the package is missing.
+        ValueError: If the package has no such encoder.
     """
 
     def __init__(
@@ -40,8 +42,8 @@ class EncoderUNet(PixelNetwork):
         std: Sequence[float] = (1.0,),
     ):
         super().__init__()
-        if set(encoder_name) & {":", "/"}:  # such a name makes the library ask a server
-            raise ValueError(f"encoder_name must be one of segmentation_models_pytorch's, got {encoder_name!r}")
+        package = import_segmentation_models()
+        _check_encoder_name(encoder_name, package)
         options = options or {}
         self.config = {
             "in_channels": in_channels,
@@ -51,8 +53,9 @@ class EncoderUNet(PixelNetwork):
             "mean": list(mean),
             "std": list(std),
         }
-        build = import_segmentation_models().Unet
-        self.unet = build(encoder_name, encoder_weights=None, in_channels=in_channels, classes=out_channels, **options)
+        self.unet = package.Unet(
+            encoder_name, encoder_weights=None, in_channels=in_channels, classes=out_channels, **options
+        )
         self.size_step = 2 ** options.get("encoder_depth", DEPTH)
         self.mean: Tensor
         self.std: Tensor
@@ -67,6 +70,18 @@ class EncoderUNet(PixelNetwork):
         """
         self.check_size(*x.shape[-2:])
         return self.unet(((x + 1) / 2 - self.mean) / self.std)
+
+
+def _check_encoder_name(name: str, package: Any) -> None:
+    """Refuse an encoder that the package does not know: it would ask a server for some names."""
+    import timm  # the package depends on it, and builds its networks by names with a prefix
+
+    prefix, _, model = name.partition("-")
+    is_of_timm = prefix in ("tu", "timm") and any(timm.is_model(known) for known in (model, f"tf_{model}"))
+    if name not in package.encoders.encoders and not (is_of_timm and not set(model) & {":", "/"}):
+        known = [*package.encoders.encoders, *(f"tu-{model}" for model in timm.list_models())]
+        raise ValueError(f"encoder_name must be one of segmentation_models_pytorch's, got {name!r}"
+                         f"{did_you_mean(name, known)}")  # fmt: skip
 
 
 def import_segmentation_models() -> Any:

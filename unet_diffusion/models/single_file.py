@@ -4,6 +4,7 @@ The code of Rombach et al. 2022 (https://github.com/CompVis/latent-diffusion) na
 sizes; what they do not say is the same in all published configurations: 32 groups, and images of 256 pixels.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,14 +14,30 @@ from diffusers import AutoencoderKL, VQModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
-from unet_diffusion.runtime.tensor_files import read_tensors
+from unet_diffusion.runtime.tensor_files import is_single_file_name, read_metadata, read_tensors
 
 PREFIXES = ("first_stage_model.", "vae.", "")  # of an autoencoder's weights; none where it is alone in its file
 SIGN = "decoder.conv_in.weight"  # every autoencoder has it, and no other network
 RESOLUTION = 256  # side in pixels of the images that all published autoencoders were trained on
-LEFT_OUT = re.compile(r"loss\..*|model_ema\..*|colorize")  # weights of its training
+# Weights of its training. Beside a denoiser an average (EMA) is one of them: the denoiser's latents are those of the
+# weights themselves, with which the code of latent diffusion encodes and decodes (`encode_first_stage`).
+LEFT_OUT = re.compile(r"loss\..*|model_ema\..*|colorize")
 CODEBOOK = "quantize.embedding.weight"
 LEVEL_ATTENTION = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.attn\.(\d+)\.(norm|q|k|v|proj_out)\.(weight|bias)")
+SETTINGS = "unet_diffusion"  # entry of the metadata of a file that was exported here, as JSON
+SETTING_TYPES = {
+    "prediction_type": str,
+    "image_size": int,
+    "num_heads": int,
+    "head_channels": int,
+    "scaling_factor": float,
+    "num_classes": int,
+    "class_names": list,
+    "unconditional": list,
+    "kind": str,
+    "threshold": float,
+    "min_size": int,
+}
 ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
@@ -32,16 +49,26 @@ def holds_autoencoder(tensors: Mapping[str, Tensor]) -> bool:
 def single_file_autoencoder(path: str | os.PathLike[str]) -> AutoencoderKL | VQModel:
     """Return the autoencoder in a file of the layout of latent diffusion, float32 and on the CPU.
 
-    Its scaling_factor is the one in the file; None if the file has none.
-
-    Args:
-        path: Path of a .safetensors or .ckpt file.
+    The arguments and errors are those of `autoencoder_in`.
 
     Raises:
         OSError: If the file is missing or cannot be opened.
+    """
+    return autoencoder_in(read_tensors(path), path)
+
+
+def autoencoder_in(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> AutoencoderKL | VQModel:
+    """Return the autoencoder in a file of the layout of latent diffusion, float32 and on the CPU.
+
+    Its scaling_factor is the one in the file; None if the file has none.
+
+    Args:
+        tensors: The tensors in the file by name.
+        path: Path of the .safetensors or .ckpt file.
+
+    Raises:
         ValueError: If the file has no autoencoder of this layout.
     """
-    tensors = read_tensors(path)
     if not holds_autoencoder(tensors):
         raise ValueError(f"{path} must hold an autoencoder of the layout of latent diffusion, with "
                          f"{PREFIXES[0]}{SIGN}, and has {', '.join(sorted(tensors)[:3]) or 'nothing'}")  # fmt: skip
@@ -51,8 +78,30 @@ def single_file_autoencoder(path: str | os.PathLike[str]) -> AutoencoderKL | VQM
         for key, value in tensors.items()
         if key.startswith(prefix) and not LEFT_OUT.fullmatch(name := key.removeprefix(prefix))
     }
-    scale = tensors.get("scale_factor")
+    scale = tensors.get("scale_factor", read_settings(path).get("scaling_factor"))
     return autoencoder_of(weights, path, scaling_factor=None if scale is None else float(scale))
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file that was exported here stores beside its weights, by the names of `SETTING_TYPES`.
+
+    Args:
+        path: Path of the file; other files give nothing.
+
+    Raises:
+        ValueError: If the settings are damaged.
+    """
+    text = read_metadata(path).get(SETTINGS, "{}") if is_single_file_name(path) else "{}"
+    try:
+        settings = dict(json.loads(text))
+        wrong = [name for name, value in settings.items() if not isinstance(value, SETTING_TYPES[name])]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the settings in the metadata of {path} are damaged ({error}); export it again") from error
+    if wrong:
+        kind = SETTING_TYPES[wrong[0]].__name__
+        raise ValueError(f"{wrong[0]} in the metadata of {path} must be a {kind}, got {settings[wrong[0]]!r}; export "
+                         "it again")  # fmt: skip
+    return settings
 
 
 def autoencoder_of(

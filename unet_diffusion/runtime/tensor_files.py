@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from unet_diffusion.runtime.safe_loading import load_plain
 
 SUFFIX = ".safetensors"
 NESTED = ("state_dict", "state_dict", "model_state_dict")  # entries of checkpoints that hold the weights, in turn
+PARALLEL = "module."  # begins the names of all weights of a network in DataParallel
 NETWORK, AVERAGED = "model.", "model_ema."  # prefixes of a weight and of its average, whose name has no dots
 
 
@@ -40,7 +41,27 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             content = content[name]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold tensors by name, and holds a {type(content).__name__}; it is another file")
-    return with_averages({key: value for key, value in content.items() if isinstance(value, Tensor)})
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if all(key.startswith(PARALLEL) for key in tensors):
+        tensors = {key.removeprefix(PARALLEL): value for key, value in tensors.items()}
+    return with_averages(tensors)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the metadata in the header of a .safetensors file.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If the file is damaged, or has another format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
 
 
 def with_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,4 +79,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike[str], error: SafetensorError) -> ValueError:
+    return ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again")

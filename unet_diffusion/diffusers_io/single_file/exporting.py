@@ -1,9 +1,12 @@
 """Export of denoisers and autoencoders to one file of latent diffusion or Stable Diffusion.
 
+What weights do not say stands in the metadata of the file, where other programs do not look.
+
 A file is imported again and compared with the original before it gets its name.
 """
 
 import copy
+import json
 import os
 import tempfile
 import warnings
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.exporting import normalised_autoencoder
 from unet_diffusion.diffusers_io.single_file import names
-from unet_diffusion.diffusers_io.single_file.importing import Untold, import_single_file
+from unet_diffusion.diffusers_io.single_file.importing import import_single_file
 from unet_diffusion.diffusers_io.single_file.layouts import (
     CLASSES,
     FIRST_STAGE,
@@ -31,7 +34,9 @@ from unet_diffusion.diffusers_io.single_file.layouts import (
     XL,
     Layout,
 )
+from unet_diffusion.diffusers_io.single_file.schedules import schedule_in
 from unet_diffusion.diffusers_io.single_file.text import OPEN_PREFIX, XL_PREFIX
+from unet_diffusion.diffusers_io.single_file.untold import Untold
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
@@ -40,13 +45,15 @@ from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.conditions.xl_text import XLText
 from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.latents.codec import LatentCodec
+from unet_diffusion.latents.space import MOMENTS
 from unet_diffusion.models.autoencoders import AutoencoderNetwork
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
-from unet_diffusion.models.single_file import single_file_autoencoder
+from unet_diffusion.models.single_file import SETTINGS, single_file_autoencoder
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.pixel_values import PixelValues
-from unet_diffusion.runtime.tensor_files import SUFFIX
+from unet_diffusion.runtime.tensor_files import SUFFIX, read_tensors
 
 StrPath = str | os.PathLike[str]
 METADATA = {"format": "pt", "exported_by": "unet_diffusion"}  # diffusers asks for the first
@@ -58,7 +65,7 @@ ROUNDING = 1e-6  # relative; the input of a paired image is scaled and scaled ba
 
 
 def export_single_file(parts: DenoiserParts, path: StrPath, *, overwrite: bool = False) -> None:
-    """Write a denoiser of latents to one file. What it does not hold is the tokenizer, and `untold_by` its weights.
+    """Write a denoiser of latents to one file, which holds all but the tokenizer of captions.
 
     Args:
         parts: The denoiser.
@@ -71,16 +78,15 @@ def export_single_file(parts: DenoiserParts, path: StrPath, *, overwrite: bool =
         RuntimeError: If the file gives another denoiser when it is imported.
     """
     path = Path(path)
-    _check_replaceable(path, overwrite=overwrite)
+    check_replaceable(path, overwrite=overwrite)
     layout = _layout(parts)
-    _check_expressible(parts)
+    _check_expressible(parts, layout)
     tensors, autoencoder = _tensors(parts, layout)
-    untold = untold_by(parts)
-    with _written(tensors, path) as readable:
-        _check_same(parts, readable, untold, autoencoder)
+    with written(tensors, path, _settings(parts)) as readable:
+        _check_same(parts, readable, autoencoder)
 
 
-def _check_expressible(parts: DenoiserParts) -> None:
+def _check_expressible(parts: DenoiserParts, layout: Layout) -> None:
     """Refuse what no layout of one file can say, and what would come back as something else."""
     for text in parts.conditions.modules():
         if isinstance(text, TextTokens) and text.config["context_dim"] != HEAD_WIDTH * text.config["num_heads"]:
@@ -88,6 +94,10 @@ def _check_expressible(parts: DenoiserParts) -> None:
             raise ValueError(f"heads of a text encoder must be {HEAD_WIDTH} wide in one file, got {width:g}; export a "
                              "folder")  # fmt: skip
     check_values(parts.values)
+    read = schedule_in(_tables(parts.schedule), layout, parts.schedule.prediction_type)
+    if read is None or read.config != parts.schedule.config:
+        raise ValueError(f"one file holds a noise schedule as tables, from which this one is not read again: "
+                         f"{parts.schedule.config}; export a folder")  # fmt: skip
 
 
 def check_values(values: PixelValues) -> None:
@@ -101,25 +111,53 @@ def check_values(values: PixelValues) -> None:
         raise ValueError(f"one file does not hold the value_range of images, {low:.6g} to {high:.6g}; export a folder")
 
 
-def export_autoencoder_file(autoencoder: AutoencoderNetwork, path: StrPath, *, overwrite: bool = False) -> None:
+def export_autoencoder_file(
+    autoencoder: AutoencoderNetwork,
+    path: StrPath,
+    *,
+    image_shape: tuple[int, int, int],
+    latent_std: float | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write an autoencoder to one file of latent diffusion.
 
     Args:
         autoencoder: The autoencoder.
+        image_shape: (C, H, W) of the images that the autoencoder was trained on.
+        latent_std: Standard deviation of the latents, whose inverse becomes scaling_factor; None: that of the
+            configuration, if it has any.
         path: The .safetensors file to make; it appears whole or not at all.
         overwrite: Replace the file, if it was exported.
 
     Raises:
         FileExistsError: If the file exists and overwrite is False, or if it is another file.
         RuntimeError: If the file gives another autoencoder when it is read.
+        ValueError: If the latents are normalised by more than one scale.
     """
     path = Path(path)
-    _check_replaceable(path, overwrite=overwrite)
-    with _written(names.autoencoder_weights(autoencoder), path) as readable:
-        _check_equal({"autoencoder": (autoencoder, single_file_autoencoder(readable))})
+    check_replaceable(path, overwrite=overwrite)
+    if any(autoencoder.config.get(name) is not None for name in MOMENTS):
+        raise ValueError(f"one file holds a scaling_factor, and not {' and '.join(MOMENTS)}; export a folder")
+    scale = autoencoder.config["scaling_factor"] if latent_std is None else 1 / latent_std
+    settings = {} if scale is None else {"scaling_factor": float(scale)}
+    _, height, width = image_shape
+    settings |= {"image_size": height} if height == width else {}
+    with written(names.autoencoder_weights(autoencoder), path, settings) as readable:
+        again = single_file_autoencoder(readable)
+        _check_equal({"autoencoder": (autoencoder, again)})
+        _check_same_values({"scaling_factor": scale}, {"scaling_factor": again.config["scaling_factor"]})
 
 
-def _check_replaceable(path: Path, *, overwrite: bool) -> None:
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that is not to be replaced.
+
+    Args:
+        path: Path of the file to write.
+        overwrite: Whether an earlier export is replaced.
+
+    Raises:
+        FileExistsError: If the file exists and overwrite is False, or if it is another file.
+    """
     if not path.exists():
         return
     if not overwrite:
@@ -134,10 +172,17 @@ def _check_replaceable(path: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def _written(tensors: dict[str, Tensor], path: Path) -> Iterator[Path]:
-    """A file of the tensors to read again, which takes its place where the block ends without an error."""
+def written(tensors: dict[str, Tensor], path: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """A file of the tensors to read again, which takes its place where the block ends without an error.
+
+    Args:
+        tensors: The tensors by name.
+        path: Path of the .safetensors file.
+        settings: What its metadata store, see `models.single_file.read_settings`.
+    """
+    metadata = {**METADATA, SETTINGS: json.dumps(settings)}
     with atomic_write(path) as partial:
-        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, partial, METADATA)
+        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, partial, metadata)
         readable = partial.with_name(f"{partial.name}{SUFFIX}")  # its suffix says its format
         os.replace(partial, readable)
         try:
@@ -195,18 +240,22 @@ def _tensors(parts: DenoiserParts, layout: Layout) -> tuple[dict[str, Tensor], A
             cast(Tensor, unet.conv_in.weight)[:, unet.out_channels :] *= scale
     tensors = {UNET + key: value for key, value in names.unet_weights(unet).items()}
     tensors |= {FIRST_STAGE + key: value for key, value in names.autoencoder_weights(autoencoder).items()}
-    tensors |= {"betas": parts.schedule.betas, "alphas_cumprod": parts.schedule.alphas_cumprod}
+    tensors |= _tables(parts.schedule)
     tensors["scale_factor"] = torch.tensor(scale, dtype=torch.float64)
-    if parts.schedule.rescale_betas_zero_snr:
-        tensors["ztsnr"] = torch.zeros(1)
     for condition in parts.conditions:
         tensors |= _condition_tensors(cast(Condition, condition), layout)
     return tensors, autoencoder
 
 
+def _tables(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    mark = {"ztsnr": torch.zeros(1)} if schedule.rescale_betas_zero_snr else {}
+    return {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod, **mark}
+
+
 def _condition_tensors(condition: Condition, layout: Layout) -> dict[str, Tensor]:
     if isinstance(condition, ClassTokens):
-        return {"cond_stage_model.embedding.weight": cast(Tensor, condition.embedding.weight)}
+        weight = cast(Tensor, condition.embedding.weight)  # a row that was not trained would be taken for a null
+        return {"cond_stage_model.embedding.weight": weight if condition.has_null else weight[:-1]}
     if isinstance(condition, XLText):
         first = {CLIP_PREFIXES[XL] + key: value for key, value in condition.first.encoder.state_dict().items()}
         projection = cast(Tensor, condition.projection.weight)
@@ -220,15 +269,8 @@ def _condition_tensors(condition: Condition, layout: Layout) -> dict[str, Tensor
     return {OPEN_PREFIX + key: value for key, value in names.open_clip_weights(weights).items()}
 
 
-def untold_by(parts: DenoiserParts) -> Untold:
-    """What the weights of a denoiser in one file do not say: import needs it where it is not as in published models.
-
-    Args:
-        parts: The denoiser.
-
-    Raises:
-        ValueError: If levels differ in their heads, or images are not square.
-    """
+def _settings(parts: DenoiserParts) -> dict[str, Any]:
+    """What the weights of a denoiser do not say, by the names of `SETTING_TYPES`."""
     config = parts.unet.config
     heads: dict[str, Any] = {"head_channels": config["head_channels"], "num_heads": config["num_heads"]}
     if isinstance(heads["num_heads"], list):
@@ -242,26 +284,46 @@ def untold_by(parts: DenoiserParts) -> Untold:
     _, height, width = parts.image_shape
     if height != width:
         raise ValueError(f"images must be square for one file, got {height} x {width}; export a folder")
-    return Untold(prediction_type=parts.schedule.prediction_type, image_size=height, **heads)
+    settings = {
+        "prediction_type": parts.schedule.prediction_type,
+        "image_size": height,
+        "num_classes": parts.num_classes or None,
+        "class_names": parts.class_names,
+        "unconditional": [type(condition).__name__ for condition in parts.all_conditions if condition.has_null],
+        **heads,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def _check_same(parts: DenoiserParts, file: Path, untold: Untold, autoencoder: AutoencoderNetwork) -> None:
+def _check_same(parts: DenoiserParts, file: Path, autoencoder: AutoencoderNetwork) -> None:
     """Import a file and compare all that it holds with the original."""
     texts = [condition for condition in parts.conditions if isinstance(condition, TextTokens | XLText)]
     with tempfile.TemporaryDirectory() as folder:
         for text in texts:
             _words(text).save_pretrained(folder)
-        told = Untold(**{**vars(untold), "tokenizer": folder if texts else None})
+        told = Untold(tokenizer=folder if texts else None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of words that the tokenizer learnt fewer of than it may
-            again = import_single_file(file, told)
+            again = import_single_file(read_tensors(file), file, told)
     assert isinstance(again.codec, LatentCodec)
     _check_equal({
         "network": (parts.unet, again.unet),
-        "conditions": (parts.conditions, again.conditions),
+        "conditions": (_without_unused(parts.conditions), again.conditions),
         "autoencoder": (autoencoder, again.codec.autoencoder),
     })  # fmt: skip
-    ours, read = _plain(parts), _plain(again)
+    _check_same_values(_plain(parts), _plain(again))
+
+
+def _without_unused(conditions: nn.ModuleList) -> nn.ModuleList:
+    """A copy in which the rows of nulls that were not trained are 0, as they are not written."""
+    conditions = copy.deepcopy(conditions)
+    for tokens in conditions:
+        if isinstance(tokens, ClassTokens) and not tokens.has_null:
+            tokens.embedding.weight.data[-1] = 0
+    return conditions
+
+
+def _check_same_values(ours: dict[str, Any], read: dict[str, Any]) -> None:
     if differing := [name for name in ours if ours[name] != read[name]]:
         raise RuntimeError(f"{differing[0]} must be read as written, {ours[differing[0]]}, got {read[differing[0]]}; "
                            "nothing was exported")  # fmt: skip
@@ -281,6 +343,8 @@ def _plain(parts: DenoiserParts) -> dict[str, Any]:
         "schedule": parts.schedule.config,
         "network": {name: value for name, value in parts.unet.config.items() if name not in UNCOMPARED},
         "shape": parts.sample_shape,
+        "class_names": parts.class_names,
+        "conditions with a null": [condition.has_null for condition in parts.all_conditions],
         "encoders": [{name: value for name, value in text.config.items() if name not in UNCOMPARED} for text in texts],
         "tokens of a caption": [text.token_ids(["a caption"]).tolist() for text in texts],
     }

@@ -4,88 +4,78 @@ Weights are tensors by name; code in the file never runs. `layouts.py` says what
 """
 
 import os
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.importing import DROPOUT, take_scaled_latents
 from unet_diffusion.diffusers_io.single_file.layouts import CLASSES, SD1, SD2, UPSCALER, XL, Layout, layout_of
 from unet_diffusion.diffusers_io.single_file.network import single_file_unet
+from unet_diffusion.diffusers_io.single_file.schedules import check_low_res_schedule, schedule_in
 from unet_diffusion.diffusers_io.single_file.text import class_tokens, clip_text, open_clip_text, xl_text
+from unet_diffusion.diffusers_io.single_file.untold import Untold
+from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.paired_image import PairedImage
+from unet_diffusion.diffusion.conditions.text import TextTokens
+from unet_diffusion.diffusion.conditions.xl_text import XLText
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.diffusion.schedule import NoiseSchedule, PredictionType
 from unet_diffusion.latents.codec import LatentCodec, latent_space_of
-from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, num_codes, pretrained_autoencoder
+from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, num_codes
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.models.single_file import autoencoder_in, read_settings
 from unet_diffusion.runtime.tensor_files import read_tensors
 
 StrPath = str | os.PathLike[str]
+TEXTS: dict[Layout, Callable[..., Condition]] = {
+    SD1: clip_text,
+    SD2: open_clip_text,
+    UPSCALER: open_clip_text,
+    XL: xl_text,
+}
 SD2_CHANNELS = 4  # of the latents of Stable Diffusion 2
 SD2_SIZES: dict[str, int] = {"epsilon": 512, "v_prediction": 768}  # side of the images of both models of Stability
-BETAS_TOLERANCE = 2e-3  # relative; some files hold their tables in float16
 
 
-@dataclass(frozen=True)
-class Untold:
-    """What a user says of a file that its weights do not; None: as in the published models of its layout.
-
-    Args:
-        tokenizer: Folder of CLIP's tokenizer, for a denoiser that takes captions.
-        prediction_type: What the network predicts: "epsilon", "v_prediction" or "sample".
-        image_size: Side of the images in pixels.
-        num_heads: Number of attention heads.
-        head_channels: Channels of each attention head, in place of num_heads.
-        scaling_factor: Factor that brings the latents to unit variance.
-    """
-
-    tokenizer: StrPath | None = None
-    prediction_type: PredictionType | None = None
-    image_size: int | None = None
-    num_heads: int | None = None
-    head_channels: int | None = None
-    scaling_factor: float | None = None
-
-
-def import_single_file(path: StrPath, untold: Untold, *, autoencoder: StrPath | None = None) -> DenoiserParts:
+def import_single_file(
+    tensors: dict[str, Tensor], path: StrPath, untold: Untold, *, autoencoder: StrPath | None = None
+) -> DenoiserParts:
     """The denoiser in a .safetensors or .ckpt file, with averaged weights if it has any.
 
     A checkpoint made of it names the file as the place of its autoencoder.
 
     Args:
+        tensors: The tensors in the file by name, from `read_tensors`.
         path: The file.
-        untold: What its weights do not say.
+        untold: What its weights do not say, and the file does not store.
         autoencoder: Folder or file of the autoencoder of the latents; None: the autoencoder in the file.
 
     Raises:
-        OSError: If the file is missing or cannot be opened.
         ValueError: If its layout is not known, or something must be given that its weights do not say.
     """
-    path = Path(path)
-    tensors = read_tensors(path)
-    layout = layout_of(tensors, path)
+    path, layout = Path(path), layout_of(tensors, path)
     if layout.reason is not None:
         raise ValueError(f"{path} has the layout of {layout.name}, which is not imported: {layout.reason}")
+    _check_used(untold, layout, path)
+    settings = read_settings(path)
+    untold = untold.or_stored(settings)
     unet = single_file_unet(tensors, layout, num_heads=untold.num_heads, head_channels=untold.head_channels)
     prediction_type = _prediction_type(tensors, layout, untold.prediction_type, path=path, in_channels=unet.in_channels)
     schedule = _schedule(tensors, layout, prediction_type, path)
-    network = pretrained_autoencoder(path)
-    size = untold.image_size or layout.image_size or SD2_SIZES[schedule.prediction_type]
-    space = latent_space_of(
-        network,
-        path,
-        (network.config["in_channels"], size, size),
-        scaling_factor=untold.scaling_factor or _scale(network, layout, path),
-    )
-    codec = LatentCodec.of(space, autoencoder)
-    maps = _maps(unet, layout, path)
-    if isinstance(next(iter(maps), None), PairedImage):
+    network = autoencoder_in(tensors, path)
+    size = _image_size(layout, untold.image_size, prediction_type, path)
+    scale = _scale(network, layout, path) if untold.scaling_factor is None else untold.scaling_factor
+    image_shape = (network.config["in_channels"], size, size)
+    codec = LatentCodec.of(latent_space_of(network, path, image_shape, scaling_factor=scale), autoencoder)
+    dropouts = _dropouts(settings)
+    conditions = [*_tokens(tensors, layout, untold, path, dropouts), *_maps(unet, layout, path, dropouts)]
+    check_low_res_schedule(tensors, path)
+    if any(isinstance(condition, PairedImage) for condition in conditions):
         take_scaled_latents(unet, codec)
     side = size // downsampling(network)
     return DenoiserParts(
@@ -93,8 +83,16 @@ def import_single_file(path: StrPath, untold: Untold, *, autoencoder: StrPath | 
         schedule=schedule,
         sample_shape=(unet.out_channels, side, side),
         codec=codec,
-        conditions=nn.ModuleList([*_tokens(tensors, layout, untold.tokenizer), *maps]).eval(),
+        class_names=settings.get("class_names"),
+        conditions=nn.ModuleList(conditions).eval(),
     )
+
+
+def _check_used(untold: Untold, layout: Layout, path: Path) -> None:
+    """Refuse what a user says of conditions that the layout does not have."""
+    uses = {"tokenizer": layout in TEXTS, "num_classes": layout is CLASSES}
+    if unused := [name for name in untold.given() if not uses.get(name, True)]:
+        raise ValueError(f"{unused[0]} is for other layouts, and {path} has that of {layout.name}; leave it out")
 
 
 def assumptions(path: StrPath, parts: DenoiserParts) -> str:
@@ -115,8 +113,15 @@ def assumptions(path: StrPath, parts: DenoiserParts) -> str:
     return (
         f"{path} has the layout of {layout.name}. What its weights do not say is set to: prediction_type "
         f"{parts.schedule.prediction_type}, images of {parts.image_shape[1]} pixels, {heads}, scaling_factor "
-        f"{space.scaling_factor}"
+        f"{space.scaling_factor}{_classes_in_words(parts)}"
     )
+
+
+def _classes_in_words(parts: DenoiserParts) -> str:
+    tokens = parts.condition(ClassTokens)
+    if tokens is None:
+        return ""
+    return f", {tokens.num_classes} classes {'and a null' if tokens.has_null else 'without a null'}"
 
 
 def _prediction_type(
@@ -135,38 +140,31 @@ def _prediction_type(
                      "the models of 512 pixels (base), v_prediction for those of 768")  # fmt: skip
 
 
+def _image_size(layout: Layout, told: int | None, prediction_type: PredictionType, path: Path) -> int:
+    """The side of the images: as told, or as in the published model of its layout."""
+    size = told or layout.image_size or SD2_SIZES.get(prediction_type)
+    if size is None:
+        raise ValueError(f"image_size must be given for {path}, as no published {layout.name} predicts "
+                         f"{prediction_type}")  # fmt: skip
+    return size
+
+
 def _schedule(tensors: dict[str, Tensor], layout: Layout, prediction_type: PredictionType, path: Path) -> NoiseSchedule:
-    """The noise schedule in a file, or the layout's if the file has none."""
-    schedule = partial(
-        NoiseSchedule,
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr="ztsnr" in tensors,  # as "v_pred"
-    )
-    start, end = layout.betas
-    known = schedule(1000, "scaled_linear", beta_start=start, beta_end=end)
-    betas = tensors.get("betas")
-    if betas is None or _same_table(known, betas):
-        return known
-    first, last = (float(f"{float(value):.5g}") for value in (betas[0], betas[-1]))
-    for read in (
-        schedule(len(betas), "scaled_linear", beta_start=first, beta_end=last),
-        schedule(len(betas), "linear", beta_start=first, beta_end=last),
-    ):
-        if _same_table(read, betas):
-            return read
-    raise ValueError(
-        f"the betas in {path} must be even, or have even roots, and are neither; their schedule is not read"
-    )
-
-
-def _same_table(schedule: NoiseSchedule, betas: Tensor) -> bool:
-    ours = schedule.betas
-    return ours.shape == betas.shape and torch.allclose(ours, betas.float(), rtol=BETAS_TOLERANCE, atol=0)
+    schedule = schedule_in(tensors, layout, prediction_type)
+    if schedule is None:
+        raise ValueError(
+            f"the noise schedule in {path} must have even betas, or betas with even roots, the same in all of its "
+            "tables, and has others; from_diffusers reads its U-Net alone"
+        )
+    return schedule
 
 
 def _scale(network: AutoencoderNetwork, layout: Layout, path: Path) -> float:
     """The scaling_factor in the file, or else that of the layout; latents of a codebook are not scaled."""
-    if (scale := network.config["scaling_factor"] or layout.scaling_factor) is not None:
+    scale = network.config["scaling_factor"]
+    if scale is not None and not scale > 0:
+        raise ValueError(f"the scale_factor in {path} must be above 0, got {scale}; give scaling_factor")
+    if (scale := scale or layout.scaling_factor) is not None:
         return scale
     if num_codes(network):
         return 1.0
@@ -174,15 +172,24 @@ def _scale(network: AutoencoderNetwork, layout: Layout, path: Path) -> float:
                      "configuration that the model was trained with")  # fmt: skip
 
 
-def _tokens(tensors: dict[str, Tensor], layout: Layout, tokenizer: StrPath | None) -> list[Condition]:
+def _dropouts(settings: Mapping[str, Any]) -> dict[type[Condition], float]:
+    """The dropout of each kind of condition: the usual one, or 0 if a file stores that it has no null."""
+    kinds = (ClassTokens, TextTokens, XLText, PairedImage)
+    with_null = settings.get("unconditional", [kind.__name__ for kind in kinds])
+    return {kind: DROPOUT * (kind.__name__ in with_null) for kind in kinds}
+
+
+def _tokens(
+    tensors: dict[str, Tensor], layout: Layout, untold: Untold, path: Path, dropouts: dict[type[Condition], float]
+) -> list[Condition]:
     """The conditions that the network attends to."""
     if layout is CLASSES:
-        return [class_tokens(tensors, dropout=DROPOUT)]
-    texts = {SD1: clip_text, SD2: open_clip_text, UPSCALER: open_clip_text, XL: xl_text}
-    return [texts[layout](tensors, tokenizer, dropout=DROPOUT)] if layout in texts else []
+        return [class_tokens(tensors, untold.num_classes, path, dropout=dropouts[ClassTokens])]
+    dropout = dropouts[XLText if layout is XL else TextTokens]
+    return [TEXTS[layout](tensors, untold.tokenizer, dropout=dropout)] if layout in TEXTS else []
 
 
-def _maps(unet: DenoiserUNet, layout: Layout, path: Path) -> list[Condition]:
+def _maps(unet: DenoiserUNet, layout: Layout, path: Path, dropouts: dict[type[Condition], float]) -> list[Condition]:
     """The condition on the input channels beyond x."""
     channels = unet.out_channels
     beside = unet.in_channels - channels
@@ -193,6 +200,6 @@ def _maps(unet: DenoiserUNet, layout: Layout, path: Path) -> list[Condition]:
     if layout in (SD1, SD2) and beside == channels + 1:
         return [MaskedImage(beside)]
     if layout is SD1 and beside == channels:
-        return [PairedImage(beside, dropout=DROPOUT)]
+        return [PairedImage(beside, dropout=dropouts[PairedImage])]
     raise ValueError(f"a {layout.name} with {unet.in_channels} channels in and {channels} out is not imported, got "
                      f"{path}; from_diffusers reads its U-Net alone")  # fmt: skip

@@ -84,6 +84,7 @@ def unet_config(
             f"num_heads or head_channels must be given for {layout.name}, as no weight says it: 1 head in the model of "
             "256 pixels with latents of 3 channels (cin256-v2), 32 channels in that with latents of 4 (cin-ldm-vq-f8)"
         )
+    _check_heads(weights, levels, num_heads, head_channels)
     scale_shift = weights["middle_block.0.emb_layers.1.weight"].shape[0] == 2 * widths[-1]
     shared = {
         "in_channels": weights["input_blocks.0.0.weight"].shape[1],
@@ -94,8 +95,20 @@ def unet_config(
     }
     if not layout.attends:
         return {**shared, **_plain_config(weights, levels, num_heads, head_channels)}
-    heads = num_heads if head_channels is None else [width // head_channels for width in widths]
+    heads = num_heads if head_channels is None else [max(1, width // head_channels) for width in widths]
     return {**shared, **_condition_config(weights, levels, widths, layout), "attention_head_dim": heads}
+
+
+def _check_heads(
+    weights: Mapping[str, Tensor], levels: list[list[str]], num_heads: int | None, head_channels: int | None
+) -> None:
+    """Refuse heads that do not divide the width of a level with attention."""
+    name, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
+    attended = [block for blocks in levels for block in blocks if f"{block}.1.norm.weight" in weights]
+    for block in (*attended, "middle_block"):
+        width = len(weights[f"{block}.1.norm.weight"])
+        if value is not None and width % value:
+            raise ValueError(f"{name} must divide the width of every level with attention, got {value} for {width}")
 
 
 def _levels(weights: Mapping[str, Tensor]) -> list[list[str]]:

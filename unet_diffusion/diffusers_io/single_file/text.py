@@ -28,6 +28,7 @@ HiddenAct = Literal["quick_gelu", "gelu"]
 StrPath = str | os.PathLike[str]
 HEAD_CHANNELS = 64  # of all published text encoders
 XL_PREFIX, OPEN_PREFIX = "conditioner.embedders.1.model.", "cond_stage_model.model."
+PUBLISHED_CLASSES = {1001: 1000, 1000: 1000}  # rows -> classes: cin256-v2 has a null, and cin-ldm-vq-f8 has none
 PROJECTION = "text_projection.weight"
 MOST_USED_LAYERS = 23  # of OpenCLIP's 24 in Stable Diffusion 2, which takes the state before the last layer
 
@@ -90,11 +91,32 @@ def xl_text(tensors: Mapping[str, Tensor], tokenizer: StrPath | None, *, dropout
     return text
 
 
-def class_tokens(tensors: Mapping[str, Tensor], *, dropout: float) -> ClassTokens:
-    """The condition of classes in a file of latent diffusion, whose last row is the null."""
+def class_tokens(
+    tensors: Mapping[str, Tensor], num_classes: int | None, path: StrPath, *, dropout: float
+) -> ClassTokens:
+    """The condition of classes in a file of latent diffusion; a row beyond those of the classes is the null.
+
+    Args:
+        tensors: The tensors in the file by name.
+        num_classes: Number of classes; None: that of the published models, which is known by the number of rows.
+        path: Path of the file, for errors.
+        dropout: Probability of the null in training, if there is a null.
+
+    Raises:
+        ValueError: If the number of classes is not known, or does not fit the number of rows.
+    """
     weight = tensors["cond_stage_model.embedding.weight"].float()
-    tokens = ClassTokens(weight.shape[1], len(weight) - 1, dropout=dropout)
-    load_weights(tokens, {"embedding.weight": weight})
+    rows = len(weight)
+    known = PUBLISHED_CLASSES.get(rows) if num_classes is None else num_classes
+    if known not in (rows - 1, rows):
+        raise ValueError(
+            f"num_classes must be given for {path}, {rows - 1} or {rows}: its embedding has {rows} rows, and no weight "
+            f"says whether the last is the null, which stands for no class; got {num_classes}"
+        )
+    has_null = known < rows
+    tokens = ClassTokens(weight.shape[1], known, dropout=dropout if has_null else 0.0)
+    unused = weight.new_zeros(0 if has_null else 1, weight.shape[1])  # the row of a null that was not trained
+    load_weights(tokens, {"embedding.weight": torch.cat([weight, unused])})
     return tokens
 
 

@@ -18,7 +18,8 @@ from unet_diffusion.models.unet import PixelNetwork
 class Adapter:
     """A kind of adapter: what it adds to a frozen denoiser to be trained, and how it becomes part of its weights.
 
-    For a new kind, write a subclass. Define `add`, `merge` and `save_pretrained`, and set `config`.
+    For a new kind, write a subclass. Define `add` and `merge`, and set `config`. Define `save_pretrained`, too, if the
+    pipelines of diffusers load such an adapter.
 
     Attributes:
         config: The constructor's arguments as plain values, from which a checkpoint builds the adapter.
@@ -63,9 +64,6 @@ class Adapter:
             unet: The network.
             weights: The weights of the adapter, by names that begin with "unet." or "conditions.".
             folder: The folder to write to.
-
-        Raises:
-            ValueError: If diffusers has no pipeline that loads it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define save_pretrained()")
 

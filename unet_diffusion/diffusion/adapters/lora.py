@@ -77,8 +77,6 @@ class LoRA(Adapter):
     def save_pretrained(self, unet: PixelNetwork, weights: Mapping[str, Tensor], folder: Path) -> None:
         from diffusers import StableDiffusionPipeline  # it takes seconds to import
 
-        if unet.context_dim is None:
-            raise ValueError("only pipelines of captions load a LoRA; export the whole pipeline, which includes it")
         layers: dict[str, dict[str, Tensor]] = {"unet": {}, "text": {}}
         for name, value in weights.items():
             part, _, inner = name.replace(f".{NAME}.", ".").partition(".")
