@@ -17,6 +17,7 @@ from unet_diffusion.evaluation.image_quality import PERCEPTUAL_FILES
 from unet_diffusion.evaluation.latent_sums import LatentSums
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 SHAPE = (1, 16, 16)
 NUM_VAL = 40  # more than a batch
@@ -172,8 +173,26 @@ def test_there_is_no_frechet_distance_of_hardly_any_images(num_val):
 
 def test_transparent_pixels_of_the_worst_images_are_shown_white():
     images = torch.full((1, 4, 96, 96), -1.0)  # black, and wholly transparent
-    (picture,) = worst_section(images, -torch.ones(1, 4, 96, 96), np.array([100.0])).pictures
+    (picture,) = worst_section(images, -torch.ones(1, 4, 96, 96), np.array([100.0]), PixelValues()).pictures
     assert picture.image.getpixel((50, 50)) == (255, 255, 255)
+
+
+def test_the_worst_images_are_shown_by_the_chosen_channels():
+    levels = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
+    images = levels[None, :, None, None].expand(1, 5, 96, 96)
+    (picture,) = worst_section(images, images, np.array([100.0]), PixelValues(shown=(4, 2, 0))).pictures
+    assert picture.image.getpixel((50, 50)) == (255, 128, 0)
+
+
+def test_images_of_another_range_of_values_are_refused():
+    loaded = data()
+    loaded.source.values = PixelValues("uint16", 0, 4095)
+    message = r"autoencoder was trained on numbers of 0 to 255 as -1 to 1, and the data have 0 to 4095; set .* to null"
+    with pytest.raises(ValueError, match=message):
+        evaluate_autoencoder(kl(), loaded)
+    autoencoder = kl()
+    autoencoder.values = loaded.source.values
+    assert np.isfinite(evaluate_autoencoder(autoencoder, loaded).figures["psnr_images"].value)
 
 
 def test_a_frechet_distance_is_that_of_normal_distributions():

@@ -21,6 +21,7 @@ from unet_diffusion.evaluation.samples import Sampling
 from unet_diffusion.evaluation.selections import of_data, of_images
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.runtime.pictures import save_images
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 FEW = Sampling(num_inference_steps=2, batch_size=8)
 
@@ -139,6 +140,15 @@ def test_images_of_any_kind_without_classes_are_evaluated(few_steps, tiny_unet, 
     assert evaluation.protocol["image size"] == "x".join(map(str, shape))
 
 
+def test_data_of_another_range_of_values_than_the_model_are_refused(few_steps, denoiser, tmp_path):
+    data = waves()
+    data.source.values = PixelValues("uint16", 0, 4095)
+    message = r"denoiser was trained on numbers of 0 to 255 as -1 to 1, and the data have 0 to 4095; set .* to null"
+    with pytest.raises(ValueError, match=message):
+        evaluated(denoiser, tmp_path, data)
+    assert not (tmp_path / "samples").exists()
+
+
 def test_real_images_in_the_order_of_their_classes_are_as_good_as_in_any_other(few_steps, tmp_path):
     class Sorted(Waves):
         def load(self, *, progress=True):
@@ -196,6 +206,19 @@ def test_folder_of_images_of_anybody_is_evaluated_and_its_classes_are_folders(fe
     assert evaluation.figures["class_agreement"].value > 0.5
     assert "scheduler" not in evaluation.protocol
     assert not (tmp_path / "out" / "samples").exists()
+
+
+def test_folder_that_sample_left_is_refused_where_the_data_have_another_range(denoiser, tmp_path, run_cli):
+    denoiser.values = PixelValues("uint16", 0, 4095)
+    denoiser.save(tmp_path / "model.ckpt")
+    status, _, err = run_cli("sample", tmp_path / "model.ckpt", "--num_images", 12, "--num_inference_steps", 1,
+                             "--output", tmp_path / "drawn", "--device", "cpu")  # fmt: skip
+    assert status == 0, err
+    message = (
+        r"the images in .*drawn were drawn with numbers of 0 to 4095 .* the data have 0 to 255; set .* to \[0, 4095\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate_denoiser(tmp_path / "drawn", waves(), output=tmp_path / "out")
 
 
 def test_folder_that_sample_left_keeps_its_classes_and_leaves_out_the_grid(few_steps, denoiser, tmp_path, run_cli):

@@ -23,6 +23,7 @@ from unet_diffusion.evaluation.segmenter_pictures import SIDE as PICTURE_SIDE
 from unet_diffusion.evaluation.segmenters import evaluate_segmenter
 from unet_diffusion.evaluation.thresholds import images_to_fit_on
 from unet_diffusion.inference.segmenter import Segmentation
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.segmentation.affinities import affinities_of
 from unet_diffusion.segmentation.labels import MIN_SIZE, THRESHOLD, Targets
 from unet_diffusion.segmentation.object_scores import average_precisions
@@ -71,6 +72,7 @@ class Stub:
     kind: str = "binary"
     class_names: list[str] = field(default_factory=lambda: ["background", "cell"])
     stretch = False
+    values = PixelValues()
     threshold = THRESHOLD
     min_size = MIN_SIZE
     unet = SimpleNamespace(in_channels=1)
@@ -439,6 +441,49 @@ def test_outlines_say_which_objects_are_matched():
 def test_images_of_other_classes_are_refused():
     with pytest.raises(ValueError, match="must have the kind that the segmenter was trained with, instances"):
         evaluate_segmenter(separated(), data_of([cells(seed) for seed in range(6)]))
+
+
+def test_images_of_another_range_of_values_are_refused():
+    data = data_of([cells(seed) for seed in range(6)])
+    data.setup("fit")
+    data.images.values = PixelValues("uint16", 0, 4095)
+    message = r"segmenter was trained on numbers of 0 to 255 as -1 to 1, and the data have 0 to 4095; set .* to null"
+    with pytest.raises(ValueError, match=message):
+        evaluate_segmenter(binary(), data)
+    stub = binary()
+    stub.values = data.values
+    assert evaluate_segmenter(stub, data).figures["dice_images"].value == 1
+
+
+def test_stretched_images_may_be_of_any_range_of_values():
+    targets = Targets("instances", separate_borders=False)
+    data = SegmentationDataModule(Labels([cells(seed) for seed in range(6)]), targets, window_size=16, num_val=NUM_VAL,
+                                  stretch=True)  # fmt: skip
+    data.setup("fit")
+    data.images.values = PixelValues("uint16", 0, 4095)
+    stub = Stub(lambda labels: foreground(np.zeros(labels.shape)))
+    stub.stretch = True
+    assert evaluate_segmenter(stub, data).figures["dice_images"].value < NEAR_ONE
+
+
+def test_the_worst_images_are_shown_by_the_chosen_channels():
+    class FiveChannels(Labels):
+        def __getitem__(self, index):
+            labels = torch.from_numpy(self.labels[index]).to(torch.uint8)
+            levels = [torch.full_like(labels, level) for level in (50, 100, 150, 200)]
+            return {"image": torch.stack([labels, *levels]), "label": self.labels[index]}
+
+    targets = Targets("instances", separate_borders=False)
+    data = SegmentationDataModule(
+        FiveChannels([cells(seed) for seed in range(6)]), targets, window_size=16, num_val=NUM_VAL
+    )
+    data.setup("fit")
+    data.images.values = PixelValues(shown=(4, 2, 1))
+    stub = binary()
+    stub.unet = SimpleNamespace(in_channels=5)
+    result = evaluate_segmenter(stub, data)
+    picture = next(one for section in result.sections for one in section.pictures if one.key == "worst_0")
+    assert picture.image.getpixel((PICTURE_SIDE // 2, PICTURE_SIDE // 2)) == (200, 100, 50)
 
 
 def test_the_interval_is_that_of_scipy():

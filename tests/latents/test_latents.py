@@ -18,6 +18,7 @@ from unet_diffusion.data import (
 )
 from unet_diffusion.diffusers_io.exporting import export_pipeline, normalised_autoencoder
 from unet_diffusion.diffusers_io.importing import import_pipeline
+from unet_diffusion.diffusers_io.values_file import write_values
 from unet_diffusion.diffusion.image_to_image import InitImage
 from unet_diffusion.diffusion.sampling import image_generators, sample
 from unet_diffusion.inference.reading import read_denoiser
@@ -26,6 +27,7 @@ from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.latents.space import fingerprint
 from unet_diffusion.latents.store import read_latents
 from unet_diffusion.models.autoencoders import kl_autoencoder, latent_moments, pretrained_autoencoder, vq_autoencoder
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.training import AutoencoderModule, SampleGrid
 
@@ -306,6 +308,18 @@ def test_stale_latents_are_refused_before_training(encoded, tmp_path, quiet_trai
     with pytest.raises(FileNotFoundError, match=r"autoencoder must be a local diffusers folder"):
         trainer.fit(module, ImageDataModule(Latents(folder), num_val=2))
     assert trainer.global_step == 0
+
+
+def test_latents_of_another_range_than_their_autoencoder_are_refused(
+    encoded, tmp_path, quiet_trainer, tiny_module, tiny_unet
+):
+    folder = encoded()
+    write_values(PixelValues("uint16", 0, 4095), tmp_path / "autoencoder")
+    message = r"autoencoder was trained on numbers of 0 to 4095 as -1 to 1, and the data have 0 to 255; encode the im"
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(max_steps=1).fit(
+            latent_module(tiny_module, tiny_unet), ImageDataModule(Latents(folder), num_val=2)
+        )
 
 
 def test_bad_files_end_encoding_or_are_left_out(encoded, tmp_path, images, run_cli):

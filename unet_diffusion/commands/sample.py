@@ -154,6 +154,7 @@ def sample_images(
     drawing = denoiser.drawing(request)
     arguments["precision"] = denoiser.precision
     settings = _settings_of_images(arguments, drawing.classes, contents)
+    settings["values"] = denoiser.values.plain()
     _draw_and_save(
         drawing.draw, drawing.num_steps, files, output, settings, num_images=num_images, batch_size=batch_size,
         overwrite=overwrite, resume=resume,

@@ -13,6 +13,7 @@ from unet_diffusion.evaluation.latent_sums import LatentSums
 from unet_diffusion.evaluation.result import Figure, Picture, Section, Table
 from unet_diffusion.latents.collapse import collapsed_channels, unused_codes
 from unet_diffusion.runtime.pictures import image_grid, over_white
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 SHOWN_SIDE = 96  # of an image in a picture, at least
 NEARLY_THE_SAME = 0.95  # correlation of two channels
@@ -145,17 +146,19 @@ def code_section(counts: Values) -> Section:
     return Section("Are the codes used?", ABOUT_CODES, figures, [table], warnings=warnings)
 
 
-def worst_section(images: Tensor, reconstructions: Tensor, values: Values) -> Section:
+def worst_section(images: Tensor, reconstructions: Tensor, values: Values, pixel_values: PixelValues) -> Section:
     """The images with the worst reconstructions.
 
     Args:
         images: The images, worst first, (N, C, H, W) in [-1, 1].
         reconstructions: Their reconstructions, likewise.
         values: Their PSNR, (N,).
+        pixel_values: Which of their channels are shown; the errors are of all.
     """
     errors = (images - reconstructions).abs().mean(dim=1) / RANGE  # (N, H, W), in [0, 1]
     largest = max(errors.max().item(), float(np.finfo(np.float32).tiny))
-    pictures = [_as_rgb(images), _as_rgb(reconstructions), _coloured(errors / largest)]
+    shown = [over_white(pixel_values.seen(batch)) for batch in (images, reconstructions)]
+    pictures = [*shown, _coloured(errors / largest)]
     grid = image_grid(torch.cat(pictures), columns=len(images), min_tile=SHOWN_SIDE)
     caption = (
         "Images, their reconstructions, and the error of each pixel from black (none) to yellow "
@@ -167,11 +170,6 @@ def worst_section(images: Tensor, reconstructions: Tensor, values: Values) -> Se
 def _psnr_of(sums: Values) -> Values:
     """The PSNR of the mean squared error, of sums of errors and of images, (..., 2) -> (...)."""
     return 10 * np.log10(RANGE**2 * sums[..., 1] / sums[..., 0])
-
-
-def _as_rgb(images: Tensor) -> Tensor:
-    """Images in colour, (N, 3, H, W)."""
-    return over_white(images)
 
 
 def _coloured(values: Tensor) -> Tensor:

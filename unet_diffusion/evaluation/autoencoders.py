@@ -82,7 +82,7 @@ def evaluate_autoencoder(
         group: The processes that share the work.
 
     Raises:
-        ValueError: If the images have another size than the autoencoder was trained on.
+        ValueError: If the images have another size or range of values than the autoencoder was trained on.
     """
     data.setup("fit")
     if data.image_shape != tuple(autoencoder.image_shape):
@@ -90,6 +90,7 @@ def evaluate_autoencoder(
             f"images must be as those that the autoencoder was trained on, {tuple(autoencoder.image_shape)}, got "
             f"{data.image_shape}; set image_size and channels of the source"
         )
+    data.values.require_range_of(autoencoder.values, "the autoencoder was trained on")
     look = _Look(autoencoder, data, features, *_perceptual(data.image_shape))
     validated, others = data.val_indices.tolist(), _as_many_others(data) if features else []
     shares = group.shard(validated), group.shard(others)
@@ -139,7 +140,7 @@ class _Look:
         self.autoencoder, self.features = autoencoder, features
         self.perceptual = None if perceptual is None else perceptual.to(autoencoder.device)
         self.perceptual_name, self.perceptual_remark = perceptual_name, perceptual_remark
-        self.source, self.batches = data.source, data.source.batches(data.image_set)
+        self.source, self.values, self.batches = data.source, data.values, data.source.batches(data.image_set)
         self.num_codes = num_codes(autoencoder.autoencoder)
 
     def images(self, numbers: list[int]) -> Tensor:
@@ -220,7 +221,7 @@ def _worst(look: _Look, qualities: Qualities) -> Section:
     worst = np.lexsort((qualities.number, qualities.psnr))[:NUM_WORST]
     images = look.images(qualities.number[worst].astype(int).tolist())
     reconstructions = look.autoencoder.decode(look.autoencoder.encode(images)).clamp(-1, 1)
-    return worst_section(images, reconstructions, qualities.psnr[worst])
+    return worst_section(images, reconstructions, qualities.psnr[worst], look.values)
 
 
 def _batches(numbers: list[int]) -> Iterator[list[int]]:

@@ -139,6 +139,8 @@ def _check(model: Denoiser | Path, train: Selection, held_out: Selection, num_im
         drawn, real = ("x".join(map(str, shape)) for shape in (model.image_shape, train.image_shape))
         raise ValueError(f"the data must be of the size that the model draws, {drawn}, and are {real}; set "
                          "data.image_size and data.channels")  # fmt: skip
+    if isinstance(model, Denoiser):
+        train.values.require_range_of(model.values, "the denoiser was trained on")
 
 
 def _sections(

@@ -21,6 +21,7 @@ from unet_diffusion.inference.sample_options import SampleOptions
 from unet_diffusion.runtime.atomic_files import remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings, settings_of
 from unet_diffusion.runtime.image_files import NumberedImages
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.processes import ProcessGroup
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -28,6 +29,7 @@ Value = TypeVar("Value")
 
 SAMPLES = "samples"  # the folder of the samples that are drawn, in that of the evaluation
 CLASSES = "classes"  # in the settings that `sample` leaves: "3: three" for each class, which take turns
+VALUES = "values"  # likewise: what the numbers in the files mean
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int,
         image_shape: (C, H, W) of the data's images.
 
     Raises:
-        ValueError: If there are no images, or images that cannot be used.
+        ValueError: If there are no images, images that cannot be used, or images that `sample` drew with another range
+            of values than the data have.
     """
     channels, height, width = image_shape
     image_format = ImageFormat(height, width, channels, value_range=data.values.value_range)
@@ -148,6 +151,9 @@ def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int,
         settings = {}
     if CLASSES in settings:
         files.names = [name for name in files.names if Path(name).stem.isdigit()]  # not grid.png
+    if VALUES in settings:
+        drawn_with = PixelValues.from_plain(settings[VALUES])
+        data.values.require_range_of(drawn_with, f"the images in {folder} were drawn with")
     checked = load_images(files, image_format)
     if checked.bad_files:
         raise ValueError(f"{bad_files_message(checked.bad_files, len(files.names))}\nRemove them.")

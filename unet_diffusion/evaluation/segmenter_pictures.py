@@ -20,7 +20,7 @@ def outlined_errors(image: Tensor, truth: Truth, predicted: Predicted) -> Image.
     """The image, its label and the prediction: matched objects have a blue outline, others an orange one.
 
     Args:
-        image: The image, (C, H, W) float in [-1, 1].
+        image: The channels of the image that pictures show, (C, H, W) float in [-1, 1].
         truth: What it shows.
         predicted: What the segmenter sees in it.
     """

@@ -70,7 +70,7 @@ def evaluate_segmenter(
         group: The processes that share the work.
 
     Raises:
-        ValueError: If the data have other classes, channels or grey values than the segmenter.
+        ValueError: If the data have other classes, channels, grey values or another range than the segmenter.
     """
     data.setup("fit")
     _check(segmenter, data)
@@ -157,7 +157,7 @@ def _worst_section(look: _Look, images: list[ImageCounts]) -> Section:
         truth = look.truth(image.index)
         segmented = look.segmented(image.index)
         predicted = Predicted.of(segmented.maps, kind, truth, segmented.threshold, segmented.min_size)
-        shown = look.data.whole(image.index)["images"]
+        shown = look.data.values.seen(look.data.whole(image.index)["images"][None])[0]
         num_true, num_predicted = len(image.objects.true_areas), len(image.objects.areas)
         rows.append([names[image.index], float(dices[place]), float(precisions[place]), num_true, num_predicted])
         caption = (f"{names[image.index]}: Dice {dices[place]:.2f}, AP {precisions[place]:.2f}; "
@@ -182,6 +182,8 @@ def _check(segmenter: Segmenter, data: SegmentationDataModule) -> None:
                 f"the data must have the {name} that the segmenter was trained with, {ours}, and have {theirs}; set "
                 "data.source, data.targets and data.stretch as in its run"
             )
+    if not segmenter.stretch:  # which gives the same image whatever the range
+        data.values.require_range_of(segmenter.values, "the segmenter was trained on")
 
 
 def _protocol(

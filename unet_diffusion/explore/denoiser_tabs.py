@@ -145,6 +145,7 @@ def _nearest_tab(form: RequestForm, chosen: Chosen) -> None:
 
             progress(0)
             if run.name not in read_once:
+                run.data.values.require_range_of(run.model.values, "the denoiser was trained on")
                 read_once[run.name] = TrainingPixels(run.data, progress)
             return read_once[run.name].nearest_to(images)
 

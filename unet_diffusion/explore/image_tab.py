@@ -1,6 +1,8 @@
 """The tab that begins with a visitor's image: draw from it, fill what is painted over, or enlarge it."""
 
+import shutil
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from unet_diffusion.explore.live import Update
 from unet_diffusion.explore.request_form import RequestForm, needed_images, sample_command
 from unet_diffusion.explore.runs import Run
 from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.init_images import read_user_image
+from unet_diffusion.inference.init_images import read_user_image, size_of
 from unet_diffusion.inference.sample_options import SampleOptions
-from unet_diffusion.runtime.pictures import picture_of, to_uint8
+from unet_diffusion.runtime.pictures import in_unit_range, picture_of, to_uint8, write_png
+from unet_diffusion.runtime.pixel_values import LARGEST, PixelValues
+from unet_diffusion.runtime.tiff_files import write_tiff
 
 EDITOR_SIDE = 384  # least side of an image to paint on, in pixels
 PAINT, BRUSH = "#e69f00", 40  # colour, and width in pixels
@@ -95,7 +99,7 @@ class ImageTab:
         if self.enlarges:
             line = sample_command(run, options, image=Path(values[self.upload]).name)
             return {self.code: gr.Code(line, visible=True)}
-        paths = _written({"image": options.image, "mask": options.mask})
+        paths = _files(options, Path(values[self.upload]), run.model)
         line = sample_command(run, options, **{name: path.name for name, path in paths.items()})
         files = gr.File([str(path) for path in paths.values()], visible=True)
         return {self.code: gr.Code(line, visible=True), self.files: files}
@@ -148,12 +152,28 @@ def _factor(height: int, width: int) -> int:
     return -(-EDITOR_SIDE // min(height, width))
 
 
-def _written(tensors: dict[str, Any]) -> dict[str, Path]:
-    """PNG files of an image in [-1, 1] and of a mask, those that are there, by their names."""
-    folder, paths = download_folder(), dict[str, Path]()
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            pixels = tensor.float() * 2 - 1 if tensor.dtype == torch.bool else tensor
-            paths[name] = folder / f"{name}.png"
-            picture_of(to_uint8(pixels[None])[0]).save(paths[name])
+def _files(options: SampleOptions, upload: Path, model: Denoiser) -> dict[str, Path]:
+    """Files of the image and of the mask, if there is one, by their names; `sample` reads what the page draws from.
+
+    An upload of the size to draw is kept as it is. One that was scaled or cropped is written at the size of the mask,
+    with all that it holds: as PNG of 8 bits if that is exact.
+    """
+    folder, (channels, *size) = download_folder(), model.image_shape
+    image, paths = options.image, dict[str, Path]()
+    assert isinstance(image, Tensor)
+    if size_of("image", upload, channels) == tuple(size):
+        paths["image"] = folder / f"image{''.join(upload.suffixes)}"
+        shutil.copyfile(upload, paths["image"])
+    elif model.values.value_range is None and torch.equal(in_unit_range(to_uint8(image[None])[0]), image):
+        paths["image"] = folder / "image.png"
+        write_png(picture_of(to_uint8(image[None])[0]), paths["image"])
+    else:
+        paths["image"] = folder / "image.tif"
+        values = PixelValues("uint16", 0, LARGEST["uint16"])
+        if model.values.value_range is not None:
+            values = replace(model.values, dtype="float64")
+        write_tiff(values.numbers(image[None])[0], paths["image"], are_colours=model.values.shown is None)
+    if isinstance(options.mask, Tensor):
+        paths["mask"] = folder / "mask.png"
+        write_png(picture_of(options.mask.to(torch.uint8) * 255), paths["mask"])
     return paths

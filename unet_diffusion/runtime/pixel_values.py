@@ -70,6 +70,28 @@ class PixelValues:
         has_range = (self.low, self.high) != (0, LARGEST.get(self.dtype))
         return (self.low, self.high) if has_range else None
 
+    @property
+    def ends(self) -> str:
+        """The numbers that become -1 and 1, as errors show them."""
+        return f"{self.low:.6g} to {self.high:.6g}"
+
+    def require_range_of(self, trained: "PixelValues", made: str, fix: str = "") -> None:
+        """Refuse these values of data where other numbers become -1 and 1 than in training.
+
+        Args:
+            trained: The values in training.
+            made: What has them, and how, for the error, such as "the segmenter was trained on".
+            fix: What the user can do; by default the range that the data must have is named.
+
+        Raises:
+            ValueError: If the ranges differ.
+        """
+        if self.value_range == trained.value_range:
+            return
+        setting = "null" if trained.value_range is None else list(trained.value_range)
+        raise ValueError(f"{made} numbers of {trained.ends} as -1 to 1, and the data have {self.ends}; "
+                         f"{fix or f'set data.value_range to {setting}'}")  # fmt: skip
+
     def fit_png(self, channels: int) -> bool:
         """Whether a PNG of 8 bits holds all of an image.
 

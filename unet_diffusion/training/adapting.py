@@ -140,7 +140,7 @@ class AdapterModule(DiffusionModule):
         record = checkpoint[cls.record_key]
         module = cls(**{"base": record["base"]["path"], "adapter": trained.adapter.adapter, **arguments})
         module.sample_shape, module.class_names, module.codec = trained.sample_shape, trained.class_names, trained.codec
-        module.values = trained.values
+        module.keep_values(trained.values)
         return module
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # has overloads

@@ -293,7 +293,8 @@ class AutoencoderModule(NetworkModule):
         trained = read_autoencoder(path)
         parts = {"autoencoder": trained.autoencoder, "adversarial": adversarial_in(checkpoint, trained.settings)}
         module = cls(**{**parts, **arguments})
-        module.image_shape, module.values = trained.image_shape, trained.values
+        module.image_shape = trained.image_shape
+        module.keep_values(trained.values)
         return module
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -231,6 +231,7 @@ class NetworkModule(KeepsValues):
         return {**plain_arguments(self), "optimizer": plain_optimizer(self.trainer.optimizers[0])}
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         lay_out_moments(self.trainer.optimizers)
 
     def train(self, mode: bool = True) -> Self:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from unet_diffusion.diffusers_io.values_file import read_values
 from unet_diffusion.latents.codec import Codec
@@ -15,33 +16,57 @@ class KeepsValues(LightningModule):
 
     Attributes:
         values: The values of the data, or of a checkpoint; before either is known, of 8 bits.
+        initial_values: The values of another model, whose weights training begins with; None: there is none.
     """
 
     record_key: str  # of the record in a checkpoint
     values = PixelValues()
+    initial_values: PixelValues | None = None
+    _trained_on: PixelValues | None = None  # the values that the weights were trained on; None: they are new
     _has_values = False  # whether the data have said them
 
+    def keep_values(self, values: PixelValues) -> None:
+        """Keep the values that the weights were trained on, so that data of another range are refused.
+
+        Args:
+            values: The values.
+        """
+        self.values = self._trained_on = values
+
     def bind_values(self, datamodule: Any, channels: int, codec: Codec | None = None) -> None:
-        """Take the values from the data; a data module of another kind gives images of 8 bits.
+        """Take the values from the data; a data module of another kind leaves those that were known before.
 
         Args:
             datamodule: The data module.
             channels: The number of channels of its images.
-            codec: What encodes the images in training; None: nothing does.
+            codec: What encodes the images in training, or encoded them before; None: nothing does.
 
         Raises:
-            ValueError: If the autoencoder was trained on another range.
+            ValueError: If the weights or the autoencoder were trained on another range.
         """
         self._has_values = hasattr(datamodule, "values")
-        self.values = getattr(datamodule, "values", PixelValues(shown=default_shown(channels)))
+        unknown = self._trained_on or PixelValues(shown=default_shown(channels))
+        self.values = getattr(datamodule, "values", unknown)
+        if self._trained_on is not None:
+            self.values.require_range_of(self._trained_on, "the model was trained on")
+        self._warn_of_initial_range()
         folder = getattr(codec, "folder", None)
-        of_autoencoder = self.values if folder is None else read_values(Path(folder), channels)
-        if of_autoencoder.value_range != self.values.value_range:
-            fix = None if of_autoencoder.value_range is None else [of_autoencoder.low, of_autoencoder.high]
-            raise ValueError(
-                f"{folder} was trained on numbers of {of_autoencoder.low:.6g} to {of_autoencoder.high:.6g} as -1 to 1, "
-                f"and the data have {self.values.low:.6g} to {self.values.high:.6g}; set data.value_range to {fix}"
-            )
+        are_latents = getattr(datamodule, "codec", None) is not None
+        if folder is not None and (
+            not are_latents or Path(folder).is_dir()
+        ):  # latents do without it until they are decoded
+            fix = "encode the images again with `unet-diffusion encode`, which reads them so" if are_latents else ""
+            self.values.require_range_of(read_values(Path(folder), channels), f"{folder} was trained on", fix)
+
+    def _warn_of_initial_range(self) -> None:
+        before = self.initial_values
+        if before is not None and before.value_range != self.values.value_range:
+            rank_zero_warn(f"model.init_from was trained on numbers of {before.ends} as -1 to 1, and the data have "
+                           f"{self.values.ends}. For images of the same kind set data.value_range as there; otherwise "
+                           "the network has to learn the new range")  # fmt: skip
+
+    def on_train_start(self) -> None:
+        self.keep_values(self.values)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the values of a checkpoint, or see that the data have the same range.
@@ -53,10 +78,5 @@ class KeepsValues(LightningModule):
             return
         before = PixelValues.from_plain(checkpoint[self.record_key]["values"])
         if not self._has_values:
-            self.values = before
-        elif before.value_range != self.values.value_range:
-            fix = None if before.value_range is None else [before.low, before.high]
-            raise ValueError(
-                f"the checkpoint was trained on numbers of {before.low:.6g} to {before.high:.6g} as -1 to 1, and the "
-                f"data have {self.values.low:.6g} to {self.values.high:.6g}; set data.value_range to {fix}"
-            )
+            self.keep_values(before)
+        self.values.require_range_of(before, "the checkpoint was trained on")

@@ -207,9 +207,8 @@ class DiffusionModule(NetworkModule):
             raise ValueError(f"the data hold latents of their own autoencoder, and model.codec is "
                              f"{type(self.codec).__name__}; train on images, or leave model.codec out")  # fmt: skip
         self.codec = encoded_by or self.codec
-        self.sample_shape = self._sample_shape_of(datamodule)
-        self.class_names = datamodule.class_names
-        self.bind_values(datamodule, self.codec.image_shape(self.sample_shape)[0], None if encoded_by else self.codec)
+        self.sample_shape, self.class_names = self._sample_shape_of(datamodule), datamodule.class_names
+        self.bind_values(datamodule, self.codec.image_shape(self.sample_shape)[0], self.codec)
         check_channels(self.unet, self.sample_shape, self.conditions, self.codec.name)
         provided = {entry for one in self.all_conditions for entry in one.provides}
         if provided and getattr(datamodule, "codec", None) is not None:
@@ -234,6 +233,7 @@ class DiffusionModule(NetworkModule):
             denoiser = load_denoiser(self.init_from)
             load_unconditional_weights(self.ema_unet, denoiser, self.schedule)
             rank_zero_info(f"{self.init_from}: {load_unconditional_weights(self.unet, denoiser, self.schedule)}")
+            self.initial_values = denoiser.values
         super().setup(stage)
 
     def example_inputs(self, batch_size: int) -> dict[str, Tensor]:
@@ -263,7 +263,7 @@ class DiffusionModule(NetworkModule):
         parts = {"unet": trained.unet, "schedule": trained.schedule, "codec": trained.codec, "conditions": conditions}
         module = cls(**{**parts, **arguments, "init_from": None})
         module.sample_shape, module.class_names = trained.sample_shape, trained.class_names
-        module.values = trained.values
+        module.keep_values(trained.values)
         for condition in module.all_conditions:
             condition.bind_sample_shape(module.sample_shape)
         return module

@@ -186,6 +186,7 @@ class SegmentationModule(NetworkModule):
             denoiser = load_denoiser(self.init_from)
             load_denoiser_weights(self.ema_unet, denoiser)
             rank_zero_info(f"{self.init_from}: {load_denoiser_weights(self.unet, denoiser)}")
+            self.initial_values = denoiser.values
         elif stage == "fit" and isinstance(self.unet, FeatureClassifier) and not self.is_continued:
             rank_zero_warn("the frozen denoiser has random weights; set model.init_from to a trained one")
         super().setup(stage)
@@ -200,7 +201,8 @@ class SegmentationModule(NetworkModule):
         trained = read_segmenter(path, allow=allow)
         module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, "init_from": None})
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
-        module.threshold, module.min_size, module.values = trained.threshold, trained.min_size, trained.values
+        module.threshold, module.min_size = trained.threshold, trained.min_size
+        module.keep_values(trained.values)
         module.image_shape = (trained.unet.in_channels, trained.window_size, trained.window_size)
         return module
 
