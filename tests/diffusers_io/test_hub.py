@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from hub import TOKEN, serve
 from huggingface_hub import ModelCard, constants
 
@@ -184,12 +185,66 @@ def test_what_the_hub_does_not_take_is_said_in_a_line(hub, run_cli, tmp_path, mo
     assert token not in out + err
 
 
-def test_passwords_in_the_settings_of_a_run_are_not_pushed(hub, tmp_path):
-    secret = replace(segmenter(), settings={"data": {"root": "s3://KEY:SECRET@bucket/cells"}})
-    secret.export(tmp_path / "folder")
-    with pytest.raises(ValueError, match="holds an address with a password, and is not pushed"):
-        publish(tmp_path / "folder", "someone/leak", run=tmp_path)
-    assert "someone/leak" not in hub.repositories
+SECRETS = ("KEY", "SEC", "RET", "SIGNED")
+ADDRESSES = ["s3://KEY:SEC/RET@bucket/cells", "https://store/cells?sig=SIGNED", "/KEY/SEC/images"]
+
+
+def assert_shown(files: dict[str, bytes], folder):
+    """The settings are among the files, and say nothing of this machine, nor what opens an address."""
+    text = b"\n".join(content for path, content in files.items() if path.endswith((".json", ".md"))).decode()
+    for words in ("s3://bucket/cells", "https://store/cells", "- images\n"):
+        assert words in text
+    assert not [word for word in (*SECRETS, str(folder), '_name_or_path": "/') if word in text]
+
+
+def test_card_of_a_run_names_no_folder_of_this_machine_and_no_secret(hub, run_cli, tiny_digits, tmp_path):
+    run, base = tmp_path / "run", tmp_path / "base.ckpt"
+    tiny_unet = {
+        "channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_levels": [1],
+        "num_class_embeds": 11,
+    }
+    replace(denoiser(), unet=ud.DenoiserUNet(1, **tiny_unet)).save(base)
+    options = ["--trainer.default_root_dir", run, "--model.init_from", base]
+    status, _, err = run_cli("fit", *tiny_digits, *options)
+    assert status == 0, err
+    last = run / "checkpoints" / "last.ckpt"
+    assert str(tmp_path) not in (run / "pipeline" / "README.md").read_text()
+    assert "init_from: base.ckpt" in (run / "pipeline" / "README.md").read_text()
+    made = ud.load(last)
+    made.settings["data"]["init_args"]["source"] |= {"init_args": {"root": ADDRESSES}}
+    made.save(tmp_path / "drawn.ckpt")
+    status, _, err = run_cli("export", tmp_path / "drawn.ckpt", tmp_path / "out", "--push_to_hub", "someone/drawn")
+    assert status == 0, err
+    for files in (hub.repositories["someone/drawn"][-1], files_in(tmp_path / "out")):
+        assert_shown(files, tmp_path)
+
+
+def test_folder_of_a_segmenter_names_no_folder_of_this_machine_and_no_secret(hub, tmp_path):
+    secret = replace(segmenter(), settings={"data": {"root": ADDRESSES}})
+    secret.save_pretrained(tmp_path / "folder")
+    publish(tmp_path / "folder", "someone/seen", run=tmp_path)
+    for files in (hub.repositories["someone/seen"][-1], files_in(tmp_path / "folder")):
+        assert_shown(files, tmp_path)
+    assert ud.load(tmp_path / "folder").settings == {
+        "data": {"root": ["s3://bucket/cells", "https://store/cells", "images"]}
+    }
+
+
+def test_folder_of_an_autoencoder_names_no_folder_of_this_machine_and_no_secret(hub, tmp_path):
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, sample_size=8, **blocks).save_pretrained(
+        tmp_path / "kl"
+    )
+    loaded = ud.load(tmp_path / "kl")
+    loaded.settings = {"data": {"root": ADDRESSES}}
+    loaded.export(tmp_path / "folder")
+    publish(tmp_path / "folder", "someone/encodes", run=tmp_path)
+    for files in (hub.repositories["someone/encodes"][-1], files_in(tmp_path / "folder")):
+        assert_shown(files, tmp_path)
 
 
 def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
