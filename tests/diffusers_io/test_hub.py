@@ -2,15 +2,20 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from hub import TOKEN, serve
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 
 import unet_diffusion as ud
 from unet_diffusion.diffusers_io.publishing import completed_card, publish
@@ -128,18 +133,81 @@ def test_cache_serves_without_a_network(hub, tmp_path, monkeypatch):
     assert ud.load(name).record() == segmenter().record()
     assert len(hub.seen) == asked
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(FileNotFoundError, match=r"the hub cannot be reached, nor is the model in its cache"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder someone/\w+, and the hub cannot be reached, nor is a model"
+    ):
         ud.load(name)
 
 
 def test_hub_that_does_not_answer_is_said(hub, tmp_path, monkeypatch, run_cli):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(FileNotFoundError, match=r"the hub cannot be reached, nor is the model in its cache"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder someone/\w+, and the hub cannot be reached, nor is a model"
+    ):
         ud.load("someone/far")
     denoiser().save(tmp_path / "some.ckpt")
     status, _, err = run_cli("export", "some.ckpt", "pipeline", "--push_to_hub", "someone/far")
     assert status != 0
     assert "the hub cannot be reached for someone/far; connect to the network" in err
+
+
+def test_hub_that_is_silent_is_not_waited_for(hub, tmp_path, monkeypatch):
+    segmenter().save_pretrained(tmp_path / "made")
+    hub.commit("someone/kept", files_in(tmp_path / "made"))
+    ud.load("someone/kept")
+    monkeypatch.setattr("unet_diffusion.runtime.hub.PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert ud.load("someone/kept").record() == segmenter().record()  # from the cache
+        with pytest.raises(
+            FileNotFoundError, match="the hub cannot be reached, nor is a model runns/digits in its cache"
+        ):
+            ud.load("runns/digits")
+        with pytest.raises(FileNotFoundError, match="the hub cannot be reached for someone/kept"):
+            publish(tmp_path / "made", "someone/kept", run=tmp_path)
+
+
+def test_error_of_a_name_says_that_it_is_no_path_either(hub):
+    both = r"^there is no file or folder runns/digits, and the hub has no model runns/digits that you may use; correct"
+    with pytest.raises(FileNotFoundError, match=both):
+        ud.load("runns/digits")
+    with pytest.raises(FileNotFoundError, match=r"^the hub has no model runns/digits that you may use; correct"):
+        ud.load("hf://runns/digits")
+
+
+def test_path_asks_no_server(hub, run_cli):
+    asked = len(hub.seen)
+    for path in (Path("./runns/digits"), "./runns/digits"):
+        with pytest.raises(FileNotFoundError, match="there is no model at"):
+            ud.load(path)
+    status, _, err = run_cli("sample", "./runns/digits")
+    assert status != 0
+    assert "CHECKPOINT must exist" in err
+    assert len(hub.seen) == asked
+
+
+def test_commands_take_names_on_the_hub(hub, run_cli, tmp_path):
+    denoiser().export(tmp_path / "pipeline")
+    segmenter().save_pretrained(tmp_path / "cells")
+    hub.commit("someone/draws", files_in(tmp_path / "pipeline"))
+    hub.commit("someone/finds", files_in(tmp_path / "cells"))
+    pixels = np.random.default_rng(0).integers(256, size=(24, 24), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    few = ["--num_images", "2", "--num_inference_steps", "2"]
+    for name in ("someone/draws", "pipeline"):
+        status, _, err = run_cli("sample", name, *few, "--output", f"drawn/{Path(name).name}")
+        assert status == 0, err
+    assert Path("drawn/draws/000001.png").read_bytes() == Path("drawn/pipeline/000001.png").read_bytes()
+    for name in ("someone/finds", "cells"):
+        status, _, err = run_cli("segment", name, "image.png", "--output", f"masks/{Path(name).name}")
+        assert status == 0, err
+    assert Path("masks/finds/image.png").read_bytes() == Path("masks/cells/image.png").read_bytes()
+    status, _, err = run_cli("segment", "someone/draws", "image.png", "--output", "none")
+    assert status != 0
+    assert "someone/draws holds a denoiser, not a segmenter; use unet-diffusion sample" in err
+    status, _, err = run_cli("sample", "runns/digits", "--output", "none")
+    assert status != 0
+    assert "there is no file or folder runns/digits, and the hub has no model" in err
 
 
 def files_in(folder) -> dict[str, bytes]:
@@ -162,7 +230,7 @@ def test_only_safetensors_in_full_precision_are_downloaded(hub, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "token", "message"),
     [
-        (["import", "nobody/nothing", "new.ckpt"], TOKEN, "no model of this name on the hub that you may use"),
+        (["import", "nobody/nothing", "new.ckpt"], TOKEN, "no file or folder nobody/nothing, and the hub has no model"),
         (["export", "some.ckpt", "pipeline", "--push_to_hub", "me/new"], "hf_wrong", "refused me/new (status 401)"),
         (["export", "some.ckpt", "pipeline", "--push_to_hub", "just-a-name"], TOKEN, "must be named as owner/name"),
         (["export", "some.ckpt", "pipeline", "--license", "mit"], TOKEN, "--license and --private are for"),
@@ -184,12 +252,66 @@ def test_what_the_hub_does_not_take_is_said_in_a_line(hub, run_cli, tmp_path, mo
     assert token not in out + err
 
 
-def test_passwords_in_the_settings_of_a_run_are_not_pushed(hub, tmp_path):
-    secret = replace(segmenter(), settings={"data": {"root": "s3://KEY:SECRET@bucket/cells"}})
-    secret.export(tmp_path / "folder")
-    with pytest.raises(ValueError, match="holds an address with a password, and is not pushed"):
-        publish(tmp_path / "folder", "someone/leak", run=tmp_path)
-    assert "someone/leak" not in hub.repositories
+SECRETS = ("KEY", "SEC", "RET", "SIGNED")
+ADDRESSES = ["s3://KEY:SEC/RET@bucket/cells", "https://store/cells?sig=SIGNED", "/KEY/SEC/images"]
+
+
+def assert_shown(files: dict[str, bytes], folder):
+    """The settings are among the files, and say nothing of this machine, nor what opens an address."""
+    text = b"\n".join(content for path, content in files.items() if path.endswith((".json", ".md"))).decode()
+    for words in ("s3://bucket/cells", "https://store/cells", "- images\n"):
+        assert words in text
+    assert not [word for word in (*SECRETS, str(folder), '_name_or_path": "/') if word in text]
+
+
+def test_card_of_a_run_names_no_folder_of_this_machine_and_no_secret(hub, run_cli, tiny_digits, tmp_path):
+    run, base = tmp_path / "run", tmp_path / "base.ckpt"
+    tiny_unet = {
+        "channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_levels": [1],
+        "num_class_embeds": 11,
+    }
+    replace(denoiser(), unet=ud.DenoiserUNet(1, **tiny_unet)).save(base)
+    options = ["--trainer.default_root_dir", run, "--model.init_from", base]
+    status, _, err = run_cli("fit", *tiny_digits, *options)
+    assert status == 0, err
+    last = run / "checkpoints" / "last.ckpt"
+    assert str(tmp_path) not in (run / "pipeline" / "README.md").read_text()
+    assert "init_from: base.ckpt" in (run / "pipeline" / "README.md").read_text()
+    made = ud.load(last)
+    made.settings["data"]["init_args"]["source"] |= {"init_args": {"root": ADDRESSES}}
+    made.save(tmp_path / "drawn.ckpt")
+    status, _, err = run_cli("export", tmp_path / "drawn.ckpt", tmp_path / "out", "--push_to_hub", "someone/drawn")
+    assert status == 0, err
+    for files in (hub.repositories["someone/drawn"][-1], files_in(tmp_path / "out")):
+        assert_shown(files, tmp_path)
+
+
+def test_folder_of_a_segmenter_names_no_folder_of_this_machine_and_no_secret(hub, tmp_path):
+    secret = replace(segmenter(), settings={"data": {"root": ADDRESSES}})
+    secret.save_pretrained(tmp_path / "folder")
+    publish(tmp_path / "folder", "someone/seen", run=tmp_path)
+    for files in (hub.repositories["someone/seen"][-1], files_in(tmp_path / "folder")):
+        assert_shown(files, tmp_path)
+    assert ud.load(tmp_path / "folder").settings == {
+        "data": {"root": ["s3://bucket/cells", "https://store/cells", "images"]}
+    }
+
+
+def test_folder_of_an_autoencoder_names_no_folder_of_this_machine_and_no_secret(hub, tmp_path):
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, sample_size=8, **blocks).save_pretrained(
+        tmp_path / "kl"
+    )
+    loaded = ud.load(tmp_path / "kl")
+    loaded.settings = {"data": {"root": ADDRESSES}}
+    loaded.export(tmp_path / "folder")
+    publish(tmp_path / "folder", "someone/encodes", run=tmp_path)
+    for files in (hub.repositories["someone/encodes"][-1], files_in(tmp_path / "folder")):
+        assert_shown(files, tmp_path)
 
 
 def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
@@ -198,6 +320,8 @@ def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
     assert [is_hub_name(name) for name in ("owner/name", "hf://owner/name", "runs/digits", "name", "a/b/c", "./a")] == [
         *(True, True, False, False, False, False),
     ]
+    paths = ("./owner/name", "../owner/name", "~/name", "/owner/name", Path("./owner/name"), Path("owner/name"))
+    assert not any(map(is_hub_name, paths))
     assert not is_hub_name("missing/last.ckpt")  # a mistyped path asks no server
     assert not is_hub_name("missing/model.safetensors")
     assert check_hub_name("hf://owner/name") == "owner/name"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from unet_diffusion.runtime.folder_settings import ClaimedFolder
+from unet_diffusion.runtime.hub import is_hub_name
 from unet_diffusion.runtime.messages import printable, similar_paths
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, "CHECKPOINT"]
 File = Annotated[Path, "FILE"]
 Folder = Annotated[Path, "DIR"]
-Pipeline = Annotated[Path, "PIPELINE"]
+Model = Annotated[Path | str, "CHECKPOINT"]  # str: a name on the hub
+Pipeline = Annotated[Path | str, "PIPELINE"]
 Size = Annotated[tuple[int, int], "H W"]
 Speed = Literal["plain", "channels_last", "fused", "compiled", "graphed"]  # those of `speed.py`, which imports PyTorch
 Precision = Literal["auto", "float32", "bfloat16", "float16"]  # those of `precision.py`, which imports it too, and auto
@@ -24,17 +26,19 @@ Normalization = Literal["imagenet", "unit"]  # those of `encoder_segmenters.py`,
 BadFiles = Literal["error", "skip"]
 
 
-def check_exists(name: str, path: Path) -> None:
+def check_exists(name: str, path: Path | str) -> None:
     """Refuse a path where there is nothing, before seconds are spent on imports; archives are looked into later.
 
     Args:
         name: The argument, as the command line names it.
-        path: The file or folder.
+        path: The file or folder; or the name of a model on the hub, which is asked later.
 
     Raises:
         FileNotFoundError: If there is nothing.
     """
-    wanted = path.expanduser()
+    if is_hub_name(path):
+        return
+    wanted = Path(path).expanduser()
     if not wanted.exists() and not any(parent.is_file() for parent in wanted.parents):
         raise FileNotFoundError(f"{name} must exist, got {path}, looked for {wanted.absolute()}{similar_paths(wanted)}")
 

@@ -94,7 +94,7 @@ def import_pipeline(
         print(f"{checkpoint} holds the model: {model}")
         return
     if is_file:
-        _say_what_was_assumed(pipeline, model)
+        _say_what_was_assumed(Path(pipeline), model)
     _write_settings(model, recipe)
     print(f"{checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} --ckpt_path {checkpoint}")
 

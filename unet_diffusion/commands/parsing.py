@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 from jsonargparse import ArgumentParser
 
 from unet_diffusion.commands.parser_errors import in_short
+from unet_diffusion.runtime.hub import is_hub_name
 from unet_diffusion.runtime.messages import UsageError, did_you_mean
 
 PROGRAM = "unet-diffusion"
@@ -130,7 +131,7 @@ def _on_the_command_line(annotation: Any) -> dict[str, Any]:
     if get_origin(annotation) is Literal:
         choices = get_args(annotation)
         return {**options, "choices": choices, "type": type(choices[0])}
-    return {**options, "type": _path if annotation is Path else annotation}
+    return {**options, "type": {Path: _path, Path | str: _path_or_hub_name}.get(annotation, annotation)}
 
 
 def _path(text: str | Path) -> Path:
@@ -139,7 +140,11 @@ def _path(text: str | Path) -> Path:
     return Path(text)
 
 
-_path.__name__ = "path"  # argparse names it in messages
+def _path_or_hub_name(text: str | Path) -> Path | str:
+    return str(text) if is_hub_name(text) else _path(text)
+
+
+_path.__name__ = _path_or_hub_name.__name__ = "path"  # argparse names it in messages
 
 
 def function_of(name: str) -> Callable[..., None]:

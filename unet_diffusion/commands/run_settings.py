@@ -9,16 +9,13 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
+from unet_diffusion.runtime.shareable import shareable
 from unet_diffusion.training.callbacks import run_folder
 from unet_diffusion.training.checkpointing import LAST
 from unet_diffusion.training.resuming import differences
 
 CHECKPOINTS = "checkpoints"  # folder in the run folder
 RUN_SETTINGS = "run_settings"  # in a checkpoint: the settings that are compared when the run is resumed
-PATHS = {  # of this machine
-    *("default_root_dir", "root", "images", "labels", "unlabelled", "semantic_map", "paired_image", "boxes"),
-    *("init_from", "folder", "autoencoder"),
-}
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a resumed run keeps
 STEP_SETTINGS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
 MAX_SHOWN = 5  # settings that differ
@@ -43,10 +40,10 @@ class SaveRunConfig(SaveConfigCallback):
         settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         kept = {key: settings[key] for key in (*WHAT_IS_TRAINED, "ckpt_path")}
         self.kept_settings = {**kept, "trainer": _of_steps(settings["trainer"])}
-        # They go out with the exported pipeline: what was trained and how, and no paths of this machine.
+        # They go out with the exported pipeline.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
         wanted["trainer"] = {key: value for key, value in wanted["trainer"].items() if key != "logger"}
-        pl_module.settings = _without(wanted, PATHS)
+        pl_module.settings = shareable(wanted)
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
 
@@ -113,13 +110,6 @@ def refuse_other_settings(root: Path, before: dict[str, Any], settings: dict[str
             f"Continue it with these by --ckpt_path {root / CHECKPOINTS / LAST}, or start another with "
             "--trainer.default_root_dir DIR"
         )
-
-
-def _without(settings: Any, keys: set[str]) -> Any:
-    """Nested settings without the values of these keys, at any depth."""
-    if not isinstance(settings, dict):
-        return settings
-    return {key: _without(value, keys) for key, value in settings.items() if key not in keys or isinstance(value, dict)}
 
 
 def _of_steps(trainer: Any) -> dict[str, Any]:

@@ -5,7 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from unet_diffusion.commands.arguments import Checkpoint, File, Folder, Precision, Size, Speed, check_exists, claimed
+from unet_diffusion.commands.arguments import (
+    Checkpoint,
+    File,
+    Folder,
+    Model,
+    Precision,
+    Size,
+    Speed,
+    check_exists,
+    claimed,
+)
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.atomic_files import remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings, settings_of
@@ -26,7 +36,7 @@ NOT_OF_AN_IMAGE = (  # arguments that an image does not depend on
 
 
 def sample_images(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     *,
     num_images: int = 64,
     labels: list[str] | None = None,
@@ -75,7 +85,8 @@ def sample_images(
     picture is painted, and with --interpolate they are a sequence from one image to another.
 
     Args:
-        checkpoint: The .ckpt file, run folder or diffusers pipeline folder of a denoiser.
+        checkpoint: The .ckpt file, run folder or diffusers pipeline folder of a denoiser, a file of weights, or a name
+            on the hub.
         num_images: The number of images to draw.
         labels: The numbers or names of the classes to draw, which take turns. By default all classes take turns.
         captions: The texts to draw, which take turns, for a model of captions.
@@ -121,7 +132,7 @@ def sample_images(
 
     Raises:
         UsageError: If overwrite and resume are both given.
-        FileNotFoundError: If there is no such checkpoint or picture.
+        FileNotFoundError: If there is no such checkpoint or picture, or the hub cannot be reached.
         FileExistsError: If the output folder holds other files of the same names, or images of other settings.
         ValueError: If an option does not fit the checkpoint, or a number is out of range.
     """
@@ -168,7 +179,7 @@ def _conditions(words: list[str]) -> dict[str, str]:
     return {word.partition("=")[0]: word.partition("=")[2] for word in words}
 
 
-def _check_files_and_scheduler(checkpoint: Path, pictures: dict[str, Path | None], scheduler: str) -> None:
+def _check_files_and_scheduler(checkpoint: Path | str, pictures: dict[str, Path | None], scheduler: str) -> None:
     for name, path in pictures.items():
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"--{name} must be an image file, and there is none at {path}")

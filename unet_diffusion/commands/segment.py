@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from unet_diffusion.commands.arguments import (
-    Checkpoint,
     Folder,
+    Model,
     Precision,
     Speed,
     check_exists,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def segment(
-    checkpoint: Checkpoint,
+    checkpoint: Model,
     images: list[Path],
     *,
     output: Folder,
@@ -50,7 +50,8 @@ def segment(
     changed images again. Several processes of torchrun share the work.
 
     Args:
-        checkpoint: The .ckpt file or run folder of a segmenter.
+        checkpoint: The .ckpt file, run folder or exported folder of a segmenter, a file of weights, or a name on the
+            hub.
         images: The image files, folders or zip archives to segment.
         output: The folder for the masks.
         instances: Also write DIR/instances/NAME, with a number for each object, and DIR/objects.csv, a table of all
@@ -70,7 +71,7 @@ def segment(
         speed: How the network runs. The default is as in training, but nothing is compiled as a whole.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint or image.
+        FileNotFoundError: If there is no such checkpoint or image, or the hub cannot be reached.
         FileExistsError: If the output folder holds something else, or masks with other settings.
         ValueError: If an option does not fit the checkpoint, or some images cannot be segmented.
     """
@@ -83,8 +84,9 @@ def segment(
         import torch
         from tqdm import tqdm
 
+        from unet_diffusion.inference.loading import load_segmenter
         from unet_diffusion.inference.objects import TABLE, write_objects
-        from unet_diffusion.inference.reading import contents_of, read_segmenter
+        from unet_diffusion.inference.reading import contents_of
         from unet_diffusion.inference.segment_files import ImagesToSegment, Outputs, segment_images
         from unet_diffusion.models.speed import prepare_weights
         from unet_diffusion.runtime.processes import process_group
@@ -92,7 +94,7 @@ def segment(
 
     if min_size is not None and not (instances or overlays):
         raise ValueError("--min_size is of objects, and a mask shows none; add --instances or --overlays")
-    trained = read_segmenter(checkpoint, allow=allow or ())
+    trained = load_segmenter(checkpoint, allow=allow or ())
     settings: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "instances": instances,

@@ -336,10 +336,11 @@ def _takes_scale(autoencoder: AutoencoderNetwork, space: LatentSpace, scaling_fa
 
 
 def _with_scale(autoencoder: AutoencoderNetwork, **fields: Any) -> AutoencoderNetwork:
-    """A copy whose configuration has these fields, and no other moments of the latents."""
+    """A copy whose configuration has these fields, no other moments of the latents, and no folder of this machine."""
     autoencoder = copy.deepcopy(autoencoder)
-    moments = {name: None for name in MOMENTS if name in autoencoder.config}  # a VQModel has no such fields
-    autoencoder.register_to_config(**{**moments, **fields})
+    cleared = {"_name_or_path": "", **dict.fromkeys(MOMENTS)}  # a VQModel has no moments
+    fields = {**{name: value for name, value in cleared.items() if name in autoencoder.config}, **fields}
+    autoencoder.register_to_config(**fields)
     return autoencoder
 
 

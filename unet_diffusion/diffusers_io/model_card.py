@@ -10,6 +10,7 @@ from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipelin
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, num_codes, num_latent_channels
+from unet_diffusion.runtime.shareable import shareable
 
 MODEL_CARD = """---
 library_name: diffusers
@@ -239,7 +240,7 @@ def _usage(parts: DenoiserParts, pipeline: DiffusionPipeline) -> str:
 
 
 def _yaml(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(shareable(settings), sort_keys=False, allow_unicode=True)
 
 
 def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:

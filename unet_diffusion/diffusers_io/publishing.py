@@ -11,7 +11,6 @@ from unet_diffusion.runtime.hub import check_hub_name, push
 CARD, PLACEHOLDER = "README.md", "path/to/this/folder"
 LICENCE = re.compile(r"\n## Licence\n.*\Z", re.DOTALL)
 LICENCE_NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # of the hub, such as apache-2.0
-CREDENTIALS = re.compile(rb"://[^/\s@\"']+@")  # of an address, such as s3://KEY:SECRET@bucket
 PICTURES = {"samples.png": "Samples at the end of training."}  # of a run folder, and what they show
 
 
@@ -26,8 +25,7 @@ def publish(folder: Path, name: str, *, run: Path, licence: str | None = None, p
         private: Whether a new repository is private.
 
     Raises:
-        ValueError: If the name or the licence is not of the form that the hub takes, or if a file holds an address with
-            a password.
+        ValueError: If the name or the licence is not of the form that the hub takes.
         FileNotFoundError: If the hub cannot be reached, or refuses.
     """
     name = check_hub_name(name)
@@ -40,7 +38,6 @@ def publish(folder: Path, name: str, *, run: Path, licence: str | None = None, p
     pictures = {f"pictures/{file}": run / file for file in PICTURES if (run / file).is_file()}
     evaluation = run / "evaluation" / "evaluation.json"
     figures = read_json(evaluation).get("figures", {}) if evaluation.is_file() else {}
-    _refuse_credentials(folder)
     card = (folder / CARD).read_text(encoding="utf-8")
     completed = completed_card(card, name, licence=licence, figures=figures, pictures=[*pictures])
     return push(name, {**files, **pictures, CARD: completed.encode()}, private=private)
@@ -54,14 +51,6 @@ def check_licence(licence: str | None) -> None:
     """
     if licence is not None and not LICENCE_NAME.fullmatch(licence):
         raise ValueError(f"a licence must be a word of the hub, such as apache-2.0, mit or cc-by-4.0, got {licence!r}")
-
-
-def _refuse_credentials(folder: Path) -> None:
-    """Refuse to make public what the settings of a run may hold: an address of data with a user and a password."""
-    for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.md")]):
-        if CREDENTIALS.search(path.read_bytes()):
-            raise ValueError(f"{path} holds an address with a password, and is not pushed; take it out of the file, "
-                             "and push the folder again")  # fmt: skip
 
 
 def completed_card(

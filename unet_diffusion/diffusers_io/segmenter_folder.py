@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder, read_json
+from unet_diffusion.runtime.shareable import shareable
 
 StrPath = str | os.PathLike[str]
 CLASS_NAME, WEIGHTS = "Segmenter", "model.safetensors"
@@ -49,7 +50,7 @@ def save_segmenter_folder(
     """Write the folder of a segmenter; it is read again and compared before it gets its name.
 
     Args:
-        record: The plain values that describe it.
+        record: The plain values that describe it; of its settings, those that are `shareable` are written.
         weights: The weights of its network.
         folder: The folder to make; it appears whole or not at all.
         overwrite: Replace the folder, if everything in it was exported there.
@@ -58,6 +59,7 @@ def save_segmenter_folder(
         FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
         RuntimeError: If the folder does not give what was written.
     """
+    record = {**record, "settings": shareable(record["settings"])}
     folder = Path(folder).resolve()
     check_replaceable(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")

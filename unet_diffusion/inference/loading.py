@@ -68,7 +68,7 @@ def load(
     """
     told = Untold(tokenizer, prediction_type, image_size, num_heads, head_channels, scaling_factor, num_classes)
     if is_hub_name(path):
-        path = download(path, revision)
+        path = download(str(path), revision)
     elif revision is not None:
         raise ValueError(f"revision is for a model on the hub, and {path} is here; leave it out")
     if Path(path).is_dir() and holds_encoder_unet(Path(path)):
@@ -106,6 +106,23 @@ def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
     if not isinstance(model, Denoiser):
         kind, command = ("a segmenter", "segment") if isinstance(model, Segmenter) else ("an autoencoder", "encode")
         raise ValueError(f"{path} holds {kind}, not a denoiser; use unet-diffusion {command}")
+    return model
+
+
+def load_segmenter(path: StrPath, *, allow: Sequence[str] = ()) -> Segmenter:
+    """The segmenter at a path, with the arguments of `load`.
+
+    Raises:
+        FileNotFoundError: If there is no model at the path.
+        ValueError: If the model is not a segmenter, or cannot be read.
+    """
+    is_here = not is_hub_name(path)
+    if is_here and (onnx_file(path) or (is_checkpoint(path) and not is_single_file(path))):
+        return read_segmenter(path, allow=allow)
+    model = load(path, allow=allow)
+    if not isinstance(model, Segmenter):
+        kind, command = ("a denoiser", "sample") if isinstance(model, Denoiser) else ("an autoencoder", "encode")
+        raise ValueError(f"{path} holds {kind}, not a segmenter; use unet-diffusion {command}")
     return model
 
 

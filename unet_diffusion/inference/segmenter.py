@@ -293,7 +293,7 @@ class Segmenter(Running):
         """
         from unet_diffusion.diffusers_io.segmenter_folder import holds_segmenter, read_segmenter_folder
 
-        folder = download(name_or_folder, revision) if is_hub_name(name_or_folder) else Path(name_or_folder)
+        folder = download(str(name_or_folder), revision) if is_hub_name(name_or_folder) else Path(name_or_folder)
         if not holds_segmenter(folder):
             raise ValueError(f"{name_or_folder} must hold a segmenter of save_pretrained, with config.json")
         record, weights = read_segmenter_folder(folder)

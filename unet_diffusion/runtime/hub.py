@@ -4,34 +4,39 @@ huggingface_hub finds the token of the user by itself (`hf auth login`, or HF_TO
 saves it. HF_HUB_OFFLINE=1 takes models from the cache alone, and HF_ENDPOINT names another server.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+StrPath = str | os.PathLike[str]
 PREFIX = "hf://"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".bin", ".ckpt", ".onnx", ".pt", ".pth", ".safetensors")  # a name that ends so is that of a file
 MOST_CONNECTIONS = 4  # files that are downloaded at once
+PATIENCE = 5.0  # seconds to wait for the hub's first answer; huggingface_hub itself would wait for ever
 PLAIN = ["*.json", "*.txt", "*.md"]  # small files, which say what a repository holds
 WEIGHTS = ["*.safetensors", "*.json", "*.txt"]
 OTHER_WEIGHTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*onnx*", "*openvino*", "*flax*"]  # of the same model
 
 
-def is_hub_name(path: object) -> bool:
+def is_hub_name(path: StrPath) -> bool:
     """Return whether a path is the name of a model on the hub.
 
     Args:
-        path: A path, hf://owner/name, or owner/name, which is a path if there is a folder owner or if it ends as a file
-            of weights does.
+        path: A pathlib.Path, which is never a name; or a string: hf://owner/name, or owner/name, which is a path if
+            there is a folder owner or if it ends as a file of weights does. Nor is a name what begins with a dot, a
+            slash or ~.
     """
-    text = _text(path)
-    if text.startswith(PREFIX):
-        return True
-    if Path(text).suffix in FILES:
+    if not isinstance(path, str):
         return False
-    return bool(NAME.fullmatch(text)) and not Path(text).exists() and not Path(text).parent.exists()
+    if path.startswith(PREFIX):
+        return True
+    if Path(path).suffix in FILES:
+        return False
+    return bool(NAME.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.exists()
 
 
 def check_hub_name(name: str) -> str:
@@ -46,7 +51,7 @@ def check_hub_name(name: str) -> str:
     return bare
 
 
-def download(path: object, revision: str | None = None) -> Path:
+def download(path: str, revision: str | None = None) -> Path:
     """Return the folder of a model in the cache of the hub; what is missing there is downloaded.
 
     Code in the repository is not downloaded, and of several sets of weights only safetensors in full precision.
@@ -60,9 +65,9 @@ def download(path: object, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    name = check_hub_name(_text(path))
-    options: dict[str, Any] = {"max_workers": MOST_CONNECTIONS}
-    with _explained(name, revision):
+    name = check_hub_name(path)
+    with _explained(path, revision):
+        options: dict[str, Any] = {"max_workers": MOST_CONNECTIONS, "local_files_only": not _answers(name)}
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=PLAIN, **options))
         # A pipeline's folders hold its weights; the same in one file often lies beside them.
         nested = [f"*/{pattern}" for pattern in WEIGHTS] if (folder / "model_index.json").is_file() else WEIGHTS
@@ -86,6 +91,8 @@ def push(name: str, files: Mapping[str, Path | bytes], *, private: bool = False)
     from huggingface_hub import CommitOperationAdd, HfApi
 
     name, api = check_hub_name(name), HfApi()
+    if not _answers(name):
+        raise FileNotFoundError(f"the hub cannot be reached for {name}; connect to the network")
     with _explained(name, None):
         api.create_repo(name, private=private, exist_ok=True)
         operations = [
@@ -96,9 +103,35 @@ def push(name: str, files: Mapping[str, Path | bytes], *, private: bool = False)
     return f"{api.endpoint}/{name}"
 
 
+def _answers(name: str) -> bool:
+    """Whether the hub answers in time what it has under a name, if only that it has nothing."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=PATIENCE)
+    except HfHubHTTPError:
+        return True
+    except (ConnectionError, _network_error()):
+        return False
+    return True
+
+
+def _network_error() -> type[Exception]:
+    """The class of the errors of huggingface_hub's HTTP client."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return cast(type[Exception], HfHubHTTPError.__bases__[0])
+
+
 @contextmanager
 def _explained(name: str, revision: str | None) -> Iterator[None]:
-    """Turn errors of the hub and of the network into an error that says what to do; they name no token."""
+    """Turn errors of the hub and of the network into an error that says what to do; they name no token.
+
+    Args:
+        name: The name as the user gave it. Without hf://, it may be a mistyped path.
+        revision: Branch, tag or commit.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -107,7 +140,7 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    network_error = cast(type[Exception], HfHubHTTPError.__bases__[0])  # of the HTTP client of huggingface_hub
+    no_path = "" if name.startswith(PREFIX) else f"there is no file or folder {name}, and "
     try:
         yield
     except RevisionNotFoundError as error:
@@ -117,19 +150,14 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
         raise FileNotFoundError(f"{name} is open only to users who accept its conditions; accept them on its page, and "
                                 "log in with: hf auth login") from error  # fmt: skip
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"there is no folder {name}, and no model of this name on the hub that you may use; "
-                                "log in with: hf auth login") from error  # fmt: skip
+        raise FileNotFoundError(f"{no_path}the hub has no model {check_hub_name(name)} that you may use; correct the "
+                                "name, or log in with: hf auth login") from error  # fmt: skip
     except (LocalEntryNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"there is no folder {name}, and the hub cannot be reached, nor is the model in its "
-                                "cache; connect to the network, or copy the model here") from error  # fmt: skip
+        raise FileNotFoundError(f"{no_path}the hub cannot be reached, nor is a model {check_hub_name(name)} in its "
+                                "cache; correct the name, or connect to the network") from error  # fmt: skip
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no answer")
         raise FileNotFoundError(f"the hub refused {name} (status {status}); log in with a token that may do this: hf "
                                 "auth login") from error  # fmt: skip
-    except network_error as error:
+    except _network_error() as error:
         raise FileNotFoundError(f"the hub cannot be reached for {name}; connect to the network") from error
-
-
-def _text(path: object) -> str:
-    """Return a path or name as it was given; a Path drops one slash of hf://."""
-    return re.sub(r"^hf:/+", PREFIX, str(path))

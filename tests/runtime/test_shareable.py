@@ -1,0 +1,50 @@
+"""What of the settings of a run others may see."""
+
+from pathlib import Path
+
+import pytest
+
+from unet_diffusion.runtime.shareable import shareable
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("/home/me/cells", "cells"),
+        ("/home/me/my data/", "my data"),
+        ("~/data/cells", "cells"),
+        (Path("/home/me/cells.zip"), "cells.zip"),
+        (r"C:\Users\me\cells", "cells"),
+        (r"\\server\share\cells", "cells"),
+        ("file:///home/me/cells", "file://cells"),
+        ("zcat /home/me/cells.gz --into=/home/me/cells", "zcat cells.gz --into=cells"),
+        ("data/cells", "data/cells"),
+        ("owner/name", "owner/name"),
+        ("a red/blue heart, N / A", "a red/blue heart, N / A"),
+        ("s3://bucket/cells", "s3://bucket/cells"),
+        ("s3://user:password@host/cells", "s3://host/cells"),
+        ("s3://user:pass/word@host/cells", "s3://host/cells"),
+        ("s3://us/er:pass@word@host/cells", "s3://host/cells"),
+        ("s3://user:pass word@host/cells", "s3://host/cells"),
+        ("s3://user:pass?word@host/cells", "s3://"),  # where the host begins cannot be told
+        ("s3://user:password/cells", "s3://"),
+        ("https://token@host/cells", "https://host/cells"),
+        ("https://host:8000/cells?sig=secret", "https://host/cells"),
+        ("https://host/cells?token=sec@ret", "https://host/cells"),
+        ("https://host/cells#secret", "https://host/cells"),
+        ("https://host/cells?X-Amz-Signature=secret&X-Amz-Credential=key", "https://host/cells"),
+        ("http://[::1]:8000/cells", "http://[::1]/cells"),
+        ("hf://datasets/owner/name@main/cells", "hf://datasets/owner/name@main/cells"),
+        ("simplecache::s3://user:password@host/cells", "simplecache::s3://host/cells"),
+        ("https://a/cells https://user:password@b/cells?sig=secret", "https://a/cells https://b/cells"),
+    ],
+)
+def test_paths_keep_their_last_part_and_addresses_scheme_host_and_path(setting, shown):
+    assert shareable(setting) == shown
+    assert shareable(shown) == shown
+
+
+def test_other_settings_stay_at_any_depth():
+    settings = {"model": {"lr": 0.001, "betas": (0.9, 0.999), "unet": {"class_path": "a.b.C"}}, "seed": None, 3: True}
+    assert shareable(settings) == {**settings, "model": {**settings["model"], "betas": [0.9, 0.999]}}
+    assert shareable({"/home/me": [{"root": "/home/me/cells"}]}) == {"me": [{"root": "cells"}]}
