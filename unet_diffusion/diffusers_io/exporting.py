@@ -46,6 +46,7 @@ from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.speed import set_speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -77,7 +78,8 @@ def to_diffusers(
     """
     config = _config_of(model)
     counterpart = UNet2DModel if model.config["context_dim"] is None else UNet2DConditionModel
-    unet = counterpart(**config, sample_size=sample_size)
+    with WithoutInitialWeights():
+        unet = counterpart(**config, sample_size=sample_size)
     unet.load_state_dict(model.state_dict())
     return unet.eval()
 
@@ -92,8 +94,7 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
       StableDiffusionUpscalePipeline, with a paired image StableDiffusionInstructPix2PixPipeline;
     - for latents from texts and sizes StableDiffusionXLPipeline.
 
-    Otherwise, and for images of other channels or values than pictures have, the folder has its own `pipeline.py` and
-    loads with
+    Otherwise, and for images of other channels or values than pictures, the folder has its own `pipeline.py` for
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. Its README.md shows how to use it.
 
     Args:

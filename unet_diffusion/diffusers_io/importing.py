@@ -32,6 +32,7 @@ from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec, latent_
 from unet_diffusion.models.autoencoders import CLASSES, downsampling, pretrained_autoencoder
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.runtime.atomic_files import field_of, read_json
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 from unet_diffusion.runtime.named_class import class_of
 
 StrPath = str | os.PathLike[str]
@@ -71,9 +72,10 @@ def from_diffusers(model_or_folder: UNet2DModel | UNet2DConditionModel | StrPath
     else:
         got = type(model_or_folder).__name__
         raise ValueError(f"only a UNet2DModel, UNet2DConditionModel or a folder can be imported, got a {got}")
-    model = DenoiserUNet(**config_from_diffusers(config)).eval()
+    with WithoutInitialWeights():
+        model = DenoiserUNet(**config_from_diffusers(config))
     load_weights(model, weights or read_weights(folder))
-    return model
+    return model.eval()
 
 
 def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> DenoiserParts:

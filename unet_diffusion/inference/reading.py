@@ -29,6 +29,7 @@ from unet_diffusion.inference.segmenter import Segmenter, fields_of
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.speed import Speed
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 from unet_diffusion.runtime.named_class import class_of
 from unet_diffusion.runtime.pixel_values import PixelValues
 
@@ -54,10 +55,11 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
         return _adapted(file, record, weights, speed=speed, allow=allow, autoencoder=autoencoder)
     with explained(file, "denoiser"), no_larger_than(weights):
         channels, height, width = record["sample_shape"]
-        conditions = nn.ModuleList(
-            built(class_of(condition["class_path"], Condition, allow), condition["init_args"])
-            for condition in record["conditions"]
-        )
+        with WithoutInitialWeights():
+            conditions = nn.ModuleList(
+                built(class_of(condition["class_path"], Condition, allow), condition["init_args"])
+                for condition in record["conditions"]
+            )
         conditions.load_state_dict(averaged_weights("conditions", weights))
         unet = network_with_weights(record["unet"], weights, allow)
         beside = channels_beside(conditions)
@@ -192,7 +194,8 @@ def read_autoencoder(path: StrPath) -> Autoencoder:
     file = checkpoint_file(path)
     record, weights, _ = read_record(file, "autoencoder")
     with explained(file, "autoencoder"), no_larger_than(weights):
-        network = built(CLASSES[record["class_name"]], record["config"])
+        with WithoutInitialWeights():
+            network = built(CLASSES[record["class_name"]], record["config"])
         network.load_state_dict(averaged_weights("autoencoder", weights))
         channels, height, width = record["image_shape"]
         step = 2 ** (len(network.config["block_out_channels"]) - 1)

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, VQModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 from unet_diffusion.runtime.tensor_files import is_single_file_name, read_metadata, read_tensors
 
 PREFIXES = ("first_stage_model.", "vae.", "")  # of an autoencoder's weights; none where it is alone in its file
@@ -128,10 +129,11 @@ def autoencoder_of(
     if CODEBOOK in weights:
         converted[CODEBOOK] = weights[CODEBOOK]
     kind = VQModel if CODEBOOK in weights else AutoencoderKL
-    autoencoder = kind(**config)
+    with WithoutInitialWeights():
+        autoencoder = kind(**config)
     autoencoder.register_to_config(scaling_factor=scaling_factor)
     try:
-        autoencoder.load_state_dict({key: value.float() for key, value in converted.items()})
+        autoencoder.load_state_dict(converted)
     except RuntimeError as error:
         raise ValueError(f"the autoencoder in {path} does not fit its own sizes: {error}") from error
     return autoencoder.eval()

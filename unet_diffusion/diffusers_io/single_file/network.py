@@ -11,6 +11,7 @@ from unet_diffusion.diffusers_io.configurations import SDXL_TIME_DIM, config_fro
 from unet_diffusion.diffusers_io.single_file.layouts import UNET, UPSCALER, Layout, layout_of
 from unet_diffusion.diffusers_io.weights import load_weights
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 from unet_diffusion.runtime.tensor_files import read_tensors
 
 CONTEXT = "1.transformer_blocks.0.attn2.to_k.weight"
@@ -46,8 +47,9 @@ def single_file_unet(
     converted = convert_ldm_unet_checkpoint({UNET + key: value for key, value in weights.items()}, config)
     if config["_class_name"] == "UNet2DModel":
         converted = _self_attention(converted, config["attention_head_dim"])
-    model = DenoiserUNet(**config_from_diffusers(config))
-    load_weights(model, {key: value.float() for key, value in converted.items()})
+    with WithoutInitialWeights():
+        model = DenoiserUNet(**config_from_diffusers(config))
+    load_weights(model, converted)
     return model.eval()
 
 

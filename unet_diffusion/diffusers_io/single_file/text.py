@@ -20,6 +20,7 @@ from unet_diffusion.diffusers_io.weights import load_weights
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.conditions.text import TextTokens, import_transformers
 from unet_diffusion.diffusion.conditions.xl_text import XLText
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -77,13 +78,14 @@ def xl_text(tensors: Mapping[str, Tensor], tokenizer: StrPath | None, *, dropout
     converted, projection = _open_clip(tensors, XL_PREFIX)
     second = _text(converted, _padded_by_number_0(tokenizer_of(tokenizer)), hidden_act="gelu", dropout=0.0)
     assert projection is not None
-    text = XLText(
-        first.config["context_dim"] + second.config["context_dim"],
-        projection.shape[0],
-        first=first.config,
-        second=second.config,
-        dropout=dropout,
-    )
+    with WithoutInitialWeights():
+        text = XLText(
+            first.config["context_dim"] + second.config["context_dim"],
+            projection.shape[0],
+            first=first.config,
+            second=second.config,
+            dropout=dropout,
+        )
     for ours, read in ((text.first, first), (text.second, second)):
         ours.load_state_dict(read.state_dict())
     with torch.no_grad():
@@ -150,17 +152,18 @@ def _text(
     if len(tokenizer) < vocab_size:
         warnings.warn(f"the tokenizer has {len(tokenizer)} tokens of the text encoder's {vocab_size}; make sure that "
                       "it is the encoder's own", stacklevel=2)  # fmt: skip
-    text = TextTokens(
-        width,
-        vocab_size=vocab_size,
-        max_length=len(weights["embeddings.position_embedding.weight"]),
-        num_layers=len(_layers(weights)),
-        num_heads=width // HEAD_CHANNELS,
-        hidden_act=hidden_act,
-        frozen=True,
-        dropout=dropout,
-    )
-    load_weights(text.encoder, {key: value.float() for key, value in weights.items()})
+    with WithoutInitialWeights():
+        text = TextTokens(
+            width,
+            vocab_size=vocab_size,
+            max_length=len(weights["embeddings.position_embedding.weight"]),
+            num_layers=len(_layers(weights)),
+            num_heads=width // HEAD_CHANNELS,
+            hidden_act=hidden_act,
+            frozen=True,
+            dropout=dropout,
+        )
+    load_weights(text.encoder, weights)
     text.take_tokenizer(tokenizer)
     return text
 

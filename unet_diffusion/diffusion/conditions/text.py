@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unet_diffusion.diffusion.conditions.condition import Condition, Encode, Request, by_turns
 from unet_diffusion.runtime.atomic_files import read_json
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 from unet_diffusion.runtime.safe_loading import check_safetensors
 
 if TYPE_CHECKING:
@@ -277,7 +278,9 @@ def pretrained_text(folder: str | Path, *, dropout: float = 0.1, frozen: bool = 
         ValueError: If the encoder does not have CLIP's architecture.
     """
     folder = Path(folder)
-    text = TextTokens(**{**text_config(folder / "text_encoder"), "frozen": frozen, "dropout": dropout})
+    config = text_config(folder / "text_encoder")
+    with WithoutInitialWeights():
+        text = TextTokens(**{**config, "frozen": frozen, "dropout": dropout})
     load_frozen(text, import_transformers().CLIPTextModel, folder / "text_encoder", folder / "tokenizer")
     return text
 

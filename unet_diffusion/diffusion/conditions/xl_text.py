@@ -18,6 +18,7 @@ from unet_diffusion.diffusion.conditions.text import TextTokens, load_frozen, te
 from unet_diffusion.models.embeddings import sinusoids
 from unet_diffusion.runtime.atomic_files import read_json
 from unet_diffusion.runtime.cropping import Size, centred_box
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 
 NUM_SIZES = 6  # height and width of the file, top and left of the cut, height and width of the image
 SIZE_WAVES = 256  # sinusoids of each
@@ -213,7 +214,8 @@ def pretrained_xl_text(folder: str | Path, *, dropout: float = 0.1) -> XLText:
     first, second = (text_config(folder / name) for name in ("text_encoder", "text_encoder_2"))
     projection_dim = read_json(folder / "text_encoder_2" / "config.json")["projection_dim"]
     widths = {"context_dim": first["context_dim"] + second["context_dim"], "projection_dim": projection_dim}
-    text = XLText(**widths, first=first, second=second, dropout=dropout)
+    with WithoutInitialWeights():
+        text = XLText(**widths, first=first, second=second, dropout=dropout)
     load_frozen(text.first, CLIPTextModel, folder / "text_encoder", folder / "tokenizer")
     config = copy.deepcopy(text.second.encoder.config)
     config.projection_dim = projection_dim
