@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from unet_diffusion.runtime.addresses import is_address
 from unet_diffusion.runtime.folder_settings import ClaimedFolder
 from unet_diffusion.runtime.messages import printable, similar_paths
 
@@ -25,7 +26,7 @@ BadFiles = Literal["error", "skip"]
 
 
 def check_exists(name: str, path: Path) -> None:
-    """Refuse a path where there is nothing, before seconds are spent on imports; archives are looked into later.
+    """Refuse a path where there is nothing, before seconds are spent on imports; archives and addresses come later.
 
     Args:
         name: The argument, as the command line names it.
@@ -34,6 +35,8 @@ def check_exists(name: str, path: Path) -> None:
     Raises:
         FileNotFoundError: If there is nothing.
     """
+    if is_address(path):  # who reads from there says it
+        return
     wanted = path.expanduser()
     if not wanted.exists() and not any(parent.is_file() for parent in wanted.parents):
         raise FileNotFoundError(f"{name} must exist, got {path}, looked for {wanted.absolute()}{similar_paths(wanted)}")
