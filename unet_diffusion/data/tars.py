@@ -69,11 +69,11 @@ class TarFiles(DescribedFiles):
         self._members: dict[str, tuple[str, int, int]] = {}
         self._known: dict[str, dict[str, Any]] = {}
         self._keys: dict[str, None] = {}  # all that samples have, in their order
-        self._stamps = {archive: _stamp(place, archive) for archive in archives}
         for archive in archives:
             prefix = "" if len(archives) == 1 else f"{archive}/"
             for key, sample in self._samples(archive).items():
                 self._add(archive, prefix, key, sample)
+        self._stamps = {archive: _stamp(place, archive) for archive in archives}
         if not self._members:
             raise ValueError(
                 f"the tar archives of {place} must hold images, and hold none ({self.left_out.described()})"
