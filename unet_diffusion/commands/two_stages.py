@@ -24,7 +24,7 @@ from unet_diffusion.commands.recipes import read_settings, recipe_path
 from unet_diffusion.data.captions import read_captions
 from unet_diffusion.data.files import classes_of, find_images
 from unet_diffusion.data.fingerprints import Fingerprint, changes, content_hash, fingerprints, folder_hash, hash_of_all
-from unet_diffusion.runtime.addresses import absolute_place
+from unet_diffusion.runtime.addresses import absolute_place, place_of
 from unet_diffusion.runtime.atomic_files import atomic_write, field_of, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, SETTINGS, refuse_other_settings
 from unet_diffusion.runtime.messages import UsageError, first_few
@@ -177,7 +177,7 @@ class TwoStages:
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
         run = self.output / name
-        return ["fit", f"--config={recipe}", f"--data.root={root}", f"--trainer.default_root_dir={run}"]
+        return ["fit", f"--config={recipe}", f"--data.root={place_of(root)}", f"--trainer.default_root_dir={run}"]
 
     def _flips(self) -> bool:
         return bool(self._data_of(self.denoiser).get("horizontal_flip"))
