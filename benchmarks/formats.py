@@ -9,15 +9,19 @@ does to numbers on purpose is done to the other side, too: rows for columns in N
 import argparse
 import gzip
 import io
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import imagecodecs
 import nibabel
 import numpy as np
 import pydicom
 import tifffile
 import torch
+import webdataset
 from measure import RESULTS, describe, environment, table, write_json
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,6 +29,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.pixels import apply_rescale
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from unet_diffusion.data import find_images
 from unet_diffusion.data.stored import stored_images
 from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.tiff_files import tiff_of
@@ -130,6 +135,32 @@ def dicoms() -> Iterator[Case]:
             yield Case(f"DICOM, {photometric}", "pydicom", f"{bits} bits of {dtype}{rescaled}", content, expected)
 
 
+def data_sets() -> Iterator[Case]:
+    """Images in data sets, whose libraries decode them by Pillow."""
+    pixels = numbers("uint8", 3).transpose(1, 2, 0)
+    table = datasets.Dataset.from_dict({"image": [Image.fromarray(pixels)]})
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
+        places = {name: str(Path(folder) / name) for name in ("set.parquet", "saved", "set.tar")}
+        table.to_parquet(places["set.parquet"])
+        table.save_to_disk(places["saved"])
+        with webdataset.TarWriter(places["set.tar"]) as tar:
+            tar.write({"__key__": "0", "png": Image.fromarray(pixels)})
+        (sample,) = webdataset.WebDataset(places["set.tar"], shardshuffle=False, empty_check=False).decode("rgb8")
+        reads = {
+            "set.parquet": (
+                "Parquet",
+                "datasets",
+                np.asarray(datasets.Dataset.from_parquet(places["set.parquet"])[0]["image"]),
+            ),
+            "saved": ("saved data set", "datasets", np.asarray(datasets.load_from_disk(places["saved"])[0]["image"])),
+            "set.tar": ("WebDataset tar", "webdataset", sample["png"]),
+        }
+        for name, (kind, library, expected) in reads.items():
+            files = find_images(places[name])
+            yield Case(kind, library, "PNG, RGB of uint8", files.read(files.names[0]), expected.transpose(2, 0, 1))
+
+
 def samples() -> Iterator[Case]:
     """What `sample` writes, read by tifffile: against the numbers that were to be written."""
     images = torch.rand(1, 5, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -166,10 +197,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=RESULTS / "formats.json")
     options = parser.parse_args()
-    cases = [case for kind in (tiffs, arrays, niftis, dicoms, samples, png) for case in kind()]
+    cases = [case for kind in (tiffs, arrays, niftis, dicoms, samples, png, data_sets) for case in kind()]
     columns = ("format", "written by", "compared", "largest difference")
     rows = [dict(zip(columns, (*one[:3], difference(one)), strict=True)) for one in cases]
-    versions = {one.__name__: one.__version__ for one in (tifffile, np, nibabel, pydicom)}
+    versions = {one.__name__: one.__version__ for one in (tifffile, np, nibabel, pydicom, datasets, webdataset)}
     record = {**environment(), "libraries": versions, "cases": rows}
     print(describe(record))
     print(table(rows))

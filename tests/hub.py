@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face Hub: as much of its HTTP interface as downloads and commits of models use."""
+"""A stand-in for the Hugging Face Hub: as much of its HTTP interface as downloads and commits of models use,
+and downloads of data sets."""
 
 import base64
 import hashlib
@@ -95,7 +96,14 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(404, {"error": "no"}, {"X-Error-Code": "RevisionNotFound"})
         commit, files = found
         if is_api and rest[:1] == ["tree"]:
-            return self._answer(200, [_entry(path, content) for path, content in files.items()])
+            below = "".join(f"{part}/" for part in rest[2:])
+            inside = {path: content for path, content in files.items() if path.startswith(below)}
+            if "recursive=true" in self.path.lower():
+                return self._answer(200, [_entry(path, content) for path, content in inside.items()])
+            direct = {path: content for path, content in inside.items() if "/" not in path.removeprefix(below)}
+            folders = {below + path.removeprefix(below).split("/")[0] for path in inside if path not in direct}
+            entries = [_entry(path, content) for path, content in direct.items()]
+            return self._answer(200, entries + [_folder(path) for path in sorted(folders)])
         if is_api:
             return self._answer(200, {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]})
         path = "/".join(rest[2:])
@@ -107,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
     def _path(self) -> str:
         path = unquote(urlsplit(self.path).path)
         self.hub.seen.append(f"{self.command} {path}")
-        return path
+        return path.removeprefix("/datasets") if path.startswith("/datasets/") else path
 
     def _answer(self, status: int, content, headers=None) -> None:
         plain = {"Content-Type": "application/json", **(headers or {})}
@@ -124,6 +132,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def _entry(path: str, content: bytes) -> dict[str, object]:
     return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+def _folder(path: str) -> dict[str, object]:
+    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
 
 
 @contextmanager

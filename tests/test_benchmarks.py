@@ -290,6 +290,17 @@ def test_streaming(tmp_path):
     assert {row["resumed order"] for row in rows[:6]} == {"the same"}
 
 
+@pytest.mark.slow
+def test_decoding(tmp_path):
+    write_pairs(tmp_path, 3, False, num=12)
+    sizes = ["--image_size", 16, "--batch_size", 2, "--num_images", 10, "--epochs", 1]
+    report = run("decoding.py", "--images", tmp_path / "image", *sizes, output=tmp_path / "decoding.json")
+    assert [row["library"] for row in report["results"]] == [
+        *("Pillow", "Pillow", "tifffile", "numpy", "webdataset", "datasets", "datasets", "webdataset")
+    ]
+    assert all(row["images/s"] > 0 and row["its images/s"] > 0 for row in report["results"])
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 5])
 def test_ring_sums_and_sends_as_many_bytes_as_its_formula(num_processes):
     """An all-reduce done by hand: chunks go round to be summed, and once more as sums."""

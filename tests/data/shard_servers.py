@@ -20,9 +20,11 @@ class FaultyServer:
         faults: for a file name what to do at each time that it is asked for: "refuse" (503), "truncate", "corrupt",
             "hang_up", "trickle" (ten bytes a second).
         asked: names of the files, in order.
+        ranges: whether parts of files are sent.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+        self.ranges = ranges
         self.faults: dict[str, list[str]] = {}
         self.asked: list[str] = []
         self.lock = Lock()
@@ -56,7 +58,9 @@ class _Handler(SimpleHTTPRequestHandler):
             self.owner.asked.append(path.name)
             left = self.owner.faults.get(path.name)
             fault = left.pop(0) if left else None
-        if fault is None:
+        if fault is None and self.owner.ranges and "Range" in self.headers and path.is_file():
+            self._send_range(path.read_bytes())
+        elif fault is None:
             super().do_GET()
         elif fault == "refuse":
             self.send_error(503)
@@ -76,6 +80,20 @@ class _Handler(SimpleHTTPRequestHandler):
                         time.sleep(0.1)
                 return
             self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
+
+    def _send_range(self, content: bytes) -> None:
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last or len(content)) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self) -> None:
+        if self.owner.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
 
     def _list_objects(self, prefix: str) -> None:
         bucket = Path(self.translate_path(self.path))

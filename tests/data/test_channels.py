@@ -8,7 +8,7 @@ import pytest
 import tifffile
 import torch
 
-from unet_diffusion.data import Folder, ImageFormat, PairedFiles, decode_image, find_images, load_images
+from unet_diffusion.data import Folder, ImageFormat, PairedFiles, Tiles, decode_image, find_images, load_images
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.label_decoding import decode_label_pages
 from unet_diffusion.data.packing import pack_images
@@ -215,6 +215,28 @@ def test_shards_of_five_channels_are_those_of_the_folder(stacks, tmp_path, size)
     of_folder = load_images(find_images(stacks), ImageFormat(10, 12, 5), progress=False).images
     read = packed.index_select(0, torch.arange(6)).numpy().tolist()
     assert sorted(read) == sorted(of_folder.numpy().tolist())
+
+
+@pytest.mark.parametrize(("photometric", "shown"), [("minisblack", (0, 1, 2)), ("rgb", None)])
+def test_four_channels_that_are_no_colours_are_not_shown_as_rgb_and_alpha(tmp_path, photometric, shown):
+    for place in ("images", "labels"):
+        (tmp_path / place).mkdir()
+    extra = {"extrasamples": ["unassalpha"]} if photometric == "rgb" else {}
+    for i in range(3):
+        pixels = numbers(16, 16, 4, dtype=np.uint8)
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", pixels, photometric=photometric, planarconfig="contig", **extra)
+        tifffile.imwrite(tmp_path / f"labels/{i}.tif", numbers(16, 16, dtype=np.uint8))
+    pack_images(find_images(tmp_path / "images"), tmp_path / "shards", root="images", channels=4)
+    scaled = ImageFormat(8, 8, 4)
+    pack_images(find_images(tmp_path / "images"), tmp_path / "scaled", root="images", image_format=scaled)
+    options = {"image_size": 8, "channels": 4}
+    sources = [Folder(tmp_path / "images", **options), Tiles(tmp_path / "images", tile_size=8, channels=4)]
+    sources += [Shards(tmp_path / place, **options) for place in ("shards", "scaled")]
+    for source in sources:
+        source.load(progress=False)
+        assert source.values.shown == shown, type(source).__name__
+    paired = PairedFiles(tmp_path / "images", tmp_path / "labels", channels=4).load(progress=False)
+    assert paired.values.shown == shown
 
 
 def test_twelve_bits_are_packed_as_the_folder_reads_them(tmp_path):

@@ -34,6 +34,7 @@ from unet_diffusion.data import (
     find_images,
     pack_images,
     shards,
+    stores,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
@@ -192,7 +193,8 @@ def test_shards_are_of_images_drawn_at_random_and_plain_tar_archives(packed):
     names = sorted(path.name for path in packed.glob("*.tar"))
     assert names == [f"shard_{number:05d}.tar" for number in range(6)]
     with tarfile.open(packed / names[0]) as archive:
-        pictures = [Image.open(io.BytesIO(archive.extractfile(member).read())) for member in archive]
+        images = [member for member in archive if member.name.endswith(".png")]
+        pictures = [Image.open(io.BytesIO(archive.extractfile(member).read())) for member in images]
     assert [picture.size for picture in pictures] == [(12, 10)] * 7
     labels = [one["entries"]["labels"] for one in json.loads((packed / "index.json").read_text())["shards"]]
     assert [len(one) for one in labels] == [7, 7, 7, 7, 7, 5]
@@ -647,7 +649,7 @@ SLOW_FAULTS = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("trunca
 
 @pytest.mark.parametrize("fault", ["refuse", "hang_up", *SLOW_FAULTS])
 def test_faults_that_pass_leave_no_trace(packed, monkeypatch, fault):
-    monkeypatch.setattr(shards, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.01)
     expected = epoch_of(stream(packed))
     with FaultyServer(packed) as server:
         data = stream(server.address, num_workers=2, num_retries=2)
@@ -657,8 +659,8 @@ def test_faults_that_pass_leave_no_trace(packed, monkeypatch, fault):
 
 
 def test_server_that_sends_a_byte_now_and_then_is_asked_again_and_then_given_up(packed, monkeypatch):
-    monkeypatch.setattr(shards, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(shards, "WHOLE", 0.5)  # seconds
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(stores, "WHOLE", 0.5)  # seconds
     with FaultyServer(packed) as server:
         server.faults = {"index.json": ["trickle"], "shard_00000.tar": ["trickle"] * 3}
         store = ShardStore(server.address, num_retries=1)
@@ -670,7 +672,7 @@ def test_server_that_sends_a_byte_now_and_then_is_asked_again_and_then_given_up(
 
 def test_retries_wait_longer_each_time(packed, monkeypatch):
     waits = []
-    monkeypatch.setattr(shards.time, "sleep", waits.append)
+    monkeypatch.setattr(stores.time, "sleep", waits.append)
     (packed / "shard_00001.tar").unlink()
     store = ShardStore(packed, num_retries=3)
     with pytest.raises(ShardError):

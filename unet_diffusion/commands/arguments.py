@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from unet_diffusion.runtime.addresses import is_address
 from unet_diffusion.runtime.folder_settings import ClaimedFolder
 from unet_diffusion.runtime.hub import is_hub_name
 from unet_diffusion.runtime.messages import printable, similar_paths
@@ -27,7 +28,7 @@ BadFiles = Literal["error", "skip"]
 
 
 def check_exists(name: str, path: Path | str) -> None:
-    """Refuse a path where there is nothing, before seconds are spent on imports; archives are looked into later.
+    """Refuse a path where there is nothing, before seconds are spent on imports; archives and addresses come later.
 
     Args:
         name: The argument, as the command line names it.
@@ -36,7 +37,7 @@ def check_exists(name: str, path: Path | str) -> None:
     Raises:
         FileNotFoundError: If there is nothing.
     """
-    if is_hub_name(path):
+    if is_hub_name(path) or is_address(path):  # who reads from there says it
         return
     wanted = Path(path).expanduser()
     if not wanted.exists() and not any(parent.is_file() for parent in wanted.parents):

@@ -13,6 +13,7 @@ from unet_diffusion.commands.arguments import (
     claimed,
     say_left_out,
 )
+from unet_diffusion.runtime.addresses import absolute_place
 from unet_diffusion.runtime.imports import import_lightning, quick_imports
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def encode(
         **_latents_settings(network, data),
         "autoencoder": str(autoencoder.resolve()),
         "has_mirrored": horizontal_flip,
-        "images": str(images.resolve()),
+        "images": absolute_place(images),
         "background": background,
         "precision": dtype,
         **{key: str(place.resolve()) for key, place in beside.items()},

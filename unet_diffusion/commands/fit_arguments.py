@@ -34,7 +34,7 @@ OF_VALUES = ("channels", "value_range", "shown_channels")
 OF_IMAGES = ("root", "image_size", *OF_VALUES, "class_labels", "captions", "background")
 SOURCES = {  # and their arguments
     "Digits": (),
-    "Folder": (*OF_IMAGES, "semantic_map", "paired_image", "boxes", "on_bad_file", "in_memory"),
+    "Folder": (*OF_IMAGES, "semantic_map", "paired_image", "boxes", "on_bad_file", "in_memory", "table"),
     "Latents": ("root", "scaling_factor"),
     "PairedFiles": ("images", "labels", *OF_VALUES, "label_suffix", "unlabelled"),
     "Shards": (*OF_IMAGES, "window", "num_lanes", "on_bad_shard", "num_retries"),

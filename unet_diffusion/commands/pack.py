@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from unet_diffusion.commands.arguments import BadFiles, Folder, Size, check_exists, say_left_out
+from unet_diffusion.data.described import USUAL, Table, check_used
 
 
 def pack(
@@ -19,6 +20,7 @@ def pack(
     class_labels: bool = False,
     captions: bool = False,
     on_bad_file: BadFiles = "error",
+    table: Table = USUAL,
 ) -> None:
     """Write shards of images, to train on more images than a disk holds.
 
@@ -33,7 +35,8 @@ def pack(
     continues where it was cut off.
 
     Args:
-        images: The folder of images, archive.zip, or archive.zip/folder.
+        images: The folder of images, archive.zip, or archive.zip/folder; or a data set: hf://owner/name, a folder that
+            the library datasets saved, Parquet or Arrow files, or tar archives of others, also behind an address.
         folder: The folder for the shards.
         shard_images: The number of images in a shard. In training a process holds 16 shards in memory, as files, and
             one more for each worker (2 * window * num_lanes + num_workers).
@@ -42,10 +45,11 @@ def pack(
         channels: The number of channels of the images: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are
             converted with --image_size, or the number that the files hold.
         background: The colour behind transparent pixels, with --image_size.
-        class_labels: Use the folders directly below IMAGES as classes.
-        captions: Store the captions in metadata.csv, metadata.jsonl or NAME.txt.
+        class_labels: Use the folders directly below IMAGES as classes, or those of the data set.
+        captions: Store the captions in metadata.csv, metadata.jsonl or NAME.txt, or those of the data set.
         on_bad_file: What happens to files that cannot be decoded or are too small. With "error", the command packs the
             others and then lists the bad files; with "skip", it leaves them out.
+        table: The split, columns or members of a data set that are used.
 
     Raises:
         FileNotFoundError: If there are no such images.
@@ -65,10 +69,11 @@ def pack(
     from unet_diffusion.runtime.folder_settings import ClaimedFolder
 
     image_format = None if image_size is None else ImageFormat(*image_size, channels, background)
-    files, is_new = find_images(images), not folder.exists()
+    check_used(table, class_labels=class_labels, captions=captions)
+    files, is_new = find_images(images, table), not folder.exists()
     say_left_out(files.left_out.described(but=TEXT_EXTENSIONS if captions else ()))
+    entries, class_names = entries_of(files, files.names, images, class_labels=class_labels, captions=captions)
     with closing(ClaimedFolder(folder)), tqdm(total=len(files.names), unit="image", desc="pack") as bar:
-        entries, class_names = entries_of(files, files.names, images, class_labels=class_labels, captions=captions)
         bad_files = pack_images(
             files, folder, root=images, shard_images=shard_images, image_format=image_format, channels=channels,
             entries=entries, class_names=class_names, skip_bad_files=on_bad_file == "skip",

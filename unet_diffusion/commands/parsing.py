@@ -210,7 +210,8 @@ def parsed(command: str, words: Sequence[str]) -> tuple[Callable[..., None], dic
     """
     name = COMMANDS[command]
     takes_data = "data" in inspect.signature(function_of(name)).parameters
-    values = command_parser(command).parse_args(_with_data_options(words) if takes_data else list(words))
+    parser = command_parser(command)
+    values = parser.instantiate(parser.parse_args(_with_data_options(words) if takes_data else list(words)))
     if action := values.get(ACTION):
         name, values = ACTIONS[command][action], values[action]
     function = function_of(name)

@@ -22,8 +22,9 @@ from unet_diffusion.commands.arguments import Folder, check_exists
 from unet_diffusion.commands.fit_arguments import check_arguments
 from unet_diffusion.commands.recipes import read_settings, recipe_path
 from unet_diffusion.data.captions import read_captions
-from unet_diffusion.data.files import class_names_of, find_images
+from unet_diffusion.data.files import classes_of, find_images
 from unet_diffusion.data.fingerprints import Fingerprint, changes, content_hash, fingerprints, folder_hash, hash_of_all
+from unet_diffusion.runtime.addresses import absolute_place, place_of
 from unet_diffusion.runtime.atomic_files import atomic_write, field_of, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, SETTINGS, refuse_other_settings
 from unet_diffusion.runtime.messages import UsageError, first_few
@@ -176,7 +177,7 @@ class TwoStages:
 
     def _fit(self, name: str, recipe: Path, root: Path) -> list[str]:
         run = self.output / name
-        return ["fit", f"--config={recipe}", f"--data.root={root}", f"--trainer.default_root_dir={run}"]
+        return ["fit", f"--config={recipe}", f"--data.root={place_of(root)}", f"--trainer.default_root_dir={run}"]
 
     def _flips(self) -> bool:
         return bool(self._data_of(self.denoiser).get("horizontal_flip"))
@@ -190,7 +191,7 @@ class TwoStages:
             if (task := read_settings(recipe).get("task", "denoise")) != TASKS[stage]:
                 raise UsageError(f"the recipe of the {stage} must have task {TASKS[stage]}, got {task}")
         files = find_images(self.images)
-        num_classes = len(class_names_of(files.names, self.images)) if self.class_labels else 0
+        num_classes = len(classes_of(files, files.names, self.images)[1]) if self.class_labels else 0
         if self.captions:
             read_captions(files, files.names)
             if not read_settings(self.denoiser)["model"].get("conditions"):
@@ -217,7 +218,7 @@ class TwoStages:
                 f"{CONTENTS}latents": _hash(self.output / "latents" / "index.json"),
             }
         settings: dict[str, Any] = {
-            "images": str(self.images.resolve()),
+            "images": absolute_place(self.images),
             f"{CONTENTS}images": hash_of_all({name: one[1] for name, one in images.items()}),
             f"{CONTENTS}autoencoder recipe": _hash(self.autoencoder),
         }

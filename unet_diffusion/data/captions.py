@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from posixpath import join, normpath
 from typing import Any
 
+from unet_diffusion.data.described import DescribedFiles
 from unet_diffusion.data.files import MAX_TEXT_BYTES, ImageFiles
 from unet_diffusion.data.listing import composed
 from unet_diffusion.runtime.messages import MOST_NAMED, first_few
@@ -50,6 +51,8 @@ def read_captions(files: ImageFiles, names: Sequence[str]) -> Captions:
     Raises:
         ValueError: If images have no caption, which the message lists, or a table is malformed or too large.
     """
+    if isinstance(files, DescribedFiles):
+        return Captions(files.captions(names), 0, [])
     images = set(names)
     captions: dict[str, tuple[str, str]] = {}  # and where it stands
     num_unused = 0

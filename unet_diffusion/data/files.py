@@ -1,19 +1,31 @@
-"""Finding image files: in a folder, in a zip archive, or in a folder inside a zip archive.
+"""Finding images: in a folder, in a zip archive, in a folder inside one, or in a data set (see `tables` and `tars`).
 
 A listing is sorted by name, so it is the same on every machine; `listing` says what it leaves out. The extension of a
 file tells whether it is an image; `checking` finds out whether it can be decoded.
 """
 
 import os
-import re
 import stat
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Protocol
 
-from unet_diffusion.data.listing import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, LeftOut, composed, image_names, walk
+from unet_diffusion.data.described import USUAL, DescribedFiles, Table, natural_order
+from unet_diffusion.data.listing import (
+    ARRAY_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    LeftOut,
+    composed,
+    image_names,
+    leads_outside,
+    walk,
+)
+from unet_diffusion.data.tables import TABLE_EXTENSIONS, TableFiles, is_table_file
+from unet_diffusion.data.tars import TAR, TarFiles, is_tar
+from unet_diffusion.runtime.addresses import is_address, place_of
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
+from unet_diffusion.runtime.hub import PREFIX
 
 MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
 MAX_TEXT_BYTES = 256 * 1024**2  # of a table of texts, or a record: it is read whole
@@ -42,34 +54,77 @@ class ImageFiles(Protocol):
         """A text that changes with the contents of a file, but needs no reading; see `fingerprints.py`."""
 
 
-def find_images(root: str | Path) -> ImageFiles:
-    """The image files below a root, however deep.
+def find_images(root: str | Path, table: Table = USUAL) -> ImageFiles:
+    """The images below a root, however deep.
 
     Args:
-        root: A folder, a zip archive, or a folder inside one (archive.zip/train).
+        root: A folder, a zip archive, or a folder inside one (archive.zip/train); or a data set: hf://owner/name, a
+            folder that the library datasets saved, Parquet or Arrow files, or tar archives, also behind an address.
+        table: Which part of a data set is used.
 
     Raises:
         FileNotFoundError: If the root does not exist.
-        ValueError: If the root is a file but not a zip archive, is a run folder, or holds no images.
+        ImportError: If a package for such a data set is missing.
+        ValueError: If the root is a file of another kind, is a run folder, or holds no images.
     """
-    root = Path(root).expanduser()
-    _refuse_run_folder(root)
-    files = FolderFiles(root) if root.is_dir() else ZipFiles(*_split_at_archive(root))
+    place = place_of(root)
+    if place.startswith(PREFIX):
+        return TableFiles(place, table)
+    if is_tar(place) or is_address(place):
+        return TarFiles(place, table or Table())
+    path = Path(place)
+    if is_table_file(path):
+        return TableFiles(place, table or Table())
+    _refuse_run_folder(path)
+    files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(*_split_at_archive(path))
+    if not files.names and path.is_dir():
+        files = _data_set_in(path, files.left_out, table or Table()) or files
     if not files.names:
         others = f" ({others})" if (others := files.left_out.described()) else ""
         raise ValueError(
             f"root must hold images, found none below {root}{others}; expected files that end in "
-            f"{', '.join(IMAGE_EXTENSIONS)}"
+            f"{', '.join(IMAGE_EXTENSIONS)}, or a data set: .parquet, .arrow or .tar"
         )
+    if table != USUAL and not isinstance(files, DescribedFiles):
+        raise ValueError(f"table names the parts of a data set, and {root} holds image files; leave it out")
     return files
 
 
+def _data_set_in(folder: Path, left_out: LeftOut, table: Table) -> ImageFiles | None:
+    """The images of a data set, if a folder without image files holds one."""
+    if any(extension in left_out.extensions for extension in TABLE_EXTENSIONS):
+        return TableFiles(str(folder), table)
+    if TAR in left_out.extensions:
+        return TarFiles(str(folder), table)
+    return None
+
+
 def find_images_or_one(root: str | Path) -> ImageFiles:
-    """The image files below a root as `find_images` has them, or the root alone if it is a file and no zip archive."""
+    """The images below a root as `find_images` has them, or the root alone if it is an image file."""
     path = Path(root).expanduser()
-    if path.is_file() and (path.name.lower().endswith(ARRAY_EXTENSIONS) or not zipfile.is_zipfile(path)):
+    is_data_set = is_table_file(path) or path.name.lower().endswith(TAR)
+    if path.is_file() and not is_data_set and (
+        path.name.lower().endswith(ARRAY_EXTENSIONS) or not zipfile.is_zipfile(path)
+    ):  # fmt: skip
         return OneFile(path)
-    return find_images(path)
+    return find_images(root)
+
+
+def classes_of(files: ImageFiles, names: list[str], root: str | Path) -> tuple[list[int], list[str]]:
+    """The class of each image, and the name of each class: those of a data set, or else the folders below the root.
+
+    Args:
+        files: The images below the root.
+        names: The names of the images that are used.
+        root: The root, for messages.
+
+    Raises:
+        ValueError: If an image has no class, or there are fewer than two classes.
+    """
+    if isinstance(files, DescribedFiles):
+        return files.classes(names)
+    class_names = class_names_of(names, root)
+    return labels_of(names, class_names), class_names
 
 
 def class_names_of(names: list[str], root: str | Path) -> list[str]:
@@ -84,19 +139,13 @@ def class_names_of(names: list[str], root: str | Path) -> list[str]:
             f"with class_labels every image must lie in the folder of its class, but {len(loose)} lie directly in "
             f"{root}: {', '.join(loose[:3])}; move them or set class_labels to false"
         )
-    class_names = sorted({name.split("/")[0] for name in names}, key=_in_natural_order)
+    class_names = sorted({name.split("/")[0] for name in names}, key=natural_order)
     if len(class_names) < 2:
         raise ValueError(
             f"with class_labels there must be at least 2 class folders below {root}, found {class_names[0]!r} only; "
             f"is the root {root}/{class_names[0]}?"
         )
     return class_names
-
-
-def _in_natural_order(name: str) -> tuple[list[tuple[bool, int, str]], str]:
-    """A key to sort by: runs of digits count as numbers, and of 1 and 01 one comes first."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts], name
 
 
 def labels_of(names: list[str], class_names: list[str]) -> list[int]:
@@ -183,7 +232,7 @@ class ZipFiles:
         members = [name for name in self._zip.namelist() if _in_archive(name).startswith(self._prefix)]
         if not members:
             raise ValueError(f"no folder {folder!r} in {archive}; at its top are {_top_level(self._zip)}")
-        if outside := [name for name in members if _leads_outside(name)]:  # outputs are named after inputs
+        if outside := [name for name in members if leads_outside(name)]:  # outputs are named after inputs
             raise ValueError(f"names in {archive} must be paths within it, got {outside[0]!r}; pack the images again")
         stored = [(_in_archive(name).removeprefix(self._prefix), name) for name in members]
         stored = [(name, member) for name, member in stored if name and not name.endswith("/")]  # no folders
@@ -269,12 +318,6 @@ def _in_archive(name: str) -> str:
 def _check_size(name: str, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise ValueError(f"{name} must be at most {max_bytes} bytes, got {size}; split it")
-
-
-def _leads_outside(name: str) -> bool:
-    """Whether a name in an archive, joined to a folder, would leave it; on Windows too."""
-    path = PureWindowsPath(name)  # takes both kinds of slashes
-    return bool(path.anchor) or ".." in path.parts
 
 
 def _split_at_archive(root: Path) -> tuple[Path, str]:

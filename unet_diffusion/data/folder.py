@@ -20,11 +20,22 @@ from unet_diffusion.data.checking import (
     in_threads,
     load_images,
 )
-from unet_diffusion.data.decoding import ImageFormat, decode_pages
-from unet_diffusion.data.files import ImageFiles, class_names_of, find_images, labels_of
+from unet_diffusion.data.decoding import ImageFormat, decode_page
+from unet_diffusion.data.described import USUAL, Table, check_used
+from unet_diffusion.data.files import ImageFiles, classes_of, find_images
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.source import IN_MEMORY_BYTES, Source
-from unet_diffusion.data.value_ranges import DeclaredRange, check_declared, check_shown, settled_range, values_of
+from unet_diffusion.data.stored import stored_images
+from unet_diffusion.data.stored_image import Kind
+from unet_diffusion.data.value_ranges import (
+    DeclaredRange,
+    check_declared,
+    check_shown,
+    settled_range,
+    shown_of,
+    values_of,
+)
+from unet_diffusion.runtime.pixel_values import PixelValues
 
 OnBadFile = Literal["error", "skip"]
 
@@ -39,15 +50,17 @@ class Folder(Source):
     threads.
 
     Args:
-        root: A folder, archive.zip, or archive.zip/folder.
+        root: A folder, archive.zip, or archive.zip/folder; or a data set: hf://owner/name, a folder that the library
+            datasets saved, Parquet or Arrow files, or tar archives of the form of WebDataset, also behind an address.
         image_size: Height and width in pixels, or one number for both; no image may be smaller.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are converted; or the number that files hold.
         value_range: The numbers of files that become -1 and 1, two numbers; or "measured": the least and the largest
             number in all images. None suits 8 and 16 bits, whose range is that of their type. No number may be beyond.
         shown_channels: The channels that pictures show as red, green and blue, from 0. None: the first three, unless
             the channels are grey, RGB, or RGB and alpha.
-        class_labels: Whether the folder directly below root that a file lies in is its class.
-        captions: Whether each image has a caption, see `captions.py`.
+        class_labels: Whether images have classes: the folder directly below root that a file lies in, or those of the
+            data set.
+        captions: Whether each image has a caption, see `captions.py`, or that of the data set.
         semantic_map: A folder or archive of label images of the same names and sizes as the images, for the condition
             `SemanticMap`. None: there are none.
         paired_image: A folder or archive of pictures of the same names and sizes as the images, for the condition
@@ -57,6 +70,7 @@ class Folder(Source):
         on_bad_file: What happens with files that cannot be decoded or are too small: "error", or "skip" with a warning.
         in_memory: Whether the decoded images stay in memory; otherwise workers decode them again every epoch. None
             keeps them if they take up to 2 GiB.
+        table: Which split, columns or members of a data set are used. None: the usual ones, see `Table`.
 
     Attributes:
         sizes: Height and width of each image before it was scaled and cut, once they are loaded.
@@ -81,11 +95,13 @@ class Folder(Source):
         background: str = "white",
         on_bad_file: OnBadFile = "error",
         in_memory: bool | None = None,
+        table: Table | None = None,
     ) -> None:
         if on_bad_file not in get_args(OnBadFile):
             raise ValueError(f'on_bad_file must be "error" or "skip", got {on_bad_file!r}')
         check_declared(value_range)
         check_shown(shown_channels, channels)
+        check_used(table or USUAL, class_labels=class_labels, captions=captions)
         self.root = root
         self.value_range, self.shown_channels = value_range, shown_channels
         self.image_format = ImageFormat.of_size(image_size, channels, background)
@@ -97,6 +113,7 @@ class Folder(Source):
         self.boxes = boxes
         self.on_bad_file = on_bad_file
         self.in_memory = in_memory
+        self.table = table
         self.sizes: list[tuple[int, int]] = []
         self._left_out = self._changed = ""
 
@@ -112,9 +129,9 @@ class Folder(Source):
                 classes, if captions is set and an image has none, or if a semantic map, paired image or box does not
                 fit its image.
         """
-        files = find_images(self.root)
+        files = find_images(self.root, self.table or USUAL)
         if self.class_labels:
-            class_names_of(files.names, self.root)  # fails before the files are decoded, not after
+            classes_of(files, files.names, self.root)  # fails before the files are decoded, not after
         written = read_captions(files, files.names) if self.captions else None
         value_range = settled_range(self.value_range, [files], self.image_format.channels, progress=progress)
         self.image_format = replace(self.image_format, value_range=value_range)
@@ -160,14 +177,14 @@ def entries_of(
         files: The files below the root.
         names: The names of the images.
         root: The root, for messages.
-        class_labels: Whether the folder directly below the root that an image lies in is its class.
-        captions: Whether each image has a caption, see `captions.py`.
+        class_labels: Whether images have classes, see `Folder`.
+        captions: Whether images have captions, see `Folder`.
 
     Raises:
         ValueError: If there are no classes, or an image has no caption.
     """
-    class_names = class_names_of(names, root) if class_labels else None
-    entries: Entries = {"labels": torch.tensor(labels_of(names, class_names))} if class_names else {}
+    labels, class_names = classes_of(files, names, root) if class_labels else ([], None)
+    entries: Entries = {"labels": torch.tensor(labels)} if class_names else {}
     return entries | ({"captions": read_captions(files, names).texts} if captions else {}), class_names
 
 
@@ -251,9 +268,15 @@ class Tiles(Source):
         files = find_images(self.root)
         names = files.names[: self.num_images]
         maps_of = None if self.semantic_map is None else label_pages(self.semantic_map, files.names)
+        kinds = set[Kind]()
+
+        def pages_of(data: bytes) -> list[Tensor]:
+            images = list(stored_images(data, self.channels))
+            kinds.update(image.kind for image in images)
+            return [decode_page(image, self.channels) for image in images]
 
         def tiles_of(name: str) -> list[tuple[Tensor, Tensor | None]] | str:
-            pages = decoded(lambda data: decode_pages(data, self.channels), files, name)
+            pages = decoded(pages_of, files, name)
             if isinstance(pages, str):
                 return pages
             sizes = [(page.shape[1], page.shape[2]) for page in pages]
@@ -279,6 +302,7 @@ class Tiles(Source):
                 maps += [] if maps_of_page is None else [maps_of_page]
                 tile_names += [f"{name}, page {page}, tile {tile}" for tile in range(len(tiles_of_page))]
         unasked = len(files.names) - len(names)
+        self.values = PixelValues.of_images(torch.uint8, shown_of(self.channels, "channels" not in kinds))
         more = f"{unasked} images beyond num_images" if unasked else ""
         self._left_out = "; ".join(filter(None, (files.left_out.described(), more))) or "nothing"
         self._changed = f"{len(names)} images are cut into {len(tile_names)} tiles, which overlap where they must"

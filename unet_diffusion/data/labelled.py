@@ -14,12 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unet_diffusion.data.checking import NUM_NAMED, decoded, in_threads
-from unet_diffusion.data.decoding import ValueRange, check_num_channels, check_within, decode_pages
+from unet_diffusion.data.decoding import ValueRange, check_num_channels, check_within, decode_page
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.items import Item, ItemSource, read_items
 from unet_diffusion.data.label_decoding import decode_label_pages
-from unet_diffusion.data.value_ranges import DeclaredRange, check_declared, check_shown, pixel_values, settled_range
-from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
+from unet_diffusion.data.stored import stored_images
+from unet_diffusion.data.stored_image import Kind
+from unet_diffusion.data.value_ranges import (
+    DeclaredRange,
+    check_declared,
+    check_shown,
+    pixel_values,
+    settled_range,
+    shown_of,
+)
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 CELLS_SIZE = (128, 128)  # of generated images, in pixels
@@ -141,11 +150,12 @@ class PairedFiles(LabelledSource):
 
         unlabelled = [] if self.unlabelled is None else [find_images_or_one(self.unlabelled)]
         places = [image_files, *unlabelled]
+        kinds = set[Kind]()
         value_range = settled_range(self.value_range, places, self.channels, progress=progress)
 
         def read(name: str) -> tuple[list[Tensor], list[NDArray[np.int32]]] | str:
             image_name, label_name = pairs[name]
-            pages = self._pages(image_files, image_name, value_range)
+            pages = self._pages(image_files, image_name, value_range, kinds)
             label_pages = decoded(decode_label_pages, label_files, label_name)
             if isinstance(pages, str) or isinstance(label_pages, str):
                 return pages if isinstance(pages, str) else f"its label {label_name}: {label_pages}"
@@ -163,21 +173,29 @@ class PairedFiles(LabelledSource):
         if bad:
             raise ValueError(f"{len(bad)} of {len(pairs)} images cannot be used:{listed(bad)}")
         for files in unlabelled:
-            loaded.unlabelled = self._load_unlabelled(files, value_range, progress)
-        shown = self.shown_channels or default_shown(self.channels)
+            loaded.unlabelled = self._load_unlabelled(files, value_range, kinds, progress)
+        shown = self.shown_channels or shown_of(self.channels, "channels" not in kinds)
         values = PixelValues.of_images(loaded.images[0].dtype, shown)
         loaded.values = pixel_values([np.dtype(np.float32)], value_range, values)
         return loaded
 
-    def _pages(self, files: ImageFiles, name: str, value_range: ValueRange | None) -> list[Tensor] | str:
+    def _pages(
+        self, files: ImageFiles, name: str, value_range: ValueRange | None, kinds: set[Kind]
+    ) -> list[Tensor] | str:
+        """The pages of a file, or the reason why it cannot be read; what their channels are is added to kinds."""
+
         def read(data: bytes) -> list[Tensor]:
-            return [check_within(page, value_range) for page in decode_pages(data, self.channels, value_range)]
+            images = list(stored_images(data, self.channels))
+            kinds.update(image.kind for image in images)
+            return [check_within(decode_page(image, self.channels, value_range), value_range) for image in images]
 
         return decoded(read, files, name)
 
-    def _load_unlabelled(self, files: ImageFiles, value_range: ValueRange | None, progress: bool) -> list[Tensor]:
+    def _load_unlabelled(
+        self, files: ImageFiles, value_range: ValueRange | None, kinds: set[Kind], progress: bool
+    ) -> list[Tensor]:
         def read(name: str) -> list[Tensor] | str:
-            return self._pages(files, name, value_range)
+            return self._pages(files, name, value_range, kinds)
 
         images, bad = list[Tensor](), []
         for name, outcome in in_threads(read, files.names, "loading images without labels", progress):

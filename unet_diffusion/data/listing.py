@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from unet_diffusion.runtime.folder_settings import LOCK, RUN_HEADER, SETTINGS
 from unet_diffusion.runtime.messages import MOST_NAMED, first_few, printable
@@ -66,6 +66,16 @@ class LeftOut:
 def composed(name: str) -> str:
     """The name with each accent in one character with its letter, as Unicode's NFC has it."""
     return unicodedata.normalize("NFC", name)
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a name in an archive, joined to a folder, would leave it; on Windows too.
+
+    Args:
+        name: The name as the archive holds it.
+    """
+    path = PureWindowsPath(name)  # takes both kinds of slashes
+    return bool(path.anchor) or ".." in path.parts
 
 
 def image_names(names: Iterable[str], read: Callable[[str], bytes], left_out: LeftOut) -> list[str]:

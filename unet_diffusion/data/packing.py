@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,8 +25,11 @@ from unet_diffusion.data.checking import decoded, in_threads
 from unet_diffusion.data.decoding import ImageFormat, fitted_image, plain_numbers
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
-from unet_diffusion.data.shards import INDEX, Shard, ShardIndex, shard_name
+from unet_diffusion.data.listing import IMAGE_EXTENSIONS
+from unet_diffusion.data.shards import CAPTION, CLASS, INDEX, Shard, ShardIndex, shard_name
 from unet_diffusion.data.stored import only_image
+from unet_diffusion.data.stored_image import StoredImage
+from unet_diffusion.runtime.addresses import absolute_place
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.messages import first_few
@@ -35,6 +38,7 @@ from unet_diffusion.runtime.tiff_files import tiff_of
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
+KNOWN = {CAPTION: "captions", CLASS: "labels"}  # the entries that go into members of their own
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of 8 bits, by channels
 
 
@@ -49,6 +53,7 @@ class Packed:
         bits: Bits of a number.
         dtype: Type of the numbers.
         ends: The least and the largest number; None: the image has alpha or colours by index.
+        are_colours: Whether the channels are grey, RGB, or RGB and alpha.
     """
 
     content: bytes
@@ -57,6 +62,7 @@ class Packed:
     bits: int
     dtype: np.dtype
     ends: tuple[float, float] | None
+    are_colours: bool
 
 
 def pack_images(
@@ -102,7 +108,7 @@ def pack_images(
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
     plain = {key: rows.tolist() if isinstance(rows, Tensor) else rows for key, rows in (entries or {}).items()}
     settings = {
-        "images": str(Path(root).resolve()),
+        "images": absolute_place(root),
         "num_images": len(files.names),
         f"{CONTENTS}names": text_digest("\n".join(files.names)).hex(),
         "shard_images": shard_images,
@@ -184,7 +190,7 @@ def _write_shard(
         else:
             good[names[name]] = one
     with atomic_write(folder / shard_name(number)) as partial:
-        _write_tar(partial, good.values())
+        _write_tar(partial, good, entries)
         with open(partial, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != before:  # what is said of the shard is true no longer
@@ -198,6 +204,7 @@ def _write_shard(
         "bits": max((one.bits for one in good.values()), default=8),
         "dtypes": sorted({one.dtype.newbyteorder("=").name for one in good.values()}),
         "ends": [one.ends for one in good.values()],
+        "are_colours": all(one.are_colours for one in good.values()),
         "bad_files": bad_files,
         "made_of": made_of,
     }
@@ -214,13 +221,15 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packe
     """
     if isinstance(image_format, int):
         stored = only_image(content, image_format)
-        extension = PurePosixPath(name).suffix.lower()
+        extension = _extension(name, stored)
+        are_colours = stored.kind != "channels"
         is_plain = stored.palette is None and stored.alpha is None and stored.transparent is None
         numbers = plain_numbers(stored) if is_plain else stored.numbers()
         if stored.white is not None:
             fitted_image(stored, ImageFormat(1, 1, image_format))  # refuses other channels
         bits = 8 if stored.bits <= 8 else stored.bits
-        return Packed(content, extension, stored.size, bits, numbers.dtype, _ends(numbers) if is_plain else None)
+        ends = _ends(numbers) if is_plain else None
+        return Packed(content, extension, stored.size, bits, numbers.dtype, ends, are_colours)
     stored = only_image(content, image_format.channels)
     if stored.white is None:
         raise ValueError(f"{stored} have no range that is known, by which they could be scaled; leave --image_size "
@@ -231,8 +240,14 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packe
     numbers = pixels.numpy()
     ends = None if are_colours and len(pixels) == 4 else _ends(numbers)
     if bits == 8 and are_colours:
-        return Packed(_png(pixels), ".png", size, bits, numbers.dtype, ends)
-    return Packed(tiff_of(numbers, are_colours=are_colours), ".tif", size, bits, numbers.dtype, ends)
+        return Packed(_png(pixels), ".png", size, bits, numbers.dtype, ends, are_colours)
+    return Packed(tiff_of(numbers, are_colours=are_colours), ".tif", size, bits, numbers.dtype, ends, are_colours)
+
+
+def _extension(name: str, stored: StoredImage) -> str:
+    """The extension of the name, or, as the names of rows of a table have none, that of the format."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix if suffix in IMAGE_EXTENSIONS else f".{stored.file_format.rpartition(' ')[2].lower()}"
 
 
 def _ends(numbers: NDArray[Any]) -> tuple[float, float]:
@@ -247,12 +262,15 @@ def _png(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _write_tar(path: Path, images: Iterable[Packed]) -> None:
+def _write_tar(path: Path, images: Mapping[int, Packed], entries: Mapping[str, list[Any]]) -> None:
+    """Write images by their numbers, each followed by its caption and its class, as the library webdataset has it."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for number, image in enumerate(images):
-            member = tarfile.TarInfo(f"{number:06d}{image.extension}")  # without a date: the same bytes every time
-            member.size = len(image.content)
-            archive.addfile(member, io.BytesIO(image.content))
+        for position, (number, image) in enumerate(images.items()):
+            texts = {ending: str(entries[key][number]).encode() for ending, key in KNOWN.items() if key in entries}
+            for ending, content in {image.extension: image.content, **texts}.items():
+                member = tarfile.TarInfo(f"{position:06d}{ending}")  # without a date: the same bytes every time
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
 
 
 def _write_index(
@@ -271,6 +289,7 @@ def _write_index(
         channels=channels,
         dtype=np.result_type(*{np.dtype(name) for record in records for name in record["dtypes"]}).name,
         ends=None if None in ends else [min(low for low, _ in ends), max(high for _, high in ends)],
+        are_colours=all(record["are_colours"] for record in records),
     )
     with atomic_write(folder / INDEX) as partial:
         partial.write_text(json.dumps(asdict(index)))

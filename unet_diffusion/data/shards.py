@@ -2,8 +2,8 @@
 
 `unet-diffusion pack` writes them. index.json says how many images each shard holds, what is known of them, and the
 shard's checksum, so that an epoch is planned before anything is read. A shard is read whole, which is what object
-stores are fast at, by fsspec (https://filesystem-spec.readthedocs.io): local paths, http, s3 and many more. Nothing in
-a shard is run: its members are image files.
+stores are fast at; see `stores`. Nothing in a shard is run: its members are image files, each followed by its caption
+and class as files of their own, which are for other libraries.
 """
 
 import hashlib
@@ -11,37 +11,27 @@ import io
 import json
 import os
 import tarfile
-import time
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
-import fsspec
 import torch
 from torch import Tensor
 
 from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
-from unet_diffusion.runtime.messages import in_words, printable
-
-T = TypeVar("T")
+from unet_diffusion.data.stores import Store
+from unet_diffusion.runtime.messages import printable
 
 INDEX = "index.json"
-FIRST_WAIT = 0.5  # seconds before a read is tried again, doubled each time: four retries take 7.5 s
-SILENCE = 30  # seconds without a byte over http, after which a read has failed
-WHOLE = 300  # seconds of a whole read over http: 200 MB at less than a megabyte a second
-# Addresses come from configurations: of fsspec's file systems plain stores. Others, and those chained by ::, take
-# templates and settings from what they read, or run code of the place.
-PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "hf", "ftp", "sftp", "ssh", "smb",
-             "hdfs", "webhdfs", "webdav", "oss", "oci", "memory")  # fmt: skip
+CAPTION, CLASS = ".txt", ".cls"  # endings of members with what is known of an image, as the library webdataset has them
 MAX_BAD_SHARDS = 8  # one after the other: then it is not the shards, but what they lie on
 
 
@@ -81,6 +71,7 @@ class ShardIndex:
         channels: The number of channels that images were converted to. None says that files were kept as they are.
         dtype: The type of the numbers in all files, as NumPy names it.
         ends: The least and the largest number in them. None says that images have alpha or colours by index.
+        are_colours: Whether the channels of all images are grey, RGB, or RGB and alpha.
     """
 
     shards: list[Shard]
@@ -90,6 +81,7 @@ class ShardIndex:
     channels: int | None = None
     dtype: str = "uint8"
     ends: list[float] | None = None
+    are_colours: bool = True
 
     @classmethod
     def from_json(cls, text: bytes, place: str) -> "ShardIndex":
@@ -135,25 +127,10 @@ class ShardIndex:
         return {key: values if is_text[key] else torch.tensor(values) for key, values in rows.items()}
 
 
-class ShardStore:
-    """A folder of shards, by its path or address. Each process that reads makes its own connections.
+class ShardStore(Store):
+    """A folder of shards, by its path or address; see `Store`."""
 
-    Args:
-        root: A path, or an address that fsspec knows: http://..., s3://...
-        num_retries: How often a read is tried again.
-
-    Raises:
-        ModuleNotFoundError: If a package for such addresses is missing.
-        ValueError: If such addresses are not known.
-    """
-
-    def __init__(self, root: str | Path, *, num_retries: int = 4) -> None:
-        self.root = str(root).rstrip("/")
-        self.num_retries = num_retries
-        self._connect()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _store, (self.root, self.num_retries)
+    error = ShardError
 
     def index(self) -> ShardIndex:
         """What the store holds.
@@ -167,15 +144,15 @@ class ShardStore:
 
         def read() -> bytes | None:
             try:
-                return self._read(INDEX)
+                return self.read(INDEX)
             except FileNotFoundError:  # not tried again: more likely a path that is wrong
                 return None
 
-        content = self._tried(read, place)
+        content = self.tried(read, place)
         if content is None:
             raise FileNotFoundError(
                 f"there is no {INDEX} in {self.root}; give what unet-diffusion pack wrote, and if it was cut off, run "
-                "it again first"
+                "it again first. Tar archives that others wrote are read by --config folder, or packed first"
             )
         return ShardIndex.from_json(content, place)
 
@@ -187,49 +164,15 @@ class ShardStore:
         """
 
         def read() -> list[bytes]:
-            content = self._read(shard_name(number))
+            content = self.read(shard_name(number))
             if hashlib.sha256(content).hexdigest() != shard.sha256:
                 raise ValueError(f"its {len(content)} bytes do not have the checksum that is in {INDEX}")
-            files = _members(content)
+            files = _images(content)
             if len(files) != shard.num_images:
                 raise ValueError(f"it holds {len(files)} images, not {shard.num_images} as {INDEX} has it")
             return files
 
-        return self._tried(read, f"{self.root}/{shard_name(number)}")
-
-    def _tried(self, read: Callable[[], T], place: str) -> T:
-        for left in range(self.num_retries, -1, -1):
-            try:
-                return read()
-            except Exception as error:  # of any file system, and whatever lies there
-                if not left:
-                    raise ShardError(f"{place} cannot be read: {_said(error)}") from error
-                time.sleep(FIRST_WAIT * 2 ** (self.num_retries - left))
-        raise AssertionError("num_retries is 0 or more")
-
-    def _read(self, name: str) -> bytes:
-        if self._process != os.getpid():  # connections of a process do not work in those it forks
-            self._connect()
-        return self._files.cat_file(f"{self._path}/{name}")
-
-    def _connect(self) -> None:
-        protocol, has_protocol, _ = self.root.partition("://")
-        if "::" in self.root or (has_protocol and protocol not in PROTOCOLS):
-            raise ValueError(
-                f"root must be a path, or an address that begins with one of {', '.join(PROTOCOLS)} and holds no ::, "
-                f"got {self.root}"
-            )
-        try:
-            self._files, self._path = fsspec.core.url_to_fs(self.root, **_options(self.root))
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                f"to read {self.root}: {error}; for s3 that is pip install 'unet-diffusion[stream]'"
-            ) from error
-        except ValueError as error:
-            raise ValueError(
-                f"root must be a path, or an address that fsspec knows, got {self.root} ({error})"
-            ) from error
-        self._process = os.getpid()
+        return self.tried(read, f"{self.root}/{shard_name(number)}")
 
 
 @dataclass(frozen=True)
@@ -408,24 +351,8 @@ class ShardedImages:
         self._process = os.getpid()
 
 
-def _store(root: str, num_retries: int) -> ShardStore:
-    return ShardStore(root, num_retries=num_retries)
-
-
-def _options(root: str) -> dict[str, Any]:
-    """Options of fsspec's file systems: a connection for this process alone, and over http an end to waiting."""
-    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if root.startswith(("http://", "https://")):
-        from aiohttp import ClientTimeout
-
-        options["client_kwargs"] = {"timeout": ClientTimeout(total=WHOLE, sock_connect=SILENCE, sock_read=SILENCE)}
-    return options
-
-
-def _members(content: bytes) -> list[bytes]:
+def _images(content: bytes) -> list[bytes]:
+    """The members of a shard that are images; others say what is known of these, as the index does."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        return [content[m.offset_data : m.offset_data + m.size] for m in archive if m.isfile()]
-
-
-def _said(error: Exception) -> str:
-    return "it is not there" if isinstance(error, FileNotFoundError) else in_words(error)
+        members = [member for member in archive if member.isfile() and not member.name.endswith((CAPTION, CLASS))]
+        return [content[m.offset_data : m.offset_data + m.size] for m in members]

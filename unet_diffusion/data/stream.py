@@ -21,8 +21,15 @@ from unet_diffusion.data.decoding import ImageFormat
 from unet_diffusion.data.shards import ShardedImages, ShardError, ShardStore
 from unet_diffusion.data.source import Source
 from unet_diffusion.data.split import check_split, default_num_val
-from unet_diffusion.data.value_ranges import DeclaredRange, check_declared, check_shown, pixel_values, range_of_shards
-from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
+from unet_diffusion.data.value_ranges import (
+    DeclaredRange,
+    check_declared,
+    check_shown,
+    pixel_values,
+    range_of_shards,
+    shown_of,
+)
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.randomness import keyed_generator
 
 OnBadShard = Literal["error", "skip"]
@@ -121,7 +128,7 @@ class Shards(Source):
             elif key not in entries:
                 raise ValueError(f"{self.root} was packed without {name}; pack again with --{name}, or set it to false")
         images = ShardedImages(store, index, self.image_format, self._num_kept(num_workers=0))
-        shown = self.shown_channels or default_shown(self.image_format.channels)
+        shown = self.shown_channels or shown_of(self.image_format.channels, index.are_colours)
         values = PixelValues.of_images(images.dtype, shown)
         self.values = pixel_values([np.dtype(index.dtype)], value_range, values)
         return ImageSet(images, entries, index.class_names if self.class_labels else None)

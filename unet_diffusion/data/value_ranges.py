@@ -109,10 +109,19 @@ def values_of(checked: CheckedImages, image_format: ImageFormat, shown_channels:
     Raises:
         ValueError: If the type of the files cannot hold the range of values.
     """
-    shown = shown_channels or default_shown(image_format.channels)
-    if shown is None and not checked.are_colours and image_format.channels > 3:
-        shown = (0, 1, 2)
+    shown = shown_channels or shown_of(image_format.channels, checked.are_colours)
     return pixel_values(checked.dtypes, image_format.value_range, PixelValues.of_images(checked.images.dtype, shown))
+
+
+def shown_of(channels: int, are_colours: bool) -> tuple[int, ...] | None:
+    """The channels that pictures show if nobody chooses; None: all, as they are grey, RGB, or RGB and alpha.
+
+    Args:
+        channels: The number of channels.
+        are_colours: Whether the files say that they are colours. Four that are none would be taken for RGB and alpha.
+    """
+    shown = default_shown(channels)
+    return (0, 1, 2) if shown is None and not are_colours and channels > 3 else shown
 
 
 def pixel_values(dtypes: Iterable[np.dtype], value_range: ValueRange | None, values: PixelValues) -> PixelValues:

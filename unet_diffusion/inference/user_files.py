@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unet_diffusion.data.checking import decoded
 from unet_diffusion.data.decoding import ValueRange
+from unet_diffusion.data.described import DescribedFiles
 from unet_diffusion.data.files import OneFile, find_images
 from unet_diffusion.data.label_decoding import decode_label_pages, fitted_label
 from unet_diffusion.inference.init_images import read_picture
@@ -59,7 +60,12 @@ def _each(name: str, value: Any) -> list[Any]:
     path = Path(value).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{name} must be an image file or a folder of them, and there is none at {path}")
-    return [path / found for found in find_images(path).names] if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    files = find_images(path)
+    if isinstance(files, DescribedFiles):
+        raise ValueError(f"{name} must be image files, and {path} is a data set; save the images that are to be used")
+    return [path / file_name for file_name in files.names]
 
 
 def _label(name: str, image: Any) -> np.ndarray:

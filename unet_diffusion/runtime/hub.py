@@ -43,11 +43,11 @@ def check_hub_name(name: str) -> str:
     """Return owner/name without the prefix hf://.
 
     Raises:
-        ValueError: If it is no name of a model on the hub.
+        ValueError: If it is no name of a model or data set on the hub.
     """
     bare = name.removeprefix(PREFIX)
     if not NAME.fullmatch(bare):
-        raise ValueError(f"a model on the hub must be named as owner/name, got {name!r}")
+        raise ValueError(f"what lies on the hub must be named as owner/name, got {name!r}")
     return bare
 
 

@@ -1,0 +1,280 @@
+"""Tar archives of images in the form of WebDataset, on a disk or behind an address, read in any order.
+
+Members whose names agree up to the first dot of the file name make a sample: 17.jpg, 17.txt and 17.cls are an image,
+its caption and its class (https://github.com/webdataset/webdataset). Archives are gone through once, for the place of
+each image in them; from then on an image is read alone, by its range of bytes.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unet_diffusion.data.described import (
+    CAPTIONS,
+    LABELS,
+    DescribedFiles,
+    Table,
+    captions_of_values,
+    classes_of_values,
+)
+from unet_diffusion.data.listing import IMAGE_EXTENSIONS, LeftOut, composed, leads_outside
+from unet_diffusion.data.stores import Store
+from unet_diffusion.runtime.addresses import is_address
+
+TAR = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+TEXT, CLASS, FIELDS = "txt", "cls", "json"  # endings of members with what is known of an image
+MAX_TEXT_BYTES = 16 * 1024**2  # of such a member
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {000..127}, as WebDataset has it
+NO_IMAGE = "samples without an image"
+
+
+@dataclass
+class _Sample:
+    """Where the image of a sample lies, and what is known of it.
+
+    Args:
+        images: The first byte and the number of bytes of each image, by its ending.
+        known: The contents of the members `.txt` and `.cls`, and the fields of `.json`, by their names.
+    """
+
+    images: dict[str, tuple[int, int]] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
+
+
+class TarFiles(DescribedFiles):
+    """The images in tar archives.
+
+    An image has the name of its member, below that of its archive if there are several archives.
+
+    Args:
+        place: archive.tar, a folder of such archives, or the address of either; {000..127} stands for these numbers.
+        table: Which image, caption and class of a sample are used.
+
+    Raises:
+        FileNotFoundError: If there are no archives.
+        OSError: If one cannot be read.
+        ValueError: If an archive is damaged or compressed, a name comes twice in it, or a sample has several images.
+    """
+
+    def __init__(self, place: str, table: Table) -> None:
+        self.place, self.table = place, table
+        self.left_out = LeftOut()
+        self._store, archives = _archives(place)
+        self._members: dict[str, tuple[str, int, int]] = {}
+        self._known: dict[str, dict[str, Any]] = {}
+        self._keys: dict[str, None] = {}  # all that samples have, in their order
+        for archive in archives:
+            prefix = "" if len(archives) == 1 else f"{archive}/"
+            for key, sample in self._samples(archive).items():
+                self._add(archive, prefix, key, sample)
+        self._stamps = {archive: _stamp(place, archive) for archive in archives}
+        if not self._members:
+            raise ValueError(
+                f"the tar archives of {place} must hold images, and hold none ({self.left_out.described()})"
+            )
+        self.names = sorted(self._members)
+
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """The encoded contents of an image; may be called from several threads.
+
+        Raises:
+            FileNotFoundError: If there is no image of that name.
+            OSError: If the archive cannot be read, or holds less than before.
+        """
+        if name not in self._members:
+            raise FileNotFoundError(f"there is no image {name} in {self.place}")
+        archive, start, size = self._members[name]
+
+        def read() -> bytes:
+            content = self._store.read(archive, start, start + size)
+            if len(content) != size:
+                raise ValueError(f"{size} bytes were asked for, and {len(content)} came; the archive is cut off, or "
+                                 "the server does not answer ranges: copy the archives here")  # fmt: skip
+            return content
+
+        try:
+            content = self._store.tried(read, f"{self._store.root}/{archive}")
+        except OSError:
+            self._store.num_retries = 0  # a store that is gone is not waited for at each image
+            raise
+        self._store.num_retries = _num_retries(self.place)
+        return content
+
+    def stamp(self, name: str) -> str:
+        """Size and times of the archive, and the place of the image in it; "" behind an address."""
+        archive, start, size = self._members[name]
+        return self._stamps[archive] and f"{self._stamps[archive]} {start} {size}"
+
+    def classes(self, names: Sequence[str]) -> tuple[list[int], list[str]]:
+        """The class of each image, a number or a name, and the name of each class."""
+        key = self._key(self.table.label, (CLASS, *LABELS), "label", "class_labels")
+        values = {name: _number(known.get(key)) for name, known in self._known.items()}
+        return classes_of_values(values, names, None, f"{key} in the tar archives of {self.place}")
+
+    def captions(self, names: Sequence[str]) -> list[str]:
+        """The caption of each image."""
+        key = self._key(self.table.caption, (TEXT, *CAPTIONS), "caption", "captions")
+        values = {name: known.get(key) for name, known in self._known.items()}
+        return captions_of_values(values, names, f"{key} in the tar archives of {self.place}")
+
+    def _key(self, chosen: str | None, usual: Sequence[str], kind: str, option: str) -> str:
+        key = chosen or next((key for key in usual if key in self._keys), None)
+        if key is None or key not in self._keys:
+            has = f"no {kind} named {key}" if key else f"nothing that is known to be the {kind}"
+            there = ", ".join(self._keys) or "images alone"
+            raise ValueError(f"the samples of {self.place} have {has}, but {there}; set "
+                             f"table.{kind} to one of them, or set {option} to false")  # fmt: skip
+        return key
+
+    def _add(self, archive: str, prefix: str, key: str, sample: _Sample) -> None:
+        chosen = self.table.image
+        endings = [chosen] if chosen in sample.images else [] if chosen else list(sample.images)
+        if len(endings) > 1:
+            raise ValueError(f"sample {key} of {archive} must have one image, and has {', '.join(endings)}; set "
+                             f"table.image to the one to use, such as {endings[0]}")  # fmt: skip
+        if not endings:
+            self.left_out.names[NO_IMAGE].add(f"{prefix}{key}")
+            return
+        name = f"{prefix}{composed(key)}.{endings[0]}"
+        if name in self._members:
+            raise ValueError(f"{archive} holds two images named {name}; write it again with a name for each")
+        self._members[name] = (archive, *sample.images[endings[0]])
+        self._known[name] = sample.known
+
+    def _samples(self, archive: str) -> dict[str, _Sample]:
+        """The samples of an archive by their names, in its order."""
+        place = f"{self._store.root}/{archive}"
+
+        def read() -> dict[str, _Sample] | str:
+            samples: dict[str, _Sample] = {}
+            try:
+                with self._store.open(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        self._note(samples, member, partial(_content, tar, member))
+            except (tarfile.TarError, EOFError, _Refused) as error:
+                return str(error)
+            return samples
+
+        samples = self._store.tried(read, place)
+        if isinstance(samples, str):
+            raise ValueError(
+                f"{place} must be a whole tar archive, uncompressed, and is not ({samples}); copy it again"
+            )
+        return samples
+
+    def _note(self, samples: dict[str, _Sample], member: tarfile.TarInfo, content: Callable[[], bytes]) -> None:
+        """Add a member to its sample."""
+        if not member.isreg() or member.issparse():
+            if not member.isdir():
+                self.left_out.names["no files in tar archives"].add(member.name)
+            return
+        if leads_outside(member.name):  # outputs are named after inputs
+            raise _Refused(f"names must be paths within it, got {member.name!r}")
+        folder, slash, file = member.name.rpartition("/")
+        first, _, ending = file.partition(".")
+        sample = samples.setdefault(f"{folder}{slash}{first}", _Sample())
+        if f".{ending}".lower().endswith(IMAGE_EXTENSIONS):
+            if ending in sample.images:
+                raise _Refused(f"{member.name} comes twice")
+            sample.images[ending] = (member.offset_data, member.size)
+        elif ending in (TEXT, CLASS, self.table.caption, self.table.label):
+            self._learn(sample, {ending: _text(content(), member.name)})
+        elif ending == FIELDS:
+            self._learn(sample, _fields(content(), member.name))
+        else:
+            self.left_out.extensions[f".{ending}" if ending else ""] += 1
+
+    def _learn(self, sample: _Sample, known: dict[str, Any]) -> None:
+        """Keep of what is known of a sample that which may be asked for."""
+        self._keys |= dict.fromkeys(known)
+        wanted = {TEXT, CLASS, *CAPTIONS, *LABELS, self.table.caption, self.table.label}
+        sample.known |= {key: value for key, value in known.items() if key in wanted}
+
+
+class _Refused(ValueError):
+    """What is in an archive cannot be used; reading it again changes nothing."""
+
+
+def is_tar(place: str) -> bool:
+    """Return whether a path or address is that of tar archives, not of a folder of them.
+
+    Args:
+        place: A path or an address.
+    """
+    lower = place.lower()
+    if lower.endswith(COMPRESSED):
+        raise ValueError(f"tar archives must be uncompressed, as images in others cannot be read alone, got {place}; "
+                         "unpack it")  # fmt: skip
+    return lower.endswith(TAR) and (is_address(place) or not Path(place).is_dir())
+
+
+def _archives(place: str) -> tuple[Store, list[str]]:
+    """The folder of archives, and their names in it."""
+    if not is_tar(place):
+        store = Store(place, num_retries=_num_retries(place))
+        archives = store.tried(lambda: store.names(f"*{TAR}"), place)
+        if not archives:
+            raise FileNotFoundError(f"there are no tar archives in {place}; over http a server must list them, or give "
+                                    f"their names, such as {place}/name-{{000..127}}.tar")  # fmt: skip
+        return store, archives
+    folder, _, name = place.rpartition("/")
+    return Store(folder or ".", num_retries=_num_retries(place)), list(_numbered(name))
+
+
+def _num_retries(place: str) -> int:
+    return 4 if is_address(place) else 0
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """The names that a name with {000..127} stands for."""
+    match = RANGE.search(name)
+    if match is None:
+        yield name
+        return
+    for number in range(int(match[1]), int(match[2]) + 1):
+        yield from _numbered(f"{name[: match.start()]}{number:0{len(match[1])}d}{name[match.end() :]}")
+
+
+def _stamp(place: str, archive: str) -> str:
+    if is_address(place):
+        return ""
+    path = Path(place)
+    state = (path / archive if path.is_dir() else path.with_name(archive)).stat()
+    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None or member.size > MAX_TEXT_BYTES:
+        raise _Refused(f"{member.name} must be at most {MAX_TEXT_BYTES} bytes, and has {member.size}")
+    return file.read()
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _Refused(f"{name} must be text in UTF-8, and is not") from error
+
+
+def _fields(content: bytes, name: str) -> dict[str, Any]:
+    """The texts and numbers of a JSON object."""
+    try:
+        fields = json.loads(_text(content, name))
+    except (ValueError, RecursionError) as error:
+        raise _Refused(f"{name} must be JSON, and is not: {error}") from error
+    if not isinstance(fields, dict):
+        return {}
+    return {str(key): value for key, value in fields.items() if isinstance(value, str | int)}
+
+
+def _number(value: Any) -> Any:
+    """A number that was written as text."""
+    text = value.strip() if isinstance(value, str) else value
+    return int(text) if isinstance(text, str) and text.isdecimal() else text
