@@ -1,8 +1,10 @@
+import warnings
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from unet_diffusion.data import Digits, Folder, Groups, ImageDataModule, ShuffledBatches, split_by_group
@@ -101,6 +103,31 @@ def test_images_without_names_have_no_groups():
     data = ImageDataModule(Digits(), groups=Groups("a"))
     with pytest.raises(ValueError, match="groups need the names of images, and those of Digits have none"):
         data.setup("fit")
+
+
+def test_resumed_epoch_in_another_order_is_told(tmp_path, tiny_module, quiet_trainer):
+    for name in names_of(range(6), 4):
+        Image.new("L", (8, 8), 50).save(tmp_path / name)
+
+    def fit(max_steps, *, balanced=True, batch_size=2, ckpt_path=None):
+        groups = Groups(SLICES, balanced=balanced)
+        source = Folder(tmp_path, image_size=8, channels=1)
+        data = ImageDataModule(source, batch_size=batch_size, num_val=1, groups=groups, num_workers=0)
+        saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        options = {"enable_checkpointing": True, "callbacks": [saving], "limit_val_batches": 0}
+        quiet_trainer(max_steps=max_steps, **options).fit(tiny_module(), data, ckpt_path=ckpt_path)
+        return tmp_path / f"step={max_steps}.ckpt"
+
+    checkpoint = fit(1)
+    with pytest.warns(
+        UserWarning, match=r"another order than in the checkpoint \(groups.balanced was True, is False\)"
+    ):
+        fit(2, balanced=False, ckpt_path=checkpoint)
+    with pytest.warns(UserWarning, match=r"\(batch_size was 2, is 3\). The epoch that was begun goes on in this order"):
+        fit(2, batch_size=3, ckpt_path=checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*another order than")
+        fit(3, ckpt_path=checkpoint)
 
 
 def test_folder_is_trained_on_by_groups(tmp_path):

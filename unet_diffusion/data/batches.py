@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -156,6 +157,17 @@ class ShuffledBatches(DistributedSampler[list[int]]):
         for step in range(self.first_batch, len(self)):
             yield order[step * self.num_replicas + self.rank].tolist()
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides, with the images and the epoch, which images a batch has; plain values."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "horizontal_flip": self.horizontal_flip,
+            "groups.balanced": self.groups is not None,
+            "processes": self.num_replicas,
+        }
+
     def resume_at(self, epoch: int, num_batches: int) -> None:
         """Leave out the first batches of one epoch, which the run has trained on before it was interrupted."""
         self._resume_at = (epoch, num_batches)
@@ -224,9 +236,15 @@ class ResumableLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and the number of batches of it that were handed out."""
-        return {"epoch": self.sampler.epoch, "num_batches": self._num_handed_out}
+        """The epoch, the number of batches of it that were handed out, and what decides their order."""
+        return {"epoch": self.sampler.epoch, "num_batches": self._num_handed_out, "order": self.sampler.order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called."""
+        """Go on where `state_dict` was called, and say if the epoch that was begun goes on in another order."""
+        before, now = state.get("order", {}), self.sampler.order
+        if differ := [f"{name} was {before[name]}, is {now[name]}" for name in before if before[name] != now[name]]:
+            rank_zero_warn(
+                f"the data have another order than in the checkpoint ({'; '.join(differ)}). The epoch that was begun "
+                "goes on in this order: some images come twice in it, others not at all"
+            )
         self.sampler.resume_at(state["epoch"], state["num_batches"])
