@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-SCHEME = re.compile(r"([A-Za-z][\w+.-]+:/+)")  # a Path drops a slash; a drive of Windows has one letter
+SCHEME = re.compile(r"([A-Za-z][\w+.-]+:/{1,2})")  # a Path drops a slash; a drive of Windows has one letter
 OF_THIS_MACHINE = ("file://", "local://")  # fsspec's schemes of a path
 HOST = re.compile(r"(\[[\da-fA-F:.]+\]|[^:]*)(:\d*)?")  # and port
 ABSOLUTE = r"(?:~\w*|[A-Za-z]:)?[\\/]"  # how a path begins: at the root, at home or at a drive of Windows
