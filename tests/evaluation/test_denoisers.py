@@ -17,9 +17,9 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.evaluation import own_features as own
 from unet_diffusion.evaluation import samples
 from unet_diffusion.evaluation.denoisers import evaluate_denoiser
-from unet_diffusion.evaluation.samples import Sampling
 from unet_diffusion.evaluation.selections import of_data, of_images
 from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.sample_options import Sampling
 from unet_diffusion.runtime.pictures import save_images
 from unet_diffusion.runtime.pixel_values import PixelValues
 

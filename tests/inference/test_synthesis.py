@@ -1,6 +1,8 @@
 """`unet-diffusion synthesize`: pairs of an image and its mask, that a segmenter is trained on."""
 
+import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ from unet_diffusion.segmentation.scores import dice
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 NUM, SIZE = 4, 32
-SHORT = {"num_labels": NUM - 1, "num_inference_steps": 2, "seed": 3}
+SHORT = {"num_labels": NUM - 1, "sampling": ud.Sampling(num_inference_steps=2, seed=3)}
+COPIED = {"num_labels": NUM - 1, "image_size": (SIZE, SIZE), "channels": 1, "seed": 3}
 WORDS = ["--num_labels", NUM - 1, "--num_inference_steps", 2, "--seed", 3, "--device", "cpu"]
 
 
@@ -93,9 +96,12 @@ def test_pairs_are_what_segmenters_are_trained_on(run_cli, files):
 
 
 def test_image_is_drawn_for_its_mask_and_pairs_do_not_depend_on_the_batch(files):
+    def few(batch_size):
+        return {**SHORT, "sampling": replace(SHORT["sampling"], batch_size=batch_size)}
+
     made = denoiser()
-    ud.synthesize(made, files / "label", output=files / "out", num_images=5, batch_size=2, **SHORT)
-    ud.synthesize(made, files / "label", output=files / "again", num_images=5, batch_size=5, **SHORT)
+    ud.synthesize(made, files / "label", output=files / "out", num_images=5, **few(2))
+    ud.synthesize(made, files / "label", output=files / "again", num_images=5, **few(5))
     for name in [f"{number:06d}.png" for number in range(5)]:
         assert (files / "out/label" / name).read_bytes() == (files / "again/label" / name).read_bytes()
         first, second = (np.asarray(Image.open(files / run / "image" / name)).astype(int) for run in ("out", "again"))
@@ -108,10 +114,10 @@ def test_image_is_drawn_for_its_mask_and_pairs_do_not_depend_on_the_batch(files)
 
 def test_pairs_are_kept_where_the_segmenter_finds_the_mask(files):
     judge = Thresholded(**{name: getattr(segmenter(), name) for name in Segmenter.__dataclass_fields__})
-    options = {"num_images": 12, "segmenter": judge, "copy_from": files / "image", **SHORT}
-    every = ud.synthesize(denoiser(), files / "label", output=files / "all", min_dice=0, **options)
+    options = {"num_images": 12, "segmenter": judge, **COPIED}
+    every = ud.copy_paste(files / "image", files / "label", output=files / "all", min_dice=0, **options)
     least = float(np.median(list(every.dice.values())))
-    made = ud.synthesize(denoiser(), files / "label", output=files / "out", min_dice=least, **options)
+    made = ud.copy_paste(files / "image", files / "label", output=files / "out", min_dice=least, **options)
     assert made.dice == every.dice
     assert 0 < made.share_kept == len(made.kept) / 12 < len(every.kept) / 12 == 1
     assert made.kept == [name for name, score in made.dice.items() if score >= least]
@@ -157,21 +163,19 @@ def test_folder_of_other_settings_or_files_is_left_as_it_is(run_cli, files):
 
 def test_labels_beyond_the_first_are_never_read(files):
     ud.synthesize(denoiser(), files / "label", output=files / "out", num_images=3, **SHORT)
-    copied = {"num_images": 3, "copy_from": files / "image", **SHORT}
-    ud.synthesize(denoiser(), files / "label", output=files / "copied", **copied)
+    ud.copy_paste(files / "image", files / "label", output=files / "copied", num_images=3, **COPIED)
     for kind in ("label", "image"):
         (files / kind / f"{NUM - 1}.png").write_bytes(b"damaged")
     ud.synthesize(denoiser(), files / "label", output=files / "again", num_images=3, **SHORT)
     assert contents(files / "out/label") == contents(files / "again/label")
-    again = {**copied, "num_inference_steps": 7, "num_images": 4}  # nothing is drawn
-    ud.synthesize(denoiser(), files / "label", output=files / "copied", **again)
+    ud.copy_paste(files / "image", files / "label", output=files / "copied", num_images=4, **COPIED)
     assert len(list((files / "copied/image").iterdir())) == 4
 
 
 def test_copied_pixels_are_those_of_the_same_masks(files):
     """The control: the masks of the pairs that are drawn, with pixels of real images alone."""
     ud.synthesize(denoiser(), files / "label", output=files / "drawn", num_images=4, **SHORT)
-    ud.synthesize(denoiser(), files / "label", output=files / "out", num_images=4, copy_from=files / "image", **SHORT)
+    ud.copy_paste(files / "image", files / "label", output=files / "out", num_images=4, **COPIED)
     assert contents(files / "out/label") == contents(files / "drawn/label")
     bright, dark = [], []
     for name in [f"{number:06d}.png" for number in range(4)]:
@@ -181,7 +185,7 @@ def test_copied_pixels_are_those_of_the_same_masks(files):
     assert np.mean(bright) > np.mean(dark) + 40  # cells are brighter than their background
 
 
-def test_copied_pixels_are_stretched_as_the_denoisers_images_were(files):
+def test_copied_pixels_are_stretched_as_the_denoisers_images_were(run_cli, files):
     dark = np.asarray(Image.open(files / "image/0.png")) // 8
     for number in range(NUM):
         Image.fromarray(dark).save(files / f"image/{number}.png")
@@ -189,10 +193,13 @@ def test_copied_pixels_are_stretched_as_the_denoisers_images_were(files):
     for stretch in (False, True):
         drawing = denoiser()
         drawing.settings = {"data": {"init_args": {"source": {"init_args": {"stretch": stretch}}}}}
-        options = {"output": files / f"out{stretch}", "num_images": 8, "copy_from": files / "image", **SHORT}
-        ud.synthesize(drawing, files / "label", **options)
-        paths = (files / f"out{stretch}/image").iterdir()
-        brightest[stretch] = max(int(np.asarray(Image.open(path)).max()) for path in paths)
+        save_denoiser(drawing, files / f"{stretch}.ckpt")
+        command = ["synthesize", files / f"{stretch}.ckpt", "--labels", files / "label", *WORDS, "--num_images", 8]
+        status, _, err = run_cli(*command, "--copy_from", files / "image", "--output", files / f"out{stretch}")
+        assert status == 0, err
+        images = [np.asarray(Image.open(path)) for path in (files / f"out{stretch}/image").iterdir()]
+        assert {image.shape for image in images} == {(SIZE, SIZE)}  # as in training
+        brightest[stretch] = max(int(image.max()) for image in images)
     assert brightest[False] == dark.max() < 32
     assert brightest[True] == 255
 
@@ -210,8 +217,8 @@ def test_copied_pixels_of_coloured_images_are_not_mixed_with_grey_ones(files):
         pixels = np.asarray(Image.open(files / f"image/{number}.png"))
         coloured = np.stack([pixels, pixels // (2 if number % 2 else 1), pixels], axis=-1)
         Image.fromarray(coloured).save(files / f"image/{number}.png")
-    options = {"output": files / "out", "num_images": 12, "copy_from": files / "image", **SHORT}
-    ud.synthesize(denoiser(channels=3), files / "label", **options)
+    options = {"output": files / "out", "num_images": 12, **COPIED, "channels": 3}
+    ud.copy_paste(files / "image", files / "label", **options)
     images = [np.asarray(Image.open(path)).astype(int) for path in (files / "out/image").iterdir()]
     shares = [(image[..., 0] != image[..., 1])[image[..., 0] > 20].mean() for image in images]
     assert {round(share) for share in shares} == {0, 1}
@@ -238,7 +245,7 @@ def test_no_pair_that_is_kept_is_an_error_that_leaves_the_record(run_cli, files)
         (["--scheduler", "Euler"], "--scheduler must be one of"),
         (
             ["--segmenter", "colours.ckpt"],
-            "must take the 1 channels of the images that the denoiser draws, and takes 3",
+            "must take the 1 channels of the images of the pairs, and takes 3",
         ),
         (["--segmenter", "classes.ckpt"], "must tell objects from background, and this one was trained on classes"),
         (["--segmenter", "denoiser.ckpt"], "holds a denoiser, not a segmenter"),
@@ -268,3 +275,8 @@ def test_denoiser_without_masks_of_objects_is_refused(files):
     trained = denoiser(num_classes=4, label_format="classes", max_distance=None)
     with pytest.raises(ValueError, match="the denoiser must take masks of objects, and this one does not"):
         ud.synthesize(trained, files / "label", output=files / "out", **SHORT)
+
+
+def test_functions_have_at_most_twelve_arguments():
+    for function in (ud.synthesize, ud.copy_paste):
+        assert len(inspect.signature(function).parameters) <= 12

@@ -18,6 +18,8 @@ from unet_diffusion.runtime.shareable import shareable
         (r"\\server\share\cells", "cells"),
         ("file:///home/me/cells", "file://cells"),
         ("zcat /home/me/cells.gz --into=/home/me/cells", "zcat cells.gz --into=cells"),
+        ("out:/home/me/cells", "out:/cells"),
+        (Path("s3://user:pass/word@host/b/cells?sig=secret"), "s3:/cells"),
         ("data/cells", "data/cells"),
         ("owner/name", "owner/name"),
         ("a red/blue heart, N / A", "a red/blue heart, N / A"),

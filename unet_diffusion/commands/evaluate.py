@@ -83,8 +83,8 @@ def evaluate_run(
         from unet_diffusion.commands.run_data import config_of, data_of
         from unet_diffusion.evaluation.evaluation import evaluate, subject_of
         from unet_diffusion.evaluation.result import PAGE_NAME
-        from unet_diffusion.evaluation.samples import Sampling
         from unet_diffusion.inference.running import Running
+        from unet_diffusion.inference.sample_options import Sampling
         from unet_diffusion.inference.segmenter import Segmenter
         from unet_diffusion.runtime.processes import process_group
 

@@ -1,7 +1,7 @@
 """synthesize: labelled training data from a denoiser that draws images for masks."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from unet_diffusion.commands.arguments import Checkpoint, Folder, Precision, Size, Speed, check_exists, claimed
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
@@ -92,7 +92,16 @@ def synthesize_pairs(
 
         from unet_diffusion.inference.loading import load_denoiser
         from unet_diffusion.inference.reading import read_segmenter
-        from unet_diffusion.inference.synthesis import IMAGES, LABELS, RECORD, SHEET, synthesize
+        from unet_diffusion.inference.sample_options import Sampling
+        from unet_diffusion.inference.synthesis import (
+            IMAGES,
+            LABELS,
+            RECORD,
+            SHEET,
+            copy_paste,
+            is_stretched,
+            synthesize,
+        )
         from unet_diffusion.runtime.processes import ALONE
 
     drawing = load_denoiser(denoiser, allow=allow or (), autoencoder=autoencoder)
@@ -106,11 +115,15 @@ def synthesize_pairs(
             bar.total = total
             bar.update(done - bar.n)
 
-        made = synthesize(
-            drawing, labels, num_labels=num_labels, output=output, num_images=num_images, segmenter=judging,
-            min_dice=min_dice, copy_from=copy_from, image_size=image_size, scheduler=scheduler,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size,
-            progress=show,
-        )  # fmt: skip
+        pairs: dict[str, Any] = {"num_labels": num_labels, "output": output, "num_images": num_images}
+        pairs |= {"segmenter": judging, "min_dice": min_dice, "progress": show}
+        if copy_from is None:
+            sampling = Sampling(scheduler, num_inference_steps, guidance_scale, seed, batch_size)
+            made = synthesize(drawing, labels, image_size=image_size, sampling=sampling, **pairs)
+        else:
+            channels, *trained_size = drawing.image_shape
+            size, stretch = image_size or trained_size, is_stretched(drawing)
+            pairs |= {"image_size": size, "channels": channels, "stretch": stretch, "seed": seed}
+            made = copy_paste(copy_from, labels, **pairs)
     print(f"kept {len(made.kept)} of {len(made.dice)} pairs ({made.share_kept:.0%}): {output / IMAGES} and "
           f"{output / LABELS}; {SHEET} shows some, and {RECORD} has the Dice of each")  # fmt: skip

@@ -21,9 +21,10 @@ from unet_diffusion.evaluation.distances import (
 from unet_diffusion.evaluation.features import FeatureName, features_named
 from unet_diffusion.evaluation.memorisation import memorisation
 from unet_diffusion.evaluation.result import Evaluation, Figure, Picture, Section, Table
-from unet_diffusion.evaluation.samples import SAMPLES, Sampling, draw_samples, samples_in
+from unet_diffusion.evaluation.samples import SAMPLES, draw_samples, samples_in
 from unet_diffusion.evaluation.selections import Selection, of_data
 from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.sample_options import Sampling
 from unet_diffusion.runtime.pictures import image_grid
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 from unet_diffusion.runtime.randomness import keyed_generator

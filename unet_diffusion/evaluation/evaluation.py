@@ -13,12 +13,12 @@ from unet_diffusion.evaluation.autoencoders import evaluate_autoencoder
 from unet_diffusion.evaluation.denoisers import evaluate_denoiser
 from unet_diffusion.evaluation.features import FeatureName, Features, features_named
 from unet_diffusion.evaluation.result import Evaluation
-from unet_diffusion.evaluation.samples import Sampling
 from unet_diffusion.evaluation.segmenters import evaluate_segmenter
 from unet_diffusion.evaluation.selections import of_data
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.loading import is_checkpoint, load
+from unet_diffusion.inference.sample_options import Sampling
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 

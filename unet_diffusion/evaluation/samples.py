@@ -1,7 +1,7 @@
 """The samples that are evaluated: drawn into a folder by a denoiser, or images that somebody left in a folder."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.evaluation.selections import Selection, classes_of, of_images
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import contents_of
-from unet_diffusion.inference.sample_options import SampleOptions
+from unet_diffusion.inference.sample_options import SampleOptions, Sampling
 from unet_diffusion.runtime.atomic_files import remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings, settings_of
 from unet_diffusion.runtime.image_files import NumberedImages
@@ -30,25 +30,6 @@ Value = TypeVar("Value")
 SAMPLES = "samples"  # the folder of the samples that are drawn, in that of the evaluation
 CLASSES = "classes"  # in the settings that `sample` leaves: "3: three" for each class, which take turns
 VALUES = "values"  # likewise: what the numbers in the files mean
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How samples are drawn.
-
-    Args:
-        scheduler: The name of a diffusers scheduler.
-        num_inference_steps: The number of denoising steps.
-        guidance_scale: How much closer images come to their label or caption; 1 turns guidance off.
-        seed: The seed of the noise, and of the order of labels.
-        batch_size: The number of images that are drawn at once.
-    """
-
-    scheduler: str = "DPMSolverMultistepScheduler"
-    num_inference_steps: int = 25
-    guidance_scale: float = 1.0
-    seed: int = 0
-    batch_size: int = 64
 
 
 def draw_samples(

@@ -138,6 +138,25 @@ class SampleOptions:
                 raise ValueError(f"interpolate draws a single class or caption, got {count} {name}; give one")
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn, without what they show.
+
+    Args:
+        scheduler: The name of a diffusers scheduler.
+        num_inference_steps: The number of denoising steps.
+        guidance_scale: How much closer images come to their label, caption or mask; 1 turns guidance off.
+        seed: The seed of the noise, and of the order of labels or of the masks.
+        batch_size: The number of images that are drawn at once.
+    """
+
+    scheduler: str = "DPMSolverMultistepScheduler"
+    num_inference_steps: int = 25
+    guidance_scale: float = 1.0
+    seed: int = 0
+    batch_size: int = 64
+
+
 def check_file(name: str, image: ImageLike | None) -> None:
     """Refuse a path without a file.
 

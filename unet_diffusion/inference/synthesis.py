@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from unet_diffusion.data.scaling import to_float
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import contents_of
-from unet_diffusion.inference.sample_options import SampleOptions
+from unet_diffusion.inference.sample_options import SampleOptions, Sampling
 from unet_diffusion.inference.segment_files import sixteen_bits
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
@@ -39,6 +39,7 @@ from unet_diffusion.segmentation.scores import dice
 
 StrPath = str | os.PathLike[str]
 Labels = list[NDArray[np.int32]]
+Progress = Callable[[int, int], object]
 
 IMAGES, LABELS = "image", "label"  # folders of the output
 RECORD, SHEET = "synthesize.json", "pairs.png"  # files beside them
@@ -47,6 +48,8 @@ MOST_SHOWN, COLUMNS = 32, 8  # pairs on the sheet, and tiles in a row of it: eac
 BLANK = np.zeros((1, 1), dtype=np.int32)  # a mask of any size without objects
 COLOURED = 16  # grey levels that the channels of a coloured image are apart, on average
 ENLARGED = 2  # times, on the sheet, so that outlines are thin
+COPIED_AT_ONCE = 64  # pairs; the record is written after them
+OF_DRAWING = ("scheduler", "num_inference_steps", "guidance_scale", "precision", f"{CONTENTS}denoiser")  # settings
 
 
 @dataclass
@@ -90,6 +93,30 @@ class Synthesis:
             write_png(Image.fromarray(sixteen_bits(labels)), self.folder / LABELS / f"{name}.png")
             write_png(picture_of(image), self.folder / IMAGES / f"{name}.png")
 
+    def missing(self, num_images: int) -> list[int]:
+        """The numbers of the pairs that are still to be made.
+
+        Args:
+            num_images: The number of all pairs.
+        """
+        return [number for number in range(num_images) if name_of(number) not in self.dice]
+
+    def add_all(
+        self, numbers: Sequence[int], masks: Sequence[Mask], images: Tensor, segmenter: Segmenter | None
+    ) -> None:
+        """Write those pairs that the segmenter lets be kept, and the record.
+
+        Args:
+            numbers: The numbers of the pairs.
+            masks: Their masks.
+            images: Their images, (N, C, H, W) uint8.
+            segmenter: The segmenter; None: all pairs are kept.
+        """
+        for number, mask, image in zip(numbers, masks, images, strict=True):
+            score = None if segmenter is None else _agreement(segmenter, image, mask.labels)
+            self.add(name_of(number), image, mask.labels, score)
+        self.save()
+
     def save(self) -> None:
         """Write the record, whole or not at all."""
         record = {"settings": self.settings, "num_images": len(self.dice), "num_kept": len(self.kept)}
@@ -107,16 +134,11 @@ def synthesize(
     num_images: int = 64,
     segmenter: Segmenter | None = None,
     min_dice: float = MIN_DICE,
-    copy_from: StrPath | None = None,
     image_size: tuple[int, int] | int | None = None,
-    scheduler: Any = "DPMSolverMultistepScheduler",
-    num_inference_steps: int = 25,
-    guidance_scale: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    sampling: Sampling | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Synthesis:
-    """Write pairs of an image and its label image that training can use beside real ones.
+    """Write pairs of an image that is drawn and its label image, which training can use beside real ones.
 
     Mask i is a function of the label images, their size, the seed and i, and its image also of the denoiser and of how
     it draws. A call with the same settings continues where an earlier one was cut off.
@@ -130,61 +152,101 @@ def synthesize(
         num_images: Number of pairs to make; those that are not kept count.
         segmenter: A segmenter that was trained on real labels; None: all pairs are kept.
         min_dice: Pairs are kept whose Dice of the mask and what the segmenter finds is at least this.
-        copy_from: The images that the labels belong to: their pixels move with the objects, stretched if those that the
-            denoiser was trained on were, and nothing is drawn. Bright and dark images are not mixed, nor are grey and
-            coloured ones. Of the denoiser only the size, the channels and the stretch count. None: images are drawn.
         image_size: Height and width of the pairs in pixels, or one number for both; None: as in training.
-        scheduler: A diffusers scheduler, or the name of its class.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Strength of the pull towards the mask; 1 is off.
-        seed: Seed of masks and noise.
-        batch_size: Number of images drawn at once.
+        sampling: How images are drawn; its seed is also that of the masks. None: as `Sampling` has it.
         progress: Called with the number of image steps that are done, and of all that there are to do.
 
     Raises:
-        FileNotFoundError: If there are no such labels or images.
+        FileNotFoundError: If there are no such labels.
         FileExistsError: If the output folder holds something else, or pairs of other settings.
         ValueError: If a number is out of range, if denoiser, segmenter and files do not fit each other, or if no pair
             was kept.
     """
-    options = SampleOptions(
-        image_size=image_size, scheduler=scheduler, num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
-    _check(denoiser, segmenter, num_images, min_dice)
+    sampling = sampling or Sampling()
+    options = SampleOptions(image_size=image_size, **vars(sampling))
+    _check_denoiser(denoiser)
+    _check_pairs(num_images, denoiser.image_shape[0], segmenter, min_dice)
     drawing = denoiser.drawing(replace(options, conditions={"semantic_map": BLANK}))  # checks the options
-    _, *size = denoiser.codec.image_shape(drawing.sample_shape)
+    _, height, width = denoiser.codec.image_shape(drawing.sample_shape)
     names, real = first_labels(labels, num_labels)
-    images = None if copy_from is None else _images_of(copy_from, labels, num_labels, denoiser)
-    kinds = None if images is None else [_kind_of(image) for image in images]
-    masks = RecombinedMasks(real, (size[0], size[1]), seed=seed, names=names, kinds=kinds)
-    settings = _settings(denoiser, options, real, images, segmenter)
-    settings |= {"num_labels": num_labels, "image_size": size, "seed": seed}
-    settings["min_dice"] = None if segmenter is None else min_dice
-
+    masks = RecombinedMasks(real, (height, width), seed=sampling.seed, names=names)
+    settings = _settings(real, [], segmenter, min_dice) | _settings_of_drawing(denoiser, sampling)
+    settings |= {"num_labels": num_labels, "image_size": [height, width], "seed": sampling.seed}
     synthesis = _begun(Path(output), settings, min_dice, notes={"labels": str(labels)})
-    todo = [number for number in range(num_images) if name_of(number) not in synthesis.dice]
-    total = len(todo) * (1 if images else drawing.num_steps)
-    done = 0
-
-    def count(num_images: int) -> None:
-        nonlocal done
-        done += num_images
-        progress(done, total)
-
-    for numbers in [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]:
+    todo = synthesis.missing(num_images)
+    count = _counting(progress, len(todo) * drawing.num_steps)
+    for numbers in [todo[i : i + sampling.batch_size] for i in range(0, len(todo), sampling.batch_size)]:
         made = [masks[number] for number in numbers]
-        pixels = _copied(images, made, count) if images else _drawn(denoiser, options, made, numbers, count)
-        for number, mask, image in zip(numbers, made, pixels, strict=True):
-            score = None if segmenter is None else _agreement(segmenter, image, mask.labels)
-            synthesis.add(name_of(number), image, mask.labels, score)
-        synthesis.save()
-    if not synthesis.kept:
-        best = max(score for score in synthesis.dice.values() if score is not None)
-        raise ValueError(f"none of {len(synthesis.dice)} pairs was kept, as the best Dice is {best:.2f} and min_dice "
-                         f"{min_dice}; train the denoiser for longer, or lower min_dice")  # fmt: skip
-    _save_sheet(synthesis)
+        synthesis.add_all(numbers, made, _drawn(denoiser, options, made, numbers, count), segmenter)
+    _finish(synthesis, "train the denoiser for longer")
     return synthesis
+
+
+def copy_paste(
+    images: StrPath,
+    labels: StrPath,
+    *,
+    num_labels: int,
+    output: StrPath,
+    image_size: tuple[int, int],
+    channels: Literal[1, 3],
+    stretch: bool = False,
+    num_images: int = 64,
+    segmenter: Segmenter | None = None,
+    min_dice: float = MIN_DICE,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> Synthesis:
+    """Write pairs whose pixels are copied from real images, and move with the objects; nothing is drawn.
+
+    Ghiasi et al. 2021 augment instance segmentation in this way (https://arxiv.org/abs/2012.07177). The masks are those
+    of `synthesize`, so that these pairs tell what drawing adds. Bright and dark images are not mixed, nor are grey and
+    coloured ones. A call with the same settings continues where an earlier one was cut off.
+
+    Args:
+        images: The images that the labels belong to, with the same names: a folder or archive.
+        labels: As in `synthesize`.
+        num_labels: As in `synthesize`.
+        output: The folder for the pairs.
+        image_size: Height and width of the pairs in pixels.
+        channels: Channels of the pairs: 1 for grey, 3 for colours.
+        stretch: Whether the darkest value of each image becomes black and the brightest white.
+        num_images: As in `synthesize`.
+        segmenter: As in `synthesize`.
+        min_dice: As in `synthesize`.
+        seed: Seed of the masks.
+        progress: Called with the number of pairs that are done, and of all that there are to do.
+
+    Raises:
+        FileNotFoundError: If there are no such labels or images.
+        FileExistsError: If the output folder holds something else, or pairs of other settings.
+        ValueError: If a number is out of range, if segmenter and files do not fit each other, or if no pair was kept.
+    """
+    _check_pairs(num_images, channels, segmenter, min_dice)
+    names, real = first_labels(labels, num_labels)
+    pixels = _images_of(images, labels, num_labels, channels, stretch=stretch)
+    kinds = [_kind_of(image) for image in pixels]
+    masks = RecombinedMasks(real, image_size, seed=seed, names=names, kinds=kinds)
+    settings = _settings(real, pixels, segmenter, min_dice)
+    settings |= {"num_labels": num_labels, "image_size": list(image_size), "seed": seed}
+    synthesis = _begun(Path(output), settings, min_dice, notes={"labels": str(labels)})
+    todo = synthesis.missing(num_images)
+    count = _counting(progress, len(todo))
+    for numbers in [todo[i : i + COPIED_AT_ONCE] for i in range(0, len(todo), COPIED_AT_ONCE)]:
+        made = [masks[number] for number in numbers]
+        copied = torch.from_numpy(np.stack([pixels_at(pixels, mask) for mask in made]))
+        synthesis.add_all(numbers, made, copied, segmenter)
+        count(len(numbers))
+    _finish(synthesis, "use images that the segmenter knows")
+    return synthesis
+
+
+def is_stretched(denoiser: Denoiser) -> bool:
+    """Whether the images that a denoiser was trained on were stretched, as far as its settings say."""
+    arguments = denoiser.settings
+    for name in ("data", "source"):
+        arguments = (arguments.get(name) or {}).get("init_args") or {}
+    return bool(arguments.get("stretch"))
 
 
 def name_of(number: int) -> str:
@@ -218,37 +280,40 @@ def first_labels(root: StrPath, num_labels: int) -> tuple[list[str], Labels]:
     return [name for name, _ in pages], [page for _, page in pages]
 
 
-def _check(denoiser: Denoiser, segmenter: Segmenter | None, num_images: int, min_dice: float) -> None:
-    """Refuse numbers out of range, and networks that do not fit each other, before anything is read."""
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-    if not 0 <= min_dice <= 1:
-        raise ValueError(f"min_dice must be from 0 to 1, got {min_dice}; {MIN_DICE} is usual")
+def _check_denoiser(denoiser: Denoiser) -> None:
+    """Refuse a denoiser that draws no pictures from masks, before anything is read."""
     condition = denoiser.condition(SemanticMap)
     if condition is None or condition.config["label_format"] != "instances":
         raise ValueError("the denoiser must take masks of objects, and this one does not; train one with fit --config "
                          "nuclei_from_masks, whose condition is SemanticMap with label_format instances")  # fmt: skip
-    channels = denoiser.image_shape[0]
-    if channels not in (1, 3):
-        raise ValueError(f"the denoiser must draw images of 1 or 3 channels, as pairs are pictures, got {channels}")
     if denoiser.values.value_range is not None:
         low, high = denoiser.values.value_range
         raise ValueError(f"the denoiser must be trained without a value_range, as pairs are pictures of 8 bits, and "
                          f"this one has {low:.6g} to {high:.6g}; train one on images of 8 or 16 bits")  # fmt: skip
+
+
+def _check_pairs(num_images: int, channels: int, segmenter: Segmenter | None, min_dice: float) -> None:
+    """Refuse numbers out of range, and a segmenter that does not fit the images, before anything is read."""
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
+    if not 0 <= min_dice <= 1:
+        raise ValueError(f"min_dice must be from 0 to 1, got {min_dice}; {MIN_DICE} is usual")
+    if channels not in (1, 3):
+        raise ValueError(f"images must have 1 or 3 channels, as pairs are pictures, got {channels}")
     if segmenter is None:
         return
     if segmenter.kind == "classes":
         raise ValueError("the segmenter must tell objects from background, and this one was trained on classes; use "
                          "one with label_format instances, 0/1 or 0/255")  # fmt: skip
     if segmenter.unet.in_channels != channels:
-        raise ValueError(f"the segmenter must take the {channels} channels of the images that the denoiser draws, and "
-                         f"takes {segmenter.unet.in_channels}; train one with source.channels {channels}")  # fmt: skip
+        raise ValueError(f"the segmenter must take the {channels} channels of the images of the pairs, and takes "
+                         f"{segmenter.unet.in_channels}; train one with source.channels {channels}")  # fmt: skip
 
 
-def _images_of(root: StrPath, labels_root: StrPath, num_labels: int, denoiser: Denoiser) -> list[NDArray[np.uint8]]:
-    """The image of each page of the first label files, (C, H, W), stretched if those of the denoiser were."""
-    channels = denoiser.image_shape[0]
-    stretch = bool(_of_source(denoiser).get("stretch"))
+def _images_of(
+    root: StrPath, labels_root: StrPath, num_labels: int, channels: int, *, stretch: bool
+) -> list[NDArray[np.uint8]]:
+    """The image of each page of the first label files, (C, H, W)."""
     files, label_files = find_images_or_one(str(root)), find_images_or_one(str(labels_root))
     image_of = {label: image for image, label in match(files.names, label_files.names, can_have_suffix=False).values()}
     names = [image_of[name] for name in label_files.names[:num_labels]]
@@ -263,42 +328,35 @@ def _images_of(root: StrPath, labels_root: StrPath, num_labels: int, denoiser: D
     return [to_uint8(to_float(page, stretch=stretch)[None])[0].numpy() for page in pages]
 
 
-def _of_source(denoiser: Denoiser) -> dict[str, Any]:
-    """The settings of the source of images that a denoiser was trained on, where they are known."""
-    arguments = denoiser.settings
-    for name in ("data", "source"):
-        arguments = (arguments.get(name) or {}).get("init_args") or {}
-    return arguments
-
-
 def _kind_of(image: NDArray[np.uint8]) -> int:
     """A number for grey or coloured images, (C, H, W), on a dark or a bright ground, whose objects look alike."""
     return 2 * int(np.median(image) > np.iinfo(np.uint8).max / 2) + int(np.ptp(image, axis=0).mean() > COLOURED)
 
 
 def _settings(
-    denoiser: Denoiser,
-    options: SampleOptions,
-    labels: Labels,
-    images: list[NDArray[np.uint8]] | None,
-    segmenter: Segmenter | None,
+    labels: Labels, images: list[NDArray[np.uint8]], segmenter: Segmenter | None, min_dice: float
 ) -> dict[str, Any]:
-    """Plain values that decide, with the sizes and seeds, what each pair is and whether it is kept."""
-    scheduler = options.scheduler if isinstance(options.scheduler, str) else repr(options.scheduler)
-    of_drawing = {
-        "scheduler": scheduler,
-        "num_inference_steps": options.num_inference_steps,
-        "guidance_scale": options.guidance_scale,
-        "precision": denoiser.precision,
-        f"{CONTENTS}denoiser": contents_of(denoiser),
-    }
+    """Plain values that decide, with the sizes and seeds, what each pair is and whether it is kept.
+
+    Args:
+        labels: The numbers of the objects in each label image.
+        images: The images whose pixels are copied; none where images are drawn.
+        segmenter: The segmenter that finds the masks again.
+        min_dice: The least Dice of a pair that is kept.
+    """
     return {
-        **(of_drawing if images is None else dict.fromkeys(of_drawing)),
-        "is_copied": images is not None,
+        **dict.fromkeys(OF_DRAWING),
+        "is_copied": bool(images),
         f"{CONTENTS}segmenter": None if segmenter is None else contents_of(segmenter),
         f"{CONTENTS}labels": _hash_of(labels),
-        f"{CONTENTS}images": _hash_of(images or []),
+        f"{CONTENTS}images": _hash_of(images),
+        "min_dice": None if segmenter is None else min_dice,
     }
+
+
+def _settings_of_drawing(denoiser: Denoiser, sampling: Sampling) -> dict[str, Any]:
+    values = (sampling.scheduler, sampling.num_inference_steps, sampling.guidance_scale, denoiser.precision)
+    return dict(zip(OF_DRAWING, (*values, contents_of(denoiser)), strict=True))
 
 
 def _hash_of(arrays: Sequence[NDArray[Any]]) -> str:
@@ -316,10 +374,25 @@ def _begun(folder: Path, settings: dict[str, Any], min_dice: float, notes: dict[
     return Synthesis(folder, settings, min_dice, done)
 
 
-def _copied(images: Sequence[NDArray[np.uint8]], masks: Sequence[Mask], progress: Callable[[int], object]) -> Tensor:
-    """The real pixels that belong to masks, (N, C, H, W) uint8."""
-    progress(len(masks))
-    return torch.from_numpy(np.stack([pixels_at(images, mask) for mask in masks]))
+def _counting(progress: Progress, total: int) -> Callable[[int], object]:
+    """A function that is told how many further steps are done, and reports all of them."""
+    done = 0
+
+    def count(steps: int) -> None:
+        nonlocal done
+        done += steps
+        progress(done, total)
+
+    return count
+
+
+def _finish(synthesis: Synthesis, how: str) -> None:
+    """Write the picture of some pairs; without any that was kept, raise an error that says how there could be some."""
+    if not synthesis.kept:
+        best = max(score for score in synthesis.dice.values() if score is not None)
+        raise ValueError(f"none of {len(synthesis.dice)} pairs was kept, as the best Dice is {best:.2f} and min_dice "
+                         f"{synthesis.min_dice}; {how}, or lower min_dice")  # fmt: skip
+    _save_sheet(synthesis)
 
 
 def _drawn(

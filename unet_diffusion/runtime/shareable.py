@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-SCHEME = re.compile(r"([A-Za-z][\w+.-]*://)")
+SCHEME = re.compile(r"([A-Za-z][\w+.-]+:/{1,2})")  # a Path drops a slash; a drive of Windows has one letter
 OF_THIS_MACHINE = ("file://", "local://")  # fsspec's schemes of a path
 HOST = re.compile(r"(\[[\da-fA-F:.]+\]|[^:]*)(:\d*)?")  # and port
 ABSOLUTE = r"(?:~\w*|[A-Za-z]:)?[\\/]"  # how a path begins: at the root, at home or at a drive of Windows
@@ -48,7 +48,7 @@ def _shareable_address(scheme: str, rest: str) -> str:
     if ":" in before or "@" in plain.partition("/")[0]:
         plain = after
     host, slash, path = plain.partition("/")
-    if scheme in OF_THIS_MACHINE or not host:
+    if scheme in OF_THIS_MACHINE or not (scheme.endswith("://") and host):
         return scheme + _last_part(plain)
     matched = HOST.fullmatch(host)
     return f"{scheme}{matched[1]}{slash}{path}" if matched else scheme

@@ -149,7 +149,7 @@ class EvaluateSamples(Callback):
         return self._features, self._reference
 
     def _sampling(self) -> Any:
-        from unet_diffusion.evaluation.samples import Sampling
+        from unet_diffusion.inference.sample_options import Sampling
 
         return Sampling(self.scheduler, self.num_inference_steps, self.guidance_scale, self.seed)
 
