@@ -206,7 +206,7 @@ def peak_memory(build: Callable[[], Step]) -> float:
 
     On a GPU all that is allocated, on a CPU what the process takes beyond what it took before the network was built.
     """
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     step = build()
     seconds(step)
     if torch.cuda.is_initialized():
@@ -216,7 +216,7 @@ def peak_memory(build: Callable[[], Step]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     seconds(step, MEMORY_STEPS)
     # not resource.getrusage: its peak is inherited from the process that started this one
-    return _status_mib("VmHWM") - before
+    return status_mib("VmHWM") - before
 
 
 def host_synchronisations(step: Step) -> int | None:
@@ -233,8 +233,9 @@ def host_synchronisations(step: Step) -> int | None:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def _status_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def status_mib(field: str, status: str | None = None) -> float:
+    """MiB of a field in /proc/PID/status, such as VmHWM, the largest resident set; by default of this process."""
+    lines = (Path("/proc/self/status").read_text() if status is None else status).splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 

@@ -151,6 +151,16 @@ def checkpoints() -> Rows:
     return rows
 
 
+def loading() -> Rows:
+    """Seconds and memory until a folder of Stable Diffusion 1's size is loaded."""
+    rows: Rows = [("process", "seconds, median of 3", "of the processor", "memory, MiB")]
+    for name, turns in result("loading")["turns"].items():
+        units = ("seconds", "seconds of the processor", "MiB")
+        medians = (statistics.median(turn[unit] for turn in turns) for unit in units)
+        rows.append((name, *(f"{value:.0f}" for value in medians)))
+    return rows
+
+
 def adapters() -> Rows:
     """What adapters and gradient checkpointing save."""
     rows: Rows = [("trained", "trained weights", "checkpoint, MiB", "memory, MiB", "seconds a step")]

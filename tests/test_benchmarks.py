@@ -55,6 +55,12 @@ def test_formats(tmp_path):
 
 
 @pytest.mark.slow
+def test_loading(tmp_path):
+    report = run("loading.py", "--size", "tiny", "--turns", 1, "--folder", tmp_path, output=tmp_path / "loading.json")
+    assert all(turn["seconds"] > 0 and turn["MiB"] > 0 for turns in report["turns"].values() for turn in turns)
+
+
+@pytest.mark.slow
 def test_train_step(tmp_path):
     report = run(
         "train_step.py", "--network", "tiny", "--contenders", "unet_diffusion", "diffusers",

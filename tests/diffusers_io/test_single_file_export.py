@@ -159,6 +159,23 @@ def test_schedule_that_a_file_cannot_hold_is_refused(schedule, tmp_path):
     assert not list(tmp_path.glob("*again*")) + list(tmp_path.glob(".*again*"))
 
 
+def test_format_of_a_folder_does_not_take_the_name_of_a_file(tmp_path):
+    denoiser = ud.load(saved(unconditional, tmp_path).file)
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    segmenter = ud.Segmenter(ud.SegmentationUNet(1, 2, channels=(4, 8)), "binary", ["no", "yes"], None, False, 60)
+    for model, formats in (
+        (denoiser, ("adapter", "onnx", "torch")),
+        (ud.load(tmp_path / "vae"), ("onnx", "torch")),
+        (segmenter, ("onnx", "torch")),
+    ):
+        for format in formats:
+            with pytest.raises(ValueError, match=f"format {format} makes a folder, got .*; give a name without"):
+                model.export(tmp_path / "out.safetensors", format=format)
+        with pytest.raises(ValueError, match=r"format must be one of pipeline, .*onnx, torch, got 'gguf'"):
+            model.export(tmp_path / "out", format="gguf")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_denoiser_of_another_build_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"norm_num_groups must be 32 for one file, got 4; export a folder"):
         text_denoiser(tmp_path).export(tmp_path / "model.safetensors")

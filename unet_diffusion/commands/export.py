@@ -1,7 +1,7 @@
 """export: a checkpoint becomes a folder that diffusers loads, or one file of weights."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from unet_diffusion.commands.arguments import Checkpoint, Folder, check_exists
 from unet_diffusion.runtime.messages import UsageError
@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from unet_diffusion.inference.denoiser import Denoiser
     from unet_diffusion.inference.segmenter import Segmenter
 
+Format = Literal["pipeline", "adapter", "onnx", "torch"]  # those of `denoiser.py`, which imports PyTorch
+
 
 def export(
     checkpoint: Checkpoint,
     folder: Folder,
     *,
-    format: Literal["pipeline", "adapter", "onnx", "torch"] = "pipeline",
+    format: Format = "pipeline",
     overwrite: bool = False,
     autoencoder: Folder | None = None,
     allow: Annotated[list[str], "MODULE"] | None = None,
@@ -101,10 +103,9 @@ def _check_push(folder: Path, format: str, name: str | None, licence: str | None
     """Refuse options that do not fit, before seconds are spent."""
     from unet_diffusion.diffusers_io.publishing import check_licence
     from unet_diffusion.runtime.hub import check_hub_name
-    from unet_diffusion.runtime.tensor_files import is_single_file_name
+    from unet_diffusion.runtime.tensor_files import check_format, is_single_file_name
 
-    if is_single_file_name(folder) and format != "pipeline":
-        raise UsageError(f"--format {format} makes a folder, got {folder}; give a name without .safetensors")
+    check_format(folder, format, get_args(Format))
     if name is None:
         if licence is not None or private:
             raise UsageError("--license and --private are for --push_to_hub; add it, or leave them out")

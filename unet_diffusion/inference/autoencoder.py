@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unet_diffusion.inference.record import write_checkpoint
 from unet_diffusion.inference.running import Running
 from unet_diffusion.runtime.pixel_values import PixelValues
-from unet_diffusion.runtime.tensor_files import is_single_file_name
+from unet_diffusion.runtime.tensor_files import check_format, is_single_file_name
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds
     from unet_diffusion.models.autoencoders import AutoencoderNetwork
@@ -102,7 +102,9 @@ class Autoencoder(Running):
 
         Raises:
             FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
+            ValueError: If the format does not fit the name, or one file cannot hold the latents' scale.
         """
+        check_format(folder, format, ("pipeline", "onnx", "torch"))
         if format != "pipeline":
             from unet_diffusion.inference.portable import export_decoder
             from unet_diffusion.models.autoencoders import downsampling, num_latent_channels

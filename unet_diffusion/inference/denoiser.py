@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -11,12 +11,13 @@ from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike, SampleOptions
 from unet_diffusion.models.speed import Speed
-from unet_diffusion.runtime.tensor_files import is_single_file_name
+from unet_diffusion.runtime.tensor_files import check_format, is_single_file_name
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds, so `drawing` imports it when the first image is drawn
     from unet_diffusion.inference.drawing import Drawing
 
 StrPath = str | os.PathLike[str]
+DenoiserFormat = Literal["pipeline", "adapter", "onnx", "torch"]
 
 
 class Denoiser(DenoiserParts, Running):
@@ -142,7 +143,7 @@ class Denoiser(DenoiserParts, Running):
         self,
         folder: StrPath,
         *,
-        format: Literal["pipeline", "adapter", "onnx", "torch"] = "pipeline",
+        format: DenoiserFormat = "pipeline",
         overwrite: bool = False,
     ) -> None:
         """Write a folder or file that needs this package no more.
@@ -160,12 +161,13 @@ class Denoiser(DenoiserParts, Running):
             ValueError: If no such pipeline, or layout of one file, exists, or if there is no adapter; the message says
                 why.
         """
+        check_format(folder, format, get_args(DenoiserFormat))
         if format == "adapter":
             from unet_diffusion.diffusers_io.adapter_files import export_adapter
 
             export_adapter(self, folder, overwrite=overwrite)
             return
-        if format != "pipeline":
+        if format in ("onnx", "torch"):
             from unet_diffusion.inference.portable import export_denoiser
 
             export_denoiser(self, folder, format=format, overwrite=overwrite)

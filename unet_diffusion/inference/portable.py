@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +176,6 @@ def _as_decoder(decoder: nn.Module, channels: int, downsampling: int, *, is_norm
 def _write_folder(
     folder: StrPath, networks: Mapping[str, Exported], *, format: PortableFormat, overwrite: bool
 ) -> None:
-    if format not in get_args(PortableFormat):
-        raise ValueError(f"format must be one of {', '.join(get_args(PortableFormat))}, got {format!r}")
     folder = Path(folder).resolve()
     check_replaceable(folder, overwrite=overwrite)
     write = {"onnx": _write_onnx, "torch": _write_program}[format]

@@ -22,7 +22,7 @@ from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.hub import download, is_hub_name
 from unet_diffusion.runtime.pixel_values import PixelValues
-from unet_diffusion.runtime.tensor_files import is_single_file_name
+from unet_diffusion.runtime.tensor_files import check_format, is_single_file_name
 from unet_diffusion.segmentation.labels import (
     DISTANCE,
     MIN_SIZE,
@@ -247,6 +247,7 @@ class Segmenter(Running):
             ImportError: If a package is missing.
             ValueError: If one file cannot hold the segmenter.
         """
+        check_format(folder, format, ("pipeline", "onnx", "torch"))
         if is_single_file_name(folder):
             from unet_diffusion.diffusers_io.single_file.segmenters import export_segmenter_file
 

@@ -4,7 +4,7 @@ A checkpoint of a training holds more than weights. Only its tensors are read, w
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,23 @@ NETWORK, AVERAGED = "model.", "model_ema."  # prefixes of a weight and of its av
 def is_single_file_name(path: str | os.PathLike[str]) -> bool:
     """Return whether a path names one file of weights rather than a folder: by its suffix, .safetensors."""
     return Path(path).suffix == SUFFIX
+
+
+def check_format(folder: str | os.PathLike[str], format: str, formats: Sequence[str]) -> None:
+    """Refuse a format of an export that there is not, or that makes a folder where one file of weights is named.
+
+    Args:
+        folder: The folder or file to make.
+        format: The format.
+        formats: The formats of the model; all but "pipeline" make a folder.
+
+    Raises:
+        ValueError: If the format is none of these, or does not fit the name.
+    """
+    if format not in formats:
+        raise ValueError(f"format must be one of {', '.join(formats)}, got {format!r}")
+    if is_single_file_name(folder) and format != "pipeline":
+        raise ValueError(f"format {format} makes a folder, got {folder}; give a name without {SUFFIX}")
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
