@@ -21,6 +21,7 @@ from unet_diffusion.diffusers_io.adapter_files import LORA_FILE
 from unet_diffusion.diffusers_io.values_file import write_values
 from unet_diffusion.diffusion.adapters.adapter import TrainedAdapter
 from unet_diffusion.diffusion.sampling import build_scheduler, image_generators
+from unet_diffusion.inference import reading
 from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.training.adapting import AdapterModule
 
@@ -241,6 +242,20 @@ def test_missing_and_changed_bases_are_named(fit, base, tmp_path, run_cli):
                              "--trainer.max_steps", "5")  # fmt: skip
     assert status != 0
     assert "base was" in err
+
+
+def test_base_on_the_hub_is_read_by_its_name(base, images, monkeypatch, tmp_path, quiet_trainer):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading, "download", lambda name: asked.append(str(name)) or base)
+    module = AdapterModule("hf://someone/model", ud.LoRA(rank=2), ema_decay=0)
+    assert module.base_record["path"] == "hf://someone/model"
+    source = ud_data.Folder(str(images), image_size=16, captions=True)
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, ud_data.ImageDataModule(source, batch_size=4, num_val=2))
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    assert ud.load(tmp_path / "adapter.ckpt").adapter is not None
+    assert asked == ["hf://someone/model"] * 2
 
 
 def damage(folder: Path) -> None:

@@ -29,6 +29,7 @@ from unet_diffusion.inference.segmenter import Segmenter, fields_of
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.speed import Speed
+from unet_diffusion.runtime.hub import PREFIX, check_hub_name, download, is_hub_name
 from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 from unet_diffusion.runtime.named_class import class_of
 from unet_diffusion.runtime.pixel_values import PixelValues
@@ -84,12 +85,14 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
 
 
 def read_base(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None) -> Denoiser:
-    """The denoiser at a path, which an adapter is trained on: a checkpoint, a run folder or a diffusers folder.
+    """The denoiser that an adapter is trained on: a checkpoint, a run or diffusers folder, or a model on the hub.
 
     Raises:
-        FileNotFoundError: If there is no model at the path.
+        FileNotFoundError: If there is no model at the path, or the hub cannot be reached.
         ValueError: If it is no denoiser, cannot be read, or is a base with an adapter itself.
     """
+    if is_hub_name(path):
+        path = download(path)
     if not is_checkpoint(path):
         from unet_diffusion.diffusers_io.importing import import_pipeline
 
@@ -104,7 +107,7 @@ def base_record(base: Denoiser, path: StrPath) -> dict[str, str]:
 
     Args:
         base: The denoiser, as it was read.
-        path: Its path.
+        path: Its path, or its name on the hub.
     """
     # Settings at 0, None or False do not count: a later version may have further ones, which are off. Nor do those that
     # change nothing of what is drawn.
@@ -113,7 +116,7 @@ def base_record(base: Denoiser, path: StrPath) -> dict[str, str]:
     settings["conditions"] = [network_record(cast(Condition, condition)) for condition in base.conditions]
     parts = nn.ModuleList([base.unet, base.conditions])
     return {
-        "path": str(Path(path).resolve()),
+        "path": f"{PREFIX}{check_hub_name(str(path))}" if is_hub_name(path) else str(Path(path).resolve()),
         "fingerprint": fingerprint(parts, {name: value for name, value in settings.items() if value}),
     }
 

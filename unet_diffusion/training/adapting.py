@@ -32,8 +32,8 @@ class AdapterModule(DiffusionModule):
     `DiffusionModule`: images, which the base's autoencoder encodes if it denoises latents, or latents of it.
 
     Args:
-        base: The trained denoiser: a checkpoint file, a run folder or a diffusers pipeline folder. It is read again
-            wherever the adapter is used, so it has to stay where it is.
+        base: The trained denoiser: a checkpoint file, a run folder or a diffusers pipeline folder, which has to stay
+            where it is, as it is read again wherever the adapter is used; or hf://owner/name, a model on the hub.
         adapter: The adapter: `LoRA`, `TextualInversion`, or one of your own.
         gradient_checkpointing: Whether training keeps the inputs of the network's blocks alone and computes the rest
             again in the backward pass, which takes less memory and more time.
