@@ -92,7 +92,7 @@ def read_base(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath 
         ValueError: If it is no denoiser, cannot be read, or is a base with an adapter itself.
     """
     if is_hub_name(path):
-        path = download(path)
+        path = download(str(path))
     if not is_checkpoint(path):
         from unet_diffusion.diffusers_io.importing import import_pipeline
 

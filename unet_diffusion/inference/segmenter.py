@@ -251,8 +251,6 @@ class Segmenter(Running):
         if is_single_file_name(folder):
             from unet_diffusion.diffusers_io.single_file.segmenters import export_segmenter_file
 
-            if format != "pipeline":
-                raise ValueError(f"format {format} makes a folder, got {folder}; give a name without .safetensors")
             export_segmenter_file(self.unet, self.record(), folder, overwrite=overwrite)
             return
         if format == "pipeline":
