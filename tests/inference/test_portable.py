@@ -1,6 +1,9 @@
 """Networks as files of ONNX and programs of torch.export, at sizes and batches other than those that were traced."""
 
+import json
 from dataclasses import replace
+from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from denoisers import randomise, save_autoencoder, text_denoiser
 from PIL import Image
 
 import unet_diffusion as ud
+from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.portable import PortableFormat
 from unet_diffusion.inference.reading import contents_of
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
@@ -37,6 +41,16 @@ def computed(folder, name, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {key: value.numpy() for key, value in inputs.items()})[0])
     with torch.no_grad():
         return torch.export.load(folder / f"{name}.pt2").module()(**inputs)
+
+
+def metadata_of(folder, name) -> dict[str, Any]:
+    """What the file says of itself, read without this package."""
+    if (folder / f"{name}.onnx").exists():
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        return {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    with ZipFile(folder / f"{name}.pt2") as file:
+        (entry,) = (one for one in file.namelist() if one.endswith("metadata.json"))
+        return json.loads(file.read(entry))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -106,6 +120,21 @@ def test_denoiser_and_decoder_compute_at_any_batch_and_size(tmp_path, format):
         torch.testing.assert_close(
             computed(tmp_path / "out", "decoder", {"latents": x}), trained.decode(x), **TOLERANCE
         )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_denoiser_says_what_it_takes_to_draw_with_it(tmp_path, format, tiny_unet):
+    schedule = NoiseSchedule(20, prediction_type="v_prediction")
+    values = PixelValues("int16", -1024, 3071)
+    unet = tiny_unet(in_channels=2, num_class_embeds=3)
+    trained = ud.Denoiser(unet, schedule, (2, 8, 12), class_names=["cat", "dog"], null_label=2, values=values)
+    trained.export(tmp_path / "out", format=format)
+    metadata = metadata_of(tmp_path / "out", "denoiser")
+    assert (metadata["in_channels"], metadata["out_channels"], metadata["sample_shape"]) == (2, 2, [2, 8, 12])
+    assert (metadata["class_names"], metadata["null_label"]) == (["cat", "dog"], 2)
+    assert metadata["values"] == {"dtype": "int16", "low": -1024, "high": 3071, "shown": None}
+    assert NoiseSchedule(**metadata["schedule"]).alphas_cumprod.equal(schedule.alphas_cumprod)
+    assert metadata["schedule"]["prediction_type"] == "v_prediction"
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])

@@ -28,7 +28,7 @@ from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import Targets, instances_from
 from unet_diffusion.segmentation.object_scores import average_precision
 from unet_diffusion.segmentation.scores import THRESHOLDS, dice, iou, pixel_error
-from unet_diffusion.training import DiffusionModule, SegmentationModule
+from unet_diffusion.training import DiffusionModule, SegmentationModule, base
 from unet_diffusion.training.joint import JointDenoising
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
@@ -184,6 +184,21 @@ def test_average_without_decay_is_the_raw_network_batch_norms_too(quiet_trainer)
     quiet_trainer(max_steps=3, limit_val_batches=0).fit(made, cells())
     for name, value in made.unet.state_dict().items():
         torch.testing.assert_close(made.ema_unet.state_dict()[name], value, rtol=1e-6, atol=1e-7)  # x + (y - x)
+
+
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_speed_is_timed_at_the_batch_of_a_step(quiet_trainer, monkeypatch, is_joint):
+    made = joint_module() if is_joint else module(network())
+    made.speed, timed, stepped = "auto", [], []
+
+    def fastest(trainer, network, x, inputs, *, speeds, precisions):
+        timed.append(x.shape)
+        network.register_forward_pre_hook(lambda network, inputs: stepped.append(inputs[0].shape))
+        return "plain", torch.float32
+
+    monkeypatch.setattr(base, "fastest", fastest)
+    quiet_trainer(max_steps=1, limit_val_batches=0).fit(made, cells())
+    assert timed == stepped
 
 
 @pytest.mark.parametrize("is_joint", [False, True])

@@ -68,6 +68,7 @@ class NetworkModule(KeepsValues):
     network_name = "unet"
     logged: tuple[str, ...]  # what callbacks may monitor
     is_timed = True  # whether the precision is left to a trial; otherwise it is the last that the machine has
+    batches_at_once = 1  # that a step puts through the network side by side, each of the data's batch size
     can_scale_losses = True  # which float16 needs
     gradient_norm: Tensor | None = None  # of this step, before clipping, if a callback needed it
 
@@ -437,7 +438,7 @@ class NetworkModule(KeepsValues):
                 "trainer.precision"
             )
         assert self.input_shape is not None
-        batch_size, device = datamodule.batch_size, self.trainer.strategy.root_device
+        batch_size, device = datamodule.batch_size * self.batches_at_once, self.trainer.strategy.root_device
         generator = keyed_generator(self.seed, device=device)
         x = torch.randn(batch_size, *self.input_shape, generator=generator, device=device)
         inputs = {name: value.to(device) for name, value in self.example_inputs(batch_size).items()}

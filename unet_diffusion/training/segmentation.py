@@ -122,6 +122,7 @@ class SegmentationModule(NetworkModule):
         self.timestep = timestep
         self.init_from = init_from
         self.joint = joint
+        self.batches_at_once = 1 if joint is None else 2  # the second is denoised
         self._validation_sums: Tensor | None = None
 
     @property
