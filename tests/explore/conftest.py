@@ -44,6 +44,8 @@ class Visitor:
 
     def upload(self, path):
         self.window.locator("#upload input[type=file]").set_input_files(str(path))
+        # Before it is shown, it has not arrived, and whoever presses a button is asked for an image.
+        self.window.locator("#upload .file-preview", has_text=path.suffix).wait_for(timeout=PATIENCE)
 
     def status(self, words):
         """The status line, as soon as it holds these words."""
@@ -67,6 +69,14 @@ class Visitor:
         line = self.window.locator(".cm-content:visible").first
         line.wait_for(timeout=PATIENCE)
         return line.inner_text().strip()
+
+    def until(self, holds):
+        """Wait until something holds of the page, which changes when its events have been answered."""
+        for _ in range(PATIENCE // 100):
+            if holds():
+                return
+            self.window.wait_for_timeout(100)
+        raise AssertionError("what the test waits for has not come")
 
     def downloads(self) -> dict[str, bytes]:
         """The files that may be downloaded, by their names."""

@@ -45,14 +45,14 @@ class Segmented:
     """The segmentation of a visitor's image, with all that is shown of it.
 
     Args:
-        name: The name of the file.
+        path: The visitor's file.
         pixels: The image as the network sees it, (C, H, W) uint8.
         segmentation: Its segmentation.
         intensities: The numbers that the file stores, (H, W).
         pixel_size: Height and width of a pixel in micrometres; "" where they are not known.
     """
 
-    name: str
+    path: Path
     pixels: Tensor
     segmentation: Segmentation
     intensities: NDArray[np.float32]
@@ -106,7 +106,7 @@ class SegmenterTab:
             inputs = [self.upload, self.views, *sliders, self.state]
             shown = [component for column in self.columns for component in column.outputs]
             bind_work(self.controls, self._segment, inputs, [*shown, self.state])
-            bind([self.upload.change], self._cleared, [], [*shown, self.state])
+            bind([self.upload.change], self._cleared, [self.upload, self.state], [*shown, self.state])
             for slider in sliders:
                 bind([slider.change], lambda values: self._presented(values, values[self.state]), inputs, shown)
             command_box(inputs, self._commands)
@@ -135,7 +135,10 @@ class SegmenterTab:
         return update
 
     def _cleared(self, values: Values) -> Update:
-        """Nothing, where the image is another one."""
+        """Nothing, where the image is another one; what comes after its image was segmented changes nothing."""
+        path = values[self.upload]
+        if path is not None and any(segmented.path == Path(path) for segmented in values[self.state].values()):
+            return {}
         update: Update = {self.state: {}}
         for column in self.columns:
             hidden = {column.table: gr.Dataframe(visible=False), column.files: gr.File(visible=False)}
@@ -213,7 +216,7 @@ def _segmented(
     stored = intensities(next(iter(stored_images(data, channels)))).astype(np.float32)
     height, width = ("" if size is None else f"{size:.6g}" for size in pixel_size(data))
     shown = to_uint8(values.seen(image.clamp(-1, 1)[None]))[0]
-    return Segmented(Path(path).name, shown, segmentation, stored, (height, width))
+    return Segmented(Path(path), shown, segmentation, stored, (height, width))
 
 
 def _presented(segmented: Segmented, column: Column, threshold: float, min_size: int) -> Update:
@@ -223,12 +226,12 @@ def _presented(segmented: Segmented, column: Column, threshold: float, min_size:
     segmentation = replace(segmented.segmentation, threshold=threshold, min_size=min_size)
     objects, sizes = segmentation.instances, segmented.pixel_size
     rows = [[*row, *sizes] for row in object_rows(objects, segmented.intensities)]
-    folder, stem = download_folder(), Path(segmented.name).stem
+    folder, stem = download_folder(), segmented.path.stem
     paths = [folder / f"{stem}_{name}" for name in ("mask.png", "objects.png", "objects.csv")]
     Image.fromarray(segmentation.classes).save(paths[0])
     Image.fromarray(sixteen_bits(objects)).save(paths[1])
     with paths[2].open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *([segmented.name, 0, *row] for row in rows)])
+        csv.writer(file).writerows([COLUMNS, *([segmented.path.name, 0, *row] for row in rows)])
     headers = OF_OBJECTS if any(sizes) else OF_OBJECTS[: -len(sizes)]
     areas = sorted(int(row[1]) for row in rows)
     middle = f", of {areas[len(areas) // 2]} pixels in the middle ({areas[0]} to {areas[-1]})" if areas else ""
@@ -245,7 +248,7 @@ def _presented_classes(segmented: Segmented, column: Column) -> Update:
     classes, names = segmented.segmentation.classes, segmented.segmentation.class_names
     counts = np.bincount(classes.ravel(), minlength=len(names))
     rows = [[name, int(count), f"{count / classes.size:.1%}"] for name, count in zip(names, counts, strict=True)]
-    path = download_folder() / f"{Path(segmented.name).stem}_mask.png"
+    path = download_folder() / f"{segmented.path.stem}_mask.png"
     Image.fromarray(classes).save(path)
     enlarged, step = _factor(classes.shape), _step(classes.shape)
     shown = classes[::step, ::step].repeat(enlarged, axis=0).repeat(enlarged, axis=1)
