@@ -280,7 +280,7 @@ MUTATIONS = [
              "if before != text:", "if False:", "data/test_captions.py"),
     Mutation("captions: line in which a row ends", "data/captions.py",
              "number = reader.line_num + 1", "number = reader.line_num + 2", "data/test_captions.py"),
-    Mutation("files: names that lead outside", "data/files.py",
+    Mutation("files: names that lead outside", "data/listing.py",
              'return bool(path.anchor) or ".." in path.parts', "return False",
              "data/test_files.py runtime/test_foreign_files.py"),
     Mutation("files: the later of two of a name", "data/files.py",

@@ -13,11 +13,13 @@ from wheels import REPOSITORY, build_wheel
 
 IMPORTS_OF_EXTRAS = {
     "segmentation_models_pytorch": ["encoders"],
+    "datasets": ["datasets"],
     "gradio": ["explore"],
     "nibabel": ["medical"],
     "onnxruntime": ["onnx"],
     "onnxscript": ["onnx"],
     "peft": ["lora"],
+    "pyarrow": ["datasets"],
     "pydicom": ["medical"],
     "tokenizers": ["text"],
     "transformers": ["text"],

@@ -1,6 +1,7 @@
 """Commands are functions: the command line that their signatures and docstrings make, and programs that call them."""
 
 import ast
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -44,8 +45,10 @@ def test_help_shows_an_example_and_every_parameter_with_its_default(command, run
     function, words = function_of(COMMANDS[command]), " ".join(out.split())
     for name, text in texts_of(function).items():
         parameter = inspect.signature(function).parameters[name]
-        assert text in words
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        assert text.removesuffix(".") in words
+        if dataclasses.is_dataclass(parameter.default):  # an option for each of its fields
+            assert all(f" --{name}.{field.name} " in words for field in dataclasses.fields(parameter.default))
+        elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             assert f" --{name} " in words
             is_off = parameter.default in (None, parameter.empty) or parameter.default is False
             assert (f"{text} (default: {parameter.default})" in words) != is_off
