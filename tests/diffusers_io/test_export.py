@@ -20,6 +20,7 @@ from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipelin
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import image_generators, sample
 from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.loading import load_denoiser
 from unet_diffusion.inference.record import denoiser_record, save_denoiser
@@ -170,6 +171,15 @@ def test_exported_folder_of_latents_is_imported_again(tmp_path, kind):
     assert (again.null_label, again.class_names) == (NULL_LABEL, NAMES)
     assert again.codec.space.image_shape == (3, 16, 8)
     assert_same_images(decoded_here(trained, **BOTH), decoded_here(again, **BOTH))
+
+
+def test_autoencoder_with_a_scale_for_each_channel_keeps_it_alone(tmp_path):
+    autoencoder = kl_autoencoder(3, (8, 8), latent_channels=2, layers_per_block=1, norm_num_groups=4)
+    moments = {"latents_mean": [0.5, -1.0], "latents_std": [2.0, 0.25]}
+    autoencoder.register_to_config(scaling_factor=1.0, **moments)
+    Autoencoder(autoencoder, (3, 16, 16)).export(tmp_path / "autoencoder")
+    again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "autoencoder")
+    assert {name: again.config[name] for name in moments} == moments
 
 
 def test_folder_whose_autoencoder_loads_as_another_does_not_get_its_name(tmp_path, monkeypatch):

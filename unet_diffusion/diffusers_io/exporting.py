@@ -165,14 +165,13 @@ def export_autoencoder(
         FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
         RuntimeError: If the reloaded autoencoder gives other results than the original.
     """
-    folder = Path(folder).resolve()
+    folder, (_, height, width) = Path(folder).resolve(), image_shape
     check_replaceable(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    _, height, width = image_shape
-    fields: dict[str, Any] = {"sample_size": height if height == width else [height, width]}
-    if latent_std is not None:
-        fields["scaling_factor"] = 1 / latent_std
-    exported = _with_scale(autoencoder, **fields).cpu().float()
+    imported = {name: value for name in MOMENTS if (value := autoencoder.config.get(name)) is not None}
+    scale = imported if latent_std is None else {"scaling_factor": 1 / latent_std}
+    size = height if height == width else [height, width]
+    exported = _with_scale(autoencoder, sample_size=size, **scale).cpu().float()
     try:
         exported.save_pretrained(partial)
         _check_same_reconstruction(exported, pretrained_autoencoder(partial))
