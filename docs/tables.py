@@ -188,6 +188,16 @@ def streaming() -> Rows:
     return rows
 
 
+def decoding() -> Rows:
+    """Rates of reading images from each kind of source, and of a plain loop over its library."""
+    record = result("decoding")
+    rows: Rows = [("images from", "unet_diffusion, images/s", "library", "library, images/s")]
+    for run in record["results"]:
+        library = f"{run['library']} {record['libraries'].get(run['library'], '')}".strip()
+        rows.append((run["images from"], f"{run['images/s']:,}", library, f"{run['its images/s']:,}"))
+    return rows
+
+
 def checks() -> Rows:
     """What `check` found in sets of data, and how long it took."""
     rows: Rows = [("data", "seconds", "warnings, advice and notes")]
