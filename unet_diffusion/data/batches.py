@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -243,6 +242,8 @@ class ResumableLoader(DataLoader[Batch]):
         """Go on where `state_dict` was called, and say if the epoch that was begun goes on in another order."""
         before, now = state.get("order", {}), self.sampler.order
         if differ := [f"{name} was {before[name]}, is {now[name]}" for name in before if before[name] != now[name]]:
+            from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # which packing does without
+
             rank_zero_warn(
                 f"the data have another order than in the checkpoint ({'; '.join(differ)}). The epoch that was begun "
                 "goes on in this order: some images come twice in it, others not at all"
