@@ -16,7 +16,7 @@ as it is there.
     enlarging      the same, from a fourth of the width; beside it, that of bicubic interpolation
     inpainting     the same inside the mask; beside it, that of the mean of the rest
 
-The sheet shows for each kind four conditions, and below each the image drawn for it.
+The sheet has a row for each kind: four conditions, and the images drawn for them.
 """
 
 import argparse
@@ -350,7 +350,7 @@ def psnr(images: Tensor, real: Tensor, where: Tensor) -> float:
 
 
 def sheet(options: argparse.Namespace) -> None:
-    """Pictures of the first conditions of each kind, and below each what was drawn for it."""
+    """A row for each kind: some of its conditions, and then in the same order what was drawn for them."""
     tiles = []
     for kind in options.kinds:
         data = HeldOut(options, kind, options.work / "files")
@@ -364,9 +364,8 @@ def sheet(options: argparse.Namespace) -> None:
             "enlarging": interpolate(small(data.images), scale_factor=4),
             "inpainting": data.images * ~data.mask,
         }[kind]
-        tiles.append(torch.stack([shown_of(shown), torch.load(options.work / f"{kind}.pt")]))  # (2, NUM_SHOWN, 1, H, W)
-    rows = [torch.cat([tile[row] for tile in tiles]) for row in range(2)]
-    save_grid(torch.cat(rows), options.json.with_suffix(".png"), columns=NUM_SHOWN * len(tiles))
+        tiles += [shown_of(shown), torch.load(options.work / f"{kind}.pt")]
+    save_grid(torch.cat(tiles), options.json.with_suffix(".png"), columns=2 * NUM_SHOWN)
 
 
 def shown_of(images: Tensor) -> Tensor:
