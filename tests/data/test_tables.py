@@ -140,11 +140,11 @@ def test_names_of_files_make_the_same_split_as_in_a_folder(images, tmp_path, for
     for path in images.glob("*/*.*"):
         path.rename(images / path.name)
     (images / "metadata.csv").unlink()
-    (tmp_path / "set").mkdir()
+    folder = {"saved": tmp_path / "set", "parquet": images.parent}[form]  # Parquet names files, which lie beside it
     table = datasets.Dataset.from_dict(
         {"image": [str(path) for path in images.glob("*.*")]}, features=datasets.Features({"image": datasets.Image()})
     )
-    data = image_data(Folder, FORMS[form](table, tmp_path / "set"), num_val=3, batch_size=4, seed=7, **SIZE)
+    data = image_data(Folder, FORMS[form](table, folder), num_val=3, batch_size=4, seed=7, **SIZE)
     expected = image_data(Folder, images, num_val=3, batch_size=4, seed=7, **SIZE)
     for one in (data, expected):
         one.setup()
@@ -213,7 +213,7 @@ def test_rows_without_an_image_or_a_class_are_named(images, tmp_path):
         assert len(Folder(place, on_bad_file="skip", **SIZE).load(progress=False).images) == 11
     rows[0]["label"] = -1
     place = saved(datasets.Dataset.from_list(rows, features=table.features), tmp_path / "unlabelled")
-    with pytest.raises(ValueError, match=r"a whole number from 0, or the name .* for 1: 000000000; correct"):
+    with pytest.raises(ValueError, match=r"the number of a class, from 0 to 1, .* for 1: 000000000 \(-1\); correct"):
         Folder(place, class_labels=True, **SIZE).load(progress=False)
 
 
@@ -292,7 +292,62 @@ def test_data_set_of_the_hub_is_read_and_found_in_the_cache_without_it(images, t
     assert "the hub cannot be reached for hf://me/set" in gone.stderr
 
 
-def test_table_may_name_files_of_this_machine(images):
+def test_number_without_a_class_is_refused(images, tmp_path):
+    import pyarrow as pa
+
+    table = table_of(images)
+    rows = table.data.table
+    numbers = pa.array([0, 1, 2] * 4)
+    rows = rows.set_column(rows.column_names.index("label"), "label", numbers)
+    place = saved(datasets.Dataset(rows, info=table.info), tmp_path / "set")
+    with pytest.raises(ValueError, match=r"from 0 to 1, for every image, and does not for 4: .* \(2\)"):
+        Folder(place, class_labels=True, **SIZE).load(progress=False)
+
+
+def test_format_that_a_table_was_saved_with_changes_nothing(images, tmp_path):
+    place = saved(table_of(images).with_format("torch", columns=["label"]), tmp_path / "set")
+    files = find_images(place)
+    assert files.classes(files.names)[0] == [LABELS[int(Path(name).stem)] for name in files.names]
+    assert len(files.read(files.names[0])) > 0
+
+
+def test_folder_of_tables_is_read_by_the_names_of_its_files_alone(images, tmp_path):
+    table = table_of(images)
+    (tmp_path / "set").mkdir()
+    table.select(range(4)).to_parquet(tmp_path / "set/one.parquet")
+    table.select(range(4, 12)).to_parquet(tmp_path / "set/two.parquet")
+    table.to_parquet(tmp_path / "elsewhere.parquet")
+    (tmp_path / "set/README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: ../elsewhere.parquet\n---\n"
+    )
+    for number in range(3):
+        (tmp_path / f"set/{number}.json").write_text("{}")
+    files = find_images(tmp_path / "set")
+    assert len(files.names) == 12
+    assert files.left_out.described() == "3 .json; 1 .md"
+    table.to_parquet(tmp_path / "set/cells-test.parquet")
+    with pytest.raises(
+        ValueError, match=r"files of the splits test, and others whose names tell none: one\.parquet, two"
+    ):
+        find_images(tmp_path / "set")
+    saved(table, tmp_path / "both/a")
+    saved(table, tmp_path / "both/b")
+    with pytest.raises(ValueError, match="data sets that were saved each by itself: a, b; give one"):
+        find_images(tmp_path / "both")
+
+
+def test_table_names_no_files_outside_of_its_folder(images, tmp_path):
+    (tmp_path / "set").mkdir()
+    for path in (str(next(images.glob("*/*.*"))), "../secret.png", "missing.png"):
+        rows = [{"image": {"bytes": None, "path": path}}]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set/a.parquet")
+        files = find_images(tmp_path / "set/a.parquet", Table(image="image"))
+        said = "there is no such file" if path == "missing.png" else "must lie below"
+        with pytest.raises(ValueError, match=f"its row names .*{said}"):
+            files.read(files.names[0])
+
+
+def test_table_may_name_files_beside_it(images):
     paths = sorted(str(path) for path in images.glob("*/*.*"))
     table = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
     table.to_parquet(images.parent / "named.parquet")

@@ -206,7 +206,7 @@ def test_damaged_compressed_and_missing_archives_are_told(tmp_path):
     path = write(tmp_path / "a.tar", range(4))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"a\.tar must be a whole tar archive, uncompressed, and is not"):
+    with pytest.raises(ValueError, match=r"a\.tar cannot be used: it must be a whole tar archive, uncompressed, and"):
         find_images(path)
     with pytest.raises(ValueError, match="tar archives must be uncompressed, as images in others cannot be read"):
         find_images(tmp_path / "a.tar.gz")
@@ -214,6 +214,50 @@ def test_damaged_compressed_and_missing_archives_are_told(tmp_path):
         find_images(tmp_path / "b.tar")
     with pytest.raises(ValueError, match="address that begins with one of file, http"):
         find_images("reference://x/a.tar")
+
+
+def flipped(whole: bytes, headers: list[int]) -> bytes:
+    place = headers[5] + 20  # in the name of a member, of which the header has a checksum
+    return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
+DAMAGE = {
+    "a bit of a header": flipped,
+    "cut between members": lambda whole, headers: whole[: headers[5]],
+    "cut within a header": lambda whole, headers: whole[: headers[5] + 100],
+    "another archive behind": lambda whole, headers: whole + whole,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_archive_whose_rest_tarfile_would_not_read_is_refused(tmp_path, damage):
+    path = members(tmp_path / "a.tar", *((f"{number}.png", PNG) for number in range(10)))
+    with tarfile.open(path) as archive:
+        headers = [member.offset for member in archive]
+    path.write_bytes(DAMAGE[damage](path.read_bytes(), headers))
+    with pytest.raises(ValueError, match=r"a\.tar cannot be used: after (5|10) members it is cut off or damaged, or"):
+        find_images(path)
+
+
+def test_all_archives_below_a_folder_are_read_and_hidden_members_are_not(tmp_path):
+    (tmp_path / "set/deeper").mkdir(parents=True)
+    members(tmp_path / "set/a.tar", ("0.PNG", PNG), ("0.TXT", b"a caption"), ("._0.png", b"of a system"))
+    members(tmp_path / "set/deeper/b.TAR", ("1.png", PNG), ("1.txt", b"another"), ("__MACOSX/1.png", b"of a system"))
+    (tmp_path / "set/notes.md").write_text("notes")
+    files = find_images(tmp_path / "set", Table(image="png"))
+    assert files.names == ["a.tar/0.png", "deeper/b.TAR/1.png"]
+    assert files.captions(files.names) == ["a caption", "another"]
+    assert files.left_out.described().startswith("1 .md; ")
+    assert "._0.png" in files.left_out.described()
+
+
+def test_classes_that_are_empty_or_missing_are_told_and_no_others(tmp_path):
+    classes = [b"cat", b"", b" dog\n", b"cat"]
+    content = [one for number, text in enumerate(classes) for one in ((f"{number}.png", PNG), (f"{number}.cls", text))]
+    files = find_images(members(tmp_path / "a.tar", *content, ("4.png", PNG)))
+    assert files.classes(["0.png", "2.png", "3.png"]) == ([0, 1, 0], ["cat", "dog"])
+    with pytest.raises(ValueError, match=r"does not for 2: 1\.png \(\), 4\.png \(None\); correct it"):
+        files.classes(files.names)
 
 
 def test_missing_classes_and_captions_are_told(tmp_path):

@@ -1,5 +1,6 @@
 """Image files that come with what is known of each: rows of a table, or samples of a tar archive."""
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ USUAL = Table()
 
 
 def check_used(table: Table, *, class_labels: bool, captions: bool) -> None:
-    """Refuse the name of a column that nothing is read from.
+    """Refuse the name of a column of classes or captions where images have none.
 
     Args:
         table: The names.
@@ -47,7 +48,7 @@ def check_used(table: Table, *, class_labels: bool, captions: bool) -> None:
         captions: Whether images have captions.
 
     Raises:
-        ValueError: If there is such a name.
+        ValueError: If such a column is named.
     """
     options = {"label": ("class_labels", class_labels), "caption": ("captions", captions)}
     for name, (option, is_set) in options.items():
@@ -106,14 +107,21 @@ def classes_of_values(
     Raises:
         ValueError: If they are neither, or there are fewer than two classes.
     """
-    if class_names is None and all(isinstance(value, str) for value in values.values()):
-        class_names = sorted(set(values.values()), key=natural_order)
-        values = {name: class_names.index(value) for name, value in values.items()}
-    wrong = [name for name in names if not _is_number(values[name])]
+    written = values
+    values = {name: (value.strip() or None) if isinstance(value, str) else value for name, value in values.items()}
+    texts = {value for value in values.values() if isinstance(value, str)}
+    if class_names is None and texts:
+        class_names = sorted(texts, key=natural_order)
+        number_of = {name: number for number, name in enumerate(class_names)}
+        values = {name: number_of.get(value) for name, value in values.items()}
+    most = math.inf if class_names is None else len(class_names)
+    wrong = [name for name in names if not (_is_number(values[name]) and values[name] < most)]
     if wrong:
+        up_to = "" if class_names is None else f" to {len(class_names) - 1}"
         raise ValueError(
-            f"{where} must hold a whole number from 0, or the name of a class, for every image, and does not for "
-            f"{len(wrong)}: {first_few(wrong)}; correct it, or set class_labels to false"
+            f"{where} must hold the name or the number of a class, from 0{up_to}, for every image, and does not for "
+            f"{len(wrong)}: {first_few([f'{name} ({written[name]})' for name in wrong])}; correct it, leave these "
+            "images out, or set class_labels to false"
         )
     if class_names is None:
         class_names = [str(number) for number in range(max(filter(_is_number, values.values())) + 1)]

@@ -71,14 +71,14 @@ def find_images(root: str | Path, table: Table = USUAL) -> ImageFiles:
     if place.startswith(PREFIX):
         return TableFiles(place, table)
     if is_tar(place) or is_address(place):
-        return TarFiles(place, table or Table())
+        return TarFiles(place, table)
     path = Path(place)
     if is_table_file(path):
-        return TableFiles(place, table or Table())
+        return TableFiles(place, table)
     _refuse_run_folder(path)
     files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(*_split_at_archive(path))
     if not files.names and path.is_dir():
-        files = _data_set_in(path, files.left_out, table or Table()) or files
+        files = _data_set_in(path, files.left_out, table) or files
     if not files.names:
         others = f" ({others})" if (others := files.left_out.described()) else ""
         raise ValueError(
@@ -92,11 +92,16 @@ def find_images(root: str | Path, table: Table = USUAL) -> ImageFiles:
 
 def _data_set_in(folder: Path, left_out: LeftOut, table: Table) -> ImageFiles | None:
     """The images of a data set, if a folder without image files holds one."""
-    if any(extension in left_out.extensions for extension in TABLE_EXTENSIONS):
-        return TableFiles(str(folder), table)
-    if TAR in left_out.extensions:
-        return TarFiles(str(folder), table)
-    return None
+    has_tables = any(extension in left_out.extensions for extension in TABLE_EXTENSIONS)
+    has_tars = TAR in left_out.extensions
+    if has_tables and has_tars:
+        raise ValueError(f"{folder} holds tables and tar archives ({left_out.described()}); give one kind")
+    if not (has_tables or has_tars):
+        return None
+    files = TableFiles(str(folder), table) if has_tables else TarFiles(str(folder), table)
+    for extension in set(left_out.extensions) - {*TABLE_EXTENSIONS, TAR}:
+        files.left_out.extensions[extension] += left_out.extensions[extension]
+    return files
 
 
 def find_images_or_one(root: str | Path) -> ImageFiles:

@@ -94,7 +94,7 @@ def image_names(names: Iterable[str], read: Callable[[str], bytes], left_out: Le
             left_out.names["written by unet-diffusion"].add(next(one[:-1] for one in outputs if name.startswith(one)))
         elif name.rpartition("/")[2] == LOCK:  # of a run that begins below the images
             continue
-        elif hidden := _of_a_system(name):
+        elif hidden := of_a_system(name):
             left_out.names[HIDDEN].add(hidden)
         elif name.lower().endswith(IMAGE_EXTENSIONS):
             images.append(name)
@@ -137,8 +137,12 @@ def _is_of_a_system(name: str) -> bool:
     return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
-def _of_a_system(name: str) -> str | None:
-    """The path down to its first part that is hidden or of a system, if there is one."""
+def of_a_system(name: str) -> str | None:
+    """The path down to its first part that is hidden or of a system, if there is one.
+
+    Args:
+        name: A path with forward slashes.
+    """
     parts = name.split("/")
     return next(("/".join(parts[: i + 1]) for i, part in enumerate(parts) if _is_of_a_system(part)), None)
 

@@ -6,6 +6,7 @@ folder are. Code in a data set is never run: datasets 4 and later refuse to.
 """
 
 import glob
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,15 +21,18 @@ from unet_diffusion.data.described import (
     captions_of_values,
     classes_of_values,
 )
-from unet_diffusion.data.listing import LeftOut, composed
+from unet_diffusion.data.listing import LeftOut, composed, walk
 from unet_diffusion.runtime.hub import PREFIX, check_hub_name
+from unet_diffusion.runtime.messages import first_few
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 TABLE_EXTENSIONS = (".parquet", ".arrow")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # in folders that save_to_disk wrote
-ROW = "{:09d}"  # the name of a row, which stays the same when others are appended
+ROW = "{:09d}"  # the name of a row where rows name no files; it stays the same when others are appended
+SPLIT_IN_NAME = re.compile(r"[/_.-](train|validation|valid|val|dev|test)(?=[/_.-])")
+SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}  # as the library names them
 
 
 class TableFiles(DescribedFiles):
@@ -50,6 +54,7 @@ class TableFiles(DescribedFiles):
     def __init__(self, place: str, table: Table) -> None:
         self.place, self.table = place, table
         self.left_out = LeftOut()
+        self._folder = _folder_of(place)
         self._rows = _loaded(place, table)
         self._column = self._image_column()
         self._images = _undecoded(self._rows.select_columns([self._column]), self._column, place)
@@ -71,8 +76,20 @@ class TableFiles(DescribedFiles):
         if isinstance(content, bytes):
             return content
         if isinstance(value, dict) and value.get("path"):
-            return Path(value["path"]).read_bytes()
+            return self._file_of_the_set(value["path"], max_bytes)
         raise ValueError("its row holds no image")
+
+    def _file_of_the_set(self, path: str, max_bytes: int | None) -> bytes:
+        """The contents of a file that a row names: one of the data set, as whoever wrote the table may name any."""
+        file = (self._folder / path).resolve()
+        if not file.is_relative_to(self._folder):
+            raise ValueError(f"its row names {path}, which must lie below {self._folder}; move it there, or write the "
+                             "images into the table")  # fmt: skip
+        if not file.is_file():
+            raise ValueError(f"its row names {path}, and there is no such file")
+        if max_bytes is not None and file.stat().st_size > max_bytes:
+            raise ValueError(f"it must be at most {max_bytes} bytes, and has {file.stat().st_size}")
+        return file.read_bytes()
 
     def stamp(self, name: str) -> str:
         """Always "": a table does not say what a row holds unless it is read."""
@@ -147,12 +164,12 @@ def _loaded(place: str, table: Table) -> "Dataset":
     if isinstance(loaded, datasets.Dataset):
         if table.split is not None:
             raise ValueError(f"{place} has no splits, got table.split {table.split}; leave it out")
-        return loaded
+        return loaded.with_format(None)
     split = table.split or (next(iter(loaded)) if len(loaded) == 1 else "train")
     if split not in loaded:
         raise ValueError(f"{place} has no split {split}, but {', '.join(loaded)}; set table.split to one of "
                          "them")  # fmt: skip
-    return loaded[split]
+    return loaded[split].with_format(None)
 
 
 def _all_splits(datasets: ModuleType, place: str, table: Table) -> Any:
@@ -165,7 +182,44 @@ def _all_splits(datasets: ModuleType, place: str, table: Table) -> Any:
         return datasets.load_dataset(kind, data_files=glob.escape(str(path)))
     if (path / SAVED).is_file() or (path / SAVED_SPLITS).is_file():
         return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(str(path.resolve()), table.config)
+    kind, files = _files_of_splits(path)
+    return datasets.load_dataset(kind, data_files=files)
+
+
+def _files_of_splits(folder: Path) -> tuple[str, dict[str, list[str]]]:
+    """The format of the table files in a folder, and the files of each split, which are told by their names.
+
+    Raises:
+        ValueError: If files are of two formats, if only some have the name of a split, or if a folder below was saved
+            as a data set of its own.
+    """
+    paths = sorted(path for path in walk(folder, LeftOut()) if path.suffix.lower() in TABLE_EXTENSIONS)
+    saved = sorted({path.parent.name for path in paths if (path.parent / SAVED).is_file()})
+    if saved:
+        raise ValueError(
+            f"{folder} holds data sets that were saved each by itself: {first_few(saved)}; give one of them"
+        )
+    kinds = {path.suffix.lower() for path in paths}
+    if len(kinds) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(sorted(kinds))} files; give one kind, or one file")
+    splits: dict[str, list[str]] = {}
+    for path in paths:
+        found = SPLIT_IN_NAME.search(f"/{path.relative_to(folder).as_posix()}")
+        splits.setdefault(SPLITS.get(found[1], found[1]) if found else "", []).append(glob.escape(str(path)))
+    if len(splits) > 1 and "" in splits:
+        loose = first_few([Path(file).name for file in splits.pop("")])
+        raise ValueError(f"{folder} holds files of the splits {', '.join(sorted(splits))}, and others whose names tell "
+                         f"none: {loose}; rename or move these")  # fmt: skip
+    return kinds.pop().removeprefix("."), {split or "train": files for split, files in splits.items()}
+
+
+def _folder_of(place: str) -> Path:
+    """The folder in which the image files lie that a table may name."""
+    if place.startswith(PREFIX):
+        from huggingface_hub.constants import HF_HOME
+
+        return Path(HF_HOME).resolve()
+    return (Path(place).parent if Path(place).is_file() else Path(place)).resolve()
 
 
 def _library(place: str) -> ModuleType:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from unet_diffusion.data.described import (
     CAPTIONS,
@@ -22,9 +22,10 @@ from unet_diffusion.data.described import (
     captions_of_values,
     classes_of_values,
 )
-from unet_diffusion.data.listing import IMAGE_EXTENSIONS, LeftOut, composed, leads_outside
+from unet_diffusion.data.listing import HIDDEN, IMAGE_EXTENSIONS, LeftOut, composed, leads_outside, of_a_system, walk
 from unet_diffusion.data.stores import Store
 from unet_diffusion.runtime.addresses import is_address
+from unet_diffusion.runtime.messages import first_few
 
 TAR = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -32,6 +33,7 @@ TEXT, CLASS, FIELDS = "txt", "cls", "json"  # endings of members with what is kn
 MAX_TEXT_BYTES = 16 * 1024**2  # of such a member
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {000..127}, as WebDataset has it
 NO_IMAGE = "samples without an image"
+END_BYTES = 4 * tarfile.RECORDSIZE  # of zeros are looked at after the last member; there are at least two blocks
 
 
 @dataclass
@@ -133,10 +135,9 @@ class TarFiles(DescribedFiles):
         return key
 
     def _add(self, archive: str, prefix: str, key: str, sample: _Sample) -> None:
-        chosen = self.table.image
-        endings = [chosen] if chosen in sample.images else [] if chosen else list(sample.images)
+        endings = [ending for ending in sample.images if self.table.image in (None, ending)]
         if len(endings) > 1:
-            raise ValueError(f"sample {key} of {archive} must have one image, and has {', '.join(endings)}; set "
+            raise ValueError(f"sample {key} of {archive} must have one image, and has {first_few(endings)}; set "
                              f"table.image to the one to use, such as {endings[0]}")  # fmt: skip
         if not endings:
             self.left_out.names[NO_IMAGE].add(f"{prefix}{key}")
@@ -157,15 +158,16 @@ class TarFiles(DescribedFiles):
                 with self._store.open(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     for member in tar:
                         self._note(samples, member, partial(_content, tar, member))
-            except (tarfile.TarError, EOFError, _Refused) as error:
+                    _check_end(file, tar.offset, len(tar.getmembers()))
+            except _Refused as error:
                 return str(error)
+            except (tarfile.TarError, EOFError) as error:
+                return f"it must be a whole tar archive, uncompressed, and is not ({error}); copy it again"
             return samples
 
         samples = self._store.tried(read, place)
         if isinstance(samples, str):
-            raise ValueError(
-                f"{place} must be a whole tar archive, uncompressed, and is not ({samples}); copy it again"
-            )
+            raise ValueError(f"{place} cannot be used: {samples}")
         return samples
 
     def _note(self, samples: dict[str, _Sample], member: tarfile.TarInfo, content: Callable[[], bytes]) -> None:
@@ -176,10 +178,14 @@ class TarFiles(DescribedFiles):
             return
         if leads_outside(member.name):  # outputs are named after inputs
             raise _Refused(f"names must be paths within it, got {member.name!r}")
+        if hidden := of_a_system(member.name):
+            self.left_out.names[HIDDEN].add(hidden)
+            return
         folder, slash, file = member.name.rpartition("/")
         first, _, ending = file.partition(".")
+        ending = ending.lower()  # as the library has it
         sample = samples.setdefault(f"{folder}{slash}{first}", _Sample())
-        if f".{ending}".lower().endswith(IMAGE_EXTENSIONS):
+        if f".{ending}".endswith(IMAGE_EXTENSIONS):
             if ending in sample.images:
                 raise _Refused(f"{member.name} comes twice")
             sample.images[ending] = (member.offset_data, member.size)
@@ -218,13 +224,20 @@ def _archives(place: str) -> tuple[Store, list[str]]:
     """The folder of archives, and their names in it."""
     if not is_tar(place):
         store = Store(place, num_retries=_num_retries(place))
-        archives = store.tried(lambda: store.names(f"*{TAR}"), place)
+        archives = store.tried(lambda: store.names(f"*{TAR}"), place) if is_address(place) else _below(Path(place))
         if not archives:
             raise FileNotFoundError(f"there are no tar archives in {place}; over http a server must list them, or give "
                                     f"their names, such as {place}/name-{{000..127}}.tar")  # fmt: skip
         return store, archives
-    folder, _, name = place.rpartition("/")
-    return Store(folder or ".", num_retries=_num_retries(place)), list(_numbered(name))
+    folder, slash, name = place.rpartition("/")
+    folder = folder or ("/." if slash else ".")
+    return Store(folder, num_retries=_num_retries(place)), list(_numbered(name))
+
+
+def _below(folder: Path) -> list[str]:
+    """The archives in a folder, however deep, by their paths in it."""
+    files = [path for path in walk(folder, LeftOut()) if path.name.lower().endswith(TAR)]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _num_retries(place: str) -> int:
@@ -247,6 +260,16 @@ def _stamp(place: str, archive: str) -> str:
     path = Path(place)
     state = (path / archive if path.is_dir() else path.with_name(archive)).stat()
     return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+
+
+def _check_end(file: IO[bytes], offset: int, num_members: int) -> None:
+    """Refuse an archive that goes on where tarfile stopped: tarfile takes a damaged header for the end."""
+    file.seek(offset)
+    rest = file.read(END_BYTES)
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        raise _Refused(
+            f"after {num_members} members it is cut off or damaged, or another archive follows; copy or write it again"
+        )
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -174,7 +174,7 @@ def export_autoencoder(
     exported = _with_scale(autoencoder, sample_size=size, **scale).cpu().float()
     try:
         exported.save_pretrained(partial)
-        _check_same_reconstruction(exported, pretrained_autoencoder(partial))
+        check_same_reconstruction(exported, pretrained_autoencoder(partial))
         write_values(values or PixelValues(shown=default_shown(image_shape[0])), partial)
         card = autoencoder_card(autoencoder, image_shape, latent_std, settings or {})
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -444,7 +444,8 @@ def _check_small(differences: Mapping[str, float]) -> None:
 
 
 @torch.no_grad()
-def _check_same_reconstruction(autoencoder: AutoencoderNetwork, loaded: AutoencoderNetwork) -> None:
-    side = 2 * downsampling(autoencoder)
-    x = torch.randn(1, autoencoder.config["in_channels"], side, side, generator=keyed_generator(0))
+def check_same_reconstruction(autoencoder: AutoencoderNetwork, loaded: AutoencoderNetwork) -> None:
+    """Raise a RuntimeError if an autoencoder reconstructs otherwise once it was loaded."""
+    shape = (1, autoencoder.config["in_channels"], 2 * downsampling(autoencoder), 2 * downsampling(autoencoder))
+    x = torch.randn(shape, generator=keyed_generator(0))
     _check_small({"reconstructed images": _difference(reconstruct(autoencoder, x), reconstruct(loaded, x))})

@@ -30,7 +30,7 @@ from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.runtime.hub import PREFIX, check_hub_name, download, is_hub_name
-from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights, without_initial_weights
 from unet_diffusion.runtime.named_class import class_of
 from unet_diffusion.runtime.pixel_values import PixelValues
 
@@ -56,7 +56,7 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
         return _adapted(file, record, weights, speed=speed, allow=allow, autoencoder=autoencoder)
     with explained(file, "denoiser"), no_larger_than(weights):
         channels, height, width = record["sample_shape"]
-        with WithoutInitialWeights():
+        with without_initial_weights(allow):
             conditions = nn.ModuleList(
                 built(class_of(condition["class_path"], Condition, allow), condition["init_args"])
                 for condition in record["conditions"]

@@ -23,7 +23,7 @@ from unet_diffusion.latents.codec import Codec
 from unet_diffusion.models.speed import SPEEDS, Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.atomic_files import atomic_write
-from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
+from unet_diffusion.runtime.initial_weights import without_initial_weights
 from unet_diffusion.runtime.messages import in_words
 from unet_diffusion.runtime.named_class import PACKAGE, class_of
 from unet_diffusion.runtime.safe_loading import load_plain
@@ -242,7 +242,7 @@ def network_with_weights(record: dict[str, Any], weights: dict[str, Tensor], all
     Raises:
         ValueError: If the network cannot be built.
     """
-    with WithoutInitialWeights():
+    with without_initial_weights(allow):
         network = _build(record, allow)
     network.load_state_dict(averaged_weights("unet", weights))
     return network.eval()

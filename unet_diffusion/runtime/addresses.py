@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 ADDRESS = re.compile(r"([a-z][a-z0-9]+):/+")  # a drive of Windows has one letter
+SHORTENED = re.compile(r"([a-z][a-z0-9]+):/(?!/)")  # what a Path makes of two slashes and more
 
 
 def is_address(root: str | Path) -> bool:
@@ -16,17 +17,21 @@ def is_address(root: str | Path) -> bool:
 
 
 def place_of(root: str | Path) -> str:
-    """Return an address as it was given, from which a Path drops a slash, or a path with the user's home folder.
+    """Return an address with the slashes that a Path drops, or a path with the user's home folder in full.
 
     Args:
         root: A path or an address.
     """
     text = str(root)
-    return ADDRESS.sub(r"\1://", text, count=1) if is_address(root) else str(Path(text).expanduser())
+    if not is_address(root):
+        return str(Path(text).expanduser())
+    if match := SHORTENED.match(text):
+        return f"{match[1]}://{'/' * (match[1] == 'file')}{text[match.end() :]}"
+    return text
 
 
 def absolute_place(root: str | Path) -> str:
-    """Return an address as it was given, or a path from the top of the file system.
+    """Return an address as `place_of`, or a path from the top of the file system.
 
     Args:
         root: A path or an address.

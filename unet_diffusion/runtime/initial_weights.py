@@ -1,5 +1,7 @@
 """Networks that get their weights from a file: drawing random ones for them first takes most of the time of loading."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -13,7 +15,8 @@ DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_no
 class WithoutInitialWeights(TorchFunctionMode):
     """A context in which parameters are not filled with random numbers; a strict load must give all of them values.
 
-    Buffers and other tensors are drawn as ever, as a state dict need not hold them.
+    It suits networks of this package and of libraries alone. A class of a user's own may compute buffers from its first
+    weights, or from random numbers that are others once the weights are not drawn before them.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -21,3 +24,12 @@ class WithoutInitialWeights(TorchFunctionMode):
         if getattr(func, "__name__", None) in DRAWS and isinstance(filled, nn.Parameter):
             return filled
         return func(*args, **(kwargs or {}))
+
+
+def without_initial_weights(allow: Sequence[str]) -> AbstractContextManager[Any]:
+    """Return `WithoutInitialWeights`, or a context that changes nothing where classes of a user's own may be built.
+
+    Args:
+        allow: The modules of these classes.
+    """
+    return nullcontext() if allow else WithoutInitialWeights()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unet_diffusion.diffusers_io.exporting import normalised_autoencoder
+from unet_diffusion.diffusers_io.exporting import check_same_reconstruction, normalised_autoencoder
 from unet_diffusion.diffusers_io.single_file import names
 from unet_diffusion.diffusers_io.single_file.importing import import_single_file
 from unet_diffusion.diffusers_io.single_file.layouts import (
@@ -61,6 +61,7 @@ CLIP_PREFIXES = {SD1: "cond_stage_model.transformer.text_model.", XL: "condition
 # Of configurations: heads of networks are said by other arguments, and training alone needs the others.
 UNCOMPARED = ("num_heads", "head_channels", "transformer_depth", "dropout", "frozen")
 HEAD_WIDTH = 64  # of the text encoders of all layouts
+UNWRITTEN = {"norm_num_groups": 32, "act_fn": "silu"}  # settings of all published autoencoders of the layout
 ROUNDING = 1e-6  # relative; the input of a paired image is scaled and scaled back
 
 
@@ -94,10 +95,19 @@ def _check_expressible(parts: DenoiserParts, layout: Layout) -> None:
             raise ValueError(f"heads of a text encoder must be {HEAD_WIDTH} wide in one file, got {width:g}; export a "
                              "folder")  # fmt: skip
     check_values(parts.values)
+    if isinstance(parts.codec, LatentCodec):
+        _check_unwritten(parts.codec.autoencoder)
     read = schedule_in(_tables(parts.schedule), layout, parts.schedule.prediction_type)
     if read is None or read.config != parts.schedule.config:
         raise ValueError(f"one file holds a noise schedule as tables, from which this one is not read again: "
                          f"{parts.schedule.config}; export a folder")  # fmt: skip
+
+
+def _check_unwritten(autoencoder: AutoencoderNetwork) -> None:
+    """Refuse an autoencoder with other settings than those that the layout takes for granted, as no weight tells."""
+    for name, value in UNWRITTEN.items():
+        if (ours := autoencoder.config[name]) != value:
+            raise ValueError(f"one file holds an autoencoder with {name} {value}, got {ours}; export a folder")
 
 
 def check_values(values: PixelValues) -> None:
@@ -132,10 +142,11 @@ def export_autoencoder_file(
     Raises:
         FileExistsError: If the file exists and overwrite is False, or if it is another file.
         RuntimeError: If the file gives another autoencoder when it is read.
-        ValueError: If the latents are normalised by more than one scale.
+        ValueError: If the latents are normalised by more than one scale, or the layout has no such autoencoder.
     """
     path = Path(path)
     check_replaceable(path, overwrite=overwrite)
+    _check_unwritten(autoencoder)
     if any(autoencoder.config.get(name) is not None for name in MOMENTS):
         raise ValueError(f"one file holds a scaling_factor, and not {' and '.join(MOMENTS)}; export a folder")
     scale = autoencoder.config["scaling_factor"] if latent_std is None else 1 / latent_std
@@ -145,6 +156,7 @@ def export_autoencoder_file(
     with written(names.autoencoder_weights(autoencoder), path, settings) as readable:
         again = single_file_autoencoder(readable)
         _check_equal({"autoencoder": (autoencoder, again)})
+        check_same_reconstruction(autoencoder, again)
         _check_same_values({"scaling_factor": scale}, {"scaling_factor": again.config["scaling_factor"]})
 
 
