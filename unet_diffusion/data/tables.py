@@ -22,7 +22,7 @@ from unet_diffusion.data.described import (
     classes_of_values,
 )
 from unet_diffusion.data.listing import LeftOut, composed, walk
-from unet_diffusion.runtime.hub import PREFIX, check_hub_name
+from unet_diffusion.runtime.hub import PREFIX, check_hub_name, hub_answers
 from unet_diffusion.runtime.messages import first_few
 
 if TYPE_CHECKING:
@@ -174,7 +174,11 @@ def _loaded(place: str, table: Table) -> "Dataset":
 
 def _all_splits(datasets: ModuleType, place: str, table: Table) -> Any:
     if place.startswith(PREFIX):
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
         name, _, revision = place.removeprefix(PREFIX).partition("@")
+        if not (HF_HUB_OFFLINE or hub_answers(check_hub_name(name), "dataset")):
+            raise ConnectionError  # the library would wait for minutes
         return datasets.load_dataset(check_hub_name(name), table.config, revision=revision or None)
     path = Path(place)
     if path.is_file():
@@ -244,8 +248,8 @@ def _explained(place: str) -> Iterator[None]:
         raise FileNotFoundError(f"{place} cannot be had from the hub: {_first_line(error)} Correct the name, or log in "
                                 "with: hf auth login") from error  # fmt: skip
     except (ConnectionError, HfHubHTTPError) as error:
-        raise FileNotFoundError(f"the hub cannot be reached for {place}, nor is the data set in its cache; connect to "
-                                "the network, or give a local folder") from error  # fmt: skip
+        raise FileNotFoundError(f"the hub cannot be reached for {place}; connect to the network, set HF_HUB_OFFLINE=1 "
+                                "if the data set is in its cache, or give a local folder") from error  # fmt: skip
     except (DatasetsError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"{place} cannot be read as a data set: {_first_line(error)}") from error
 

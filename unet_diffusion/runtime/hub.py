@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 StrPath = str | os.PathLike[str]
 PREFIX = "hf://"
@@ -67,7 +67,7 @@ def download(path: str, revision: str | None = None) -> Path:
 
     name = check_hub_name(path)
     with _explained(path, revision):
-        options: dict[str, Any] = {"max_workers": MOST_CONNECTIONS, "local_files_only": not _answers(name)}
+        options: dict[str, Any] = {"max_workers": MOST_CONNECTIONS, "local_files_only": not hub_answers(name)}
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=PLAIN, **options))
         # A pipeline's folders hold its weights; the same in one file often lies beside them.
         nested = [f"*/{pattern}" for pattern in WEIGHTS] if (folder / "model_index.json").is_file() else WEIGHTS
@@ -91,7 +91,7 @@ def push(name: str, files: Mapping[str, Path | bytes], *, private: bool = False)
     from huggingface_hub import CommitOperationAdd, HfApi
 
     name, api = check_hub_name(name), HfApi()
-    if not _answers(name):
+    if not hub_answers(name):
         raise FileNotFoundError(f"the hub cannot be reached for {name}; connect to the network")
     with _explained(name, None):
         api.create_repo(name, private=private, exist_ok=True)
@@ -103,13 +103,18 @@ def push(name: str, files: Mapping[str, Path | bytes], *, private: bool = False)
     return f"{api.endpoint}/{name}"
 
 
-def _answers(name: str) -> bool:
-    """Whether the hub answers in time what it has under a name, if only that it has nothing."""
+def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
+    """Return whether the hub answers in time what it has under a name, if only that it has nothing.
+
+    Args:
+        name: owner/name.
+        kind: What the name is of.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi().model_info(name, timeout=PATIENCE)
+        HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE)
     except HfHubHTTPError:
         return True
     except (ConnectionError, _network_error()):
