@@ -3,6 +3,7 @@
 import pytest
 import torch
 from denoisers import text_denoiser
+from diffusers import AutoencoderKL
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from single_files import LAYOUTS, UNET, classes, saved, sd1, tiny_vae, unconditional
@@ -85,6 +86,15 @@ def test_autoencoder_is_exported_alone(kind, tmp_path):
     assert LatentCodec(tmp_path / "vae.safetensors").sample_shape((3, 16, 16)) == (4, 8, 8)
     weights = again.autoencoder.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in original.autoencoder.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "value"), [("norm_num_groups", 8), ("act_fn", "relu")])
+def test_autoencoder_with_settings_that_no_weight_tells_is_refused(name, value, tmp_path):
+    network = AutoencoderKL(3, 3, block_out_channels=[32], norm_num_groups=8 if name == "norm_num_groups" else 32)
+    network.register_to_config(**{name: value})
+    with pytest.raises(ValueError, match=rf"an autoencoder with {name} .*, got {value}; export a folder"):
+        ud.Autoencoder(network, (3, 32, 32)).export(tmp_path / "vae.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_says_how_the_file_is_imported(tmp_path, run_cli):

@@ -1,5 +1,6 @@
 """Segmenters in files of the layout inc, down, up, outc, beside a network of these names that is written here."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -232,3 +233,11 @@ def test_network_without_python_is_no_file_of_weights(tmp_path):
     segmenter, _ = unlike_the_layout()["range"]
     with pytest.raises(ValueError, match="format onnx makes a folder"):
         segmenter.export(tmp_path / "file.safetensors", format="onnx")
+
+
+@pytest.mark.parametrize(("name", "value"), [("kind", "distance"), ("image_size", True), ("class_names", [1, 2])])
+def test_settings_that_are_none_are_refused(name, value, tmp_path):
+    metadata = {"unet_diffusion": json.dumps({name: value})}
+    save_file(tiny().state_dict(), tmp_path / "net.safetensors", metadata)
+    with pytest.raises(ValueError, match=rf"{name} in the metadata of .* must be .*; export it again"):
+        ud.load(tmp_path / "net.safetensors")

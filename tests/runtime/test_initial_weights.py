@@ -7,7 +7,7 @@ from single_files import saved, sd1, sdxl
 from torch import nn
 
 import unet_diffusion as ud
-from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
+from unet_diffusion.runtime.initial_weights import WithoutInitialWeights, without_initial_weights
 
 
 def folder_of_stable_diffusion(folder):
@@ -47,3 +47,22 @@ def test_tensors_beside_parameters_are_drawn():
     torch.manual_seed(0)
     torch.testing.assert_close(linear.frequencies, torch.empty(100).normal_())
     assert draw().weight.abs().max() > 0
+
+
+class WithFrequencies(nn.Module):
+    """A class of a user's own: its buffer is no part of a state dict."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(10, 10)
+        self.register_buffer("frequencies", torch.randn(3), persistent=False)
+        self.register_buffer("scale", self.linear.weight.std(), persistent=False)
+
+
+def test_classes_of_a_users_own_are_made_as_in_training():
+    trained = WithFrequencies()
+    with without_initial_weights(["my_networks"]):
+        loaded = WithFrequencies()
+    assert torch.equal(loaded.frequencies, trained.frequencies)
+    assert torch.equal(loaded.scale, trained.scale)

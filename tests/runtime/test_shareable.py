@@ -20,6 +20,13 @@ from unet_diffusion.runtime.shareable import shareable
         ("zcat /home/me/cells.gz --into=/home/me/cells", "zcat cells.gz --into=cells"),
         ("out:/home/me/cells", "out:/cells"),
         (Path("s3://user:pass/word@host/b/cells?sig=secret"), "s3:/cells"),
+        ("s3://lab/a,/home/anna/clinic7", "s3://lab/a,clinic7"),
+        ("https://arxiv.org/abs/1 and /home/me/cells", "https://arxiv.org/abs/1 and cells"),
+        ("a|/home/me/x", "a|x"),
+        ("see https://x.org/a is it nice? yes, very", "see https://x.org/a is it nice? yes, very"),
+        ("1 /2 of a cell", "1 /2 of a cell"),
+        (r"a \beta phase", r"a \beta phase"),
+        (r"\d+_mask\.png", r"\d+_mask\.png"),
         ("data/cells", "data/cells"),
         ("owner/name", "owner/name"),
         ("a red/blue heart, N / A", "a red/blue heart, N / A"),
@@ -50,3 +57,12 @@ def test_other_settings_stay_at_any_depth():
     settings = {"model": {"lr": 0.001, "betas": (0.9, 0.999), "unet": {"class_path": "a.b.C"}}, "seed": None, 3: True}
     assert shareable(settings) == {**settings, "model": {**settings["model"], "betas": [0.9, 0.999]}}
     assert shareable({"/home/me": [{"root": "/home/me/cells"}]}) == {"me": [{"root": "cells"}]}
+
+
+def test_places_lose_their_folders_and_secrets_are_left_out():
+    settings = {"data": {"root": "data/patients/John_Smith", "image_size": 64}, "init_from": "../me/private/run"}
+    assert shareable(settings) == {"data": {"root": "John_Smith", "image_size": 64}, "init_from": "run"}
+    assert shareable({"root": "hf://owner/name"}) == {"root": "hf://owner/name"}
+    secrets = {"token": "hf_x", "headers": {"Authorization": "Bearer x"}, "aws_secret_access_key": "x", "api_key": "x"}
+    words = {"placeholder_token": "<toy>", "num_tokens": 3, "max_length": 77}
+    assert shareable({**secrets, **words}) == words

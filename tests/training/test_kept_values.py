@@ -80,10 +80,21 @@ def test_loaded_module_refuses_data_of_another_range(checkpoint_of, data_with, q
 def test_module_that_was_trained_refuses_data_of_another_range(new_module, data_with, quiet_trainer):
     module = new_module("denoiser")
     quiet_trainer(max_steps=1, limit_val_batches=0).fit(module, data_with("denoiser", PixelValues()))
-    with pytest.raises(
-        ValueError, match=r"numbers of 0 to 255 as -1 to 1.*have 0 to 4095; set data.value_range to null"
-    ):
+    with pytest.raises(ValueError, match=r"numbers of 0 to 255 as -1 to 1.*have 0 to 4095; leave data.value_range out"):
         quiet_trainer(max_steps=1, limit_val_batches=0).fit(module, data_with("denoiser", TWELVE_BITS))
+
+
+@pytest.mark.parametrize(
+    ("trained", "data"),
+    [
+        (PixelValues(), PixelValues("uint16", 0, 255)),  # the same numbers in another type
+        (PixelValues(), PixelValues("uint16", 0, 65535)),  # the whole range of both types
+        (PixelValues(), PixelValues("float32", -1, 1)),  # a source of one's own, which scales
+    ],
+)
+def test_ranges_that_scale_alike_are_one(trained, data):
+    data.require_range_of(trained, "the model was trained on")
+    trained.require_range_of(data, "the model was trained on")
 
 
 def test_module_whose_training_did_not_begin_takes_data_of_any_range(new_module, data_with, quiet_trainer):

@@ -236,12 +236,19 @@ class ResumableLoader(DataLoader[Batch]):
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the number of batches of it that were handed out, and what decides their order."""
-        return {"epoch": self.sampler.epoch, "num_batches": self._num_handed_out, "order": self.sampler.order}
+        return {
+            "epoch": self.sampler.epoch,
+            "num_batches": self._num_handed_out,
+            "is_over": self._num_handed_out == len(self.sampler),
+            "order": self.sampler.order,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called, and say if the epoch that was begun goes on in another order."""
         before, now = state.get("order", {}), self.sampler.order
-        if differ := [f"{name} was {before[name]}, is {now[name]}" for name in before if before[name] != now[name]]:
+        has_begun = state["num_batches"] > 0 and not state.get("is_over", False)
+        differ = [f"{name} was {before[name]}, is {now[name]}" for name in before if before[name] != now[name]]
+        if has_begun and differ:
             from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # which packing does without
 
             rank_zero_warn(

@@ -424,8 +424,7 @@ def _network_difference(parts: DenoiserParts, loaded: UNet2DModel | UNet2DCondit
 
 
 def _decoded_difference(codec: LatentCodec, channels: int, loaded: AutoencoderNetwork) -> float:
-    space = codec.space
-    assert space is not None
+    assert (space := codec.space) is not None
     latents = torch.randn(1, channels, 2, 2, generator=keyed_generator(0))
     loaded_space = latent_space_of(loaded, "", space.image_shape)
     original = copy.deepcopy(codec.autoencoder).cpu()
@@ -446,6 +445,6 @@ def _check_small(differences: Mapping[str, float]) -> None:
 @torch.no_grad()
 def check_same_reconstruction(autoencoder: AutoencoderNetwork, loaded: AutoencoderNetwork) -> None:
     """Raise a RuntimeError if an autoencoder reconstructs otherwise once it was loaded."""
-    shape = (1, autoencoder.config["in_channels"], 2 * downsampling(autoencoder), 2 * downsampling(autoencoder))
-    x = torch.randn(shape, generator=keyed_generator(0))
+    side = 2 * downsampling(autoencoder)
+    x = torch.randn(1, autoencoder.config["in_channels"], side, side, generator=keyed_generator(0))
     _check_small({"reconstructed images": _difference(reconstruct(autoencoder, x), reconstruct(loaded, x))})

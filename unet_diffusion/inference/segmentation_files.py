@@ -38,9 +38,12 @@ def segmenter_of(
     unet = segmentation_unet_of(tensors, path)
     count = unet.config["out_channels"]
     names = BINARY if count == len(BINARY) else [str(number) for number in range(count)]
+    kind = settings.get("kind", "binary" if count == len(BINARY) else "classes")
+    if kind not in ("binary", "classes"):
+        raise ValueError(f"kind in the metadata of {path} must be binary or classes, got {kind!r}; export it again")
     return Segmenter(
         unet=unet,
-        kind=settings.get("kind", "binary" if count == len(BINARY) else "classes"),
+        kind=kind,
         class_names=settings.get("class_names", names),
         timestep=None,
         stretch=False,

@@ -223,6 +223,8 @@ def copy_paste(
         ValueError: If a number is out of range, if segmenter and files do not fit each other, or if no pair was kept.
     """
     _check_pairs(num_images, channels, segmenter, min_dice)
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise ValueError(f"image_size must be a height and a width in pixels, got {tuple(image_size)}")
     names, real = first_labels(labels, num_labels)
     pixels = _images_of(images, labels, num_labels, channels, stretch=stretch)
     kinds = [_kind_of(image) for image in pixels]

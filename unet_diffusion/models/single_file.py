@@ -95,7 +95,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = read_metadata(path).get(SETTINGS, "{}") if is_single_file_name(path) else "{}"
     try:
         settings = dict(json.loads(text))
-        wrong = [name for name, value in settings.items() if not isinstance(value, SETTING_TYPES[name])]
+        wrong = [name for name, value in settings.items() if not _is_of_type(value, SETTING_TYPES[name])]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the settings in the metadata of {path} are damaged ({error}); export it again") from error
     if wrong:
@@ -103,6 +103,15 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{wrong[0]} in the metadata of {path} must be a {kind}, got {settings[wrong[0]]!r}; export "
                          "it again")  # fmt: skip
     return settings
+
+
+def _is_of_type(value: Any, kind: type) -> bool:
+    """Whether a value of JSON is of a type; whole numbers are not negative here, and lists hold texts."""
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return isinstance(value, kind)
 
 
 def autoencoder_of(

@@ -71,6 +71,11 @@ class PixelValues:
         return (self.low, self.high) if has_range else None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the range is that of the type: all of 8 or 16 bits, or -1 to 1 of a source of one's own."""
+        return self.value_range is None or (self.low, self.high) == (-1, 1)
+
+    @property
     def ends(self) -> str:
         """The numbers that become -1 and 1, as errors show them."""
         return f"{self.low:.6g} to {self.high:.6g}"
@@ -86,11 +91,13 @@ class PixelValues:
         Raises:
             ValueError: If the ranges differ.
         """
-        if self.value_range == trained.value_range:
+        if (self.low, self.high) == (trained.low, trained.high) or (self.is_whole and trained.is_whole):
             return
-        setting = "null" if trained.value_range is None else list(trained.value_range)
+        setting = f"set data.value_range to {[trained.low, trained.high]}"
+        if trained.is_whole:
+            setting = "leave data.value_range out, if the images use the whole range of their type"
         raise ValueError(f"{made} numbers of {trained.ends} as -1 to 1, and the data have {self.ends}; "
-                         f"{fix or f'set data.value_range to {setting}'}")  # fmt: skip
+                         f"{fix or setting}")  # fmt: skip
 
     def fit_png(self, channels: int) -> bool:
         """Whether a PNG of 8 bits holds all of an image.
