@@ -130,6 +130,22 @@ def test_resumed_epoch_in_another_order_is_told(tmp_path, tiny_module, quiet_tra
         fit(3, ckpt_path=checkpoint)
 
 
+def test_epoch_that_is_over_has_no_order_to_keep():
+    def loader(batch_size):
+        data = ImageDataModule(Digits(), batch_size=batch_size, num_val=1797 - 10, num_workers=0)
+        data.setup("fit")
+        return data.train_dataloader()
+
+    begun, over = loader(4), loader(4)
+    next(iter(begun))
+    assert len([*over]) == 3
+    with pytest.warns(UserWarning, match=r"batch_size was 4, is 2"):
+        loader(2).load_state_dict(begun.state_dict())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*another order than")
+        loader(2).load_state_dict(over.state_dict())
+
+
 def test_folder_is_trained_on_by_groups(tmp_path):
     sizes = {0: 30, 1: 2, 2: 2, 3: 2}
     for patient, number in sizes.items():

@@ -424,8 +424,8 @@ def _network_difference(parts: DenoiserParts, loaded: UNet2DModel | UNet2DCondit
 
 
 def _decoded_difference(codec: LatentCodec, channels: int, loaded: AutoencoderNetwork) -> float:
-    assert (space := codec.space) is not None
-    latents = torch.randn(1, channels, 2, 2, generator=keyed_generator(0))
+    space, latents = codec.space, torch.randn(1, channels, 2, 2, generator=keyed_generator(0))
+    assert space is not None
     loaded_space = latent_space_of(loaded, "", space.image_shape)
     original = copy.deepcopy(codec.autoencoder).cpu()
     return _difference(decode_latents(original, space, latents), decode_latents(loaded, loaded_space, latents))
