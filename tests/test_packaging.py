@@ -21,6 +21,7 @@ IMPORTS_OF_EXTRAS = {
     "peft": ["lora"],
     "pyarrow": ["datasets"],
     "pydicom": ["medical"],
+    "timm": ["encoders"],
     "tokenizers": ["text"],
     "transformers": ["text"],
     "wandb": ["wandb"],

@@ -31,15 +31,12 @@ class Store:
         root: A path, or an address that fsspec knows: http://..., s3://...
         num_retries: How often a read is tried again.
 
-    Attributes:
-        error: The type of the error of a read that failed each time.
-
     Raises:
         ModuleNotFoundError: If a package for such addresses is missing.
         ValueError: If such addresses are not known.
     """
 
-    error: type[OSError] = OSError
+    error: type[OSError] = OSError  # what is raised once a read has failed each time
 
     def __init__(self, root: str | Path, *, num_retries: int = 4) -> None:
         self.root = str(root).rstrip("/")
@@ -84,7 +81,7 @@ class Store:
             place: What it reads, for messages.
 
         Raises:
-            OSError: If it fails each time; its type is `error`.
+            OSError: If it fails each time.
         """
         for left in range(self.num_retries, -1, -1):
             try:

@@ -18,7 +18,7 @@ PATH = re.compile(rf"{ABSOLUTE}.*")
 PATH_IN_TEXT = re.compile(rf"(?<=[\s=,;:|<>'\"(\[{{]){ABSOLUTE}[^\s=,;:|<>'\")\]}}]+[\\/][^\s=,;:|<>'\")\]}}]+")
 PLACES = {  # settings that are paths, also relative ones
     *("root", "images", "labels", "unlabelled", "semantic_map", "paired_image", "boxes", "init_from", "base"),
-    *("autoencoder", "default_root_dir", "ckpt_path"),
+    *("autoencoder", "folder", "default_root_dir", "ckpt_path"),
 }
 SECRET = re.compile(
     r"(?:.*_)?(?:secret|password|passwd|passphrase|authorization|headers|credentials?|sas|sig|signature"

@@ -21,6 +21,7 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.precision import precision_name
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.runtime.safe_loading import load_plain
+from unet_diffusion.runtime.shareable import PLACES
 from unet_diffusion.training.averaging import Averages, averaged_copy
 from unet_diffusion.training.hyperparameters import check_choice, plain_arguments, plain_optimizer, scalar_arguments
 from unet_diffusion.training.kept_values import KeepsValues
@@ -392,6 +393,7 @@ class NetworkModule(KeepsValues):
         checkpoint = load_plain(checkpoint_path)
         settings = cls.record_in(checkpoint)["settings"]
         known = scalar_arguments(cls, settings.get("model", {}))
+        known = {name: value for name, value in known.items() if name not in PLACES}  # of which the last part is kept
         module = cls.rebuilt(checkpoint_path, checkpoint, allow, **{**known, **arguments})
         module.load_state_dict(checkpoint["state_dict"])
         module.settings = settings
