@@ -1,5 +1,6 @@
 """Data sets of the library datasets: read as the same images in a folder are, bit for bit."""
 
+import gzip
 import hashlib
 import io
 import os
@@ -7,10 +8,12 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
 import hub
+import nibabel
 import numpy as np
 import pandas
 import pytest
@@ -354,6 +357,21 @@ def test_table_may_name_files_beside_it(images):
     files = find_images(images.parent / "named.parquet")
     assert [files.read(name) for name in files.names] == [Path(path).read_bytes() for path in
                                                           sorted(paths, key=lambda path: Path(path).name)]  # fmt: skip
+
+
+def test_arrays_and_slices_in_a_table_get_the_extension_of_their_format(tmp_path, run_cli):
+    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    npy, npz = io.BytesIO(), io.BytesIO()
+    np.save(npy, pixels)
+    np.savez(npz, pixels)
+    nifti = nibabel.Nifti1Image(pixels, np.eye(4)).to_bytes()
+    contents = [npy.getvalue(), npz.getvalue(), nifti, gzip.compress(nifti)]
+    pandas.DataFrame({"image": contents}).to_parquet(tmp_path / "set.parquet")
+    status, _, err = run_cli("pack", tmp_path / "set.parquet", tmp_path / "shards", "--channels", 1)
+    assert status == 0, err
+    with tarfile.open(next((tmp_path / "shards").glob("*.tar"))) as archive:
+        endings = {name.partition(".")[2] for name in archive.getnames()}
+    assert endings == {"npy", "npz", "nii", "nii.gz"}
 
 
 def test_pack_takes_a_table(images, tmp_path, run_cli):

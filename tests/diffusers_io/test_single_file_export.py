@@ -97,6 +97,11 @@ def test_autoencoder_with_settings_that_no_weight_tells_is_refused(name, value, 
     assert not list(tmp_path.iterdir())
 
 
+def test_autoencoder_of_images_that_are_not_square_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="an autoencoder of square images, got 32x48; export a folder"):
+        ud.Autoencoder(tiny_vae("kl"), (3, 32, 48)).export(tmp_path / "vae.safetensors")
+
+
 def test_command_says_how_the_file_is_imported(tmp_path, run_cli):
     made = saved(unconditional, tmp_path)
     assert run_cli("import", made.file, tmp_path / "imported.ckpt", "--image_size", "16")[0] == 0

@@ -11,7 +11,7 @@ import json
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.runtime.tiff_files import tiff_of
 
 ORDER_KEY = 2  # keeps the order apart from the split of a folder
+ZIP, GZIP = b"PK", b"\x1f\x8b"  # begin such files
 COMPRESS_LEVEL = 1  # of PNG: fast; 9 saves a few per cent
 KNOWN = {CAPTION: "captions", CLASS: "labels"}  # the entries that go into members of their own
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of 8 bits, by channels
@@ -221,7 +222,7 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packe
     """
     if isinstance(image_format, int):
         stored = only_image(content, image_format)
-        extension = _extension(name, stored)
+        extension = _extension(name, stored, content)
         are_colours = stored.kind != "channels"
         is_plain = stored.palette is None and stored.alpha is None and stored.transparent is None
         numbers = plain_numbers(stored) if is_plain else stored.numbers()
@@ -244,10 +245,15 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packe
     return Packed(tiff_of(numbers, are_colours=are_colours), ".tif", size, bits, numbers.dtype, ends, are_colours)
 
 
-def _extension(name: str, stored: StoredImage) -> str:
+def _extension(name: str, stored: StoredImage, content: bytes) -> str:
     """The extension of the name, or, as the names of rows of a table have none, that of the format."""
-    suffix = PurePosixPath(name).suffix.lower()
-    return suffix if suffix in IMAGE_EXTENSIONS else f".{stored.file_format.rpartition(' ')[2].lower()}"
+    if known := [extension for extension in IMAGE_EXTENSIONS if name.lower().endswith(extension)]:
+        return max(known, key=len)  # .nii.gz
+    if stored.file_format == "NumPy":
+        return ".npz" if content.startswith(ZIP) else ".npy"
+    if stored.file_format == "NIfTI":
+        return ".nii.gz" if content.startswith(GZIP) else ".nii"
+    return f".{stored.file_format.rpartition(' ')[2].lower()}"
 
 
 def _ends(numbers: NDArray[Any]) -> tuple[float, float]:

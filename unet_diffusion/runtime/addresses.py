@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from unet_diffusion.runtime.shareable import shareable
+
 ADDRESS = re.compile(r"([a-z][a-z0-9]+):/+")  # a drive of Windows has one letter
 SHORTENED = re.compile(r"([a-z][a-z0-9]+):/(?!/)")  # what a Path makes of two slashes and more
 
@@ -31,9 +33,11 @@ def place_of(root: str | Path) -> str:
 
 
 def absolute_place(root: str | Path) -> str:
-    """Return an address as `place_of`, or a path from the top of the file system.
+    """Return a root as settings beside outputs record it: a path from the top of the file system, or an address.
+
+    Of an address they hold neither user and password nor query.
 
     Args:
         root: A path or an address.
     """
-    return place_of(root) if is_address(root) else str(Path(root).resolve())
+    return shareable(place_of(root)) if is_address(root) else str(Path(root).resolve())

@@ -152,7 +152,9 @@ def export_autoencoder_file(
     scale = autoencoder.config["scaling_factor"] if latent_std is None else 1 / latent_std
     settings = {} if scale is None else {"scaling_factor": float(scale)}
     _, height, width = image_shape
-    settings |= {"image_size": height} if height == width else {}
+    if height != width:
+        raise ValueError(f"one file holds an autoencoder of square images, got {height}x{width}; export a folder")
+    settings["image_size"] = height
     with written(names.autoencoder_weights(autoencoder), path, settings) as readable:
         again = single_file_autoencoder(readable)
         _check_equal({"autoencoder": (autoencoder, again)})
