@@ -63,9 +63,12 @@ def write(images: list[np.ndarray], root: Path, num_channels: int) -> None:
     found = datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()}))
     found.to_parquet(root / "set.parquet")
     found.save_to_disk(root / "saved")
-    with webdataset.TarWriter(str(root / "set.tar")) as tar:
-        for number, row in enumerate(rows):
-            tar.write({"__key__": f"{number:06d}", "png": row["image"]["bytes"]})
+    (root / "tars").mkdir()
+    for part in range(NUM_WORKERS):  # the library hands out whole archives to workers
+        with webdataset.TarWriter(str(root / f"tars/{part}.tar")) as tar:
+            for number, row in enumerate(rows):
+                if number % NUM_WORKERS == part:
+                    tar.write({"__key__": f"{number:06d}", "png": row["image"]["bytes"]})
     pack(find_images(root / "png"), root / "shards", root=root / "png", shard_images=256)
 
 
@@ -88,7 +91,7 @@ def ours(root: Path, size: int, batch_size: int, num_channels: int) -> dict[str,
         "shards of PNG": loader(Shards(root / "shards", image_size=size)),
         "Parquet of PNG": folder("set.parquet"),
         "saved data set of PNG": folder("saved"),
-        "WebDataset tar of PNG": folder("set.tar"),
+        "WebDataset tars of PNG": folder("tars"),
     }
 
 
@@ -123,7 +126,7 @@ def libraries(root: Path, batch_size: int) -> dict[str, tuple[str, Loader]]:
         "shards of PNG": ("webdataset", tars(sorted(map(str, (root / "shards").glob("*.tar"))))),
         "Parquet of PNG": ("datasets", rows(parquet["train"])),
         "saved data set of PNG": ("datasets", rows(datasets.load_from_disk(str(root / "saved")))),
-        "WebDataset tar of PNG": ("webdataset", tars([str(root / "set.tar")])),
+        "WebDataset tars of PNG": ("webdataset", tars(sorted(map(str, (root / "tars").glob("*.tar"))))),
     }
 
 
