@@ -23,6 +23,7 @@ from unet_diffusion.runtime.shareable import shareable
         ("s3://lab/a,/home/anna/clinic7", "s3://lab/a,clinic7"),
         ("https://arxiv.org/abs/1 and /home/me/cells", "https://arxiv.org/abs/1 and cells"),
         ("a|/home/me/x", "a|x"),
+        ("/home/me/cells\n/home/me/others", "cells\nothers"),
         ("see https://x.org/a is it nice? yes, very", "see https://x.org/a is it nice? yes, very"),
         ("1 /2 of a cell", "1 /2 of a cell"),
         (r"a \beta phase", r"a \beta phase"),

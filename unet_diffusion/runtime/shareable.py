@@ -15,7 +15,7 @@ ABSOLUTE = (
     r"(?:(?:~\w*)?/|[A-Za-z]:[\\/]|\\\\)"  # how a path begins: at the root, at home, at a drive or a server of Windows
 )
 PATH = re.compile(rf"{ABSOLUTE}.*")
-PATH_IN_TEXT = re.compile(rf"(?<=[\s=,;:|<>'\"(\[{{]){ABSOLUTE}[^\s=,;:|<>'\")\]}}]+[\\/][^\s=,;:|<>'\")\]}}]+")
+PATH_IN_TEXT = re.compile(rf"(?:^|(?<=[\s=,;:|<>'\"(\[{{])){ABSOLUTE}[^\s=,;:|<>'\")\]}}]+[\\/][^\s=,;:|<>'\")\]}}]+")
 PLACES = {  # settings that are paths, also relative ones
     *("root", "images", "labels", "unlabelled", "semantic_map", "paired_image", "boxes", "init_from", "base"),
     *("autoencoder", "folder", "default_root_dir", "ckpt_path"),
@@ -65,10 +65,11 @@ def _shareable_text(text: str) -> str:
 
 
 def _shareable_address(scheme: str, rest: str) -> str:
-    address, space, text = re.match(r"(\S*)(\s*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    address, *after = re.split(r"(?=\s)", rest, maxsplit=1)
+    text = "".join(after)
     if "@" in text:  # a password may hold spaces
-        address, space, text = rest, "", ""
-    return _shown_address(scheme, address) + PATH_IN_TEXT.sub(lambda match: _last_part(match[0]), space + text)
+        address, text = rest, ""
+    return _shown_address(scheme, address) + PATH_IN_TEXT.sub(lambda match: _last_part(match[0]), text)
 
 
 def _shown_address(scheme: str, rest: str) -> str:
