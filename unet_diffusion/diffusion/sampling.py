@@ -8,7 +8,6 @@ combinations of scheduler, schedule and number of steps for which diffusers retu
 With a denoiser that knows x0, every scheduler returns x0 up to rounding, except DEISMultistepScheduler: it ends at
 timestep 0 and returns sqrt(a_0) x0 + sqrt(1 - a_0) noise, which is 1 % noise with the linear schedule. A single step
 from noise amplifies rounding by 1 / sqrt(a_T), which is 160 for the linear schedule and 20 000 for the cosine schedule.
-With the cosine schedule HeunDiscreteScheduler needs about 100 steps: the second slope of its wide first step is wrong.
 """
 
 import inspect
@@ -17,9 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
-from diffusers.utils import is_torchsde_available
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -27,17 +24,11 @@ from unet_diffusion.diffusion.conditions.condition import Inputs
 from unet_diffusion.diffusion.guidance import Denoise, Guidance, Predictor, check_guidance, guide
 from unet_diffusion.diffusion.image_to_image import InitImage, apply_keep_mask, begin, check_init_image, num_steps_from
 from unet_diffusion.diffusion.linear_solver import LinearSolver, linear_steps
+from unet_diffusion.diffusion.refusals import check_first_step, check_num_inference_steps, refusal
 from unet_diffusion.diffusion.schedule import NoiseSchedule, scheduler_config
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 
-NO_SAMPLE_PREDICTION = (  # their step() raises NotImplementedError or ValueError
-    "DPMSolverSDEScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "PNDMScheduler",
-)
 STOCHASTIC = (  # they add noise at each step
     "DDPMScheduler",
     "DPMSolverSDEScheduler",
@@ -47,9 +38,6 @@ STOCHASTIC = (  # they add noise at each step
 NO_GUIDANCE = Guidance()
 Watch = Callable[[float, Tensor], object]
 """watch(t, x0) sees the x0, (B, C, H, W), that the denoiser takes a batch for at the timestep t."""
-
-MIN_PNDM_SIGNAL = 1e-5  # below this a_T, PNDM misses x0 by more than 1e-5 (measured; the linear schedule has 4e-5)
-MIN_PNDM_STEPS = 4  # the Runge-Kutta start of PNDM takes the first four steps
 
 THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")  # fields of the solver, not the noise
 
@@ -181,7 +169,7 @@ def denoise(
     """
     if len(generators) != shape[0]:
         raise ValueError(f"generators must be {shape[0]}, one per image, got {len(generators)}")
-    _check_num_inference_steps(scheduler, num_inference_steps)
+    check_num_inference_steps(scheduler, num_inference_steps)
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     if noise is None:
         noise = randn_tensor(tuple(shape), generator=list(generators), device=torch.device(device), dtype=torch.float32)
@@ -233,20 +221,6 @@ def supported_schedulers(schedule: NoiseSchedule) -> list[str]:
     return [name for name in SCHEDULERS if refusal(schedule, name) is None]
 
 
-def refusal(schedule: NoiseSchedule, name: str) -> str | None:
-    """The reason why a scheduler, one of SCHEDULERS, is not valid for the schedule; None if it is valid."""
-    if name == "EDMEulerScheduler":
-        return "it is for networks with EDM's preconditioning, which take log(sigma) / 4 instead of a timestep"
-    if name == "DPMSolverSDEScheduler" and not is_torchsde_available():
-        return "it needs the package torchsde (pip install torchsde)"
-    if schedule.prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
-        return "it does not implement prediction_type sample"
-    fields = inspect.signature(getattr(diffusers, name)).parameters
-    if schedule.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in fields:
-        return "it ignores rescale_betas_zero_snr, and would underestimate the noise"
-    return _pndm_refusal(schedule) if name == "PNDMScheduler" else None
-
-
 def num_network_steps(
     schedule: NoiseSchedule, scheduler: Any, num_inference_steps: int, init_image: InitImage | None = None
 ) -> int:
@@ -259,7 +233,7 @@ def num_network_steps(
         ValueError: If the scheduler is not valid or cannot take this number of steps.
     """
     built = build_scheduler(schedule, scheduler)
-    _check_num_inference_steps(built, num_inference_steps)
+    check_num_inference_steps(built, num_inference_steps)
     built.set_timesteps(num_inference_steps, device="cpu")
     skipped = num_inference_steps - num_steps_from(init_image, num_inference_steps)
     return len(built.timesteps) - skipped * built.order
@@ -293,6 +267,8 @@ def check_sampling(
     if init_image is not None:
         check_init_image(init_image, shape, name_of(scheduler), num_inference_steps)
     _check_finite(schedule, scheduler, num_inference_steps)
+    if num_steps_from(init_image, num_inference_steps) == num_inference_steps:
+        check_first_step(build_scheduler(schedule, scheduler), num_inference_steps)
 
 
 def _image_numbers(count: int, indices: Iterable[int] | None) -> list[int]:
@@ -353,18 +329,6 @@ def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict
     return {"generator": list(generators)} if takes_generator else {}
 
 
-def _pndm_refusal(schedule: NoiseSchedule) -> str | None:
-    if schedule.prediction_type == "v_prediction":
-        return "it averages the predictions of several timesteps, and v has another meaning at each"
-    signal = float(schedule.alphas_cumprod[-1])
-    if signal < MIN_PNDM_SIGNAL:
-        return (
-            f"its Runge-Kutta start amplifies rounding by powers of 1 / sqrt(alphas_cumprod[-1]), "
-            f"which must be at least {MIN_PNDM_SIGNAL} for it and is {signal:.1e}"
-        )
-    return None
-
-
 def _check_inputs(inputs: Inputs, unconditional: Inputs | None, count: int) -> None:
     for name, value in inputs.items():
         if len(value) != count:
@@ -383,36 +347,6 @@ def _check_labels(labels: Tensor, null_label: int | None) -> None:
     if lowest < 0 or (null_label is not None and highest > null_label):
         rule = "at least 0" if null_label is None else f"in [0, {null_label}], where {null_label} is the null label"
         raise ValueError(f"labels must be {rule}, got {lowest if lowest < 0 else highest}")
-
-
-def _check_num_inference_steps(scheduler: Any, num_steps: int) -> None:
-    """Refuse a number of steps for which the scheduler's timesteps do not match the noise levels it steps to."""
-    num_train = scheduler.config.num_train_timesteps
-    if not 1 <= num_steps <= num_train:
-        raise ValueError(f"num_inference_steps must be in [1, num_train_timesteps] = [1, {num_train}], got {num_steps}")
-    if scheduler.config.get("timestep_spacing") != "trailing":
-        return
-    rule, fits = _trailing_rule(type(scheduler).__name__, num_train)
-    if fits(num_steps):
-        return
-    fitting = [k for k in range(1, num_train + 1) if fits(k)]
-    nearest = [*[k for k in fitting if k < num_steps][-1:], *[k for k in fitting if k > num_steps][:1]]
-    fix = f"use {' or '.join(map(str, nearest))}, or another scheduler" if nearest else "use another scheduler"
-    raise ValueError(f"num_inference_steps must {rule} (num_train_timesteps is {num_train}), got {num_steps}; {fix}")
-
-
-def _trailing_rule(name: str, num_train: int) -> tuple[str, Callable[[int], bool]]:
-    """The rule for the number of steps with "trailing" timesteps, in words and as a predicate."""
-    if name == "DDIMScheduler":  # it steps to t - num_train // n, not to the next timestep: 60 steps leave 5 % noise
-        return "divide num_train_timesteps for DDIMScheduler, whose steps are all equal", lambda n: num_train % n == 0
-    if name == "PNDMScheduler":  # it does the same, with half of that step in its Runge-Kutta start
-        return (
-            f"be at least {MIN_PNDM_STEPS} and divide half of num_train_timesteps for PNDMScheduler, "
-            "whose steps are all equal and begin with half steps",
-            lambda n: n >= MIN_PNDM_STEPS and num_train % (2 * n) == 0,
-        )
-    # This is diffusers' own formula; if rounding adds a timestep, the last one is -1.
-    return "not make the trailing timesteps end below 0", lambda n: len(np.arange(num_train, 0, -num_train / n)) == n
 
 
 @lru_cache(maxsize=64)  # this trajectory takes as long as sampling one image on a GPU
