@@ -18,9 +18,10 @@ that its command line does is timed, with compiling its fused kernels, and expor
 takes minutes.
 
 Then, outside of the budget and the same for all: samples of the averaged network, by 25 steps of DPM-Solver++ on the
-noise schedule it was trained with, in bf16 (*), without guidance; ours at random labels. Their distance is to the
-10,000 test images (see features.py); that of as many training images is the least to hope for. Each result is kept as
-soon as it is there, and a run that was cut off continues. Options that are not of this program go to our fit.
+noise schedule it was trained with, in bf16 (*), without guidance; ours at random labels, and also with the guidance of
+its recipe. Their distance is to the 10,000 test images (see features.py); that of as many training images is the least
+to hope for. Each result is kept as soon as it is there, and a run that was cut off continues. Options that are not of
+this program go to our fit.
 """
 
 import argparse
@@ -123,6 +124,12 @@ def measured(options: argparse.Namespace, name: str, minutes: float, seed: int) 
     trained = training(options, name, minutes, seed)
     drawn = our_images if name in OURS else peer_images
     images, network = drawn(name, folder, options.num_images, seed)
+    verdicts = judge(options.root, options.work).verdict(images)
+    if name == "ours":
+        guidance_scale = yaml.safe_load(CONFIG.read_text())["samples"]["guidance_scale"]
+        images, _ = our_images(name, folder, options.num_images, seed, guidance_scale)
+        guided = judge(options.root, options.work).verdict(images)
+        verdicts |= {"guided": {"guidance_scale": guidance_scale, **guided}}
     if seed == options.seeds[0]:
         picture = options.json.with_name(f"time_to_quality_{name}_{minutes:g}.png")
         save_grid(images[:NUM_PICTURED], picture, columns=8, min_tile=28)
@@ -133,7 +140,7 @@ def measured(options: argparse.Namespace, name: str, minutes: float, seed: int) 
         "num_images": options.num_images,
         **trained,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        **judge(options.root, options.work).verdict(images),
+        **verdicts,
         "environment": environment(),
     }
 
@@ -170,6 +177,7 @@ def row(result: Result) -> dict[str, object]:
         "images seen": result["images_seen"],
         "parameters": f"{result['parameters'] / 1e6:.2f} M",
         "distance": f"{result['distance']:.2f}",
+        "guided": f"{result['guided']['distance']:.2f}" if "guided" in result else "",
         "label entropy": f"{result['label_entropy']:.2f}",
         "seconds": f"{result['seconds']:.1f}",
     }
@@ -228,7 +236,9 @@ def judge(root: Path, work: Path) -> Judge:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def our_images(name: str, folder: Path, num_images: int, seed: int) -> tuple[Tensor, nn.Module]:
+def our_images(
+    name: str, folder: Path, num_images: int, seed: int, guidance_scale: float = 1.0
+) -> tuple[Tensor, nn.Module]:
     """Samples in [-1, 1], at random labels where there are classes, and the network that they are of."""
     import unet_diffusion as ud
 
@@ -237,6 +247,7 @@ def our_images(name: str, folder: Path, num_images: int, seed: int) -> tuple[Ten
         num_images,
         labels=random_labels(denoiser.num_classes, num_images, seed),
         num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=guidance_scale,
         seed=seed,
         batch_size=SAMPLE_BATCH_SIZE,
     )

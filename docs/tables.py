@@ -96,11 +96,15 @@ def time_to_quality() -> Rows:
     """Distance of samples of Fashion-MNIST after minutes of training."""
     rows: Rows = [("", "seconds", "steps", "parameters", "distance")]
     record = result("time_to_quality")
-    for run in sorted(record["results"], key=lambda run: run["distance"]):
+    runs = [
+        (PEERS[run["contender"]] + name, run | figures)
+        for run in record["results"]
+        for name, figures in [("", {}), (", guided", run.get("guided"))]
+        if figures is not None
+    ]
+    for name, run in sorted(runs, key=lambda named: named[1]["distance"]):
         size = f"{run['parameters'] / 1e6:.1f} M"
-        rows.append(
-            (PEERS[run["contender"]], f"{run['seconds']:.0f}", f"{run['steps']:,}", size, f"{run['distance']:,.0f}")
-        )
+        rows.append((name, f"{run['seconds']:.0f}", f"{run['steps']:,}", size, f"{run['distance']:,.0f}"))
     rows.append(("1,000 training images", "", "", "", f"{record['real_images']['distance']:.0f}"))
     return rows
 

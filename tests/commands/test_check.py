@@ -143,6 +143,8 @@ def test_fit_says_the_gravest_at_its_beginning(run_cli, tmp_path, caplog):
     assert status == 0, err
     assert "advice: 13 of 13 images are tall" in caplog.text
     assert "note: " not in caplog.text
+    assert "GPU available" in caplog.text
+    assert "litlogger" not in caplog.text  # which Lightning advertises
 
 
 def test_the_first_look_is_that_of_the_first_process(monkeypatch):

@@ -8,6 +8,7 @@ is whole. A folder with a run of other settings is refused, unless --ckpt_path n
 """
 
 import atexit
+import logging
 import signal
 import warnings
 from collections.abc import Sequence
@@ -157,7 +158,7 @@ class TrainingCLI(OpenCLI):
             MemoryError: If memory does not suffice.
             Interrupted: If a signal ended it.
         """
-        _silence_expected_warnings()
+        _silence_expected_messages()
         try:
             return cls._run(arguments)
         except SIGTERMException as error:  # before the first step, when Lightning has the signal
@@ -363,8 +364,9 @@ class BuildOnly(TrainingCLI):
         """Do nothing."""
 
 
-def _silence_expected_warnings() -> None:
-    """Hide Lightning's warnings about things that are as they should be here."""
+def _silence_expected_messages() -> None:
+    """Hide Lightning's advertisements, and its warnings about things that are as they should be here."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     for message in (
         "LightningCLI's args parameter is intended",
         r"Found \d+ module\(s\) in eval mode",  # the averaged network
@@ -375,3 +377,7 @@ def _silence_expected_warnings() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in record.getMessage()
