@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_quality.py --root DIR --minutes 3 10
 
-Contenders, each in a process of its own, with batches of 64:
+Contenders, each in a process of its own; the peers with batches of 64:
 
     diffusers_shipped     UNet2DModel(64, 128, 128) with 8-wide heads, the recipe of diffusers' train_unconditional.py
     diffusers_tuned       the same with 64-wide heads, bf16 (*), v-prediction, a rate that fits the budget
