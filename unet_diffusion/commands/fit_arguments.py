@@ -13,6 +13,7 @@ import yaml
 
 import unet_diffusion.data
 from unet_diffusion.commands.recipes import all_recipes, read_settings, recipe_path
+from unet_diffusion.runtime.addresses import missing_path
 from unet_diffusion.runtime.messages import UsageError, did_you_mean, similar_paths
 
 SECTIONS = ("model", "data", "trainer", "samples", "evaluate", "checkpoint", "task", "seed_everything", "ckpt_path",
@@ -231,11 +232,10 @@ def _check_paths(settings: dict[str, Any]) -> None:
         name = name.replace(".source.", ".")  # the short form, as people type it
         if not value:
             raise UsageError(f"{name} must be a folder or file, and is empty; set --{name}")
-        path = Path(value).expanduser()
-        in_archive = any(parent.is_file() for parent in path.parents)
-        if "://" not in value and not path.exists() and not in_archive:
+        if (path := missing_path(Path(value))) is not None:
+            missing = "" if str(path) == str(Path(value).expanduser()) else f", and there is no {path}"
             fix = similar_paths(path) or f"; set --{name}"
-            raise FileNotFoundError(f"{name} must be an existing folder or file, got {value}{fix}")
+            raise FileNotFoundError(f"{name} must be an existing folder or file, got {value}{missing}{fix}")
     checkpoint = settings.get("ckpt_path")
     if checkpoint and checkpoint not in FINDS_CHECKPOINTS and not Path(str(checkpoint)).is_file():
         words = ", ".join(FINDS_CHECKPOINTS)

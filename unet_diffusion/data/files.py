@@ -23,9 +23,8 @@ from unet_diffusion.data.listing import (
 )
 from unet_diffusion.data.tables import TABLE_EXTENSIONS, TableFiles, is_table_file
 from unet_diffusion.data.tars import TAR, TarFiles, is_tar
-from unet_diffusion.runtime.addresses import is_address, place_of
+from unet_diffusion.runtime.addresses import PREFIX, is_address, place_of
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
-from unet_diffusion.runtime.hub import PREFIX
 
 MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
 MAX_TEXT_BYTES = 256 * 1024**2  # of a table of texts, or a record: it is read whole

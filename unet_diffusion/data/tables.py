@@ -22,7 +22,8 @@ from unet_diffusion.data.described import (
     classes_of_values,
 )
 from unet_diffusion.data.listing import LeftOut, composed, walk
-from unet_diffusion.runtime.hub import PREFIX, check_hub_name, hub_answers
+from unet_diffusion.runtime.addresses import PREFIX
+from unet_diffusion.runtime.hub import check_hub_name, hub_answers
 from unet_diffusion.runtime.messages import first_few
 
 if TYPE_CHECKING:

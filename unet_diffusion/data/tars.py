@@ -6,9 +6,8 @@ each image in them; from then on an image is read alone, by its range of bytes.
 """
 
 import json
-import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,13 @@ from unet_diffusion.data.described import (
 )
 from unet_diffusion.data.listing import HIDDEN, IMAGE_EXTENSIONS, LeftOut, composed, leads_outside, of_a_system, walk
 from unet_diffusion.data.stores import Store
-from unet_diffusion.runtime.addresses import is_address
-from unet_diffusion.runtime.messages import first_few
+from unet_diffusion.runtime.addresses import is_address, missing_path, numbered
+from unet_diffusion.runtime.messages import first_few, similar_paths
 
 TAR = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TEXT, CLASS, FIELDS = "txt", "cls", "json"  # endings of members with what is known of an image
 MAX_TEXT_BYTES = 16 * 1024**2  # of such a member
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {000..127}, as WebDataset has it
 NO_IMAGE = "samples without an image"
 END_BYTES = 4 * tarfile.RECORDSIZE  # of zeros are looked at after the last member; there are at least two blocks
 
@@ -229,9 +227,12 @@ def _archives(place: str) -> tuple[Store, list[str]]:
             raise FileNotFoundError(f"there are no tar archives in {place}; over http a server must list them, or give "
                                     f"their names, such as {place}/name-{{000..127}}.tar")  # fmt: skip
         return store, archives
+    if (missing := missing_path(Path(place))) is not None:
+        raise FileNotFoundError(f"there is no tar archive {missing}, looked for {missing.absolute()}"
+                                f"{similar_paths(missing)}")  # fmt: skip
     folder, slash, name = place.rpartition("/")
     folder = folder or ("/." if slash else ".")
-    return Store(folder, num_retries=_num_retries(place)), list(_numbered(name))
+    return Store(folder, num_retries=_num_retries(place)), list(numbered(name))
 
 
 def _below(folder: Path) -> list[str]:
@@ -242,16 +243,6 @@ def _below(folder: Path) -> list[str]:
 
 def _num_retries(place: str) -> int:
     return 4 if is_address(place) else 0
-
-
-def _numbered(name: str) -> Iterator[str]:
-    """The names that a name with {000..127} stands for."""
-    match = RANGE.search(name)
-    if match is None:
-        yield name
-        return
-    for number in range(int(match[1]), int(match[2]) + 1):
-        yield from _numbered(f"{name[: match.start()]}{number:0{len(match[1])}d}{name[match.end() :]}")
 
 
 def _stamp(place: str, archive: str) -> str:
