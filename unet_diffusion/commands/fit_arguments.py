@@ -40,7 +40,7 @@ SOURCES = {  # and their arguments
     "PairedFiles": ("images", "labels", *OF_VALUES, "label_suffix", "unlabelled"),
     "Shards": (*OF_IMAGES, "window", "num_lanes", "on_bad_shard", "num_retries"),
     "SyntheticCells": ("num_images",),
-    "Tiles": ("root", "tile_size", "channels", "stretch", "num_images", "semantic_map"),
+    "Tiles": ("root", "tile_size", "channels", "stretch", "num_images", "semantic_map", "table"),
     "Torchvision": ("dataset", "root", "download"),
 }
 OF_THE_PARSER = ("class_path", "dict_kwargs", "help")  # beside the arguments of a class

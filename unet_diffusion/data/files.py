@@ -84,9 +84,13 @@ def find_images(root: str | Path, table: Table = USUAL) -> ImageFiles:
             f"root must hold images, found none below {root}{others}; expected files that end in "
             f"{', '.join(IMAGE_EXTENSIONS)}, or a data set: .parquet, .arrow or .tar"
         )
-    if table != USUAL and not isinstance(files, DescribedFiles):
-        raise ValueError(f"table names the parts of a data set, and {root} holds image files; leave it out")
+    _check_named(table, files, root)
     return files
+
+
+def _check_named(table: Table, files: ImageFiles, root: str | Path) -> None:
+    if table.named and not isinstance(files, DescribedFiles):
+        raise ValueError(f"table names the parts of a data set, and {root} holds image files; leave it out")
 
 
 def _data_set_in(folder: Path, left_out: LeftOut, table: Table) -> ImageFiles | None:
@@ -103,15 +107,24 @@ def _data_set_in(folder: Path, left_out: LeftOut, table: Table) -> ImageFiles | 
     return files
 
 
-def find_images_or_one(root: str | Path) -> ImageFiles:
-    """The images below a root as `find_images` has them, or the root alone if it is an image file."""
+def find_images_or_one(root: str | Path, table: Table = USUAL) -> ImageFiles:
+    """The images below a root as `find_images` has them, or the root alone if it is an image file.
+
+    Args:
+        root: A root as in `find_images`, or an image file.
+        table: Which part of a data set is used.
+
+    Raises:
+        Exception: As `find_images` raises it.
+    """
     path = Path(root).expanduser()
     is_data_set = is_table_file(path) or path.name.lower().endswith(TAR)
     if path.is_file() and not is_data_set and (
         path.name.lower().endswith(ARRAY_EXTENSIONS) or not zipfile.is_zipfile(path)
     ):  # fmt: skip
+        _check_named(table, OneFile(path), root)
         return OneFile(path)
-    return find_images(root)
+    return find_images(root, table)
 
 
 def classes_of(files: ImageFiles, names: list[str], root: str | Path) -> tuple[list[int], list[str]]:

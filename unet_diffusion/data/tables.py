@@ -58,7 +58,7 @@ class TableFiles(DescribedFiles):
         self._folder = _folder_of(place)
         self._rows = _loaded(place, table)
         self._column = self._image_column()
-        self._images = _undecoded(self._rows.select_columns([self._column]), self._column, place)
+        self._images = self._undecoded()
         names = self._names()
         self._index = {name: index for index, name in enumerate(names)}
         self.names = sorted(names)
@@ -112,13 +112,34 @@ class TableFiles(DescribedFiles):
     def _image_column(self) -> str:
         column = self.table.image or self._first_of(("image",)) or self._only_column_of("Image")
         if column is None or column not in self._rows.features:
-            raise ValueError(f"{self._missing(column, 'image')}; set table.image to the one that holds the images")
+            raise ValueError(f"{self._missing(column, 'image')}; {self.table.advice('image')} the one that holds "
+                             "the images")  # fmt: skip
         return column
+
+    def _undecoded(self) -> "Dataset":
+        """The images in the bytes of their files: bytes with a path, or alone.
+
+        Raises:
+            ValueError: If the column holds no images.
+        """
+        import datasets
+
+        images = self._rows.select_columns([self._column])
+        feature = images.features[self._column]
+        if isinstance(feature, datasets.Image):
+            return images.cast_column(self._column, datasets.Image(decode=False))
+        is_struct = isinstance(feature, dict) and "bytes" in feature
+        if not is_struct and getattr(feature, "dtype", None) not in ("binary", "large_binary"):
+            raise ValueError(
+                f"the column {self._column} of {self.place} must hold images, in the bytes of their files, and holds "
+                f"{_feature_name(feature)}; {self.table.advice('image')} another"
+            )
+        return images
 
     def _values(self, column: str | None, kind: str, option: str) -> dict[str, Any]:
         """What a column holds for each image, by its name."""
         if column is None or column not in self._rows.features:
-            raise ValueError(f"{self._missing(column, kind)}; set table.{kind} to the one that holds them, or "
+            raise ValueError(f"{self._missing(column, kind)}; {self.table.advice(kind)} the one that holds them, or "
                              f"set {option} to false")  # fmt: skip
         values = self._rows.select_columns([column])[:][column]
         return {name: values[index] for name, index in self._index.items()}
@@ -168,7 +189,7 @@ def _loaded(place: str, table: Table) -> "Dataset":
         return loaded.with_format(None)
     split = table.split or (next(iter(loaded)) if len(loaded) == 1 else "train")
     if split not in loaded:
-        raise ValueError(f"{place} has no split {split}, but {', '.join(loaded)}; set table.split to one of "
+        raise ValueError(f"{place} has no split {split}, but {', '.join(loaded)}; {table.advice('split')} one of "
                          "them")  # fmt: skip
     return loaded[split].with_format(None)
 
@@ -257,24 +278,6 @@ def _explained(place: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return next(filter(str.strip, str(error).splitlines()), type(error).__name__)
-
-
-def _undecoded(images: "Dataset", column: str, place: str) -> "Dataset":
-    """The images in the bytes of their files: bytes with a path, or alone.
-
-    Raises:
-        ValueError: If the column holds no images.
-    """
-    import datasets
-
-    feature = images.features[column]
-    if isinstance(feature, datasets.Image):
-        return images.cast_column(column, datasets.Image(decode=False))
-    is_struct = isinstance(feature, dict) and "bytes" in feature
-    if not is_struct and getattr(feature, "dtype", None) not in ("binary", "large_binary"):
-        raise ValueError(f"the column {column} of {place} must hold images, in the bytes of their files, and holds "
-                         f"{_feature_name(feature)}; set table.image to another")  # fmt: skip
-    return images
 
 
 def _paths(column: Any) -> list[str | None]:

@@ -128,15 +128,15 @@ class TarFiles(DescribedFiles):
         if key is None or key not in self._keys:
             has = f"no {kind} named {key}" if key else f"nothing that is known to be the {kind}"
             there = ", ".join(self._keys) or "images alone"
-            raise ValueError(f"the samples of {self.place} have {has}, but {there}; set "
-                             f"table.{kind} to one of them, or set {option} to false")  # fmt: skip
+            raise ValueError(f"the samples of {self.place} have {has}, but {there}; "
+                             f"{self.table.advice(kind)} one of them, or set {option} to false")  # fmt: skip
         return key
 
     def _add(self, archive: str, prefix: str, key: str, sample: _Sample) -> None:
         endings = [ending for ending in sample.images if self.table.image in (None, ending)]
         if len(endings) > 1:
-            raise ValueError(f"sample {key} of {archive} must have one image, and has {first_few(endings)}; set "
-                             f"table.image to the one to use, such as {endings[0]}")  # fmt: skip
+            raise ValueError(f"sample {key} of {archive} must have one image, and has {first_few(endings)}; "
+                             f"{self.table.advice('image')} the one to use, such as {endings[0]}")  # fmt: skip
         if not endings:
             self.left_out.names[NO_IMAGE].add(f"{prefix}{key}")
             return
