@@ -264,9 +264,10 @@ def test_continued_run_notices_that_a_row_has_changed(images, tmp_path):
 
 
 HUB = """
-import hashlib, sys
+import hashlib, os, sys
+from unet_diffusion.data.described import Table
 from unet_diffusion.data.files import find_images
-files = find_images(sys.argv[1])
+files = find_images(sys.argv[1], Table(split=os.environ.get("SPLIT")))
 print(*(hashlib.sha256(files.read(name)).hexdigest() for name in files.names), *files.classes(files.names)[1])
 """
 
@@ -293,6 +294,45 @@ def test_data_set_of_the_hub_is_read_and_found_in_the_cache_without_it(images, t
     assert again.stdout == read.stdout, again.stderr
     gone = from_the_hub("hf://me/set", tmp_path / "elsewhere", server.endpoint, HF_HUB_OFFLINE="1")
     assert "the hub cannot be reached for hf://me/set" in gone.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told_by", ["names", "card"])
+def test_only_the_files_of_the_split_are_downloaded(images, tmp_path, told_by):
+    names = {"train": "data/train-00000-of-00001.parquet", "test": "data/test-00000-of-00001.parquet"}
+    if told_by == "card":
+        names = {"train": "one.parquet", "test": "two.parquet"}
+    files = {}
+    for split, rows in (("train", range(12)), ("test", range(3))):
+        buffer = io.BytesIO()
+        table_of(images).select(rows).to_parquet(buffer)
+        files[names[split]] = buffer.getvalue()
+    splits = "".join(f"  - split: {split}\n    path: {path}\n" for split, path in names.items())
+    sizes = "".join(f"  - name: {split}\n    num_bytes: 1\n    num_examples: {number}\n"
+                    for split, number in (("train", 12), ("test", 3)))  # fmt: skip
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}dataset_info:\n  splits:\n{sizes}---\n"
+    if told_by == "card":
+        files["README.md"] = card.encode()
+    with hub.serve() as server:
+        server.commit("me/set", files)
+        for split, other, number in (("test", "train", 3), ("train", "test", 12)):
+            server.seen.clear()
+            home = tmp_path / split
+            read = from_the_hub("hf://me/set", home, server.endpoint, SPLIT=split)
+            assert len(read.stdout.split()) == number + 2, read.stderr
+            downloaded = [line for line in server.seen if line.startswith("GET") and line.endswith(".parquet")]
+            assert any(names[split] in line for line in downloaded)
+            assert not any(names[other] in line for line in downloaded)
+            again = from_the_hub("hf://me/set", home, server.endpoint, SPLIT=split, HF_HUB_OFFLINE="1")
+            assert again.stdout == read.stdout, again.stderr
+        both = from_the_hub("hf://me/set", tmp_path / "test", server.endpoint)  # the usual split, with the other there
+        assert both.stdout == read.stdout, both.stderr
+        server.seen.clear()
+        missing = from_the_hub("hf://me/set", tmp_path / "missing", server.endpoint, SPLIT="val")
+        assert "has no split val, but train, test; set table.split to one of them" in missing.stderr
+        assert not any(line.startswith("GET") and line.endswith(".parquet") for line in server.seen)
+    gone = from_the_hub("hf://me/set", tmp_path / "train", server.endpoint, SPLIT="test", HF_HUB_OFFLINE="1")
+    assert gone.returncode
 
 
 def test_number_without_a_class_is_refused(images, tmp_path):

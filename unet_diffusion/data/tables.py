@@ -21,9 +21,9 @@ from unet_diffusion.data.described import (
     captions_of_values,
     classes_of_values,
 )
+from unet_diffusion.data.hub_tables import USUAL_SPLIT, check_split, load_from_hub
 from unet_diffusion.data.listing import LeftOut, composed, walk
 from unet_diffusion.runtime.addresses import PREFIX
-from unet_diffusion.runtime.hub import check_hub_name, hub_answers
 from unet_diffusion.runtime.messages import first_few
 
 if TYPE_CHECKING:
@@ -187,21 +187,14 @@ def _loaded(place: str, table: Table) -> "Dataset":
         if table.split is not None:
             raise ValueError(f"{place} has no splits, got table.split {table.split}; leave it out")
         return loaded.with_format(None)
-    split = table.split or (next(iter(loaded)) if len(loaded) == 1 else "train")
-    if split not in loaded:
-        raise ValueError(f"{place} has no split {split}, but {', '.join(loaded)}; {table.advice('split')} one of "
-                         "them")  # fmt: skip
+    split = table.split or (next(iter(loaded)) if len(loaded) == 1 else USUAL_SPLIT)
+    check_split(split, loaded, place, table)
     return loaded[split].with_format(None)
 
 
 def _all_splits(datasets: ModuleType, place: str, table: Table) -> Any:
     if place.startswith(PREFIX):
-        from huggingface_hub.constants import HF_HUB_OFFLINE
-
-        name, _, revision = place.removeprefix(PREFIX).partition("@")
-        if not (HF_HUB_OFFLINE or hub_answers(check_hub_name(name), "dataset")):
-            raise ConnectionError  # the library would wait for minutes
-        return datasets.load_dataset(check_hub_name(name), table.config, revision=revision or None)
+        return load_from_hub(datasets, place, table)
     path = Path(place)
     if path.is_file():
         kind = path.suffix.lower().removeprefix(".")
