@@ -23,6 +23,7 @@ from PIL import Image
 
 from unet_diffusion.data import Folder, ImageFormat, check_images, find_images
 from unet_diffusion.data.described import Table
+from unet_diffusion.data.tables import unique_names
 
 LABELS = [0, 1] * 6
 SIZE = {"image_size": 8}
@@ -136,6 +137,27 @@ def test_each_form_is_read_as_the_folder_of_the_same_images(images, tmp_path, fo
     assert data.image_set.images.dtype == expected.image_set.images.dtype == torch.uint16
     assert data.class_names == expected.class_names == ["cat", "dog"]
     assert entries_by_image(data) == entries_by_image(expected)
+
+
+def test_only_names_that_come_again_are_numbered(images, tmp_path):
+    table = table_of(images).cast_column("image", datasets.Image(decode=False))
+    before = image_data(Folder, saved(table, tmp_path / "set"), num_val=3, **SIZE)
+    rows = [*table, *(table[number] for number in (3, 5, 3)), table[4]]
+    rows[-1] = {**rows[-1], "image": {"bytes": rows[-1]["image"]["bytes"], "path": None}}
+    after = image_data(Folder, saved(datasets.Dataset.from_list(rows, features=table.features), tmp_path / "more"),
+                       num_val=3, **SIZE)  # fmt: skip
+    for one in (before, after):
+        one.setup()
+    names = [Path(row["image"]["path"]).stem for row in table]
+    again = {f"{names[3]}_2", f"{names[3]}_3", f"{names[5]}_2"}
+    found = {Path(name).stem for name in after.image_set.names}
+    assert found == {*names, *again, "000000015"}
+    assert f"3 names of images that come again, and are numbered ({names[5]}_2" in after.source.left_out()
+    kept = [after.image_set.names.index(name) for name in before.image_set.names]
+    assert torch.equal(after.image_set.images[kept], before.image_set.images)
+    assert unique_names(["a.png", "a.png", "a_2.png", "a.png"]) == (
+        ["a.png", "a_3.png", "a_2.png", "a_4.png"], ["a_3.png", "a_4.png"]
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["saved", "parquet"])
@@ -266,6 +288,7 @@ def test_continued_run_notices_that_a_row_has_changed(images, tmp_path):
 HUB = """
 import hashlib, os, sys
 from unet_diffusion.data.described import Table
+from unet_diffusion.data.tables import unique_names
 from unet_diffusion.data.files import find_images
 files = find_images(sys.argv[1], Table(split=os.environ.get("SPLIT")))
 print(*(hashlib.sha256(files.read(name)).hexdigest() for name in files.names), *files.classes(files.names)[1])

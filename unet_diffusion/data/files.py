@@ -8,13 +8,14 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from unet_diffusion.data.described import USUAL, DescribedFiles, Table, natural_order
 from unet_diffusion.data.listing import (
     ARRAY_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    METADATA,
     LeftOut,
     composed,
     image_names,
@@ -25,6 +26,7 @@ from unet_diffusion.data.tables import TABLE_EXTENSIONS, TableFiles, is_table_fi
 from unet_diffusion.data.tars import TAR, TarFiles, is_tar
 from unet_diffusion.runtime.addresses import PREFIX, is_address, place_of
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
+from unet_diffusion.runtime.messages import first_few
 
 MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
 MAX_TEXT_BYTES = 256 * 1024**2  # of a table of texts, or a record: it is read whole
@@ -76,8 +78,9 @@ def find_images(root: str | Path, table: Table = USUAL) -> ImageFiles:
         return TableFiles(place, table)
     _refuse_run_folder(path)
     files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(*_split_at_archive(path))
-    if not files.names and path.is_dir():
-        files = _data_set_in(path, files.left_out, table) or files
+    if path.is_dir():
+        _refuse_two_kinds(files, path)
+        files = files if files.names else _data_set_in(path, files.left_out, table) or files
     if not files.names:
         others = f" ({others})" if (others := files.left_out.described()) else ""
         raise ValueError(
@@ -91,6 +94,23 @@ def find_images(root: str | Path, table: Table = USUAL) -> ImageFiles:
 def _check_named(table: Table, files: ImageFiles, root: str | Path) -> None:
     if table.named and not isinstance(files, DescribedFiles):
         raise ValueError(f"table names the parts of a data set, and {root} holds image files; leave it out")
+
+
+def _refuse_two_kinds(files: ImageFiles, folder: Path) -> None:
+    """Refuse a folder of image files that holds tables or archives, too: some of them would be left out.
+
+    Raises:
+        ValueError: If it does.
+    """
+    kinds = {kind: files.left_out.extensions[kind] for kind in (*TABLE_EXTENSIONS, TAR)}
+    kinds[PurePosixPath(METADATA).suffix] -= files.left_out.num_metadata  # which is about the image files
+    others = [f"{number} {kind}" for kind, number in kinds.items() if number]
+    if files.names and others:
+        raise ValueError(
+            f"{folder} holds {len(files.names)} image files ({first_few(files.names[:2])}) and "
+            f"{' and '.join(others)} files, and only one kind can be read; give the path of a "
+            "table or archive, or of a folder with one kind, or move the others away"
+        )
 
 
 def _data_set_in(folder: Path, left_out: LeftOut, table: Table) -> ImageFiles | None:

@@ -7,6 +7,7 @@ folder are. Code in a data set is never run: datasets 4 and later refuse to.
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 TABLE_EXTENSIONS = (".parquet", ".arrow")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # in folders that save_to_disk wrote
+NUMBERED = "names of images that come again, and are numbered"
 ROW = "{:09d}"  # the name of a row where rows name no files; it stays the same when others are appended
 SPLIT_IN_NAME = re.compile(r"[/_.-](train|validation|valid|val|dev|test)(?=[/_.-])")
 SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}  # as the library names them
@@ -39,7 +41,8 @@ SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}  # as
 class TableFiles(DescribedFiles):
     """The images in a column of a table.
 
-    An image has the name of its file, if the table holds these and they differ, otherwise the number of its row.
+    An image has the name of its file, if the table holds it, otherwise the number of its row. Where several rows have a
+    name, all but the first are numbered.
 
     Args:
         place: hf://owner/name, hf://owner/name@revision, a folder that save_to_disk wrote, a folder of Parquet or Arrow
@@ -157,11 +160,34 @@ class TableFiles(DescribedFiles):
         return columns[0] if len(columns) == 1 else None
 
     def _names(self) -> list[str]:
+        """The name of each row: that of its file, numbered if an earlier row has it, or else the number of the row."""
         rows = self._images.with_format("arrow")
         paths = [path for batch in rows.iter(1000) for path in _paths(batch[self._column])]
-        names = [composed(PurePosixPath(path.replace("\\", "/")).name) for path in paths if path]
-        numbers = [ROW.format(index) for index in range(len(self._images))]
-        return names if len(names) == len(set(names)) == len(numbers) else numbers
+        files = [composed(PurePosixPath(path.replace("\\", "/")).name) if path else "" for path in paths]
+        names, numbered = unique_names([name or ROW.format(index) for index, name in enumerate(files)])
+        if numbered:
+            self.left_out.names[NUMBERED] |= set(numbered)
+        return names
+
+
+def unique_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names, of which those that come again are numbered, and the numbered ones: a.png, a.png give a.png, a_2.png.
+
+    Args:
+        names: Names of files, some of them alike.
+    """
+    taken, unique, numbered = set(names), list[str](), list[str]()
+    count: Counter[str] = Counter()
+    for name in names:
+        count[name] += 1
+        if count[name] > 1:
+            file, number = PurePosixPath(name), count[name]
+            while (name := f"{file.stem}_{number}{file.suffix}") in taken:
+                number += 1
+            taken.add(name)
+            numbered.append(name)
+        unique.append(name)
+    return unique, numbered
 
 
 def is_table_file(path: Path) -> bool:
