@@ -130,6 +130,31 @@ def test_faults_that_pass_leave_no_trace_and_others_are_named(tmp_path):
         find_images("http://127.0.0.1:9/x/a.tar")
 
 
+def test_signed_address_is_read_and_its_secrets_are_in_no_message(tmp_path, run_cli, caplog):
+    archives(tmp_path / "many")
+    with FaultyServer(tmp_path / "many") as server:
+        address = server.address.replace("://", "://me:hidden@")
+        place = f"{address}/set-{{000..002}}.tar?sig=hidden/x"
+        files = find_images(place)
+        assert files.names == find_images(tmp_path / "many").names
+        assert len(files.read(files.names[0])) > 0
+        words = {
+            "gone": ["pack", f"{address}/none.tar?sig=hidden", tmp_path / "out"],
+            "no captions": ["pack", place, tmp_path / "out", "--captions", "--table.caption", "none"],
+            "compressed": ["pack", f"{address}/set.tar.gz?sig=hidden", tmp_path / "out"],
+            "no index": ["fit", "--config", "stream", "--data.root", address, "--trainer.default_root_dir", tmp_path],
+            "too large": ["check", "--config", "folder", "--data.root", place, "--data.image_size", 64],
+        }
+        for wrong, command in words.items():
+            status, out, err = run_cli(*command)
+            said = out + err + caplog.text
+            assert (status, "hidden" in said, server.address[7:] in said) == (1, False, wrong != "too large"), said
+        for wrong in (f"{address}/none.tar?sig=hidden", f"{address}/none/?sig=hidden", "oci://me:hidden@x/y"):
+            with pytest.raises((OSError, ValueError, ImportError)) as error:
+                find_images(wrong)
+            assert "hidden" not in str(error.value)
+
+
 def test_server_without_ranges_is_an_error_and_no_wrong_image(tmp_path):
     archives(tmp_path / "many")
     with (

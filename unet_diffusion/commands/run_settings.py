@@ -9,7 +9,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
-from unet_diffusion.runtime.shareable import shareable
+from unet_diffusion.runtime.shareable import shareable, without_secrets
 from unet_diffusion.training.callbacks import run_folder
 from unet_diffusion.training.checkpointing import LAST
 from unet_diffusion.training.resuming import differences
@@ -56,7 +56,7 @@ class SaveRunConfig(SaveConfigCallback):
         with atomic_write(run_folder(trainer) / "config.yaml") as partial:
             partial.write_text(f"{RUN_HEADER}\n{text}", encoding="utf-8")
         for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(text))
+            logger.log_hyperparams(without_secrets(yaml.safe_load(text)))
 
 
 def run_root(config: Any) -> Path:

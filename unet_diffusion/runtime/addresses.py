@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from unet_diffusion.runtime.shareable import shareable
+from unet_diffusion.runtime.shareable import address_without_secrets, shareable
 
 StrPath = str | os.PathLike[str]
 ADDRESS = re.compile(r"([a-z][a-z0-9]+):/+")  # a drive of Windows has one letter
@@ -91,6 +91,15 @@ def place_of(root: str | Path) -> str:
     if match := SHORTENED.match(text):
         return f"{match[1]}://{'/' * (match[1] == 'file')}{text[match.end() :]}"
     return text
+
+
+def shown_place(root: str | Path) -> str:
+    """Return a root as messages show it: a path, or an address that has neither user and password nor query.
+
+    Args:
+        root: A path or an address.
+    """
+    return address_without_secrets(place_of(root)) if is_address(root) else str(root)
 
 
 def absolute_place(root: str | Path) -> str:

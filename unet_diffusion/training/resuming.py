@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from unet_diffusion.runtime.shareable import without_secrets
+
 FREE = ("dropout", "gradient_checkpointing")  # settings of a network that may change: they have no weights
 
 
@@ -16,4 +18,4 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         lines = [differences(before.get(key), now.get(key), f"{name}.{key}") for key in sorted({*before, *now})]
         return [line for nested in lines for line in nested]
-    return [] if before == now else [f"{name.lstrip('.')} was {before}, is {now}"]
+    return [] if before == now else [without_secrets(f"{name.lstrip('.')} was {before}, is {now}")]
