@@ -18,6 +18,7 @@ CHECKPOINTS = "checkpoints"  # folder in the run folder
 RUN_SETTINGS = "run_settings"  # in a checkpoint: the settings that are compared when the run is resumed
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a resumed run keeps
 STEP_SETTINGS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
+SEEN_OTHERWISE = ("on_bad_file",)  # the images that are left are compared with those that were trained on
 MAX_SHOWN = 5  # settings that differ
 AUTO = "auto"
 LEFT_TO_THE_MACHINE = (("model", "speed"), ("trainer", "precision"))  # by "auto"
@@ -80,7 +81,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = before.get(section) or {}, now.get(section) or {}
         if new.get(name) == AUTO and old.get(name) is not None:
             now = {**now, section: {**new, name: old[name]}}
-    return differences(before, now)
+    return differences(before, now, but=SEEN_OTHERWISE)
 
 
 def step_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

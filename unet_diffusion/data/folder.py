@@ -133,7 +133,10 @@ class Folder(Source):
         if self.class_labels:
             classes_of(files, files.names, self.root)  # fails before the files are decoded, not after
         written = read_captions(files, files.names) if self.captions else None
-        value_range = settled_range(self.value_range, [files], self.image_format.channels, progress=progress)
+        value_range = settled_range(
+            self.value_range, [files], self.image_format.channels, progress=progress, kept_range=self.kept_range,
+            skip_beyond=self.on_bad_file == "skip",
+        )  # fmt: skip
         self.image_format = replace(self.image_format, value_range=value_range)
         in_memory = self.in_memory
         if in_memory is None:

@@ -33,7 +33,7 @@ def load_from_hub(datasets: ModuleType, place: str, table: Table) -> Any:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     name, _, revision = place.removeprefix(PREFIX).partition("@")
-    options = {"path": check_hub_name(name), "name": table.config, "revision": revision or None}
+    options: dict[str, Any] = {"path": check_hub_name(name), "name": table.config, "revision": revision or None}
     if HF_HUB_OFFLINE:
         return _from_the_cache(datasets, options, table.split or USUAL_SPLIT)
     if not hub_answers(options["path"], "dataset"):

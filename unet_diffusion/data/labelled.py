@@ -152,7 +152,9 @@ class PairedFiles(LabelledSource):
         unlabelled = [] if self.unlabelled is None else [find_images_or_one(self.unlabelled, NOT_NAMED)]
         places = [image_files, *unlabelled]
         kinds = set[Kind]()
-        value_range = settled_range(self.value_range, places, self.channels, progress=progress)
+        value_range = settled_range(
+            self.value_range, places, self.channels, progress=progress, kept_range=self.kept_range
+        )
 
         def read(name: str) -> tuple[list[Tensor], list[NDArray[np.int32]]] | str:
             image_name, label_name = pairs[name]
