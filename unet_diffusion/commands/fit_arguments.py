@@ -188,9 +188,16 @@ def _with_owner(option: str, value: Any, settings: dict[str, Any]) -> str:
     if of_source is not None and rest[0] not in (*of_source, *OF_THE_PARSER):
         short = f"{owner}.{'.'.join(rest)}"
         names = (*own, *of_source)
-        similar = did_you_mean(rest[0], names)
+        similar = _of_other_sources(rest[0], settings) or did_you_mean(rest[0], names)
         raise UsageError(f"there is no option {short}" + (similar or f"; it must be one of {', '.join(names)}"))
     return f"{owner}.source.{'.'.join(rest)}"
+
+
+def _of_other_sources(option: str, settings: dict[str, Any]) -> str:
+    """The end of a message about an option that other sources of images have; "" if none has."""
+    this = _class_of("data.source", settings)
+    others = [name for name, options in SOURCES.items() if option in options and name != this]
+    return f" of {this}; choose a source that has it by --data.source: {', '.join(others)}" if others else ""
 
 
 def _class_of(owner: str, settings: dict[str, Any]) -> str:
