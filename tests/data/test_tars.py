@@ -155,6 +155,26 @@ def test_signed_address_is_read_and_its_secrets_are_in_no_message(tmp_path, run_
             assert "hidden" not in str(error.value)
 
 
+def test_run_on_a_signed_address_goes_on_and_its_logs_hold_no_secrets(tmp_path, run_cli, caplog):
+    archives(tmp_path / "many")
+    small = ["--model.unet.channels", "[8, 8]", "--model.unet.attention_levels", "[]", "--model.speed", "plain"]
+    small += ["--model.unet.head_channels", "null", "--model.unet.norm_num_groups", 4, "--data.image_size", 8]
+    small += ["--data.batch_size", 4, "--data.num_val", 2, "--trainer.val_check_interval", 1]
+    small += ["--trainer.accelerator", "cpu", "--samples.num_images", 2, "--trainer.default_root_dir", tmp_path / "run"]
+    with FaultyServer(tmp_path / "many") as server:
+        place = f"{server.address.replace('://', '://me:hidden@')}/set-{{000..002}}.tar?sig=hidden"
+        words = ["fit", "--config", "folder", *small, "--trainer.max_steps"]
+        for steps in (1, 2):  # signed anew
+            status, out, err = run_cli(*words, steps, "--data.root", f"{place}{steps}")
+            assert status == 0, err
+            assert "hidden" not in out + err + caplog.text
+        status, _, err = run_cli(*words, 3, "--data.root", place.replace("002", "001"))
+        assert (status, "holds a run of other settings (" in err, "hidden" in err) == (1, True, False), err
+    logged = [path for path in (tmp_path / "run/logs").rglob("*") if path.is_file()]
+    assert any(server.address[7:] in path.read_text() for path in logged)
+    assert not any("hidden" in path.read_text() for path in logged)
+
+
 def test_server_without_ranges_is_an_error_and_no_wrong_image(tmp_path):
     archives(tmp_path / "many")
     with (

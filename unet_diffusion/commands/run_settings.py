@@ -81,7 +81,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = before.get(section) or {}, now.get(section) or {}
         if new.get(name) == AUTO and old.get(name) is not None:
             now = {**now, section: {**new, name: old[name]}}
-    return differences(before, now, but=SEEN_OTHERWISE)
+    # An address may have been signed anew.
+    return differences(without_secrets(before), without_secrets(now), but=SEEN_OTHERWISE)
 
 
 def step_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
