@@ -123,6 +123,36 @@ def test_resumed_run_of_another_range_is_refused(run_cli, tmp_path):
     assert "set data.value_range to [1000" in err
 
 
+def test_run_keeps_its_measured_range_and_an_image_beyond_it_is_told_and_can_be_left_out(run_cli, tmp_path):
+    images = write_stacks(tmp_path / "images", [stack(i, dtype=np.float32) for i in range(8)])
+    root = tmp_path / "run"
+    run = fitted(run_cli, root, images, "--data.value_range", "measured")
+    values = ud.load(run).values
+    words = ["fit", "--config", "folder", *SMALL, *FIVE, "--data.root", images, "--trainer.default_root_dir", root,
+             "--data.value_range", "measured", "--trainer.max_steps"]  # fmt: skip
+    within = np.clip(stack(8, dtype=np.float32), values.low + 1, values.high - 1)
+    tifffile.imwrite(images / "8.tif", within, photometric="minisblack", metadata={"axes": "CYX"})
+    with pytest.warns(UserWarning, match=r"1 new \(8\.tif\)"):
+        status, _, err = run_cli(*words, 3)
+    assert status == 0, err
+    assert ud.load(run).values == values
+    beyond = within.copy()
+    beyond[0, 0, 0] = values.high + 5
+    tifffile.imwrite(images / "beyond.tif", beyond, photometric="minisblack", metadata={"axes": "CYX"})
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    status, _, err = run_cli(*words, 4)
+    said = f"must be from {values.low:.6g} to {values.high:.6g}, the range that the model was trained on, and 1 of 10"
+    assert (status, said in err, "beyond.tif (" in err, "--data.on_bad_file skip" in err) == (1, True, True, True), err
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    with pytest.warns(UserWarning, match=r"beyond\.tif: numbers must be within"):
+        status, _, err = run_cli(*words, 4, "--data.on_bad_file", "skip")  # the fix that the message names
+    assert status == 0, err
+    assert ud.load(run).values == values
+    with pytest.warns(UserWarning, match=r"beyond\.tif: numbers must be within"):
+        status, _, err = run_cli("validate", *words[1:-1], "--data.on_bad_file", "skip", "--ckpt_path", "last")
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -145,6 +175,8 @@ def test_missing_or_wrong_range_is_refused_before_training(run_cli, tmp_path, op
 def test_samples_of_five_channels_are_evaluated(run_cli, tmp_path):
     images = write_stacks(tmp_path / "images", [stack(i, dtype=np.float32) for i in range(44)])
     run = fitted(run_cli, tmp_path / "run", images, "--data.value_range", "measured", "--data.num_val", 20)
+    brightest = max(images.iterdir(), key=lambda path: tifffile.imread(path).max())
+    brightest.unlink()  # the range stays that of the run
     status, _, err = run_cli("evaluate", run, "--num_images", 20, "--num_inference_steps", 2, "--device", "cpu")
     assert status == 0, err
     assert len(list((run / "evaluation" / "samples").glob("*.tif"))) == 20

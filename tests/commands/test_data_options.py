@@ -99,6 +99,10 @@ def test_source_is_chosen_by_its_bare_name(run_cli, tmp_path):
         ("--data.root {tmp} --data.imagesize 8", "there is no option data.imagesize; did you mean image_size"),
         ("--data.root {tmp} --data.xyz 8", "there is no option data.xyz; it must be one of source, horizontal_flip, "),
         ("--data.root {tmp} --data.batchsize 8", "there is no option data.batchsize; did you mean batch_size"),
+        (
+            "--data.source Shards --data.root {tmp} --data.semantic_map {tmp}",
+            "there is no option data.semantic_map of Shards; choose a source that has it by --data.source: Folder",
+        ),
         ("--data Folders", "there is no class Folders; did you mean Folder?"),
         ("--data.source Folders", "there is no class Folders; did you mean Folder?"),
         ("--data.root {tmp} --data.channels x", "channels must be a whole number, got x"),

@@ -292,3 +292,24 @@ def test_backslashes_in_a_zip_are_slashes(tmp_path):
     files = find_images(write_zip(tmp_path / "set.zip", ["top\\a.png", "top\\deep\\b.png"]))
     assert files.names == ["top/a.png", "top/deep/b.png"]
     assert files.read("top/deep/b.png") == PNG
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (["set/big.parquet"], "1 .parquet files"),
+        (["saved/data.arrow", "saved/more.ARROW"], "2 .arrow files"),
+        (["a.tar", "b.tar", "c.parquet"], "1 .parquet and 2 .tar files"),
+    ],
+)
+def test_pictures_beside_a_data_set_are_refused_not_taken_for_it(tmp_path, others, said):
+    for name in ("logo.png", "docs/plot.png", *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name, "PNG")
+    message = rf"holds 2 image files \(docs/plot.png, logo.png\) and {said}, and only one kind .*give the path of a"
+    with pytest.raises(ValueError, match=message):
+        find_images(tmp_path)
+    for name in others:
+        (tmp_path / name).unlink()
+    (tmp_path / "metadata.parquet").touch()  # as datasets has captions beside image files
+    assert len(find_images(tmp_path).names) == 2

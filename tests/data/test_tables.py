@@ -23,6 +23,7 @@ from PIL import Image
 
 from unet_diffusion.data import Folder, ImageFormat, check_images, find_images
 from unet_diffusion.data.described import Table
+from unet_diffusion.data.tables import unique_names
 
 LABELS = [0, 1] * 6
 SIZE = {"image_size": 8}
@@ -136,6 +137,27 @@ def test_each_form_is_read_as_the_folder_of_the_same_images(images, tmp_path, fo
     assert data.image_set.images.dtype == expected.image_set.images.dtype == torch.uint16
     assert data.class_names == expected.class_names == ["cat", "dog"]
     assert entries_by_image(data) == entries_by_image(expected)
+
+
+def test_only_names_that_come_again_are_numbered(images, tmp_path):
+    table = table_of(images).cast_column("image", datasets.Image(decode=False))
+    before = image_data(Folder, saved(table, tmp_path / "set"), num_val=3, **SIZE)
+    rows = [*table, *(table[number] for number in (3, 5, 3)), table[4]]
+    rows[-1] = {**rows[-1], "image": {"bytes": rows[-1]["image"]["bytes"], "path": None}}
+    after = image_data(Folder, saved(datasets.Dataset.from_list(rows, features=table.features), tmp_path / "more"),
+                       num_val=3, **SIZE)  # fmt: skip
+    for one in (before, after):
+        one.setup()
+    names = [Path(row["image"]["path"]).stem for row in table]
+    again = {f"{names[3]}_2", f"{names[3]}_3", f"{names[5]}_2"}
+    found = {Path(name).stem for name in after.image_set.names}
+    assert found == {*names, *again, "000000015"}
+    assert f"3 names of images that come again, and are numbered ({names[5]}_2" in after.source.left_out()
+    kept = [after.image_set.names.index(name) for name in before.image_set.names]
+    assert torch.equal(after.image_set.images[kept], before.image_set.images)
+    assert unique_names(["a.png", "a.png", "a_2.png", "a.png"]) == (
+        ["a.png", "a_3.png", "a_2.png", "a_4.png"], ["a_3.png", "a_4.png"]
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["saved", "parquet"])
@@ -264,9 +286,11 @@ def test_continued_run_notices_that_a_row_has_changed(images, tmp_path):
 
 
 HUB = """
-import hashlib, sys
+import hashlib, os, sys
+from unet_diffusion.data.described import Table
+from unet_diffusion.data.tables import unique_names
 from unet_diffusion.data.files import find_images
-files = find_images(sys.argv[1])
+files = find_images(sys.argv[1], Table(split=os.environ.get("SPLIT")))
 print(*(hashlib.sha256(files.read(name)).hexdigest() for name in files.names), *files.classes(files.names)[1])
 """
 
@@ -293,6 +317,45 @@ def test_data_set_of_the_hub_is_read_and_found_in_the_cache_without_it(images, t
     assert again.stdout == read.stdout, again.stderr
     gone = from_the_hub("hf://me/set", tmp_path / "elsewhere", server.endpoint, HF_HUB_OFFLINE="1")
     assert "the hub cannot be reached for hf://me/set" in gone.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told_by", ["names", "card"])
+def test_only_the_files_of_the_split_are_downloaded(images, tmp_path, told_by):
+    names = {"train": "data/train-00000-of-00001.parquet", "test": "data/test-00000-of-00001.parquet"}
+    if told_by == "card":
+        names = {"train": "one.parquet", "test": "two.parquet"}
+    files = {}
+    for split, rows in (("train", range(12)), ("test", range(3))):
+        buffer = io.BytesIO()
+        table_of(images).select(rows).to_parquet(buffer)
+        files[names[split]] = buffer.getvalue()
+    splits = "".join(f"  - split: {split}\n    path: {path}\n" for split, path in names.items())
+    sizes = "".join(f"  - name: {split}\n    num_bytes: 1\n    num_examples: {number}\n"
+                    for split, number in (("train", 12), ("test", 3)))  # fmt: skip
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}dataset_info:\n  splits:\n{sizes}---\n"
+    if told_by == "card":
+        files["README.md"] = card.encode()
+    with hub.serve() as server:
+        server.commit("me/set", files)
+        for split, other, number in (("test", "train", 3), ("train", "test", 12)):
+            server.seen.clear()
+            home = tmp_path / split
+            read = from_the_hub("hf://me/set", home, server.endpoint, SPLIT=split)
+            assert len(read.stdout.split()) == number + 2, read.stderr
+            downloaded = [line for line in server.seen if line.startswith("GET") and line.endswith(".parquet")]
+            assert any(names[split] in line for line in downloaded)
+            assert not any(names[other] in line for line in downloaded)
+            again = from_the_hub("hf://me/set", home, server.endpoint, SPLIT=split, HF_HUB_OFFLINE="1")
+            assert again.stdout == read.stdout, again.stderr
+        both = from_the_hub("hf://me/set", tmp_path / "test", server.endpoint)  # the usual split, with the other there
+        assert both.stdout == read.stdout, both.stderr
+        server.seen.clear()
+        missing = from_the_hub("hf://me/set", tmp_path / "missing", server.endpoint, SPLIT="val")
+        assert "has no split val, but train, test; set table.split to one of them" in missing.stderr
+        assert not any(line.startswith("GET") and line.endswith(".parquet") for line in server.seen)
+    gone = from_the_hub("hf://me/set", tmp_path / "train", server.endpoint, SPLIT="test", HF_HUB_OFFLINE="1")
+    assert gone.returncode
 
 
 def test_number_without_a_class_is_refused(images, tmp_path):

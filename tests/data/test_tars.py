@@ -130,6 +130,51 @@ def test_faults_that_pass_leave_no_trace_and_others_are_named(tmp_path):
         find_images("http://127.0.0.1:9/x/a.tar")
 
 
+def test_signed_address_is_read_and_its_secrets_are_in_no_message(tmp_path, run_cli, caplog):
+    archives(tmp_path / "many")
+    with FaultyServer(tmp_path / "many") as server:
+        address = server.address.replace("://", "://me:hidden@")
+        place = f"{address}/set-{{000..002}}.tar?sig=hidden/x"
+        files = find_images(place)
+        assert files.names == find_images(tmp_path / "many").names
+        assert len(files.read(files.names[0])) > 0
+        words = {
+            "gone": ["pack", f"{address}/none.tar?sig=hidden", tmp_path / "out"],
+            "no captions": ["pack", place, tmp_path / "out", "--captions", "--table.caption", "none"],
+            "compressed": ["pack", f"{address}/set.tar.gz?sig=hidden", tmp_path / "out"],
+            "no index": ["fit", "--config", "stream", "--data.root", address, "--trainer.default_root_dir", tmp_path],
+            "too large": ["check", "--config", "folder", "--data.root", place, "--data.image_size", 64],
+        }
+        for wrong, command in words.items():
+            status, out, err = run_cli(*command)
+            said = out + err + caplog.text
+            assert (status, "hidden" in said, server.address[7:] in said) == (1, False, wrong != "too large"), said
+        for wrong in (f"{address}/none.tar?sig=hidden", f"{address}/none/?sig=hidden", "oci://me:hidden@x/y"):
+            with pytest.raises((OSError, ValueError, ImportError)) as error:
+                find_images(wrong)
+            assert "hidden" not in str(error.value)
+
+
+def test_run_on_a_signed_address_goes_on_and_its_logs_hold_no_secrets(tmp_path, run_cli, caplog):
+    archives(tmp_path / "many")
+    small = ["--model.unet.channels", "[8, 8]", "--model.unet.attention_levels", "[]", "--model.speed", "plain"]
+    small += ["--model.unet.head_channels", "null", "--model.unet.norm_num_groups", 4, "--data.image_size", 8]
+    small += ["--data.batch_size", 4, "--data.num_val", 2, "--trainer.val_check_interval", 1]
+    small += ["--trainer.accelerator", "cpu", "--samples.num_images", 2, "--trainer.default_root_dir", tmp_path / "run"]
+    with FaultyServer(tmp_path / "many") as server:
+        place = f"{server.address.replace('://', '://me:hidden@')}/set-{{000..002}}.tar?sig=hidden"
+        words = ["fit", "--config", "folder", *small, "--trainer.max_steps"]
+        for steps in (1, 2):  # signed anew
+            status, out, err = run_cli(*words, steps, "--data.root", f"{place}{steps}")
+            assert status == 0, err
+            assert "hidden" not in out + err + caplog.text
+        status, _, err = run_cli(*words, 3, "--data.root", place.replace("002", "001"))
+        assert (status, "holds a run of other settings (" in err, "hidden" in err) == (1, True, False), err
+    logged = [path for path in (tmp_path / "run/logs").rglob("*") if path.is_file()]
+    assert any(server.address[7:] in path.read_text() for path in logged)
+    assert not any("hidden" in path.read_text() for path in logged)
+
+
 def test_server_without_ranges_is_an_error_and_no_wrong_image(tmp_path):
     archives(tmp_path / "many")
     with (
@@ -210,7 +255,7 @@ def test_damaged_compressed_and_missing_archives_are_told(tmp_path):
         find_images(path)
     with pytest.raises(ValueError, match="tar archives must be uncompressed, as images in others cannot be read"):
         find_images(tmp_path / "a.tar.gz")
-    with pytest.raises(OSError, match=r"b\.tar cannot be read: it is not there"):
+    with pytest.raises(FileNotFoundError, match=r"there is no tar archive .*b\.tar, .*; did you mean .*a\.tar\?"):
         find_images(tmp_path / "b.tar")
     with pytest.raises(ValueError, match="address that begins with one of file, http"):
         find_images("reference://x/a.tar")
@@ -314,6 +359,22 @@ def test_pack_takes_archives_and_the_library_reads_what_it_writes(tmp_path, run_
     order = np.argsort(data.entries["captions"])
     images = data.image_set.images.index_select(0, torch.tensor(order))
     assert torch.equal(images.int(), expected.image_set.images.int()[np.argsort(expected.entries["captions"])])
+
+
+def test_commands_take_several_archives_by_their_numbers(tmp_path, run_cli):
+    place = archives(tmp_path / "many") / "set-{000..002}.tar"
+    status, _, err = run_cli("pack", place, tmp_path / "shards")
+    assert status == 0, err
+    assert len(webdataset_keys(tmp_path / "shards/shard_00000.tar")) == 12
+    (tmp_path / "many/set-001.tar").unlink()
+    for words in (["pack", place, tmp_path / "others"], ["fit", "--config", "folder", "--data.root", place]):
+        status, _, err = run_cli(*words)
+        assert (status, "set-001.tar" in err, "set-000.tar, looked" in err) == (1, True, False), err
+    assert not (tmp_path / "others").exists()
+
+
+def webdataset_keys(archive: Path) -> set[str]:
+    return {one["__key__"] for one in webdataset.WebDataset(str(archive), shardshuffle=False)}
 
 
 def test_packed_pixels_are_decoded_by_the_library_as_by_pillow(tmp_path, run_cli):

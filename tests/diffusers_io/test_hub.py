@@ -20,7 +20,8 @@ from PIL import Image
 import unet_diffusion as ud
 from unet_diffusion.diffusers_io.publishing import completed_card, publish
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.runtime.hub import check_hub_name, is_hub_name
+from unet_diffusion.runtime.addresses import is_hub_name
+from unet_diffusion.runtime.hub import check_hub_name
 from unet_diffusion.runtime.pixel_values import PixelValues
 
 NAME = "someone/model"

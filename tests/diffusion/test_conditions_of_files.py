@@ -159,3 +159,21 @@ def test_number_of_classes_goes_with_classes_alone():
     for arguments in ({"num_classes": 3, "label_format": "0/1"}, {"label_format": "classes"}):
         with pytest.raises(ValueError, match="num_classes goes with label_format classes and with no other"):
             SemanticMap(3, **arguments)
+
+
+@pytest.mark.parametrize("source", ["Folder", "Shards"])
+def test_data_without_maps_are_refused_with_what_to_do(run_cli, tmp_path, source):
+    for number in range(4):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 9, 9)).save(tmp_path / "images" / f"{number}.png")
+    assert run_cli("pack", tmp_path / "images", tmp_path / "shards")[0] == 0
+    place = {"Folder": "images", "Shards": "shards"}[source]
+    recipes = ["--config", "stream" if source == "Shards" else "folder", "--config", "conditions/semantic_map"]
+    words = ["--data.root", tmp_path / place, "--data.image_size", 32, "--trainer.default_root_dir", tmp_path / "run"]
+    status, _, err = run_cli("fit", *recipes, *words, "--trainer.accelerator", "cpu", "--model.speed", "plain")
+    said = {
+        "Folder": "set data.semantic_map",
+        "Shards": "Shards has none: train on the folder of the images with data.",
+    }
+    assert (status, said[source] in err) == (1, True), err
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unet_diffusion.runtime.addresses import absolute_place, place_of
+from unet_diffusion.runtime.addresses import absolute_place, is_hub_name, missing_path, place_of
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/set", "file:///data/a.tar", "http://host:80/a//b.tar"])
@@ -22,3 +22,33 @@ def test_settings_hold_no_secrets_of_an_address():
     assert absolute_place("https://me:secret@host/set.tar?sig=secret") == "https://host/set.tar"
     assert absolute_place("s3://bucket/set") == "s3://bucket/set"
     assert absolute_place("data") == str(Path("data").absolute())
+
+
+@pytest.mark.parametrize(
+    "ending", ["zip", "ZIP", "tar", "tar.gz", "parquet", "csv", "png", "tif", "ckpt", "safetensors"]
+)
+def test_name_that_ends_as_a_file_does_is_a_path_and_no_name_on_the_hub(tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_name(f"data/x.{ending}")
+    assert missing_path(f"data/x.{ending}") == Path(f"data/x.{ending}")
+    assert is_hub_name(f"hf://data/x.{ending}")
+    assert is_hub_name("owner/model-v1.5")
+
+
+def test_each_of_several_archives_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (8, 9, 10):
+        Path(f"s-{number:02d}.tar").touch()
+    assert missing_path("s-{08..10}.tar") is None
+    assert missing_path(Path("s-{08..11}.tar")) == Path("s-11.tar")
+    assert missing_path("s-08.tar/train") is None
+    assert missing_path("http://host/s-{08..11}.tar") is missing_path(Path("s3://bucket/s-08.tar")) is None
+
+
+@pytest.mark.parametrize("words", ["sample {}", "segment {} images --output out", "import {} out.ckpt", "pack {} out",
+                                   "fit --config folder --data.root {}"])  # fmt: skip
+def test_missing_file_is_told_without_asking_the_hub(run_cli, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", None)  # calling it is an error of another kind
+    status, _, err = run_cli(*words.format("data/x.zip").split())
+    assert (status, "exist" in err, "hub" in err) == (1, True, False), err

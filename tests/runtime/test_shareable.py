@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unet_diffusion.runtime.shareable import shareable
+from unet_diffusion.runtime.shareable import shareable, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,22 @@ def test_places_lose_their_folders_and_secrets_are_left_out():
     secrets = {"token": "hf_x", "headers": {"Authorization": "Bearer x"}, "aws_secret_access_key": "x", "api_key": "x"}
     words = {"placeholder_token": "<toy>", "num_tokens": 3, "max_length": 77}
     assert shareable({**secrets, **words}) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@host:80/a.tar?sig=secret cannot be read: 404", "http://host:80/a.tar cannot be read: 404"),
+        ("data.root was s3://k:secret@b/x, is /home/me/x", "data.root was s3://b/x, is /home/me/x"),
+        ("file:///home/me/a.tar and hf://owner/name@main", "file:///home/me/a.tar and hf://owner/name@main"),
+        ("got https:/me:secret@host/x", "got https:/host/x"),
+        ("(s3://b/x; give http://host:80, or 'http://host'.)", "(s3://b/x; give http://host:80, or 'http://host'.)"),
+        ("see http://k:secret sec@host/x: it is gone", "see http://...host/x: it is gone"),
+        ("https://me:sec?ret@host/x", "https://..."),
+        ("no address: a:/b/c, x@y, /home/me/x?y", "no address: a:/b/c, x@y, /home/me/x?y"),
+        (Path("/home/me/cells"), "/home/me/cells"),
+        ({"root": ["http://t:secret@h/x#token=secret"], "size": 64}, {"root": ["http://h/x"], "size": 64}),
+    ],
+)  # fmt: skip
+def test_messages_keep_paths_and_hide_what_opens_an_address(text, shown):
+    assert without_secrets(text) == shown

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from unet_diffusion.runtime.addresses import is_address
+from unet_diffusion.runtime.addresses import missing_path
 from unet_diffusion.runtime.folder_settings import ClaimedFolder
-from unet_diffusion.runtime.hub import is_hub_name
 from unet_diffusion.runtime.messages import printable, similar_paths
 
 if TYPE_CHECKING:
@@ -37,11 +36,10 @@ def check_exists(name: str, path: Path | str) -> None:
     Raises:
         FileNotFoundError: If there is nothing.
     """
-    if is_hub_name(path) or is_address(path):  # who reads from there says it
-        return
-    wanted = Path(path).expanduser()
-    if not wanted.exists() and not any(parent.is_file() for parent in wanted.parents):
-        raise FileNotFoundError(f"{name} must exist, got {path}, looked for {wanted.absolute()}{similar_paths(wanted)}")
+    if (missing := missing_path(path)) is not None:
+        raise FileNotFoundError(
+            f"{name} must exist, got {path}, looked for {missing.absolute()}{similar_paths(missing)}"
+        )
 
 
 def say_left_out(line: str) -> None:

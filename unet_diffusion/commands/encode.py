@@ -13,6 +13,7 @@ from unet_diffusion.commands.arguments import (
     claimed,
     say_left_out,
 )
+from unet_diffusion.data.described import USUAL, Table, check_used
 from unet_diffusion.runtime.addresses import absolute_place
 from unet_diffusion.runtime.imports import import_lightning, quick_imports
 
@@ -38,6 +39,7 @@ def encode(
     batch_size: int = 32,
     device: str = "auto",
     precision: Precision = "auto",
+    table: Table = USUAL,
 ) -> None:
     """Write the latents of images, to train a denoiser on.
 
@@ -52,11 +54,11 @@ def encode(
 
     Args:
         autoencoder: The run folder or diffusers folder of the autoencoder.
-        images: The folder of images, archive.zip, or archive.zip/folder.
+        images: The folder of images, archive.zip, or archive.zip/folder; or a data set, as in pack.
         output: The folder for the latents.
         image_size: The height and width of the images in pixels. The default is the autoencoder's size.
-        class_labels: Use the folders directly below IMAGES as classes.
-        captions: Store the captions in metadata.csv, metadata.jsonl or NAME.txt.
+        class_labels: Use the folders directly below IMAGES as classes, or those of the data set.
+        captions: Store the captions in metadata.csv, metadata.jsonl or NAME.txt, or those of the data set.
         semantic_map: Store the label images of this folder, of the same names and sizes as IMAGES.
         paired_image: Store the pictures of this folder, of the same names and sizes as IMAGES.
         boxes: Store the boxes in this JSON file of COCO's form.
@@ -68,6 +70,7 @@ def encode(
         device: The device, such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU if there is one.
         precision: The number format that the autoencoder computes in; "auto" takes 16 bits where the hardware has them,
             else float32.
+        table: The split, columns or members of a data set that are used.
 
     Raises:
         FileNotFoundError: If there are no such images or no such autoencoder.
@@ -76,6 +79,7 @@ def encode(
     """
     if batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
+    check_used(table, class_labels=class_labels, captions=captions)
     check_exists("AUTOENCODER", autoencoder)
     check_exists("IMAGES", images)
     asked = {"semantic_map": semantic_map, "paired_image": paired_image, "boxes": boxes}
@@ -113,6 +117,7 @@ def encode(
         **beside,
         background=background,
         on_bad_file=on_bad_file,
+        table=table,
     )
     data = ImageDataModule(source)
     data.setup()
@@ -121,6 +126,7 @@ def encode(
         "autoencoder": str(autoencoder.resolve()),
         "has_mirrored": horizontal_flip,
         "images": absolute_place(images),
+        **table.settings(),
         "background": background,
         "precision": dtype,
         **{key: str(place.resolve()) for key, place in beside.items()},

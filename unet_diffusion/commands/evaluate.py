@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from unet_diffusion.commands.arguments import Checkpoint, Folder, Precision, check_exists, claimed
+from unet_diffusion.data.described import USUAL, Table, check_only_images
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.imports import import_lightning, quick_imports
 from unet_diffusion.runtime.messages import UsageError, did_you_mean
@@ -28,6 +29,7 @@ def evaluate_run(
     batch_size: int = 64,
     device: str = "auto",
     precision: Precision = "auto",
+    table: Table = USUAL,
 ) -> None:
     """Say how good a model is, with figures, pictures and what they mean.
 
@@ -64,6 +66,8 @@ def evaluate_run(
         device: The device, such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU if there is one.
         precision: The number format that the network computes in; "auto" takes 16 bits where the hardware has them,
             else float32.
+        table: The split and the column, or the members, that are used where RUN is a data set of images that somebody
+            drew. For the data the options are --data.table.image NAME and the like.
 
     Raises:
         UsageError: If it is not known what the data are.
@@ -71,6 +75,7 @@ def evaluate_run(
         FileExistsError: If the output folder holds samples of other settings.
         ValueError: If the data do not fit the model, or a number is out of range.
     """
+    check_only_images(table)
     check_exists("RUN", run)
     if scheduler not in SCHEDULERS:
         similar = did_you_mean(scheduler, SCHEDULERS)
@@ -81,6 +86,7 @@ def evaluate_run(
     with quick_imports():
         import_lightning()
         from unet_diffusion.commands.run_data import config_of, data_of
+        from unet_diffusion.data.value_ranges import keep_range
         from unet_diffusion.evaluation.evaluation import evaluate, subject_of
         from unet_diffusion.evaluation.result import PAGE_NAME
         from unet_diffusion.inference.running import Running
@@ -93,6 +99,8 @@ def evaluate_run(
         model.to(device, precision=precision)
     task = "segment" if isinstance(model, Segmenter) else "denoise"
     images = data_of(config or config_of(run), _options(data or []), allow or [], task)
+    if isinstance(model, Running):
+        keep_range(images, model.values)
     sampling = Sampling(scheduler, num_inference_steps, guidance_scale, seed, batch_size)
     folder = output or _output_of(run)
     with process_group() as group, claimed(folder, group):
@@ -100,6 +108,7 @@ def evaluate_run(
         evaluation = evaluate(
             model, images, output=folder, subject=str(run), num_images=num_images, features=features,
             features_weights=features_weights, sampling=sampling, overwrite=overwrite, group=group,
+            table=table,
         )  # fmt: skip
         if group.rank == 0:
             evaluation.save(folder)

@@ -13,6 +13,7 @@ import yaml
 
 import unet_diffusion.data
 from unet_diffusion.commands.recipes import all_recipes, read_settings, recipe_path
+from unet_diffusion.runtime.addresses import missing_path
 from unet_diffusion.runtime.messages import UsageError, did_you_mean, similar_paths
 
 SECTIONS = ("model", "data", "trainer", "samples", "evaluate", "checkpoint", "task", "seed_everything", "ckpt_path",
@@ -39,7 +40,7 @@ SOURCES = {  # and their arguments
     "PairedFiles": ("images", "labels", *OF_VALUES, "label_suffix", "unlabelled"),
     "Shards": (*OF_IMAGES, "window", "num_lanes", "on_bad_shard", "num_retries"),
     "SyntheticCells": ("num_images",),
-    "Tiles": ("root", "tile_size", "channels", "stretch", "num_images", "semantic_map"),
+    "Tiles": ("root", "tile_size", "channels", "stretch", "num_images", "semantic_map", "table"),
     "Torchvision": ("dataset", "root", "download"),
 }
 OF_THE_PARSER = ("class_path", "dict_kwargs", "help")  # beside the arguments of a class
@@ -187,9 +188,16 @@ def _with_owner(option: str, value: Any, settings: dict[str, Any]) -> str:
     if of_source is not None and rest[0] not in (*of_source, *OF_THE_PARSER):
         short = f"{owner}.{'.'.join(rest)}"
         names = (*own, *of_source)
-        similar = did_you_mean(rest[0], names)
+        similar = _of_other_sources(rest[0], settings) or did_you_mean(rest[0], names)
         raise UsageError(f"there is no option {short}" + (similar or f"; it must be one of {', '.join(names)}"))
     return f"{owner}.source.{'.'.join(rest)}"
+
+
+def _of_other_sources(option: str, settings: dict[str, Any]) -> str:
+    """The end of a message about an option that other sources of images have; "" if none has."""
+    this = _class_of("data.source", settings)
+    others = [name for name, options in SOURCES.items() if option in options and name != this]
+    return f" of {this}; choose a source that has it by --data.source: {', '.join(others)}" if others else ""
 
 
 def _class_of(owner: str, settings: dict[str, Any]) -> str:
@@ -231,11 +239,10 @@ def _check_paths(settings: dict[str, Any]) -> None:
         name = name.replace(".source.", ".")  # the short form, as people type it
         if not value:
             raise UsageError(f"{name} must be a folder or file, and is empty; set --{name}")
-        path = Path(value).expanduser()
-        in_archive = any(parent.is_file() for parent in path.parents)
-        if "://" not in value and not path.exists() and not in_archive:
+        if (path := missing_path(Path(value))) is not None:
+            missing = "" if str(path) == str(Path(value).expanduser()) else f", and there is no {path}"
             fix = similar_paths(path) or f"; set --{name}"
-            raise FileNotFoundError(f"{name} must be an existing folder or file, got {value}{fix}")
+            raise FileNotFoundError(f"{name} must be an existing folder or file, got {value}{missing}{fix}")
     checkpoint = settings.get("ckpt_path")
     if checkpoint and checkpoint not in FINDS_CHECKPOINTS and not Path(str(checkpoint)).is_file():
         words = ", ".join(FINDS_CHECKPOINTS)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet_diffusion.commands.arguments import Checkpoint, Folder, Normalization, Pipeline, PredictionType, check_exists
-from unet_diffusion.runtime.hub import is_hub_name
+from unet_diffusion.runtime.addresses import is_hub_name
 from unet_diffusion.runtime.messages import UsageError
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from io import TextIOWrapper
 
 from unet_diffusion.commands.parsing import COMMANDS, TRACEBACK, TRAINING, function_of, parsed, whole_parser
 from unet_diffusion.runtime.messages import UsageError, did_you_mean, in_words, printable
+from unet_diffusion.runtime.shareable import without_secrets
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def exit_status(run: Callable[[], None], *, show_traceback: bool) -> int:
     except UsageError as error:
         if show_traceback:
             raise
-        print(printable(f"unet-diffusion: error: {error}"), file=sys.stderr)
+        print(printable(f"unet-diffusion: error: {without_secrets(str(error))}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unet-diffusion: stopped", file=sys.stderr)
@@ -52,7 +53,7 @@ def exit_status(run: Callable[[], None], *, show_traceback: bool) -> int:
     except Exception as error:  # errors of all kinds end here, as one message
         if show_traceback:
             raise
-        print(printable(f"unet-diffusion: error: {in_words(error)}"), file=sys.stderr)
+        print(printable(f"unet-diffusion: error: {without_secrets(in_words(error))}"), file=sys.stderr)
         print("(--traceback shows where it came from)", file=sys.stderr)
         return 1
     return 0

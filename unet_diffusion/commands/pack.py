@@ -31,6 +31,9 @@ def pack(
 
         unet-diffusion fit --config stream --data.root shards
 
+    Shards hold images, their classes and their captions. Semantic maps, paired images and boxes are read from folders,
+    and from the latents that encode makes of them.
+
     The image files are stored unchanged, in an order drawn at random, unless they are scaled. The same command again
     continues where it was cut off.
 

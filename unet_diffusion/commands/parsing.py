@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 from jsonargparse import ArgumentParser
 
 from unet_diffusion.commands.parser_errors import in_short
-from unet_diffusion.runtime.hub import is_hub_name
+from unet_diffusion.runtime.addresses import is_hub_name
 from unet_diffusion.runtime.messages import UsageError, did_you_mean
 
 PROGRAM = "unet-diffusion"

@@ -58,7 +58,7 @@ def data_of(
     parsed = parser.parse_args(words)
     check_names(parsed, modules)
     try:
-        made: LightningDataModule = parser.instantiate_classes(parsed).data
+        made: LightningDataModule = parser.instantiate(parsed).data
     except (TypeError, ValueError) as error:
         raise ValueError(in_short(str(error), [])) from error
     return made

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
-from unet_diffusion.runtime.shareable import shareable
+from unet_diffusion.runtime.shareable import shareable, without_secrets
 from unet_diffusion.training.callbacks import run_folder
 from unet_diffusion.training.checkpointing import LAST
 from unet_diffusion.training.resuming import differences
@@ -18,6 +18,7 @@ CHECKPOINTS = "checkpoints"  # folder in the run folder
 RUN_SETTINGS = "run_settings"  # in a checkpoint: the settings that are compared when the run is resumed
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a resumed run keeps
 STEP_SETTINGS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
+SEEN_OTHERWISE = ("on_bad_file",)  # the images that are left are compared with those that were trained on
 MAX_SHOWN = 5  # settings that differ
 AUTO = "auto"
 LEFT_TO_THE_MACHINE = (("model", "speed"), ("trainer", "precision"))  # by "auto"
@@ -56,7 +57,7 @@ class SaveRunConfig(SaveConfigCallback):
         with atomic_write(run_folder(trainer) / "config.yaml") as partial:
             partial.write_text(f"{RUN_HEADER}\n{text}", encoding="utf-8")
         for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(text))
+            logger.log_hyperparams(without_secrets(yaml.safe_load(text)))
 
 
 def run_root(config: Any) -> Path:
@@ -80,7 +81,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = before.get(section) or {}, now.get(section) or {}
         if new.get(name) == AUTO and old.get(name) is not None:
             now = {**now, section: {**new, name: old[name]}}
-    return differences(before, now)
+    # An address may have been signed anew.
+    return differences(without_secrets(before), without_secrets(now), but=SEEN_OTHERWISE)
 
 
 def step_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from unet_diffusion.commands.arguments import (
     claimed,
     say_left_out,
 )
+from unet_diffusion.data.described import USUAL, Table, check_only_images
 from unet_diffusion.runtime.atomic_files import remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.imports import quick_imports
@@ -40,6 +41,7 @@ def segment(
     device: str = "auto",
     precision: Precision = "auto",
     speed: Speed | None = None,
+    table: Table = USUAL,
 ) -> None:
     """Write a mask for each image.
 
@@ -52,7 +54,7 @@ def segment(
     Args:
         checkpoint: The .ckpt file, run folder or exported folder of a segmenter, a file of weights, or a name on the
             hub.
-        images: The image files, folders or zip archives to segment.
+        images: The image files, folders, zip archives or data sets to segment.
         output: The folder for the masks.
         instances: Also write DIR/instances/NAME, with a number for each object, and DIR/objects.csv, a table of all
             objects: area, centre, bounding box and mean intensity.
@@ -69,12 +71,14 @@ def segment(
         precision: The number format that the network computes in; "auto" takes 16 bits where the hardware has them,
             else float32.
         speed: How the network runs. The default is as in training, but nothing is compiled as a whole.
+        table: The split and the column, or the members, of a data set that are used.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or image, or the hub cannot be reached.
         FileExistsError: If the output folder holds something else, or masks with other settings.
         ValueError: If an option does not fit the checkpoint, or some images cannot be segmented.
     """
+    check_only_images(table)
     check_exists("CHECKPOINT", checkpoint)
     for path in images:
         check_exists("IMAGES", path)
@@ -104,6 +108,7 @@ def segment(
         "threshold": trained.threshold if threshold is None else threshold,
         "min_size": trained.min_size if min_size is None else min_size,
         "window_size": window_size,
+        **table.settings(),
         f"{CONTENTS}checkpoint": contents_of(trained),
     }
     if instances and trained.kind == "classes":
@@ -111,7 +116,7 @@ def segment(
     check_threshold(trained.kind, threshold, min_size)
     if window_size is not None:
         trained.window_size = window_size
-    sources, outputs = ImagesToSegment(images), Outputs(output, probabilities, overlays, instances)
+    sources, outputs = ImagesToSegment(images, table), Outputs(output, probabilities, overlays, instances)
     trained.to(device, precision=precision, speed=speed)
     settings["precision"] = trained.precision
     prepare_weights(trained.unet, getattr(torch, trained.precision or "float32"))

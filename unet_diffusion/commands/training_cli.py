@@ -44,11 +44,13 @@ from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.known import KnownImages
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.stream import CountReplaced
+from unet_diffusion.data.value_ranges import MEASURED, keep_range
 from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.inference.record import explained
 from unet_diffusion.inference.record_checks import check_weights
 from unet_diffusion.runtime.atomic_files import check_replaceable
 from unet_diffusion.runtime.folder_settings import ClaimedFolder
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.runtime.signals import Interrupted
 from unet_diffusion.training.base import NetworkModule
@@ -303,11 +305,26 @@ class TrainingCLI(OpenCLI):
     def before_fit(self) -> None:
         if isinstance(self.datamodule, KnownImages):
             self.datamodule.must_be_same = self.resumes_by_itself
+        self._keep_range()
         check_monitors(self.trainer, self.model.logged)
         if self.task != "segment" and self.trainer.is_global_zero:
             name = {"autoencode": "autoencoder", "adapt": "adapter"}.get(self.task, "pipeline")
             check_replaceable(run_folder(self.trainer).resolve() / name, overwrite=True)
         self.model.is_continued = has_checkpoint(run_folder(self.trainer), self.config_init.fit.ckpt_path)
+
+    def before_validate(self) -> None:
+        self._keep_range()
+
+    def _keep_range(self) -> None:
+        """Have a measured range of values be that of the checkpoint: new images do not change what was learnt."""
+        if getattr(getattr(self.datamodule, "source", None), "value_range", None) != MEASURED:
+            return
+        asked = self.config_init[self.subcommand].ckpt_path
+        if asked in FINDS_CHECKPOINTS:
+            asked, _ = newest_good(run_folder(self.trainer) / CHECKPOINTS) or (None, 0)
+        if asked and Path(asked).is_file():
+            record = Task.named(self.task).module.record_in(load_plain(Path(asked)))
+            keep_range(self.datamodule, PixelValues.from_plain(record["values"]))
 
     def after_fit(self) -> None:
         if self.trainer.state.status != TrainerStatus.FINISHED or self.config.fit.trainer.fast_dev_run:

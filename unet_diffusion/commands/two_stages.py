@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,8 @@ from unet_diffusion.commands.arguments import Folder, check_exists
 from unet_diffusion.commands.fit_arguments import check_arguments
 from unet_diffusion.commands.recipes import read_settings, recipe_path
 from unet_diffusion.data.captions import read_captions
-from unet_diffusion.data.files import classes_of, find_images
+from unet_diffusion.data.described import USUAL, Table, check_used
+from unet_diffusion.data.files import ImageFiles, classes_of, find_images
 from unet_diffusion.data.fingerprints import Fingerprint, changes, content_hash, fingerprints, folder_hash, hash_of_all
 from unet_diffusion.runtime.addresses import absolute_place, place_of
 from unet_diffusion.runtime.atomic_files import atomic_write, field_of, read_json, remove_left_behind
@@ -47,6 +48,7 @@ def two_stages(
     denoiser: Annotated[str, "RECIPE"] | None = None,
     allow: Annotated[list[str], "MODULE"] | None = None,
     traceback: bool = False,
+    table: Table = USUAL,
 ) -> None:
     """Latent diffusion in one command, from images to samples.
 
@@ -56,14 +58,17 @@ def two_stages(
     samples.png and the pipeline. The same command again continues where it was cut off.
 
     Args:
-        images: The folder of images, archive.zip, or archive.zip/folder.
+        images: The folder of images, archive.zip, or archive.zip/folder; or a data set, as in pack.
         output: The folder for the runs and the latents.
-        captions: Train text to image, with the captions in metadata.csv, metadata.jsonl or NAME.txt.
-        class_labels: Use the folders directly below IMAGES as classes. It excludes --captions.
+        captions: Train text to image, with the captions in metadata.csv, metadata.jsonl or NAME.txt, or those of the
+            data set.
+        class_labels: Use the folders directly below IMAGES as classes, or those of the data set. It excludes
+            --captions.
         autoencoder: The recipe of the first stage.
         denoiser: The recipe of the second stage. The default is latents, or latents_text with --captions.
         allow: The modules of your own, or of somebody you trust, that the recipes may name.
         traceback: Show where an error came from, also an error of a stage.
+        table: The split, columns or members of a data set that are used.
 
     Raises:
         UsageError: If captions and class_labels are both given, or a recipe is missing or wrong.
@@ -74,10 +79,11 @@ def two_stages(
     """
     if captions and class_labels:
         raise UsageError("--captions and --class_labels exclude each other; give one of the two")
+    check_used(table, class_labels=class_labels, captions=captions)
     first = recipe_path(autoencoder)
     second = recipe_path(denoiser if denoiser is not None else "latents_text" if captions else "latents")
     check_exists("IMAGES", images)
-    stages = TwoStages(images, output, first, second, class_labels, captions)
+    stages = TwoStages(images, output, first, second, class_labels, captions, table)
     stages.run(
         lambda line: print(line, flush=True),
         options=["--traceback"] if traceback else [],
@@ -99,6 +105,7 @@ class TwoStages:
         denoiser: The recipe of the second stage.
         class_labels: Folders below images are classes.
         captions: Images have captions.
+        table: Which part of a data set is used.
     """
 
     images: Path
@@ -107,6 +114,7 @@ class TwoStages:
     denoiser: Path
     class_labels: bool
     captions: bool
+    table: Table = USUAL
 
     def run(self, say: Callable[[str], None], options: Sequence[str] = (), options_of_fit: Sequence[str] = ()) -> None:
         """Carry out the stages that are not done yet.
@@ -150,7 +158,8 @@ class TwoStages:
         return {"autoencoder": self._autoencoder, "latents": self._latents, "denoiser": self._denoiser}
 
     def _autoencoder(self) -> list[str]:
-        return self._fit("autoencoder", self.autoencoder, self.images)
+        options = replace(self.table, label=None, caption=None).words("--data.")
+        return [*self._fit("autoencoder", self.autoencoder, self.images), *options]
 
     def _latents(self) -> list[str]:
         flags = {"--class_labels": self.class_labels, "--captions": self.captions, "--horizontal_flip": self._flips()}
@@ -159,6 +168,7 @@ class TwoStages:
             *("encode", str(self.output / "autoencoder"), str(self.images), "--output", str(self.output / "latents")),
             *("--background", source.get("background", "white"), "--on_bad_file", source.get("on_bad_file", "error")),
             *(flag for flag, is_set in flags.items() if is_set),
+            *self._table().words(),
         ]
 
     def _denoiser(self) -> list[str]:
@@ -179,6 +189,14 @@ class TwoStages:
         run = self.output / name
         return ["fit", f"--config={recipe}", f"--data.root={place_of(root)}", f"--trainer.default_root_dir={run}"]
 
+    def _table(self) -> Table:
+        """Which part of a data set is used: what is named here, and otherwise in the recipe of the autoencoder."""
+        of_recipe = self._data_of(self.autoencoder).get("source", {}).get("init_args", {}).get("table") or {}
+        return Table(**{**of_recipe, **self.table.named})
+
+    def _files(self) -> ImageFiles:
+        return find_images(self.images, self._table())
+
     def _flips(self) -> bool:
         return bool(self._data_of(self.denoiser).get("horizontal_flip"))
 
@@ -190,14 +208,14 @@ class TwoStages:
         for stage, recipe in {"autoencoder": self.autoencoder, "denoiser": self.denoiser}.items():
             if (task := read_settings(recipe).get("task", "denoise")) != TASKS[stage]:
                 raise UsageError(f"the recipe of the {stage} must have task {TASKS[stage]}, got {task}")
-        files = find_images(self.images)
+        files = self._files()
         num_classes = len(classes_of(files, files.names, self.images)[1]) if self.class_labels else 0
         if self.captions:
             read_captions(files, files.names)
             if not read_settings(self.denoiser)["model"].get("conditions"):
                 raise ValueError(f"the recipe {self.denoiser} must have conditions to take captions; use "
                                  "latents_text, or leave --captions out")  # fmt: skip
-        autoencoder = self._fit("autoencoder", self.autoencoder, self.images)
+        autoencoder = self._autoencoder()
         denoiser = [*self._fit("denoiser", self.denoiser, self.images), *self._of_classes(num_classes)]
         runs = {"autoencoder": [*autoencoder, *options], "denoiser": [*denoiser, *options]}
         for words in runs.values():
@@ -221,10 +239,12 @@ class TwoStages:
             "images": absolute_place(self.images),
             f"{CONTENTS}images": hash_of_all({name: one[1] for name, one in images.items()}),
             f"{CONTENTS}autoencoder recipe": _hash(self.autoencoder),
+            **replace(self._table(), label=None, caption=None).settings(),
         }
         if stage == "latents":
-            files = find_images(self.images)
+            files = self._files()
             settings |= {
+                **self._table().settings(),
                 "class_labels": self.class_labels,
                 "captions": self.captions,
                 f"{CONTENTS}captions": _texts_hash(read_captions(files, files.names).texts if self.captions else []),
@@ -243,7 +263,7 @@ class TwoStages:
         record = read_json(path) if path.exists() else empty
         for field in empty:
             field_of(record, field, path)
-        now = fingerprints(find_images(self.images), record["images"])
+        now = fingerprints(self._files(), record["images"])
         self._refuse_other_settings(record, now)
         self._check(options_of_fit)
         record["images"] = now

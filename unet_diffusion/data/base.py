@@ -16,6 +16,7 @@ from unet_diffusion.data.items import Items, ItemSource
 from unet_diffusion.data.known import KnownImages, contents_of_pixels
 from unet_diffusion.data.source import Source
 from unet_diffusion.latents.codec import Codec
+from unet_diffusion.runtime.addresses import shown_place
 from unet_diffusion.runtime.messages import did_you_mean
 from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -187,7 +188,7 @@ class ImageDataModule(SourceDataModule):
     def _found(self) -> str:
         images = self.image_set.images
         size, depth = "x".join(map(str, images.shape[1:])), str(images.dtype).removeprefix("torch.")
-        where = f" in {self.source.root}" if hasattr(self.source, "root") else ""
+        where = f" in {shown_place(self.source.root)}" if hasattr(self.source, "root") else ""
         if self.codec is None and self.values.value_range is not None:
             depth = f"{self.values.dtype} from {self.values.low:.6g} to {self.values.high:.6g}"
         parts = [f"{len(images)} {self.source.kind} of {size} ({depth}){where}"]

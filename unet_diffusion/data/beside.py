@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unet_diffusion.data.checking import decoded, in_threads, load_images
 from unet_diffusion.data.decoding import ImageFormat
+from unet_diffusion.data.described import NOT_NAMED
 from unet_diffusion.data.files import ImageFiles, find_images
 from unet_diffusion.data.label_decoding import decode_label_pages, fitted_label
 from unet_diffusion.data.labelled import listed, match
@@ -102,7 +103,7 @@ def label_pages(root: str | Path, names: Sequence[str]) -> Callable[[str, Sequen
         FileNotFoundError: If the root does not exist.
         ValueError: If an image has no partner, or the other way round; the message lists such files.
     """
-    files = find_images(root)
+    files = find_images(root, NOT_NAMED)
     partners = dict(match(names, files.names, kind="semantic map", can_have_suffix=False).values())
 
     def read(name: str, sizes: Sequence[Size]) -> list[Tensor] | str:
@@ -172,7 +173,7 @@ class _Chosen:
 
 def _partners(root: str | Path, images: Fitted, kind: str) -> tuple[ImageFiles, dict[str, str]]:
     """The files below a root, and the name of the one that belongs to each image."""
-    files = find_images(root)
+    files = find_images(root, NOT_NAMED)
     return files, dict(match(images.all_names, files.names, kind=kind, can_have_suffix=False).values())
 
 

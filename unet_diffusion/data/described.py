@@ -35,8 +35,60 @@ class Table:
     split: str | None = None
     config: str | None = None
 
+    @property
+    def named(self) -> dict[str, str]:
+        """What is named, by the name of the field."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def words(self, prefix: str = "--") -> list[str]:
+        """The options of a command line that name the same.
+
+        Args:
+            prefix: How they begin, such as "--data.".
+        """
+        return [f"{prefix}table.{name}={value}" for name, value in self.named.items()]
+
+    def settings(self) -> dict[str, str | None]:
+        """The fields as settings beside outputs record them."""
+        return {f"table.{name}": value for name, value in vars(self).items()}
+
+    def advice(self, name: str) -> str:
+        """How the user chooses another column or split, for the end of a message.
+
+        Args:
+            name: The name of the field.
+        """
+        return f"set table.{name} to"
+
+
+class UsualTable(Table):
+    """The usual parts of a data set, where no option names others."""
+
+    def advice(self, name: str) -> str:
+        """How the user chooses another column or split, for the end of a message.
+
+        Args:
+            name: The name of the field.
+        """
+        return f"no option names another {name} here; write the data set again, with the usual name for"
+
 
 USUAL = Table()
+NOT_NAMED = UsualTable()  # for readers that have no options
+
+
+def check_only_images(table: Table) -> None:
+    """Refuse the name of a column of classes or captions where only images are read.
+
+    Args:
+        table: The names.
+
+    Raises:
+        ValueError: If such a column is named.
+    """
+    for name in ("label", "caption"):
+        if name in table.named:
+            raise ValueError(f"table.{name} is {table.named[name]}, and only images are read here; leave it out")
 
 
 def check_used(table: Table, *, class_labels: bool, captions: bool) -> None:

@@ -8,13 +8,14 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from unet_diffusion.data.described import USUAL, DescribedFiles, Table, natural_order
 from unet_diffusion.data.listing import (
     ARRAY_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    METADATA,
     LeftOut,
     composed,
     image_names,
@@ -23,9 +24,9 @@ from unet_diffusion.data.listing import (
 )
 from unet_diffusion.data.tables import TABLE_EXTENSIONS, TableFiles, is_table_file
 from unet_diffusion.data.tars import TAR, TarFiles, is_tar
-from unet_diffusion.runtime.addresses import is_address, place_of
+from unet_diffusion.runtime.addresses import PREFIX, is_address, place_of
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
-from unet_diffusion.runtime.hub import PREFIX
+from unet_diffusion.runtime.messages import first_few
 
 MAX_FILE_BYTES = 1024**3  # of an image file in an archive, unpacked; a few kilobytes can unpack to any size
 MAX_TEXT_BYTES = 256 * 1024**2  # of a table of texts, or a record: it is read whole
@@ -77,17 +78,39 @@ def find_images(root: str | Path, table: Table = USUAL) -> ImageFiles:
         return TableFiles(place, table)
     _refuse_run_folder(path)
     files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(*_split_at_archive(path))
-    if not files.names and path.is_dir():
-        files = _data_set_in(path, files.left_out, table) or files
+    if path.is_dir():
+        _refuse_two_kinds(files, path)
+        files = files if files.names else _data_set_in(path, files.left_out, table) or files
     if not files.names:
         others = f" ({others})" if (others := files.left_out.described()) else ""
         raise ValueError(
             f"root must hold images, found none below {root}{others}; expected files that end in "
             f"{', '.join(IMAGE_EXTENSIONS)}, or a data set: .parquet, .arrow or .tar"
         )
-    if table != USUAL and not isinstance(files, DescribedFiles):
-        raise ValueError(f"table names the parts of a data set, and {root} holds image files; leave it out")
+    _check_named(table, files, root)
     return files
+
+
+def _check_named(table: Table, files: ImageFiles, root: str | Path) -> None:
+    if table.named and not isinstance(files, DescribedFiles):
+        raise ValueError(f"table names the parts of a data set, and {root} holds image files; leave it out")
+
+
+def _refuse_two_kinds(files: ImageFiles, folder: Path) -> None:
+    """Refuse a folder of image files that holds tables or archives, too: some of them would be left out.
+
+    Raises:
+        ValueError: If it does.
+    """
+    kinds = {kind: files.left_out.extensions[kind] for kind in (*TABLE_EXTENSIONS, TAR)}
+    kinds[PurePosixPath(METADATA).suffix] -= files.left_out.num_metadata  # which is about the image files
+    others = [f"{number} {kind}" for kind, number in kinds.items() if number]
+    if files.names and others:
+        raise ValueError(
+            f"{folder} holds {len(files.names)} image files ({first_few(files.names[:2])}) and "
+            f"{' and '.join(others)} files, and only one kind can be read; give the path of a "
+            "table or archive, or of a folder with one kind, or move the others away"
+        )
 
 
 def _data_set_in(folder: Path, left_out: LeftOut, table: Table) -> ImageFiles | None:
@@ -104,15 +127,24 @@ def _data_set_in(folder: Path, left_out: LeftOut, table: Table) -> ImageFiles | 
     return files
 
 
-def find_images_or_one(root: str | Path) -> ImageFiles:
-    """The images below a root as `find_images` has them, or the root alone if it is an image file."""
+def find_images_or_one(root: str | Path, table: Table = USUAL) -> ImageFiles:
+    """The images below a root as `find_images` has them, or the root alone if it is an image file.
+
+    Args:
+        root: A root as in `find_images`, or an image file.
+        table: Which part of a data set is used.
+
+    Raises:
+        Exception: As `find_images` raises it.
+    """
     path = Path(root).expanduser()
     is_data_set = is_table_file(path) or path.name.lower().endswith(TAR)
     if path.is_file() and not is_data_set and (
         path.name.lower().endswith(ARRAY_EXTENSIONS) or not zipfile.is_zipfile(path)
     ):  # fmt: skip
+        _check_named(table, OneFile(path), root)
         return OneFile(path)
-    return find_images(root)
+    return find_images(root, table)
 
 
 def classes_of(files: ImageFiles, names: list[str], root: str | Path) -> tuple[list[int], list[str]]:

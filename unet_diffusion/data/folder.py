@@ -21,7 +21,7 @@ from unet_diffusion.data.checking import (
     load_images,
 )
 from unet_diffusion.data.decoding import ImageFormat, decode_page
-from unet_diffusion.data.described import USUAL, Table, check_used
+from unet_diffusion.data.described import USUAL, Table, check_only_images, check_used
 from unet_diffusion.data.files import ImageFiles, classes_of, find_images
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.source import IN_MEMORY_BYTES, Source
@@ -133,7 +133,10 @@ class Folder(Source):
         if self.class_labels:
             classes_of(files, files.names, self.root)  # fails before the files are decoded, not after
         written = read_captions(files, files.names) if self.captions else None
-        value_range = settled_range(self.value_range, [files], self.image_format.channels, progress=progress)
+        value_range = settled_range(
+            self.value_range, [files], self.image_format.channels, progress=progress, kept_range=self.kept_range,
+            skip_beyond=self.on_bad_file == "skip",
+        )  # fmt: skip
         self.image_format = replace(self.image_format, value_range=value_range)
         in_memory = self.in_memory
         if in_memory is None:
@@ -217,7 +220,7 @@ class Tiles(Source):
     Tiles cover each image, and overlap where its size is no multiple of theirs. All tiles stay in memory.
 
     Args:
-        root: A folder, archive.zip, or archive.zip/folder.
+        root: A folder, archive.zip, archive.zip/folder, or a data set, as in `Folder`.
         tile_size: Height and width of a tile in pixels; no image may be smaller.
         channels: 1 (grey), 3 (RGB) or 4 (RGB and alpha), to which colours are converted; or the number that files hold.
         stretch: Whether each image's grey values are scaled from its 1st and 99.8th percentile, not from the range of
@@ -226,6 +229,7 @@ class Tiles(Source):
             takes all. Tiles that are validated on may be of an image that other tiles are trained on.
         semantic_map: A folder or archive of label images of the same names and sizes as the images, for the condition
             `SemanticMap`; they are cut as the images are. None: there are none.
+        table: As in `Folder`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -240,6 +244,7 @@ class Tiles(Source):
         stretch: bool = False,
         num_images: int | None = None,
         semantic_map: str | Path | None = None,
+        table: Table | None = None,
     ) -> None:
         if tile_size < 1:
             raise ValueError(f"tile_size must be at least 1, got {tile_size}")
@@ -252,6 +257,8 @@ class Tiles(Source):
         self.stretch = stretch
         self.num_images = num_images
         self.semantic_map = semantic_map
+        self.table = table or USUAL
+        check_only_images(self.table)
         self._left_out = self._changed = ""
 
     def load(self, *, progress: bool = True) -> ImageSet:
@@ -265,7 +272,7 @@ class Tiles(Source):
             ValueError: If root holds no images, or images that cannot be used, or if a semantic map does not fit its
                 image; the message lists them.
         """
-        files = find_images(self.root)
+        files = find_images(self.root, self.table)
         names = files.names[: self.num_images]
         maps_of = None if self.semantic_map is None else label_pages(self.semantic_map, files.names)
         kinds = set[Kind]()

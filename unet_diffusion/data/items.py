@@ -30,7 +30,14 @@ class Items(Protocol):
 
 
 class ItemSource:
-    """What sources of images and of labelled images share: items by number, unless a subclass defines `load`."""
+    """What sources of images and of labelled images share: items by number, unless a subclass defines `load`.
+
+    Attributes:
+        kept_range: The range of values of a model that is trained further or evaluated, which takes the place of a
+            measured one. None: there is none.
+    """
+
+    kept_range: tuple[float, float] | None = None
 
     def prepare(self) -> None:
         """Download what is missing. One process calls it, before all of them load."""

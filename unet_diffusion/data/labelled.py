@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unet_diffusion.data.checking import NUM_NAMED, decoded, in_threads
 from unet_diffusion.data.decoding import ValueRange, check_num_channels, check_within, decode_page
+from unet_diffusion.data.described import NOT_NAMED
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.items import Item, ItemSource, read_items
 from unet_diffusion.data.label_decoding import decode_label_pages
@@ -145,13 +146,15 @@ class PairedFiles(LabelledSource):
             ValueError: If a file has no partner, cannot be read, or differs from its partner in size or pages; the
                 message lists such files.
         """
-        image_files, label_files = find_images_or_one(self.images), find_images_or_one(self.labels)
+        image_files, label_files = (find_images_or_one(root, NOT_NAMED) for root in (self.images, self.labels))
         pairs = match(image_files.names, label_files.names, self.label_suffix)
 
-        unlabelled = [] if self.unlabelled is None else [find_images_or_one(self.unlabelled)]
+        unlabelled = [] if self.unlabelled is None else [find_images_or_one(self.unlabelled, NOT_NAMED)]
         places = [image_files, *unlabelled]
         kinds = set[Kind]()
-        value_range = settled_range(self.value_range, places, self.channels, progress=progress)
+        value_range = settled_range(
+            self.value_range, places, self.channels, progress=progress, kept_range=self.kept_range
+        )
 
         def read(name: str) -> tuple[list[Tensor], list[NDArray[np.int32]]] | str:
             image_name, label_name = pairs[name]

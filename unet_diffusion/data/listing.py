@@ -33,6 +33,7 @@ OF_SYSTEMS = {  # files and folders, in lower case, beside those that begin with
 }
 RUN, PIPELINE = "config.yaml", "model_index.json"  # of a run, and of an exported pipeline
 DRAWN, SEGMENTED = {"num_drawn"}, {"probabilities", "overlays", "instances"}  # in records of sample, and of segment
+METADATA = "metadata.parquet"
 HIDDEN = "hidden or of the system"
 
 
@@ -42,10 +43,13 @@ class LeftOut:
     Attributes:
         extensions: How many files there are of each extension that is none of an image.
         names: Other files and folders, by the reason.
+        num_metadata: How many of the files are called metadata.parquet, as `datasets` has tables of what is known of
+            the images beside them.
     """
 
     def __init__(self) -> None:
         self.extensions: Counter[str] = Counter()
+        self.num_metadata = 0
         self.names: dict[str, set[str]] = defaultdict(set)
 
     def described(self, but: Iterable[str] = ()) -> str:
@@ -100,6 +104,7 @@ def image_names(names: Iterable[str], read: Callable[[str], bytes], left_out: Le
             images.append(name)
         else:
             left_out.extensions[PurePosixPath(name).suffix.lower()] += 1
+            left_out.num_metadata += PurePosixPath(name).name == METADATA
     return sorted(images)
 
 

@@ -140,7 +140,7 @@ class ShardStore(Store):
             ShardError: If it cannot be read.
             ValueError: If it is no index.
         """
-        place = f"{self.root}/{INDEX}"
+        place = f"{self.shown}/{INDEX}"
 
         def read() -> bytes | None:
             try:
@@ -151,7 +151,7 @@ class ShardStore(Store):
         content = self.tried(read, place)
         if content is None:
             raise FileNotFoundError(
-                f"there is no {INDEX} in {self.root}; give what unet-diffusion pack wrote, and if it was cut off, run "
+                f"there is no {INDEX} in {self.shown}; give what unet-diffusion pack wrote, and if it was cut off, run "
                 "it again first. Tar archives that others wrote are read by --config folder, or packed first"
             )
         return ShardIndex.from_json(content, place)
@@ -172,7 +172,7 @@ class ShardStore(Store):
                 raise ValueError(f"it holds {len(files)} images, not {shard.num_images} as {INDEX} has it")
             return files
 
-        return self.tried(read, f"{self.root}/{shard_name(number)}")
+        return self.tried(read, f"{self.shown}/{shard_name(number)}")
 
 
 @dataclass(frozen=True)
@@ -300,8 +300,8 @@ class ShardedImages:
                 return number if shard == wanted else low + number % (high - low)
             num_bad += 1
         raise ShardError(
-            f"{num_bad} shards of {self.store.root} in a row cannot be read, too many to leave out; see whether it can "
-            "be reached, and the same command goes on"
+            f"{num_bad} shards of {self.store.shown} in a row cannot be read, too many to leave out; see whether it "
+            "can be reached, and the same command goes on"
         )
 
     def _can_be_read(self, shard: int) -> bool:

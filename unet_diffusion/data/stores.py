@@ -11,7 +11,9 @@ from typing import IO, Any, TypeVar, cast
 
 import fsspec
 
+from unet_diffusion.runtime.addresses import shown_place
 from unet_diffusion.runtime.messages import in_words
+from unet_diffusion.runtime.shareable import without_secrets
 
 T = TypeVar("T")
 
@@ -36,10 +38,12 @@ class Store:
         ValueError: If such addresses are not known.
     """
 
+    shown: str  # the place for messages, without secrets
     error: type[OSError] = OSError  # what is raised once a read has failed each time
 
     def __init__(self, root: str | Path, *, num_retries: int = 4) -> None:
         self.root = str(root).rstrip("/")
+        self.shown = shown_place(self.root)
         self.num_retries = num_retries
         self._connect()
 
@@ -88,7 +92,7 @@ class Store:
                 return read()
             except Exception as error:  # of any file system, and whatever lies there
                 if not left:
-                    raise self.error(f"{place} cannot be read: {_said(error)}") from error
+                    raise self.error(f"{shown_place(place)} cannot be read: {_said(error)}") from error
                 time.sleep(FIRST_WAIT * 2 ** (self.num_retries - left))
         raise AssertionError("num_retries is 0 or more")
 
@@ -101,17 +105,18 @@ class Store:
         if "::" in self.root or (has_protocol and protocol not in PROTOCOLS):
             raise ValueError(
                 f"root must be a path, or an address that begins with one of {', '.join(PROTOCOLS)} and holds no ::, "
-                f"got {self.root}"
+                f"got {self.shown}"
             )
         try:
             self._files, self._path = fsspec.core.url_to_fs(self.root, **_options(self.root))
         except ImportError as error:
             raise ModuleNotFoundError(
-                f"to read {self.root}: {error}; for s3 that is pip install 'unet-diffusion[stream]'"
+                f"to read {self.shown}: {error}; for s3 that is pip install 'unet-diffusion[stream]'"
             ) from error
         except ValueError as error:
+            reason = without_secrets(str(error))
             raise ValueError(
-                f"root must be a path, or an address that fsspec knows, got {self.root} ({error})"
+                f"root must be a path, or an address that fsspec knows, got {self.shown} ({reason})"
             ) from error
         self._process = os.getpid()
 
@@ -131,4 +136,4 @@ def _options(root: str) -> dict[str, Any]:
 
 
 def _said(error: Exception) -> str:
-    return "it is not there" if isinstance(error, FileNotFoundError) else in_words(error)
+    return "it is not there" if isinstance(error, FileNotFoundError) else without_secrets(in_words(error))

@@ -29,6 +29,7 @@ from unet_diffusion.data.value_ranges import (
     range_of_shards,
     shown_of,
 )
+from unet_diffusion.runtime.addresses import shown_place
 from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -92,7 +93,7 @@ class Shards(Source):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         check_declared(value_range)
         check_shown(shown_channels, channels)
-        self.root = root
+        self.root, self.shown = root, shown_place(root)
         self.value_range, self.shown_channels = value_range, shown_channels
         self.image_format = ImageFormat.of_size(image_size, channels, background)
         self.image_shape = self.image_format.shape
@@ -126,7 +127,9 @@ class Shards(Source):
             if not getattr(self, name):
                 entries.pop(key, None)
             elif key not in entries:
-                raise ValueError(f"{self.root} was packed without {name}; pack again with --{name}, or set it to false")
+                raise ValueError(
+                    f"{self.shown} was packed without {name}; pack again with --{name}, or set it to false"
+                )
         images = ShardedImages(store, index, self.image_format, self._num_kept(num_workers=0))
         shown = self.shown_channels or shown_of(self.image_format.channels, index.are_colours)
         values = PixelValues.of_images(images.dtype, shown)
@@ -183,12 +186,12 @@ class Shards(Source):
         height, width = self.image_format.height, self.image_format.width
         if height > smallest[0] or width > smallest[1]:
             raise ValueError(
-                f"image_size must be at most {smallest[0]}x{smallest[1]}, as small as images in {self.root} are, got "
+                f"image_size must be at most {smallest[0]}x{smallest[1]}, as small as images in {self.shown} are, got "
                 f"{height}x{width}; lower it, or pack again with --image_size {height} {width} --on_bad_file skip"
             )
         if channels not in (None, self.image_format.channels):
             raise ValueError(
-                f"channels must be {channels}, as the images in {self.root} were packed, got "
+                f"channels must be {channels}, as the images in {self.shown} were packed, got "
                 f"{self.image_format.channels}; change it, or pack again with --channels {self.image_format.channels}"
             )
 
@@ -383,7 +386,7 @@ class StreamLoader(ResumableLoader, PlainSpokenLoader):
         # Checkpoints of before this was kept do not have it.
         if state.get("shards", self.fingerprint) != self.fingerprint:
             raise ValueError(
-                f"the run was trained on other shards than those in {self.source.root}, which were packed anew or are "
+                f"the run was trained on other shards than those in {self.source.shown}, which were packed anew or are "
                 "of other images: validation images would be trained on. Give it the shards it began with, or begin "
                 "another run"
             )

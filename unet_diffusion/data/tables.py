@@ -7,6 +7,7 @@ folder are. Code in a data set is never run: datasets 4 and later refuse to.
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -21,8 +22,9 @@ from unet_diffusion.data.described import (
     captions_of_values,
     classes_of_values,
 )
+from unet_diffusion.data.hub_tables import USUAL_SPLIT, check_split, load_from_hub
 from unet_diffusion.data.listing import LeftOut, composed, walk
-from unet_diffusion.runtime.hub import PREFIX, check_hub_name, hub_answers
+from unet_diffusion.runtime.addresses import PREFIX
 from unet_diffusion.runtime.messages import first_few
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 TABLE_EXTENSIONS = (".parquet", ".arrow")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # in folders that save_to_disk wrote
+NUMBERED = "names of images that come again, and are numbered"
 ROW = "{:09d}"  # the name of a row where rows name no files; it stays the same when others are appended
 SPLIT_IN_NAME = re.compile(r"[/_.-](train|validation|valid|val|dev|test)(?=[/_.-])")
 SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}  # as the library names them
@@ -38,7 +41,8 @@ SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}  # as
 class TableFiles(DescribedFiles):
     """The images in a column of a table.
 
-    An image has the name of its file, if the table holds these and they differ, otherwise the number of its row.
+    An image has the name of its file, if the table holds it, otherwise the number of its row. Where several rows have a
+    name, all but the first are numbered.
 
     Args:
         place: hf://owner/name, hf://owner/name@revision, a folder that save_to_disk wrote, a folder of Parquet or Arrow
@@ -57,7 +61,7 @@ class TableFiles(DescribedFiles):
         self._folder = _folder_of(place)
         self._rows = _loaded(place, table)
         self._column = self._image_column()
-        self._images = _undecoded(self._rows.select_columns([self._column]), self._column, place)
+        self._images = self._undecoded()
         names = self._names()
         self._index = {name: index for index, name in enumerate(names)}
         self.names = sorted(names)
@@ -111,13 +115,34 @@ class TableFiles(DescribedFiles):
     def _image_column(self) -> str:
         column = self.table.image or self._first_of(("image",)) or self._only_column_of("Image")
         if column is None or column not in self._rows.features:
-            raise ValueError(f"{self._missing(column, 'image')}; set table.image to the one that holds the images")
+            raise ValueError(f"{self._missing(column, 'image')}; {self.table.advice('image')} the one that holds "
+                             "the images")  # fmt: skip
         return column
+
+    def _undecoded(self) -> "Dataset":
+        """The images in the bytes of their files: bytes with a path, or alone.
+
+        Raises:
+            ValueError: If the column holds no images.
+        """
+        import datasets
+
+        images = self._rows.select_columns([self._column])
+        feature = images.features[self._column]
+        if isinstance(feature, datasets.Image):
+            return images.cast_column(self._column, datasets.Image(decode=False))
+        is_struct = isinstance(feature, dict) and "bytes" in feature
+        if not is_struct and getattr(feature, "dtype", None) not in ("binary", "large_binary"):
+            raise ValueError(
+                f"the column {self._column} of {self.place} must hold images, in the bytes of their files, and holds "
+                f"{_feature_name(feature)}; {self.table.advice('image')} another"
+            )
+        return images
 
     def _values(self, column: str | None, kind: str, option: str) -> dict[str, Any]:
         """What a column holds for each image, by its name."""
         if column is None or column not in self._rows.features:
-            raise ValueError(f"{self._missing(column, kind)}; set table.{kind} to the one that holds them, or "
+            raise ValueError(f"{self._missing(column, kind)}; {self.table.advice(kind)} the one that holds them, or "
                              f"set {option} to false")  # fmt: skip
         values = self._rows.select_columns([column])[:][column]
         return {name: values[index] for name, index in self._index.items()}
@@ -135,11 +160,34 @@ class TableFiles(DescribedFiles):
         return columns[0] if len(columns) == 1 else None
 
     def _names(self) -> list[str]:
+        """The name of each row: that of its file, numbered if an earlier row has it, or else the number of the row."""
         rows = self._images.with_format("arrow")
         paths = [path for batch in rows.iter(1000) for path in _paths(batch[self._column])]
-        names = [composed(PurePosixPath(path.replace("\\", "/")).name) for path in paths if path]
-        numbers = [ROW.format(index) for index in range(len(self._images))]
-        return names if len(names) == len(set(names)) == len(numbers) else numbers
+        files = [composed(PurePosixPath(path.replace("\\", "/")).name) if path else "" for path in paths]
+        names, numbered = unique_names([name or ROW.format(index) for index, name in enumerate(files)])
+        if numbered:
+            self.left_out.names[NUMBERED] |= set(numbered)
+        return names
+
+
+def unique_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names, of which those that come again are numbered, and the numbered ones: a.png, a.png give a.png, a_2.png.
+
+    Args:
+        names: Names of files, some of them alike.
+    """
+    taken, unique, numbered = set(names), list[str](), list[str]()
+    count: Counter[str] = Counter()
+    for name in names:
+        count[name] += 1
+        if count[name] > 1:
+            file, number = PurePosixPath(name), count[name]
+            while (name := f"{file.stem}_{number}{file.suffix}") in taken:
+                number += 1
+            taken.add(name)
+            numbered.append(name)
+        unique.append(name)
+    return unique, numbered
 
 
 def is_table_file(path: Path) -> bool:
@@ -165,21 +213,14 @@ def _loaded(place: str, table: Table) -> "Dataset":
         if table.split is not None:
             raise ValueError(f"{place} has no splits, got table.split {table.split}; leave it out")
         return loaded.with_format(None)
-    split = table.split or (next(iter(loaded)) if len(loaded) == 1 else "train")
-    if split not in loaded:
-        raise ValueError(f"{place} has no split {split}, but {', '.join(loaded)}; set table.split to one of "
-                         "them")  # fmt: skip
+    split = table.split or (next(iter(loaded)) if len(loaded) == 1 else USUAL_SPLIT)
+    check_split(split, loaded, place, table)
     return loaded[split].with_format(None)
 
 
 def _all_splits(datasets: ModuleType, place: str, table: Table) -> Any:
     if place.startswith(PREFIX):
-        from huggingface_hub.constants import HF_HUB_OFFLINE
-
-        name, _, revision = place.removeprefix(PREFIX).partition("@")
-        if not (HF_HUB_OFFLINE or hub_answers(check_hub_name(name), "dataset")):
-            raise ConnectionError  # the library would wait for minutes
-        return datasets.load_dataset(check_hub_name(name), table.config, revision=revision or None)
+        return load_from_hub(datasets, place, table)
     path = Path(place)
     if path.is_file():
         kind = path.suffix.lower().removeprefix(".")
@@ -256,24 +297,6 @@ def _explained(place: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return next(filter(str.strip, str(error).splitlines()), type(error).__name__)
-
-
-def _undecoded(images: "Dataset", column: str, place: str) -> "Dataset":
-    """The images in the bytes of their files: bytes with a path, or alone.
-
-    Raises:
-        ValueError: If the column holds no images.
-    """
-    import datasets
-
-    feature = images.features[column]
-    if isinstance(feature, datasets.Image):
-        return images.cast_column(column, datasets.Image(decode=False))
-    is_struct = isinstance(feature, dict) and "bytes" in feature
-    if not is_struct and getattr(feature, "dtype", None) not in ("binary", "large_binary"):
-        raise ValueError(f"the column {column} of {place} must hold images, in the bytes of their files, and holds "
-                         f"{_feature_name(feature)}; set table.image to another")  # fmt: skip
-    return images
 
 
 def _paths(column: Any) -> list[str | None]:

@@ -6,9 +6,8 @@ each image in them; from then on an image is read alone, by its range of bytes.
 """
 
 import json
-import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,13 @@ from unet_diffusion.data.described import (
 )
 from unet_diffusion.data.listing import HIDDEN, IMAGE_EXTENSIONS, LeftOut, composed, leads_outside, of_a_system, walk
 from unet_diffusion.data.stores import Store
-from unet_diffusion.runtime.addresses import is_address
-from unet_diffusion.runtime.messages import first_few
+from unet_diffusion.runtime.addresses import is_address, missing_path, numbered, shown_place
+from unet_diffusion.runtime.messages import first_few, similar_paths
 
 TAR = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TEXT, CLASS, FIELDS = "txt", "cls", "json"  # endings of members with what is known of an image
 MAX_TEXT_BYTES = 16 * 1024**2  # of such a member
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {000..127}, as WebDataset has it
 NO_IMAGE = "samples without an image"
 END_BYTES = 4 * tarfile.RECORDSIZE  # of zeros are looked at after the last member; there are at least two blocks
 
@@ -68,6 +66,7 @@ class TarFiles(DescribedFiles):
         self.place, self.table = place, table
         self.left_out = LeftOut()
         self._store, archives = _archives(place)
+        self._query = place.removeprefix(_without_query(place))
         self._members: dict[str, tuple[str, int, int]] = {}
         self._known: dict[str, dict[str, Any]] = {}
         self._keys: dict[str, None] = {}  # all that samples have, in their order
@@ -78,7 +77,8 @@ class TarFiles(DescribedFiles):
         self._stamps = {archive: _stamp(place, archive) for archive in archives}
         if not self._members:
             raise ValueError(
-                f"the tar archives of {place} must hold images, and hold none ({self.left_out.described()})"
+                f"the tar archives of {shown_place(place)} must hold images, and hold none "
+                f"({self.left_out.described()})"
             )
         self.names = sorted(self._members)
 
@@ -90,18 +90,18 @@ class TarFiles(DescribedFiles):
             OSError: If the archive cannot be read, or holds less than before.
         """
         if name not in self._members:
-            raise FileNotFoundError(f"there is no image {name} in {self.place}")
+            raise FileNotFoundError(f"there is no image {name} in {shown_place(self.place)}")
         archive, start, size = self._members[name]
 
         def read() -> bytes:
-            content = self._store.read(archive, start, start + size)
+            content = self._store.read(archive + self._query, start, start + size)
             if len(content) != size:
                 raise ValueError(f"{size} bytes were asked for, and {len(content)} came; the archive is cut off, or "
                                  "the server does not answer ranges: copy the archives here")  # fmt: skip
             return content
 
         try:
-            content = self._store.tried(read, f"{self._store.root}/{archive}")
+            content = self._store.tried(read, f"{self._store.shown}/{archive}")
         except OSError:
             self._store.num_retries = 0  # a store that is gone is not waited for at each image
             raise
@@ -117,28 +117,28 @@ class TarFiles(DescribedFiles):
         """The class of each image, a number or a name, and the name of each class."""
         key = self._key(self.table.label, (CLASS, *LABELS), "label", "class_labels")
         values = {name: _number(known.get(key)) for name, known in self._known.items()}
-        return classes_of_values(values, names, None, f"{key} in the tar archives of {self.place}")
+        return classes_of_values(values, names, None, f"{key} in the tar archives of {shown_place(self.place)}")
 
     def captions(self, names: Sequence[str]) -> list[str]:
         """The caption of each image."""
         key = self._key(self.table.caption, (TEXT, *CAPTIONS), "caption", "captions")
         values = {name: known.get(key) for name, known in self._known.items()}
-        return captions_of_values(values, names, f"{key} in the tar archives of {self.place}")
+        return captions_of_values(values, names, f"{key} in the tar archives of {shown_place(self.place)}")
 
     def _key(self, chosen: str | None, usual: Sequence[str], kind: str, option: str) -> str:
         key = chosen or next((key for key in usual if key in self._keys), None)
         if key is None or key not in self._keys:
             has = f"no {kind} named {key}" if key else f"nothing that is known to be the {kind}"
             there = ", ".join(self._keys) or "images alone"
-            raise ValueError(f"the samples of {self.place} have {has}, but {there}; set "
-                             f"table.{kind} to one of them, or set {option} to false")  # fmt: skip
+            raise ValueError(f"the samples of {shown_place(self.place)} have {has}, but {there}; "
+                             f"{self.table.advice(kind)} one of them, or set {option} to false")  # fmt: skip
         return key
 
     def _add(self, archive: str, prefix: str, key: str, sample: _Sample) -> None:
         endings = [ending for ending in sample.images if self.table.image in (None, ending)]
         if len(endings) > 1:
-            raise ValueError(f"sample {key} of {archive} must have one image, and has {first_few(endings)}; set "
-                             f"table.image to the one to use, such as {endings[0]}")  # fmt: skip
+            raise ValueError(f"sample {key} of {archive} must have one image, and has {first_few(endings)}; "
+                             f"{self.table.advice('image')} the one to use, such as {endings[0]}")  # fmt: skip
         if not endings:
             self.left_out.names[NO_IMAGE].add(f"{prefix}{key}")
             return
@@ -150,12 +150,12 @@ class TarFiles(DescribedFiles):
 
     def _samples(self, archive: str) -> dict[str, _Sample]:
         """The samples of an archive by their names, in its order."""
-        place = f"{self._store.root}/{archive}"
+        place = f"{self._store.shown}/{archive}"
 
         def read() -> dict[str, _Sample] | str:
             samples: dict[str, _Sample] = {}
             try:
-                with self._store.open(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                with self._store.open(archive + self._query) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     for member in tar:
                         self._note(samples, member, partial(_content, tar, member))
                     _check_end(file, tar.offset, len(tar.getmembers()))
@@ -213,11 +213,17 @@ def is_tar(place: str) -> bool:
     Args:
         place: A path or an address.
     """
-    lower = place.lower()
+    lower = _without_query(place).lower()
     if lower.endswith(COMPRESSED):
-        raise ValueError(f"tar archives must be uncompressed, as images in others cannot be read alone, got {place}; "
+        raise ValueError("tar archives must be uncompressed, as images in others cannot be read alone, got "
+                         f"{shown_place(place)}; "
                          "unpack it")  # fmt: skip
     return lower.endswith(TAR) and (is_address(place) or not Path(place).is_dir())
+
+
+def _without_query(place: str) -> str:
+    """A path, or an address without the query that may follow it over http, such as a signature."""
+    return place.partition("?")[0] if place.startswith(("http://", "https://")) else place
 
 
 def _archives(place: str) -> tuple[Store, list[str]]:
@@ -226,12 +232,16 @@ def _archives(place: str) -> tuple[Store, list[str]]:
         store = Store(place, num_retries=_num_retries(place))
         archives = store.tried(lambda: store.names(f"*{TAR}"), place) if is_address(place) else _below(Path(place))
         if not archives:
-            raise FileNotFoundError(f"there are no tar archives in {place}; over http a server must list them, or give "
-                                    f"their names, such as {place}/name-{{000..127}}.tar")  # fmt: skip
+            shown = shown_place(place)
+            raise FileNotFoundError(f"there are no tar archives in {shown}; over http a server must list them, or give "
+                                    f"their names, such as {shown}/name-{{000..127}}.tar")  # fmt: skip
         return store, archives
-    folder, slash, name = place.rpartition("/")
+    if (missing := missing_path(Path(place))) is not None:
+        raise FileNotFoundError(f"there is no tar archive {missing}, looked for {missing.absolute()}"
+                                f"{similar_paths(missing)}")  # fmt: skip
+    folder, slash, name = _without_query(place).rpartition("/")
     folder = folder or ("/." if slash else ".")
-    return Store(folder, num_retries=_num_retries(place)), list(_numbered(name))
+    return Store(folder, num_retries=_num_retries(place)), list(numbered(name))
 
 
 def _below(folder: Path) -> list[str]:
@@ -242,16 +252,6 @@ def _below(folder: Path) -> list[str]:
 
 def _num_retries(place: str) -> int:
     return 4 if is_address(place) else 0
-
-
-def _numbered(name: str) -> Iterator[str]:
-    """The names that a name with {000..127} stands for."""
-    match = RANGE.search(name)
-    if match is None:
-        yield name
-        return
-    for number in range(int(match[1]), int(match[2]) + 1):
-        yield from _numbered(f"{name[: match.start()]}{number:0{len(match[1])}d}{name[match.end() :]}")
 
 
 def _stamp(place: str, archive: str) -> str:

@@ -4,16 +4,18 @@ Numbers of 8 and 16 bits have a range by themselves. Others do not, such as floa
 -1 and 1 must be known, and be the same in training, for new images, and where images are written.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from unet_diffusion.data.checking import CheckedImages, decoded, in_threads
 from unet_diffusion.data.decoding import ImageFormat, ValueRange, check_range, plain_numbers
 from unet_diffusion.data.files import ImageFiles
+from unet_diffusion.data.items import ItemSource
 from unet_diffusion.data.stored import stored_images
+from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.pixel_values import LARGEST, PixelValues, default_shown
 
 MEASURED: Literal["measured"] = "measured"
@@ -35,8 +37,26 @@ def check_declared(value_range: DeclaredRange) -> None:
         check_range(value_range)
 
 
+def keep_range(datamodule: Any, values: PixelValues) -> None:
+    """Have data whose range would be measured keep that of a model, whatever images there are now.
+
+    Args:
+        datamodule: A data module that is not set up yet.
+        values: The values that the model was trained on.
+    """
+    source = getattr(datamodule, "source", None)
+    if isinstance(source, ItemSource) and getattr(source, "value_range", None) == MEASURED:
+        source.kept_range = values.low, values.high
+
+
 def settled_range(
-    value_range: DeclaredRange, files: Iterable[ImageFiles], channels: int, *, progress: bool
+    value_range: DeclaredRange,
+    files: Iterable[ImageFiles],
+    channels: int,
+    *,
+    progress: bool,
+    kept_range: ValueRange | None = None,
+    skip_beyond: bool = False,
 ) -> ValueRange | None:
     """The range of values of files: the declared one, or the least and the largest number in them.
 
@@ -47,25 +67,45 @@ def settled_range(
         files: The files, in one or several places.
         channels: The number of channels that images must have.
         progress: Whether a progress bar is shown.
+        kept_range: The range of the model that is trained further, which takes the place of a measured one.
+        skip_beyond: Whether images beyond it are left out by who decodes them, and are no error here.
 
     Raises:
-        ValueError: If it is to be measured, and no file can be read, or all numbers are equal.
+        ValueError: If it is to be measured, and no file can be read, or all numbers are equal; or if images are beyond
+            the range of the model.
     """
     if value_range is None or not isinstance(value_range, str):
         return value_range if value_range is None else (value_range[0], value_range[1])
-    ends = list[ValueRange]()
+    ends = dict[str, ValueRange]()
     for place in files:
 
         def ends_of(name: str, place: ImageFiles = place) -> ValueRange | str:
             return decoded(lambda data: _ends(data, channels), place, name)
 
         outcomes = in_threads(ends_of, place.names, "measuring values", progress)
-        ends += [outcome for _, outcome in outcomes if not isinstance(outcome, str)]
-    low, high = min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0)
+        ends |= {name: outcome for name, outcome in outcomes if not isinstance(outcome, str)}
+    if kept_range is not None:
+        if not skip_beyond:
+            _refuse_beyond(kept_range, ends)
+        return kept_range
+    low, high = min((low for low, _ in ends.values()), default=0.0), max((high for _, high in ends.values()), default=0)
     if not low < high:
         held = f"all of their numbers are {low:.6g}" if ends else "none of the files can be read"
         raise ValueError(f"value_range must be measured over images of different numbers, and {held}; declare it")
     return low, high
+
+
+def _refuse_beyond(kept_range: ValueRange, ends: Mapping[str, ValueRange]) -> None:
+    low, high = kept_range
+    beyond = [
+        f"{name} ({least:.6g} to {most:.6g})" for name, (least, most) in ends.items() if least < low or most > high
+    ]
+    if beyond:
+        raise ValueError(
+            f"numbers must be from {low:.6g} to {high:.6g}, the range that the model was trained on, and "
+            f"{len(beyond)} of {len(ends)} images have others: {first_few(beyond)}; take them away, leave them out by "
+            "--data.on_bad_file skip where there is that option, or begin another run, which measures the range anew"
+        )
 
 
 def range_of_shards(value_range: DeclaredRange, dtype: str, ends: Sequence[float] | None) -> ValueRange | None:

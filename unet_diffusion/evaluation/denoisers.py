@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unet_diffusion.data import described
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.evaluation.captions import caption_section
 from unet_diffusion.evaluation.distances import (
@@ -66,6 +67,7 @@ def evaluate_denoiser(
     sampling: Sampling | None = None,
     overwrite: bool = False,
     group: ProcessGroup = ALONE,
+    table: described.Table = described.USUAL,
 ) -> Evaluation:
     """How good samples are, as an evaluation that every process gets.
 
@@ -81,6 +83,7 @@ def evaluate_denoiser(
         sampling: How samples are drawn; None: as `sample` does by default.
         overwrite: Whether samples that were drawn with other settings are replaced.
         group: The processes that share the drawing.
+        table: Which part is used of a folder of images that is a data set.
 
     Raises:
         ValueError: If the model does not fit the data, or there are too few images.
@@ -95,7 +98,7 @@ def evaluate_denoiser(
         samples = draw_samples(model, data, output / SAMPLES, num_images, sampling, overwrite=overwrite, group=group)
         drawn: dict[str, Any] = {key: value for key, value in asdict(sampling).items() if key != "batch_size"}
     else:
-        samples, drawn = samples_in(model, data, train.image_shape), {}
+        samples, drawn = samples_in(model, data, train.image_shape, table), {}
         if len(samples) < LEAST_IMAGES:
             raise ValueError(f"{model} must hold at least {LEAST_IMAGES} images, got {len(samples)}")
 

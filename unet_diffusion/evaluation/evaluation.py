@@ -8,7 +8,10 @@ from lightning.pytorch import LightningDataModule
 from tqdm import tqdm
 
 from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.described import USUAL, Table
 from unet_diffusion.data.segmentation import SegmentationDataModule
+from unet_diffusion.data.tables import is_table_file
+from unet_diffusion.data.tars import is_tar
 from unet_diffusion.evaluation.autoencoders import evaluate_autoencoder
 from unet_diffusion.evaluation.denoisers import evaluate_denoiser
 from unet_diffusion.evaluation.features import FeatureName, Features, features_named
@@ -39,6 +42,7 @@ def evaluate(
     sampling: Sampling | None = None,
     overwrite: bool = False,
     group: ProcessGroup = ALONE,
+    table: Table = USUAL,
 ) -> Evaluation:
     """How good a model or images are; the evaluation is printed as text, and `save` writes a page of it.
 
@@ -58,6 +62,7 @@ def evaluate(
         sampling: How a denoiser draws; None: as `Denoiser.sample` does by default.
         overwrite: Whether samples that were drawn with other settings are replaced.
         group: The processes that share the work; each gets the evaluation.
+        table: Which part is used of a folder of images that is a data set.
 
     Raises:
         FileNotFoundError: If there is neither a model nor a folder of images.
@@ -67,10 +72,13 @@ def evaluate(
     subject = str(model) if subject is None else subject
     if isinstance(model, str | os.PathLike):
         model = subject_of(model)
+    if table.named and not isinstance(model, Path):
+        raise ValueError(f"table names the parts of a data set of images, and {subject} is a model; leave it out")
     if isinstance(model, Denoiser | Path) and isinstance(data, ImageDataModule):
         return evaluate_denoiser(
             model, data, output=Path(output), subject=subject, num_images=num_images, features=features,
             features_weights=features_weights, sampling=sampling, overwrite=overwrite, group=group,
+            table=table,
         )  # fmt: skip
     with tqdm(desc="evaluating", unit="image", disable=group.rank > 0) as bar:
 
@@ -101,7 +109,7 @@ def evaluate(
 def subject_of(
     path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None
 ) -> Denoiser | Segmenter | Autoencoder | Path:
-    """The model at a path, or the path itself if it is a folder without a model.
+    """The model at a path, or the path itself if it is a folder without a model, or a data set.
 
     Args:
         path: What `load` takes, or a folder of images.
@@ -113,6 +121,8 @@ def subject_of(
         ValueError: If there is a model that cannot be read.
     """
     folder = Path(path)
+    if is_table_file(folder) or (folder.is_file() and is_tar(str(folder))):
+        return folder
     try:
         is_checkpoint(folder)
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.data.checking import bad_files_message, load_images
 from unet_diffusion.data.decoding import ImageFormat
+from unet_diffusion.data.described import USUAL, Table
 from unet_diffusion.data.files import class_names_of, find_images, labels_of
 from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.evaluation.selections import Selection, classes_of, of_images
@@ -109,7 +110,9 @@ def request_of(
     return request, labels
 
 
-def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int, int]) -> Selection:
+def samples_in(
+    folder: Path, data: ImageDataModule, image_shape: tuple[int, int, int], table: Table = USUAL
+) -> Selection:
     """The images in a folder, scaled and cut to the size of the data where they have another.
 
     Classes and captions are known if `sample` drew them, and classes also if each lies in the folder of its class.
@@ -118,6 +121,7 @@ def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int,
         folder: The folder.
         data: The data, loaded.
         image_shape: (C, H, W) of the data's images.
+        table: Which part of a data set is used.
 
     Raises:
         ValueError: If there are no images, images that cannot be used, or images that `sample` drew with another range
@@ -125,7 +129,7 @@ def samples_in(folder: Path, data: ImageDataModule, image_shape: tuple[int, int,
     """
     channels, height, width = image_shape
     image_format = ImageFormat(height, width, channels, value_range=data.values.value_range)
-    files = find_images(folder)
+    files = find_images(folder, table)
     try:
         settings = settings_of(folder, "images") or {}
     except FileExistsError:  # it was written by something else

@@ -9,6 +9,7 @@ import gradio as gr
 from unet_diffusion.explore.components import Update, Values, bind
 from unet_diffusion.explore.runs import Run
 from unet_diffusion.explore.views import curves
+from unet_diffusion.runtime.shareable import without_secrets
 
 FRAME = "width: 100%; height: 80vh; border: 0; background: white"
 NOTHING_ELSE = (  # the page holds its pictures itself
@@ -55,7 +56,7 @@ def record_tabs(runs: Sequence[Run[Any]], chosen: Callable[[Values], Run[Any]], 
         def configured(values: Values) -> Update:
             run = chosen(values)
             about = html.escape(f"{run.name}: {run.model!r}")
-            return {summary: about, settings: run.configuration or "# There is no config.yaml."}
+            return {summary: about, settings: without_secrets(run.configuration or "# There is no config.yaml.")}
 
         bind([tab.select, which.change], configured, [which], [summary, settings])
 

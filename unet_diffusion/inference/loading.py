@@ -15,7 +15,8 @@ from unet_diffusion.inference.reading import read_autoencoder, read_denoiser, re
 from unet_diffusion.inference.record import KINDS, checkpoint_file, is_checkpoint, kind_of
 from unet_diffusion.inference.segmentation_files import segmenter_of
 from unet_diffusion.inference.segmenter import Segmenter
-from unet_diffusion.runtime.hub import download, is_hub_name
+from unet_diffusion.runtime.addresses import is_hub_name
+from unet_diffusion.runtime.hub import download
 from unet_diffusion.runtime.safe_loading import load_plain
 
 StrPath = str | os.PathLike[str]

@@ -29,7 +29,8 @@ from unet_diffusion.inference.segmenter import Segmenter, fields_of
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.speed import Speed
-from unet_diffusion.runtime.hub import PREFIX, check_hub_name, download, is_hub_name
+from unet_diffusion.runtime.addresses import PREFIX, is_hub_name
+from unet_diffusion.runtime.hub import check_hub_name, download
 from unet_diffusion.runtime.initial_weights import WithoutInitialWeights, without_initial_weights
 from unet_diffusion.runtime.named_class import class_of
 from unet_diffusion.runtime.pixel_values import PixelValues

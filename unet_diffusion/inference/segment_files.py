@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unet_diffusion.data.checking import decoded, reason
 from unet_diffusion.data.decoding import decode_page
+from unet_diffusion.data.described import USUAL, Table
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.fingerprints import MadeOf, fingerprint, is_of
 from unet_diffusion.data.listing import TIFF_EXTENSIONS
@@ -67,7 +68,8 @@ class ImagesToSegment:
     """Images in files, folders and zip archives, and the names of their masks.
 
     Args:
-        roots: Paths, each an image file, a folder, archive.zip or archive.zip/folder.
+        roots: Paths, each an image file, a folder, archive.zip or archive.zip/folder, or a data set.
+        table: Which part of data sets is used.
 
     Attributes:
         sources: For each mask the collection that holds its image, and the image's name there.
@@ -78,13 +80,13 @@ class ImagesToSegment:
         ValueError: If a path holds no images, or two outputs would have the same name.
     """
 
-    def __init__(self, roots: list[Path]):
+    def __init__(self, roots: list[Path], table: Table = USUAL):
         self.sources: dict[str, tuple[ImageFiles, str]] = {}
         stems: dict[str, str] = {}
         folders: dict[str, str] = {}
         others = []
         for root in roots:
-            files = find_images_or_one(root)
+            files = find_images_or_one(root, table)
             others.append(files.left_out.described())
             for name in files.names:
                 mask = mask_name(name)

@@ -20,7 +20,8 @@ from unet_diffusion.inference.running import Running
 from unet_diffusion.inference.sample_options import ImageLike
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.runtime.hub import download, is_hub_name
+from unet_diffusion.runtime.addresses import is_hub_name
+from unet_diffusion.runtime.hub import download
 from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.tensor_files import check_format, is_single_file_name
 from unet_diffusion.segmentation.labels import (

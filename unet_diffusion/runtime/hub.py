@@ -4,39 +4,18 @@ huggingface_hub finds the token of the user by itself (`hf auth login`, or HF_TO
 saves it. HF_HUB_OFFLINE=1 takes models from the cache alone, and HF_ENDPOINT names another server.
 """
 
-import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
-StrPath = str | os.PathLike[str]
-PREFIX = "hf://"
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FILES = (".bin", ".ckpt", ".onnx", ".pt", ".pth", ".safetensors")  # a name that ends so is that of a file
+from unet_diffusion.runtime.addresses import NAME, PREFIX
+
 MOST_CONNECTIONS = 4  # files that are downloaded at once
 PATIENCE = 5.0  # seconds to wait for the hub's first answer; huggingface_hub itself would wait for ever
 PLAIN = ["*.json", "*.txt", "*.md"]  # small files, which say what a repository holds
 WEIGHTS = ["*.safetensors", "*.json", "*.txt"]
 OTHER_WEIGHTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*onnx*", "*openvino*", "*flax*"]  # of the same model
-
-
-def is_hub_name(path: StrPath) -> bool:
-    """Return whether a path is the name of a model on the hub.
-
-    Args:
-        path: A pathlib.Path, which is never a name; or a string: hf://owner/name, or owner/name, which is a path if
-            there is a folder owner or if it ends as a file of weights does. Nor is a name what begins with a dot, a
-            slash or ~.
-    """
-    if not isinstance(path, str):
-        return False
-    if path.startswith(PREFIX):
-        return True
-    if Path(path).suffix in FILES:
-        return False
-    return bool(NAME.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.exists()
 
 
 def check_hub_name(name: str) -> str:

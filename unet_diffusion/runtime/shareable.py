@@ -9,6 +9,9 @@ from pathlib import PurePath
 from typing import Any
 
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+:/{1,2})")  # a Path drops a slash; a drive of Windows has one letter
+WITH_SECRETS = re.compile(  # schemes whose addresses may hold secrets; of some also as a Path has them
+    r"([A-Za-z][\w+.-]+://|(?:https?|s3a?|gs|gcs|ftp|sftp|ssh|smb|web(?:hdfs|dav)):/)"
+)
 OF_THIS_MACHINE = ("file://", "local://")  # fsspec's schemes of a path
 HOST = re.compile(r"(\[[\da-fA-F:.]+\]|[^:]*)(:\d*)?")  # and port
 ABSOLUTE = (
@@ -46,6 +49,42 @@ def shareable(settings: Any) -> Any:
     return _shareable_text(str(settings)) if isinstance(settings, str | PurePath) else settings
 
 
+def without_secrets(settings: Any) -> Any:
+    """Return a message, or plain settings for a log, in which addresses have neither user and password nor query.
+
+    Unlike what `shareable` gives, it stays on this machine: paths and ports are kept.
+
+    Args:
+        settings: A value, or lists and mappings of values, at any depth.
+    """
+    if isinstance(settings, Mapping):
+        return {name: without_secrets(value) for name, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [without_secrets(value) for value in settings]
+    if not isinstance(settings, str | PurePath):
+        return settings
+    before, *addresses = WITH_SECRETS.split(str(settings))
+    return before + "".join(map(_address_in_text, addresses[::2], addresses[1::2]))
+
+
+def address_without_secrets(address: str) -> str:
+    """Return an address without user, password and query, which may hold spaces here.
+
+    Args:
+        address: The address alone, without a text around it.
+    """
+    _, scheme, rest = WITH_SECRETS.split(address, maxsplit=1)
+    return scheme + ("".join(_parts(rest) or "...") if scheme not in OF_THIS_MACHINE else rest)
+
+
+def _address_in_text(scheme: str, rest: str) -> str:
+    address, *after = re.split(r"(?=[,;:.)\]'\"]*(?:\s|$))", rest, maxsplit=1)
+    text = "".join(after)
+    if scheme not in OF_THIS_MACHINE and _parts(address) is None:
+        text = text.rpartition("@")[2]  # a password may hold spaces
+    return address_without_secrets(scheme + address) + text
+
+
 def _is_secret(name: Any) -> bool:
     return isinstance(name, str) and name not in NO_SECRETS and SECRET.fullmatch(name) is not None
 
@@ -73,18 +112,32 @@ def _shareable_address(scheme: str, rest: str) -> str:
 
 
 def _shown_address(scheme: str, rest: str) -> str:
+    if (plain := _without_user(rest)) is None:
+        return scheme
+    if scheme in OF_THIS_MACHINE or not (scheme.endswith("://") and plain.partition("/")[0]):
+        return scheme + _last_part(plain)
+    if (parts := _parts(plain)) is None:
+        return scheme
+    host, _, slash, path = parts
+    return f"{scheme}{host}{slash}{PATH_IN_TEXT.sub(lambda match: _last_part(match[0]), path)}"
+
+
+def _without_user(rest: str) -> str | None:
+    """What follows a scheme, without user, password and query; None: it is not certain which part the password is."""
     plain, *query = re.split(r"[?#]", rest, maxsplit=1)
     if ":" in plain and "@" in "".join(query):  # a ? of the password, or an @ of the query
-        return scheme
+        return None
     before, _, after = plain.rpartition("@")
-    if ":" in before or "@" in plain.partition("/")[0]:
-        plain = after
+    return after if ":" in before or "@" in plain.partition("/")[0] else plain
+
+
+def _parts(rest: str) -> tuple[str, str, str, str] | None:
+    """Host, port, slash and path of what follows a scheme; None: that is not certain."""
+    if (plain := _without_user(rest)) is None:
+        return None
     host, slash, path = plain.partition("/")
-    if scheme in OF_THIS_MACHINE or not (scheme.endswith("://") and host):
-        return scheme + _last_part(plain)
     matched = HOST.fullmatch(host)
-    path = PATH_IN_TEXT.sub(lambda match: _last_part(match[0]), path)
-    return f"{scheme}{matched[1]}{slash}{path}" if matched else scheme
+    return (matched[1], matched[2] or "", slash, path) if matched else None
 
 
 def _last_part(path: str) -> str:

@@ -187,10 +187,19 @@ class Condition(nn.Module):
             known = [key if isinstance(rows, Tensor) else f"{key} (texts)" for key, rows in entries.items()]
             raise ValueError(
                 f"the data must give numbers as {self.batch_key!r}, which the condition {type(self).__name__} reads, "
-                f"and give {', '.join(known) or 'images alone'}; let the items of the source hold it, define read(), "
-                "or remove the condition"
+                f"and give {', '.join(known) or 'images alone'}; {self._how_to_give(datamodule)}, or remove the "
+                "condition"
             )
         return rows
+
+    def _how_to_give(self, datamodule: Any) -> str:
+        source = getattr(datamodule, "source", None)
+        if hasattr(source, self.batch_key):
+            return f"set data.{self.batch_key}"
+        if source is None or hasattr(source, "__getitem__"):  # of one's own
+            return "let the items of the source hold it, define read()"
+        return (f"{type(source).__name__} has none: train on the folder of the images with data.{self.batch_key}, if "
+                "it is an option there, or on its latents")  # fmt: skip
 
     def bind_sample_shape(self, sample_shape: tuple[int, int, int]) -> None:
         """Take note of the shape (C, h, w) of x0, before training."""
