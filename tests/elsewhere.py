@@ -50,6 +50,7 @@ def _called(pipeline: diffusers.DiffusionPipeline, options: dict, seeds: list[in
     read = {
         "image": Image.open,
         "mask_image": Image.open,
+        "small_image": Image.open,
         "semantic_map": Image.open,
         "paired_image": Image.open,
         "concat": lambda path: torch.from_numpy(np.load(path)),

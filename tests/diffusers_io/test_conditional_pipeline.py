@@ -178,12 +178,12 @@ def drawn_here(trained: Denoiser, folder, guidance_scale: float) -> np.ndarray:
             mask[None, None],
             lambda images: images if space is None else space.normalise(latent_moments(autoencoder, images)[0]),
         )
-        given["concat"] = maps.expand(2, -1, -1, -1)
+        given["masked_image"] = maps.expand(2, -1, -1, -1)
     if trained.condition(LowResolution):
         generators = [keyed_generator(SEED, CONDITION_KEY, index) for index in range(2)]
         small_noise = torch.stack([torch.randn(picture.shape[1:], generator=one) for one in generators])
-        given["labels"] = torch.full((2,), NOISE_LEVEL)
-        given["concat"] = LOW_RES_SCHEDULE.add_noise(picture.expand_as(small_noise), small_noise, given["labels"])
+        levels = given["noise_level"] = torch.full((2,), NOISE_LEVEL)
+        given["low_res"] = LOW_RES_SCHEDULE.add_noise(picture.expand_as(small_noise), small_noise, levels)
         noise = torch.from_numpy(np.load(folder / "latents.npy"))
     inputs, unconditional = trained.inputs(given)
     images = sample(
@@ -338,8 +338,9 @@ def test_folder_that_takes_a_mask_must_have_a_network_that_does(exported, tmp_pa
     root, _ = exported
     export_pipeline(import_pipeline(root / "maps and captions" / "pipeline"), tmp_path / "pipeline")
     index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
-    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index | {"takes_mask": True}))
-    with pytest.raises(ValueError, match=r"in_channels must be .* 9, for a mask and a masked image, got 6"):
+    listed = [["mask", name] if role == "concat" else [role, name] for role, name in index["conditions"]]
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index | {"conditions": listed}))
+    with pytest.raises(ValueError, match=r"in_channels must be 9, for 4 channels of x and 5 of the maps .*, got 6"):
         import_pipeline(tmp_path / "pipeline")
 
 

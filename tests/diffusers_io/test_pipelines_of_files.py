@@ -214,8 +214,13 @@ def test_condition_decides_what_is_drawn(exported, tmp_path, monkeypatch, name):
     assert np.abs(before - after).max() > 1e-3
 
 
-def test_two_kinds_of_maps_have_no_pipeline_and_say_so(tmp_path):
-    both = pixels(tmp_path, [map_of(3, 3), PairedImage(3)], 6, **PLAIN)
-    write_files(tmp_path)
-    assert drawn_here(both, tmp_path, 1.0).shape == (2, SIZE, SIZE, 3)
-    assert "takes one condition that gives maps" in why_not_exported(both)
+class SecondMap(SemanticMap):
+    """A map of another file."""
+
+    batch_key, pipeline_role = "second_map", "second_map"
+
+
+def test_three_encoders_of_maps_have_no_pipeline_and_say_so(tmp_path):
+    three = pixels(tmp_path, [map_of(3, 3), PairedImage(3), SecondMap(2, 2)], 8, **PLAIN)
+    reason = "a pipeline takes at most 2 conditions that give maps, got SemanticMap, PairedImage, SecondMap"
+    assert reason in why_not_exported(three)

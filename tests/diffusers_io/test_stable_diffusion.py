@@ -32,7 +32,6 @@ from unet_diffusion.diffusers_io.exporting import export_pipeline, why_not_expor
 from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.diffusion.conditions.concat import Concat
 from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY
-from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.guidance import Guidance
 from unet_diffusion.diffusion.sampling import build_scheduler, image_generators, sample
@@ -195,7 +194,7 @@ def a_condition_of_ones_own(folder):
 
 
 def maps_twice(folder):
-    return text_denoiser(folder, conditions=[text_tokens(), Concat(2), MaskedImage(5)])
+    return text_denoiser(folder, conditions=[text_tokens(), Concat(2), Concat(5)])
 
 
 @pytest.mark.parametrize(
@@ -514,7 +513,7 @@ def test_upscaler_of_other_noise_is_refused(stable_upscaling):
         (["--image", "{tmp}/none.png"], "image must be an image file, and there is none at"),
         (["--image", "{tmp}/small.png", "--noise_level", "351"], r"noise_level must be in [0, 350], got 351"),
         (["--image", "{tmp}/small.png", "--strength", "0.5"], "strength is not for a denoiser that enlarges"),
-        (["--image", "{tmp}/small.png", "--labels", "3"], "labels is not for a denoiser that enlarges"),
+        (["--image", "{tmp}/small.png", "--labels", "3"], "this denoiser was trained without labels"),
     ],
 )
 def test_what_an_upscaler_does_not_take_is_refused(tmp_path, run_cli, options, message):

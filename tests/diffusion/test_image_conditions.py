@@ -113,9 +113,9 @@ def validated(trainer, module, data) -> Batches:
 def test_maps_in_training_are_of_the_images_and_drawn_anew(painter, tiny_images, quiet_trainer):
     data = tiny_images(class_names=None, horizontal_flip=True)
     seen = fitted(quiet_trainer(max_steps=8, limit_val_batches=0), painter(), data).trained
-    masks = torch.cat([batch["concat"][:, :1] for batch in seen])
+    masks = torch.cat([batch["masked_image"][:, :1] for batch in seen])
     for batch in seen:
-        mask, rest = batch["concat"].split([1, 1], dim=1)
+        mask, rest = batch["masked_image"].split([1, 1], dim=1)
         assert torch.equal(rest, batch["x0"] * (1 - mask))
     assert len({mask.numpy().tobytes() for mask in masks if mask.mean() < 1}) > 16  # of 32
 
@@ -128,7 +128,7 @@ def test_images_become_latents_and_so_do_masked_images(painter, tiny_images, qui
     encode = codec.autoencoder.encode
     pixels = scale_to_unit_range(data.image_set.images[batch["index"]])
     torch.testing.assert_close(batch["x0"], 0.5 * encode(pixels).latent_dist.mean)
-    mask, latents = batch["concat"].split([1, 2], dim=1)
+    mask, latents = batch["masked_image"].split([1, 2], dim=1)
     assert mask.shape == (4, 1, 4, 4)
     keys = [keyed_generator(0, CONDITION_KEY, index) for index in batch["index"].tolist()]
     full_size = torch.cat([draw_masks(1, (8, 8), key) for key in keys])
@@ -158,11 +158,11 @@ def test_validation_maps_stay_the_same_whatever_the_batches(painter, tiny_images
     for batch_size in (2, 4):
         data, module = tiny_images(class_names=None, batch_size=batch_size), painter()
         trainer = quiet_trainer()
-        maps.append(torch.cat([batch["concat"] for batch in validated(trainer, module, data).validated]))
+        maps.append(torch.cat([batch["masked_image"] for batch in validated(trainer, module, data).validated]))
     assert torch.equal(*maps)
     for num, shown in ((3, maps[0][:3]), (6, torch.cat([maps[0], maps[0][:2]]))):
         entries, _ = SampleGrid(num_images=num).examples(trainer, module)
-        assert torch.equal(entries["concat"], shown)
+        assert torch.equal(entries["masked_image"], shown)
 
 
 def test_resumed_run_draws_the_masks_of_the_uninterrupted_one(painter, tiny_images, quiet_trainer, tmp_path):
@@ -211,15 +211,15 @@ def enlarger(tiny_module, tiny_unet, codec):
 def test_small_images_are_noised_to_the_level_that_is_their_label(enlarger, tiny_images, quiet_trainer):
     data = tiny_images(batch_size=16, horizontal_flip=True)
     seen = fitted(quiet_trainer(max_steps=40, limit_val_batches=0), enlarger(), data).trained
-    levels = torch.cat([batch["labels"] for batch in seen])
+    levels = torch.cat([batch["noise_level"] for batch in seen])
     assert (levels.min() >= 0, levels.max() <= 350, levels.float().mean()) == (True, True, pytest.approx(175, abs=16))
     theirs = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02)
     noise = []
     for batch in seen:
         pixels = data.image_set.images[batch["index"]]
         small = F.interpolate(scale_to_unit_range(pixels), (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
-        a = theirs.alphas_cumprod[batch["labels"]].view(-1, 1, 1, 1)
-        candidates = [(batch["concat"] - a.sqrt() * one) / (1 - a).sqrt() for one in (small, small.flip(3))]
+        a = theirs.alphas_cumprod[batch["noise_level"]].view(-1, 1, 1, 1)
+        candidates = [(batch["low_res"] - a.sqrt() * one) / (1 - a).sqrt() for one in (small, small.flip(3))]
         # of the image and its mirror image, the one that it is leaves noise
         noise += [min(pair, key=lambda one: one.square().sum()) for pair in zip(*candidates, strict=True)]
     flat = torch.stack(noise).flatten()
@@ -234,10 +234,10 @@ def test_grid_of_an_upscaler_is_of_validation_images(enlarger, tiny_images, quie
     seen = fitted(trainer, module, tiny_images()).validated
     assert (tmp_path / "samples.png").is_file()
     entries, shown = grid.examples(trainer, module)
-    fixed = {name: torch.cat([seen[0][name], seen[0][name][:2]]) for name in ("concat", "labels")}
-    assert torch.equal(entries["concat"], fixed["concat"])
-    assert torch.equal(entries["labels"], fixed["labels"])
-    small = entries["concat"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    fixed = {name: torch.cat([seen[0][name], seen[0][name][:2]]) for name in ("low_res", "noise_level")}
+    assert torch.equal(entries["low_res"], fixed["low_res"])
+    assert torch.equal(entries["noise_level"], fixed["noise_level"])
+    small = entries["low_res"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.equal(shown, small)  # at twice its size
 
 
@@ -254,7 +254,7 @@ def test_grid_of_a_painter_shows_what_the_mask_leaves_above_what_is_painted(
     trainer = quiet_trainer(max_steps=1, callbacks=[grid])
     trainer.fit(module, data)
     entries, shown = grid.examples(trainer, module)
-    mask, masked = entries["concat"].split([1, 1], dim=1)
+    mask, masked = entries["masked_image"].split([1, 1], dim=1)
     images = scale_to_unit_range(data.image_set.images[data.val_indices])
     assert torch.equal(shown, masked)
     assert torch.equal(masked, images * (1 - mask))

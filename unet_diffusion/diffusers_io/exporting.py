@@ -32,7 +32,7 @@ from torch import Tensor
 
 from unet_diffusion.diffusers_io.configurations import SDXL_TIME_DIM, config_to_diffusers
 from unet_diffusion.diffusers_io.model_card import autoencoder_card, model_card
-from unet_diffusion.diffusers_io.pipeline_code import ship_pipeline_code
+from unet_diffusion.diffusers_io.pipeline_code import own_pipeline, ship_pipeline_code, why_no_own_pipeline_takes
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
 from unet_diffusion.diffusers_io.values_file import write_values
 from unet_diffusion.diffusion.conditions.low_resolution import MAX_NOISE_LEVEL
@@ -60,7 +60,6 @@ FIXED_SCALES = {
     StableDiffusionInstructPix2PixPipeline: PAIRED_SCALE,
 }
 INPAINTED_CHANNELS = 4  # StableDiffusionInpaintPipeline needs latents of 4 channels
-OWN_PARTS = ("tokens", "maps")  # of a ConditionalPipeline, whose code is in a file beside that of their condition
 EXPORT_TOLERANCE = 1e-4  # for outputs of order 1; another order of the same float32 operations differs by 1e-6
 
 
@@ -116,7 +115,7 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
         pipeline.save_pretrained(partial)
         _check_equal(parts, type(pipeline).from_pretrained(partial))
         if isinstance(pipeline, ConditionalPipeline):
-            ship_pipeline_code(partial, pipeline, OWN_PARTS)
+            ship_pipeline_code(partial, pipeline)
         for place in (partial, partial / "vae"):
             if place.is_dir():
                 write_values(parts.values, place)
@@ -203,8 +202,8 @@ def _why_no_pipeline_takes(parts: DenoiserParts) -> str | None:
     arguments = [(condition.network_argument, condition.batch_key) for condition in conditions]
     if repeated := [name for name, key in arguments if arguments.count((name, key)) > 1]:
         return f"a pipeline takes one condition of each kind, and this denoiser has several for {repeated[0]!r}"
-    if [name for name, _ in arguments].count("concat") > 1:
-        return "a pipeline takes one condition that gives maps beside the noised image, and this denoiser has several"
+    if reason := why_no_own_pipeline_takes(conditions):
+        return reason
     takes_context = parts.unet.config.get("context_dim") is not None
     if takes_context and not any(condition.network_argument == "context" for condition in conditions):
         return "the network has context_dim and needs tokens to attend to, and this denoiser has no condition for them"
@@ -225,7 +224,7 @@ def _build_pipeline(parts: DenoiserParts) -> DiffusionPipeline:
     if not isinstance(codec, LatentCodec):
         if not parts.all_conditions and parts.are_pictures:
             return DDPMPipeline(unet, scheduler)
-        return _own_pipeline(parts, unet, scheduler, None)
+        return own_pipeline(parts, unet, scheduler, None)
     scheduler = DDIMScheduler.from_config(json.loads(scheduler.to_json_string()))
     vae, space = copy.deepcopy(codec.autoencoder).cpu(), codec.space
     assert space is not None
@@ -235,7 +234,7 @@ def _build_pipeline(parts: DenoiserParts) -> DiffusionPipeline:
                          "multiples of 8 pixels; draw images with unet-diffusion sample")  # fmt: skip
     if kind is None:
         normalise = normalised_autoencoder if _takes_scale(vae, space, None) else _with_moments
-        return _own_pipeline(parts, unet, scheduler, normalise(vae, space))
+        return own_pipeline(parts, unet, scheduler, normalise(vae, space))
     vae = normalised_autoencoder(vae, space, FIXED_SCALES.get(kind))
     if kind is LDMPipeline:
         return LDMPipeline(vae, unet, scheduler)
@@ -265,34 +264,6 @@ def _stock_pipeline(
     if roles == {"prompt", "low_res", "class_labels"} and parts.null_label is None:
         return StableDiffusionUpscalePipeline if _takes_scale(vae, space, UPSCALED_SCALE) else None
     return None
-
-
-def _own_pipeline(
-    parts: DenoiserParts,
-    unet: UNet2DModel | UNet2DConditionModel,
-    scheduler: DDPMScheduler | DDIMScheduler,
-    vae: AutoencoderNetwork | None,
-) -> ConditionalPipeline:
-    conditions = parts.all_conditions
-    own = [(condition, condition.pipeline_parts()) for condition in conditions]
-    return ConditionalPipeline(
-        unet,
-        scheduler,
-        vae,
-        class_names=parts.class_names,
-        unconditional={
-            condition.pipeline_role: condition.pipeline_null for condition in conditions if condition.has_null
-        },
-        max_noise_level=MAX_NOISE_LEVEL,
-        values=None if parts.are_pictures else parts.values.plain(),
-        conditions={
-            name: f"{type(condition).__module__}.{type(condition).__qualname__}"
-            for condition, parts_of in own
-            for name in parts_of
-            if name in OWN_PARTS
-        },
-        **{name: part for _, parts_of in own for name, part in parts_of.items()},
-    )
 
 
 def _text_pipeline(

@@ -6,7 +6,7 @@ runs.
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from unet_diffusion.diffusers_io.configurations import complete, config_from_diffusers, schedule_from_diffusers
+from unet_diffusion.diffusers_io.pipeline_code import ENCODER_PARTS
 from unet_diffusion.diffusers_io.single_file.network import read_unet
 from unet_diffusion.diffusers_io.values_file import read_values
 from unet_diffusion.diffusers_io.weights import load_weights, read_weights
@@ -27,7 +28,7 @@ from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.text import pretrained_text
 from unet_diffusion.diffusion.conditions.xl_text import pretrained_xl_text
-from unet_diffusion.diffusion.parts import DenoiserParts
+from unet_diffusion.diffusion.parts import DenoiserParts, channels_beside
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec, latent_space_of
 from unet_diffusion.models.autoencoders import CLASSES, downsampling, pretrained_autoencoder
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
@@ -41,10 +42,11 @@ SAMPLER_FIELDS = {"variance_type": "fixed_small", "thresholding": False}  # valu
 AUTOENCODERS, TEXT = ("vae", "vqvae"), ("text_encoder", "tokenizer")  # parts of a pipeline
 XL_TEXT = ("text_encoder_2", "tokenizer_2")  # parts of Stable Diffusion XL
 CLASS_TOKENS = "class_tokens"  # part of a ConditionalPipeline
+NO_PARTS = ("_class_name", "class_names", "conditions")  # lists in an index that are no parts of a pipeline
 DROPOUT = 0.1  # the usual dropout, for imported conditions that have a null
 LOW_RES = "low_res_scheduler"  # part of an upscaler, which noises its small image
 PAIRED = "StableDiffusionInstructPix2PixPipeline"
-OWN_PARTS = ("tokens", "maps")  # of a ConditionalPipeline, whose "conditions" say by which class they were trained
+OWN_PARTS = [part for parts in ENCODER_PARTS.values() for part in parts]  # of a ConditionalPipeline
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")  # parts that sampling does not need
 
 
@@ -103,20 +105,13 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
     field_of(scheduler_config, "_class_name", scheduler_file)
     sample_shape = _sample_shape(config)
     unconditional = index.get("unconditional", {"prompt": ""})  # Stable Diffusion has no such field
-    maps = (
-        []
-        if "maps" in parts
-        else _maps(
-            index,
-            parts,
-            in_channels=config["in_channels"],
-            out_channels=sample_shape[0],
-            dropout=DROPOUT * ("concat" in unconditional),
-        )
-    )
+    codec = _codec(folder, parts, sample_shape, autoencoder)
+    if "conditions" in index:
+        conditions = _listed_conditions(folder, index, config["in_channels"], sample_shape[0], codec)
+    else:
+        conditions = [*_tokens(folder, parts), *_maps(index, parts, config["in_channels"], sample_shape[0])]
     if LOW_RES in parts:
         _check_low_res_schedule(folder / LOW_RES / "scheduler_config.json")
-    codec = _codec(folder, parts, sample_shape, autoencoder)
     unet = from_diffusers(folder)
     if not parts.isdisjoint(XL_TEXT) and not index.get("force_zeros_for_empty_prompt", True):
         raise ValueError("force_zeros_for_empty_prompt must be true in model_index.json, got false: the null would be "
@@ -132,9 +127,7 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
         class_names=index.get("class_names"),
         codec=codec,
         values=read_values(folder, codec.image_shape(sample_shape)[0]),
-        conditions=nn.ModuleList(
-            [*_tokens(folder, parts, unconditional), *maps, *_own_conditions(folder, parts, index)]
-        ).eval(),
+        conditions=nn.ModuleList(conditions).eval(),
     )
 
 
@@ -142,9 +135,7 @@ def _parts(index: Mapping[str, Any]) -> set[str]:
     """The parts that sampling needs; unknown parts raise an error, and parts in LEFT_OUT give a warning."""
     known = {"unet", "scheduler", LOW_RES, CLASS_TOKENS, *OWN_PARTS, *AUTOENCODERS, *TEXT, *XL_TEXT}
     parts = {
-        name
-        for name, value in index.items()
-        if isinstance(value, list) and name not in ("_class_name", "class_names") and value and value[0]
+        name for name, value in index.items() if isinstance(value, list) and name not in NO_PARTS and value and value[0]
     }
     if others := sorted(parts - known - {*LEFT_OUT}):
         raise ValueError(
@@ -208,30 +199,22 @@ def _sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return config["out_channels"], height, width
 
 
-def _maps(
-    index: Mapping[str, Any], parts: set[str], *, in_channels: int, out_channels: int, dropout: float
-) -> list[Condition]:
-    """The condition on the input channels beyond x: a small image, a mask and a masked image, other maps, or none.
-
-    The index of a ConditionalPipeline says by takes_mask whether they are a mask and a masked image.
-    """
+def _maps(index: Mapping[str, Any], parts: set[str], in_channels: int, out_channels: int) -> list[Condition]:
+    """The condition on the channels beyond x in a pipeline of diffusers: a small or paired image, a mask, or none."""
     if LOW_RES in parts:
         if in_channels <= out_channels:
             raise ValueError(
                 f"in_channels must be more than out_channels {out_channels}, for a small image, got {in_channels}"
             )
         return [LowResolution(in_channels - out_channels)]
+    if in_channels == out_channels:
+        return []
     if index.get("_class_name") == PAIRED and in_channels == 2 * out_channels:
         return [PairedImage(out_channels, dropout=DROPOUT)]
-    takes_mask = index.get("takes_mask", in_channels != out_channels and "text_encoder" in parts)
-    if takes_mask and in_channels == 2 * out_channels + 1:
+    if "text_encoder" in parts and in_channels == 2 * out_channels + 1:
         return [MaskedImage(in_channels - out_channels)]
-    if in_channels == out_channels and not takes_mask:
-        return []
-    if takes_mask or in_channels < out_channels or "takes_mask" not in index:
-        raise ValueError(f"in_channels must be {out_channels}, as out_channels, or with captions "
-                         f"{2 * out_channels + 1}, for a mask and a masked image, got {in_channels}")  # fmt: skip
-    return [Concat(in_channels - out_channels, dropout=dropout)]
+    raise ValueError(f"in_channels must be {out_channels}, as out_channels, or with captions "
+                     f"{2 * out_channels + 1}, for a mask and a masked image, got {in_channels}")  # fmt: skip
 
 
 @torch.no_grad()
@@ -252,31 +235,58 @@ def take_scaled_latents(unet: DenoiserUNet, codec: Codec) -> None:
     weight[:, unet.out_channels :] *= torch.tensor(codec.space.std).view(-1, 1, 1)
 
 
-def _tokens(folder: Path, parts: set[str], unconditional: Mapping[str, Any]) -> list[Condition]:
-    """The conditions that the network attends to."""
-    conditions: list[Condition] = []
-    if CLASS_TOKENS in parts:
-        config = read_json(folder / CLASS_TOKENS / "config.json")
-        dropout = DROPOUT * (CLASS_TOKENS in unconditional)
-        conditions.append(ClassTokens(config["context_dim"], config["num_classes"], dropout=dropout))
-        load_weights(conditions[0], read_weights(folder / CLASS_TOKENS))
+def _tokens(folder: Path, parts: set[str]) -> list[Condition]:
+    """The conditions that the network of a pipeline of diffusers attends to."""
     if not parts.isdisjoint(XL_TEXT):
-        conditions.append(pretrained_xl_text(folder, dropout=DROPOUT))
-    elif not parts.isdisjoint(TEXT):
-        conditions.append(pretrained_text(folder, dropout=DROPOUT * ("prompt" in unconditional)))
-    return conditions
+        return [pretrained_xl_text(folder, dropout=DROPOUT)]
+    return [pretrained_text(folder, dropout=DROPOUT)] if not parts.isdisjoint(TEXT) else []
 
 
-def _own_conditions(folder: Path, parts: set[str], index: Mapping[str, Any]) -> list[Condition]:
-    """The conditions of `tokens` and `maps`, built from the configuration of these parts."""
-    conditions: list[Condition] = []
-    for part in sorted(parts & {*OWN_PARTS}):
-        kind = class_of(field_of({**index}, "conditions", folder / "model_index.json")[part], EncodedCondition, ())
-        arguments = {key: value for key, value in read_json(folder / part / "config.json").items() if key[0] != "_"}
-        condition = kind.of_pipeline(arguments, dropout=DROPOUT * (kind.pipeline_role in index["unconditional"]))
-        load_weights(condition.encoder, read_weights(folder / part))
-        conditions.append(condition)
-    return conditions
+def _listed_conditions(
+    folder: Path, index: Mapping[str, Any], in_channels: int, out_channels: int, codec: Codec
+) -> list[Condition]:
+    """The conditions of a ConditionalPipeline, in the order in which its index lists them."""
+    listed = {str(role): str(name) for role, name in index["conditions"]}
+    dropouts = {role: DROPOUT * (role in index["unconditional"]) for role in listed}
+    free = {kind: list(places) for kind, places in ENCODER_PARTS.items()}
+    makers: dict[str, Callable[[], Condition]] = {
+        CLASS_TOKENS: lambda: _class_tokens(folder / CLASS_TOKENS, dropouts[CLASS_TOKENS]),
+        "prompt": lambda: pretrained_text(folder, dropout=dropouts["prompt"]),
+        "mask": lambda: MaskedImage(1 + out_channels),
+        "low_res": lambda: LowResolution(
+            codec.image_shape((out_channels, 1, 1))[0], option="small_image" if "mask" in listed else "image"
+        ),
+    }
+    made: dict[str, Condition] = {}
+    for role in (role for role in listed if role not in ("class_labels", "concat")):  # the network embeds the classes
+        made[role] = makers[role]() if role in makers else _encoded(folder, listed[role], dropouts[role], free)
+    beside = channels_beside(made.values())
+    rest = in_channels - out_channels - beside
+    if rest < 0 or (rest > 0) != ("concat" in listed):
+        raise ValueError(
+            f"in_channels must be {out_channels + beside}, for {out_channels} channels of x and {beside} of the maps "
+            f"{', '.join(listed)}, got {in_channels}"
+        )
+    if "concat" in listed:
+        made["concat"] = Concat(rest, dropout=dropouts["concat"])
+    return [made[role] for role in listed if role in made]
+
+
+def _class_tokens(folder: Path, dropout: float) -> ClassTokens:
+    config = read_json(folder / "config.json")
+    condition = ClassTokens(config["context_dim"], config["num_classes"], dropout=dropout)
+    load_weights(condition, read_weights(folder))
+    return condition
+
+
+def _encoded(folder: Path, class_path: str, dropout: float, free: dict[str, list[str]]) -> EncodedCondition:
+    """A condition whose encoder is the next of the parts of its kind, built from the configuration of this part."""
+    kind = class_of(class_path, EncodedCondition, ())
+    part = folder / free[kind.pipeline_part].pop(0)
+    arguments = {key: value for key, value in read_json(part / "config.json").items() if key[0] != "_"}
+    condition = kind.of_pipeline(arguments, dropout=dropout)
+    load_weights(condition.encoder, read_weights(part))
+    return condition
 
 
 def _check_low_res_schedule(path: Path) -> None:

@@ -68,11 +68,12 @@ images. `output_type` may also be "np" or "pt", for numbers from 0 to 1.
 
 """
 LOAD_IMAGE = "from diffusers.utils import load_image\n\n"
-PREPARATIONS = {  # code that prepares an argument of a ConditionalPipeline
+PREPARATIONS = {  # imports and code that prepare arguments of a ConditionalPipeline, by the last of them
     "mask_image": f'{LOAD_IMAGE}image, mask_image = load_image("image.png"), load_image("mask.png")  '
-    "# white is painted, black stays\n",
-    "image": f'{LOAD_IMAGE}image = load_image("image.png")  # the image to enlarge\n',
-    "concat": "import torch\n\nconcat = torch.zeros(1, {num_maps}, {height}, {width})  # replace by your maps\n",
+    "# white is painted, black stays",
+    "image": f'{LOAD_IMAGE}image = load_image("image.png")  # the image to enlarge',
+    "small_image": f'{LOAD_IMAGE}small_image = load_image("small_image.png")  # of {{width}} x {{height}} pixels',
+    "concat": "import torch\n\nconcat = torch.zeros(1, {num_maps}, {height}, {width})  # replace by your maps",
 }
 TEXT_USAGE = """```python
 from diffusers import StableDiffusionPipeline
@@ -246,9 +247,6 @@ def _yaml(settings: Mapping[str, Any]) -> str:
 def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     names, last = parts.class_names, parts.num_classes - 1
     values = {"class_labels": names[:2] if names else [0, last], "prompt": '"a caption"'}
-    preparation = next((text for name, text in PREPARATIONS.items() if name in pipeline.arguments), "")
-    _, height, width = parts.sample_shape
-    num_maps = pipeline.unet.config.in_channels - pipeline.unet.config.out_channels
     guidance = 3.0 if "prompt" in pipeline.config.unconditional else 2.0
     arguments = [f"{name}={values.get(name, name)}" for name in pipeline.arguments] or ["batch_size=4"]
     about = (
@@ -258,13 +256,25 @@ def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
         arguments.append('output_type="numbers"')
         about += NUMBERS.format(**pipeline.config["values"])
     return OWN_USAGE.format(
-        preparation=preparation.format(num_maps=num_maps, height=height, width=width)
-        + "".join(f"{one.usage}\n" for one in (pipeline.tokens, pipeline.maps) if one is not None),
+        preparation=_preparation(parts, pipeline),
         arguments=", ".join(arguments),
         steps=parts.schedule.num_train_timesteps if parts.codec.space is None else 50,
         guidance=f", guidance_scale={guidance}" if pipeline.config.unconditional else "",
         about=about,
     )
+
+
+def _preparation(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
+    """The Python that makes what a pipeline is called with: imports, then a line for each."""
+    taken = [name for name in pipeline.arguments if not (name == "image" and pipeline.paints)]
+    _, height, width = parts.sample_shape
+    maps = pipeline.channels_beside.get("concat")
+    usages = [text.format(num_maps=maps, height=height, width=width) for name, text in PREPARATIONS.items()
+              if name in taken]  # fmt: skip
+    usages += [one.usage for one in (pipeline.tokens, pipeline.maps, pipeline.maps_2) if one is not None]
+    imports, _, statements = zip(*(usage.rpartition("\n\n") for usage in usages), strict=True) if usages else ((),) * 3
+    lines = [line for line in dict.fromkeys(imports) if line]
+    return "".join(f"{line}\n" for line in [*lines, *[""] * bool(lines), *statements])
 
 
 def _text_usage(text: Condition, usage: str, parts: DenoiserParts) -> str:

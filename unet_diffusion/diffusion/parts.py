@@ -1,14 +1,14 @@
 """The parts of a denoiser, which training, sampling, import and export share."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
 from unet_diffusion.diffusion.adapters.adapter import TrainedAdapter
-from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
+from unet_diffusion.diffusion.conditions.class_labels import NOISE_LEVEL_ENTRY, ClassLabels
 from unet_diffusion.diffusion.conditions.condition import Condition, network_inputs, unconditional_inputs
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.latents.codec import Codec, PixelCodec
@@ -84,9 +84,7 @@ class DenoiserParts:
     @property
     def num_classes(self) -> int:
         """The number of classes to choose from, without the null label; 0: there are no classes."""
-        provided = {entry for condition in self.all_conditions for entry in condition.provides}
-        return next((condition.num_classes for condition in self.all_conditions
-                     if condition.batch_key == "labels" and "labels" not in provided), 0)  # fmt: skip
+        return next((one.num_classes for one in self.all_conditions if one.batch_key == "labels"), 0)
 
     def merged(self) -> Self:
         """The same denoiser with its adapter in its weights: itself, or a copy if the adapter stands beside them."""
@@ -119,11 +117,15 @@ def all_conditions(
         label_dropout: Probability of the null label in training.
     """
     rows = unet.config.get("num_class_embeds")
-    labels = [] if rows is None else [ClassLabels(rows, null_label, label_dropout)]
-    return [*labels, *cast(list[Condition], list(others))]
+    conditions = cast(list[Condition], list(others))
+    if rows is None:
+        return conditions
+    enlarges = any(NOISE_LEVEL_ENTRY in condition.provides for condition in conditions)
+    entry = NOISE_LEVEL_ENTRY if enlarges else "labels"
+    return [ClassLabels(rows, null_label, label_dropout, batch_key=entry), *conditions]
 
 
-def channels_beside(conditions: nn.ModuleList) -> int:
+def channels_beside(conditions: Iterable[nn.Module]) -> int:
     """The number of channels that conditions put beside the noised image."""
     typed = [cast(Condition, condition) for condition in conditions]
     return sum(condition.config["channels"] for condition in typed if condition.network_argument == "concat")

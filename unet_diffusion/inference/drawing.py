@@ -186,6 +186,7 @@ class Drawing:
             mask=None if image is None or image.keep_mask is None else (~image.keep_mask).float(),
             encode=self._encode,
             image_shape=self.parts.codec.image_shape(self.sample_shape),
+            sample_size=self.sample_shape[1:],
             read_pictures=partial(read_pictures, value_range=self.parts.values.value_range),
             read_label_images=read_label_images,
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from unet_diffusion.diffusion.conditions.class_labels import ClassLabels
+from unet_diffusion.diffusion.conditions.class_labels import NOISE_LEVEL_ENTRY, ClassLabels
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.losses import LossWeighting
 from unet_diffusion.diffusion.parts import channels_beside
@@ -102,9 +102,14 @@ def check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> Non
     for condition in conditions:
         condition.check_config()
         reads = [one.batch_key for one in conditions]
-        if condition.batch_key in ("captions", "concat") and reads.count(condition.batch_key) > 1:
+        is_single = condition.provides or condition.batch_key in ("captions", "concat")
+        if is_single and reads.count(condition.batch_key) > 1:
             raise ValueError(f"there must be at most one condition that reads {condition.batch_key!r}, as there is one "
                              "an image")  # fmt: skip
+        needed = {name: type(one).__name__ for one in conditions for name in one.needs}
+        if refused := [name for name in condition.refuses if name in needed]:
+            raise ValueError(f"{type(condition).__name__} draws without the {refused[0]} that {needed[refused[0]]} "
+                             "needs; set option of LowResolution to small_image, or remove one of them")  # fmt: skip
     taken = inspect.signature(unet.forward).parameters
     for condition in conditions:
         takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
@@ -148,8 +153,8 @@ def check_channels(
     unet.check_size(*sample_shape[1:])
 
 
-def check_provided_labels(conditions: Sequence[Condition], provided: set[str]) -> None:
-    """Refuse a class embedding with more or fewer rows than the labels that another condition provides have.
+def check_noise_levels(conditions: Sequence[Condition], provided: set[str]) -> None:
+    """Refuse a class embedding with more or fewer rows than the levels of noise that another condition provides.
 
     Args:
         conditions: All conditions, the class labels first.
@@ -158,9 +163,9 @@ def check_provided_labels(conditions: Sequence[Condition], provided: set[str]) -
     Raises:
         ValueError: If the number of rows differs.
     """
-    if "labels" not in provided or not isinstance(conditions[0], ClassLabels):
+    if NOISE_LEVEL_ENTRY not in provided or not isinstance(conditions[0], ClassLabels):
         return
-    wanted = next(one.num_classes for one in conditions[1:] if "labels" in one.provides)
+    wanted = next(one.num_classes for one in conditions[1:] if NOISE_LEVEL_ENTRY in one.provides)
     if (rows := conditions[0].num_embeddings) != wanted:
         raise ValueError(f"num_class_embeds must be {wanted}, a class for each level of noise, got {rows}")
 

@@ -51,7 +51,7 @@ from unet_diffusion.training.denoising_rules import (
     check_channels,
     check_conditions,
     check_denoises,
-    check_provided_labels,
+    check_noise_levels,
     check_settings,
     conditions_identity,
     space_identity,
@@ -216,13 +216,13 @@ class DiffusionModule(NetworkModule):
             raise ValueError(f"{makers} needs images, and the data hold latents; train on the images, with model.codec")
         taken = {one.batch_key for one in self.all_conditions if one.batch_key not in provided or one.provides}
         refuse_unused(datamodule, taken)
-        if "labels" in provided:
-            self.class_names = None  # they are no classes of the images
+        if "labels" not in taken:
+            self.class_names = None  # the network's classes, if any, are levels of noise
         for condition in self.all_conditions:  # the trained ones
             condition.bind_sample_shape(self.sample_shape)
             if condition.provides or condition.batch_key not in provided:
                 condition.bind_data(datamodule)
-        check_provided_labels(self.all_conditions, provided)
+        check_noise_levels(self.all_conditions, provided)
         for average, trained in zip(self.ema_conditions, self.conditions, strict=True):
             cast(Condition, average).copy_learned(cast(Condition, trained))
 

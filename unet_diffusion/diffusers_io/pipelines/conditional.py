@@ -38,14 +38,16 @@ class ConditionalPipeline(DiffusionPipeline):
         tokens: Turns something else that is known of an image, such as boxes, into tokens to attend to; None: nothing.
         maps: Turns something else that is known of an image into maps beside the noised one, such as a semantic map;
             None: nothing.
+        maps_2: As maps, for something further.
         low_res_scheduler: Noises the small image to a level that is the network's class label; None: the network does
             not enlarge.
         class_names: The name of each label from 0; None: labels are numbers only.
         unconditional: The values that stood for "not known" in training, by name: any of "class_labels",
             "class_tokens", "prompt", "concat", and the arguments of tokens and maps. Without any there is no guidance.
-        takes_mask: Whether the maps are a mask and the masked image.
         max_noise_level: Highest noise level of a small image.
-        conditions: Names of the classes that trained tokens and maps, by these names; they are not needed to draw.
+        conditions: All that is known of an image in the order of training, in which maps stand beside the noised image:
+            pairs of a name, "class_labels", "class_tokens", "prompt", "concat", "mask", "low_res" or the argument of
+            tokens and maps, and of the class that trained it, which is not needed to draw.
         values: Type of the numbers of the training images, "dtype", and the numbers that became -1 and 1, "low" and
             "high"; None: they were pictures.
 
@@ -57,9 +59,9 @@ class ConditionalPipeline(DiffusionPipeline):
         >>> pipe(class_labels=[0, 1, 2], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
     """
 
-    model_cpu_offload_seq = "text_encoder->class_tokens->tokens->maps->unet->vae"
+    model_cpu_offload_seq = "text_encoder->class_tokens->tokens->maps->maps_2->unet->vae"
     _optional_components = [  # noqa: RUF012  # diffusers' own form
-        *("vae", "text_encoder", "tokenizer", "class_tokens", "tokens", "maps", "low_res_scheduler")
+        *("vae", "text_encoder", "tokenizer", "class_tokens", "tokens", "maps", "maps_2", "low_res_scheduler")
     ]
 
     def __init__(
@@ -72,12 +74,12 @@ class ConditionalPipeline(DiffusionPipeline):
         class_tokens: ModelMixin | None = None,
         tokens: ModelMixin | None = None,
         maps: ModelMixin | None = None,
+        maps_2: ModelMixin | None = None,
         low_res_scheduler: DDPMScheduler | None = None,
         class_names: list[str] | None = None,
         unconditional: dict | None = None,
-        takes_mask: bool = False,
         max_noise_level: int = 350,
-        conditions: dict | None = None,
+        conditions: list[list[str]] | None = None,
         values: dict | None = None,
     ):
         super().__init__()
@@ -90,20 +92,23 @@ class ConditionalPipeline(DiffusionPipeline):
             class_tokens=class_tokens,
             tokens=tokens,
             maps=maps,
+            maps_2=maps_2,
             low_res_scheduler=low_res_scheduler,
         )
         self.register_to_config(
             class_names=class_names,
             unconditional=unconditional or {},
-            takes_mask=takes_mask,
             max_noise_level=max_noise_level,
-            conditions=conditions or {},
+            conditions=conditions or [],
             values=values,
         )
         # the height of an image divided by the height of its latents
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         channels = unet.config.out_channels if vae is None else vae.config.in_channels
         self.num_channels = channels  # of images
+        self.enlarges = low_res_scheduler is not None
+        self.paints = "mask" in (name for name, _ in conditions or [])
+        self.small_image = "small_image" if self.paints else "image"  # the argument
         mode = {"do_convert_rgb": channels == 3, "do_convert_grayscale": channels == 1, "vae_latent_channels": 0}
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, **mode)
         self.small_image_processor = VaeImageProcessor(do_resize=False, **mode)
@@ -119,6 +124,7 @@ class ConditionalPipeline(DiffusionPipeline):
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
         mask_image: PipelineImageInput | None = None,
+        small_image: PipelineImageInput | None = None,
         concat: Tensor | None = None,
         noise_level: int = 20,
         batch_size: int = 1,
@@ -140,6 +146,7 @@ class ConditionalPipeline(DiffusionPipeline):
             image: Images to paint into, which are scaled to height and width, or small images to enlarge. Tensors and
                 arrays must be in [0, 1].
             mask_image: Mask of the size of `image`; white, or 1, is painted, and the rest stays as it is.
+            small_image: Small images to enlarge beside an image to paint into, of the size of the network's output.
             concat: Maps beside the noised image, (1 or N, K, h, w), of the size of the network's output.
             noise_level: Noise level of small images, in [0, max_noise_level]; a higher level keeps less detail.
             batch_size: Number of images, if the conditions have one value or none.
@@ -164,12 +171,14 @@ class ConditionalPipeline(DiffusionPipeline):
             "prompt": prompt,
             "image": image,
             "mask_image": mask_image,
+            "small_image": small_image,
             "concat": concat,
             **others,
         }
         self._check(conditions, guidance_scale, noise_level, output_type)
         tensors, shape = self._tensors(conditions, noise_level, batch_size, self._size(height, width))
         x = self._noise(shape, latents, generator)
+        self._check_maps(tensors, x)
         tensors |= self._maps(tensors, x, generator)
         inputs = self._inputs(tensors, {})
         if guidance_scale != 1:
@@ -202,21 +211,30 @@ class ConditionalPipeline(DiffusionPipeline):
     @property
     def arguments(self) -> list[str]:
         """Names of the conditions among the arguments of a call; all of them are required."""
-        network, enlarges, paints = self.unet.config, self.low_res_scheduler is not None, self.config.takes_mask
-        has_classes = network.num_class_embeds is not None or self.class_tokens is not None
-        has_maps = network.in_channels > network.out_channels
+        embeds_classes = self.unet.config.num_class_embeds is not None and not self.enlarges
         is_taken = {
-            "class_labels": has_classes and not enlarges,
+            "class_labels": embeds_classes or self.class_tokens is not None,
             "prompt": self.text_encoder is not None,
-            "image": enlarges or paints,
-            "mask_image": paints,
-            "concat": has_maps and not enlarges and not paints and self.maps is None,
+            "image": self.enlarges or self.paints,
+            "mask_image": self.paints,
+            "small_image": self.enlarges and self.paints,
+            "concat": "concat" in self.channels_beside,
         }
         return [name for name, taken in is_taken.items() if taken] + [one.argument for one in self._others]
 
     @property
     def _others(self) -> list[ModelMixin]:
-        return [one for one in (self.tokens, self.maps) if one is not None]
+        return [one for one in (self.tokens, self.maps, self.maps_2) if one is not None]
+
+    @property
+    def channels_beside(self) -> dict[str, int]:
+        """The number of channels of each of the maps beside the noised image, by names in their order."""
+        config = self.unet.config
+        known = {one.argument: one.config.channels for one in (self.maps, self.maps_2) if one is not None}
+        known |= {"mask": 1 + config.out_channels, "low_res": self.num_channels}
+        names = [name for name, _ in self.config.conditions if name in ("concat", *known)]
+        rest = config.in_channels - config.out_channels - sum(known.get(name, 0) for name in names)
+        return {name: known.get(name, rest) for name in names}
 
     def _check(self, conditions: dict, guidance_scale: float, noise_level: int, output_type: str) -> None:
         for name, value in conditions.items():
@@ -237,7 +255,7 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the images."""
-        if self.low_res_scheduler is not None and (height, width) != (None, None):
+        if self.enlarges and not self.paints and (height, width) != (None, None):
             raise ValueError(
                 f"height and width must be left out, because image decides the size, got {height} and {width}"
             )
@@ -254,20 +272,22 @@ class ConditionalPipeline(DiffusionPipeline):
         tensors = {
             name: convert(conditions[name]) for name, convert in converters.items() if conditions[name] is not None
         }
-        if self.low_res_scheduler is not None:
-            tensors["image"] = self.small_image_processor.preprocess(conditions["image"])
+        if self.enlarges:
+            tensors[self.small_image] = self.small_image_processor.preprocess(conditions[self.small_image])
+            tensors["noise_level"] = torch.tensor([noise_level])
+        if self.enlarges and not self.paints:
             height, width = tensors["image"].shape[2:]
             size = height * self.vae_scale_factor, width * self.vae_scale_factor
-            tensors["class_labels"] = torch.tensor([noise_level])
-        elif self.config.takes_mask:
+        if self.paints:
             tensors["image"] = self.image_processor.preprocess(conditions["image"], *size)
             tensors["mask_image"] = self.mask_processor.preprocess(conditions["mask_image"], *size)
         for one in self._others:
             tensors[one.argument] = one.prepare(conditions[one.argument], size, self._encode)
-        if "image" in tensors and tensors["image"].shape[1] != self.num_channels:
-            raise ValueError(
-                f"image must have {self.num_channels} channels, got {tensors['image'].shape[1]}; convert it"
-            )
+        for name in ("image", "small_image"):
+            if name in tensors and tensors[name].shape[1] != self.num_channels:
+                raise ValueError(
+                    f"{name} must have {self.num_channels} channels, got {tensors[name].shape[1]}; convert it"
+                )
         tensors = {name: tensor.to(self._execution_device) for name, tensor in tensors.items()}
         count = max([batch_size, *(len(tensor) for tensor in tensors.values())])
         if wrong := [f"{len(tensor)} of {name}" for name, tensor in tensors.items() if len(tensor) not in (1, count)]:
@@ -281,29 +301,32 @@ class ConditionalPipeline(DiffusionPipeline):
         takes_any = isinstance(self.unet, UNet2DConditionModel) and network.downsample_padding == 1
         step = self.vae_scale_factor * (1 if takes_any else 2 ** (len(network.block_out_channels) - 1))
         if any(side % step for side in size):
-            enlarged = f", {self.vae_scale_factor} times those of image," if self.low_res_scheduler is not None else ""
+            enlarged = f", {self.vae_scale_factor} times those of image," if self.enlarges and not self.paints else ""
             raise ValueError(f"height and width{enlarged} must be multiples of {step}, got {size[0]} and {size[1]}")
         return size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor
+
+    def _check_maps(self, tensors: dict[str, Tensor], x: Tensor) -> None:
+        """Refuse small images and maps of another size than the noised image x."""
+        channels = {"small_image": self.num_channels, "concat": self.channels_beside.get("concat")}
+        for name in channels.keys() & tensors.keys():
+            expected, got = (channels[name], *x.shape[2:]), tuple(tensors[name].shape)
+            if got[1:] != expected:
+                raise ValueError(f"{name} must be (N, {', '.join(map(str, expected))}), got {got}")
 
     def _maps(
         self, tensors: dict[str, Tensor], x: Tensor, generator: Generator | list[Generator] | None
     ) -> dict[str, Tensor]:
-        """The maps beside the noised image x, as "concat"; nothing if the network takes none."""
-        if self.config.takes_mask:
+        """The maps beside the noised image x that a mask and a small image become, by name."""
+        maps = {}
+        if self.paints:
             mask = tensors["mask_image"]  # the masked area is grey; a latent is masked if its first pixel is
             latents = self._encode(tensors["image"] * (1 - mask))
-            concat = torch.cat([nn.functional.interpolate(mask, x.shape[2:]), latents], dim=1)
-        elif self.low_res_scheduler is not None:
-            noise = randn_tensor(tensors["image"].shape, generator=generator, device=x.device)
-            concat = self.low_res_scheduler.add_noise(tensors["image"], noise, tensors["class_labels"])
-        elif "concat" in tensors:
-            concat = tensors["concat"]
-        else:
-            return {}
-        expected = (self.unet.config.in_channels - self.unet.config.out_channels, *x.shape[2:])
-        if concat.shape[1:] != expected:
-            raise ValueError(f"concat must be (N, {', '.join(map(str, expected))}), got {tuple(concat.shape)}")
-        return {"concat": concat}
+            maps["mask"] = torch.cat([nn.functional.interpolate(mask, x.shape[2:]), latents], dim=1)
+        if self.enlarges:
+            small = tensors[self.small_image]
+            noise = randn_tensor(small.shape, generator=generator, device=x.device)
+            maps["low_res"] = self.low_res_scheduler.add_noise(small, noise, tensors["noise_level"])
+        return maps
 
     def _inputs(self, tensors: dict[str, Tensor], unconditional: dict) -> dict[str, Tensor]:
         """The network's inputs beside x and t, (N, ...) each, with the nulls of `unconditional` in place of values."""
@@ -320,7 +343,8 @@ class ConditionalPipeline(DiffusionPipeline):
 
         inputs, tokens = {}, []  # the order of tokens does not matter
         if self.unet.config.num_class_embeds is not None:
-            inputs["class_labels"] = or_null("class_labels", tensors["class_labels"])
+            entry = tensors["noise_level" if self.enlarges else "class_labels"]
+            inputs["class_labels"] = or_null("class_labels", entry)
         if self.class_tokens is not None:
             tokens.append(self.class_tokens(or_null("class_tokens", tensors["class_labels"])))
         if self.text_encoder is not None:
@@ -329,10 +353,13 @@ class ConditionalPipeline(DiffusionPipeline):
             tokens.append(self.tokens(known(self.tokens)))
         if tokens:
             inputs["encoder_hidden_states"] = torch.cat(tokens, dim=1).to(self.unet.dtype)
-        if "concat" in tensors:
-            inputs["concat"] = or_null("concat", tensors["concat"])
-        if self.maps is not None:
-            inputs["concat"] = self.maps(known(self.maps))
+        encoders = {one.argument: one for one in (self.maps, self.maps_2) if one is not None}
+        maps = [
+            encoders[name](known(encoders[name])) if name in encoders else or_null(name, tensors[name])
+            for name in self.channels_beside
+        ]
+        if maps:
+            inputs["concat"] = torch.cat(maps, dim=1)
         return inputs
 
     def _noise(
@@ -384,7 +411,7 @@ class ConditionalPipeline(DiffusionPipeline):
 
     def _pasted(self, images: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         """The images, with the original image outside the mask."""
-        return torch.where(tensors["mask_image"] == 1, images, tensors["image"]) if self.config.takes_mask else images
+        return torch.where(tensors["mask_image"] == 1, images, tensors["image"]) if self.paints else images
 
     def _labels(self, class_labels: int | str | list[int | str]) -> Tensor:
         """The number of each label, (N,) int64."""

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from unet_diffusion.diffusion.conditions.condition import Condition, Request, by_turns
 
+NOISE_LEVEL_ENTRY = "noise_level"  # entry of a batch that a network which enlarges embeds in place of classes
+
 
 class ClassLabels(Condition):
     """The class of each image, (B,) int64, which the network itself embeds and adds to the time embedding.
@@ -16,15 +18,16 @@ class ClassLabels(Condition):
         num_embeddings: Number of rows of the network's class embedding, with the null label.
         null_label: The label that stands for no class; None: there is no null label.
         dropout: Probability of null_label in training.
+        batch_key: Name of the entry of a batch that holds the labels.
     """
 
-    batch_key = network_argument = "labels"
+    network_argument = "labels"
     options = ("labels",)
     pipeline_role = "class_labels"
 
-    def __init__(self, num_embeddings: int, null_label: int | None, dropout: float = 0.0):
+    def __init__(self, num_embeddings: int, null_label: int | None, dropout: float = 0.0, *, batch_key: str = "labels"):
         super().__init__(dropout)
-        self.num_embeddings, self.null_label = num_embeddings, null_label
+        self.num_embeddings, self.null_label, self.batch_key = num_embeddings, null_label, batch_key
 
     @property
     def num_classes(self) -> int:

@@ -40,7 +40,7 @@ class Concat(Condition):
 
     def forward(self, entry: Tensor) -> Tensor:
         if entry.shape[1] != self.channels:
-            raise ValueError(f"concat must have {self.channels} channels, got {entry.shape[1]}")
+            raise ValueError(f"{self.batch_key} must have {self.channels} channels, got {entry.shape[1]}")
         return entry
 
     def example(self, batch_size: int, sample_shape: tuple[int, int, int]) -> Tensor:

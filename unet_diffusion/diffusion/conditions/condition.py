@@ -44,6 +44,7 @@ class Request:
         mask: The area to paint, (1, 1, H, W) float32, 1 inside and 0 outside; None: there is no mask.
         encode: Function that gives the x0 of images.
         image_shape: (C, H, W) of the images to draw; None: they are those of a batch.
+        sample_size: Height and width of the x0 to draw.
         read_pictures: Function that reads pictures.
         read_label_images: Function that reads label images.
     """
@@ -56,6 +57,7 @@ class Request:
     mask: Tensor | None = None
     encode: Encode = lambda images: images  # pixels
     image_shape: tuple[int, int, int] | None = None
+    sample_size: tuple[int, int] = (0, 0)
     read_pictures: ReadImages | None = None
     read_label_images: ReadImages | None = None
 
@@ -90,10 +92,10 @@ class Condition(nn.Module):
     network_argument: str
     config: dict[str, Any]
     provides: ClassVar[tuple[str, ...]] = ()
-    options: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[tuple[str, ...]] = ()
-    files: ClassVar[tuple[str, ...]] = ()
-    refuses: ClassVar[tuple[str, ...]] = ()
+    options: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
     purpose: ClassVar[str] = "has conditions of its own"
     pipeline_role: ClassVar[str | None] = None
 

@@ -19,7 +19,8 @@ class EncodedCondition(Condition):
     given, `null` is the null of the entry, and `usage` is Python for the model card that makes such a value.
 
     Attributes:
-        pipeline_part: Name of the encoder in a pipeline: "tokens" for "context", "maps" for "concat".
+        pipeline_part: Name of the encoder in a pipeline: "tokens" for "context", "maps" for "concat". A second one
+            of maps becomes "maps_2".
         encoder: The encoder, which the constructor of the subclass sets.
     """
 
@@ -51,9 +52,10 @@ class EncodedCondition(Condition):
 
     def pipeline_outputs(self, pipeline: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """The outputs for an example; a pipeline of diffusers has no such part."""
-        theirs = getattr(pipeline, self.pipeline_part, None)
+        encoders = [part for part in pipeline.components.values() if hasattr(part, "argument")]
+        theirs = next((part for part in encoders if part.argument == self.pipeline_role), None)
         if theirs is None:
             return {}
         ours, entry = self.pipeline_parts()[self.pipeline_part], self.example(2, (1, 8, 8)).cpu()
         both = torch.cat([entry, ours.null(entry)])
-        return {self.pipeline_part: (ours(both), theirs(both))}
+        return {f"{self.pipeline_part} of {self.pipeline_role}": (ours(both), theirs(both))}

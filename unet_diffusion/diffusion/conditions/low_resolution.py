@@ -6,14 +6,15 @@ small image is noised and the network learns its noise level (Ho et al. 2021, ht
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from unet_diffusion.diffusion.conditions.class_labels import NOISE_LEVEL_ENTRY
 from unet_diffusion.diffusion.conditions.concat import Concat
-from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Encode, Request
+from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Encode, Request, by_turns
 from unet_diffusion.diffusion.schedule import NoiseSchedule, scheduler_config
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -28,22 +29,29 @@ class LowResolution(Concat):
 
     The network has one class for each of the `LOW_RES_SCHEDULE.num_train_timesteps` levels. It enlarges by the
     autoencoder's downsampling, 4 in Stable Diffusion. Training draws levels from 0 to 350. To sample, a user gives an
-    image and, if 20 does not suit, a noise_level.
+    image and, if 20 does not suit, a noise_level. Beside a `MaskedImage`, which takes the user's image itself, set
+    option to small_image.
 
     Args:
         channels: Number of channels of the small image.
+        option: Name by which a user gives the small image: image, whose size decides that of what is drawn, or
+            small_image, which is scaled to fit.
     """
 
-    provides = ("labels", "concat")
-    options = ("noise_level",)
-    needs = ("image",)
-    refuses = ("mask", "strength", "labels")
+    batch_key = "low_res"
+    provides = (NOISE_LEVEL_ENTRY, "low_res")
+    options: tuple[str, ...] = ("noise_level",)
     purpose = "enlarges an image"
     pipeline_role = "low_res"
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, *, option: Literal["image", "small_image"] = "image"):
         super().__init__(channels)
-        self.config = {"channels": channels}
+        self.config = {"channels": channels, "option": option}
+        self.needs = (option,)
+        if option == "image":
+            self.refuses = ("mask", "strength")
+        else:
+            self.options, self.files = ("noise_level", option), (option,)
         self._sample_size = (0, 0)
 
     @property
@@ -64,20 +72,30 @@ class LowResolution(Concat):
     def entries(self, images: Tensor, drawn: Mapping[str, Tensor], encode: Encode) -> dict[str, Tensor]:
         small = shrink(images, self._sample_size)
         noised = LOW_RES_SCHEDULE.add_noise(small, drawn["noise"], drawn["level"])
-        return {"labels": drawn["level"], "concat": noised}
+        return {NOISE_LEVEL_ENTRY: drawn["level"], self.batch_key: noised}
 
     def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor:
-        return interpolate(entries["concat"], batch["images"].shape[2:])
+        return interpolate(entries[self.batch_key], batch["images"].shape[2:])
 
     def from_user(self, request: Request) -> dict[str, Tensor]:
-        assert request.image is not None
+        small = self._small_image(request)
         level = request.values.get("noise_level", NOISE_LEVEL)
         if not 0 <= level <= MAX_NOISE_LEVEL:
             raise ValueError(f"noise_level must be in [0, {MAX_NOISE_LEVEL}], got {level}; {NOISE_LEVEL} is usual")
         levels = torch.full((request.num_images,), level)
         generators = [keyed_generator(request.seed, CONDITION_KEY, index) for index in range(request.num_images)]
-        noise = torch.stack([torch.randn(request.image.shape[1:], generator=generator) for generator in generators])
-        return {"labels": levels, "concat": LOW_RES_SCHEDULE.add_noise(request.image.expand_as(noise), noise, levels)}
+        noise = torch.stack([torch.randn(small.shape[1:], generator=generator) for generator in generators])
+        noised = LOW_RES_SCHEDULE.add_noise(by_turns(small, request.num_images), noise, levels)
+        return {NOISE_LEVEL_ENTRY: levels, self.batch_key: noised}
+
+    def _small_image(self, request: Request) -> Tensor:
+        """The user's small images, (n, C, h, w) in [-1, 1]."""
+        if self.config["option"] == "image":
+            assert request.image is not None
+            return request.image
+        assert request.read_pictures is not None
+        shape = (self.config["channels"], *request.sample_size)
+        return request.read_pictures("small_image", request.values["small_image"], shape)
 
     def pipeline_parts(self) -> dict[str, Any]:
         from diffusers import DDPMScheduler

@@ -5,7 +5,6 @@ network.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,8 @@ class MaskedImage(Concat):
         channels: 1 + C, for the mask and x0.
     """
 
-    provides = ("concat",)
+    batch_key = "masked_image"
+    provides = ("masked_image",)
     needs = ("image", "mask")
     purpose = "paints into an image"
     pipeline_role = "mask"
@@ -42,7 +42,7 @@ class MaskedImage(Concat):
         return {"mask": draw_masks(shape[0], (shape[2], shape[3]), generator)}
 
     def entries(self, images: Tensor, drawn: Mapping[str, Tensor], encode: Encode) -> dict[str, Tensor]:
-        return {"concat": masked_image_maps(images, drawn["mask"], encode)}
+        return {self.batch_key: masked_image_maps(images, drawn["mask"], encode)}
 
     def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor:
         return batch["images"] * (1 - entries["mask"])
@@ -51,10 +51,7 @@ class MaskedImage(Concat):
         assert request.image is not None
         assert request.mask is not None
         maps = masked_image_maps(request.image, request.mask, request.encode)
-        return {"concat": maps.expand(request.num_images, -1, -1, -1)}
-
-    def pipeline_parts(self) -> dict[str, Any]:
-        return {"takes_mask": True}
+        return {self.batch_key: maps.expand(request.num_images, -1, -1, -1)}
 
 
 def masked_image_maps(images: Tensor, mask: Tensor, encode: Encode) -> Tensor:
