@@ -258,6 +258,68 @@ def test_base_on_the_hub_is_read_by_its_name(base, images, monkeypatch, tmp_path
     assert asked == ["hf://someone/model"] * 2
 
 
+def test_card_names_a_base_on_the_hub_with_its_owner(base, images, monkeypatch, tmp_path, quiet_trainer):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading, "download", lambda name: base)
+    module = AdapterModule("someone/model", ud.LoRA(rank=2), ema_decay=0)
+    source = ud_data.Folder(str(images), image_size=16, captions=True)
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, ud_data.ImageDataModule(source, batch_size=4, num_val=2))
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    (tmp_path / "someone" / "model").mkdir(parents=True)  # by now the bare name would be a folder
+    ud.load(tmp_path / "adapter.ckpt").export(tmp_path / "pipeline")
+    assert "base: hf://someone/model\n" in (tmp_path / "pipeline" / "README.md").read_text()
+
+
+def test_run_of_a_base_on_the_hub_takes_its_bare_name(fit, base, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading, "download", lambda name: base)
+    run = fit("lora", *LORA, "--model.base", "someone/model")
+    ud.load(run).export(tmp_path / "pipeline")
+    assert "base: hf://someone/model\n" in (tmp_path / "pipeline" / "README.md").read_text()
+
+
+MY_NETWORK = """
+from unet_diffusion import DenoiserUNet
+
+class Mine(DenoiserUNet):
+    pass
+"""
+
+
+@pytest.fixture
+def own_base(tmp_path, monkeypatch) -> Path:
+    """The checkpoint of a denoiser whose network is a class of the user's module `my_network`."""
+    (tmp_path / "my_network.py").write_text(MY_NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_network", raising=False)
+    from my_network import Mine
+
+    torch.manual_seed(0)
+    unet = Mine(3, (8, 16), attention_levels=(1,), norm_num_groups=4, layers_per_block=1)
+    ud.Denoiser(unet, ud.NoiseSchedule(100), (3, 16, 16)).save(tmp_path / "base.ckpt")
+    return tmp_path / "base.ckpt"
+
+
+def test_base_of_classes_of_ones_own_is_read_if_their_module_is_allowed(own_base, images, quiet_trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"allow it with --allow my_network, or allow=\['my_network'\]"):
+        AdapterModule(str(own_base), ud.LoRA(2))
+    module = AdapterModule(str(own_base), ud.LoRA(2), allow=["my_network"])
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, ud_data.ImageDataModule(ud_data.Folder(str(images), image_size=16), batch_size=4, num_val=2))
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    assert type(ud.load(tmp_path / "adapter.ckpt", allow=["my_network"]).unet).__name__ == "Mine"
+
+
+def test_option_allow_of_a_run_is_also_for_the_classes_of_its_base(fit, own_base, run_cli, tmp_path):
+    mine = ["--model.base", own_base, "--data.captions", "false"]
+    run = fit("lora", *LORA, *mine, "--allow", "my_network")
+    assert type(ud.load(run, allow=["my_network"]).unet).__name__ == "Mine"
+    status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml", *mine, "--model.allow", "[my_network]")
+    assert status != 0
+    assert "a configuration may not allow modules; if you trust it, add --allow my_network" in err
+
+
 def damage(folder: Path) -> None:
     """Make the change in a file smaller, as a scale that is lost would."""
     file = folder / LORA_FILE

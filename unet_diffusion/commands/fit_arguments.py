@@ -239,7 +239,8 @@ def _check_paths(settings: dict[str, Any]) -> None:
         name = name.replace(".source.", ".")  # the short form, as people type it
         if not value:
             raise UsageError(f"{name} must be a folder or file, and is empty; set --{name}")
-        if (path := missing_path(Path(value))) is not None:
+        place = value if name in ("model.base", "model.init_from") else Path(value)  # these may be on the hub
+        if (path := missing_path(place)) is not None:
             missing = "" if str(path) == str(Path(value).expanduser()) else f", and there is no {path}"
             fix = similar_paths(path) or f"; set --{name}"
             raise FileNotFoundError(f"{name} must be an existing folder or file, got {value}{missing}{fix}")

@@ -46,6 +46,10 @@ def check_settings(config: Any, modules: Sequence[str]) -> None:
         ValueError: If there is one.
     """
     check_names(config, modules)
+    allowed = config[config.subcommand].model.get("allow") or []  # of the base of an adapter
+    if others := [module for module in allowed if module not in modules]:
+        raise ValueError(f"model.allow names {others[0]}, and a configuration may not allow modules; if you trust it, "
+                         f"add --allow {others[0]} to the command line")  # fmt: skip
     _check_numbers(config[config.subcommand])
 
 

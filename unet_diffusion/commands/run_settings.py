@@ -44,6 +44,8 @@ class SaveRunConfig(SaveConfigCallback):
         # They go out with the exported pipeline.
         wanted = {key: settings[key] for key in ("seed_everything", "model", "data", "trainer")}
         wanted["trainer"] = {key: value for key, value in wanted["trainer"].items() if key != "logger"}
+        for name in {"base", "init_from"} & wanted["model"].keys():  # names on the hub are kept whole
+            wanted["model"][name] = getattr(pl_module, name)
         pl_module.settings = shareable(wanted)
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")

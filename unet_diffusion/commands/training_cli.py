@@ -239,6 +239,8 @@ class TrainingCLI(OpenCLI):
         self.written = self.config.clone()  # what config.yaml holds: the paths below follow from the run folder
         config.trainer.logger = loggers_of(config.trainer.logger, root)
         check_written(config, root)
+        if self.task == "adapt":
+            config.model.allow = list(self.modules)
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(root / CHECKPOINTS)
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write it at the end all the same

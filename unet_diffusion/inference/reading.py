@@ -29,8 +29,8 @@ from unet_diffusion.inference.segmenter import Segmenter, fields_of
 from unet_diffusion.latents.codec import Codec, LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.speed import Speed
-from unet_diffusion.runtime.addresses import PREFIX, is_hub_name
-from unet_diffusion.runtime.hub import check_hub_name, download
+from unet_diffusion.runtime.addresses import is_hub_name
+from unet_diffusion.runtime.hub import download, with_prefix
 from unet_diffusion.runtime.initial_weights import WithoutInitialWeights, without_initial_weights
 from unet_diffusion.runtime.named_class import class_of
 from unet_diffusion.runtime.pixel_values import PixelValues
@@ -88,6 +88,11 @@ def read_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
 def read_base(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrPath | None = None) -> Denoiser:
     """The denoiser that an adapter is trained on: a checkpoint, a run or diffusers folder, or a model on the hub.
 
+    Args:
+        path: Its path, or its name on the hub.
+        allow: Further modules whose classes its checkpoint may name.
+        autoencoder: Current folder of the autoencoder of the latents; None: its folder in training.
+
     Raises:
         FileNotFoundError: If there is no model at the path, or the hub cannot be reached.
         ValueError: If it is no denoiser, cannot be read, or is a base with an adapter itself.
@@ -117,7 +122,7 @@ def base_record(base: Denoiser, path: StrPath) -> dict[str, str]:
     settings["conditions"] = [network_record(cast(Condition, condition)) for condition in base.conditions]
     parts = nn.ModuleList([base.unet, base.conditions])
     return {
-        "path": f"{PREFIX}{check_hub_name(str(path))}" if is_hub_name(path) else str(Path(path).resolve()),
+        "path": with_prefix(path) if is_hub_name(path) else str(Path(path).resolve()),
         "fingerprint": fingerprint(parts, {name: value for name, value in settings.items() if value}),
     }
 

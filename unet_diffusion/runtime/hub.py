@@ -9,13 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from unet_diffusion.runtime.addresses import NAME, PREFIX
+from unet_diffusion.runtime.addresses import NAME, PREFIX, StrPath, is_hub_name
 
 MOST_CONNECTIONS = 4  # files that are downloaded at once
 PATIENCE = 5.0  # seconds to wait for the hub's first answer; huggingface_hub itself would wait for ever
 PLAIN = ["*.json", "*.txt", "*.md"]  # small files, which say what a repository holds
 WEIGHTS = ["*.safetensors", "*.json", "*.txt"]
 OTHER_WEIGHTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*onnx*", "*openvino*", "*flax*"]  # of the same model
+
+
+def with_prefix(path: StrPath) -> str:
+    """Return hf://owner/name for the name of a model on the hub, and another path as it is.
+
+    With the prefix, a name is told from a relative path also on another machine, where other folders exist.
+
+    Args:
+        path: As for `is_hub_name`.
+    """
+    return f"{PREFIX}{check_hub_name(str(path))}" if is_hub_name(path) else str(path)
 
 
 def check_hub_name(name: str) -> str:

@@ -17,6 +17,7 @@ from unet_diffusion.inference.record import network_record
 from unet_diffusion.latents.codec import Codec, LatentCodec
 from unet_diffusion.models.recomputing import recompute_blocks
 from unet_diffusion.models.speed import Speed
+from unet_diffusion.runtime.hub import with_prefix
 from unet_diffusion.training.denoising_rules import space_identity
 from unet_diffusion.training.module import USUAL_DROPOUT, DiffusionModule
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
@@ -35,6 +36,8 @@ class AdapterModule(DiffusionModule):
         base: The trained denoiser: a checkpoint file, a run folder or a diffusers pipeline folder, which has to stay
             where it is, as it is read again wherever the adapter is used; or hf://owner/name, a model on the hub.
         adapter: The adapter: `LoRA`, `TextualInversion`, or one of your own.
+        allow: Further modules that you trust, whose classes the checkpoint of the base may name. On the command line,
+            it is the option --allow.
         gradient_checkpointing: Whether training keeps the inputs of the network's blocks alone and computes the rest
             again in the backward pass, which takes less memory and more time.
         optimizer: Makes the optimiser from the parameters of the adapter.
@@ -57,6 +60,7 @@ class AdapterModule(DiffusionModule):
         base: str,
         adapter: Adapter,
         *,
+        allow: Sequence[str] = (),
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup_steps: int = 0,
@@ -67,7 +71,7 @@ class AdapterModule(DiffusionModule):
         speed: Speed | Literal["auto"] = "plain",
         seed: int = 0,
     ):
-        denoiser = read_base(base)
+        denoiser = read_base(base, allow=allow)
         record = base_record(denoiser, base)
         adapter.attach(denoiser.unet, denoiser.conditions)
         if gradient_checkpointing:
@@ -87,7 +91,7 @@ class AdapterModule(DiffusionModule):
             speed=speed,
             seed=seed,
         )
-        self.base, self.adapter, self.gradient_checkpointing = str(base), adapter, gradient_checkpointing
+        self.base, self.adapter, self.gradient_checkpointing = with_prefix(base), adapter, gradient_checkpointing
         self.base_record = record
         self.values = denoiser.values
         self.base_meaning = {**space_identity(denoiser.codec.space_record), "class names": denoiser.class_names}
@@ -138,7 +142,9 @@ class AdapterModule(DiffusionModule):
         if trained.adapter is None:
             raise ValueError(f"{path} holds a whole denoiser, and no adapter; use DiffusionModule")
         record = checkpoint[cls.record_key]
-        module = cls(**{"base": record["base"]["path"], "adapter": trained.adapter.adapter, **arguments})
+        module = cls(
+            **{"base": record["base"]["path"], "adapter": trained.adapter.adapter, "allow": allow, **arguments}
+        )
         module.sample_shape, module.class_names, module.codec = trained.sample_shape, trained.class_names, trained.codec
         module.keep_values(trained.values)
         return module

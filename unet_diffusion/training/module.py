@@ -43,6 +43,7 @@ from unet_diffusion.inference.sample_options import SampleOptions
 from unet_diffusion.latents.codec import Codec, PixelCodec
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.runtime.hub import with_prefix
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
 from unet_diffusion.training.averaging import averaged_copy
 from unet_diffusion.training.base import NetworkModule
@@ -148,11 +149,9 @@ class DiffusionModule(NetworkModule):
             speed=speed,
             seed=seed,
         )
-        self.schedule = schedule
-        self.loss = loss
-        self.loss_weighting = loss_weighting
-        self.label_dropout = label_dropout
-        self.init_from = init_from
+        self.schedule, self.label_dropout = schedule, label_dropout
+        self.loss, self.loss_weighting = loss, loss_weighting
+        self.init_from = init_from and with_prefix(init_from)
 
         self.conditions = nn.ModuleList(conditions or [])
         self.ema_conditions = averaged_copy(self.conditions)

@@ -22,6 +22,7 @@ from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
+from unet_diffusion.runtime.hub import with_prefix
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, NUM_BESIDE, THRESHOLD, Kind
@@ -120,7 +121,7 @@ class SegmentationModule(NetworkModule):
         )
         self.loss = loss
         self.timestep = timestep
-        self.init_from = init_from
+        self.init_from = init_from and with_prefix(init_from)
         self.joint = joint
         self.batches_at_once = 1 if joint is None else 2  # the second is denoised
         self._validation_sums: Tensor | None = None
