@@ -99,6 +99,20 @@ def test_network_gives_the_scores_of_the_layout(bilinear, bias, channels, classe
     torch.testing.assert_close(ours.unet(2 * x - 1), net(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.", "module.model.", "_orig_mod."])
+def test_prefix_of_a_training_program_is_taken_off_with_a_note(prefix, tmp_path):
+    net = tiny(classes=1)
+    weights = {f"{prefix}{key}": value for key, value in net.state_dict().items()}
+    lightning = {"state_dict": {**weights, "loss.weight": torch.ones(2)}, "pytorch-lightning_version": "2.5.0"}
+    torch.save(lightning, tmp_path / "last.ckpt")
+    save_file(net.state_dict(), tmp_path / "plain.safetensors")
+    with pytest.warns(UserWarning, match=f"{prefix} was taken off the names of the weights, and loss.weight left out"):
+        ours = ud.load(tmp_path / "last.ckpt")
+    expected = ud.load(tmp_path / "plain.safetensors")
+    assert ours.record() == expected.record()
+    assert all(torch.equal(value, expected.unet.state_dict()[key]) for key, value in ours.unet.state_dict().items())
+
+
 @torch.no_grad()
 def test_probabilities_are_those_of_the_network(tmp_path):
     net = tiny(classes=3)
@@ -146,6 +160,20 @@ def without_an_end(weights):
     return {key: value for key, value in weights.items() if not key.startswith("outc")}
 
 
+def without_last_bias(weights):
+    return {key: value for key, value in weights.items() if key != "outc.conv.bias"}
+
+
+def without_bias_of_one(weights):
+    return {key: value for key, value in tiny(bias=True).state_dict().items() if key != "inc.double_conv.3.bias"}
+
+
+def twice(weights):
+    copied = {key: value.clone() for key, value in weights.items()}
+    return {f"{name}.{key}": value for name, one in (("model", weights), ("teacher", copied))
+            for key, value in one.items()}  # fmt: skip
+
+
 def with_more(weights):
     return {**weights, "attention.weight": torch.ones(1)}
 
@@ -161,7 +189,13 @@ def with_a_hole(weights):
         (with_other_names, r"has the layout inc, down, up, outc, but lacks inc.double_conv.0.weight"),
         (without_an_end, r"has the layout inc, down, up, outc, but lacks outc.conv.weight"),
         (with_more, r"has the layout inc, down, up, outc, but .*attention.weight"),
-        (with_a_hole, r"has the layout inc, down, up, outc, but .*up_blocks.1"),
+        (
+            with_a_hole,
+            r"has the layout inc, down, up, outc, but lacks up2.conv.double_conv.0.weight, .*; save the whole",
+        ),
+        (without_last_bias, r"has the layout inc, down, up, outc, but lacks outc.conv.bias; save the whole state_dict"),
+        (without_bias_of_one, r"has the layout inc, down, up, outc, but lacks inc.double_conv.3.bias; save the whole"),
+        (twice, r"must hold one network of .* and holds several, model., teacher.; save the state_dict of one"),
     ],
 )
 def test_other_weights_are_refused(change, message, tmp_path):

@@ -150,11 +150,11 @@ def _check_told(told: Untold, allowed: tuple[str, ...], path: StrPath) -> None:
 def _from_single_file(file: Path, autoencoder: StrPath | None, told: Untold) -> Denoiser | Segmenter | Autoencoder:
     from unet_diffusion.diffusers_io.single_file.importing import import_single_file
     from unet_diffusion.diffusers_io.single_file.layouts import holds_unet
-    from unet_diffusion.models.segmentation_file import holds_segmentation_unet
+    from unet_diffusion.models.segmentation_file import holds_segmentation_unet, without_prefix
     from unet_diffusion.models.single_file import RESOLUTION, autoencoder_in, holds_autoencoder, read_settings
     from unet_diffusion.runtime.tensor_files import read_tensors
 
-    tensors = read_tensors(file)
+    tensors = without_prefix(read_tensors(file), file)
     if holds_unet(tensors) or not (holds_segmentation_unet(tensors) or holds_autoencoder(tensors)):
         return Denoiser(**vars(import_single_file(tensors, file, told, autoencoder=autoencoder)))
     _check_told(told, ("image_size",), file)

@@ -7,6 +7,7 @@ score is the logit of the foreground.
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,19 +16,47 @@ from torch import Tensor
 
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.models.unet import PixelNetwork
-from unet_diffusion.runtime.messages import in_words
+from unet_diffusion.runtime.messages import first_few, in_words, printable
 
 NAMES = re.compile(r"(?:inc|down\d+|up\d+|outc)\..+")
 FIRST, LAST = "inc.double_conv.0.weight", "outc.conv.weight"
 SECOND, NORM = "inc.double_conv.3.weight", "inc.double_conv.1.running_mean"
 LAYERS = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}  # of a double convolution, by its number in the file
+DOUBLE_CONV_BIAS = re.compile(r"\.double_conv\.[03]\.bias$")
 LEAST_SCORES = 2  # of SegmentationUNet; the layout may have one, which is the logit of the second
+NO_BIAS = re.compile(r"\.conv[12]\.weight$")  # convolutions of SegmentationUNet for which the file may have no bias
 NEEDED = {"padding": "same", "norm": "batch", "timestep_embedding": False, "unit_range": True}  # of a network to write
 
 
 def holds_segmentation_unet(tensors: Mapping[str, Tensor]) -> bool:
     """Whether most tensors have names of this layout."""
     return 2 * sum(NAMES.fullmatch(key) is not None for key in tensors) > len(tensors)
+
+
+def without_prefix(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors without what stands before inc, down, up and outc in their names, as model. in a Lightning module.
+
+    A warning says what was taken off, and names the tensors that do not have it, which are left out. Tensors of another
+    layout stay as they are.
+
+    Args:
+        tensors: The tensors in a file by name.
+        path: Path of the file, for the warning.
+
+    Raises:
+        ValueError: If there are several networks of this layout.
+    """
+    prefixes = sorted(key.removesuffix(FIRST) for key in tensors if key.endswith(f".{FIRST}"))
+    if not prefixes or FIRST in tensors:
+        return tensors
+    if len(prefixes) > 1:
+        raise ValueError(f"{path} must hold one network of the layout inc, down, up, outc, and holds several, "
+                         f"{first_few(prefixes)}; save the state_dict of one of them")  # fmt: skip
+    (prefix,) = prefixes
+    others = [key for key in tensors if not key.startswith(prefix)]
+    left_out = f", and {first_few(others)} left out" if others else ""
+    warnings.warn(printable(f"{path}: {prefix} was taken off the names of the weights{left_out}"), stacklevel=4)
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def segmentation_unet_of(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> SegmentationUNet:
@@ -42,6 +71,12 @@ def segmentation_unet_of(tensors: Mapping[str, Tensor], path: str | os.PathLike[
     """
     config = _config(tensors, path)
     unet = SegmentationUNet(**config)
+    needed = {*weights_of(unet)}
+    if not any(DOUBLE_CONV_BIAS.search(key) for key in tensors):  # convolutions before a norm often have no bias
+        needed = {key for key in needed if not DOUBLE_CONV_BIAS.search(key)}
+    if lacking := sorted(needed - tensors.keys()):
+        raise ValueError(f"{path} has the layout inc, down, up, outc, but lacks {first_few(lacking)}; save the whole "
+                         "state_dict of the network")  # fmt: skip
     try:
         unet.load_state_dict(_renamed(tensors, config))
     except RuntimeError as error:
@@ -131,12 +166,12 @@ def _skip_first(weight: Tensor) -> Tensor:
 
 
 def _adapted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights for a network that has the skip behind what comes from below, biases everywhere, and two scores."""
+    """The weights for a network that has the skip behind what comes from below, all biases, and two scores."""
     adapted = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     for key, value in weights.items():
         if _joins_skip(key):
             adapted[key] = _skip_first(value.float())
-        if ".conv" in f".{key}" and key.endswith(".weight"):  # convolutions before a norm often have no bias
+        if NO_BIAS.search(key):
             adapted.setdefault(f"{key.removesuffix('weight')}bias", torch.zeros(len(value)))
     if len(adapted["conv_out.weight"]) == 1:  # a logit is the difference of two scores, of which one is 0
         for key in ("conv_out.weight", "conv_out.bias"):
