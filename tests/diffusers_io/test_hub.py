@@ -16,9 +16,11 @@ from diffusers import AutoencoderKL
 from hub import TOKEN, serve
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from torch import nn
 
 import unet_diffusion as ud
 from unet_diffusion.diffusers_io.publishing import completed_card, publish
+from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.runtime.addresses import is_hub_name
 from unet_diffusion.runtime.hub import check_hub_name
@@ -209,6 +211,27 @@ def test_commands_take_names_on_the_hub(hub, run_cli, tmp_path):
     status, _, err = run_cli("sample", "runns/digits", "--output", "none")
     assert status != 0
     assert "there is no file or folder runns/digits, and the hub has no model" in err
+
+
+def test_synthesize_takes_names_on_the_hub_for_its_denoiser_and_its_segmenter(hub, run_cli, tmp_path):
+    torch.manual_seed(0)
+    condition = SemanticMap(3, label_format="instances")
+    unet = ud.DenoiserUNet(4, (4, 8), out_channels=1, layers_per_block=1, norm_num_groups=4)
+    masks = nn.ModuleList([condition])
+    ud.Denoiser(unet, NoiseSchedule(100), (1, 24, 24), conditions=masks).export(tmp_path / "pipeline")
+    segmenter().save_pretrained(tmp_path / "cells")
+    hub.commit("someone/draws", files_in(tmp_path / "pipeline"))
+    hub.commit("someone/finds", files_in(tmp_path / "cells"))
+    labels = np.zeros((24, 24), dtype=np.uint8)
+    labels[4:12, 6:15] = 1
+    (tmp_path / "label").mkdir()
+    Image.fromarray(labels).save(tmp_path / "label" / "0.png")
+    words = ["--labels", "label", "--num_labels", 1, "--num_images", 2, "--num_inference_steps", 2, "--min_dice", 0]
+    for draws, finds in (("someone/draws", "someone/finds"), ("pipeline", "cells")):
+        output = f"pairs/{Path(draws).name}"
+        status, _, err = run_cli("synthesize", draws, "--segmenter", finds, *words, "--output", output)
+        assert status == 0, err
+    assert Path("pairs/draws/image/000001.png").read_bytes() == Path("pairs/pipeline/image/000001.png").read_bytes()
 
 
 def files_in(folder) -> dict[str, bytes]:

@@ -60,7 +60,7 @@ def sample_images(
     interpolate: Annotated[tuple[int, int], "SEED_A SEED_B"] | None = None,
     guidance_rescale: float = 0.0,
     guidance_interval: Annotated[tuple[int, int], "LOW HIGH"] | None = None,
-    autoguidance: Checkpoint | None = None,
+    autoguidance: Model | None = None,
     autoencoder: Folder | None = None,
     lora: Checkpoint | None = None,
     lora_scale: float = 1.0,

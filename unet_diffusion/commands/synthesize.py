@@ -3,19 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from unet_diffusion.commands.arguments import Checkpoint, Folder, Precision, Size, Speed, check_exists, claimed
+from unet_diffusion.commands.arguments import Folder, Model, Precision, Size, Speed, check_exists, claimed
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.imports import quick_imports
 from unet_diffusion.runtime.messages import did_you_mean
 
 
 def synthesize_pairs(
-    denoiser: Annotated[Path, "DENOISER"],
+    denoiser: Annotated[Path | str, "DENOISER"],
     *,
     labels: Folder,
     num_labels: int,
     output: Folder,
-    segmenter: Checkpoint | None = None,
+    segmenter: Model | None = None,
     min_dice: float = 0.8,
     num_images: int = 64,
     copy_from: Folder | None = None,
@@ -48,13 +48,13 @@ def synthesize_pairs(
 
     Args:
         denoiser: The .ckpt file, run folder or diffusers pipeline folder of a denoiser that draws from masks, such as a
-            run of the recipe nuclei_from_masks.
+            run of the recipe nuclei_from_masks; or owner/name, a model on the hub.
         labels: The label images to make masks of, with a number for each object: a folder or archive.
         num_labels: The number of label files to use at most, the first by name. Labels that segmenters are tested on
             must not be among them.
         output: The folder for the pairs.
-        segmenter: The .ckpt file or run folder of a segmenter that was trained on real labels. By default all pairs are
-            kept.
+        segmenter: The .ckpt file or run folder of a segmenter that was trained on real labels, or owner/name, a model
+            on the hub. By default all pairs are kept.
         min_dice: Keep pairs whose Dice of the mask and what the segmenter finds is at least this, from 0 to 1.
         num_images: The number of pairs to make; those that are not kept count.
         copy_from: Copy the pixels of the images that the labels belong to, which move with the objects, and draw
@@ -75,7 +75,8 @@ def synthesize_pairs(
         speed: How the networks run. The default is as in training, but nothing is compiled as a whole.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint, or there are no such labels or images.
+        FileNotFoundError: If there is no such checkpoint, there are no such labels or images, or the hub cannot be
+            reached.
         FileExistsError: If the output folder holds something else, or pairs of other settings.
         ValueError: If denoiser, segmenter and labels do not fit each other, a number is out of range, or no pair was
             kept.
@@ -90,8 +91,7 @@ def synthesize_pairs(
     with quick_imports():
         from tqdm import tqdm
 
-        from unet_diffusion.inference.loading import load_denoiser
-        from unet_diffusion.inference.reading import read_segmenter
+        from unet_diffusion.inference.loading import load_denoiser, load_segmenter
         from unet_diffusion.inference.sample_options import Sampling
         from unet_diffusion.inference.synthesis import (
             IMAGES,
@@ -105,7 +105,7 @@ def synthesize_pairs(
         from unet_diffusion.runtime.processes import ALONE
 
     drawing = load_denoiser(denoiser, allow=allow or (), autoencoder=autoencoder)
-    judging = None if segmenter is None else read_segmenter(segmenter, allow=allow or ())
+    judging = None if segmenter is None else load_segmenter(segmenter, allow=allow or ())
     for network in (drawing, judging):
         if network is not None:
             network.to(device, precision=precision, speed=speed)
