@@ -408,6 +408,66 @@ def test_training_ends_on_real_images(tmp_path):
         made.train_dataloader()
 
 
+@pytest.mark.parametrize(
+    ("ends", "num_batches"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": 2}, 64),  # of 4 x 16 windows in twos
+        ({"max_epochs": 2, "max_steps": 1000}, 64),
+        ({"max_epochs": 100, "max_steps": 7}, 7),
+        ({"max_epochs": 3, "limit_train_batches": 5}, 15),
+        ({"max_epochs": 2, "limit_train_batches": 0.25}, 16),
+        (
+            {"max_steps": 5, "accumulate_grad_batches": 4, "limit_train_batches": 6},
+            16,
+        ),  # steps of 4, 2, 4, 2, 4 batches
+    ],
+)
+def test_run_ends_on_real_images_however_it_ends(tmp_path, ends, num_batches):
+    pairs(tmp_path / "drawn", size=(20, 20))
+    source = pairs(tmp_path / "real")
+    for number, ends_well in ((num_batches - 1, True), (num_batches, False)):
+        made = data(source, synthetic=SyntheticPairs(tmp_path / "drawn", num_batches=number))
+        made.trainer = Trainer(**ends, accelerator="cpu", logger=False, enable_checkpointing=False)
+        if ends_well:
+            made.train_dataloader()
+        else:
+            with pytest.raises(ValueError, match=f"less than the {num_batches} batches of the run"):
+                made.train_dataloader()
+
+
+def test_run_that_ends_by_time_is_refused_with_synthetic_images(tmp_path):
+    pairs(tmp_path / "drawn", size=(20, 20))
+    made = data(pairs(tmp_path / "real"), synthetic=SyntheticPairs(tmp_path / "drawn", num_batches=2))
+    options = {"max_time": "00:01:00:00", "max_steps": 50, "accelerator": "cpu"}
+    made.trainer = Trainer(**options, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"max_time must be left out with synthetic .* set trainer.max_steps or"):
+        made.train_dataloader()
+
+
+def test_synthetic_images_are_loaded_to_train_on_alone(tmp_path, monkeypatch):
+    pairs(tmp_path / "drawn", size=(20, 20))
+    source, synthetic = pairs(tmp_path / "real"), SyntheticPairs(tmp_path / "drawn", num_batches=6)
+    loaded, load = [], SyntheticPairs.load
+    monkeypatch.setattr(
+        SyntheticPairs, "load", lambda self, *args, **rest: loaded.append(1) or load(self, *args, **rest)
+    )
+    expected = data(source, synthetic=synthetic).state_dict()
+    made = SegmentationDataModule(source, BINARY, window_size=16, batch_size=2, num_val=1, synthetic=synthetic)
+    loaded.clear()
+    for stage in ("validate", "test", "predict"):
+        made.setup(stage)
+    list(made.val_dataloader())
+    made.state_dict()
+    assert loaded == []
+    assert not any("synthetic" in line for line in made.summary())
+    for _ in range(2):
+        made.setup("fit")
+    assert loaded == [1]
+    assert any(index > 4 for drawn in drawn_windows(made, 1) for index in drawn)
+    assert all(torch.equal(value, expected[name]) for name, value in made.state_dict().items())
+
+
 def test_changed_images_beside_the_labelled_ones_are_noticed(tmp_path):
     pairs(tmp_path / "drawn", size=(20, 20))
     options = {"synthetic": SyntheticPairs(tmp_path / "drawn", num_batches=6)}

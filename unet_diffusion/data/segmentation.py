@@ -21,7 +21,7 @@ from unet_diffusion.data.checking import num_cpus
 from unet_diffusion.data.known import contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, SyntheticPairs, listed
 from unet_diffusion.data.scaling import percentiles, stretch_to_unit_range
-from unet_diffusion.data.windows import DrawnWindow, WindowBatches
+from unet_diffusion.data.windows import DrawnWindow, WindowBatches, batches_of_run, ends_by_time
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.pictures import in_unit_range
 from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
@@ -108,31 +108,37 @@ class SegmentationDataModule(SourceDataModule):
         self.stretch = stretch
         self.synthetic = synthetic
         self._images: LabelledImages | None = None
+        self._first_synthetic = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Load and check the images, once, split them, and work out the weights of their pixels.
 
         Args:
-            stage: Lightning passes it; it changes nothing.
+            stage: "fit" or None; another stage does not train, and loads no synthetic images.
 
         Raises:
             ValueError: If labels hold other values than the targets say, or the images are too few for the split.
         """
-        if self._images is not None:
-            return
+        if self._images is None:
+            self._load()
+        is_loaded = self._first_synthetic < len(self._pixels)
+        if self.synthetic is not None and stage in ("fit", None) and not is_loaded:
+            self._add_synthetic(self.synthetic)
+
+    def _load(self) -> None:
         loaded = self.source.load(progress=self.shows_progress)
         self._check_labels(loaded)
         train, self.fit_indices, self.val_indices = self._split(len(loaded.images))
-        balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
+        self._balance = self.targets.balance([loaded.labels[i] for i in train.tolist()])
         self._classes = [torch.from_numpy(self.targets.classes(labels)) for labels in loaded.labels]
         self._check_classes(train, self.val_indices)
         held_out = {*self.fit_indices.tolist(), *self.val_indices.tolist()}
         # Images beside the labelled ones come after them: those without labels, and then synthetic ones.
         self._pixels = [*loaded.images, *self._not_held_out(loaded, held_out)]
         self._to_denoise = [index for index in range(len(self._pixels)) if index not in held_out]
-        labels = {i: loaded.labels[i] for i in train.tolist()} | self._add_synthetic()
-        self._learnt = {index: ImageTargets.of(self.targets, one, balance) for index, one in labels.items()}
-        self._ends = [percentiles(image) for image in self._pixels[: self._first_synthetic]] if self.stretch else []
+        self._first_synthetic = len(self._pixels)
+        self._learnt = self._targets_of({i: loaded.labels[i] for i in train.tolist()})
+        self._ends = [percentiles(image) for image in self._pixels] if self.stretch else []
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
@@ -147,16 +153,16 @@ class SegmentationDataModule(SourceDataModule):
         pairs = zip(loaded.unlabelled, contents_of_pixels(loaded.unlabelled), strict=True)
         return [image for image, content in pairs if content not in contents]
 
-    def _add_synthetic(self) -> dict[int, NDArray[np.int32]]:
-        """Append the synthetic images to the others, and return the labels of each."""
-        self._first_synthetic = len(self._pixels)
-        if self.synthetic is None:
-            return {}
-        drawn = self.synthetic.load(len(self._pixels[0]), progress=self.shows_progress)
+    def _targets_of(self, labels: dict[int, NDArray[np.int32]]) -> dict[int, ImageTargets]:
+        return {index: ImageTargets.of(self.targets, one, self._balance) for index, one in labels.items()}
+
+    def _add_synthetic(self, synthetic: SyntheticPairs) -> None:
+        """Append the synthetic images to the others."""
+        drawn = synthetic.load(len(self._pixels[0]), progress=self.shows_progress)
         try:
             self._check_labels(drawn)
         except ValueError as error:
-            raise ValueError(f"synthetic {self.synthetic.root}: {error}") from error
+            raise ValueError(f"synthetic {synthetic.root}: {error}") from error
         sizes = zip(drawn.names, (one.shape for one in drawn.labels), strict=True)
         if small := [f"{name} ({size[0]}x{size[1]})" for name, size in sizes if min(size) < self.window_size]:
             raise ValueError(
@@ -164,8 +170,9 @@ class SegmentationDataModule(SourceDataModule):
                 f"{len(small)} of {len(drawn.names)} are smaller: {first_few(small)}; make them with --image_size "
                 f"{self.window_size}"
             )
+        self._learnt |= self._targets_of(dict(enumerate(drawn.labels, start=self._first_synthetic)))
         self._pixels += drawn.images
-        return dict(enumerate(drawn.labels, start=self._first_synthetic))
+        self._hashes = None  # they were of the other images
 
     def summary(self) -> list[str]:
         """What was found, what is left out, what the labels hold and how images are split, a line each."""
@@ -182,7 +189,7 @@ class SegmentationDataModule(SourceDataModule):
             f"labels: {self._labels_described()}",
             f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
             "epoch; whole images to validate on",
-            *([self._synthetic_described()] if self.synthetic is not None else []),
+            *([self._synthetic_described()] if self._first_synthetic < len(self._pixels) else []),
             *(
                 [f"denoised: {len(self._to_denoise)} images, all that are not held out"]
                 if self.draws_unlabelled
@@ -280,10 +287,10 @@ class SegmentationDataModule(SourceDataModule):
 
         Raises:
             ValueError: If the trainer is to overfit batches, for which Lightning would replace the sampler, or if it
-                would end on synthetic images.
+                might end on synthetic images.
         """
         self.refuse_overfit_batches()
-        self._check_end()
+        self.setup("fit")
         sampler = WindowBatches(
             self.train_indices,
             images=self.train_images,
@@ -292,6 +299,7 @@ class SegmentationDataModule(SourceDataModule):
             seed=self.seed,
             **self.order(),
         )
+        self._check_end(len(sampler))
         workers = self.num_workers or 0
         return ResumableLoader(
             dataset=_Windows(self),
@@ -301,15 +309,18 @@ class SegmentationDataModule(SourceDataModule):
             persistent_workers=workers > 0,
         )
 
-    def _check_end(self) -> None:
-        """Refuse to end on synthetic images."""
-        if self.synthetic is None or self.trainer is None or self.trainer.max_steps < 1:
+    def _check_end(self, batches_per_epoch: int) -> None:
+        """Refuse a run that ends on synthetic images, or whose end is not known."""
+        if self.synthetic is None or self.trainer is None or getattr(self.trainer, "fast_dev_run", False):
             return
-        in_all = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        if ends_by_time(self.trainer):
+            raise ValueError("trainer.max_time must be left out with synthetic images, as it is not known whether such "
+                             "a run ends on real ones; set trainer.max_steps or trainer.max_epochs")  # fmt: skip
+        in_all = batches_of_run(self.trainer, batches_per_epoch)
         if self.synthetic.num_batches >= in_all:
             raise ValueError(
-                f"num_batches of synthetic must be less than the {in_all} batches of the run, so that it ends on real "
-                f"images, got {self.synthetic.num_batches}; {in_all * 2 // 3} is two thirds"
+                f"num_batches of synthetic must be less than the {in_all:g} batches of the run, so that it ends on "
+                f"real images, got {self.synthetic.num_batches}; {in_all * 2 // 3:g} is two thirds"
             )
 
     def val_dataloader(self) -> DataLoader[list[Batch]]:

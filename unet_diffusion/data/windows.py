@@ -1,9 +1,12 @@
 """Which windows a segmenter is trained on, batch by batch: of which image, and whether of a synthetic one."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 
 from unet_diffusion.data.batches import ShuffledBatches
@@ -61,3 +64,27 @@ class WindowBatches(ShuffledBatches):
         if share >= self.synthetic.share:
             return drawn
         return int(self.synthetic_images[int(place * len(self.synthetic_images))]), epoch, number
+
+
+def batches_of_run(trainer: Trainer, batches_per_epoch: int) -> float:
+    """The number of training batches of a run that ends by max_steps or max_epochs; infinity if it ends by neither.
+
+    Args:
+        trainer: The trainer of the run.
+        batches_per_epoch: The number of batches of the loader.
+    """
+    limit = trainer.limit_train_batches
+    in_epoch = min(limit, batches_per_epoch) if isinstance(limit, int) else int(limit * batches_per_epoch)
+    accumulated = trainer.accumulate_grad_batches
+    ends = [math.inf]
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        ends.append(trainer.max_epochs * in_epoch)
+    if trainer.max_steps > 0:
+        epochs, steps = divmod(trainer.max_steps, max(math.ceil(in_epoch / accumulated), 1))  # an epoch ends on a step
+        ends.append(epochs * in_epoch + steps * accumulated)
+    return min(ends)
+
+
+def ends_by_time(trainer: Trainer) -> bool:
+    """Whether a run ends after max_time, if nothing else ends it before."""
+    return any(isinstance(one, Timer) and one.time_remaining() is not None for one in trainer.callbacks)  # type: ignore[attr-defined]

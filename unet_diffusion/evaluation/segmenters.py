@@ -72,7 +72,7 @@ def evaluate_segmenter(
     Raises:
         ValueError: If the data have other classes, channels, grey values or another range than the segmenter.
     """
-    data.setup("fit")
+    data.setup("validate")
     _check(segmenter, data)
     has_threshold = segmenter.kind != "classes"
     fitted_on, were_trained_on = images_to_fit_on(data, NUM_FIT) if has_threshold else ([], False)
