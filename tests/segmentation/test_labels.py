@@ -8,14 +8,17 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from unet_diffusion.segmentation import labels as labels_module
 from unet_diffusion.segmentation.border_weights import border_weights
 from unet_diffusion.segmentation.labels import (
+    BACKGROUND,
     BORDER,
     CELL,
     NO_VALUE,
     REACH,
     Targets,
     edge_pieces,
+    instances_by_threshold,
     instances_from,
     mask_from,
 )
@@ -268,6 +271,18 @@ def test_low_peaks_of_the_distance_are_no_objects():
     assert instances_from(maps, "instances").max() == 1
     maps[3, :, 2:28] = 0.7 + 0.3 * np.cos(np.arange(26))
     assert instances_from(maps, "instances", min_size=1).max() == 5
+
+
+def test_objects_at_several_thresholds_have_seeds_that_are_found_once(monkeypatch):
+    maps = perfect(Targets("instances", separate_borders=True), TWO_SQUARES)
+    maps[BACKGROUND] = np.select([TWO_SQUARES == 7, TWO_SQUARES == 300], [0.1, 0.5], 0.95)
+    sought, peaks = [], labels_module._peaks
+    monkeypatch.setattr(labels_module, "_peaks", lambda distances: sought.append(1) or peaks(distances))
+    both, left, none = instances_by_threshold(maps, "instances", (0.2, 0.7, 0.95))
+    assert len(sought) == 1
+    assert ((both > 0) == (TWO_SQUARES > 0)).all()
+    assert ((left > 0) == (TWO_SQUARES == 7)).all()
+    assert [each.max() for each in (both, left, none)] == [2, 1, 0]
 
 
 def test_masks_are_0_and_255_or_class_indices():

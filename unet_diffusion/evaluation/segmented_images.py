@@ -3,8 +3,9 @@
 A score then follows twice: of each image, and of the sums over all images.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import skimage
@@ -17,7 +18,7 @@ from unet_diffusion.segmentation.labels import (
     NO_VALUE,
     Kind,
     Targets,
-    instances_from,
+    instances_by_threshold,
     mask_from,
     without_small,
 )
@@ -74,13 +75,21 @@ class Predicted:
         min_size: int,
     ) -> "Predicted":
         """The mask and the objects of maps, (K, H, W); classes have no threshold and no least size."""
-        mask = mask_from(maps, kind, threshold=threshold).astype(np.int64)
         if kind == "classes":
-            mask = np.where(truth.classes == NO_VALUE, 0, mask)
+            mask = np.where(truth.classes == NO_VALUE, 0, mask_from(maps, kind).astype(np.int64))
             return cls(mask, connected_parts(mask))
-        objects = instances_from(maps, kind, min_size=min_size, threshold=threshold)
+        return next(cls.by_threshold(maps, kind, truth, (threshold,), min_size))
+
+    @classmethod
+    def by_threshold(
+        cls, maps: NDArray[np.float32], kind: Kind, truth: Truth, thresholds: Sequence[float], min_size: int
+    ) -> Iterator[Self]:
+        """The mask and the objects of maps, (K, H, W), at each threshold; there are none for classes."""
         has_class = truth.classes != NO_VALUE
-        return cls(((mask > 0) & has_class).astype(np.int64), np.where(has_class, objects, 0))
+        each = instances_by_threshold(maps, kind, thresholds, min_size=min_size)
+        for threshold, objects in zip(thresholds, each, strict=True):
+            mask = (mask_from(maps, kind, threshold=threshold) > 0) & has_class
+            yield cls(mask.astype(np.int64), np.where(has_class, objects, 0))
 
 
 @dataclass(frozen=True)

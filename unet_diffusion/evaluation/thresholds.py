@@ -44,8 +44,7 @@ class ScoresByThreshold:
     def of(cls, index: int, maps: NDArray[np.float32], kind: Kind, truth: Truth) -> "ScoresByThreshold":
         """The scores of an image by the maps of a network, (K, H, W)."""
         masks, objects, membranes = [], [], []
-        for threshold in THRESHOLDS:
-            predicted = Predicted.of(maps, kind, truth, threshold, min_size=1)
+        for predicted in Predicted.by_threshold(maps, kind, truth, THRESHOLDS, min_size=1):
             masks.append(mask_counts(truth, predicted, num_classes=2))
             matches = ObjectMatches.of(truth, predicted)
             objects.append(np.stack([matches.counts(size) for size in SIZES]))

@@ -1,6 +1,6 @@
 """From label images to the targets of a network, and from its predictions back to masks and instance numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -291,22 +291,42 @@ def instances_from(
     Raises:
         ValueError: If the classes do not stand for objects.
     """
+    return next(instances_by_threshold(maps, kind, (threshold,), min_size=min_size))
+
+
+def instances_by_threshold(
+    maps: NDArray[np.float32], kind: Kind, thresholds: Iterable[float], *, min_size: int = MIN_SIZE
+) -> Iterator[NDArray[np.int32]]:
+    """Yield what `instances_from` returns at each threshold; the seeds of objects, which have none, are found once.
+
+    Args:
+        maps: As in `instances_from`.
+        kind: As in `instances_from`.
+        thresholds: The thresholds of the foreground's probability.
+        min_size: As in `instances_from`.
+
+    Raises:
+        ValueError: If the classes do not stand for objects.
+    """
     if kind == "classes":
         raise ValueError(
             "instance numbers need a model that was trained on objects, and this one was trained on classes; "
             "leave them out"
         )
-    foreground = maps[BACKGROUND] < 1 - threshold
-    if kind == "affinities":
-        numbers = mutex_watershed(maps[NUM_CLASSES[kind] :], 1 - maps[BACKGROUND], foreground)
-    else:
-        numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
     if kind == "instances":
         distances = scipy.ndimage.gaussian_filter(maps[DISTANCE], SMOOTHING)
-        grown = skimage.segmentation.watershed(-distances, _peaks(distances), mask=foreground)
-        # An object without a peak keeps the number of its component.
-        numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))
-    return without_small(numbers, min_size)
+        seeds = _peaks(distances)
+    for threshold in thresholds:
+        foreground = maps[BACKGROUND] < 1 - threshold
+        if kind == "affinities":
+            numbers = mutex_watershed(maps[NUM_CLASSES[kind] :], 1 - maps[BACKGROUND], foreground)
+        else:
+            numbers = skimage.measure.label(foreground, connectivity=FOUR_CONNECTED)
+        if kind == "instances":
+            grown = skimage.segmentation.watershed(-distances, seeds, mask=foreground)
+            # An object without a peak keeps the number of its component.
+            numbers = np.where(grown > 0, grown, np.where(numbers > 0, numbers + grown.max(), 0))
+        yield without_small(numbers, min_size)
 
 
 def without_small(numbers: NDArray[np.int32], min_size: int) -> NDArray[np.int32]:
