@@ -1,22 +1,19 @@
 """A trained autoencoder, which turns images into latents and latents into images."""
 
 import json
-import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from unet_diffusion.inference.record import write_checkpoint
-from unet_diffusion.inference.running import Running
+from unet_diffusion.inference.running import ExportFormat, Running, StrPath
 from unet_diffusion.runtime.pixel_values import PixelValues
-from unet_diffusion.runtime.tensor_files import check_format, is_single_file_name
+from unet_diffusion.runtime.tensor_files import is_single_file_name
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds
     from unet_diffusion.models.autoencoders import AutoencoderNetwork
-
-StrPath = str | os.PathLike[str]
 
 
 @dataclass(repr=False)
@@ -88,24 +85,8 @@ class Autoencoder(Running):
             "values": self.values.plain(),
         }
 
-    def export(
-        self, folder: StrPath, *, format: Literal["pipeline", "onnx", "torch"] = "pipeline", overwrite: bool = False
-    ) -> None:
-        """Write a folder or file that needs this package no more.
-
-        Args:
-            folder: The folder to make; or one .safetensors file in the layout of latent diffusion, by its suffix. It
-                appears whole or not at all.
-            format: "pipeline": an autoencoder of diffusers, with the latents' scale if it is known. "onnx" and
-                "torch": the decoder, for ONNX and by torch.export, for any batch and size.
-            overwrite: Replace the folder, if everything in it was exported there, or the file.
-
-        Raises:
-            FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
-            ValueError: If the format does not fit the name, or one file cannot hold the latents' scale.
-        """
-        check_format(folder, format, ("pipeline", "onnx", "torch"))
-        if format != "pipeline":
+    def _export(self, folder: StrPath, format: ExportFormat, *, overwrite: bool) -> None:
+        if format in ("onnx", "torch"):
             from unet_diffusion.inference.portable import export_decoder
             from unet_diffusion.models.autoencoders import downsampling, num_latent_channels
 

@@ -1,27 +1,25 @@
 """A trained denoiser, which draws images."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.inference.record import save_denoiser
-from unet_diffusion.inference.running import Running
+from unet_diffusion.inference.running import ExportFormat, Running, StrPath
 from unet_diffusion.inference.sample_options import ImageLike, SampleOptions
 from unet_diffusion.models.speed import Speed
-from unet_diffusion.runtime.tensor_files import check_format, is_single_file_name
+from unet_diffusion.runtime.tensor_files import is_single_file_name
 
 if TYPE_CHECKING:  # it imports diffusers, which takes seconds, so `drawing` imports it when the first image is drawn
     from unet_diffusion.inference.drawing import Drawing
 
-StrPath = str | os.PathLike[str]
-DenoiserFormat = Literal["pipeline", "adapter", "onnx", "torch"]
-
 
 class Denoiser(DenoiserParts, Running):
     """A trained denoiser with its noise schedule, conditions and codec. `unet_diffusion.load` reads one from files."""
+
+    formats: ClassVar[tuple[ExportFormat, ...]] = ("pipeline", "adapter", "onnx", "torch")
 
     def sample(
         self,
@@ -139,29 +137,7 @@ class Denoiser(DenoiserParts, Running):
         """
         save_denoiser(self, path)
 
-    def export(
-        self,
-        folder: StrPath,
-        *,
-        format: DenoiserFormat = "pipeline",
-        overwrite: bool = False,
-    ) -> None:
-        """Write a folder or file that needs this package no more.
-
-        Args:
-            folder: The folder to make; or one .safetensors file in the layout of latent diffusion or Stable Diffusion,
-                by its suffix. It appears whole or not at all.
-            format: "pipeline": a whole pipeline, with an adapter merged into its weights. "adapter": the adapter
-                alone, which the pipeline of its base loads. "onnx" and "torch": the network, and the decoder of its
-                latents, for ONNX and by torch.export, for any batch and size.
-            overwrite: Replace the folder, if everything in it was exported there, or the file.
-
-        Raises:
-            FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
-            ValueError: If no such pipeline, or layout of one file, exists, or if there is no adapter; the message says
-                why.
-        """
-        check_format(folder, format, get_args(DenoiserFormat))
+    def _export(self, folder: StrPath, format: ExportFormat, *, overwrite: bool) -> None:
         if format == "adapter":
             from unet_diffusion.diffusers_io.adapter_files import export_adapter
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +16,14 @@ from unet_diffusion.data.scaling import to_float
 from unet_diffusion.inference.init_images import check_tensor, read_at_its_own_size
 from unet_diffusion.inference.record import explained, network_record, network_with_weights, write_checkpoint
 from unet_diffusion.inference.record_checks import check_record, no_larger_than
-from unet_diffusion.inference.running import Running
+from unet_diffusion.inference.running import ExportFormat, Running, StrPath
 from unet_diffusion.inference.sample_options import ImageLike
 from unet_diffusion.models.speed import Speed
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.addresses import is_hub_name
 from unet_diffusion.runtime.hub import download
 from unet_diffusion.runtime.pixel_values import PixelValues
-from unet_diffusion.runtime.tensor_files import check_format, is_single_file_name
+from unet_diffusion.runtime.tensor_files import is_single_file_name
 from unet_diffusion.segmentation.labels import (
     DISTANCE,
     MIN_SIZE,
@@ -227,40 +227,19 @@ class Segmenter(Running):
         fields = {name: getattr(self, name) for name in FIELDS}
         return {"unet": network_record(self.unet), **fields, "values": self.values.plain()}
 
-    def export(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        format: Literal["pipeline", "onnx", "torch"] = "pipeline",
-        overwrite: bool = False,
-    ) -> None:
-        """Write a folder of `save_pretrained`, one file of weights, or the network for programs without Python.
-
-        Args:
-            folder: The folder to make; it appears whole or not at all. A name that ends in .safetensors makes one file
-                with the names inc, down1 ..., up1 ..., outc, if the network has their layout.
-            format: "pipeline" for `save_pretrained`, as diffusers has no pipeline for segmenters; "onnx", which `load`
-                and `segment` read, too; or "torch" for torch.export.
-            overwrite: Replace the folder, if everything in it was exported there.
-
-        Raises:
-            FileExistsError: If the folder exists and overwrite is False, or if it holds other files.
-            ImportError: If a package is missing.
-            ValueError: If one file cannot hold the segmenter.
-        """
-        check_format(folder, format, ("pipeline", "onnx", "torch"))
+    def _export(self, folder: StrPath, format: ExportFormat, *, overwrite: bool) -> None:
         if is_single_file_name(folder):
             from unet_diffusion.diffusers_io.single_file.segmenters import export_segmenter_file
 
             export_segmenter_file(self.unet, self.record(), folder, overwrite=overwrite)
             return
-        if format == "pipeline":
-            self.save_pretrained(folder, overwrite=overwrite)
-            return
-        from unet_diffusion.inference.portable import export_segmenter
+        if format in ("onnx", "torch"):
+            from unet_diffusion.inference.portable import export_segmenter
 
-        metadata = {name: value for name, value in self.record().items() if name != "unet"} | {"settings": {}}
-        export_segmenter(self.unet, metadata, folder, format=format, overwrite=overwrite)
+            metadata = {name: value for name, value in self.record().items() if name != "unet"} | {"settings": {}}
+            export_segmenter(self.unet, metadata, folder, format=format, overwrite=overwrite)
+            return
+        self.save_pretrained(folder, overwrite=overwrite)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a folder with config.json, model.safetensors and README.md, which `load` and `from_pretrained` read.
