@@ -397,6 +397,16 @@ def recipe_for_masks() -> dict:
     return recipe
 
 
+def recipe_for_masks_and_small_images() -> dict:
+    recipe = recipe_for_masks()
+    small = {"channels": 3, "option": "small_image"}
+    recipe["model"]["conditions"].append(
+        {"class_path": "unet_diffusion.diffusion.conditions.low_resolution.LowResolution", "init_args": small}
+    )
+    recipe["model"]["unet"]["init_args"] |= {"in_channels": 10, "num_class_embeds": 1000}
+    return recipe
+
+
 def write_images(folder) -> None:
     """12 images of noise with captions, and a mask beside them."""
     (folder / "images").mkdir()
@@ -413,6 +423,13 @@ def write_images(folder) -> None:
     [
         (recipe_for_captions, ["--captions", "a red cat", "--guidance_scale", "3"]),
         (recipe_for_masks, ["--image", "{folder}/images/03.png", "--mask", "{folder}/mask.png"]),
+        (
+            recipe_for_masks_and_small_images,
+            [
+                *("--image", "{folder}/images/03.png", "--mask", "{folder}/mask.png"),
+                *("--condition", "small_image={folder}/images/04.png", "--noise_level", "10"),
+            ],
+        ),
     ],
 )
 def test_run_ends_with_a_pipeline_that_is_drawn_from_as_the_run(tmp_path, run_cli, make, options):

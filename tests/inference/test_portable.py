@@ -166,3 +166,16 @@ def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "unet-diffusion\[onnx\]"'):
         segmenter(padding="same").export(tmp_path / "out", format="onnx")
     assert not (tmp_path / "out").exists()
+
+
+def test_format_that_a_model_does_not_have_is_refused_with_those_that_it_has(tmp_path):
+    segmenter = ud.Segmenter(
+        ud.SegmentationUNet(1, 2, channels=(4, 8), padding="same"),
+        *("binary", ["background", "cell"]),
+        timestep=None,
+        stretch=False,
+        window_size=32,
+    )
+    with pytest.raises(ValueError, match="format must be one of pipeline, onnx, torch, got 'adapter'"):
+        segmenter.export(tmp_path / "folder", format="adapter")
+    assert not list(tmp_path.iterdir())
