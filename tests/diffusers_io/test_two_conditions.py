@@ -9,7 +9,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET
 from denoisers import WIDTH, latent_space, randomise
 from elsewhere import draw_elsewhere
 from lightning.pytorch import Trainer
@@ -37,6 +36,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.training import DiffusionModule
 
 SEED, STEPS, SIZE, SMALL = 5, 4, 16, 8  # images of 16x16 pixels, latents of 8x8
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
 LABELS, BOXES, NOISE_LEVEL = [1, 0], [["dog", 1, 2, 8, 9]], 30
 CONCAT = torch.randn(2, 2, SMALL, SMALL, generator=torch.Generator().manual_seed(3))
 KINDS = {
