@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.addresses import missing_path
 from unet_diffusion.runtime.folder_settings import ClaimedFolder
-from unet_diffusion.runtime.messages import printable, similar_paths
+from unet_diffusion.runtime.messages import did_you_mean, printable, similar_paths
 
 if TYPE_CHECKING:
     from unet_diffusion.runtime.processes import ProcessGroup
@@ -40,6 +41,20 @@ def check_exists(name: str, path: Path | str) -> None:
         raise FileNotFoundError(
             f"{name} must exist, got {path}, looked for {missing.absolute()}{similar_paths(missing)}"
         )
+
+
+def check_scheduler(scheduler: str) -> None:
+    """Refuse an unknown scheduler, before seconds are spent on importing diffusers.
+
+    Args:
+        scheduler: The value of --scheduler.
+
+    Raises:
+        ValueError: If diffusers has no such scheduler.
+    """
+    if scheduler not in SCHEDULERS:
+        similar = did_you_mean(scheduler, SCHEDULERS)
+        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}{similar}")
 
 
 def say_left_out(line: str) -> None:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from unet_diffusion.commands.arguments import Checkpoint, Folder, Precision, check_exists, claimed
+from unet_diffusion.commands.arguments import Checkpoint, Folder, Precision, check_exists, check_scheduler, claimed
 from unet_diffusion.data.described import USUAL, Table, check_only_images
-from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.imports import import_lightning, quick_imports
-from unet_diffusion.runtime.messages import UsageError, did_you_mean
+from unet_diffusion.runtime.messages import UsageError
 
 
 def evaluate_run(
@@ -77,9 +76,7 @@ def evaluate_run(
     """
     check_only_images(table)
     check_exists("RUN", run)
-    if scheduler not in SCHEDULERS:
-        similar = did_you_mean(scheduler, SCHEDULERS)
-        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}{similar}")
+    check_scheduler(scheduler)
     if config is None and not data and not (run / "config.yaml").exists() and run.parent.name != "checkpoints":
         raise UsageError(f"{run} does not say what it was trained on; give its data, with --config FILE, or with "
                          "--data.source Folder --data.root DIR")  # fmt: skip

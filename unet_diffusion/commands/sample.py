@@ -14,13 +14,13 @@ from unet_diffusion.commands.arguments import (
     Size,
     Speed,
     check_exists,
+    check_scheduler,
     claimed,
 )
-from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.atomic_files import remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings, settings_of
 from unet_diffusion.runtime.imports import quick_imports
-from unet_diffusion.runtime.messages import UsageError, did_you_mean
+from unet_diffusion.runtime.messages import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -184,9 +184,7 @@ def _check_files_and_scheduler(checkpoint: Path | str, pictures: dict[str, Path 
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"--{name} must be an image file, and there is none at {path}")
     check_exists("CHECKPOINT", checkpoint)
-    if scheduler not in SCHEDULERS:
-        similar = did_you_mean(scheduler, SCHEDULERS)
-        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}{similar}")
+    check_scheduler(scheduler)
 
 
 def _settings_of_images(

@@ -3,10 +3,17 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from unet_diffusion.commands.arguments import Folder, Model, Precision, Size, Speed, check_exists, claimed
-from unet_diffusion.diffusion.schedulers import SCHEDULERS
+from unet_diffusion.commands.arguments import (
+    Folder,
+    Model,
+    Precision,
+    Size,
+    Speed,
+    check_exists,
+    check_scheduler,
+    claimed,
+)
 from unet_diffusion.runtime.imports import quick_imports
-from unet_diffusion.runtime.messages import did_you_mean
 
 
 def synthesize_pairs(
@@ -85,9 +92,7 @@ def synthesize_pairs(
     for name, path in places.items():
         if path is not None:
             check_exists(name, path)
-    if scheduler not in SCHEDULERS:
-        similar = did_you_mean(scheduler, SCHEDULERS)
-        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}{similar}")
+    check_scheduler(scheduler)
     with quick_imports():
         from tqdm import tqdm
 
