@@ -446,9 +446,9 @@ def readme() -> Rows:
          f"{quality['ours', 10]['guided']['distance']:.0f}; unguided {after_ten['ours']}, without labels "
          f"{after_ten['ours_unconditional']}",
          f"diffusers tuned {after_ten['diffusers_tuned']}, without labels"),
-        ("Nuclei with 320 labelled images, average precision at IoU 0.5 to 0.9",
+        ("Nuclei with 320 labelled images, AP at IoU 0.5 to 0.9",
          f"{all_labels['nuclei_segment']:.3f}", f"{all_labels['classical']:.3f}, 20 lines without training"),
-        ("Nuclei from 5 labelled images, average precision at IoU 0.5",
+        ("Nuclei from 5 labelled images, AP at IoU 0.5",
          f"{nuclei['finetuned']:.3f}, denoised first", f"{nuclei['scratch']:.3f} from scratch"),
         ("Membranes of ISBI 2012, ten minutes, without affinities, V_rand", f"{membranes['modern']:.3f}",
          f"{membranes['port']:.3f}, a plain port of the 2015 network"),

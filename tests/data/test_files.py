@@ -214,6 +214,16 @@ def test_outputs_among_the_images_are_not_read(tmp_path, file, content):
         assert files.left_out.described() == "1 written by unet-diffusion (mine)"
 
 
+def test_images_that_were_drawn_are_read_without_the_sheet_that_shows_them(tmp_path):
+    folder = write_images(tmp_path / "drawn", 2)
+    (folder / "grid.png").write_bytes((folder / "000.png").read_bytes())
+    assert find_images(folder).names == ["000.png", "001.png", "grid.png"]  # which sample did not write
+    (folder / "settings.json").write_text(json.dumps({"num_drawn": 2}))
+    files = find_images(folder)
+    assert files.names == ["000.png", "001.png"]
+    assert "1 written by unet-diffusion (grid.png)" in files.left_out.described()
+
+
 def test_folder_whose_settings_are_of_another_program_is_read(tmp_path):
     images = write_images(tmp_path / "images" / "photos", 2)
     (images / "settings.json").write_text(json.dumps({"window": [3, 4]}))

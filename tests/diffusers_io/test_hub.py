@@ -152,6 +152,8 @@ def test_hub_that_does_not_answer_is_said(hub, tmp_path, monkeypatch, run_cli):
     status, _, err = run_cli("export", "some.ckpt", "pipeline", "--push_to_hub", "someone/far")
     assert status != 0
     assert "the hub cannot be reached for someone/far; connect to the network" in err
+    assert "pipeline is exported; the same command with --overwrite pushes it" in err
+    assert (tmp_path / "pipeline" / "model_index.json").exists()
 
 
 def test_hub_that_is_silent_is_not_waited_for(hub, tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def test_contents_of_onnx_are_those_of_its_weights_too(tmp_path):
     segmenter(padding="same").export(tmp_path / "out", format="onnx")
     file, weights = tmp_path / "segmenter.onnx", tmp_path / "segmenter.onnx.data"
     model = onnx.load(tmp_path / "out" / "segmenter.onnx")
+    assert [output.name for output in model.graph.output] == ["output"]
     onnx.save_model(model, file, save_as_external_data=True, location=weights.name, size_threshold=100)
     before = contents_of(ud.load(file))
     assert contents_of(ud.load(file)) == before

@@ -169,6 +169,8 @@ def test_latents_of_an_image_that_was_replaced_are_made_again_and_said(encoded, 
     assert (status, "latents_00001.safetensors is made again, because images in it have changed" in out) == (0, True), (
         err
     )
+    recipe = f"fit --config latents --data.root {folder} --data.horizontal_flip false"  # as there are no mirror images
+    assert f"{recipe} --model.unet.num_class_embeds 3 --model.label_dropout 0.1\n" in out
     now = {path.name: path.stat().st_mtime_ns for path in folder.glob("latents_*.safetensors")}
     assert [name for name in sorted(now) if now[name] != kept[name]] == ["latents_00001.safetensors"]
     torch.testing.assert_close(read_latents(folder).mean.float(), latents_now(images), atol=2e-3, rtol=2e-3)
@@ -328,6 +330,7 @@ def test_bad_files_end_encoding_or_are_left_out(encoded, tmp_path, images, run_c
     arguments = [tmp_path / "autoencoder", images, "--output", tmp_path / "latents", "--device=cpu"]
     status, _, err = run_cli("encode", *arguments)
     assert (status, "cat/damaged.png" in err) == (1, True), err
+    assert 'Mend or remove them, or set on_bad_file to "skip".' in err
     with pytest.warns(UserWarning, match="cat/damaged.png"):
         status, _, err = run_cli("encode", *arguments, "--on_bad_file", "skip")
     assert status == 0, err

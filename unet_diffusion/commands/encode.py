@@ -1,5 +1,6 @@
 """encode: images become latents, which a denoiser is trained on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +157,18 @@ def encode(
             )  # fmt: skip
         if group.rank > 0:
             return
-    recipe = "latents_text" if captions else "latents"
-    print(f"latents of {settings['num_images']} images in {output}; to train on them: unet-diffusion fit "
-          f"--config {recipe} --data.root {output}")  # fmt: skip
+    print(f"latents of {settings['num_images']} images in {output}; to train on them: "
+          f"{_next_command(output, settings, captions=captions)}")  # fmt: skip
+
+
+def _next_command(output: Path, settings: Mapping[str, Any], *, captions: bool) -> str:
+    """The command that trains a denoiser of these latents by the recipe."""
+    words = ["unet-diffusion fit --config", "latents_text" if captions else "latents", "--data.root", output]
+    if not settings["has_mirrored"]:
+        words.append("--data.horizontal_flip false")
+    if names := settings["class_names"]:
+        words.append(f"--model.unet.num_class_embeds {len(names) + 1} --model.label_dropout 0.1")
+    return " ".join(map(str, words))
 
 
 def _image_size(autoencoder: "AutoencoderNetwork", image_size: tuple[int, int] | None) -> tuple[int, int]:

@@ -78,7 +78,12 @@ def export(
         from unet_diffusion.diffusers_io.publishing import publish
 
         run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-        print(f"pushed to {publish(folder, push_to_hub, run=run, licence=license, private=private)}")
+        try:
+            print(f"pushed to {publish(folder, push_to_hub, run=run, licence=license, private=private)}")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}. {folder} is exported; the same command with --overwrite pushes it"
+            ) from error
 
 
 def _said_of(model: "Denoiser | Segmenter | Autoencoder", folder: Path, format: str) -> str:

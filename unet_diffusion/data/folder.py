@@ -167,7 +167,8 @@ class Folder(Source):
             return
         message = bad_files_message(checked.bad_files, len(checked.names) + len(checked.bad_files))
         if self.on_bad_file == "error" or not checked.names:
-            raise ValueError(f'{message}\nRemove them, lower image_size, or set on_bad_file to "skip".')
+            fix = 'Mend or remove them, or set on_bad_file to "skip".' if checked.names else "None is left to train on."
+            raise ValueError(f"{message}\n{fix}")
         rank_zero_warn(f"{message}\nThe others are used.")
 
 

@@ -34,7 +34,8 @@ OF_SYSTEMS = {  # files and folders, in lower case, beside those that begin with
 RUN, PIPELINE = "config.yaml", "model_index.json"  # of a run, and of an exported pipeline
 DRAWN, SEGMENTED = {"num_drawn"}, {"probabilities", "overlays", "instances"}  # in records of sample, and of segment
 METADATA = "metadata.parquet"
-HIDDEN = "hidden or of the system"
+HIDDEN, WRITTEN = "hidden or of the system", "written by unet-diffusion"
+SHEET = "grid.png"  # where `sample` shows all images that it drew
 
 
 class LeftOut:
@@ -91,11 +92,14 @@ def image_names(names: Iterable[str], read: Callable[[str], bytes], left_out: Le
         left_out: The others are added to it.
     """
     names = list(names)
-    outputs = tuple(f"{folder}/" for folder in _output_folders(names, read))
+    folders = _output_folders(names, read)
+    outputs = tuple(f"{folder}/" for folder in folders if folder)
     images = []
     for name in names:
         if name.startswith(outputs):
-            left_out.names["written by unet-diffusion"].add(next(one[:-1] for one in outputs if name.startswith(one)))
+            left_out.names[WRITTEN].add(next(one[:-1] for one in outputs if name.startswith(one)))
+        elif name == SHEET and "" in folders:
+            left_out.names[WRITTEN].add(name)
         elif name.rpartition("/")[2] == LOCK:  # of a run that begins below the images
             continue
         elif hidden := of_a_system(name):
@@ -153,7 +157,10 @@ def of_a_system(name: str) -> str | None:
 
 
 def _output_folders(names: Iterable[str], read: Callable[[str], bytes]) -> list[str]:
-    """Folders below the root that this package has written, as a record or a checkpoint there says; none in another."""
+    """Folders that this package has written, as a record or a checkpoint there says; none in another.
+
+    The root is "". Its images are used, as it was given on purpose.
+    """
     outputs = set()
     for name in names:
         folder, _, file = name.rpartition("/")
@@ -165,7 +172,7 @@ def _output_folders(names: Iterable[str], read: Callable[[str], bytes]) -> list[
     for folder in sorted(outputs - {""}):
         if not folder.startswith(tuple(f"{one}/" for one in outermost)):
             outermost.append(folder)
-    return outermost
+    return [*outermost, *outputs & {""}]
 
 
 def _is_a_record(file: str, read: Callable[[str], bytes], name: str) -> bool:

@@ -91,7 +91,8 @@ def _moments(normalization: Normalization | None, in_channels: int, folder: Path
     """What images in [0, 1] are normalised by."""
     if normalization is None:
         raise ValueError(f"normalization must be given for {folder}, as its files do not say it: unit for a network "
-                         "that saw images in [0, 1], imagenet if they were normalised as ImageNet's")  # fmt: skip
+                         "that saw images in [0, 1], imagenet if they were normalised as ImageNet's. unet-diffusion "
+                         "import takes it, and so does ud.load")  # fmt: skip
     if normalization == "unit":
         return {}
     if in_channels != len(IMAGENET_MEAN):

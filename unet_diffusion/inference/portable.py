@@ -38,6 +38,7 @@ FREE = {  # dimensions of each input that may have any size: batch, tokens, heig
     "vector": (0,),
     "context": (0, 1),
 }
+OUTPUT = "output"  # the name of what each file gives
 MIN_SIDE = 24  # pixels at least of what is traced; at a bottom of one pixel a size would count as fixed
 
 
@@ -211,7 +212,7 @@ def _write_program(
 def _write_onnx(network: nn.Module, examples: list[dict[str, Tensor]], metadata: Mapping[str, Any], file: Path) -> None:
     runtime = onnx_runtime()
     plain, program = _traced(network, examples[0])
-    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
+    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, output_names=[OUTPUT])
     assert onnx_program is not None
     onnx_program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
     onnx_program.save(file)

@@ -131,7 +131,8 @@ def tokenizer_of(folder: StrPath | None) -> "CLIPTokenizer":
     """
     if folder is None:
         raise ValueError("tokenizer must name the folder of CLIP's tokenizer, with vocab.json and merges.txt, as a "
-                         "file of weights holds no words; every folder of Stable Diffusion has it")  # fmt: skip
+                         "file of weights holds no words; every folder of Stable Diffusion has it. unet-diffusion "
+                         "import takes it, and so does ud.load")  # fmt: skip
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"tokenizer must be a local folder with vocab.json and merges.txt, got {folder}")
     return import_transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
