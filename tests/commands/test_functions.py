@@ -188,6 +188,14 @@ def test_settings_are_written_once_compared_by_name_and_replaced_when_asked(tmp_
     require_same_settings(folder, {"seed": 1, "size": (8, 8)}, "images", notes={"count": 2})
 
 
+def test_folder_from_before_the_parts_of_tables_could_be_named_goes_on_where_none_is_named(tmp_path):
+    unnamed = {"seed": 0, "table.image": None, "table.split": None}
+    require_same_settings(tmp_path, {"seed": 0}, "masks")
+    with pytest.raises(FileExistsError, match=r"made with other settings \(table.split: None there, test here\)"):
+        require_same_settings(tmp_path, {**unnamed, "table.split": "test"}, "masks")
+    require_same_settings(tmp_path, unnamed, "masks")
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "mine", '{"seed": 0, "other": 1}'])
 def test_settings_of_something_else_are_not_replaced(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)

@@ -1,6 +1,7 @@
 """Denoisers that no pipeline of diffusers draws the same from, to a folder with a pipeline of its own and from it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -323,6 +324,17 @@ def test_code_of_a_folder_is_not_run_by_import(exported, tmp_path):
         assert (tmp_path / "pipeline" / file).is_file()
         (tmp_path / "pipeline" / file).write_text("raise RuntimeError('run')")
     import_pipeline(tmp_path / "pipeline")
+
+
+@pytest.mark.parametrize("listed", [{}, {"class_tokens": "ClassTokens"}, None, ["mask"]])
+def test_folder_of_an_earlier_version_is_refused(exported, tmp_path, listed):
+    root, _ = exported
+    index = json.loads((root / "class tokens of pixels" / "pipeline" / "model_index.json").read_text())
+    shutil.copytree(root / "class tokens of pixels" / "pipeline", tmp_path / "pipeline")
+    index = {name: value for name, value in (index | {"conditions": listed}).items() if value is not None}
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"an earlier version wrote this folder: export the run again"):
+        import_pipeline(tmp_path / "pipeline")
 
 
 def test_class_tokens_that_load_as_others_are_not_exported(tmp_path, monkeypatch):

@@ -231,7 +231,9 @@ def test_each_condition_decides_what_is_drawn(exported, tmp_path, name, kinds):
 
 def test_two_conditions_that_would_take_the_same_image_are_refused_with_the_fix():
     unet = DenoiserUNet(12, (8, 16), out_channels=4, norm_num_groups=4, num_class_embeds=1000)
-    with pytest.raises(ValueError, match="LowResolution draws without the mask that MaskedImage needs; set option of "):
+    with pytest.raises(
+        ValueError, match="draws without the mask that MaskedImage needs; set its option to small_image"
+    ):
         DiffusionModule(unet, NoiseSchedule(100), conditions=[MaskedImage(5), LowResolution(3)])
 
 

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from unet_diffusion.runtime.addresses import absolute_place, is_hub_name, missing_path, place_of
+from unet_diffusion.runtime.addresses import (
+    absolute_place,
+    is_address,
+    is_hub_name,
+    missing_path,
+    place_of,
+    shown_place,
+)
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/set", "file:///data/a.tar", "http://host:80/a//b.tar"])
@@ -22,6 +29,26 @@ def test_settings_hold_no_secrets_of_an_address():
     assert absolute_place("https://me:secret@host/set.tar?sig=secret") == "https://host/set.tar"
     assert absolute_place("s3://bucket/set") == "s3://bucket/set"
     assert absolute_place("data") == str(Path("data").absolute())
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("simplecache::https://me:secret@host/x", "simplecache::https://host/x"),
+        (Path("simplecache::https://me:secret@host/x"), "simplecache::https://host/x"),
+        ("simplecache::other:/x", "simplecache::other://x"),
+        ("zip://a::https://me:secret@host/x?sig=secret", "zip://host/x"),
+        (Path("HTTPS://me:secret@host/x?sig=secret"), "HTTPS://host/x"),
+    ],
+)
+def test_place_is_shown_without_secrets_and_read_as_an_address(address, shown):
+    assert is_address(address)
+    assert shown_place(address) == shown
+
+
+def test_text_around_an_address_is_shown_without_its_secrets():
+    assert shown_place("my https://me:secret@host/x") == "my https://host/x"
+    assert shown_place("C:/cells/x?y@z") == "C:/cells/x?y@z"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ CHECKPOINTS = "checkpoints"  # folder in the run folder
 RUN_SETTINGS = "run_settings"  # in a checkpoint: the settings that are compared when the run is resumed
 WHAT_IS_TRAINED = ("task", "model", "data", "seed_everything")  # settings that a resumed run keeps
 STEP_SETTINGS = ("devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val")
-SEEN_OTHERWISE = ("on_bad_file",)  # the images that are left are compared with those that were trained on
+# The images that are left are compared with those that were trained on; modules that are allowed train nothing.
+NOT_COMPARED = ("on_bad_file", "allow")
 MAX_SHOWN = 5  # settings that differ
 AUTO = "auto"
 LEFT_TO_THE_MACHINE = (("model", "speed"), ("trainer", "precision"))  # by "auto"
@@ -83,8 +84,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = before.get(section) or {}, now.get(section) or {}
         if new.get(name) == AUTO and old.get(name) is not None:
             now = {**now, section: {**new, name: old[name]}}
-    # An address may have been signed anew.
-    return differences(without_secrets(before), without_secrets(now), but=SEEN_OTHERWISE)
+    return differences(before, now, but=NOT_COMPARED)
 
 
 def step_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

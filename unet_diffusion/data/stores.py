@@ -13,17 +13,13 @@ import fsspec
 
 from unet_diffusion.runtime.addresses import shown_place
 from unet_diffusion.runtime.messages import in_words
-from unet_diffusion.runtime.shareable import without_secrets
+from unet_diffusion.runtime.shareable import PROTOCOLS, without_secrets
 
 T = TypeVar("T")
 
 FIRST_WAIT = 0.5  # seconds before a read is tried again, doubled each time: four retries take 7.5 s
 SILENCE = 30  # seconds without a byte over http, after which a read has failed
 WHOLE = 300  # seconds of a whole read over http: 200 MB at less than a megabyte a second
-# Addresses come from configurations: of fsspec's file systems plain stores. Others, and those chained by ::, take
-# templates and settings from what they read, or run code of the place.
-PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "hf", "ftp", "sftp", "ssh", "smb",
-             "hdfs", "webhdfs", "webdav", "oss", "oci", "memory")  # fmt: skip
 
 
 class Store:

@@ -106,7 +106,8 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
     sample_shape = _sample_shape(config)
     unconditional = index.get("unconditional", {"prompt": ""})  # Stable Diffusion has no such field
     codec = _codec(folder, parts, sample_shape, autoencoder)
-    if "conditions" in index:
+    if "conditions" in index or index.get("_class_name") == ["pipeline", "ConditionalPipeline"]:
+        _check_listed(index.get("conditions"), folder)
         conditions = _listed_conditions(folder, index, config["in_channels"], sample_shape[0], codec)
     else:
         conditions = [*_tokens(folder, parts), *_maps(index, parts, config["in_channels"], sample_shape[0])]
@@ -270,6 +271,13 @@ def _listed_conditions(
     if "concat" in listed:
         made["concat"] = Concat(rest, dropout=dropouts["concat"])
     return [made[role] for role in listed if role in made]
+
+
+def _check_listed(listed: Any, folder: Path) -> None:
+    """Refuse conditions of a ConditionalPipeline that are no list of pairs, a role and a class."""
+    if not isinstance(listed, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in listed):
+        raise ValueError(f"conditions in {folder / 'model_index.json'} must be a list of pairs of a role and a class, "
+                         f"got {listed}; an earlier version wrote this folder: export the run again")  # fmt: skip
 
 
 def _class_tokens(folder: Path, dropout: float) -> ClassTokens:

@@ -25,6 +25,8 @@ LAYERS = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}  # of a double
 DOUBLE_CONV_BIAS = re.compile(r"\.double_conv\.[03]\.bias$")
 LEAST_SCORES = 2  # of SegmentationUNet; the layout may have one, which is the logit of the second
 NO_BIAS = re.compile(r"\.conv[12]\.weight$")  # convolutions of SegmentationUNet for which the file may have no bias
+COUNTS = "num_batches_tracked"  # of batch norm; files may lack them, and no output depends on them
+LAST_BIAS = "outc.conv.bias"
 NEEDED = {"padding": "same", "norm": "batch", "timestep_embedding": False, "unit_range": True}  # of a network to write
 
 
@@ -71,9 +73,12 @@ def segmentation_unet_of(tensors: Mapping[str, Tensor], path: str | os.PathLike[
     """
     config = _config(tensors, path)
     unet = SegmentationUNet(**config)
-    needed = {*weights_of(unet)}
+    needed = {key for key in weights_of(unet) if not key.endswith(COUNTS)}
     if not any(DOUBLE_CONV_BIAS.search(key) for key in tensors):  # convolutions before a norm often have no bias
         needed = {key for key in needed if not DOUBLE_CONV_BIAS.search(key)}
+    if needed - tensors.keys() == {LAST_BIAS}:
+        raise ValueError(f"{path} has the layout inc, down, up, outc, but lacks {LAST_BIAS}; save the whole state_dict "
+                         "of the network, or, if its last convolution has no bias, add zeros of that name")  # fmt: skip
     if lacking := sorted(needed - tensors.keys()):
         raise ValueError(f"{path} has the layout inc, down, up, outc, but lacks {first_few(lacking)}; save the whole "
                          "state_dict of the network")  # fmt: skip

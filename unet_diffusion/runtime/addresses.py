@@ -8,11 +8,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from unet_diffusion.runtime.shareable import address_without_secrets, shareable
+from unet_diffusion.runtime.shareable import address_without_secrets, shareable, without_secrets
 
 StrPath = str | os.PathLike[str]
-ADDRESS = re.compile(r"([a-z][a-z0-9]+):/+")  # a drive of Windows has one letter
-SHORTENED = re.compile(r"([a-z][a-z0-9]+):/(?!/)")  # what a Path makes of two slashes and more
+# A drive of Windows has one letter. Addresses chained by ::, as fsspec has them, are addresses, too.
+ADDRESS = re.compile(r"(?:[a-z][\w+.-]*::)*[a-z][a-z0-9]+:/+", re.IGNORECASE)
+SHORTENED = re.compile(
+    r"((?:[a-z][\w+.-]*::)*[a-z][a-z0-9]+):/(?!/)", re.IGNORECASE
+)  # what a Path makes of two slashes and more
 PREFIX = "hf://"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {000..127}, as WebDataset has it
@@ -89,7 +92,7 @@ def place_of(root: str | Path) -> str:
     if not is_address(root):
         return str(Path(text).expanduser())
     if match := SHORTENED.match(text):
-        return f"{match[1]}://{'/' * (match[1] == 'file')}{text[match.end() :]}"
+        return f"{match[1]}://{'/' * (match[1].lower() == 'file')}{text[match.end() :]}"
     return text
 
 
@@ -99,7 +102,7 @@ def shown_place(root: str | Path) -> str:
     Args:
         root: A path or an address.
     """
-    return address_without_secrets(place_of(root)) if is_address(root) else str(root)
+    return address_without_secrets(place_of(root)) if is_address(root) else without_secrets(str(root))
 
 
 def absolute_place(root: str | Path) -> str:

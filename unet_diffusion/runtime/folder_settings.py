@@ -28,6 +28,7 @@ RUN_OUTPUTS = (
     "wandb",
 )  # names that a run writes
 LOCK = ".lock"  # name of the file that says that a process is working in a folder
+OPTIONAL = "table."  # names of settings that begin with it are missing where nothing is named
 CONTENTS = "contents of "  # names of settings that begin with it hold hashes, which are not shown to people
 MOST_SHOWN = 100  # characters of a setting in an error; a setting may hold all names
 
@@ -46,7 +47,8 @@ def require_same_settings(
 
     Args:
         folder: The folder, which is made if it is not there.
-        settings: Plain values that decide what the results are. Work of one kind has the same names every time.
+        settings: Plain values that decide what the results are. Work of one kind has the same names every time. A
+            folder may lack those that begin with table., which are None then.
         what: The results, such as "latents".
         fix: What the user can do where settings differ.
         notes: Plain values to write with the settings, which are not compared.
@@ -60,7 +62,7 @@ def require_same_settings(
     plain = json.loads(json.dumps({**settings, **(notes or {})}))
     before = settings_of(folder, what)
     if before is not None:
-        if before.keys() != plain.keys():
+        if _kind_of(before) != _kind_of(plain):
             raise FileExistsError(_of_something_else(folder, what))
         if replace is None:
             refuse_other_settings(folder, before, {name: plain[name] for name in settings}, what, fix)
@@ -182,6 +184,11 @@ class ClaimedFolder:
 
 def _of_something_else(folder: Path, what: str) -> str:
     return f"{folder / SETTINGS} was not written for {what} and is not replaced; choose another folder"
+
+
+def _kind_of(settings: Mapping[str, Any]) -> set[str]:
+    """The names of settings that work of this kind always has."""
+    return {name for name in settings if not name.startswith(OPTIONAL)}
 
 
 def _holds_files(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from unet_diffusion.diffusion.conditions.class_labels import NOISE_LEVEL_ENTRY, ClassLabels
 from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.losses import LossWeighting
 from unet_diffusion.diffusion.parts import channels_beside
 from unet_diffusion.diffusion.schedule import NoiseSchedule
@@ -108,8 +109,10 @@ def check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> Non
                              "an image")  # fmt: skip
         needed = {name: type(one).__name__ for one in conditions for name in one.needs}
         if refused := [name for name in condition.refuses if name in needed]:
+            of_small_image = isinstance(condition, LowResolution)
+            fix = "set its option to small_image, or remove one of them" if of_small_image else "remove one of them"
             raise ValueError(f"{type(condition).__name__} draws without the {refused[0]} that {needed[refused[0]]} "
-                             "needs; set option of LowResolution to small_image, or remove one of them")  # fmt: skip
+                             f"needs; {fix}")  # fmt: skip
     taken = inspect.signature(unet.forward).parameters
     for condition in conditions:
         takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
@@ -173,13 +176,15 @@ def check_noise_levels(conditions: Sequence[Condition], provided: set[str]) -> N
 def conditions_identity(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What may not change of the conditions while a run goes on.
 
-    How often a condition is dropped may change, and whether its weights are trained.
+    How often a condition is dropped may change, and whether its weights are trained. An option that is image, as by
+    default, counts as one that is not named: some records do not name it.
 
     Args:
         records: The records of the conditions.
     """
     identities = []
     for record in records:
-        init_args = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
+        kept = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
+        init_args = {name: one for name, one in kept.items() if (name, one) != ("option", "image")}
         identities.append({**record, "init_args": init_args})
     return identities

@@ -3,13 +3,15 @@
 from collections.abc import Collection
 from typing import Any
 
-from unet_diffusion.runtime.shareable import without_secrets
+from unet_diffusion.runtime.shareable import is_secret, without_secrets
 
 FREE = ("dropout", "gradient_checkpointing")  # settings of a network that may change: they have no weights
 
 
 def differences(before: Any, now: Any, name: str = "", but: Collection[str] = ()) -> list[str]:
-    """A line for each setting that is not the same, with both values.
+    """A line for each setting that is not the same, with both values but for secrets.
+
+    User, password and query of an address count for nothing: it may have been signed anew.
 
     Args:
         before: The settings of the run so far, nested dicts of plain values.
@@ -21,4 +23,8 @@ def differences(before: Any, now: Any, name: str = "", but: Collection[str] = ()
         lines = [differences(before.get(key), now.get(key), f"{name}.{key}", but)
                  for key in sorted({*before, *now} - {*but})]  # fmt: skip
         return [line for nested in lines for line in nested]
-    return [] if before == now else [without_secrets(f"{name.lstrip('.')} was {before}, is {now}")]
+    if without_secrets(before, named=False) == without_secrets(now, named=False):
+        return []
+    if is_secret(name.rpartition(".")[2]):
+        return [f"{name.lstrip('.')} is another"]
+    return [f"{name.lstrip('.')} was {without_secrets(before)}, is {without_secrets(now)}"]
