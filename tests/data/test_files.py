@@ -17,6 +17,7 @@ from unet_diffusion.data import ImageFormat, check_images, find_images, load_ima
 from unet_diffusion.data import files as files_module
 from unet_diffusion.data.listing import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, MEDICAL_EXTENSIONS
 from unet_diffusion.data.stored_pillow import FORMATS
+from unet_diffusion.data.stores import Store
 from unet_diffusion.runtime.folder_settings import RUN_HEADER
 
 PNG = encode(random_pixels(8, 8, 3))
@@ -87,6 +88,14 @@ def test_link_back_to_its_own_folder_is_not_followed(tmp_path):
 def test_missing_root_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"existing folder or zip archive, got .*nowhere"):
         find_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("place", ["simplecache::https://me:secret@host/x", "HTTPS://me:secret@host/x"])
+@pytest.mark.parametrize("read", [find_images, Store])
+def test_address_that_is_not_read_is_refused_without_its_password(read, place):
+    with pytest.raises(ValueError, match=r"address that begins with one of file, http.*, got .*://host/x") as refused:
+        read(place)
+    assert "secret" not in str(refused.value)
 
 
 def test_file_that_is_no_zip_is_named(tmp_path):
