@@ -12,6 +12,7 @@ from PIL import Image
 
 from unet_diffusion.commands.parsing import parsed
 from unet_diffusion.evaluation import own_features as own
+from unet_diffusion.evaluation.evaluation import subject_of
 from unet_diffusion.runtime.pictures import save_images
 
 FEW = ("--num_images=12", "--num_inference_steps=2", "--batch_size=5", "--device=cpu", "--precision=float32")
@@ -74,6 +75,14 @@ def test_folder_of_images_is_compared_with_the_data_of_a_recipe(few_steps, run_c
     assert status == 0, err
     assert "Fréchet distance" in out
     assert stored(tmp_path / "drawn-evaluation")["protocol"]["samples"] == 15
+
+
+def test_archives_by_their_numbers_are_images_and_no_model(tmp_path):
+    for number in "01":
+        (tmp_path / f"s-{number}.tar").touch()
+    assert subject_of(tmp_path / "s-{0..1}.tar") == tmp_path / "s-{0..1}.tar"
+    with pytest.raises(FileNotFoundError):
+        subject_of(tmp_path / "s-{0..2}.tar")
 
 
 @pytest.mark.parametrize(

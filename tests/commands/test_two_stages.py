@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -248,6 +249,15 @@ def test_what_would_fail_late_is_refused_before_anything_is_written(ran, run_cli
     assert (status, "16 of 16 images have no caption" in err) == (1, True), err
     status, _, err = run_cli("two-stages", tmp_path / "none", *command[2:])
     assert (status, "none" in err) == (1, True), err
+    recipe = yaml.safe_load(command[5].read_text())
+    recipe["data"]["init_args"]["source"]["init_args"]["table"] = {"label": "kind"}
+    command[5].write_text(yaml.safe_dump(recipe))
+    (tmp_path / "images").rename(tmp_path / "folder")
+    paths = sorted(map(str, (tmp_path / "folder").rglob("*.png")))
+    rows = {"image": [{"bytes": Path(path).read_bytes(), "path": path} for path in paths], "kind": [0, 1] * 8}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(command[1])
+    status, _, err = run_cli(*command)  # encode would refuse it
+    assert (status, "table.label is kind, and class_labels is false" in err) == (1, True), err
     assert not (tmp_path / "out").exists()
     assert commands == []
 

@@ -155,6 +155,13 @@ def test_signed_address_is_read_and_its_secrets_are_in_no_message(tmp_path, run_
             assert "hidden" not in str(error.value)
 
 
+def test_signed_address_of_a_folder_is_refused():
+    said = r"must have no query, such as a signature, got one after https://host/many; name .*name-\{000\.\.127\}"
+    with pytest.raises(ValueError, match=said) as error:
+        find_images("https://me:hidden@host/many/?sig=hidden")
+    assert "hidden" not in str(error.value)
+
+
 def test_run_on_a_signed_address_goes_on_and_its_logs_hold_no_secrets(tmp_path, run_cli, caplog):
     archives(tmp_path / "many")
     small = ["--model.unet.channels", "[8, 8]", "--model.unet.attention_levels", "[]", "--model.speed", "plain"]

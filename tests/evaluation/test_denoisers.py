@@ -149,6 +149,21 @@ def test_data_of_another_range_of_values_than_the_model_are_refused(few_steps, d
     assert not (tmp_path / "samples").exists()
 
 
+def test_data_that_measure_their_range_keep_that_of_the_model(few_steps, denoiser, tmp_path):
+    class Measured(Waves):
+        value_range = "measured"
+
+        def load(self, *, progress=True):
+            low, high = self.kept_range or (10, 20)
+            self.values = PixelValues("float32", low, high)
+            return super().load()
+
+    data = ImageDataModule(Measured(), num_val=20, num_workers=0)
+    few = {"num_images": 12, "sampling": FEW}
+    assert ud.evaluate(denoiser, data, output=tmp_path, **few).protocol["held-out images"] == 20
+    assert data.values.value_range == (denoiser.values.low, denoiser.values.high) == (0, 255)
+
+
 def test_real_images_in_the_order_of_their_classes_are_as_good_as_in_any_other(few_steps, tmp_path):
     class Sorted(Waves):
         def load(self, *, progress=True):

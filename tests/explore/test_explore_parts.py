@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from unet_diffusion.commands import explore as command
 from unet_diffusion.commands.parsing import parsed
-from unet_diffusion.data import Digits, ImageDataModule
+from unet_diffusion.data import Digits, Folder, ImageDataModule
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.explore.attention import has_words, word_maps
@@ -310,6 +310,14 @@ def test_metrics_of_a_continued_run_follow_each_other(tmp_path, digits_run, run_
     run = Run(tmp_path, None, None, None)
     assert list(run.pictures) == [2]
     assert run.history == {"loss": [(1, 5.0), (2, 3.0), (3, 2.0)]}
+
+
+def test_data_that_measure_their_range_keep_that_of_the_model(tmp_path, digits_run, run_of):
+    data = ImageDataModule(Folder(tmp_path, image_size=8, value_range="measured"))
+    run = run_of(digits_run, data)
+    with pytest.raises(ValueError, match="root must hold images"):
+        run.data.setup()
+    assert data.source.kept_range == (run.model.values.low, run.model.values.high)
 
 
 def test_runs_that_one_form_does_not_fit_are_refused(tmp_path, digits_run, run_of):

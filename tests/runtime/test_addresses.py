@@ -9,6 +9,7 @@ from unet_diffusion.runtime.addresses import (
     is_address,
     is_hub_name,
     missing_path,
+    numbered,
     place_of,
     shown_place,
 )
@@ -70,6 +71,15 @@ def test_each_of_several_archives_must_be_there(tmp_path, monkeypatch):
     assert missing_path(Path("s-{08..11}.tar")) == Path("s-11.tar")
     assert missing_path("s-08.tar/train") is None
     assert missing_path("http://host/s-{08..11}.tar") is missing_path(Path("s3://bucket/s-08.tar")) is None
+
+
+@pytest.mark.parametrize("command", [["fit", "--config", "folder", "--data.root"], ["evaluate"]])
+def test_numbers_that_go_down_are_refused(run_cli, tmp_path, command):
+    status, _, err = run_cli(*command, tmp_path / "s-{10..9}.tar")
+    said = "numbers in braces must not go down, got {10..9}; write the lower one first"
+    assert (status, said in err) == (1, True), err
+    with pytest.raises(ValueError, match="must not go down"):
+        list(numbered("http://host/{0..1}/s-{1..0}.tar"))
 
 
 @pytest.mark.parametrize("words", ["sample {}", "segment {} images --output out", "import {} out.ckpt", "pack {} out",

@@ -83,7 +83,6 @@ def evaluate_run(
     with quick_imports():
         import_lightning()
         from unet_diffusion.commands.run_data import config_of, data_of
-        from unet_diffusion.data.value_ranges import keep_range
         from unet_diffusion.evaluation.evaluation import evaluate, subject_of
         from unet_diffusion.evaluation.result import PAGE_NAME
         from unet_diffusion.inference.running import Running
@@ -96,8 +95,6 @@ def evaluate_run(
         model.to(device, precision=precision)
     task = "segment" if isinstance(model, Segmenter) else "denoise"
     images = data_of(config or config_of(run), _options(data or []), allow or [], task)
-    if isinstance(model, Running):
-        keep_range(images, model.values)
     sampling = Sampling(scheduler, num_inference_steps, guidance_scale, seed, batch_size)
     folder = output or _output_of(run)
     with process_group() as group, claimed(folder, group):

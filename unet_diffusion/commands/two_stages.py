@@ -208,6 +208,7 @@ class TwoStages:
         for stage, recipe in {"autoencoder": self.autoencoder, "denoiser": self.denoiser}.items():
             if (task := read_settings(recipe).get("task", "denoise")) != TASKS[stage]:
                 raise UsageError(f"the recipe of the {stage} must have task {TASKS[stage]}, got {task}")
+        check_used(self._table(), class_labels=self.class_labels, captions=self.captions)
         files = self._files()
         num_classes = len(classes_of(files, files.names, self.images)[1]) if self.class_labels else 0
         if self.captions:

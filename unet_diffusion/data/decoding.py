@@ -191,8 +191,8 @@ def check_within(image: Tensor, value_range: ValueRange | None) -> Tensor:
         ends = [(float(end) + 1) / 2 * (high - low) + low for end in image.aminmax()]
         if float(image.min()) < -1 or float(image.max()) > 1:
             raise ValueError(f"numbers must be within value_range, {low:.6g} to {high:.6g}, and go from {ends[0]:.6g} "
-                             f"to {ends[1]:.6g}; leave the image out, or begin a run with a wider "
-                             "range, or a measured one")  # fmt: skip
+                             f"to {ends[1]:.6g}; leave the image out, or begin another run, with a range that holds "
+                             "them")  # fmt: skip
     return image
 
 

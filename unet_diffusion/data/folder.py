@@ -135,7 +135,7 @@ class Folder(Source):
         written = read_captions(files, files.names) if self.captions else None
         value_range = settled_range(
             self.value_range, [files], self.image_format.channels, progress=progress, kept_range=self.kept_range,
-            skip_beyond=self.on_bad_file == "skip",
+            on_bad_file=self.on_bad_file,
         )  # fmt: skip
         self.image_format = replace(self.image_format, value_range=value_range)
         in_memory = self.in_memory

@@ -5,7 +5,7 @@ prepares all splits, whichever is asked for. Here its builder is given the files
 lies in a cache of that split, so that nobody takes it for the whole data set.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,10 @@ from unet_diffusion.runtime.hub import check_hub_name, hub_answers
 
 BY_SPLIT = "by_split"  # folder in the cache of datasets, with a cache for each split
 USUAL_SPLIT = "train"
+
+
+class MissingSplit(ValueError):
+    """A data set does not have the split that is asked for."""
 
 
 def load_from_hub(datasets: ModuleType, place: str, table: Table) -> Any:
@@ -27,7 +31,7 @@ def load_from_hub(datasets: ModuleType, place: str, table: Table) -> Any:
 
     Raises:
         ConnectionError: If the hub cannot be reached, or may not be asked and the cache lacks the data set.
-        ValueError: If there is no such split.
+        MissingSplit: If there is no such split.
         Exception: Of the library, if it cannot read the data set.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -44,6 +48,8 @@ def load_from_hub(datasets: ModuleType, place: str, table: Table) -> Any:
         return datasets.load_dataset(**options)
     split = table.split or USUAL_SPLIT
     check_split(split, files, place, table)
+    if _folders_are_classes(builder, files[split]):  # and those of all splits together are numbered
+        return datasets.load_dataset(**options)
     builder = datasets.load_dataset_builder(**options, cache_dir=_cache_of(datasets, split))
     builder.config.data_files = type(files)({split: files[split]})
     builder.download_and_prepare(verification_mode="no_checks")  # which would miss the other splits
@@ -60,10 +66,19 @@ def check_split(split: str, splits: Any, place: str, table: Table) -> None:
         table: What is chosen.
 
     Raises:
-        ValueError: If it is none of them.
+        MissingSplit: If it is none of them.
     """
     if split not in splits:
-        raise ValueError(f"{place} has no split {split}, but {', '.join(splits)}; {table.advice('split')} one of them")
+        there = ", ".join(map(str, splits))
+        raise MissingSplit(f"{place} has no split {split}, but {there}; {table.advice('split')} one of them")
+
+
+def _folders_are_classes(builder: Any, files: list[str]) -> bool:
+    """Whether the library takes the folders of image files for their classes; it does not where metadata lie there."""
+    from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+
+    metadata = {PurePosixPath(file).name for file in files} & set(FolderBasedBuilder.METADATA_FILENAMES)
+    return isinstance(builder, FolderBasedBuilder) and not metadata
 
 
 def _from_the_cache(datasets: ModuleType, options: dict[str, Any], split: str) -> Any:
@@ -72,6 +87,10 @@ def _from_the_cache(datasets: ModuleType, options: dict[str, Any], split: str) -
         return datasets.load_dataset(**options, cache_dir=_cache_of(datasets, split))
     except (ConnectionError, FileNotFoundError):
         return datasets.load_dataset(**options)
+    except ValueError:
+        if options["name"] is None:  # there are several configurations, and none is named
+            raise
+        return datasets.load_dataset(**options)  # which may hold the one that is missing there
 
 
 def _cache_of(datasets: ModuleType, split: str) -> str:

@@ -22,7 +22,7 @@ from unet_diffusion.data.described import (
     captions_of_values,
     classes_of_values,
 )
-from unet_diffusion.data.hub_tables import USUAL_SPLIT, check_split, load_from_hub
+from unet_diffusion.data.hub_tables import USUAL_SPLIT, MissingSplit, check_split, load_from_hub
 from unet_diffusion.data.listing import LeftOut, composed, walk
 from unet_diffusion.runtime.addresses import PREFIX
 from unet_diffusion.runtime.messages import first_few
@@ -173,21 +173,22 @@ class TableFiles(DescribedFiles):
 def unique_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The names, of which those that come again are numbered, and the numbered ones: a.png, a.png give a.png, a_2.png.
 
+    A name depends on those before it alone, so that it stays the same when others are appended.
+
     Args:
         names: Names of files, some of them alike.
     """
-    taken, unique, numbered = set(names), list[str](), list[str]()
+    unique, numbered = dict[str, None](), list[str]()  # the keys are in order
     count: Counter[str] = Counter()
     for name in names:
-        count[name] += 1
-        if count[name] > 1:
-            file, number = PurePosixPath(name), count[name]
-            while (name := f"{file.stem}_{number}{file.suffix}") in taken:
-                number += 1
-            taken.add(name)
-            numbered.append(name)
-        unique.append(name)
-    return unique, numbered
+        file, number = PurePosixPath(name), count[name] + 1
+        while (new := name if number == 1 else f"{file.stem}_{number}{file.suffix}") in unique:
+            number += 1
+        count[name] = number
+        unique[new] = None
+        if number > 1:
+            numbered.append(new)
+    return list(unique), numbered
 
 
 def is_table_file(path: Path) -> bool:
@@ -285,6 +286,8 @@ def _explained(place: str) -> Iterator[None]:
 
     try:
         yield
+    except MissingSplit:  # which says by itself what to do
+        raise
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{place} cannot be had from the hub: {_first_line(error)} Correct the name, or log in "
                                 "with: hf auth login") from error  # fmt: skip

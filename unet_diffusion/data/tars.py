@@ -229,6 +229,7 @@ def _without_query(place: str) -> str:
 def _archives(place: str) -> tuple[Store, list[str]]:
     """The folder of archives, and their names in it."""
     if not is_tar(place):
+        _refuse_query(place)
         store = Store(place, num_retries=_num_retries(place))
         archives = store.tried(lambda: store.names(f"*{TAR}"), place) if is_address(place) else _below(Path(place))
         if not archives:
@@ -242,6 +243,14 @@ def _archives(place: str) -> tuple[Store, list[str]]:
     folder, slash, name = _without_query(place).rpartition("/")
     folder = folder or ("/." if slash else ".")
     return Store(folder, num_retries=_num_retries(place)), list(numbered(name))
+
+
+def _refuse_query(folder: str) -> None:
+    """Refuse the address of a folder with a query, such as a signature, which is that of a file."""
+    if _without_query(folder) != folder:
+        shown = shown_place(folder).rstrip("/")
+        raise ValueError("the address of a folder of tar archives must have no query, such as a signature, got one "
+                         f"after {shown}; name the archives, such as {shown}/name-{{000..127}}.tar?...")  # fmt: skip
 
 
 def _below(folder: Path) -> list[str]:

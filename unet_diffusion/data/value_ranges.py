@@ -4,7 +4,7 @@ Numbers of 8 and 16 bits have a range by themselves. Others do not, such as floa
 -1 and 1 must be known, and be the same in training, for new images, and where images are written.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -40,10 +40,14 @@ def check_declared(value_range: DeclaredRange) -> None:
 def keep_range(datamodule: Any, values: PixelValues) -> None:
     """Have data whose range would be measured keep that of a model, whatever images there are now.
 
+    Data that stretch each image by itself have no need of it: they take any range.
+
     Args:
         datamodule: A data module that is not set up yet.
         values: The values that the model was trained on.
     """
+    if getattr(datamodule, "stretch", False):
+        return
     source = getattr(datamodule, "source", None)
     if isinstance(source, ItemSource) and getattr(source, "value_range", None) == MEASURED:
         source.kept_range = values.low, values.high
@@ -56,7 +60,7 @@ def settled_range(
     *,
     progress: bool,
     kept_range: ValueRange | None = None,
-    skip_beyond: bool = False,
+    on_bad_file: str | None = None,
 ) -> ValueRange | None:
     """The range of values of files: the declared one, or the least and the largest number in them.
 
@@ -68,7 +72,8 @@ def settled_range(
         channels: The number of channels that images must have.
         progress: Whether a progress bar is shown.
         kept_range: The range of the model that is trained further, which takes the place of a measured one.
-        skip_beyond: Whether images beyond it are left out by who decodes them, and are no error here.
+        on_bad_file: The option of the source: with "skip" images beyond the range of the model are left out by who
+            decodes them, and are no error here. None: the source has no such option.
 
     Raises:
         ValueError: If it is to be measured, and no file can be read, or all numbers are equal; or if images are beyond
@@ -76,35 +81,35 @@ def settled_range(
     """
     if value_range is None or not isinstance(value_range, str):
         return value_range if value_range is None else (value_range[0], value_range[1])
-    ends = dict[str, ValueRange]()
+    if kept_range is not None and on_bad_file == "skip":
+        return kept_range
+    ends = list[tuple[str, ValueRange]]()  # names of two places may be alike
     for place in files:
 
         def ends_of(name: str, place: ImageFiles = place) -> ValueRange | str:
             return decoded(lambda data: _ends(data, channels), place, name)
 
         outcomes = in_threads(ends_of, place.names, "measuring values", progress)
-        ends |= {name: outcome for name, outcome in outcomes if not isinstance(outcome, str)}
+        ends += [(name, outcome) for name, outcome in outcomes if not isinstance(outcome, str)]
     if kept_range is not None:
-        if not skip_beyond:
-            _refuse_beyond(kept_range, ends)
+        _refuse_beyond(kept_range, ends, can_skip=on_bad_file is not None)
         return kept_range
-    low, high = min((low for low, _ in ends.values()), default=0.0), max((high for _, high in ends.values()), default=0)
+    low, high = min((low for _, (low, _) in ends), default=0.0), max((high for _, (_, high) in ends), default=0.0)
     if not low < high:
         held = f"all of their numbers are {low:.6g}" if ends else "none of the files can be read"
         raise ValueError(f"value_range must be measured over images of different numbers, and {held}; declare it")
     return low, high
 
 
-def _refuse_beyond(kept_range: ValueRange, ends: Mapping[str, ValueRange]) -> None:
+def _refuse_beyond(kept_range: ValueRange, ends: Sequence[tuple[str, ValueRange]], *, can_skip: bool) -> None:
     low, high = kept_range
-    beyond = [
-        f"{name} ({least:.6g} to {most:.6g})" for name, (least, most) in ends.items() if least < low or most > high
-    ]
+    beyond = [f"{name} ({least:.6g} to {most:.6g})" for name, (least, most) in ends if least < low or most > high]
     if beyond:
+        skip = "leave them out by --data.on_bad_file skip, " if can_skip else ""
         raise ValueError(
             f"numbers must be from {low:.6g} to {high:.6g}, the range that the model was trained on, and "
-            f"{len(beyond)} of {len(ends)} images have others: {first_few(beyond)}; take them away, leave them out by "
-            "--data.on_bad_file skip where there is that option, or begin another run, which measures the range anew"
+            f"{len(beyond)} of {len(ends)} images have others: {first_few(beyond)}; take them away, {skip}"
+            "or begin another run, which measures the range anew"
         )
 
 

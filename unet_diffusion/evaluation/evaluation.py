@@ -12,6 +12,7 @@ from unet_diffusion.data.described import USUAL, Table
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.tables import is_table_file
 from unet_diffusion.data.tars import is_tar
+from unet_diffusion.data.value_ranges import keep_range
 from unet_diffusion.evaluation.autoencoders import evaluate_autoencoder
 from unet_diffusion.evaluation.denoisers import evaluate_denoiser
 from unet_diffusion.evaluation.features import FeatureName, Features, features_named
@@ -23,6 +24,7 @@ from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.loading import is_checkpoint, load
 from unet_diffusion.inference.sample_options import Sampling
 from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.runtime.addresses import is_address, missing_path
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 
 StrPath = str | os.PathLike[str]
@@ -52,7 +54,8 @@ def evaluate(
 
     Args:
         model: What is evaluated: a model, a path that `load` takes, or a folder of images.
-        data: The data that the model was trained on, with the images that it held out for validation.
+        data: The data that the model was trained on, with the images that it held out for validation. Where they
+            measure their range of values and are not set up yet, they keep that of the model.
         subject: What is evaluated, for the heading; None: the path, or the model as it prints itself.
         output: The folder for samples and the network of the features. What is there is not made again.
         num_images: The number of samples to draw from a denoiser.
@@ -74,6 +77,8 @@ def evaluate(
         model = subject_of(model)
     if table.named and not isinstance(model, Path):
         raise ValueError(f"table names the parts of a data set of images, and {subject} is a model; leave it out")
+    if not isinstance(model, Path):
+        keep_range(data, model.values)
     if isinstance(model, Denoiser | Path) and isinstance(data, ImageDataModule):
         return evaluate_denoiser(
             model, data, output=Path(output), subject=subject, num_images=num_images, features=features,
@@ -121,7 +126,8 @@ def subject_of(
         ValueError: If there is a model that cannot be read.
     """
     folder = Path(path)
-    if is_table_file(folder) or (folder.is_file() and is_tar(str(folder))):
+    is_archive = is_tar(str(folder)) and not is_address(folder) and missing_path(folder) is None
+    if is_archive or is_table_file(folder):
         return folder
     try:
         is_checkpoint(folder)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from unet_diffusion.data.value_ranges import keep_range
 from unet_diffusion.inference.autoencoder import Autoencoder
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.segmenter import Segmenter
@@ -58,6 +59,7 @@ class Run(Generic[Model]):
             ValueError: If the run does not say what they are.
         """
         data = self.read_data()
+        keep_range(data, self.model.values)
         data.setup("fit")  # without prepare_data, which may download
         return data
 

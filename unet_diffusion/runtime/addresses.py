@@ -73,11 +73,16 @@ def numbered(place: str) -> Iterator[str]:
 
     Args:
         place: A path, an address or a name.
+
+    Raises:
+        ValueError: If the second number is below the first.
     """
     match = RANGE.search(place)
     if match is None:
         yield place
         return
+    if int(match[1]) > int(match[2]):
+        raise ValueError(f"numbers in braces must not go down, got {match[0]}; write the lower one first")
     for number in range(int(match[1]), int(match[2]) + 1):
         yield from numbered(f"{place[: match.start()]}{number:0{len(match[1])}d}{place[match.end() :]}")
 
