@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_diffusion.data import Folder, PairedFiles
+from unet_diffusion.data import Folder, PairedFiles, SegmentationDataModule
 from unet_diffusion.data.listing import LeftOut
-from unet_diffusion.data.value_ranges import MEASURED, settled_range
+from unet_diffusion.data.value_ranges import MEASURED, keep_range, settled_range
+from unet_diffusion.runtime.pixel_values import PixelValues
+from unet_diffusion.segmentation.labels import Targets
 
 
 def ramps(folder, *highest):
@@ -69,3 +71,10 @@ def test_image_beyond_a_declared_range_asks_for_one_that_holds_it(tmp_path):
     said = r"within value_range, 0 to 60, and go from 0 to 100; leave the image out, or begin another run, with a range"
     with pytest.raises(ValueError, match=said):
         Folder(images, image_size=8, channels=1, value_range=(0, 60)).load(progress=False)
+
+
+@pytest.mark.parametrize(("stretch", "kept"), [(True, None), (False, (0, 60))])
+def test_data_that_stretch_each_image_keep_no_range(tmp_path, stretch, kept):
+    data = SegmentationDataModule(paired(tmp_path), Targets("instances"), stretch=stretch)
+    keep_range(data, PixelValues("float32", 0, 60))
+    assert data.source.kept_range == kept
