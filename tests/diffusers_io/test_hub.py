@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from denoisers import save_stable_diffusion
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from hub import TOKEN, serve
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from single_files import saved, sd1, tiny_text
 from torch import nn
 
 import unet_diffusion as ud
@@ -251,6 +253,60 @@ def test_only_safetensors_in_full_precision_are_downloaded(hub, tmp_path):
     asked = {path.rpartition("/")[2] for path in hub.seen if f"/{name}/resolve/" in path}
     assert "diffusion_pytorch_model.safetensors" in asked
     assert not asked & {path.rpartition("/")[2] for path in unwanted}
+
+
+def test_one_file_of_weights_is_the_model_of_a_repository_and_of_a_folder(hub, run_cli, tmp_path):
+    (tmp_path / "one").mkdir()
+    made = saved(sd1, tmp_path / "one")
+    (tmp_path / "one" / "README.md").write_text("Weights of another program.")
+    tiny_text("gelu").tokenizer.save_pretrained(tmp_path / "tokenizer")
+    content = made.file.read_bytes()
+    hub.commit("someone/onefile", {"README.md": b"of another program", "one.safetensors": content, "one.ckpt": b"1"})
+    hub.commit("someone/several", {"small.safetensors": content, "large.safetensors": content})
+    options = ["--tokenizer", tmp_path / "tokenizer", "--image_size", "16"]
+    names = ["someone/onefile", tmp_path / "one", "hf://someone/several/small.safetensors"]
+    for number, name in enumerate(names):
+        status, out, err = run_cli("import", name, tmp_path / f"{number}.ckpt", *options)
+        assert status == 0, err
+        assert "layout of Stable Diffusion 1" in out
+        x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 64)
+        with torch.no_grad():
+            theirs = made.unet(x, t, encoder_hidden_states=context).sample
+            torch.testing.assert_close(ud.load(tmp_path / f"{number}.ckpt").unet(x, t, context=context), theirs)
+    assert not [request for request in hub.seen if request.endswith(("one.ckpt", "large.safetensors"))]
+
+
+def test_several_files_of_weights_are_named(hub, run_cli, tmp_path):
+    files = {"a.safetensors": b"1", "b.safetensors": b"2", "b.fp16.safetensors": b"3", "part/c.safetensors": b"4"}
+    hub.commit("someone/many", files)
+    for name, content in files.items():
+        (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "many" / name).write_bytes(content)
+    for place in ("hf://someone/many", tmp_path / "many"):
+        status, _, err = run_cli("import", place, tmp_path / "none.ckpt")
+        assert status != 0
+        assert f"{place} holds 2 files of weights" in err
+        assert f"a.safetensors, b.safetensors; name one of them, such as {place}/a.safetensors" in err
+    assert not [request for request in hub.seen if "/someone/many/resolve/" in request]  # nothing was downloaded
+    with pytest.raises(FileNotFoundError, match=r"many on the hub has no file c.safetensors; its files .* a\.saf"):
+        ud.load("hf://someone/many/c.safetensors")
+
+
+def test_half_precision_is_downloaded_where_there_is_no_other(hub, tmp_path):
+    whole = save_stable_diffusion(tmp_path / "whole")
+    StableDiffusionPipeline.from_pretrained(whole).to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    files = files_in(tmp_path / "half")
+    assert all(".fp16." in name for name in files if name.endswith(".safetensors"))
+    vae = {name: content for name, content in files_in(whole).items() if name.startswith("vae/")}
+    hub.commit("someone/half", {**files, **vae})
+    asked = len(hub.seen)
+    model, expected = ud.load("someone/half"), ud.load(whole)
+    downloaded = [request for request in hub.seen[asked:] if request.endswith(".safetensors")]
+    assert not [request for request in downloaded if "/vae/" in request and ".fp16." in request]
+    for ours, theirs in ((model.unet, expected.unet), (model.conditions, expected.conditions)):
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value.half().float()), name
+    ud.load(tmp_path / "half").sample(1, captions="a red cat", num_inference_steps=1)  # with the autoencoder of fp16
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file
 
+from unet_diffusion.diffusers_io.adapter_files import LORA_FILE
 from unet_diffusion.diffusers_io.exporting import export_pipeline
 from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.diffusion.conditions.text import TextTokens
@@ -86,8 +88,10 @@ def stable_diffusion_xl(tmp_path_factory):
     return folder
 
 
-def drawn_by_diffusers(folder, scale: float) -> np.ndarray:
+def drawn_by_diffusers(folder, scale: float, lora=None) -> np.ndarray:
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
     pipeline.scheduler = DDIMScheduler(**{**SCHEDULE, "clip_sample": False}, timestep_spacing="trailing")
     pipeline.set_progress_bar_config(disable=True)
     generator = image_generators(SEED, range(2))
@@ -145,18 +149,24 @@ def test_null_is_zero_but_for_the_sizes(stable_diffusion_xl):
     assert torch.equal(null["vector"][:, PROJECTION:], given["vector"][:, PROJECTION:])
 
 
-def test_imported_folder_is_trained_on_with_captions_and_sizes(stable_diffusion_xl, tmp_path, run_cli):
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """8 images of noise with captions."""
+    folder = tmp_path_factory.mktemp("images")
     lines = ["file_name,text"]
     for number in range(8):
-        (tmp_path / "images").mkdir(exist_ok=True)
         noise = np.random.default_rng(number).integers(256, size=(20, 28, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(noise).save(folder / f"{number}.png")
         lines.append(f"{number}.png,{CAPTIONS[number % 2]}")
-    (tmp_path / "images" / "metadata.csv").write_text("\n".join(lines))
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_imported_folder_is_trained_on_with_captions_and_sizes(stable_diffusion_xl, images, tmp_path, run_cli):
     imported = tmp_path / "xl.ckpt"
     status, _, err = run_cli("import", stable_diffusion_xl, imported)
     assert status == 0, err
-    encode = ["encode", stable_diffusion_xl / "vae", tmp_path / "images", "--output", tmp_path / "latents"]
+    encode = ["encode", stable_diffusion_xl / "vae", images, "--output", tmp_path / "latents"]
     status, _, err = run_cli(*encode, "--captions", "--image_size", 16, 16, "--device", "cpu")
     assert status == 0, err
     recipe = yaml.safe_load((CONFIGS / "latents.yaml").read_text())
@@ -174,6 +184,35 @@ def test_imported_folder_is_trained_on_with_captions_and_sizes(stable_diffusion_
     sample = ["sample", tmp_path / "run", "--captions", CAPTIONS[0], "--num_images", 1, "--device", "cpu"]
     status, _, err = run_cli(*sample, "--num_inference_steps", 2, "--output", tmp_path / "drawn")
     assert status == 0, err
+
+
+def test_lora_of_both_text_encoders_draws_in_stock_diffusers_what_it_draws_here(
+    stable_diffusion_xl, images, tmp_path, run_cli
+):
+    pytest.importorskip("peft")
+    recipe = yaml.safe_load((CONFIGS / "adapters" / "lora.yaml").read_text())
+    recipe["model"] |= {"base": str(stable_diffusion_xl), "ema_decay": 0.5}
+    recipe["model"]["optimizer"]["init_args"]["lr"] = 0.05
+    recipe["data"]["init_args"]["source"]["init_args"] |= {"root": str(images), "image_size": 16}
+    recipe["data"]["init_args"] |= {"batch_size": 4, "num_val": 2}
+    shorten(recipe, tmp_path / "run", steps=3)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    adapter = ["--model.adapter", "lora", "--model.adapter.rank", "3", "--model.adapter.text_encoder", "true"]
+    status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml", *adapter)
+    assert status == 0, err
+    weights = load_file(tmp_path / "run" / "adapter" / LORA_FILE)
+    for encoder, layers in {"text_encoder": {0, 1}, "text_encoder_2": {0, 1, 2}}.items():  # the last is not attended to
+        changes = {name: value for name, value in weights.items() if name.startswith(f"{encoder}.")}
+        assert {int(name.split(".layers.")[1][0]) for name in changes} == layers
+        assert all(value.abs().max() > 0 for value in changes.values())  # all were trained
+    ours = drawn_here(load_denoiser(tmp_path / "run"), 4.0)
+    base = load_denoiser(stable_diffusion_xl)
+    assert np.abs(ours - drawn_here(base, 4.0)).max() > 0.05
+    np.testing.assert_allclose(
+        drawn_by_diffusers(stable_diffusion_xl, 4.0, tmp_path / "run" / "adapter"), ours, atol=2e-4
+    )
+    base.load_lora_weights(tmp_path / "run" / "adapter")
+    np.testing.assert_allclose(drawn_here(base, 4.0), ours, atol=1e-5)
 
 
 def test_sizes_of_the_files_are_those_of_the_data(stable_diffusion_xl):

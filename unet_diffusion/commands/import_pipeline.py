@@ -40,7 +40,8 @@ def import_pipeline(
 
     A folder may also be one that save_pretrained of segmentation_models_pytorch's Unet wrote.
 
-    A name such as owner/name is a model on the hub, which is downloaded into its cache.
+    A name such as owner/name is a model on the hub, which is downloaded into its cache. Of several files of weights
+    there, hf://owner/name/file.safetensors names one.
 
     Args:
         pipeline: The diffusers pipeline folder, the file of weights, or the model on the hub to read.
@@ -62,11 +63,10 @@ def import_pipeline(
         FileExistsError: If one of the two files exists.
         ValueError: If the pipeline has parts that are not supported, or the layout of the file is not known.
     """
-    is_here = not is_hub_name(pipeline)
-    if is_here:
+    if not is_hub_name(pipeline):
         check_exists("PIPELINE", pipeline)
     from unet_diffusion.inference.denoiser import Denoiser
-    from unet_diffusion.inference.loading import is_checkpoint, is_single_file, load
+    from unet_diffusion.inference.loading import is_checkpoint, is_single_file, load, local_model
 
     recipe = checkpoint.with_suffix(".yaml")
     if recipe == checkpoint:
@@ -74,11 +74,12 @@ def import_pipeline(
                          "name it .ckpt")  # fmt: skip
     if recipe.exists():
         raise FileExistsError(f"{recipe} exists and is not overwritten; choose another path, or remove it")
-    is_file = is_here and is_single_file(pipeline)
-    if is_here and not is_file and is_checkpoint(pipeline):
+    model_path = local_model(pipeline, revision)
+    is_file = is_single_file(model_path)
+    if not is_file and is_checkpoint(model_path):
         raise UsageError(f"{pipeline} is a checkpoint already; train on from it with fit --ckpt_path")
     model = load(
-        pipeline,
+        model_path,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         image_size=image_size,
@@ -87,14 +88,13 @@ def import_pipeline(
         scaling_factor=scaling_factor,
         num_classes=num_classes,
         normalization=normalization,
-        revision=revision,
     )
     model.save(checkpoint)
     if not isinstance(model, Denoiser):
         print(f"{checkpoint} holds the model: {model}")
         return
     if is_file:
-        _say_what_was_assumed(Path(pipeline), model)
+        _say_what_was_assumed(Path(model_path), model)
     _write_settings(model, recipe)
     print(f"{checkpoint} continues with: unet-diffusion fit --config RECIPE --config {recipe} --ckpt_path {checkpoint}")
 

@@ -17,6 +17,7 @@ from unet_diffusion.diffusion.adapters.lora import merge_layers, peft_package
 from unet_diffusion.diffusion.adapters.textual_inversion import FILE as WORD_FILE
 from unet_diffusion.diffusion.adapters.textual_inversion import put_word, text_of
 from unet_diffusion.diffusion.conditions.text import TextTokens
+from unet_diffusion.diffusion.conditions.xl_text import XLText
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder
@@ -128,27 +129,35 @@ def merge_lora(parts: DenoiserParts, path: StrPath, *, scale: float = 1.0) -> No
         unet_config=unet.config,
     )
     read = {"network_alphas": alphas, "metadata": metadata, "adapter_name": "default"}
-    text = parts.condition(TextTokens)
-    _check_lora(file, state, takes_text=text is not None)
+    encoders = _text_encoders(parts)
+    _check_lora(file, state, ("unet.", *encoders))
     networks: list[tuple[nn.Module, nn.Module]] = []  # each with the LoRA in its weights, and the original
     try:
         if any(name.startswith("unet.") for name in state):
             StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, unet=unet, **read)
             unet.set_adapters("default", scale)
             networks.append((_merged(unet, state, "unet."), parts.unet))
-        if text is not None and any(name.startswith("text_encoder.") for name in state):
-            encoder = copy.deepcopy(text.encoder)
-            load: Any = StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder
-            load(state, text_encoder=encoder, lora_scale=scale, **read)
-            networks.append((_merged(encoder, state, "text_encoder."), text.encoder))
+        load: Any = StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder
+        for prefix, original in encoders.items():
+            if any(name.startswith(prefix) for name in state):
+                encoder = copy.deepcopy(original)
+                load(state, text_encoder=encoder, prefix=prefix[:-1], lora_scale=scale, **read)
+                networks.append((_merged(encoder, state, prefix), original))
     except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be put into this denoiser: {in_words(error)}") from error
     for merged, original in networks:
         original.load_state_dict(merged.state_dict())
 
 
-def _check_lora(file: Path, state: dict[str, Tensor], *, takes_text: bool) -> None:
-    prefixes = ("unet.", "text_encoder.") if takes_text else ("unet.",)
+def _text_encoders(parts: DenoiserParts) -> dict[str, nn.Module]:
+    """The text encoders of a denoiser, by what begins the names of their weights in a file."""
+    if (text := parts.condition(XLText)) is not None:
+        return {"text_encoder.": text.first.encoder, "text_encoder_2.": text.second.encoder}
+    tokens = parts.condition(TextTokens)
+    return {} if tokens is None else {"text_encoder.": tokens.encoder}
+
+
+def _check_lora(file: Path, state: dict[str, Tensor], prefixes: tuple[str, ...]) -> None:
     if others := [name for name in state if not name.startswith(prefixes)]:
         raise ValueError(f"{file} must change {' and '.join(prefix[:-1] for prefix in prefixes)} alone, and holds "
                          f"{others[0]}")  # fmt: skip

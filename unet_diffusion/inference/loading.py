@@ -18,8 +18,10 @@ from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.addresses import is_hub_name
 from unet_diffusion.runtime.hub import download
 from unet_diffusion.runtime.safe_loading import load_plain
+from unet_diffusion.runtime.weight_files import PIPELINE_FILES, only_weights
 
 StrPath = str | os.PathLike[str]
+LAST = "checkpoints/last.ckpt"  # of a run
 
 
 def load(
@@ -47,8 +49,8 @@ def load(
 
     Args:
         path: A run folder (its checkpoints/last.ckpt), a .ckpt file, a local diffusers folder, a segmenter.onnx, or one
-            file of another program's weights; or the name of a model on the hub, owner/name, which is downloaded into
-            its cache.
+            file of another program's weights, or a folder that holds one such .safetensors; or the name of a model on
+            the hub, owner/name or hf://owner/name/file.safetensors, which is downloaded into its cache.
         allow: Further modules that you trust, whose classes a checkpoint may name.
         autoencoder: Current folder of the autoencoder of a denoiser of latents; None: its folder in training.
         tokenizer: Folder of CLIP's tokenizer, for a denoiser that takes captions.
@@ -68,10 +70,7 @@ def load(
             its weights do not say.
     """
     told = Untold(tokenizer, prediction_type, image_size, num_heads, head_channels, scaling_factor, num_classes)
-    if is_hub_name(path):
-        path = download(str(path), revision)
-    elif revision is not None:
-        raise ValueError(f"revision is for a model on the hub, and {path} is here; leave it out")
+    path = local_model(path, revision)
     if Path(path).is_dir() and holds_encoder_unet(Path(path)):
         _check_told(told, ("image_size",), path)
         return encoder_segmenter(Path(path), normalization=normalization, window_size=image_size)
@@ -101,9 +100,10 @@ def load_denoiser(path: StrPath, *, allow: Sequence[str] = (), autoencoder: StrP
         FileNotFoundError: If there is no model at the path.
         ValueError: If the model is not a denoiser, or cannot be read.
     """
-    if not is_hub_name(path) and is_checkpoint(path) and not is_single_file(path):
-        return read_denoiser(path, allow=allow, autoencoder=autoencoder)
-    model = load(path, allow=allow, autoencoder=autoencoder)
+    here = local_model(path)
+    if is_checkpoint(here) and not is_single_file(here):
+        return read_denoiser(here, allow=allow, autoencoder=autoencoder)
+    model = load(here, allow=allow, autoencoder=autoencoder)
     if not isinstance(model, Denoiser):
         kind, command = ("a segmenter", "segment") if isinstance(model, Segmenter) else ("an autoencoder", "encode")
         raise ValueError(f"{path} holds {kind}, not a denoiser; use unet-diffusion {command}")
@@ -117,14 +117,39 @@ def load_segmenter(path: StrPath, *, allow: Sequence[str] = ()) -> Segmenter:
         FileNotFoundError: If there is no model at the path.
         ValueError: If the model is not a segmenter, or cannot be read.
     """
-    is_here = not is_hub_name(path)
-    if is_here and (onnx_file(path) or (is_checkpoint(path) and not is_single_file(path))):
-        return read_segmenter(path, allow=allow)
-    model = load(path, allow=allow)
+    here = local_model(path)
+    if onnx_file(here) or (is_checkpoint(here) and not is_single_file(here)):
+        return read_segmenter(here, allow=allow)
+    model = load(here, allow=allow)
     if not isinstance(model, Segmenter):
         kind, command = ("a denoiser", "sample") if isinstance(model, Denoiser) else ("an autoencoder", "encode")
         raise ValueError(f"{path} holds {kind}, not a segmenter; use unet-diffusion {command}")
     return model
+
+
+def local_model(path: StrPath, revision: str | None = None) -> StrPath:
+    """The path of a model on this machine, to which one on the hub is downloaded.
+
+    The path of a folder with one .safetensors, and nothing that says what it is of, is that of the file.
+
+    Args:
+        path: As for `load`.
+        revision: Branch, tag or commit of a model on the hub; None: the main branch.
+
+    Raises:
+        FileNotFoundError: If the hub cannot be reached, or has no such model.
+        ValueError: If the folder holds several files of weights, or a revision is given for a model on this machine.
+    """
+    place = path
+    if is_hub_name(path):
+        path = download(str(path), revision)
+    elif revision is not None:
+        raise ValueError(f"revision is for a model on the hub, and {path} is here; leave it out")
+    folder = Path(path)
+    if not folder.is_dir() or onnx_file(folder) or any((folder / name).is_file() for name in (LAST, *PIPELINE_FILES)):
+        return path
+    file = only_weights(str(place), (file.name for file in folder.iterdir()))
+    return path if file is None else folder / file
 
 
 def is_single_file(path: StrPath) -> bool:

@@ -27,13 +27,13 @@ from unet_diffusion.runtime.initial_weights import without_initial_weights
 from unet_diffusion.runtime.messages import in_words
 from unet_diffusion.runtime.named_class import PACKAGE, class_of
 from unet_diffusion.runtime.safe_loading import load_plain
+from unet_diffusion.runtime.weight_files import PIPELINE_FILES
 
 StrPath = str | os.PathLike[str]
 ModelKind = Literal["denoiser", "segmenter", "autoencoder"]
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 COMMANDS = {"denoiser": "draw from it with unet-diffusion sample", "segmenter": "use unet-diffusion segment",
             "autoencoder": "use unet-diffusion encode or export"}  # fmt: skip
-PIPELINE_FILES = ("model_index.json", "unet/config.json", "config.json")  # a diffusers folder has one of them
 LIGHTNING_VERSION = "2.6.0"  # version of the checkpoint layout; later versions of Lightning migrate it
 
 

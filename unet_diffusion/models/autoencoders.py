@@ -96,9 +96,9 @@ def pretrained_autoencoder(
     if Path(folder).is_file():
         return single_file_autoencoder(folder)
     kind, path = autoencoder_class(folder)
-    check_safetensors(path, "diffusion_pytorch_model")
+    variant = check_safetensors(path, "diffusion_pytorch_model")
     autoencoder, report = kind.from_pretrained(
-        path, output_loading_info=True, use_safetensors=True, local_files_only=True
+        path, output_loading_info=True, use_safetensors=True, local_files_only=True, variant=variant
     )
     if wrong := [f"{name}: {', '.join(map(str, keys))}" for name, keys in report.items() if keys]:
         raise ValueError(

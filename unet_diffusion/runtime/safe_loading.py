@@ -103,8 +103,10 @@ def _check_bytes(path: str, size: int, time: int) -> None:
         raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong); copy or download it again")
 
 
-def check_safetensors(folder: Path, stem: str) -> None:
+def check_safetensors(folder: Path, stem: str) -> str | None:
     """Require that a model's weights are safetensors: the older format is a pickle, which can run code.
+
+    Returns the variant of the weights, such as "fp16", in a folder that holds no others; None for full precision.
 
     Args:
         folder: Folder of a model of diffusers or transformers.
@@ -112,18 +114,32 @@ def check_safetensors(folder: Path, stem: str) -> None:
 
     Raises:
         FileNotFoundError: If the folder holds no weights in safetensors.
-        ValueError: If the index of several files names anything but safetensors files in the same folder.
+        ValueError: If the index of several files names anything but safetensors files in the same folder, or if the
+            folder holds several variants alone.
     """
-    index = folder / f"{stem}.safetensors.index.json"
+    variant = _variant(folder, stem)
+    ending = "" if variant is None else f".{variant}"
+    index = folder / f"{stem}.safetensors.index{ending}.json"
     if index.is_file():
         names = field_of(read_json(index), "weight_map", index).values()
         if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
             raise ValueError(f"{index} must name .safetensors files in its folder, got {wrong[0]!r}; download it again")
-    elif not (folder / f"{stem}.safetensors").is_file():
+    elif not (folder / f"{stem}{ending}.safetensors").is_file():
         raise FileNotFoundError(
             f"{folder} must hold {stem}.safetensors, and does not; a file in the older format .bin can run code: ask "
             "its author for safetensors, which save_pretrained of diffusers writes"
         )
+    return variant
+
+
+def _variant(folder: Path, stem: str) -> str | None:
+    """The variant of the weights in safetensors, if there are none without one."""
+    names = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json")
+    matches = [match for path in folder.glob("*") if (match := names.fullmatch(path.name))]
+    variants = sorted({match[1] or match[2] or "" for match in matches})
+    if len(variants) > 1 and variants[0]:
+        raise ValueError(f"{folder} must have one variant of its weights, got {variants}; remove the others")
+    return variants[0] or None if variants else None
 
 
 def check_pickle(path: Path) -> None:

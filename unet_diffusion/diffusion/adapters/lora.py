@@ -4,7 +4,7 @@ A projection W x becomes W x + alpha / r B A x, where A has r rows and B r colum
 begins with the base. The layers are those of the package peft, in which diffusers' pipelines load them, too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from unet_diffusion.diffusion.adapters.adapter import Adapter
 from unet_diffusion.diffusion.conditions.text import TextTokens
+from unet_diffusion.diffusion.conditions.xl_text import XLText
 from unet_diffusion.models.unet import PixelNetwork
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # projections of the network's attention, as in diffusers' examples
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # and of the attention of CLIP's text encoder
 NAME = "default"  # of the adapter within the layers of peft
 ENCODER = ".encoder."  # ends the part of a name that leads from the conditions to a text encoder
+SECOND = ".second.encoder."  # and to the second one of Stable Diffusion XL
 
 
 class LoRA(Adapter):
@@ -27,7 +29,8 @@ class LoRA(Adapter):
         rank: Rows r of A and columns of B.
         alpha: Scale of the change, in units of 1 / rank; None takes rank, which is a scale of 1.
         dropout: Probability of zeroing an entry of x before A, in training.
-        text_encoder: Whether the attention of the text encoder of captions changes, too.
+        text_encoder: Whether the attention of the text encoder of captions changes, too, or of both encoders of Stable
+            Diffusion XL.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -49,11 +52,11 @@ class LoRA(Adapter):
         self._inject(unet, ATTENTION, f"{type(unet).__name__} has no attention, which LoRA changes")
         if not self.config["text_encoder"]:
             return
-        texts = [condition for condition in conditions if isinstance(condition, TextTokens)]
-        if not texts:
+        targets = [target for condition in conditions for target in _text_targets(condition)]
+        if not targets:
             raise ValueError("text_encoder is for a denoiser of captions, and the base takes none; leave it out")
-        for text in texts:
-            self._inject(text.encoder, TEXT_ATTENTION, "the text encoder has no attention, which LoRA changes")
+        for encoder, names in targets:
+            self._inject(encoder, names, "the text encoder has no attention, which LoRA changes")
 
     def _inject(self, network: nn.Module, targets: tuple[str, ...], otherwise: str) -> None:
         peft = peft_package()
@@ -61,7 +64,7 @@ class LoRA(Adapter):
             raise ValueError(f"{otherwise}; choose another base")
         peft.inject_adapter_in_model(peft.LoraConfig(**self._peft_config(targets)), network, adapter_name=NAME)
 
-    def _peft_config(self, targets: tuple[str, ...]) -> dict[str, Any]:
+    def _peft_config(self, targets: Iterable[str]) -> dict[str, Any]:
         rank = self.config["rank"]
         return {
             "r": rank,
@@ -75,22 +78,39 @@ class LoRA(Adapter):
             merge_layers(network)
 
     def save_pretrained(self, unet: PixelNetwork, weights: Mapping[str, Tensor], folder: Path) -> None:
-        from diffusers import StableDiffusionPipeline  # it takes seconds to import
+        from diffusers import StableDiffusionXLPipeline  # it takes seconds to import, and writes both kinds
 
-        layers: dict[str, dict[str, Tensor]] = {"unet": {}, "text": {}}
+        layers: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}, "text_encoder_2": {}}
         for name, value in weights.items():
             part, _, inner = name.replace(f".{NAME}.", ".").partition(".")
             if part == "conditions":  # diffusers before transformers 5 has text_model in its names
-                layers["text"][f"text_model.{inner.partition(ENCODER)[2]}"] = value.contiguous()
+                encoder = "text_encoder_2" if SECOND in inner else "text_encoder"
+                layers[encoder][f"text_model.{inner.partition(ENCODER)[2]}"] = value.contiguous()
             else:
                 layers["unet"][inner] = value.contiguous()
-        StableDiffusionPipeline.save_lora_weights(
+        StableDiffusionXLPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=layers["unet"],
-            text_encoder_lora_layers=layers["text"],
+            **{f"{network}_lora_layers": changes for network, changes in layers.items()},
             unet_lora_adapter_metadata=self._peft_config(ATTENTION),
-            text_encoder_lora_adapter_metadata=self._peft_config(TEXT_ATTENTION),
+            text_encoder_lora_adapter_metadata=self._peft_config(_targets_in(layers["text_encoder"])),
+            text_encoder_2_lora_adapter_metadata=self._peft_config(TEXT_ATTENTION),
         )
+
+
+def _text_targets(condition: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """The text encoders of a condition, each with the endings of the names of the projections that are changed."""
+    if isinstance(condition, TextTokens):
+        yield condition.encoder, TEXT_ATTENTION
+    elif isinstance(condition, XLText):
+        # The state before the last layer of the first encoder is all that counts of it.
+        layers = range(condition.first.encoder.config.num_hidden_layers - 1)
+        yield condition.first.encoder, tuple(f"layers.{i}.self_attn.{name}" for i in layers for name in TEXT_ATTENTION)
+        yield condition.second.encoder, TEXT_ATTENTION
+
+
+def _targets_in(layers: Mapping[str, Tensor]) -> list[str]:
+    """The endings of the names of projections that have a change in a file, with the numbers of their layers."""
+    return sorted({name.partition(".lora_")[0].removeprefix("text_model.encoder.") for name in layers})
 
 
 def merge_layers(network: nn.Module) -> None:

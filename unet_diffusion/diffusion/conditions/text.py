@@ -324,13 +324,14 @@ def load_frozen(text: TextTokens, kind: Any, encoder: Path, tokenizer: Path, con
     """
     if not tokenizer.is_dir():
         raise FileNotFoundError(f"{tokenizer.parent} must be a local folder with {tokenizer.name}/")
-    check_safetensors(encoder, "model")
+    variant = check_safetensors(encoder, "model")
     # The file's own configuration could ask transformers to download and run kernels, so it is not used.
     model = kind.from_pretrained(
         encoder,
         config=config or copy.deepcopy(text.encoder.config),
         use_safetensors=True,
         local_files_only=True,
+        variant=variant,
         dtype=torch.float32,
     )
     text.encoder.load_state_dict(getattr(model, "text_model", model).state_dict())
