@@ -201,7 +201,8 @@ def test_lora_of_both_text_encoders_draws_in_stock_diffusers_what_it_draws_here(
     status, _, err = run_cli("fit", "--config", tmp_path / "recipe.yaml", *adapter)
     assert status == 0, err
     weights = load_file(tmp_path / "run" / "adapter" / LORA_FILE)
-    for encoder, layers in {"text_encoder": {0, 1}, "text_encoder_2": {0, 1, 2}}.items():  # the last is not attended to
+    # The network attends to the state before the last layer; the pooled state of the second encoder is after it.
+    for encoder, layers in {"text_encoder": {0, 1}, "text_encoder_2": {0, 1, 2}}.items():
         changes = {name: value for name, value in weights.items() if name.startswith(f"{encoder}.")}
         assert {int(name.split(".layers.")[1][0]) for name in changes} == layers
         assert all(value.abs().max() > 0 for value in changes.values())  # all were trained
