@@ -335,14 +335,13 @@ def alignment() -> Rows:
     """Distances on the way of a denoiser that is aligned with a segmenter, and of one that is not."""
     record = result("alignment")
     steps = list(record["results"][0]["distances"])
-    rows: Rows = [("", "seeds", *(f"distance after {step} steps" for step in steps), "seconds")]
+    rows: Rows = [("", "seeds", *(f"distance after {step} steps" for step in steps))]
     for method in ("alone", "aligned"):
         same = [run for run in record["results"] if run["method"] == method]
         each = [[run["distances"][step] for run in same] for step in steps]
         cells = [f"{statistics.mean(one):.1f} ({min(one):.1f} to {max(one):.1f})" for one in each]
-        seconds = statistics.mean(run["seconds"][steps[-1]] for run in same)
-        rows.append((method, str(len(same)), *cells, f"{seconds:.0f}"))
-    rows.append(("other tiles", "", *[""] * (len(steps) - 1), f"{record['tiles']:.1f}", ""))
+        rows.append((method, str(len(same)), *cells))
+    rows.append(("other tiles", "", *[""] * (len(steps) - 1), f"{record['tiles']:.1f}"))
     return rows
 
 
