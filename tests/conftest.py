@@ -186,6 +186,15 @@ def check_resuming(quiet_trainer, tmp_path):
 
 
 @pytest.fixture
+def cache_of_datasets(tmp_path, monkeypatch):
+    """The library datasets keeps what it prepares in the folder of the test, and shows no progress."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
 def run_cli(capsys):
     """Runs a command in this process; its exit status, and what it wrote to stdout and to stderr."""
 

@@ -22,10 +22,7 @@ IMAGE = ["--table.image", "photo", "--table.split", "test"]
 KNOWN = [*IMAGE, "--table.label", "kind", "--table.caption", "prompt"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("cache_of_datasets")
 
 
 @pytest.fixture

@@ -30,10 +30,7 @@ SIZE = {"image_size": 8}
 JPEG = b"\xff\xd8"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("cache_of_datasets")
 
 
 @pytest.fixture

@@ -190,6 +190,7 @@ def test_sde_scheduler_asks_for_torchsde_where_it_is_missing(monkeypatch):
         (LINEAR, "DPMSolverMultistepScheduler", 61, "end below 0 .* got 61; use 60 or 62"),
         (COSINE, "EulerAncestralDiscreteScheduler", 3, "finite on this schedule, got 3"),
         (COSINE, "KDPM2AncestralDiscreteScheduler", 5, "finite on this schedule, got 5"),
+        (LINEAR, "HeunDiscreteScheduler", 2, "first step is too long .* got 2; use 3 or more"),
         (COSINE, "HeunDiscreteScheduler", 20, "first step is too long .* got 20; use 43 or more"),
     ],
 )
@@ -248,7 +249,7 @@ def test_few_steps_give_x0_too(schedule, name, num_steps):
     if name == "PNDMScheduler" and num_steps < 4:
         pytest.skip("it needs four steps")
     if name == "HeunDiscreteScheduler" and num_steps == 2:
-        pytest.skip("its first step of two is too long")
+        pytest.skip("it is refused, see test_number_of_steps_that_goes_wrong_is_refused_with_the_reason")
     x0 = images_like()
     images = sample(oracle(schedule, x0), schedule, x0.shape, scheduler=name, num_inference_steps=num_steps)
     # one step multiplies float32's 6e-8 by 1 / sqrt(a_T): 160 with the linear schedule, 4096 where 2^-24 stands for 0

@@ -87,4 +87,5 @@ def batches_of_run(trainer: Trainer, batches_per_epoch: int) -> float:
 
 def ends_by_time(trainer: Trainer) -> bool:
     """Whether a run ends after max_time, if nothing else ends it before."""
-    return any(isinstance(one, Timer) and one.time_remaining() is not None for one in trainer.callbacks)  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it where type checkers do not look
+    return any(isinstance(one, Timer) and one.time_remaining() is not None for one in callbacks)

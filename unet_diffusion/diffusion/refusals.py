@@ -67,7 +67,7 @@ def _trailing_rule(name: str, num_train: int) -> tuple[str, Callable[[int], bool
     return "not make the trailing timesteps end below 0", lambda n: len(np.arange(num_train, 0, -num_train / n)) == n
 
 
-def check_first_step(scheduler: Any, num_steps: int) -> None:
+def check_first_step_of_heun(scheduler: Any, num_steps: int) -> None:
     """Refuse a number of steps for which the first step of Heun's scheduler adds noise that was never there.
 
     The step follows the mean of two slopes, that of the noise level it leaves and that of the level it reaches. From
@@ -76,13 +76,13 @@ def check_first_step(scheduler: Any, num_steps: int) -> None:
     are right.
 
     Args:
-        scheduler: A new scheduler of diffusers for images that start from noise alone.
+        scheduler: A new HeunDiscreteScheduler for images that start from noise alone.
         num_steps: The number of denoising steps.
 
     Raises:
         ValueError: If images with a variance of 1 would be more than `MAX_DEVIATION` times too noisy after the step.
     """
-    if type(scheduler).__name__ != "HeunDiscreteScheduler" or _deviation(scheduler, num_steps) <= MAX_DEVIATION:
+    if _deviation(scheduler, num_steps) <= MAX_DEVIATION:
         return
     more = range(num_steps + 1, scheduler.config.num_train_timesteps + 1)
     enough = next((number for number in more if _deviation(scheduler, number) <= MAX_DEVIATION), None)

@@ -24,7 +24,7 @@ from unet_diffusion.diffusion.conditions.condition import Inputs
 from unet_diffusion.diffusion.guidance import Denoise, Guidance, Predictor, check_guidance, guide
 from unet_diffusion.diffusion.image_to_image import InitImage, apply_keep_mask, begin, check_init_image, num_steps_from
 from unet_diffusion.diffusion.linear_solver import LinearSolver, linear_steps
-from unet_diffusion.diffusion.refusals import check_first_step, check_num_inference_steps, refusal
+from unet_diffusion.diffusion.refusals import check_first_step_of_heun, check_num_inference_steps, refusal
 from unet_diffusion.diffusion.schedule import NoiseSchedule, scheduler_config
 from unet_diffusion.diffusion.schedulers import SCHEDULERS
 from unet_diffusion.runtime.randomness import image_generators, keyed_generator
@@ -267,8 +267,9 @@ def check_sampling(
     if init_image is not None:
         check_init_image(init_image, shape, name_of(scheduler), num_inference_steps)
     _check_finite(schedule, scheduler, num_inference_steps)
-    if num_steps_from(init_image, num_inference_steps) == num_inference_steps:
-        check_first_step(build_scheduler(schedule, scheduler), num_inference_steps)
+    starts_from_noise = num_steps_from(init_image, num_inference_steps) == num_inference_steps
+    if name_of(scheduler) == "HeunDiscreteScheduler" and starts_from_noise:
+        check_first_step_of_heun(build_scheduler(schedule, scheduler), num_inference_steps)
 
 
 def _image_numbers(count: int, indices: Iterable[int] | None) -> list[int]:
