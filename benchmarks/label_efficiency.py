@@ -3,18 +3,20 @@
     python benchmarks/label_efficiency.py --root DIR
 
 DIR holds image/ and label/ of 400 microscopy images; the last 80 by name are tested on, and never trained on or chosen
-by. The denoiser is a run of configs/nuclei_denoiser.yaml on the other 320, without labels, and is trained first if it
-is not there. Then, with labels of N of the 320, drawn by the seed:
+by. Two denoisers of the other 320, without labels, are trained first if they are not there: those of
+configs/nuclei_denoiser.yaml with the network of configs/nuclei_joint.yaml, one with its noise schedule and one with the
+first tenth of it, of low noise only. Then the same network segments, with labels of N of the 320, drawn by the seed:
 
-    scratch    configs/nuclei_finetune.yaml, from random weights
-    finetuned  configs/nuclei_finetune.yaml, from the denoiser's weights
-    features   configs/nuclei_features.yaml: a pixel classifier on the frozen denoiser
-    alone      configs/nuclei_joint.yaml without denoising: its network, from random weights
+    alone      configs/nuclei_joint.yaml without denoising, from random weights
+    finetuned  the same from the weights of the first denoiser
+    low_noise  the same from those of the denoiser of low noise
+    slow       as low_noise, and these weights learn at a tenth of the rate
+    features   configs/nuclei_features.yaml: a pixel classifier on the first denoiser, which is frozen
     joint      configs/nuclei_joint.yaml, which denoises all 320 while it learns from the N labels
 
-Each is trained by `unet-diffusion fit` in a process of its own, which fits its threshold on images that it trains on,
-and scored on the test images as in nuclei.py. The program of nuclei.py that learns nothing is a row, too. A result is
-kept as soon as it is there, and a run that was cut off continues.
+Each has the same number of steps, is trained by `unet-diffusion fit` in a process of its own, which fits its threshold
+on images that it trains on, and is scored on the test images as in nuclei.py. The program of nuclei.py that learns
+nothing is a row, too. A result is kept as soon as it is there, and a run that was cut off continues.
 """
 
 import argparse
@@ -22,11 +24,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 from measure import RESULTS, environment, process_seconds, table, write_json
 from nuclei import by, classical, scored, tested
 
@@ -34,21 +37,26 @@ from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory, set_speed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-METHODS = {  # the recipe, and what is changed of it
-    "scratch": ("nuclei_finetune.yaml", ["--model.init_from=null"]),
-    "finetuned": ("nuclei_finetune.yaml", []),
-    "features": ("nuclei_features.yaml", []),
-    "alone": ("nuclei_joint.yaml", ["--model.joint=null", "--model.unet.init_args.out_channels=4"]),
-    "joint": ("nuclei_joint.yaml", []),
+LOW_NOISE = ["--model.schedule.num_train_timesteps=100", "--model.schedule.beta_end=2.1e-3"]  # as nuclei_joint.yaml
+DENOISERS = {"usual": [], "low_noise": LOW_NOISE}
+ALONE = ["--model.joint=null", "--model.unet.init_args.out_channels=4"]
+WIDTHS = (16, 32, 64, 128, 256)  # of nuclei_joint.yaml
+METHODS = {  # the recipe, what is changed of it, and the denoiser to start from
+    "alone": ("nuclei_joint.yaml", ALONE, None),
+    "finetuned": ("nuclei_joint.yaml", ALONE, "usual"),
+    "low_noise": ("nuclei_joint.yaml", ALONE, "low_noise"),
+    "slow": ("nuclei_joint.yaml", [*ALONE, "--model.pretrained_lr_scale=0.1"], "low_noise"),
+    "features": ("nuclei_features.yaml", [], "usual"),
+    "joint": ("nuclei_joint.yaml", [], None),
 }
-FROM_DENOISER = ("finetuned", "features")
 TEST_WINDOW = 256  # pixels; twice that of training: half the test images are no larger, and need one window
 
 
 def main() -> None:
     options = parsed()
-    if not options.denoiser.exists() and not set(options.methods).isdisjoint(FROM_DENOISER):
-        train_denoiser(options)
+    for name, changes in DENOISERS.items():
+        if any(METHODS[method][2] == name for method in options.methods):
+            train_denoiser(options, name, changes)
     keys = [(method, number, seed) for seed in options.seeds for number in options.num_labelled
             for method in options.methods]  # fmt: skip
     measure(options, keys, measured)
@@ -89,9 +97,12 @@ def parsed() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--root", type=Path, required=True, help="folder that holds image and label")
-    parser.add_argument("--denoiser", type=Path, default=Path("runs/nuclei_denoiser"), help="run folder or checkpoint")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--num_labelled", nargs="+", type=int, default=[5, 20, 80])
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of each segmenter")
+    parser.add_argument("--denoiser_steps", type=int, default=2000, help="optimiser steps of each denoiser")
+    parser.add_argument("--tile_size", type=int, default=64, help="pixels, of what denoisers are trained on")
+    parser.add_argument("--channels", nargs="+", type=int, default=WIDTHS, help="widths of the network")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num_test", type=int, default=80, help="images to test on, the last by name")
     parser.add_argument("--work", type=Path, default=Path("runs/label_efficiency"), help="for runs and logs")
@@ -101,15 +112,36 @@ def parsed() -> argparse.Namespace:
     return options
 
 
-def train_denoiser(options: argparse.Namespace) -> None:
-    print(f"training the denoiser: {options.denoiser}", flush=True)
+def denoiser_of(options: argparse.Namespace, name: str) -> Path:
+    """The run folder of a denoiser."""
+    return options.work / f"denoiser_{name}"
+
+
+def network_that_denoises(channels: Sequence[int]) -> str:
+    """The network of nuclei_joint.yaml with the outputs of a denoiser, as JSON."""
+    unet = yaml.safe_load((CONFIGS / "nuclei_joint.yaml").read_text())["model"]["unet"]
+    unet["init_args"] |= {"out_channels": unet["init_args"]["in_channels"], "channels": list(channels)}
+    return json.dumps(unet)
+
+
+def train_denoiser(options: argparse.Namespace, name: str, changes: list[str]) -> None:
+    """Trains a denoiser, or what is left to do of it."""
+    run = denoiser_of(options, name)
+    print(f"training a denoiser: {run}", flush=True)
     images = options.root.resolve() / "image"
     num_unlabelled = len(list(images.iterdir())) - options.num_test
-    arguments = [f"--data.root={images}", f"--data.num_images={num_unlabelled}"]
-    run = f"--trainer.default_root_dir={options.denoiser}"
-    config = f"--config={CONFIGS / 'nuclei_denoiser.yaml'}"
-    command = [sys.executable, "-m", "unet_diffusion", "fit", config, *arguments, run]
-    subprocess.run(command, check=True)
+    arguments = [
+        f"--config={CONFIGS / 'nuclei_denoiser.yaml'}",
+        f"--model.unet={network_that_denoises(options.channels)}",
+        f"--data.root={images}",
+        f"--data.num_images={num_unlabelled}",
+        f"--data.tile_size={options.tile_size}",
+        f"--trainer.max_steps={options.denoiser_steps}",
+        f"--trainer.val_check_interval={options.denoiser_steps}",
+        f"--trainer.default_root_dir={run}",
+        *changes,
+    ]
+    subprocess.run([sys.executable, "-m", "unet_diffusion", "fit", *arguments], check=True)
 
 
 def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: int) -> dict:
@@ -117,8 +149,14 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
     shutil.rmtree(run, ignore_errors=True)  # of a run that was cut off
     run.parent.mkdir(parents=True, exist_ok=True)
     root = options.root.resolve()
+    recipe, changes, denoiser = METHODS[method]
+    changes = [*changes, *([] if denoiser is None else [f"--model.init_from={denoiser_of(options, denoiser)}"])]
+    if method == "features":
+        changes.append(f"--model.unet.init_args.denoiser={network_that_denoises(options.channels)}")
+    else:
+        changes.append(f"--model.unet.init_args.channels={list(options.channels)}")
     arguments = [
-        f"--config={CONFIGS / METHODS[method][0]}",
+        f"--config={CONFIGS / recipe}",
         f"--data.images={root / 'image'}",
         f"--data.labels={root / 'label'}",
         f"--data.num_val={options.num_test}",
@@ -127,8 +165,9 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
         f"--seed_everything={seed}",
         "--trainer.limit_val_batches=1",  # a validation fits the threshold
         f"--trainer.default_root_dir={run}",
-        *([f"--model.init_from={options.denoiser}"] if method in FROM_DENOISER else []),
-        *METHODS[method][1],
+        f"--trainer.max_steps={options.steps}",
+        f"--trainer.val_check_interval={options.steps}",
+        *changes,
         *options.of_fit,
     ]
     command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments]

@@ -15,14 +15,10 @@ from forked import run_python
 from latents_against_pixels import compile_ahead
 from PIL import Image
 from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
-from test_configs import NUCLEI, write_fashion_mnist, write_pairs
+from test_configs import write_fashion_mnist, write_pairs
 from until_time import STEPS, UntilTime
 
-from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.inference.denoiser import Denoiser
-from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.inference.segmenter import Segmenter
-from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
 ROOT = Path(__file__).parents[1]
@@ -204,22 +200,18 @@ def test_isbi2012(tmp_path):
 @pytest.mark.slow
 def test_label_efficiency_resumes(tmp_path):
     write_pairs(tmp_path, channels=3, instances=True)
-    denoiser = Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
-    save_denoiser(denoiser, tmp_path / "denoiser.ckpt")
     command = [sys.executable, str(ROOT / "benchmarks" / "label_efficiency.py"), "--root", str(tmp_path)]
-    command += ["--denoiser", str(tmp_path / "denoiser.ckpt"), "--num_test", "2", "--seeds", "0"]
-    command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "l.json")]
-    narrow = ["--model.unet.init_args.channels=[8,8,8]", "--model.unet.init_args.norm_num_groups=4"]
-    few = ["--num_labelled", "2", "--methods", "scratch", "finetuned"]
-    options = [*TINY_SEGMENTER, "--trainer.max_steps=2", *narrow]
-    printed([*command, *few, *options])
+    command += ["--num_test", "2", "--seeds", "0", "--steps", "2", "--denoiser_steps", "1", "--tile_size", "32"]
+    command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "l.json"), *TINY_SEGMENTER]
+    command += ["--channels", "4", "4", "4", "4"]
+    methods = ["alone", "slow", "features", "joint"]
+    printed([*command, "--num_labelled", "2", "--methods", *methods])
     first = json.loads((tmp_path / "l.json").read_text())["results"]
-    order = [("classical", 0), ("scratch", 2), ("finetuned", 2)]
-    assert [(result["method"], result["labelled"]) for result in first] == order
-    printed([*command, "--num_labelled", "2", "3", "--methods", "scratch", *options])
+    assert [(one["method"], one["labelled"]) for one in first] == [("classical", 0), *((name, 2) for name in methods)]
+    printed([*command, "--num_labelled", "2", "3", "--methods", "alone"])
     then = json.loads((tmp_path / "l.json").read_text())["results"]
-    assert then[:3] == first
-    assert [(result["method"], result["labelled"]) for result in then[3:]] == [("scratch", 3)]
+    assert then[:5] == first
+    assert [(result["method"], result["labelled"]) for result in then[5:]] == [("alone", 3)]
 
 
 @pytest.mark.slow

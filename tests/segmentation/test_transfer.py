@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import NOISE_SEED, FeatureClassifier
 from unet_diffusion.segmentation.transfer import load_denoiser_weights
@@ -102,6 +103,34 @@ def test_maps_are_what_the_expanding_path_makes_of_the_noised_image():
     finest, coarse = network.maps(x, 50)
     torch.testing.assert_close(finest, tops[0])  # the map that the head is given
     assert coarse.shape == (2, 16, 4, 4)
+
+
+@pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
+def test_maps_of_the_2015_network_are_what_its_levels_give(upsampling):
+    torch.manual_seed(5)
+    unet = SegmentationUNet(1, 1, channels=[8, 16, 16], padding="same", timestep_embedding=True, upsampling=upsampling)
+    schedule = NoiseSchedule(**SCHEDULE)
+    network = FeatureClassifier(unet, schedule, levels=[0, 1], timesteps=[50], hidden_channels=[6, 5]).eval()
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([50, 50])
+    noise = torch.randn(1, 16, 16, generator=keyed_generator(NOISE_SEED))
+    x_t = schedule.add_noise(x, noise.expand_as(x), t)
+    finest, coarse = network.maps(x, 50)
+    torch.testing.assert_close(unet.conv_out(finest), unet(x_t, t))  # of the finest the head makes the prediction
+    torch.testing.assert_close(unet.up_blocks[1](coarse, [unet.conv_in(x_t)], unet.embed(t), None), finest)
+    assert network(x).shape == (2, 2, 16, 16)
+    built = type(network)(
+        SegmentationUNet(**network.config["denoiser"]["init_args"]), schedule, levels=[0, 1], timesteps=[50],
+        hidden_channels=[6, 5],
+    )  # fmt: skip
+    built.load_state_dict(network.state_dict())
+    assert network.config["denoiser"]["class_path"].endswith("segmentation_unet.SegmentationUNet")
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"timestep_embedding": True}])
+def test_2015_network_that_cannot_denoise_is_refused(options):
+    unet = SegmentationUNet(1, 1, channels=[8, 16], **options)
+    with pytest.raises(ValueError, match="must take a timestep and keep height and width; set its timestep_embedding"):
+        FeatureClassifier(unet, NoiseSchedule(**SCHEDULE), levels=[0])
 
 
 def test_first_layer_before_enlarging_is_the_papers_on_the_enlarged_maps():

@@ -283,6 +283,52 @@ def test_denoiser_is_where_training_starts_from(quiet_trainer, denoiser):
                 torch.testing.assert_close(part.state_dict()[name], value, rtol=1e-6, atol=1e-7)  # averaged once
 
 
+def test_pretrained_weights_learn_at_their_share_of_the_rate(quiet_trainer, denoiser):
+    path, unet = denoiser
+    moved = {}
+    for scale in (1.0, 0.25):
+        made = module(
+            DenoiserUNet(**SMALL, out_channels=2), timestep=0, init_from=str(path), pretrained_lr_scale=scale,
+            optimizer=functools.partial(torch.optim.SGD, lr=0.5),
+        )  # fmt: skip
+        torch.nn.init.constant_(made.unet.conv_out.weight[:1], 0.1)  # a head of zeros passes no gradient on
+        before = {name: value.clone() for name, value in made.unet.state_dict().items()}
+        before |= {name: value for name, value in unet.state_dict().items() if not name.startswith("conv_out.")}
+        quiet_trainer(max_steps=1, limit_val_batches=0).fit(made, cells())
+        moved[scale] = {name: value - before[name] for name, value in made.unet.state_dict().items()}
+    assert any(value.abs().max() > 1e-3 for name, value in moved[1.0].items() if not name.startswith("conv_out."))
+    for name, value in moved[1.0].items():
+        share = 1 if name.startswith("conv_out.") else 0.25
+        torch.testing.assert_close(moved[0.25][name], share * value, rtol=1e-3, atol=1e-6)
+
+
+def test_share_of_the_rate_is_kept_over_a_checkpoint(quiet_trainer, denoiser, tmp_path):
+    def made(scale):
+        return module(DenoiserUNet(**SMALL, out_channels=2), timestep=0, init_from=str(denoiser[0]),
+                      pretrained_lr_scale=scale)  # fmt: skip
+
+    path = fit_and_save(made(0.25), cells(), quiet_trainer(max_steps=1, limit_val_batches=0), tmp_path / "x.ckpt")
+    again = SegmentationModule.load_from_checkpoint(path)
+    quiet_trainer(max_steps=2, limit_val_batches=0).fit(again, cells(), ckpt_path=path)
+    head, pretrained = (group["lr"] for group in again.trainer.optimizers[0].param_groups)
+    assert pretrained == 0.25 * head > 0
+    with pytest.raises(ValueError, match="weights have 2 learning rates, and the settings ask for 1; set model"):
+        quiet_trainer(max_steps=2, limit_val_batches=0).fit(made(1.0), cells(), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pretrained_lr_scale": 0.0, "init_from": "x"}, "above 0 and at most 1, got 0.0"),
+        ({"pretrained_lr_scale": 2.0, "init_from": "x"}, "above 0 and at most 1, got 2.0"),
+        ({"pretrained_lr_scale": 0.1}, "must be 1 where no weights from init_from are trained, got 0.1; set init_from"),
+    ],
+)
+def test_share_of_the_rate_without_meaning_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        module(DenoiserUNet(**SMALL, out_channels=2), timestep=0, **options)
+
+
 def test_run_that_is_continued_needs_its_denoiser_no_more(quiet_trainer, denoiser, tmp_path):
     path, _ = denoiser
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.models.double_conv import DoubleConv
 from unet_diffusion.models.residual_blocks import UpBlock
+from unet_diffusion.models.segmentation_unet import SegmentationUNet
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.runtime.randomness import keyed_generator
 
@@ -25,21 +27,22 @@ class FeatureClassifier(PixelNetwork):
     """Class scores of each pixel from the features of a denoiser that is not trained.
 
     Args:
-        denoiser: A network without classes; its weights are frozen.
+        denoiser: A network with a timestep embedding and without classes; its weights are frozen.
         schedule: The noise schedule that it was trained with.
         out_channels: Number of classes.
         timesteps: Timesteps to which the image is noised; 50, 150 and 250 of 1000 in the paper.
         levels: Levels of the expanding path whose maps are features, 0 is full resolution; the paper takes those in the
-            middle.
+            middle. A SegmentationUNet has one level less than `channels`, as its path begins above the bottom.
         hidden_channels: Widths of the pixel classifier's two hidden layers.
 
     Raises:
-        ValueError: If a timestep or level does not exist, there are not two hidden layers, or the denoiser has classes.
+        ValueError: If a timestep or level does not exist, there are not two hidden layers, or the denoiser takes no
+            timestep, changes the size or has classes.
     """
 
     def __init__(
         self,
-        denoiser: DenoiserUNet,
+        denoiser: DenoiserUNet | SegmentationUNet,
         schedule: NoiseSchedule,
         *,
         out_channels: int = 2,
@@ -54,7 +57,7 @@ class FeatureClassifier(PixelNetwork):
         self.timesteps = list(timesteps)
         self.levels = sorted(levels)
         first, second = hidden_channels
-        widths = [denoiser.config["channels"][level] for level in self.levels] * len(self.timesteps)
+        widths = [_width_of(denoiser.up_blocks[-1 - level]) for level in self.levels] * len(self.timesteps)
         # The paper's first layer takes all maps, enlarged and concatenated. It is linear: it may come before enlarging.
         self.projections = nn.ModuleList(
             nn.Sequential(nn.BatchNorm2d(width, affine=False), nn.Conv2d(width, first, 1)) for width in widths
@@ -65,7 +68,7 @@ class FeatureClassifier(PixelNetwork):
         self.size_step = denoiser.size_step
         self.config: dict[str, Any] = {
             "denoiser": {
-                "class_path": f"{DenoiserUNet.__module__}.{DenoiserUNet.__qualname__}",
+                "class_path": f"{type(denoiser).__module__}.{type(denoiser).__qualname__}",
                 "init_args": denoiser.config,
             },
             "schedule": schedule.config,
@@ -114,9 +117,10 @@ class FeatureClassifier(PixelNetwork):
             timestep: Timestep to which they are noised, in [0, num_train_timesteps).
         """
         maps: dict[int, Tensor] = {}
-        up_blocks = cast(list[UpBlock], list(reversed(self.denoiser.up_blocks)))  # by level
         hooks = [
-            up_blocks[level].attentions[-1].register_forward_hook(lambda *call, at=level: maps.update({at: call[2]}))
+            _before_enlarging(self.denoiser.up_blocks[-1 - level]).register_forward_hook(
+                lambda *call, at=level: maps.update({at: call[2]})
+            )
             for level in self.levels
         ]
         generator = keyed_generator(NOISE_SEED)  # on the CPU, so that every device gets the same noise
@@ -130,14 +134,28 @@ class FeatureClassifier(PixelNetwork):
         return [maps[level] for level in self.levels]
 
 
+def _before_enlarging(block: nn.Module) -> nn.Module:
+    """The module whose output is the map of a level; a level of a SegmentationUNet enlarges first."""
+    return cast(nn.Module, block.attentions[-1]) if isinstance(block, UpBlock) else block
+
+
+def _width_of(block: nn.Module) -> int:
+    """The channels of the map of a level."""
+    last = block.resnets[-1].conv2 if isinstance(block, UpBlock) else cast(DoubleConv, block.double_conv).conv2
+    return cast(nn.Conv2d, last).out_channels
+
+
 def _check_arguments(
-    denoiser: DenoiserUNet,
+    denoiser: DenoiserUNet | SegmentationUNet,
     schedule: NoiseSchedule,
     timesteps: Sequence[int],
     levels: Sequence[int],
     hidden_channels: Sequence[int],
 ) -> None:
-    num_levels = len(denoiser.config["channels"])
+    num_levels = len(denoiser.up_blocks)
+    if denoiser.time_embedding is None or denoiser.margin:
+        raise ValueError("the denoiser must take a timestep and keep height and width; set its timestep_embedding to "
+                         "true, and its padding to same")  # fmt: skip
     if denoiser.class_embedding is not None:
         raise ValueError(
             f"the denoiser must have no classes, as images to segment have none, got {denoiser.num_class_embeds} class "

@@ -14,6 +14,11 @@ from unet_diffusion.segmentation.features import FeatureClassifier
 HEADS = ("conv_out.", "class_embedding.")
 
 
+def is_of_denoiser(name: str) -> bool:
+    """Whether a segmenter that starts with a denoiser's weights takes over the tensor of this name."""
+    return not name.startswith(HEADS)
+
+
 def load_denoiser_weights(network: PixelNetwork, denoiser: DenoiserParts) -> str:
     """Copy the weights of a denoiser into a segmenter, in place, and return a sentence about what was copied.
 

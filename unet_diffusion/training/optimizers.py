@@ -63,11 +63,19 @@ def put_hyperparameters(checkpoint: dict[str, Any], optimizers: Sequence[Optimiz
     Args:
         checkpoint: What Lightning is about to restore; one without optimisers is left alone.
         optimizers: Optimisers made by the present settings.
+
+    Raises:
+        ValueError: If an optimiser has another number of groups of weights.
     """
     schedules = checkpoint.get("lr_schedulers") or [{} for _ in optimizers]
-    # Not strict: a run that begins has no states yet, and torch refuses other numbers of groups when it restores them.
+    # Not strict: a run that begins has no states yet.
     for saved, schedule, optimizer in zip(checkpoint.get("optimizer_states", []), schedules, optimizers, strict=False):
-        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+        if len(saved["param_groups"]) != len(optimizer.param_groups):
+            raise ValueError(
+                f"the checkpoint's weights have {len(saved['param_groups'])} learning rates, and the settings ask for "
+                f"{len(optimizer.param_groups)}; set model.pretrained_lr_scale as it was"
+            )
+        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             old |= {name: value for name, value in new.items() if name not in ("params", "lr", "initial_lr")}
             before = old.get("initial_lr", old["lr"])
             if new["lr"] != before:

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.evaluation.segmented_images import Truth
@@ -27,7 +28,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, NUM_BESIDE, THRESHOLD, Kind
 from unet_diffusion.segmentation.losses import SegmentationLoss, affinity_loss, distance_loss, segmentation_loss
-from unet_diffusion.segmentation.transfer import load_denoiser_weights
+from unet_diffusion.segmentation.transfer import is_of_denoiser, load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.hyperparameters import check_choice
 from unet_diffusion.training.joint import JointDenoising
@@ -55,6 +56,8 @@ class SegmentationModule(NetworkModule):
         timestep: The timestep for a network with a timestep embedding, such as a DenoiserUNet; 0 means almost no noise.
         init_from: A denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
             pipeline folder. The run prints what was taken over.
+        pretrained_lr_scale: The learning rate of the weights from `init_from`, relative to that of the new head. Below
+            1 they stay nearer to the denoiser, which few labels then do not overwrite.
         joint: Denoise windows of images without labels, too, with the same network. None: segment only.
         optimizer: A function that makes the optimiser from the parameters.
         lr_warmup_steps: The number of optimiser steps over which the learning rate rises linearly to its full value; 0
@@ -88,6 +91,7 @@ class SegmentationModule(NetworkModule):
         loss: SegmentationLoss = "cross_entropy",
         timestep: int | None = None,
         init_from: str | None = None,
+        pretrained_lr_scale: float = 1.0,
         joint: JointDenoising | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_warmup_steps: int = 0,
@@ -110,6 +114,13 @@ class SegmentationModule(NetworkModule):
         if joint is not None and any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in unet.modules()):
             raise ValueError("joint needs a network without batch norm, which would mix the statistics of images with "
                              "and without noise; set norm to group")  # fmt: skip
+        if not 0 < pretrained_lr_scale <= 1:
+            raise ValueError(f"pretrained_lr_scale must be above 0 and at most 1, got {pretrained_lr_scale}")
+        if pretrained_lr_scale != 1 and (init_from is None or isinstance(unet, FeatureClassifier)):
+            raise ValueError(
+                f"pretrained_lr_scale must be 1 where no weights from init_from are trained, got "
+                f"{pretrained_lr_scale}; set init_from to a denoiser with the network's widths"
+            )
         super().__init__(
             unet,
             optimizer=optimizer,
@@ -122,6 +133,7 @@ class SegmentationModule(NetworkModule):
         self.loss = loss
         self.timestep = timestep
         self.init_from = init_from and with_prefix(init_from)
+        self.pretrained_lr_scale = pretrained_lr_scale
         self.joint = joint
         self.batches_at_once = 1 if joint is None else 2  # the second is denoised
         self._validation_sums: Tensor | None = None
@@ -193,6 +205,16 @@ class SegmentationModule(NetworkModule):
             rank_zero_warn("the frozen denoiser has random weights; set model.init_from to a trained one")
         super().setup(stage)
 
+    def new_optimizers(self) -> list[Optimizer]:
+        if self.pretrained_lr_scale == 1:
+            return super().new_optimizers()
+        parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for name, parameter in self.unet.named_parameters():
+            parts[is_of_denoiser(name)].append(parameter)
+        optimizer = self.optimizer_factory([{"params": part} for part in parts])  # type: ignore[arg-type]  # groups, too
+        optimizer.param_groups[1]["lr"] *= self.pretrained_lr_scale
+        return [optimizer]
+
     def record(self) -> dict[str, Any]:
         return self.trained.record()
 
@@ -201,7 +223,9 @@ class SegmentationModule(NetworkModule):
         cls, path: str | os.PathLike[str], checkpoint: dict[str, Any], allow: Sequence[str], **arguments: Any
     ) -> Self:
         trained = read_segmenter(path, allow=allow)
-        module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, "init_from": None})
+        alone = {"init_from": None, "pretrained_lr_scale": 1.0}  # the checkpoint has the weights
+        module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, **alone})
+        module.pretrained_lr_scale = arguments.get("pretrained_lr_scale", 1.0)
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
         module.threshold, module.min_size = trained.threshold, trained.min_size
         module.keep_values(trained.values)
