@@ -260,7 +260,7 @@ def unlike_the_layout() -> dict[str, tuple[ud.Segmenter, str]]:
     return {
         "range": (binary(ud.SegmentationUNet(1, 2, **plain)), "network with unit_range True, got False"),
         "norm": (binary(ud.SegmentationUNet(1, 2, unit_range=True, padding="same")), "norm batch, got None"),
-        "stretch": (binary(fitting, stretch=True), "not stretched"),
+        "stretch": (binary(fitting, stretch=True), "neither stretched nor scaled"),
         "objects": (
             binary(ud.SegmentationUNet(1, 4, unit_range=True, **plain), kind="instances", class_names=[*names, "edge"]),
             "of kind instances gives 4 maps",

@@ -33,6 +33,7 @@ def segment(
     overlays: bool = False,
     probabilities: bool = False,
     views: bool = False,
+    diameter: float | None = None,
     threshold: float | None = None,
     min_size: int | None = None,
     overwrite: bool = False,
@@ -61,6 +62,8 @@ def segment(
         overlays: Also write DIR/overlays/NAME.png, with outlines on the image.
         probabilities: Also write DIR/probabilities/NAME.npy, float16 (classes, height, width).
         views: Average over rotations and flips, which takes 8 times the work.
+        diameter: The typical diameter of the objects in pixels, for a segmenter that was trained on objects of one
+            size. By default each image is segmented up to twice before to find it.
         threshold: The foreground is where its probability is larger. The default was fitted in training.
         min_size: Least number of pixels in an object, with --instances or --overlays; smaller objects are left out. The
             default was fitted in training.
@@ -105,6 +108,7 @@ def segment(
         "overlays": overlays,
         "probabilities": probabilities,
         "views": views,
+        "diameter": diameter,
         "threshold": trained.threshold if threshold is None else threshold,
         "min_size": trained.min_size if min_size is None else min_size,
         "window_size": window_size,
@@ -114,6 +118,7 @@ def segment(
     if instances and trained.kind == "classes":
         raise ValueError("--instances needs a model of objects, and this one was trained on classes; leave it out")
     check_threshold(trained.kind, threshold, min_size)
+    trained.check_diameter(diameter)
     if window_size is not None:
         trained.window_size = window_size
     sources, outputs = ImagesToSegment(images, table), Outputs(output, probabilities, overlays, instances)
@@ -121,7 +126,7 @@ def segment(
     settings["precision"] = trained.precision
     prepare_weights(trained.unet, getattr(torch, trained.precision or "float32"))
 
-    predict = partial(trained.segment, views=views, threshold=threshold, min_size=min_size)
+    predict = partial(trained.segment, views=views, diameter=diameter, threshold=threshold, min_size=min_size)
     is_new = not output.exists()
     with process_group() as group, claimed(output, group):
         group.on_rank_zero(lambda: _prepare_masks(settings, sources, outputs, overwrite=overwrite))

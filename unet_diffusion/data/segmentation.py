@@ -29,6 +29,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
 from unet_diffusion.segmentation.image_targets import ImageTargets
 from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, Targets
+from unet_diffusion.segmentation.object_size import median_diameter, scale_to, scaled_image, scaled_labels, scaled_size
 
 VAL_SHARE = 5  # by default a fifth of the images is kept for validation
 SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number
@@ -137,8 +138,8 @@ class SegmentationDataModule(SourceDataModule):
         self._pixels = [*loaded.images, *self._not_held_out(loaded, held_out)]
         self._to_denoise = [index for index in range(len(self._pixels)) if index not in held_out]
         self._first_synthetic = len(self._pixels)
-        self._learnt = self._targets_of({i: loaded.labels[i] for i in train.tolist()})
         self._ends = [percentiles(image) for image in self._pixels] if self.stretch else []
+        self._learnt = self._learnt_of({i: loaded.labels[i] for i in train.tolist()})
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
@@ -153,8 +154,19 @@ class SegmentationDataModule(SourceDataModule):
         pairs = zip(loaded.unlabelled, contents_of_pixels(loaded.unlabelled), strict=True)
         return [image for image, content in pairs if content not in contents]
 
-    def _targets_of(self, labels: dict[int, NDArray[np.int32]]) -> dict[int, ImageTargets]:
+    def _learnt_of(self, labels: dict[int, NDArray[np.int32]]) -> dict[int, ImageTargets]:
+        """The targets of images that are trained on, after these are scaled to objects of one size."""
+        if self.targets.object_diameter is not None:
+            labels = {index: self._to_one_size(index, one) for index, one in labels.items()}
         return {index: ImageTargets.of(self.targets, one, self._balance) for index, one in labels.items()}
+
+    def _to_one_size(self, index: int, labels: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Scale an image, and return its labels at the same scale."""
+        assert self.targets.object_diameter is not None
+        factor = scale_to(self.targets.object_diameter, median_diameter(self.targets.instances(labels)))
+        size = scaled_size(labels.shape, factor)
+        self._pixels[index] = scaled_image(self._pixels[index], size)
+        return scaled_labels(labels, size)
 
     def _add_synthetic(self, synthetic: SyntheticPairs) -> None:
         """Append the synthetic images to the others."""
@@ -170,8 +182,8 @@ class SegmentationDataModule(SourceDataModule):
                 f"{len(small)} of {len(drawn.names)} are smaller: {first_few(small)}; make them with --image_size "
                 f"{self.window_size}"
             )
-        self._learnt |= self._targets_of(dict(enumerate(drawn.labels, start=self._first_synthetic)))
         self._pixels += drawn.images
+        self._learnt |= self._learnt_of(dict(enumerate(drawn.labels, start=self._first_synthetic)))
         self._hashes = None  # they were of the other images
 
     def summary(self) -> list[str]:
@@ -182,6 +194,7 @@ class SegmentationDataModule(SourceDataModule):
         size = smallest if len(sizes) == 1 else f"{smallest} to {largest}"
         bits = " and ".join(str(8 * one) for one in sorted({image.element_size() for image in images}))
         chosen = f", {self.num_train} of them" if self.num_train is not None else ""
+        diameter = self.targets.object_diameter
         kept = f", {self.num_fit} of which thresholds are fitted on" if self.num_fit else ""
         return [
             f"found: {len(images)} labelled images, {len(images[0])} channels, {size} pixels, {bits} bits",
@@ -189,6 +202,7 @@ class SegmentationDataModule(SourceDataModule):
             f"labels: {self._labels_described()}",
             f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
             "epoch; whole images to validate on",
+            *([] if diameter is None else [f"scaled: each image, until its objects have {diameter:g} pixels across"]),
             *([self._synthetic_described()] if self._first_synthetic < len(self._pixels) else []),
             *(
                 [f"denoised: {len(self._to_denoise)} images, all that are not held out"]

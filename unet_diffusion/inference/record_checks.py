@@ -5,6 +5,7 @@ larger than its storage, or by the description of a network larger than its weig
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, get_args
@@ -27,6 +28,10 @@ MAX_SHOWN = 80  # characters of a value in an error
 def is_count(value: Any) -> bool:
     """Whether a value is an integer of at least 1."""
     return type(value) is int and value >= 1
+
+
+def _is_diameter(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 4 <= value < math.inf
 
 
 def _is_network(value: Any) -> bool:
@@ -103,6 +108,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "class_names": ("a list of different texts", _is_classes),
         "timestep": _NUMBER_OR_NONE,
         "stretch": ("True or False", lambda value: isinstance(value, bool)),
+        "object_diameter": ("a number from 4, or None", lambda value: value is None or _is_diameter(value)),
         "window_size": ("a whole number from 1", is_count),
         "settings": _DICT,
         "values": _VALUES,

@@ -1,5 +1,6 @@
 """A trained segmenter, which makes masks."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +37,13 @@ from unet_diffusion.segmentation.labels import (
     mask_from,
     probabilities_in,
 )
+from unet_diffusion.segmentation.object_size import median_diameter, scale_to, scaled_image, scaled_size
 from unet_diffusion.segmentation.prediction import predicted_maps
 
+NUM_LOOKS = 2  # to find how large the objects of an image are
 FIELDS = (  # of a record, beside the network
-    *("kind", "class_names", "timestep", "stretch", "window_size", "settings", "threshold", "min_size"),
+    *("kind", "class_names", "timestep", "stretch", "object_diameter", "window_size", "settings", "threshold"),
+    "min_size",
 )
 
 
@@ -107,6 +111,8 @@ class Segmenter(Running):
         class_names: The name of each class.
         timestep: The timestep for a network that was a denoiser; None: the network takes no timestep.
         stretch: Scale grey values by each image's 1st and 99.8th percentile instead of the range of its type.
+        object_diameter: The median diameter of the objects, in pixels, to which images are scaled; None: they keep
+            their size.
         window_size: Height and width of the training windows in pixels.
         settings: The settings of the training as plain values.
         speed: The speed that the network was trained at.
@@ -124,6 +130,7 @@ class Segmenter(Running):
     timestep: int | None
     stretch: bool
     window_size: int
+    object_diameter: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     speed: Speed = "plain"
     threshold: float = THRESHOLD
@@ -156,6 +163,7 @@ class Segmenter(Running):
         image: ImageLike,
         *,
         views: bool = False,
+        diameter: float | None = None,
         threshold: float | None = None,
         min_size: int | None = None,
         progress: Callable[[float], object] | None = None,
@@ -168,16 +176,20 @@ class Segmenter(Running):
                 the training are not clipped. A file must hold one image;
                 `unet-diffusion segment` segments all pages of a stack.
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
+            diameter: The typical diameter of the image's objects in pixels, for a segmenter with `object_diameter`;
+                None: it is found by segmenting the image up to twice before.
             threshold: The foreground is where its probability is larger; None: the segmenter's own.
             min_size: Least number of pixels in an object; smaller objects are left out. None: the segmenter's own.
             progress: Called with the share of the image that is done, above 0 and up to 1.
 
         Raises:
             ValueError: If the image cannot be read or has several pages, the channels or the range of a tensor do not
-                fit, the threshold or the size is out of range, or the kind is "classes", which has neither.
+                fit, the threshold, the size or the diameter is out of range, or the kind is "classes", which has
+                none of them, or the segmenter scales no images.
             FileNotFoundError: If there is no such file.
         """
         check_threshold(self.kind, threshold, min_size)
+        self.check_diameter(diameter)
         channels = self.unet.in_channels
         if not isinstance(image, Tensor):
             pixels = read_at_its_own_size(image, channels, self.values.value_range)
@@ -188,18 +200,54 @@ class Segmenter(Running):
             check_tensor("image", image, is_bounded=not self.stretch and self.values.value_range is None)
         threshold = self.threshold if threshold is None else threshold
         min_size = self.min_size if min_size is None else min_size
-        maps = self.maps(image, views=views, progress=progress).numpy()
+        maps = self.maps(image, views=views, diameter=diameter, progress=progress).numpy()
         return Segmentation(maps, self.kind, self.class_names, threshold, min_size)
 
+    def check_diameter(self, diameter: float | None) -> None:
+        """Check a diameter of objects that is given by hand.
+
+        Raises:
+            ValueError: If it is out of range, or the segmenter scales no images.
+        """
+        if diameter is not None and self.object_diameter is None:
+            raise ValueError(f"diameter is for a segmenter that scales images, got {diameter}; leave it out, or train "
+                             "one with data.targets.object_diameter")  # fmt: skip
+        if diameter is not None and not 0 < diameter < math.inf:
+            raise ValueError(f"diameter must be above 0 pixels, got {diameter}")
+
     @torch.no_grad()
-    def maps(self, image: Tensor, *, views: bool = False, progress: Callable[[float], object] | None = None) -> Tensor:
+    def maps(
+        self,
+        image: Tensor,
+        *,
+        views: bool = False,
+        diameter: float | None = None,
+        progress: Callable[[float], object] | None = None,
+    ) -> Tensor:
         """The probability of each class at each pixel, and then distances or affinities, (K, H, W) on the CPU.
 
         Args:
             image: Image of any size, (C, H, W) in [-1, 1].
             views: Average over the eight rotated and mirrored views.
+            diameter: As in `segment`.
             progress: Called with the share of the image that is done, above 0 and up to 1.
         """
+        if self.object_diameter is None:
+            return self._maps_of(image, views=views, progress=progress)
+        size, looks = (image.shape[1], image.shape[2]), NUM_LOOKS if diameter is None else 0
+        for number in range(looks):  # the second sees objects that are nearly of the right size
+            factor = scale_to(self.object_diameter, diameter)
+            scaled = scaled_image(image, scaled_size(size, factor))
+            maps = self._maps_of(scaled, progress=_part(progress, number, looks + 1))
+            seen = median_diameter(instances_from(maps.numpy(), self.kind, threshold=self.threshold))
+            diameter = diameter if seen is None else seen / factor
+        scaled = scaled_image(image, scaled_size(size, scale_to(self.object_diameter, diameter)))
+        return scaled_image(self._maps_of(scaled, views=views, progress=_part(progress, looks, looks + 1)), size)
+
+    def _maps_of(
+        self, image: Tensor, *, views: bool = False, progress: Callable[[float], object] | None = None
+    ) -> Tensor:
+        """The maps of an image at its own size."""
         with self._context():
             return predicted_maps(
                 self.unet,
@@ -293,3 +341,8 @@ class Segmenter(Running):
 
     def _networks(self) -> list[tuple[nn.Module, Speed]]:
         return [(self.unet, self.speed)]
+
+
+def _part(progress: Callable[[float], object] | None, number: int, total: int) -> Callable[[float], object] | None:
+    """The progress within one of several parts of the work."""
+    return None if progress is None else lambda share: progress((number + share) / total)

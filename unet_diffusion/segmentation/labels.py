@@ -51,6 +51,8 @@ class Targets:
         class_balance: Whether to weight classes by their inverse frequency in the training images.
         border_weight: Weight w0 between cells that are close (Ronneberger et al. 2015, equation 2); 0 is off.
         border_sigma: Distance over which that weight falls off, in pixels.
+        object_diameter: Scale images, so that the median diameter of their objects is this number of pixels: those that
+            are trained on by their labels, others by what the segmenter finds at first. None: images keep their size.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -65,6 +67,7 @@ class Targets:
     class_balance: bool = False
     border_weight: float = 0.0
     border_sigma: float = 5.0
+    object_diameter: float | None = None
 
     def __post_init__(self) -> None:
         if self.label_format not in get_args(LabelFormat):
@@ -91,6 +94,11 @@ class Targets:
             raise ValueError(
                 f"border_width must be at least 1, border_sigma above 0 and border_weight 0 or more, got "
                 f"{self.border_width}, {self.border_sigma} and {self.border_weight}"
+            )
+        if self.object_diameter is not None and (self.label_format == "classes" or self.object_diameter < 4):
+            raise ValueError(
+                f"object_diameter must be at least 4 pixels, and needs objects, which label_format classes does not "
+                f"tell apart, got {self.object_diameter} with {self.label_format}; leave it out"
             )
         if self.border_weight and self.label_format == "classes":
             raise ValueError("border_weight needs objects, which label_format classes does not tell apart; set it to 0")

@@ -73,9 +73,10 @@ class SegmentationModule(NetworkModule):
 
     unet: PixelNetwork
     ema_unet: PixelNetwork
-    kind: Kind  # the three below are known with the data
+    kind: Kind  # the four below are known with the data
     class_names: list[str]
     stretch: bool
+    object_diameter: float | None
     threshold: float = THRESHOLD  # these two are fitted before a validation
     min_size: int = MIN_SIZE
 
@@ -157,6 +158,7 @@ class SegmentationModule(NetworkModule):
             class_names=self.class_names,
             timestep=self.timestep,
             stretch=self.stretch,
+            object_diameter=self.object_diameter,
             window_size=self.image_shape[-1],
             settings=self.settings,
             threshold=self.threshold,
@@ -172,6 +174,7 @@ class SegmentationModule(NetworkModule):
         self.bind_values(datamodule, self.image_shape[0])
         targets = datamodule.targets
         self.kind, self.class_names, self.stretch = targets.kind, list(targets.class_names), datamodule.stretch
+        self.object_diameter = targets.object_diameter
         datamodule.margin, datamodule.draws_unlabelled = self.unet.margin, self.joint is not None
         channels, height, width = self.image_shape
         num_scores = self.unet.config["out_channels"]
@@ -227,6 +230,7 @@ class SegmentationModule(NetworkModule):
         module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, **alone})
         module.pretrained_lr_scale = arguments.get("pretrained_lr_scale", 1.0)
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
+        module.object_diameter = trained.object_diameter
         module.threshold, module.min_size = trained.threshold, trained.min_size
         module.keep_values(trained.values)
         module.image_shape = (trained.unet.in_channels, trained.window_size, trained.window_size)
@@ -237,7 +241,7 @@ class SegmentationModule(NetworkModule):
 
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
-        settings = {name: record[name] for name in ("timestep", "kind", "class_names", "stretch")}
+        settings = {name: record[name] for name in ("timestep", "kind", "class_names", "stretch", "object_diameter")}
         return {**record["unet"]["init_args"], **settings}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -46,8 +46,10 @@ def export_segmenter_file(
     if record["kind"] not in KINDS or len(record["class_names"]) != unet.config["out_channels"]:
         raise ValueError(f"one file holds the scores of classes alone, and a segmenter of kind {record['kind']} gives "
                          f"{unet.config['out_channels']} maps; export a folder")  # fmt: skip
-    if record["stretch"] or record["values"] != PixelValues().plain():
-        raise ValueError("one file holds a segmenter of images of 8 bits that are not stretched; export a folder")
+    changed = record["stretch"] or record["object_diameter"] is not None
+    if changed or record["values"] != PixelValues().plain():
+        raise ValueError("one file holds a segmenter of images of 8 bits that are neither stretched nor scaled; export "
+                         "a folder")  # fmt: skip
     settings = {name: record[field] for name, field in STORED.items()}
     with written(weights, path, settings) as readable:
         again = segmentation_unet_of(read_tensors(readable), readable).state_dict()
