@@ -4,7 +4,8 @@
 
 DIR holds image/ and label/ of 400 microscopy images (BBBC038); the last 80 by name are tested on, and never trained on
 or chosen by. RUN is a run of configs/nuclei_segment.yaml on the others, and is trained first if it is not there. The
-threshold and the least size of objects are those of the run, fitted on 16 images that it was not trained on.
+threshold and the least size of objects are those of the run, fitted on 16 images that it was not trained on. A run with
+`--data.targets.object_diameter N` is also tested with diameters that are known, as the median of the labels.
 
 Scores are of all test images and of each kind: average precision (AP) of nuclei, TP / (TP + FP + FN), at an IoU of 0.5
 and over 0.5 to 0.9, as the mean over the images (Data Science Bowl) and of the sums over them (StarDist), and the Dice
@@ -14,7 +15,8 @@ coefficient of all pixels.
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from unet_diffusion.inference.record import checkpoint_file
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.segmentation.object_scores import matched_pairs, object_ious
+from unet_diffusion.segmentation.object_size import median_diameter
 from unet_diffusion.segmentation.scores import FOUR_CONNECTED
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "nuclei_segment.yaml"
@@ -57,10 +60,18 @@ def main() -> None:
     trained = read_segmenter(options.run)
     steps = int(load_plain(checkpoint_file(options.run))["global_step"])
     fitted = {"steps": steps, "threshold": trained.threshold, "min_size": trained.min_size}
+    finders = {
+        "classical": classical,
+        "nuclei_segment": by(trained),
+        "nuclei_segment, eight views": by(trained, views=True),
+    }
+    if trained.object_diameter is not None:
+        known = [median_diameter(one) for one in labels]
+        finders["nuclei_segment, known diameters"] = by(trained, diameters=iter(known))
+        finders["nuclei_segment, eight views, known diameters"] = by(trained, views=True, diameters=iter(known))
     results = [
-        {"method": "classical", **scored(images, labels, classical)},
-        {"method": "nuclei_segment", **fitted, **scored(images, labels, by(trained))},
-        {"method": "nuclei_segment, eight views", **fitted, **scored(images, labels, by(trained, views=True))},
+        {"method": name, **({} if name == "classical" else fitted), **scored(images, labels, finder)}
+        for name, finder in finders.items()
     ]
     write_json(options.json, {"environment": environment(), "results": results})
     print(table([{"method": one["method"], **one["all"]} for one in results]))
@@ -94,12 +105,23 @@ def classical(image: Tensor) -> Labels:
     return skimage.segmentation.watershed(-distance, seeds, mask=parts > 0)
 
 
-def by(trained: Segmenter, *, views: bool = False) -> Callable[[Tensor], Labels]:
-    """The function that finds nuclei with a segmenter, on an image or on its eight rotated and mirrored views."""
+def by(
+    trained: Segmenter, *, views: bool = False, diameters: Iterator[float | None] | None = None
+) -> Callable[[Tensor], Labels]:
+    """The function that finds nuclei with a segmenter, on an image or on its eight rotated and mirrored views.
+
+    Args:
+        trained: The segmenter.
+        views: Average over the views.
+        diameters: The median diameter of the nuclei of each image to come; None: they are not known.
+    """
+
+    known = diameters or repeat(None)
 
     def predict(image: Tensor) -> Labels:
+        scaled = to_float(image, stretch=trained.stretch)
         with fastest_autocast():
-            return trained.segment(to_float(image, stretch=trained.stretch), views=views).instances
+            return trained.segment(scaled, views=views, diameter=next(known)).instances
 
     return predict
 

@@ -267,6 +267,10 @@ def test_nuclei(tmp_path):
     results = json.loads((tmp_path / "n.json").read_text())["results"]
     assert [result["method"] for result in results] == ["classical", "nuclei_segment", "nuclei_segment, eight views"]
     assert all(0 <= result["all"]["ap_50"] <= 1 and result["all"]["images"] == 2 for result in results)
+    printed([*command, *TINY_SEGMENTER, "--run", str(tmp_path / "scaled"), "--trainer.max_steps=2",
+             "--model.unet.init_args.channels=[8,8,8]", "--data.targets.object_diameter=8"])  # fmt: skip
+    scaled = [result["method"] for result in json.loads((tmp_path / "n.json").read_text())["results"]]
+    assert scaled[3:] == [f"{name}, known diameters" for name in scaled[1:3]]
 
 
 @pytest.mark.slow
