@@ -467,7 +467,7 @@ MUTATIONS = [
              "[sizes_of(one, (height, width)) for one in before]",
              "[sizes_of((height, width), (height, width)) for one in before]",
              "diffusers_io/test_stable_diffusion_xl.py"),
-    Mutation("export: variances without scale", "diffusers_io/exporting.py",
+    Mutation("export: variances without scale", "diffusers_io/normalising.py",
              "last.bias -= torch.cat([mean, 2 * std.log()])", "last.bias -= torch.cat([mean, std.log()])",
              "latents/test_latents.py diffusers_io/test_export.py diffusers_io/test_stable_diffusion.py"),
     Mutation("export: what differs is kept", "diffusers_io/exporting.py",

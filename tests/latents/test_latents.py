@@ -16,8 +16,9 @@ from unet_diffusion.data import (
     Latents,
     scale_to_unit_range,
 )
-from unet_diffusion.diffusers_io.exporting import export_pipeline, normalised_autoencoder
+from unet_diffusion.diffusers_io.exporting import export_pipeline
 from unet_diffusion.diffusers_io.importing import import_pipeline
+from unet_diffusion.diffusers_io.normalising import normalised_autoencoder
 from unet_diffusion.diffusers_io.values_file import write_values
 from unet_diffusion.diffusion.image_to_image import InitImage
 from unet_diffusion.diffusion.sampling import image_generators, sample

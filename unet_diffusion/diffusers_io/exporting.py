@@ -5,7 +5,6 @@ An exported folder needs diffusers but not this package. It is reloaded and comp
 
 import copy
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     LDMPipeline,
+    LDMSuperResolutionPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
@@ -32,8 +32,10 @@ from torch import Tensor
 
 from unet_diffusion.diffusers_io.configurations import SDXL_TIME_DIM, config_to_diffusers
 from unet_diffusion.diffusers_io.model_card import autoencoder_card, model_card
+from unet_diffusion.diffusers_io.normalising import normalised_autoencoder, takes_scale, with_moments, with_scale
 from unet_diffusion.diffusers_io.pipeline_code import own_pipeline, ship_pipeline_code, why_no_own_pipeline_takes
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
+from unet_diffusion.diffusers_io.super_resolution import ENLARGED_SCALE, why_no_super_resolution
 from unet_diffusion.diffusers_io.values_file import write_values
 from unet_diffusion.diffusion.conditions.low_resolution import MAX_NOISE_LEVEL
 from unet_diffusion.diffusion.conditions.xl_text import NUM_SIZES, size_waves
@@ -58,6 +60,7 @@ PAIRED_SCALE = 1.0  # StableDiffusionInstructPix2PixPipeline does not scale the 
 FIXED_SCALES = {
     StableDiffusionUpscalePipeline: UPSCALED_SCALE,
     StableDiffusionInstructPix2PixPipeline: PAIRED_SCALE,
+    LDMSuperResolutionPipeline: ENLARGED_SCALE,
 }
 INPAINTED_CHANNELS = 4  # StableDiffusionInpaintPipeline needs latents of 4 channels
 EXPORT_TOLERANCE = 1e-4  # for outputs of order 1; another order of the same float32 operations differs by 1e-6
@@ -89,6 +92,7 @@ def export_pipeline(parts: DenoiserParts, folder: StrPath, *, overwrite: bool = 
     If a pipeline of diffusers draws the same images, the folder is of its class:
 
     - for pixels without conditions DDPMPipeline, for latents without conditions LDMPipeline;
+    - for latents from a small image without noise LDMSuperResolutionPipeline;
     - for latents from texts StableDiffusionPipeline, with a mask StableDiffusionInpaintPipeline, with a small image
       StableDiffusionUpscalePipeline, with a paired image StableDiffusionInstructPix2PixPipeline;
     - for latents from texts and sizes StableDiffusionXLPipeline.
@@ -170,7 +174,7 @@ def export_autoencoder(
     imported = {name: value for name in MOMENTS if (value := autoencoder.config.get(name)) is not None}
     scale = imported if latent_std is None else {"scaling_factor": 1 / latent_std}
     size = height if height == width else [height, width]
-    exported = _with_scale(autoencoder, sample_size=size, **scale).cpu().float()
+    exported = with_scale(autoencoder, sample_size=size, **scale).cpu().float()
     try:
         exported.save_pretrained(partial)
         check_same_reconstruction(exported, pretrained_autoencoder(partial))
@@ -233,11 +237,11 @@ def _build_pipeline(parts: DenoiserParts) -> DiffusionPipeline:
         raise ValueError("StableDiffusionXLPipeline needs an AutoencoderKL with one scale or quant_conv, and sides of "
                          "multiples of 8 pixels; draw images with unet-diffusion sample")  # fmt: skip
     if kind is None:
-        normalise = normalised_autoencoder if _takes_scale(vae, space, None) else _with_moments
+        normalise = normalised_autoencoder if takes_scale(vae, space, None) else with_moments
         return own_pipeline(parts, unet, scheduler, normalise(vae, space))
     vae = normalised_autoencoder(vae, space, FIXED_SCALES.get(kind))
-    if kind is LDMPipeline:
-        return LDMPipeline(vae, unet, scheduler)
+    if kind in (LDMPipeline, LDMSuperResolutionPipeline):
+        return kind(vae, unet, scheduler)
     return _text_pipeline(kind, parts, unet=unet, scheduler=scheduler, vae=vae)
 
 
@@ -249,20 +253,22 @@ def _stock_pipeline(
         return None
     roles = {condition.pipeline_role for condition in parts.all_conditions}
     channels, height, width = parts.sample_shape
-    takes_scale = _takes_scale(vae, space, None)
+    has_scale = takes_scale(vae, space, None)
     if not roles:
-        return LDMPipeline if takes_scale and height == width else None
+        return LDMPipeline if has_scale and height == width else None
+    if roles == {"low_res"}:
+        return None if why_no_super_resolution(parts) else LDMSuperResolutionPipeline
     if not isinstance(vae, AutoencoderKL) or any(side % MULTIPLE for side in space.image_shape[1:]):
         return None
     stock = {"prompt": StableDiffusionPipeline, "xl_prompt": StableDiffusionXLPipeline}
-    if takes_scale and (alone := [kind for role, kind in stock.items() if roles == {role}]):
+    if has_scale and (alone := [kind for role, kind in stock.items() if roles == {role}]):
         return alone[0]
-    if roles == {"prompt", "mask"} and takes_scale and height == width and channels == INPAINTED_CHANNELS:
+    if roles == {"prompt", "mask"} and has_scale and height == width and channels == INPAINTED_CHANNELS:
         return StableDiffusionInpaintPipeline
-    if roles == {"prompt", "paired_image"} and _takes_scale(vae, space, PAIRED_SCALE):
+    if roles == {"prompt", "paired_image"} and takes_scale(vae, space, PAIRED_SCALE):
         return StableDiffusionInstructPix2PixPipeline
-    if roles == {"prompt", "low_res", "class_labels"} and parts.null_label is None:
-        return StableDiffusionUpscalePipeline if _takes_scale(vae, space, UPSCALED_SCALE) else None
+    if roles == {"prompt", "low_res", "class_labels"} and parts.null_label is None and not parts.num_classes:
+        return StableDiffusionUpscalePipeline if takes_scale(vae, space, UPSCALED_SCALE) else None
     return None
 
 
@@ -294,67 +300,6 @@ def _text_pipeline(
     return kind(**components, requires_safety_checker=False)
 
 
-def _has_scale(space: LatentSpace, scaling_factor: float | None) -> bool:
-    """Whether all channels of the latents have this scale; None: have any one scale."""
-    scale = space.scaling_factor
-    return scale is not None and (scaling_factor is None or math.isclose(scale, scaling_factor))
-
-
-def _takes_scale(autoencoder: AutoencoderNetwork, space: LatentSpace, scaling_factor: float | None) -> bool:
-    """Whether `normalised_autoencoder` works for these arguments."""
-    has_convolutions = autoencoder.quant_conv is not None and autoencoder.post_quant_conv is not None
-    return has_convolutions or _has_scale(space, scaling_factor)
-
-
-def _with_scale(autoencoder: AutoencoderNetwork, **fields: Any) -> AutoencoderNetwork:
-    """A copy whose configuration has these fields, no other moments of the latents, and no folder of this machine."""
-    autoencoder = copy.deepcopy(autoencoder)
-    cleared = {"_name_or_path": "", **dict.fromkeys(MOMENTS)}  # a VQModel has no moments
-    fields = {**{name: value for name, value in cleared.items() if name in autoencoder.config}, **fields}
-    autoencoder.register_to_config(**fields)
-    return autoencoder
-
-
-def _with_moments(autoencoder: AutoencoderNetwork, space: LatentSpace) -> AutoencoderNetwork:
-    """A copy whose configuration has the mean and standard deviation of each channel of the latents."""
-    mean, std = MOMENTS
-    return _with_scale(autoencoder, scaling_factor=1.0, **{mean: list(space.mean), std: list(space.std)})
-
-
-@torch.no_grad()
-def normalised_autoencoder(
-    autoencoder: AutoencoderNetwork, space: LatentSpace, scaling_factor: float | None = None
-) -> AutoencoderNetwork:
-    """A copy of the autoencoder whose scaling_factor alone normalises the latents, for pipelines that know no moments.
-
-    If all channels have one scale, as with a codebook, it becomes scaling_factor. Otherwise quant_conv and
-    post_quant_conv, the 1x1 convolutions after the encoder and before the decoder, absorb the moments.
-
-    Args:
-        autoencoder: The autoencoder.
-        space: The space of its latents.
-        scaling_factor: The scaling_factor of the copy; None: any.
-
-    Raises:
-        ValueError: If the autoencoder lacks these convolutions and needs them.
-    """
-    if not _takes_scale(autoencoder, space, scaling_factor):
-        raise ValueError("an autoencoder must have quant_conv and post_quant_conv to absorb a scale for each channel")
-    if _has_scale(space, scaling_factor):
-        return _with_scale(autoencoder, scaling_factor=scaling_factor or space.scaling_factor)
-    scaling_factor = scaling_factor or 1.0
-    autoencoder = _with_scale(autoencoder, scaling_factor=scaling_factor)
-    last, first = autoencoder.quant_conv, autoencoder.post_quant_conv
-    mean, std = torch.tensor(space.mean), torch.tensor(space.std) * scaling_factor
-    first.bias += first.weight.flatten(1) @ mean
-    first.weight *= std[:, None, None]
-    last.bias -= torch.cat([mean, 2 * std.log()])
-    scale = torch.cat([std, torch.ones_like(std)])  # for the means; for the logarithms of the variances
-    last.bias /= scale
-    last.weight /= scale[:, None, None, None]
-    return autoencoder
-
-
 @torch.no_grad()
 def _check_equal(parts: DenoiserParts, pipeline: DiffusionPipeline) -> None:
     """Compare a reloaded pipeline with its original on random input."""
@@ -364,7 +309,7 @@ def _check_equal(parts: DenoiserParts, pipeline: DiffusionPipeline) -> None:
         "alphas_cumprod": _difference(alphas, pipeline.scheduler.alphas_cumprod),
     }
     if isinstance(parts.codec, LatentCodec):
-        vae = pipeline.vqvae if isinstance(pipeline, LDMPipeline) else pipeline.vae
+        vae = pipeline.vae if hasattr(pipeline, "vae") else pipeline.vqvae
         differences["decoded images"] = _decoded_difference(parts.codec, parts.sample_shape[0], vae)
     for condition in parts.all_conditions:
         for name, (ours, theirs) in condition.pipeline_outputs(pipeline).items():

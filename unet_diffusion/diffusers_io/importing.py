@@ -46,6 +46,7 @@ NO_PARTS = ("_class_name", "class_names", "conditions")  # lists in an index tha
 DROPOUT = 0.1  # the usual dropout, for imported conditions that have a null
 LOW_RES = "low_res_scheduler"  # part of an upscaler, which noises its small image
 PAIRED = "StableDiffusionInstructPix2PixPipeline"
+ENLARGING = "LDMSuperResolutionPipeline"
 OWN_PARTS = [part for parts in ENCODER_PARTS.values() for part in parts]  # of a ConditionalPipeline
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")  # parts that sampling does not need
 
@@ -105,7 +106,9 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
     field_of(scheduler_config, "_class_name", scheduler_file)
     sample_shape = _sample_shape(config)
     unconditional = index.get("unconditional", {"prompt": ""})  # Stable Diffusion has no such field
-    codec = _codec(folder, parts, sample_shape, autoencoder)
+    codec = _codec(
+        folder, parts, sample_shape, autoencoder, scale=1.0 if index.get("_class_name") == ENLARGING else None
+    )
     if "conditions" in index or index.get("_class_name") == ["pipeline", "ConditionalPipeline"]:
         _check_listed(index.get("conditions"), folder)
         conditions = _listed_conditions(folder, index, config["in_channels"], sample_shape[0], codec)
@@ -161,8 +164,10 @@ def _network_config(folder: Path, *, has_tokens: bool) -> dict[str, Any]:
     return complete(expected, config)
 
 
-def _codec(folder: Path, parts: set[str], sample_shape: tuple[int, int, int], elsewhere: StrPath | None) -> Codec:
-    """The codec of the autoencoder in the folder, normalised as its configuration says; pixels without one."""
+def _codec(
+    folder: Path, parts: set[str], sample_shape: tuple[int, int, int], elsewhere: StrPath | None, scale: float | None
+) -> Codec:
+    """The codec of the autoencoder in the folder, normalised by a scale or as it says itself; pixels without one."""
     name = next((part for part in AUTOENCODERS if part in parts), None)
     if name is None:
         if elsewhere is not None:
@@ -170,7 +175,8 @@ def _codec(folder: Path, parts: set[str], sample_shape: tuple[int, int, int], el
         return PixelCodec()
     autoencoder = pretrained_autoencoder(folder / name)
     _, height, width = (downsampling(autoencoder) * side for side in sample_shape)
-    space = latent_space_of(autoencoder, folder / name, (autoencoder.config["in_channels"], height, width))
+    shape = (autoencoder.config["in_channels"], height, width)
+    space = latent_space_of(autoencoder, folder / name, shape, scaling_factor=scale)
     return LatentCodec.of(space, elsewhere)
 
 
@@ -210,6 +216,8 @@ def _maps(index: Mapping[str, Any], parts: set[str], in_channels: int, out_chann
         return [LowResolution(in_channels - out_channels)]
     if in_channels == out_channels:
         return []
+    if index.get("_class_name") == ENLARGING and in_channels == 2 * out_channels:
+        return [LowResolution(out_channels, noise=False)]
     if index.get("_class_name") == PAIRED and in_channels == 2 * out_channels:
         return [PairedImage(out_channels, dropout=DROPOUT)]
     if "text_encoder" in parts and in_channels == 2 * out_channels + 1:
@@ -255,7 +263,9 @@ def _listed_conditions(
         "prompt": lambda: pretrained_text(folder, dropout=dropouts["prompt"]),
         "mask": lambda: MaskedImage(1 + out_channels),
         "low_res": lambda: LowResolution(
-            codec.image_shape((out_channels, 1, 1))[0], option="small_image" if "mask" in listed else "image"
+            codec.image_shape((out_channels, 1, 1))[0],
+            option="small_image" if "mask" in listed else "image",
+            noise=LOW_RES in _parts(index),
         ),
     }
     made: dict[str, Condition] = {}

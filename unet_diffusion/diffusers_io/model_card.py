@@ -7,6 +7,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from unet_diffusion.diffusers_io.pipelines.conditional import ConditionalPipeline
+from unet_diffusion.diffusers_io.super_resolution import why_no_super_resolution
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.models.autoencoders import AutoencoderNetwork, downsampling, num_codes, num_latent_channels
@@ -75,6 +76,17 @@ PREPARATIONS = {  # imports and code that prepare arguments of a ConditionalPipe
     "small_image": f'{LOAD_IMAGE}small_image = load_image("small_image.png")  # of {{width}} x {{height}} pixels',
     "concat": "import torch\n\nconcat = torch.zeros(1, {num_maps}, {height}, {width})  # replace by your maps",
 }
+ENLARGING_USAGE = """```python
+from diffusers import LDMSuperResolutionPipeline
+from diffusers.utils import load_image
+
+pipeline = LDMSuperResolutionPipeline.from_pretrained("path/to/this/folder")
+image = load_image("image.png")  # the image to enlarge; its sides are rounded down to multiples of 32 pixels
+images = pipeline(image, num_inference_steps=50).images
+```
+To sample in fewer steps, choose a number of steps that divides {steps}. `DPMSolverMultistepScheduler` works, too. Euler
+schedulers do not, because the pipeline would scale the small image for them, too.
+"""
 TEXT_USAGE = """```python
 from diffusers import StableDiffusionPipeline
 
@@ -235,9 +247,10 @@ def _usage(parts: DenoiserParts, pipeline: DiffusionPipeline) -> str:
             "StableDiffusionXLPipeline": TEXT_USAGE.replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
         }
         return _text_usage(text, stock.get(type(pipeline).__name__, TEXT_USAGE), parts)
+    steps = parts.schedule.num_train_timesteps
     if parts.codec.space is not None:
-        return LATENT_USAGE
-    return UNCONDITIONAL_USAGE.format(steps=parts.schedule.num_train_timesteps)
+        return LATENT_USAGE if not parts.all_conditions else ENLARGING_USAGE.format(steps=steps)
+    return UNCONDITIONAL_USAGE.format(steps=steps)
 
 
 def _yaml(settings: Mapping[str, Any]) -> str:
@@ -255,6 +268,8 @@ def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     if pipeline.config["values"] is not None:
         arguments.append('output_type="numbers"')
         about += NUMBERS.format(**pipeline.config["values"])
+    if any(condition.pipeline_role == "low_res" for condition in parts.all_conditions):
+        about += f"`LDMSuperResolutionPipeline` would not draw the same: {why_no_super_resolution(parts)}.\n\n"
     return OWN_USAGE.format(
         preparation=_preparation(parts, pipeline),
         arguments=", ".join(arguments),

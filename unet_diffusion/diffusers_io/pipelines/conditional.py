@@ -39,8 +39,8 @@ class ConditionalPipeline(DiffusionPipeline):
         maps: Turns something else that is known of an image into maps beside the noised one, such as a semantic map;
             None: nothing.
         maps_2: As maps, for something further.
-        low_res_scheduler: Noises the small image to a level that is the network's class label; None: the network does
-            not enlarge.
+        low_res_scheduler: Noises the small image to a level that is the network's class label; None: there is no small
+            image, or it is not noised.
         class_names: The name of each label from 0; None: labels are numbers only.
         unconditional: The values that stood for "not known" in training, by name: any of "class_labels",
             "class_tokens", "prompt", "concat", and the arguments of tokens and maps. Without any there is no guidance.
@@ -106,8 +106,8 @@ class ConditionalPipeline(DiffusionPipeline):
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         channels = unet.config.out_channels if vae is None else vae.config.in_channels
         self.num_channels = channels  # of images
-        self.enlarges = low_res_scheduler is not None
-        self.paints = "mask" in (name for name, _ in conditions or [])
+        names = [name for name, _ in conditions or []]
+        self.enlarges, self.paints = "low_res" in names, "mask" in names
         self.small_image = "small_image" if self.paints else "image"  # the argument
         mode = {"do_convert_rgb": channels == 3, "do_convert_grayscale": channels == 1, "vae_latent_channels": 0}
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, **mode)
@@ -126,7 +126,7 @@ class ConditionalPipeline(DiffusionPipeline):
         mask_image: PipelineImageInput | None = None,
         small_image: PipelineImageInput | None = None,
         concat: Tensor | None = None,
-        noise_level: int = 20,
+        noise_level: int | None = None,
         batch_size: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -148,7 +148,8 @@ class ConditionalPipeline(DiffusionPipeline):
             mask_image: Mask of the size of `image`; white, or 1, is painted, and the rest stays as it is.
             small_image: Small images to enlarge beside an image to paint into, of the size of the network's output.
             concat: Maps beside the noised image, (1 or N, K, h, w), of the size of the network's output.
-            noise_level: Noise level of small images, in [0, max_noise_level]; a higher level keeps less detail.
+            noise_level: Noise level of small images, in [0, max_noise_level]; a higher level keeps less detail. None:
+                20, where the network takes one.
             batch_size: Number of images, if the conditions have one value or none.
             height: Height of the images in pixels; None: as in training. The size of a small image decides it.
             width: Width of the images in pixels; None: as in training. The size of a small image decides it.
@@ -211,7 +212,7 @@ class ConditionalPipeline(DiffusionPipeline):
     @property
     def arguments(self) -> list[str]:
         """Names of the conditions among the arguments of a call; all of them are required."""
-        embeds_classes = self.unet.config.num_class_embeds is not None and not self.enlarges
+        embeds_classes = self.unet.config.num_class_embeds is not None and self.low_res_scheduler is None
         is_taken = {
             "class_labels": embeds_classes or self.class_tokens is not None,
             "prompt": self.text_encoder is not None,
@@ -236,7 +237,7 @@ class ConditionalPipeline(DiffusionPipeline):
         rest = config.in_channels - config.out_channels - sum(known.get(name, 0) for name in names)
         return {name: known.get(name, rest) for name in names}
 
-    def _check(self, conditions: dict, guidance_scale: float, noise_level: int, output_type: str) -> None:
+    def _check(self, conditions: dict, guidance_scale: float, noise_level: int | None, output_type: str) -> None:
         for name, value in conditions.items():
             if (value is not None) != (name in self.arguments):
                 rule = "be given to" if value is None else "be left out for"
@@ -245,7 +246,9 @@ class ConditionalPipeline(DiffusionPipeline):
             raise ValueError(
                 f"guidance_scale must be 1, got {guidance_scale}; this model was trained without dropout of conditions"
             )
-        if not 0 <= noise_level <= self.config.max_noise_level:
+        if noise_level is not None and self.low_res_scheduler is None:
+            raise ValueError(f"noise_level must be left out for this model, which adds no noise, got {noise_level}")
+        if not 0 <= (noise_level or 0) <= self.config.max_noise_level:
             raise ValueError(f"noise_level must be in [0, {self.config.max_noise_level}], got {noise_level}")
         if output_type not in ("pil", "np", "pt", "latent", "numbers"):
             raise ValueError(f"output_type must be pil, np, pt, latent or numbers, got {output_type!r}")
@@ -265,7 +268,7 @@ class ConditionalPipeline(DiffusionPipeline):
         return height, default[1] * self.vae_scale_factor if width is None else width
 
     def _tensors(
-        self, conditions: dict, noise_level: int, batch_size: int, size: tuple[int, int]
+        self, conditions: dict, noise_level: int | None, batch_size: int, size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         """The conditions as tensors, (N, ...) each on the device, and the shape (N, C, h, w) of x."""
         converters = {"class_labels": self._labels, "prompt": self._token_ids, "concat": torch.as_tensor}
@@ -274,7 +277,8 @@ class ConditionalPipeline(DiffusionPipeline):
         }
         if self.enlarges:
             tensors[self.small_image] = self.small_image_processor.preprocess(conditions[self.small_image])
-            tensors["noise_level"] = torch.tensor([noise_level])
+        if self.low_res_scheduler is not None:
+            tensors["noise_level"] = torch.tensor([20 if noise_level is None else noise_level])
         if self.enlarges and not self.paints:
             height, width = tensors["image"].shape[2:]
             size = height * self.vae_scale_factor, width * self.vae_scale_factor
@@ -323,9 +327,10 @@ class ConditionalPipeline(DiffusionPipeline):
             latents = self._encode(tensors["image"] * (1 - mask))
             maps["mask"] = torch.cat([nn.functional.interpolate(mask, x.shape[2:]), latents], dim=1)
         if self.enlarges:
-            small = tensors[self.small_image]
-            noise = randn_tensor(small.shape, generator=generator, device=x.device)
-            maps["low_res"] = self.low_res_scheduler.add_noise(small, noise, tensors["noise_level"])
+            maps["low_res"] = tensors[self.small_image]
+        if self.low_res_scheduler is not None:
+            noise = randn_tensor(maps["low_res"].shape, generator=generator, device=x.device)
+            maps["low_res"] = self.low_res_scheduler.add_noise(maps["low_res"], noise, tensors["noise_level"])
         return maps
 
     def _inputs(self, tensors: dict[str, Tensor], unconditional: dict) -> dict[str, Tensor]:
@@ -343,7 +348,7 @@ class ConditionalPipeline(DiffusionPipeline):
 
         inputs, tokens = {}, []  # the order of tokens does not matter
         if self.unet.config.num_class_embeds is not None:
-            entry = tensors["noise_level" if self.enlarges else "class_labels"]
+            entry = tensors.get("noise_level", tensors.get("class_labels"))
             inputs["class_labels"] = or_null("class_labels", entry)
         if self.class_tokens is not None:
             tokens.append(self.class_tokens(or_null("class_tokens", tensors["class_labels"])))

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unet_diffusion.diffusers_io.exporting import check_same_reconstruction, normalised_autoencoder
+from unet_diffusion.diffusers_io.exporting import check_same_reconstruction
+from unet_diffusion.diffusers_io.normalising import normalised_autoencoder
 from unet_diffusion.diffusers_io.single_file import names
 from unet_diffusion.diffusers_io.single_file.importing import import_single_file
 from unet_diffusion.diffusers_io.single_file.layouts import (
@@ -227,6 +228,8 @@ def _layout(parts: DenoiserParts) -> Layout:
         frozenset({XLText}): XL,
     }
     layout = layouts.get(frozenset(kinds))
+    if any(isinstance(one, LowResolution) and not one.config["noise"] for one in parts.conditions):
+        raise ValueError("no layout of one file takes a small image without noise; export a folder")
     if layout is None or len({*kinds}) < len(kinds) or type(parts.unet) is not DenoiserUNet:
         listed = ", ".join(kind.__name__ for kind in kinds) or "none"
         raise ValueError(f"no layout of one file takes a {type(parts.unet).__name__} with the conditions {listed}; "

@@ -91,7 +91,7 @@ class Condition(nn.Module):
     batch_key: str
     network_argument: str
     config: dict[str, Any]
-    provides: ClassVar[tuple[str, ...]] = ()
+    provides: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     files: tuple[str, ...] = ()

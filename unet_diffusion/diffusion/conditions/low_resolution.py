@@ -1,8 +1,8 @@
 """A small image to enlarge, as a condition.
 
-Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.5), laid out as in Stable Diffusion's upscaler. The
-small image is noised and the network learns its noise level (Ho et al. 2021, https://arxiv.org/abs/2106.15282, section
-4.2), so that the network does not take errors of the small image for detail.
+Rombach et al. 2022 (https://arxiv.org/abs/2112.10752, section 4.5) give the network the small image itself. Stable
+Diffusion's upscaler noises it, and the network learns its noise level (Ho et al. 2021,
+https://arxiv.org/abs/2106.15282, section 4.2), so that the network does not take errors of the small image for detail.
 """
 
 from collections.abc import Mapping
@@ -36,22 +36,24 @@ class LowResolution(Concat):
         channels: Number of channels of the small image.
         option: Name by which a user gives the small image: image, whose size decides that of what is drawn, or
             small_image, which is scaled to fit.
+        noise: Whether the small image is noised. Without noise there are no levels, and the network needs no class for
+            them.
     """
 
     batch_key = "low_res"
-    provides = (NOISE_LEVEL_ENTRY, "low_res")
-    options: tuple[str, ...] = ("noise_level",)
     purpose = "enlarges an image"
     pipeline_role = "low_res"
 
-    def __init__(self, channels: int, *, option: Literal["image", "small_image"] = "image"):
+    def __init__(self, channels: int, *, option: Literal["image", "small_image"] = "image", noise: bool = True):
         super().__init__(channels)
-        self.config = {"channels": channels, "option": option}
+        self.config = {"channels": channels, "option": option, "noise": noise}
         self.needs = (option,)
+        self.provides = (NOISE_LEVEL_ENTRY, self.batch_key) if noise else (self.batch_key,)
+        self.options = ("noise_level",) if noise else ()
         if option == "image":
             self.refuses = ("mask", "strength")
         else:
-            self.options, self.files = ("noise_level", option), (option,)
+            self.options, self.files = (*self.options, option), (option,)
         self._sample_size = (0, 0)
 
     @property
@@ -63,6 +65,8 @@ class LowResolution(Concat):
         self._sample_size = sample_shape[1:]
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> dict[str, Tensor]:
+        if not self.config["noise"]:
+            return {}
         device, size = generator.device, (*shape[:2], *self._sample_size)
         return {
             "level": torch.randint(MAX_NOISE_LEVEL + 1, shape[:1], generator=generator, device=device),
@@ -71,6 +75,8 @@ class LowResolution(Concat):
 
     def entries(self, images: Tensor, drawn: Mapping[str, Tensor], encode: Encode) -> dict[str, Tensor]:
         small = shrink(images, self._sample_size)
+        if not self.config["noise"]:
+            return {self.batch_key: small}
         noised = LOW_RES_SCHEDULE.add_noise(small, drawn["noise"], drawn["level"])
         return {NOISE_LEVEL_ENTRY: drawn["level"], self.batch_key: noised}
 
@@ -79,6 +85,8 @@ class LowResolution(Concat):
 
     def from_user(self, request: Request) -> dict[str, Tensor]:
         small = self._small_image(request)
+        if not self.config["noise"]:
+            return {self.batch_key: by_turns(small, request.num_images)}
         level = request.values.get("noise_level", NOISE_LEVEL)
         if not 0 <= level <= MAX_NOISE_LEVEL:
             raise ValueError(f"noise_level must be in [0, {MAX_NOISE_LEVEL}], got {level}; {NOISE_LEVEL} is usual")
@@ -98,6 +106,8 @@ class LowResolution(Concat):
         return request.read_pictures("small_image", request.values["small_image"], shape)
 
     def pipeline_parts(self) -> dict[str, Any]:
+        if not self.config["noise"]:
+            return {}
         from diffusers import DDPMScheduler
 
         return {"low_res_scheduler": DDPMScheduler(**scheduler_config(LOW_RES_SCHEDULE, clip_sample=False))}
