@@ -23,7 +23,6 @@ TABLE = {row: cells for row, *cells in re.findall(r"^\| (\d+) \| (\S+) \| (.*?) 
 COMMANDS = dict(re.findall(r"^### (\d+) .*?```bash\n(.*?)\n```", PAGE, re.M | re.S))
 PUBLISHED = {
     "2": 83_653_863,
-    "20": 113_622_563,
     "10": 274_056_163,
     "11": 274_056_163,
     "12": 274_056_163,

@@ -14,15 +14,17 @@ from torch import nn
 from unet_diffusion.diffusers_io.exporting import _build_pipeline, export_pipeline
 from unet_diffusion.diffusers_io.importing import import_pipeline
 from unet_diffusion.diffusers_io.normalising import normalised_autoencoder, takes_scale
+from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY
 from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.sampling import image_generators
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import denoiser_record
-from unet_diffusion.latents.codec import LatentCodec
+from unet_diffusion.latents.codec import LatentCodec, PixelCodec
 from unet_diffusion.latents.space import LatentSpace, fingerprint
 from unet_diffusion.models.autoencoders import kl_autoencoder, vq_autoencoder
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.runtime.randomness import keyed_generator
 
 SEED, STEPS, SIDE = 5, 4, 32
 MOMENTS = {
@@ -66,8 +68,17 @@ def of_classes(folder) -> Denoiser:
     return denoiser
 
 
+def of_pixels(folder, **options) -> Denoiser:
+    condition = LowResolution(3, scale_factor=2, **{"noise": False, **options})
+    return enlarger(PixelCodec(), size=(2 * SIDE, 2 * SIDE), condition=condition)
+
+
+OWN = {"classes": of_classes, "pixels": of_pixels}  # a pipeline of our own draws them
+
+
 def drawn_here(denoiser: Denoiser, image, count=1, **options) -> np.ndarray:
-    settings = {"scheduler": "DDIMScheduler", "num_inference_steps": STEPS, "seed": SEED, **options}
+    scheduler = "DDPMScheduler" if denoiser.codec.space is None else "DDIMScheduler"
+    settings = {"scheduler": scheduler, "num_inference_steps": STEPS, "seed": SEED, **options}
     images = denoiser.sample(count, image=image, **settings)
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
@@ -80,8 +91,9 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     root, made = tmp_path_factory.mktemp("exported"), {}
-    for name in (*MOMENTS, "classes"):
-        made[name] = of_classes(root / name) if name == "classes" else of_space(root / name, name)
+    for name in (*MOMENTS, *OWN):
+        (root / name).mkdir()
+        made[name] = OWN[name](root / name) if name in OWN else of_space(root / name, name)
         for file, width in (("image", SIDE), ("wide", 2 * SIDE)):
             pixels = np.random.default_rng(width).integers(256, size=(SIDE, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{file}.png")
@@ -101,14 +113,14 @@ def test_folder_draws_our_images_without_this_package(exported):
     elsewhere = draw_elsewhere(root, calls, [one.initial_seed() for one in image_generators(SEED, [0])])
     for name, denoiser in made.items():
         index = json.loads((root / name / "pipeline" / "model_index.json").read_text())
-        kind = ["pipeline", "ConditionalPipeline"] if name == "classes" else "LDMSuperResolutionPipeline"
+        kind = ["pipeline", "ConditionalPipeline"] if name in OWN else "LDMSuperResolutionPipeline"
         assert index["_class_name"] == kind
         for file in ("image", "wide"):
             assert_same(drawn_here(denoiser, root / name / f"{file}.png", **options[name]), elsewhere[name][file])
         assert elsewhere[name]["card"].shape[1:] == (2 * SIDE, 2 * SIDE, 3)
 
 
-@pytest.mark.parametrize("name", [*MOMENTS, "classes"])
+@pytest.mark.parametrize("name", [*MOMENTS, *OWN])
 def test_folder_is_imported_as_it_was_and_goes_out_again(exported, tmp_path, name):
     root, made = exported
     again = Denoiser(**vars(import_pipeline(root / name / "pipeline")))
@@ -154,6 +166,9 @@ def test_what_the_stock_pipeline_does_not_draw_has_a_pipeline_of_its_own_that_sa
         "it adds no noise": enlarger(LatentCodec.of(space), condition=LowResolution(3), num_class_embeds=1000),
         "multiples of 32 pixels, and these are 8 x 32": enlarger(LatentCodec.of(space), size=(8, 32)),
         "channels as images have, 3, and these have 4": enlarger(LatentCodec.of(of_four), channels=4),
+        "it does not enlarge the small image for the network": enlarger(
+            LatentCodec.of(space), condition=LowResolution(3, noise=False, scale_factor=2)
+        ),
     }
     for number, (reason, denoiser) in enumerate(cases.items()):
         folder = tmp_path / str(number)
@@ -161,6 +176,24 @@ def test_what_the_stock_pipeline_does_not_draw_has_a_pipeline_of_its_own_that_sa
         index = json.loads((folder / "model_index.json").read_text())
         assert index["_class_name"] == ["pipeline", "ConditionalPipeline"]
         assert reason in (folder / "README.md").read_text().replace("\n", " ")
+
+
+def test_small_image_with_noise_is_enlarged_with_it(tmp_path):
+    denoiser = of_pixels(tmp_path, noise=True)
+    pixels = np.random.default_rng(0).integers(256, size=(8, 12, 3), dtype=np.uint8)
+    pipeline = _build_pipeline(denoiser)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    start = [torch.randn(3, 16, 24, generator=one) for one in image_generators(SEED, range(2))]
+    theirs = pipeline(
+        image=[Image.fromarray(pixels)] * 2,
+        noise_level=30,
+        latents=torch.stack(start),
+        generator=[keyed_generator(SEED, CONDITION_KEY, index) for index in range(2)],  # of the small image's noise
+        num_inference_steps=STEPS,
+        output_type="np",
+    ).images
+    assert_same(drawn_here(denoiser, pixels, 2, scheduler="DDIMScheduler", noise_level=30), theirs)
 
 
 def test_noise_level_is_for_small_images_with_noise(exported):

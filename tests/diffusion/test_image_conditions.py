@@ -227,6 +227,69 @@ def test_small_images_are_noised_to_the_level_that_is_their_label(enlarger, tiny
     assert len({one.numpy().tobytes() for one in noise}) == len(noise)
 
 
+@pytest.fixture
+def pixel_enlarger(tiny_module, tiny_unet):
+    """Makes a module that enlarges grey images themselves, without noise."""
+
+    def make(scale_factor=2, **options):
+        unet = tiny_unet(in_channels=2, out_channels=1)
+        return tiny_module(unet=unet, conditions=[LowResolution(1, noise=False, scale_factor=scale_factor)], **options)
+
+    return make
+
+
+def shrunk(images, side=4):
+    return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("scale_factor", [2, 4])
+def test_small_images_without_noise_come_to_the_size_of_the_images(
+    pixel_enlarger, tiny_images, quiet_trainer, scale_factor
+):
+    data = tiny_images(class_names=None)
+    (batch,) = validated(quiet_trainer(), pixel_enlarger(scale_factor), data).validated
+    assert "noise_level" not in batch
+    images = scale_to_unit_range(data.image_set.images[batch["index"]])
+    small = shrunk(images, 8 // scale_factor)
+    torch.testing.assert_close(batch["low_res"], F.interpolate(small, (8, 8), mode="bicubic"))
+
+
+def test_small_images_that_are_not_smaller_are_refused(pixel_enlarger, tiny_images, quiet_trainer):
+    data = tiny_images(class_names=None)
+    with pytest.raises(ValueError, match=r"scale_factor of LowResolution must be above 1 .* got 1, which enlarges"):
+        quiet_trainer(max_steps=1).fit(pixel_enlarger(1), data)
+    with pytest.raises(ValueError, match="must be multiples of the scale_factor 3 of LowResolution, got 8 x 8"):
+        quiet_trainer(max_steps=1).fit(pixel_enlarger(3), data)
+    with pytest.raises(ValueError, match="scale_factor must be at least 1, got 0"):
+        LowResolution(1, scale_factor=0)
+
+
+def test_enlarged_images_shrink_to_the_small_ones(pixel_enlarger, tiny_images, quiet_trainer):
+    module = pixel_enlarger(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01), ema_decay=0.0)
+    data = tiny_images(class_names=None, batch_size=16)
+    quiet_trainer(max_steps=150, limit_val_batches=0).fit(module, data)
+    small = shrunk(scale_to_unit_range(data.image_set.images[data.val_indices]))
+    drawn = torch.cat([module.trained.sample(image=one, num_inference_steps=10) for one in small])
+    assert drawn.shape == (4, 1, 8, 8)
+    error, of_another = ((shrunk(drawn) - one).abs().mean() for one in (small, small.roll(1, 0)))
+    assert error < 0.5 * of_another
+
+
+def test_user_gives_small_images_of_other_sizes(pixel_enlarger, tiny_images, quiet_trainer, tmp_path, run_cli):
+    module = pixel_enlarger(4)
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, tiny_images(class_names=None))
+    trainer.save_checkpoint(tmp_path / "enlarger.ckpt")
+    Image.new("L", (7, 5)).save(tmp_path / "small.png")
+    options = ["--image", tmp_path / "small.png", "--num_inference_steps=2", "--device=cpu", "--num_images=1"]
+    status, _, err = run_cli("sample", tmp_path / "enlarger.ckpt", *options, "--output", tmp_path / "out")
+    assert status == 0, err
+    assert Image.open(tmp_path / "out" / "000000.png").size == (28, 20)
+    options += ["--image_size", 10, 12, "--output", tmp_path / "other"]
+    status, _, err = run_cli("sample", tmp_path / "enlarger.ckpt", *options)
+    assert (status != 0, "image_size must be multiples of 4 pixels" in err) == (True, True), err
+
+
 def test_grid_of_an_upscaler_is_of_validation_images(enlarger, tiny_images, quiet_trainer, tmp_path):
     grid = SampleGrid(0, num_images=6, num_inference_steps=2)
     module = enlarger()

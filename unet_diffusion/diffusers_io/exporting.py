@@ -249,7 +249,7 @@ def _stock_pipeline(
     parts: DenoiserParts, space: LatentSpace, vae: AutoencoderNetwork
 ) -> type[DiffusionPipeline] | None:
     """The class of diffusers' pipeline that draws the same latents from the same conditions; None if there is none."""
-    if not parts.are_pictures:
+    if not parts.are_pictures or any(condition.scale_factor > 1 for condition in parts.all_conditions):
         return None
     roles = {condition.pipeline_role for condition in parts.all_conditions}
     channels, height, width = parts.sample_shape

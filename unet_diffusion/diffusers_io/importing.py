@@ -266,6 +266,7 @@ def _listed_conditions(
             codec.image_shape((out_channels, 1, 1))[0],
             option="small_image" if "mask" in listed else "image",
             noise=LOW_RES in _parts(index),
+            scale_factor=index.get("scale_factor", 1),
         ),
     }
     made: dict[str, Condition] = {}

@@ -45,6 +45,7 @@ def own_pipeline(
             condition.pipeline_role: condition.pipeline_null for condition in conditions if condition.has_null
         },
         max_noise_level=MAX_NOISE_LEVEL,
+        scale_factor=max([1, *(condition.scale_factor for condition in conditions)]),
         values=None if parts.are_pictures else parts.values.plain(),
         conditions=[
             [str(condition.pipeline_role), f"{type(condition).__module__}.{type(condition).__qualname__}"]

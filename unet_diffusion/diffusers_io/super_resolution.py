@@ -20,6 +20,8 @@ def why_no_super_resolution(parts: DenoiserParts) -> str | None:
         return "it adds no noise to the small image"
     if small is None or len(parts.all_conditions) > 1:
         return "it takes a small image alone"
+    if small.scale_factor > 1:
+        return "it does not enlarge the small image for the network"
     if not isinstance(codec, LatentCodec) or codec.space is None:
         return "it draws latents"
     (channels, height, width), image_channels = parts.sample_shape, parts.image_shape[0]

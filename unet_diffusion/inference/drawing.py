@@ -1,8 +1,10 @@
 """The drawing of a user's request: it is read and checked once, then images are drawn batch by batch."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -130,8 +132,13 @@ class Drawing:
 
     @property
     def _enlarges(self) -> bool:
-        """Whether the user's image is a small image to enlarge, of the size of x0."""
+        """Whether the user's image is a small image to enlarge."""
         return self._image_condition is not None and "mask" not in self._image_condition.needs
+
+    @property
+    def _scale_factor(self) -> int:
+        """The height of x0 divided by that of a small image to enlarge; 1 where there is none."""
+        return max([1, *(condition.scale_factor for condition in self._conditions)])
 
     def _sample_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of x0 for the request; an image to enlarge is cut to the largest size that the network takes."""
@@ -141,9 +148,12 @@ class Drawing:
             size = options.image_size
             height, width = self._network_sizes("image_size", [size, size] if isinstance(size, int) else size)
         elif self._enlarges and options.image is not None:
-            height, width = (
-                _largest_size(side, parts.unet) for side in size_of("image", options.image, parts.image_shape[0])
-            )
+            sides = size_of("image", options.image, parts.image_shape[0])
+            height, width = (_largest_size(side, self._scale_factor, parts.unet) for side in sides)
+        if height % self._scale_factor or width % self._scale_factor:
+            multiple = self._scale_factor * parts.codec.downsampling
+            raise ValueError(f"image_size must be multiples of {multiple} pixels for this denoiser, which enlarges, "
+                             f"got {options.image_size}")  # fmt: skip
         if options.window is not None:
             self._network_sizes("window", [options.window])
         if height * width > MOST_PIXELS:
@@ -170,7 +180,7 @@ class Drawing:
             return None
         channels, height, width = self.parts.codec.image_shape(self.sample_shape)
         if self._enlarges:
-            height, width = self.sample_shape[1:]
+            height, width = (side // self._scale_factor for side in self.sample_shape[1:])
         shape = (channels, height, width)
         return read_user_image(options.image, options.mask, shape, self.parts.values.value_range)
 
@@ -274,7 +284,14 @@ def _meanings(parts: DenoiserParts) -> list[Any]:
     return [parts.class_names, [condition.meaning() for condition in parts.all_conditions]]
 
 
-def _largest_size(side: int, network: PixelNetwork) -> int:
-    """The largest size up to `side` that the network takes, but at least the network's smallest size."""
-    smallest, step = network.smallest_size, network.size_step
-    return smallest + max(side - smallest, 0) // step * step
+def _largest_size(side: int, scale_factor: int, network: PixelNetwork) -> int:
+    """The size of x0 of the largest small image up to `side` that the network takes; the smallest one if none is.
+
+    Args:
+        side: Height or width of the user's small image.
+        scale_factor: The height of x0 divided by that of the small image; x0 of some sizes has such a small image.
+        network: The network.
+    """
+    smallest = next(size for size in count(scale_factor, scale_factor) if network.next_size(size) == size)
+    step = math.lcm(scale_factor, network.size_step)
+    return smallest + max(side * scale_factor - smallest, 0) // step * step

@@ -12,9 +12,10 @@ from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
 from unet_diffusion.diffusion.losses import LossWeighting
 from unet_diffusion.diffusion.parts import channels_beside
 from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.latents.codec import Codec
 from unet_diffusion.models.unet import PixelNetwork
 
-UNNAMED = (("option", "image"), ("noise", True))  # defaults of LowResolution
+UNNAMED = (("option", "image"), ("noise", True), ("scale_factor", 1))  # defaults of LowResolution
 
 
 def check_batch(batch: Any, *, needs_index: bool) -> None:
@@ -135,27 +136,33 @@ def check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> Non
 
 
 def check_channels(
-    unet: PixelNetwork, sample_shape: tuple[int, int, int], conditions: nn.ModuleList, kind: str
+    unet: PixelNetwork, sample_shape: tuple[int, int, int], conditions: nn.ModuleList, codec: Codec
 ) -> None:
     """Refuse a network for other channels, or another size, than the data and the conditions give.
+
+    A small image that is as large as the image is refused, too: the network would copy it.
 
     Args:
         unet: The network.
         sample_shape: (C, h, w) of what is denoised.
         conditions: The conditions beside the class labels.
-        kind: The word for what is denoised.
+        codec: The codec between images and what is denoised.
 
     Raises:
-        ValueError: If the network takes another number of channels, or not this size.
+        ValueError: If the network takes another number of channels, or not this size, or if nothing is enlarged.
     """
     beside = channels_beside(conditions)
     if sample_shape[0] + beside != unet.in_channels:
         more = f" plus {beside} channels from conditions" if beside else ""
         raise ValueError(
-            f"the {kind} have {sample_shape[0]} channels{more} and the network takes {unet.in_channels}; set "
+            f"the {codec.name} have {sample_shape[0]} channels{more} and the network takes {unet.in_channels}; set "
             "model.unet.in_channels or data.channels"
         )
     unet.check_size(*sample_shape[1:])
+    is_small = [one.scale_factor * codec.downsampling > 1 for one in conditions if isinstance(one, LowResolution)]
+    if not all(is_small):
+        raise ValueError("scale_factor of LowResolution must be above 1 where images are denoised themselves, got 1, "
+                         "which enlarges nothing; set it, to 4 for example")  # fmt: skip
 
 
 def check_noise_levels(conditions: Sequence[Condition], provided: set[str]) -> None:

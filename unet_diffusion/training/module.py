@@ -208,7 +208,7 @@ class DiffusionModule(NetworkModule):
         self.codec = encoded_by or self.codec
         self.sample_shape, self.class_names = self._sample_shape_of(datamodule), datamodule.class_names
         self.bind_values(datamodule, self.codec.image_shape(self.sample_shape)[0], self.codec)
-        check_channels(self.unet, self.sample_shape, self.conditions, self.codec.name)
+        check_channels(self.unet, self.sample_shape, self.conditions, self.codec)
         provided = {entry for one in self.all_conditions for entry in one.provides}
         if provided and getattr(datamodule, "codec", None) is not None:
             makers = ", ".join(type(one).__name__ for one in self.all_conditions if one.provides)

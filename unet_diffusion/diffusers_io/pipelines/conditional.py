@@ -5,6 +5,7 @@ needs only torch and diffusers, and for captions transformers.
 """
 
 import inspect
+import math
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class ConditionalPipeline(DiffusionPipeline):
         unconditional: The values that stood for "not known" in training, by name: any of "class_labels",
             "class_tokens", "prompt", "concat", and the arguments of tokens and maps. Without any there is no guidance.
         max_noise_level: Highest noise level of a small image.
+        scale_factor: Height of the network's output divided by that of a small image.
         conditions: All that is known of an image in the order of training, in which maps stand beside the noised image:
             pairs of a name, "class_labels", "class_tokens", "prompt", "concat", "mask", "low_res" or the argument of
             tokens and maps, and of the class that trained it, which is not needed to draw.
@@ -79,6 +81,7 @@ class ConditionalPipeline(DiffusionPipeline):
         class_names: list[str] | None = None,
         unconditional: dict | None = None,
         max_noise_level: int = 350,
+        scale_factor: int = 1,
         conditions: list[list[str]] | None = None,
         values: dict | None = None,
     ):
@@ -99,6 +102,7 @@ class ConditionalPipeline(DiffusionPipeline):
             class_names=class_names,
             unconditional=unconditional or {},
             max_noise_level=max_noise_level,
+            scale_factor=scale_factor,
             conditions=conditions or [],
             values=values,
         )
@@ -146,7 +150,8 @@ class ConditionalPipeline(DiffusionPipeline):
             image: Images to paint into, which are scaled to height and width, or small images to enlarge. Tensors and
                 arrays must be in [0, 1].
             mask_image: Mask of the size of `image`; white, or 1, is painted, and the rest stays as it is.
-            small_image: Small images to enlarge beside an image to paint into, of the size of the network's output.
+            small_image: Small images to enlarge beside an image to paint into, of the size of the network's output
+                divided by scale_factor.
             concat: Maps beside the noised image, (1 or N, K, h, w), of the size of the network's output.
             noise_level: Noise level of small images, in [0, max_noise_level]; a higher level keeps less detail. None:
                 20, where the network takes one.
@@ -243,9 +248,8 @@ class ConditionalPipeline(DiffusionPipeline):
                 rule = "be given to" if value is None else "be left out for"
                 raise ValueError(f"{name} must {rule} this model, which takes {', '.join(self.arguments) or 'nothing'}")
         if guidance_scale != 1 and not self.config.unconditional:
-            raise ValueError(
-                f"guidance_scale must be 1, got {guidance_scale}; this model was trained without dropout of conditions"
-            )
+            raise ValueError(f"guidance_scale must be 1, got {guidance_scale}; this model was trained without dropout "
+                             "of conditions")  # fmt: skip
         if noise_level is not None and self.low_res_scheduler is None:
             raise ValueError(f"noise_level must be left out for this model, which adds no noise, got {noise_level}")
         if not 0 <= (noise_level or 0) <= self.config.max_noise_level:
@@ -259,9 +263,8 @@ class ConditionalPipeline(DiffusionPipeline):
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the images."""
         if self.enlarges and not self.paints and (height, width) != (None, None):
-            raise ValueError(
-                f"height and width must be left out, because image decides the size, got {height} and {width}"
-            )
+            raise ValueError(f"height and width must be left out, because image decides the size, got {height} and "
+                             f"{width}")  # fmt: skip
         size = self.unet.config.sample_size
         default = (size, size) if isinstance(size, int) else size
         height = default[0] * self.vae_scale_factor if height is None else height
@@ -280,8 +283,7 @@ class ConditionalPipeline(DiffusionPipeline):
         if self.low_res_scheduler is not None:
             tensors["noise_level"] = torch.tensor([20 if noise_level is None else noise_level])
         if self.enlarges and not self.paints:
-            height, width = tensors["image"].shape[2:]
-            size = height * self.vae_scale_factor, width * self.vae_scale_factor
+            size = tuple(side * self.config.scale_factor * self.vae_scale_factor for side in tensors["image"].shape[2:])
         if self.paints:
             tensors["image"] = self.image_processor.preprocess(conditions["image"], *size)
             tensors["mask_image"] = self.mask_processor.preprocess(conditions["mask_image"], *size)
@@ -289,9 +291,8 @@ class ConditionalPipeline(DiffusionPipeline):
             tensors[one.argument] = one.prepare(conditions[one.argument], size, self._encode)
         for name in ("image", "small_image"):
             if name in tensors and tensors[name].shape[1] != self.num_channels:
-                raise ValueError(
-                    f"{name} must have {self.num_channels} channels, got {tensors[name].shape[1]}; convert it"
-                )
+                raise ValueError(f"{name} must have {self.num_channels} channels, got {tensors[name].shape[1]}; "
+                                 "convert it")  # fmt: skip
         tensors = {name: tensor.to(self._execution_device) for name, tensor in tensors.items()}
         count = max([batch_size, *(len(tensor) for tensor in tensors.values())])
         if wrong := [f"{len(tensor)} of {name}" for name, tensor in tensors.items() if len(tensor) not in (1, count)]:
@@ -303,17 +304,22 @@ class ConditionalPipeline(DiffusionPipeline):
         """Height and width of x for images of this size."""
         network = self.unet.config
         takes_any = isinstance(self.unet, UNet2DConditionModel) and network.downsample_padding == 1
-        step = self.vae_scale_factor * (1 if takes_any else 2 ** (len(network.block_out_channels) - 1))
+        step = 1 if takes_any else 2 ** (len(network.block_out_channels) - 1)
+        step = self.vae_scale_factor * math.lcm(step, self.config.scale_factor)
         if any(side % step for side in size):
-            enlarged = f", {self.vae_scale_factor} times those of image," if self.enlarges and not self.paints else ""
+            factor = self.vae_scale_factor * self.config.scale_factor
+            enlarged = f", {factor} times those of image," if self.enlarges and not self.paints else ""
             raise ValueError(f"height and width{enlarged} must be multiples of {step}, got {size[0]} and {size[1]}")
         return size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor
 
     def _check_maps(self, tensors: dict[str, Tensor], x: Tensor) -> None:
-        """Refuse small images and maps of another size than the noised image x."""
-        channels = {"small_image": self.num_channels, "concat": self.channels_beside.get("concat")}
-        for name in channels.keys() & tensors.keys():
-            expected, got = (channels[name], *x.shape[2:]), tuple(tensors[name].shape)
+        """Refuse small images and maps of another size than the noised image x needs."""
+        shapes = {
+            "small_image": (self.num_channels, *(side // self.config.scale_factor for side in x.shape[2:])),
+            "concat": (self.channels_beside.get("concat"), *x.shape[2:]),
+        }
+        for name in shapes.keys() & tensors.keys():
+            expected, got = shapes[name], tuple(tensors[name].shape)
             if got[1:] != expected:
                 raise ValueError(f"{name} must be (N, {', '.join(map(str, expected))}), got {got}")
 
@@ -331,6 +337,8 @@ class ConditionalPipeline(DiffusionPipeline):
         if self.low_res_scheduler is not None:
             noise = randn_tensor(maps["low_res"].shape, generator=generator, device=x.device)
             maps["low_res"] = self.low_res_scheduler.add_noise(maps["low_res"], noise, tensors["noise_level"])
+        if self.config.scale_factor > 1:
+            maps["low_res"] = nn.functional.interpolate(maps["low_res"], x.shape[2:], mode="bicubic")
         return maps
 
     def _inputs(self, tensors: dict[str, Tensor], unconditional: dict) -> dict[str, Tensor]:
@@ -348,7 +356,7 @@ class ConditionalPipeline(DiffusionPipeline):
 
         inputs, tokens = {}, []  # the order of tokens does not matter
         if self.unet.config.num_class_embeds is not None:
-            entry = tensors.get("noise_level", tensors.get("class_labels"))
+            entry = tensors["class_labels" if self.low_res_scheduler is None else "noise_level"]
             inputs["class_labels"] = or_null("class_labels", entry)
         if self.class_tokens is not None:
             tokens.append(self.class_tokens(or_null("class_tokens", tensors["class_labels"])))

@@ -228,8 +228,10 @@ def _layout(parts: DenoiserParts) -> Layout:
         frozenset({XLText}): XL,
     }
     layout = layouts.get(frozenset(kinds))
-    if any(isinstance(one, LowResolution) and not one.config["noise"] for one in parts.conditions):
-        raise ValueError("no layout of one file takes a small image without noise; export a folder")
+    small = parts.condition(LowResolution)
+    if small is not None and (not small.config["noise"] or small.scale_factor > 1):
+        raise ValueError("no layout of one file takes a small image without noise, or one that is enlarged for the "
+                         "network; export a folder")  # fmt: skip
     if layout is None or len({*kinds}) < len(kinds) or type(parts.unet) is not DenoiserUNet:
         listed = ", ".join(kind.__name__ for kind in kinds) or "none"
         raise ValueError(f"no layout of one file takes a {type(parts.unet).__name__} with the conditions {listed}; "

@@ -81,6 +81,7 @@ class Condition(nn.Module):
         needs: Those of `options`, "image" and "mask" that sampling requires.
         files: Those of `options` that are files, or folders of them.
         refuses: Options that make no sense together with the condition.
+        scale_factor: Height of x0 divided by that of a small image to enlarge, which a user gives.
         purpose: Verb phrase for errors, as in "this denoiser paints into an image; give image and mask".
         pipeline_role: Name of the role in an exported pipeline, see `diffusers_io`; None: no pipeline takes it.
 
@@ -96,6 +97,7 @@ class Condition(nn.Module):
     needs: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     refuses: tuple[str, ...] = ()
+    scale_factor: int = 1
     purpose: ClassVar[str] = "has conditions of its own"
     pipeline_role: ClassVar[str | None] = None
 
