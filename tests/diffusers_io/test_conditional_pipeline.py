@@ -411,7 +411,7 @@ def recipe_for_masks() -> dict:
 
 def recipe_for_masks_and_small_images() -> dict:
     recipe = recipe_for_masks()
-    small = {"channels": 3, "option": "small_image"}
+    small = {"channels": 3, "option": "small_image", "scale_factor": 4}
     recipe["model"]["conditions"].append(
         {"class_path": "unet_diffusion.diffusion.conditions.low_resolution.LowResolution", "init_args": small}
     )
