@@ -1,6 +1,6 @@
-"""Two conditions at once, of which one or both give maps beside the noised image: from fit to sample to export.
+"""Two conditions at once, of maps beside the noised image, boxes and classes: from fit to sample to export.
 
-Pairs without such maps, and those of which diffusers has a pipeline, are in the tests beside this one.
+Pairs with captions, and those of which diffusers has a pipeline, are in the tests beside this one.
 """
 
 import json
@@ -51,7 +51,7 @@ KINDS = {
 TOGETHER = [
     *combinations(("map", "pair", "small", "mask", "maps"), 2),
     *(("pair", "map"), ("mask", "small")),  # in the other order of channels
-    *(("small", "classes"), ("small", "boxes"), ("boxes", "mask")),
+    *(("small", "classes"), ("small", "boxes"), ("boxes", "mask"), ("boxes", "pair"), ("classes", "boxes")),
     ("mask", "map", "small", "pair", "classes"),
 ]
 PAIRS = {" and ".join(kinds): kinds for kinds in TOGETHER}
