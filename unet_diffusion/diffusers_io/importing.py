@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unet_diffusion.diffusers_io.configurations import complete, config_from_diffusers, schedule_from_diffusers
 from unet_diffusion.diffusers_io.pipeline_code import ENCODER_PARTS
 from unet_diffusion.diffusers_io.single_file.network import read_unet
+from unet_diffusion.diffusers_io.super_resolution import ENLARGED_SCALE
 from unet_diffusion.diffusers_io.values_file import read_values
 from unet_diffusion.diffusers_io.weights import load_weights, read_weights
 from unet_diffusion.diffusion.conditions.class_tokens import ClassTokens
@@ -106,9 +107,8 @@ def import_pipeline(folder: StrPath, *, autoencoder: StrPath | None = None) -> D
     field_of(scheduler_config, "_class_name", scheduler_file)
     sample_shape = _sample_shape(config)
     unconditional = index.get("unconditional", {"prompt": ""})  # Stable Diffusion has no such field
-    codec = _codec(
-        folder, parts, sample_shape, autoencoder, scale=1.0 if index.get("_class_name") == ENLARGING else None
-    )
+    scale = ENLARGED_SCALE if index.get("_class_name") == ENLARGING else None
+    codec = _codec(folder, parts, sample_shape, autoencoder, scale)
     if "conditions" in index or index.get("_class_name") == ["pipeline", "ConditionalPipeline"]:
         _check_listed(index.get("conditions"), folder)
         conditions = _listed_conditions(folder, index, config["in_channels"], sample_shape[0], codec)

@@ -268,7 +268,7 @@ def _own_usage(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     if pipeline.config["values"] is not None:
         arguments.append('output_type="numbers"')
         about += NUMBERS.format(**pipeline.config["values"])
-    if any(condition.pipeline_role == "low_res" for condition in parts.all_conditions):
+    if {condition.pipeline_role for condition in parts.all_conditions} in ({"low_res"}, {"low_res", "class_labels"}):
         about += f"`LDMSuperResolutionPipeline` would not draw the same: {why_no_super_resolution(parts)}.\n\n"
     return OWN_USAGE.format(
         preparation=_preparation(parts, pipeline),
