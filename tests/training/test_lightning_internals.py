@@ -158,6 +158,26 @@ def test_validation_follows_the_batches_after_which_it_is_due(quiet_trainer):
     assert follows == [False, True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_steps": 3}, [False, False, True]),
+        ({"max_epochs": 2, "limit_train_batches": 2}, [False, False, False, True]),
+        ({"max_epochs": 1, "limit_train_batches": 3, "accumulate_grad_batches": 2}, [False, False, True]),
+    ],
+)
+def test_run_ends_at_its_last_batch(quiet_trainer, options, expected):
+    assert at_each_batch(quiet_trainer, internals.ends_now, limit_val_batches=0, **options) == expected
+
+
+def test_run_that_was_told_to_stop_ends_once_it_may(quiet_trainer):
+    def stopped(trainer):
+        trainer.should_stop = True
+        return internals.ends_now(trainer)
+
+    assert at_each_batch(quiet_trainer, stopped, max_epochs=1, min_steps=3, limit_val_batches=0) == [False, False, True]
+
+
 class KeepsRows(CSVLogger):
     def log_metrics(self, metrics, step=None):
         self.rows = [*getattr(self, "rows", []), (step, "loss" in metrics)]

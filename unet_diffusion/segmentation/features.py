@@ -52,7 +52,7 @@ class FeatureClassifier(PixelNetwork):
     ):
         super().__init__()
         _check_arguments(denoiser, schedule, timesteps, levels, hidden_channels)
-        self.denoiser = denoiser.requires_grad_(False)
+        self.denoiser = denoiser.requires_grad_(False).eval()
         self.schedule = schedule
         self.timesteps = list(timesteps)
         self.levels = sorted(levels)

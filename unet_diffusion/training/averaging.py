@@ -1,6 +1,7 @@
 """The exponential moving average (EMA) of weights (Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B).
 
-The average is a network of its own, which is what is sampled, validated and exported.
+The average is a network of its own, which is what is sampled, validated and exported. The statistics of its batch norms
+are computed anew for that, see `batch_norms.py`.
 """
 
 import copy
@@ -41,7 +42,7 @@ class Averages:
         with torch.no_grad():
             torch._foreach_lerp_(self._averaged, self._raw, 1 - decay)
             for ema_buffer, buffer in self._buffers:
-                ema_buffer.copy_(buffer)  # statistics of batch norms, which are averages already
+                ema_buffer.copy_(buffer)  # statistics of batch norms, until `batch_norms.py` computes the average's own
 
     def restore_statistics(self) -> None:
         """Put back the statistics of batch norms that a forward pass has made infinite; the average has the last."""

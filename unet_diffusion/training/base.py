@@ -23,6 +23,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.runtime.safe_loading import load_plain
 from unet_diffusion.runtime.shareable import PLACES
 from unet_diffusion.training.averaging import Averages, averaged_copy
+from unet_diffusion.training.batch_norms import HasAverages
 from unet_diffusion.training.hyperparameters import check_choice, plain_arguments, plain_optimizer, scalar_arguments
 from unet_diffusion.training.kept_values import KeepsValues
 from unet_diffusion.training.lightning_internals import callbacks_of, data_of, is_attached, total_batches
@@ -42,7 +43,7 @@ from unet_diffusion.training.timing import can_be_graphed, fastest
 DROPOUT_KEY = 3  # keeps dropout apart from noise, which has the same seed
 
 
-class NetworkModule(KeepsValues):
+class NetworkModule(KeepsValues, HasAverages):
     """A network in training, and the moving average of its weights.
 
     A subclass defines `training_step` and the hooks of validation, `input_shape`, `bind_data`, `record`, `identity`,

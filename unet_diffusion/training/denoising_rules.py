@@ -92,6 +92,13 @@ def check_denoises(unet: PixelNetwork) -> None:
         )
 
 
+def sample_shape_of(datamodule: Any, codec: Codec) -> tuple[int, int, int]:
+    """(C, h, w) of what is denoised, by the codec where the data hold images."""
+    channels, height, width = datamodule.image_shape
+    holds_x0 = getattr(datamodule, "codec", None) is not None
+    return (channels, height, width) if holds_x0 else codec.sample_shape((channels, height, width))
+
+
 def check_conditions(unet: PixelNetwork, conditions: Sequence[Condition]) -> None:
     """Refuse conditions that give what the network does not take, or lack what it takes.
 

@@ -67,6 +67,12 @@ def validation_follows(trainer: Trainer) -> bool:
     return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def ends_now(trainer: Trainer) -> bool:
+    """Whether the run ends with this step, at the end of its last training batch or later."""
+    is_over = trainer.global_step >= trainer.estimated_stepping_batches
+    return is_over or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
 def log_step_now(trainer: Trainer) -> None:
     """Log the losses of a step at the end of its batch, where Lightning would do so after all callbacks."""
     connector = trainer._logger_connector

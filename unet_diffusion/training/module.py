@@ -55,6 +55,7 @@ from unet_diffusion.training.denoising_rules import (
     check_noise_levels,
     check_settings,
     conditions_identity,
+    sample_shape_of,
     space_identity,
 )
 from unet_diffusion.training.hyperparameters import check_choice
@@ -206,7 +207,7 @@ class DiffusionModule(NetworkModule):
             raise ValueError(f"the data hold latents of their own autoencoder, and model.codec is "
                              f"{type(self.codec).__name__}; train on images, or leave model.codec out")  # fmt: skip
         self.codec = encoded_by or self.codec
-        self.sample_shape, self.class_names = self._sample_shape_of(datamodule), datamodule.class_names
+        self.sample_shape, self.class_names = sample_shape_of(datamodule, self.codec), datamodule.class_names
         self.bind_values(datamodule, self.codec.image_shape(self.sample_shape)[0], self.codec)
         check_channels(self.unet, self.sample_shape, self.conditions, self.codec)
         provided = {entry for one in self.all_conditions for entry in one.provides}
@@ -304,6 +305,12 @@ class DiffusionModule(NetworkModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Adds up the averaged network's errors on noise and timesteps that are fixed for each image."""
+        x0, t, errors = self.pass_average(batch)
+        self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
+        self._moment_sums = torch.stack([x0.sum(dim=0), x0.square().sum(dim=0)]) + self._moment_sums
+
+    def pass_average(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What is denoised, timesteps and the averaged network's errors; noise is fixed for each image."""
         x0, entries = self._encoded(batch, None)
         index = entries["index"]
         t = self.fixed_timesteps(index)
@@ -312,8 +319,7 @@ class DiffusionModule(NetworkModule):
         noise = noise.to(x0.device)
         inputs = network_inputs(self._conditions_of(self.ema_conditions), entries)
         errors = self._errors(self.ema_unet, x0, noise, t, inputs)
-        self._validation_sums += torch.stack(sums_by_quarter(errors, t, self.schedule.num_train_timesteps))
-        self._moment_sums = torch.stack([x0.sum(dim=0), x0.square().sum(dim=0)]) + self._moment_sums
+        return x0, t, errors
 
     def fixed_entries(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What is denoised of a batch, (B, C, h, w), and what the conditions read, as they are validated on."""
@@ -441,9 +447,3 @@ class DiffusionModule(NetworkModule):
             return
         sums, counts = sums_by_quarter(errors, t, self.schedule.num_train_timesteps)
         self.log_dict({f"train/loss_q{i + 1}": sums[i] / counts[i] for i in range(NUM_QUARTERS)})
-
-    def _sample_shape_of(self, datamodule: Any) -> tuple[int, int, int]:
-        """(C, h, w) of what is denoised, by the codec where the data hold images."""
-        channels, height, width = datamodule.image_shape
-        holds_x0 = getattr(datamodule, "codec", None) is not None
-        return (channels, height, width) if holds_x0 else self.codec.sample_shape((channels, height, width))

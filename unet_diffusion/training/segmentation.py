@@ -271,6 +271,11 @@ class SegmentationModule(NetworkModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
+    def pass_average(self, batch: dict[str, Tensor]) -> None:
+        images = batch["images"]
+        t = None if self.timestep is None else torch.full((len(images),), self.timestep, device=images.device)
+        self.ema_unet(images, t)
+
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking and self.kind != "classes":
             self._fit_threshold(cast(SegmentationDataModule, data_of(self.trainer)))
