@@ -14,11 +14,14 @@ import yaml
 from forked import run_python
 from PIL import Image
 
-from unet_diffusion.data import SyntheticCells, scale_to_unit_range
+from unet_diffusion.data import SegmentationDataModule, SyntheticCells, scale_to_unit_range
 from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.latents.store import read_latents
 from unet_diffusion.models.autoencoders import kl_autoencoder
+from unet_diffusion.segmentation.augmentation import Augmentation
+from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.segmentation.scores import dice
+from unet_diffusion.training.batch_norms import FIRST_EPOCH
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -164,6 +167,20 @@ def test_segmenter_is_validated_alike_on_two_processes(segmenter_run):
     with open(segmenter_run / "logs" / "version_0" / "metrics.csv") as file:
         (logged,) = [row["val/dice"] for row in csv.DictReader(file) if row.get("val/dice")]
     assert float(logged) == pytest.approx(dice(np.concatenate(truths), np.concatenate(predictions)), abs=1e-4)
+
+
+def test_statistics_of_batch_norms_are_of_the_batches_of_both_processes(segmenter_run):
+    augmentation = Augmentation(elastic_sd=5.0, brightness=0.1, contrast=0.1)
+    settings = {"window_size": 128, "windows_per_image": 8, "batch_size": 2, "num_val": 3, "augmentation": augmentation}
+    targets = Targets(label_format="instances", separate_borders=True, border_width=1)
+    data = SegmentationDataModule(SyntheticCells(num_images=6), targets, **settings)
+    sampler = data.train_dataloader().sampler
+    sampler.set_epoch(FIRST_EPOCH)
+    batches = [torch.stack([data.window(one)["images"] for one in drawn]) for drawn in [*sampler][:2]]
+    unet = read_segmenter(segmenter_run).unet
+    with torch.no_grad():
+        means = [unet.conv_in.conv1(batch).mean(dim=(0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(unet.conv_in.norm1.running_mean, torch.stack(means).mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
 WATCHER = """

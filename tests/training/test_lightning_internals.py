@@ -175,7 +175,8 @@ def test_run_that_was_told_to_stop_ends_once_it_may(quiet_trainer):
         trainer.should_stop = True
         return internals.ends_now(trainer)
 
-    assert at_each_batch(quiet_trainer, stopped, max_epochs=1, min_steps=3, limit_val_batches=0) == [False, False, True]
+    ends = at_each_batch(quiet_trainer, stopped, max_epochs=2, min_steps=6, limit_val_batches=0)
+    assert ends == [*5 * [False], True]  # of four batches in an epoch
 
 
 class KeepsRows(CSVLogger):
