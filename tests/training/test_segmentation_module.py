@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,7 +18,7 @@ from unet_diffusion.data import (
     SyntheticCells,
 )
 from unet_diffusion.diffusion.schedule import NoiseSchedule
-from unet_diffusion.evaluation.thresholds import ScoresByThreshold
+from unet_diffusion.evaluation.thresholds import SIZES, ScoresByThreshold
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import read_denoiser, read_segmenter
 from unet_diffusion.inference.record import save_denoiser
@@ -158,6 +159,53 @@ def test_threshold_is_the_best_on_images_that_are_kept_for_it(quiet_trainer, tmp
     scores = {threshold: dice(truth, foreground > threshold) for threshold in THRESHOLDS}
     assert scores[trained.threshold] == pytest.approx(max(scores.values()))
     assert trained.segment(whole["images"]).threshold == trained.threshold
+
+
+@pytest.mark.parametrize(("num_fit", "num_images"), [(0, 2), (3, 3)])
+def test_few_trained_images_are_divided_by_the_mutex_watershed_which_is_told(
+    quiet_trainer, monkeypatch, caplog, num_fit, num_images
+):
+    fitted_on = []
+    noted = SimpleNamespace(of=lambda index, *rest: fitted_on.append(index) or ScoresByThreshold.of(index, *rest))
+    monkeypatch.setattr("unet_diffusion.training.segmentation.ScoresByThreshold", noted)
+    monkeypatch.setattr("unet_diffusion.training.segmentation.MOST_DIVIDED", 2 * 128 * 128 + 1)
+    data, made = cells(affinities=True, num_fit=num_fit, num_images=7), module(network(out_channels=12, norm="group"))
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    quiet_trainer(max_steps=1, limit_val_batches=1, val_check_interval=1).fit(made, data)
+    assert len(fitted_on) == num_images
+    assert {*fitted_on} <= {*(data.fit_indices if num_fit else data.train_images).tolist()}
+    assert "mutex watershed" not in caplog.text  # three images of cells are soon divided
+    monkeypatch.setattr("unet_diffusion.training.segmentation.LONG", 1)
+    quiet_trainer(max_steps=1, limit_val_batches=1, val_check_interval=1).fit(made, data)
+    seconds = round(num_images * 128**2 * 9 * 5e-6)
+    assert f"divides {num_images} images at 9 thresholds, which takes about {seconds} seconds" in caplog.text
+
+
+def test_least_size_is_fitted_to_specks_and_kept_in_the_checkpoint(quiet_trainer, tmp_path, monkeypatch):
+    data = cells(separate_borders=True, num_fit=2, num_images=7)
+    made = module(network(out_channels=4, norm="group"))
+
+    def with_specks(self, image):
+        """Maps in which all cells are right, and specks of 20 pixels stand beside them, of equal probability."""
+        (index,) = [i for i in range(len(data.images.images)) if torch.equal(data.whole(i)["images"], image)]
+        foreground = data.images.labels[index] > 0
+        free = scipy.ndimage.distance_transform_edt(~foreground) > 4
+        specks = np.zeros_like(foreground)
+        for row, column in np.ndindex(12, 12):
+            place = (slice(10 * row, 10 * row + 4), slice(10 * column, 10 * column + 5))
+            specks[place] = free[place].all()
+        assert specks.sum() >= 10 * 20
+        distances = scipy.ndimage.distance_transform_edt(foreground | specks)
+        foreground = (foreground | specks).astype(np.float32)
+        maps = [1 - foreground, foreground, np.zeros_like(foreground), np.minimum(distances / 10, 1)]
+        return torch.from_numpy(np.stack(maps).astype(np.float32))
+
+    monkeypatch.setattr(SegmentationModule, "maps", with_specks)
+    assert made.min_size < 20
+    path = fit_and_save(made, data, quiet_trainer(max_steps=1, val_check_interval=1), tmp_path / "cells.ckpt")
+    sizes = [size for size in SIZES if size > 20]
+    assert read_segmenter(path).min_size in sizes
+    assert SegmentationModule.load_from_checkpoint(path).min_size in sizes
 
 
 def test_network_of_affinities_learns_to_tell_touching_cells_apart(quiet_trainer, tmp_path):

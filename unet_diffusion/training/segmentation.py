@@ -28,6 +28,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.segmentation.labels import BACKGROUND, MIN_SIZE, NO_VALUE, NUM_BESIDE, THRESHOLD, Kind
 from unet_diffusion.segmentation.losses import SegmentationLoss, affinity_loss, distance_loss, segmentation_loss
+from unet_diffusion.segmentation.scores import THRESHOLDS
 from unet_diffusion.segmentation.transfer import is_of_denoiser, load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.hyperparameters import check_choice
@@ -39,6 +40,9 @@ from unet_diffusion.training.symptoms import one_class_only, warn_of
 
 JOINT_KEY = 5  # keeps the noise of what is denoised apart from windows, which have the same seed
 MOST_FITTED = 16  # images on which thresholds are fitted
+MOST_DIVIDED = 2 * 512**2  # pixels of them where the mutex watershed makes objects, unless the user keeps more for it
+SECONDS_PER_PIXEL = 5e-6  # of the mutex watershed; 1 to 3 were measured on one core where cells are plain to see
+LONG = 20  # seconds after which a user should know what the run waits for
 MIN_STEPS_OF_ALL_CLASSES = 100  # after which a segmenter that predicts one class only is warned about
 
 
@@ -285,14 +289,28 @@ class SegmentationModule(NetworkModule):
 
     def _fit_threshold(self, data: SegmentationDataModule) -> None:
         """Fit threshold and least size on images that are kept for it, or else on images that are trained on."""
-        images = evenly_spaced(data.fit_indices.tolist() or data.train_images.tolist(), MOST_FITTED)
         scores = []
-        for index in images:
+        for index in self._images_to_fit_on(data):
             classes = data.classes(index).long().numpy()
             truth = Truth.of(data.targets, data.images.labels[index], classes)
             maps = self.maps(data.whole(index)["images"]).numpy()
             scores.append(ScoresByThreshold.of(index, maps, self.kind, truth))
         self.threshold, self.min_size = kept_threshold(scores, self.kind)
+
+    def _images_to_fit_on(self, data: SegmentationDataModule) -> list[int]:
+        """The images to fit on; few where the mutex watershed divides them, and a line if that takes long."""
+        images = evenly_spaced(data.fit_indices.tolist() or data.train_images.tolist(), MOST_FITTED)
+        if self.kind != "affinities":
+            return images
+        if not len(data.fit_indices):
+            largest = max(data.classes(index).numel() for index in images)
+            images = evenly_spaced(images, max(MOST_DIVIDED // largest, 1))
+        seconds = SECONDS_PER_PIXEL * len(THRESHOLDS) * sum(data.classes(index).numel() for index in images)
+        if seconds > LONG:
+            rank_zero_info(f"fitting the threshold: the mutex watershed divides {len(images)} images at "
+                           f"{len(THRESHOLDS)} thresholds, which takes about {seconds:.0f} seconds before a "
+                           "validation; a smaller data.num_fit takes fewer images")  # fmt: skip
+        return images
 
     def validation_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
         """Count right and wrong pixels of whole images, in the masks that `segment` would write."""
