@@ -21,6 +21,7 @@ from unet_diffusion.data import (
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.folder import cut
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.data.windows import WindowBatches
 from unet_diffusion.segmentation.affinities import APART
 from unet_diffusion.segmentation.augmentation import Augmentation
 from unet_diffusion.segmentation.labels import REACH, Targets
@@ -337,21 +338,51 @@ def drawn_windows(made, num_epochs):
     return batches
 
 
-def test_synthetic_windows_have_their_share_of_the_first_batches(tmp_path):
+@pytest.mark.parametrize(("share", "batch_size", "num"), [(0.5, 4, 2), (0.5, 5, 2), (0.25, 4, 1), (0.29, 100, 29)])
+def test_synthetic_windows_have_their_share_of_each_of_the_first_batches(tmp_path, share, batch_size, num):
     source = pairs(tmp_path / "real")
     pairs(tmp_path / "drawn", num=3, size=(20, 20))
-    synthetic = SyntheticPairs(tmp_path / "drawn", num_batches=150, share=0.25)
-    made, real = (data(source, windows_per_image=50, synthetic=one) for one in (synthetic, None))
-    assert "synthetic: 3 images, 25% of the windows of the first 150 batches" in made.summary()
-    with_synthetic, without = drawn_windows(made, 2), drawn_windows(real, 2)
-    assert len(with_synthetic) == len(without) == 200  # of 4 x 50 windows in twos
-    assert with_synthetic[150:] == without[150:]
-    windows = [pair for one, other in zip(with_synthetic[:150], without[:150], strict=True)
-               for pair in zip(one, other, strict=True)]  # fmt: skip
-    synthetic_ones = [index for index, _ in windows if index > 4]
-    assert set(synthetic_ones) == {5, 6, 7}
-    assert len(synthetic_ones) == pytest.approx(75, abs=25)
-    assert all(index == other for index, other in windows if index <= 4)
+    per_epoch = 400 // batch_size  # of 4 x 100 windows
+    first = per_epoch + per_epoch // 2
+    synthetic = SyntheticPairs(tmp_path / "drawn", num_batches=first, share=share)
+    options = {"windows_per_image": 100, "batch_size": batch_size}
+    made, real = (data(source, **options, synthetic=one) for one in (synthetic, None))
+    said = f"synthetic: 3 images, {num} of {batch_size} windows in each of the first {first} batches"
+    assert said in made.summary()
+    with_synthetic, without = np.array(drawn_windows(made, 2)), np.array(drawn_windows(real, 2))
+    assert with_synthetic.shape == without.shape == (2 * per_epoch, batch_size)
+    assert (with_synthetic[first:] == without[first:]).all()
+    is_synthetic = with_synthetic > 4
+    assert (is_synthetic[:first].sum(axis=1) == num).all()
+    assert ((with_synthetic == without) | is_synthetic).all()
+    assert {*with_synthetic[is_synthetic].tolist()} == {5, 6, 7}
+    if batch_size < 100:  # enough batches for each place
+        assert is_synthetic[:first].mean(axis=0) == pytest.approx(num / batch_size, abs=0.15)
+
+
+def test_processes_put_synthetic_windows_at_places_of_their_own(tmp_path):
+    synthetic = SyntheticPairs(tmp_path, num_batches=10**6)
+    options = {"images": torch.arange(4), "synthetic": synthetic, "synthetic_images": torch.arange(4, 8)}
+    samplers = [WindowBatches(torch.arange(400), 4, num_replicas=2, rank=rank, **options) for rank in (0, 1)]
+    drawn = np.array([[[index > 3 for index, *_ in batch] for batch in sampler] for sampler in samplers])
+    assert drawn.shape == (2, 50, 4)
+    assert (drawn.sum(axis=2) == 2).all()
+    assert (drawn[0] != drawn[1]).any(axis=1).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 1}, r"0.5 of 1 is less than one; raise data.batch_size to 2$"),
+        ({"batch_size": 3, "share": 0.3}, r"0.3 of 3 is less .*batch_size to 4, or data.synthetic.share to 0.334$"),
+        ({"batch_size": 100, "share": 0.3}, r"0.3 of 2 is less than one"),  # of the windows that there are
+    ],
+)
+def test_share_without_a_synthetic_window_in_a_batch_is_refused(tmp_path, options, message):
+    pairs(tmp_path / "drawn", size=(20, 20))
+    synthetic = SyntheticPairs(tmp_path / "drawn", num_batches=2, share=options.pop("share", 0.5))
+    with pytest.raises(ValueError, match="share of synthetic must give a window in each batch, and " + message):
+        data(pairs(tmp_path / "real", num=3), windows_per_image=1, synthetic=synthetic, **options).train_dataloader()
 
 
 def test_position_in_a_resumed_epoch_decides_what_may_be_synthetic(tmp_path):
@@ -391,7 +422,8 @@ def test_synthetic_images_that_cannot_be_used_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_batches": 5, "share": 1.0}, "above 0 and below 1, got 1.0"),
+        ({"num_batches": 5, "share": 0.6}, "above 0 and at most 0.5, got 0.6"),
+        ({"num_batches": 5, "share": 0.0}, "above 0 and at most 0.5, got 0.0"),
         ({"num_batches": 0}, "num_batches of synthetic must be at least 1"),
     ],
 )

@@ -3,6 +3,7 @@
 A TIFF file with several pages, as of the ISBI challenge, counts as as many images.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,7 @@ from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.segmentation.synthetic import synthetic_cells
 
 CELLS_SIZE = (128, 128)  # of generated images, in pixels
+ROUNDING = 1e-9  # of a share times a size: 0.29 of 100 is 28.999999999999996 in floating-point numbers
 
 
 @dataclass
@@ -231,7 +233,8 @@ class SyntheticPairs:
         root: The folder, which holds image and label, as `unet-diffusion synthesize` writes it.
         num_batches: Windows are of these images in so many batches at first. Later ones are real, so that training
             ends on what is to be segmented.
-        share: The share of these windows in a batch, on average. Evidence is for half at most.
+        share: The share of these windows in each batch, rounded down to a whole number of them; half at most, as real
+            images are what is to be segmented.
 
     Raises:
         ValueError: If a number is out of range.
@@ -242,10 +245,28 @@ class SyntheticPairs:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ValueError(f"share of synthetic must be above 0 and below 1, got {self.share}; 0.5 is usual")
+        if not 0 < self.share <= 0.5:
+            raise ValueError(f"share of synthetic must be above 0 and at most 0.5, got {self.share}; 0.5 is usual")
         if self.num_batches < 1:
             raise ValueError(f"num_batches of synthetic must be at least 1, got {self.num_batches}")
+
+    def num_in(self, batch_size: int) -> int:
+        """The number of these windows in a batch.
+
+        Args:
+            batch_size: The number of windows in a batch of a process.
+
+        Raises:
+            ValueError: If there would be none.
+        """
+        number = math.floor(self.share * batch_size + ROUNDING)
+        if number < 1:
+            raise ValueError(
+                f"share of synthetic must give a window in each batch, and {self.share} of {batch_size} is less than "
+                f"one; raise data.batch_size to {math.ceil(1 / self.share)}"
+                + (f", or data.synthetic.share to {math.ceil(1000 / batch_size) / 1000}" if batch_size > 1 else "")
+            )
+        return number
 
     def load(self, channels: int, *, progress: bool = True) -> LabelledImages:
         """All images and labels, with the channels of the real ones; errors are those of `PairedFiles.load`.

@@ -99,6 +99,8 @@ class SegmentationDataModule(SourceDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= object_share <= 1:
             raise ValueError(f"object_share must be from 0 to 1, got {object_share}")
+        if synthetic is not None:
+            synthetic.num_in(batch_size)  # refuses a share that gives none
         self.targets = targets
         self.window_size = window_size
         self.windows_per_image = windows_per_image
@@ -215,9 +217,11 @@ class SegmentationDataModule(SourceDataModule):
 
     def _synthetic_described(self) -> str:
         assert self.synthetic is not None
-        share, num_batches = self.synthetic.share, self.synthetic.num_batches
-        number = len(self._pixels) - self._first_synthetic
-        return f"synthetic: {number} images, {share:.0%} of the windows of the first {num_batches} batches"
+        number, share = len(self._pixels) - self._first_synthetic, self.synthetic.num_in(self.batch_size)
+        return (
+            f"synthetic: {number} images, {share} of {self.batch_size} windows in each of the first "
+            f"{self.synthetic.num_batches} batches"
+        )
 
     def _labels_described(self) -> str:
         """The share of each class, and how many labels hold no object, or nothing that is to be learnt."""

@@ -13,7 +13,7 @@ from unet_diffusion.data.batches import ShuffledBatches
 from unet_diffusion.data.labelled import SyntheticPairs
 from unet_diffusion.runtime.randomness import keyed_generator
 
-SYNTHETIC_KEY = 3  # with seed, epoch and number: whether a window is of a synthetic image, and of which
+SYNTHETIC_KEY = 3  # with seed, epoch and number of the batch: which windows are of synthetic images, and of which
 
 DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 
@@ -21,15 +21,21 @@ DrawnWindow = tuple[int, int, int]  # image, epoch, number of the draw
 class WindowBatches(ShuffledBatches):
     """Lists of drawn windows, shuffled anew every epoch; see `ShuffledBatches`.
 
+    Which of them are of synthetic images is a function of seed, epoch and the number of the batch. Their share is that
+    of each batch on each process, so that one process with larger batches has them at other places.
+
     Args:
         indices: The numbers of an epoch's windows; window n is of the image at n modulo the number of images.
         batch_size: The number of windows per batch and process.
         images: The indices of the training images, (n,) int64.
-        synthetic: How often a synthetic image takes the place of a training image; None: never.
+        synthetic: How many windows of a batch are of synthetic images; None: none is.
         synthetic_images: The indices of the synthetic images, (m,) int64.
         seed: Seed of the order, and of the synthetic images.
         num_replicas: The number of processes that share an epoch.
         rank: The rank of this process, in [0, num_replicas).
+
+    Raises:
+        ValueError: If the share of synthetic images gives none in a batch.
     """
 
     def __init__(
@@ -46,6 +52,8 @@ class WindowBatches(ShuffledBatches):
     ) -> None:
         super().__init__(indices, batch_size, num_images=len(indices), seed=seed, num_replicas=num_replicas, rank=rank)
         self.images = images
+        if synthetic is not None:
+            synthetic.num_in(self.batch_size)  # refuses a share that gives none
         self.synthetic = synthetic
         self.synthetic_images = synthetic_images
 
@@ -53,17 +61,19 @@ class WindowBatches(ShuffledBatches):
         for step, numbers in enumerate(super().__iter__(), start=self.first_batch):
             drawn = [(int(self.images[number % len(self.images)]), self.epoch, number) for number in numbers]
             may_be_synthetic = self.synthetic and self.epoch * len(self) + step < self.synthetic.num_batches
-            yield [self._or_synthetic(one) for one in drawn] if may_be_synthetic else drawn
+            yield self._with_synthetic(drawn, step) if may_be_synthetic else drawn
 
-    def _or_synthetic(self, drawn: DrawnWindow) -> DrawnWindow:
-        """The window itself, or in its place one of a synthetic image."""
+    def _with_synthetic(self, drawn: list[DrawnWindow], step: int) -> list[DrawnWindow]:
+        """The windows of a batch, with as many of synthetic images in place of others as their share is."""
         assert self.synthetic is not None
         assert self.synthetic_images is not None
-        _, epoch, number = drawn
-        share, place = torch.rand(2, generator=keyed_generator(self.seed, epoch, number, SYNTHETIC_KEY)).tolist()
-        if share >= self.synthetic.share:
-            return drawn
-        return int(self.synthetic_images[int(place * len(self.synthetic_images))]), epoch, number
+        number_of_batch = step * self.num_replicas + self.rank
+        generator = keyed_generator(self.seed, self.epoch, number_of_batch, SYNTHETIC_KEY)
+        places = torch.randperm(len(drawn), generator=generator)[: self.synthetic.num_in(len(drawn))]
+        chosen = torch.randint(len(self.synthetic_images), places.shape, generator=generator)
+        for place, index in zip(places.tolist(), self.synthetic_images[chosen].tolist(), strict=True):
+            drawn[place] = (index, *drawn[place][1:])
+        return drawn
 
 
 def batches_of_run(trainer: Trainer, batches_per_epoch: int) -> float:
