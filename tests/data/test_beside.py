@@ -71,7 +71,7 @@ def test_boxes_are_moved_with_the_cut_and_named(images):
 
 
 def test_crowds_and_boxes_that_are_cut_off_are_left_out(images):
-    boxes = [[0, 0, 2, 20], [0, 0, 4, 20], [5, 5, 5, 5]]
+    boxes = [[0, 0, 2, 20], [0, 0, 4, 20], [5, 5, 5, 5], [5, 5, 500, 5]]  # the last reaches out of the image
     annotations = [{"image_id": 0, "category_id": 7, "bbox": box, "iscrowd": int(box[0] == 5)} for box in boxes]
     rows = load(images, boxes=write_boxes(images, annotations=annotations)).entries["boxes"]
     assert [json.loads(row) for row in rows] == [[["cat", 0.0, 0.0, 1.0, 10.0]], [], [], []]

@@ -51,12 +51,14 @@ def coco_boxes(table: Mapping[str, Any]) -> CocoBoxes:
                 key = "category_id" if one["image_id"] in names else "image_id"
                 found.wrong.append(f"{where} has the {key} {one[key]!r}, which the file does not list")
                 continue
+            if one.get("iscrowd"):
+                continue
             name = names[one["image_id"]]
             left, top, width, height = (float(side) for side in one["bbox"])
             box = (classes[one["category_id"]], left, top, width, height)
             if why := why_not_inside(box, found.sizes[name]):
                 found.wrong.append(f"{where} of {name}: {why}")
-            elif not one.get("iscrowd"):
+            else:
                 found.boxes[name].append(box)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
