@@ -83,11 +83,13 @@ def served(arguments: list[str]) -> int:
     return 0
 
 
-def write_images(folder: Path, num: int, *, channels: int, values: int, scale: int = 1) -> None:
+def write_images(
+    folder: Path, num: int, *, channels: int, values: int, scale: int = 1, size: tuple[int, int] = (70, 66)
+) -> None:
     folder.mkdir(parents=True)
     for number in range(num):
         generator = torch.Generator().manual_seed(number)
-        pixels = scale * torch.randint(values, (channels, 70, 66), generator=generator, dtype=torch.uint8)
+        pixels = scale * torch.randint(values, (channels, *size), generator=generator, dtype=torch.uint8)
         write_png(pixels, str(folder / f"{number}.png"))
 
 
@@ -123,9 +125,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             np.save(tmp_path / folder / f"{number}.npy", numbers)
     captions = [f"{number}.png,picture number {number}" for number in range(12)]
     (tmp_path / "images" / "metadata.csv").write_text("\n".join(["file_name,text", *captions]))
-    for folder, num, channels in (("isbi2012/train", 9, 1), ("nuclei", 24, 3)):
-        write_images(tmp_path / folder / "image", num, channels=channels, values=256)
-        write_images(tmp_path / folder / "label", num, channels=1, values=2, scale=255 if channels == 1 else 1)
+    train, nuclei, size = tmp_path / "isbi2012" / "train", tmp_path / "nuclei", (170, 166)
+    write_images(train / "image", 9, channels=1, values=256)
+    write_images(train / "label", 9, channels=1, values=2, scale=255)
+    write_images(nuclei / "image", 24, channels=3, values=256, size=size)  # as large as pairs that are drawn
+    write_images(nuclei / "label", 24, channels=1, values=2, size=size)
+    write_images(nuclei / "mask", 24, channels=1, values=2, scale=255, size=size)
     write_png((torch.arange(64).view(1, 8, 8) % 8 > 3).to(torch.uint8) * 255, str(tmp_path / "mask.png"))
     write_png((torch.arange(66).expand(1, 70, 66) > 30).to(torch.uint8) * 255, str(tmp_path / "white_is_painted.png"))
     write_png(torch.randint(256, (3, 16, 20), dtype=torch.uint8), str(tmp_path / "small.png"))
@@ -145,7 +150,7 @@ def test_every_command_and_python_block_runs(workplace: Path, small_recipes: tup
             autoencoder, denoiser = small_recipes
             more = ["--autoencoder", str(autoencoder), "--denoiser", str(denoiser)]
         if arguments[0] == "synthesize":
-            more = ["--min_dice", "0"]  # segmenters of a few steps agree with nothing
+            more = ["--min_dice", "0", "--num_inference_steps", "5"]  # segmenters of a few steps agree with nothing
         assert run([*arguments, *more]) == 0, " ".join(arguments)
     assert (workplace / "runs" / "digits" / "samples.png").exists()
     assert (workplace / "generated" / "threes_and_sevens" / "grid.png").exists()
