@@ -268,6 +268,11 @@ class SyntheticPairs:
             )
         return number
 
+    def described(self, num_images: int, batch_size: int) -> str:
+        """A line about the images, and how many windows of a batch are of them."""
+        share = f"{self.num_in(batch_size)} of {batch_size} windows in each of the first {self.num_batches} batches"
+        return f"synthetic: {num_images} images, {share}"
+
     def load(self, channels: int, *, progress: bool = True) -> LabelledImages:
         """All images and labels, with the channels of the real ones; errors are those of `PairedFiles.load`.
 

@@ -197,6 +197,7 @@ class SegmentationDataModule(SourceDataModule):
         bits = " and ".join(str(8 * one) for one in sorted({image.element_size() for image in images}))
         chosen = f", {self.num_train} of them" if self.num_train is not None else ""
         diameter = self.targets.object_diameter
+        num_synthetic = len(self._pixels) - self._first_synthetic
         kept = f", {self.num_fit} of which thresholds are fitted on" if self.num_fit else ""
         return [
             f"found: {len(images)} labelled images, {len(images[0])} channels, {size} pixels, {bits} bits",
@@ -205,7 +206,7 @@ class SegmentationDataModule(SourceDataModule):
             f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
             "epoch; whole images to validate on",
             *([] if diameter is None else [f"scaled: each image, until its objects have {diameter:g} pixels across"]),
-            *([self._synthetic_described()] if self._first_synthetic < len(self._pixels) else []),
+            *([self.synthetic.described(num_synthetic, self.batch_size)] if self.synthetic and num_synthetic else []),
             *(
                 [f"denoised: {len(self._to_denoise)} images, all that are not held out"]
                 if self.draws_unlabelled
@@ -214,14 +215,6 @@ class SegmentationDataModule(SourceDataModule):
             f"split: {len(images) - len(self.val_indices)} to train on{chosen}{kept}, the last {len(self.val_indices)} "
             "by name to validate on",
         ]
-
-    def _synthetic_described(self) -> str:
-        assert self.synthetic is not None
-        number, share = len(self._pixels) - self._first_synthetic, self.synthetic.num_in(self.batch_size)
-        return (
-            f"synthetic: {number} images, {share} of {self.batch_size} windows in each of the first "
-            f"{self.synthetic.num_batches} batches"
-        )
 
     def _labels_described(self) -> str:
         """The share of each class, and how many labels hold no object, or nothing that is to be learnt."""
