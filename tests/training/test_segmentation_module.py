@@ -179,6 +179,7 @@ def test_few_trained_images_are_divided_by_the_mutex_watershed_which_is_told(
     quiet_trainer(max_steps=1, limit_val_batches=1, val_check_interval=1).fit(made, data)
     seconds = round(num_images * 128**2 * 9 * 5e-6)
     assert f"divides {num_images} images at 9 thresholds, which takes about {seconds} seconds" in caplog.text
+    assert ("a smaller data.num_fit" in caplog.text) == (num_fit > 0)
 
 
 def test_least_size_is_fitted_to_specks_and_kept_in_the_checkpoint(quiet_trainer, tmp_path, monkeypatch):

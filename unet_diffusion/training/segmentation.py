@@ -307,9 +307,10 @@ class SegmentationModule(NetworkModule):
             images = evenly_spaced(images, max(MOST_DIVIDED // largest, 1))
         seconds = SECONDS_PER_PIXEL * len(THRESHOLDS) * sum(data.classes(index).numel() for index in images)
         if seconds > LONG:
+            fewer = "; a smaller data.num_fit takes less" if len(data.fit_indices) > 1 else ""
             rank_zero_info(f"fitting the threshold: the mutex watershed divides {len(images)} images at "
-                           f"{len(THRESHOLDS)} thresholds, which takes about {seconds:.0f} seconds before a "
-                           "validation; a smaller data.num_fit takes fewer images")  # fmt: skip
+                           f"{len(THRESHOLDS)} thresholds, which takes about {seconds:.0f} seconds before each "
+                           f"validation{fewer}")  # fmt: skip
         return images
 
     def validation_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
