@@ -295,6 +295,13 @@ def test_damaged_entries_are_refused(known):
     (folder / "index.json").write_text(json.dumps(index | {"texts": None}))
     with pytest.raises(ValueError, match=r"texts in .*index\.json must be a list for each name; remove the file"):
         read_latents(folder)
+    crop = [[20, 28], [0, 4, 20, 20]]
+    (folder / "index.json").write_text(json.dumps(index | {"crops": [crop] * 9}))
+    with pytest.raises(ValueError, match="must hold crops of 10 images, and holds those of 9; encode again"):
+        read_latents(folder)
+    (folder / "index.json").write_text(json.dumps(index | {"crops": [crop[:1]] * 10}))
+    with pytest.raises(ValueError, match=r"crops in .*index\.json are not as encode writes them; encode again"):
+        read_latents(folder)
     (folder / "entries.safetensors").write_bytes(b"x")
     known()
     assert torch.equal(read_latents(folder).entries["feature"], ENTRIES["feature"])

@@ -35,6 +35,7 @@ from unet_diffusion.data.value_ranges import (
     shown_of,
     values_of,
 )
+from unet_diffusion.runtime.cropping import Crop
 from unet_diffusion.runtime.pixel_values import PixelValues
 
 OnBadFile = Literal["error", "skip"]
@@ -73,7 +74,7 @@ class Folder(Source):
         table: Which split, columns or members of a data set are used. None: the usual ones, see `Table`.
 
     Attributes:
-        sizes: Height and width of each image before it was scaled and cut, once they are loaded.
+        crops: The part of its file that each image shows, once they are loaded.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -114,7 +115,6 @@ class Folder(Source):
         self.on_bad_file = on_bad_file
         self.in_memory = in_memory
         self.table = table
-        self.sizes: list[tuple[int, int]] = []
         self._left_out = self._changed = ""
 
     def load(self, *, progress: bool = True) -> ImageSet:
@@ -144,9 +144,11 @@ class Folder(Source):
             in_memory = len(files.names) * num_bytes <= IN_MEMORY_BYTES
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
-        self.sizes, self.values = checked.sizes, values_of(checked, self.image_format, self.shown_channels)
+        self.values = values_of(checked, self.image_format, self.shown_channels)
+        size = self.image_format.height, self.image_format.width
+        self.crops = [Crop.centred(before, size) for before in checked.sizes]
         self._left_out = _left_out(files, checked, written)
-        self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
+        self._changed = _changed(checked.sizes, size)
         entries, class_names = entries_of(
             files, checked.names, self.root, class_labels=self.class_labels, captions=self.captions
         )
