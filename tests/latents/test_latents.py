@@ -472,6 +472,9 @@ def test_latents_of_another_run_do_not_continue_it(trained, tmp_path, quiet_trai
 def test_sampled_images_are_decoded_latents(trained, run_cli, tmp_path):
     path = trained()
     arguments = [path, "--num_images=3", "--num_inference_steps=2", "--device=cpu", "--output", tmp_path / "out"]
+    status, _, err = run_cli("sample", *arguments, "--thresholding")
+    assert status == 1
+    assert "thresholding is for pixels, whose x0 lies in [-1, 1], and this denoiser draws latents" in err
     status, _, err = run_cli("sample", *arguments)
     assert status == 0, err
     read = read_denoiser(path)
