@@ -123,6 +123,26 @@ def test_time_to_quality(tmp_path):
     seconds = [result["seconds"] for result in results]
     printed(command)  # finds them, and measures nothing again
     assert [result["seconds"] for result in json.loads((tmp_path / "t.json").read_text())["results"]] == seconds
+    judging = [*command[:4], "--num_images", "10", "--work", str(tmp_path / "work")]
+    judging += ["--judge", str(tmp_path / "work" / "ours_0.2_0")]
+    ours = next(result for result in results if result["contender"] == "ours")
+    guidance_scale = str(ours["guided"]["guidance_scale"])
+    for options, expected in (([], ours), (["--guidance_scale", guidance_scale], ours["guided"])):
+        (distance,) = re.findall(r"distance ([\d.]+), label entropy", printed([*judging, *options]))
+        assert float(distance) == pytest.approx(expected["distance"], abs=0.01)
+    said = printed([*judging, "--scheduler", "DDIMScheduler", "--num_inference_steps", "4"])
+    assert "10 images of seed 0 by 4 steps of DDIMScheduler, guidance 1, in" in said
+
+
+def test_options_of_judging_and_of_training_are_not_mixed(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "time_to_quality.py"), "--root", str(tmp_path)]
+    for options, said in (
+        (["--judge", "run", "--model.loss", "l1"], "--judge trains nothing, and takes no --model.loss l1"),
+        (["--guidance_scale", "2"], "--guidance_scale is for --judge RUN"),
+    ):
+        done = run_python([*command, *options])
+        assert done.returncode == 2
+        assert said in done.stderr
 
 
 def test_frechet_distance_of_gaussians_is_that_of_its_closed_form():
