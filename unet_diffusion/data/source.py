@@ -73,7 +73,8 @@ class Source(ItemSource):
         image_shape: (C, H, W) of every image, if that is known before they are loaded.
         codec: What encoded the images, if the items are latents; None if they are images.
         values: What the numbers in the files mean, once they are loaded. None: they are those of the images.
-        crops: The part of its file that each image shows, once they are loaded, for `XLText`. None: it is not known.
+        crops: The part of its file that each image shows, such as `runtime.cropping.Crop.centred((20, 28), (16, 16))`,
+            once they are loaded, for `XLText`. None: it is not known.
     """
 
     class_names: Sequence[str] | None = None

@@ -133,8 +133,8 @@ class XLText(Condition):
         if self.captions is None or self._crops is not None:
             return []
         return [f"sizes of images: the data do not hold those of their files, so each is taken for a file of "
-                f"{'x'.join(map(str, self._image_size))} of which nothing was cut; train on the folder, or encode or "
-                "pack it again"]  # fmt: skip
+                f"{'x'.join(map(str, self._image_size))} of which nothing was cut; train on the folder, encode or "
+                "pack it again, or let a source of your own define crops"]  # fmt: skip
 
     def copy_learned(self, other: Condition) -> None:
         assert isinstance(other, XLText)
