@@ -164,12 +164,17 @@ def images(tmp_path_factory):
     return folder
 
 
-def sizes_read(pipeline, source, *, is_mirrored=False) -> list[list[int]]:
-    """The six numbers that training takes for each image of a source."""
+def bound(pipeline, source) -> tuple[XLText, ImageDataModule]:
     (text,) = import_pipeline(pipeline).conditions
     data = ImageDataModule(source, num_val=2)
     data.setup()
     text.bind_data(data)
+    return text, data
+
+
+def sizes_read(pipeline, source, *, is_mirrored=False) -> list[list[int]]:
+    """The six numbers that training takes for each image of a source."""
+    text, data = bound(pipeline, source)
     assert text.notes() == []
     index = torch.arange(len(data.image_set.images))
     return text.read({"index": index, "is_mirrored": torch.full_like(index, is_mirrored).bool()})[:, -6:].tolist()
@@ -196,6 +201,11 @@ def test_sizes_are_those_of_the_files_by_whatever_way_images_come(stable_diffusi
             assert status == 0, err
             shards = Shards(tmp_path / name, image_size=16, captions=True)
             assert sorted(sizes_read(stable_diffusion_xl, shards)) == sorted(expected)
+        archives = Folder(tmp_path / "as they are", image_size=16, captions=True)
+        assert sorted(sizes_read(stable_diffusion_xl, archives)) == sorted(expected)
+        scaled = Folder(tmp_path / "scaled", image_size=16, captions=True)  # whose archives alone do not tell
+        (note,) = bound(stable_diffusion_xl, scaled)[0].notes()
+        assert "the data do not hold those of their files" in note
         # Packed as 16x16, then cut to 8x16: what both cuts took off, in pixels of a file of the scale of the image.
         twice = sizes_read(stable_diffusion_xl, Shards(tmp_path / "scaled", image_size=(8, 16), captions=True))
         assert sorted(twice) == sorted([[20, 28, 4, 3, 8, 16]] * 8 + [[16, 17, 4, 0, 8, 16]])

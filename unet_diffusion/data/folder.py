@@ -24,6 +24,7 @@ from unet_diffusion.data.decoding import ImageFormat, decode_page
 from unet_diffusion.data.described import USUAL, Table, check_only_images, check_used
 from unet_diffusion.data.files import ImageFiles, classes_of, find_images
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.data.shards import INDEX, ShardIndex
 from unet_diffusion.data.source import IN_MEMORY_BYTES, Source
 from unet_diffusion.data.stored import stored_images
 from unet_diffusion.data.stored_image import Kind
@@ -35,6 +36,7 @@ from unet_diffusion.data.value_ranges import (
     shown_of,
     values_of,
 )
+from unet_diffusion.runtime.addresses import place_of
 from unet_diffusion.runtime.cropping import Crop
 from unet_diffusion.runtime.pixel_values import PixelValues
 
@@ -74,7 +76,7 @@ class Folder(Source):
         table: Which split, columns or members of a data set are used. None: the usual ones, see `Table`.
 
     Attributes:
-        crops: The part of its file that each image shows, once they are loaded.
+        crops: The part of its file that each image shows, once they are loaded. None: pack has scaled them before.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -146,7 +148,8 @@ class Folder(Source):
         self._report(checked)
         self.values = values_of(checked, self.image_format, self.shown_channels)
         size = self.image_format.height, self.image_format.width
-        self.crops = [Crop.centred(before, size) for before in checked.sizes]
+        crops = [Crop.centred(before, size) for before in checked.sizes]
+        self.crops = None if _holds_scaled_shards(self.root) else crops
         self._left_out = _left_out(files, checked, written)
         self._changed = _changed(checked.sizes, size)
         entries, class_names = entries_of(
@@ -192,6 +195,15 @@ def entries_of(
     labels, class_names = classes_of(files, names, root) if class_labels else ([], None)
     entries: Entries = {"labels": torch.tensor(labels)} if class_names else {}
     return entries | ({"captions": read_captions(files, names).texts} if captions else {}), class_names
+
+
+def _holds_scaled_shards(root: str | Path) -> bool:
+    """Whether pack has scaled the images, so that the files in its archives do not have the size of the real ones."""
+    index = Path(place_of(root)) / INDEX
+    try:
+        return index.is_file() and ShardIndex.from_json(index.read_bytes(), str(index)).channels is not None
+    except ValueError:  # an index of something else
+        return False
 
 
 def _left_out(files: ImageFiles, checked: CheckedImages, captions: Captions | None) -> str:
