@@ -2,6 +2,10 @@
 
     python benchmarks/label_agreement.py runs/digits --data digits --num_images 500
     python benchmarks/label_agreement.py runs/fashion_mnist --data fashion_mnist --root DIR --num_images 2000
+    python benchmarks/label_agreement.py runs/cifar10 --data cifar10 --root cifar10.zip/cifar10 --num_images 2000
+
+For cifar10 the root holds train and test, each with a folder of images for each class. Its classifier takes some ten
+minutes of two cores to train; --classifier FILE keeps it, and continues a training that was cut off.
 
 Printed: the classifier's accuracy on held-out real images; the share of samples that it gives the label asked for, with
 and without guidance; how many unconditional samples (null label) it finds in each class.
@@ -10,8 +14,11 @@ and without guidance; how many unconditional samples (null label) it finds in ea
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import cifar10
 import torch
 from features import classes, fashion_mnist, trained_classifier
 from sklearn.datasets import load_digits
@@ -23,20 +30,32 @@ import unet_diffusion as ud
 
 NUM_UNGUIDED = 500  # samples without guidance, and without label
 
-Classifier = Callable[[Tensor], Tensor]  # images (N, 1, H, W) in [-1, 1] -> classes (N,)
+
+@dataclass(frozen=True)
+class Classifier:
+    """Something that names the class of an image.
+
+    Args:
+        classify: A function of images (N, C, H, W) in [-1, 1], which gives classes (N,).
+        accuracy: The share of held-out real images on which it is right.
+    """
+
+    classify: Callable[[Tensor], Tensor]
+    accuracy: float
 
 
 def main() -> None:
     options = parse_options()
-    classify, accuracy = (
-        digits_classifier() if options.data == "digits" else fashion_classifier(options.root, options.seed)
-    )
-    print(f"classifier: {accuracy:.1%} right on held-out real images")
-
     denoiser = ud.load(options.checkpoint).to("cpu")
+    num_classes = denoiser.num_classes
+    if not num_classes:
+        raise SystemExit(f"{options.checkpoint} draws no classes, and samples of it were not asked for any")
+    classifier = CLASSIFIERS[options.data](options, denoiser)
+    print(f"classifier: {classifier.accuracy:.1%} right on held-out real images", flush=True)
+    classify = classifier.classify
     draw = partial(
         denoiser.sample,
-        labels=range(10),
+        labels=range(num_classes),
         scheduler=options.scheduler,
         num_inference_steps=options.num_inference_steps,
         seed=options.seed,
@@ -47,10 +66,10 @@ def main() -> None:
         start = time.perf_counter()
         images = draw(num_images, guidance_scale=guidance_scale)
         seconds = time.perf_counter() - start
-        agreement = (classify(images.clamp(-1, 1)) == torch.arange(num_images) % 10).float().mean()
+        agreement = (classify(images.clamp(-1, 1)) == torch.arange(num_images) % num_classes).float().mean()
         print(f"guidance {guidance_scale}: {agreement:.1%} of {num_images} are what was asked for ({seconds:.0f} s)")
     images = draw(few, guidance_scale=0)  # which ignores the labels
-    counts = classify(images.clamp(-1, 1)).bincount(minlength=10)
+    counts = classify(images.clamp(-1, 1)).bincount(minlength=num_classes)
     print(f"unconditional samples found in each class: {counts.tolist()}")
 
 
@@ -59,8 +78,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", help="checkpoint, run folder or pipeline folder, class-conditional with a null label"
     )
-    parser.add_argument("--data", choices=("digits", "fashion_mnist"), required=True)
-    parser.add_argument("--root", default="data", help="folder that holds FashionMNIST/raw")
+    parser.add_argument("--data", choices=tuple(CLASSIFIERS), required=True)
+    parser.add_argument("--root", default="data", help="folder that holds FashionMNIST/raw, or train and test")
+    parser.add_argument(
+        "--classifier", type=Path, default=Path("runs/label_agreement/cifar10.pt"), help="the file that keeps it"
+    )
+    parser.add_argument("--classifier_epochs", type=int, default=cifar10.NUM_EPOCHS, help="of the one for cifar10")
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--guidance_scale", type=float, default=1.5)
     parser.add_argument("--scheduler", default="DPMSolverMultistepScheduler")
@@ -69,7 +92,7 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def digits_classifier() -> tuple[Classifier, float]:
+def digits_classifier(options: argparse.Namespace, denoiser: ud.Denoiser) -> Classifier:
     """A support-vector classifier of the 8x8 digits, trained on four fifths of them."""
     data, target = load_digits(return_X_y=True)
     data_train, data_test, target_train, target_test = train_test_split(
@@ -81,14 +104,41 @@ def digits_classifier() -> tuple[Classifier, float]:
         pixels = (images / 2 + 0.5).mul(16).flatten(1).numpy()
         return torch.from_numpy(svc.predict(pixels))
 
-    return classify, svc.score(data_test, target_test)
+    return Classifier(classify, svc.score(data_test, target_test))
 
 
-def fashion_classifier(root: str, seed: int) -> tuple[Classifier, float]:
+def fashion_classifier(options: argparse.Namespace, denoiser: ud.Denoiser) -> Classifier:
     """A small convolutional network, trained on the 60,000 training images and scored on the 10,000 test images."""
-    classify = partial(classes, trained_classifier(root, seed))
-    images, targets = fashion_mnist(root, train=False)
-    return classify, (classify(images) == targets).float().mean().item()
+    classify = partial(classes, trained_classifier(options.root, options.seed))
+    images, targets = fashion_mnist(options.root, train=False)
+    return Classifier(classify, (classify(images) == targets).float().mean().item())
+
+
+def cifar10_classifier(options: argparse.Namespace, denoiser: ud.Denoiser) -> Classifier:
+    """A small residual network, trained on the 50,000 training images and scored on the 10,000 test images.
+
+    Raises:
+        SystemExit: If the run draws other classes, or images of another shape.
+    """
+    train = cifar10.read(options.root, "train")
+    if denoiser.image_shape != (shape := tuple(train.images.shape[1:])):
+        raise SystemExit(f"the classifier knows images of {shape}, and the run draws {denoiser.image_shape}")
+    if denoiser.class_names != train.class_names:
+        raise SystemExit(f"the classifier knows the classes {', '.join(train.class_names)}, and the run draws "
+                         f"{', '.join(denoiser.class_names or ['numbers'])}")  # fmt: skip
+    network = cifar10.trained_network(
+        train, options.classifier, seed=options.seed, num_epochs=options.classifier_epochs
+    )
+    classify = partial(cifar10.classes, network)
+    test = cifar10.read(options.root, "test")
+    return Classifier(classify, (classify(test.images) == test.targets).float().mean().item())
+
+
+CLASSIFIERS: dict[str, Callable[[argparse.Namespace, ud.Denoiser], Classifier]] = {
+    "digits": digits_classifier,
+    "fashion_mnist": fashion_classifier,
+    "cifar10": cifar10_classifier,
+}
 
 
 if __name__ == "__main__":

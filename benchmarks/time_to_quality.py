@@ -22,6 +22,10 @@ noise schedule it was trained with, in bf16 (*), without guidance; ours at rando
 its recipe. Their distance is to the 10,000 test images (see features.py); that of as many training images is the least
 to hope for. Each result is kept as soon as it is there, and a run that was cut off continues. Options that are not of
 this program go to our fit.
+
+A run of ours that exists already, of whatever settings, is judged in the same way:
+
+    python benchmarks/time_to_quality.py --root DIR --judge RUN --scheduler DDIMScheduler --num_inference_steps 50
 """
 
 import argparse
@@ -69,6 +73,11 @@ OURS: dict[str, tuple[str, ...]] = {  # options beside the configuration
 MARGIN = 0.06  # of the budget: short runs foretell a long one no better
 
 NUM_INFERENCE_STEPS = 25
+SAMPLING: dict[str, Any] = {  # of ours, as of the peers
+    "scheduler": "DPMSolverMultistepScheduler",
+    "num_inference_steps": NUM_INFERENCE_STEPS,
+    "guidance_scale": 1.0,
+}
 SAMPLE_BATCH_SIZE = 250
 NUM_PICTURED = 64
 
@@ -79,6 +88,9 @@ def main() -> None:
     options = parse_options()
     if options.started is not None:
         train_peer(options)
+        return
+    if options.judge is not None:
+        print_verdicts(options)
         return
     wanted = [
         (name, minutes, seed) for minutes in options.minutes for seed in options.seeds for name in options.contenders
@@ -106,9 +118,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure also what was measured before")
     parser.add_argument("--work", type=Path, default=Path("runs/time_to_quality"), help="for weights and logs")
     parser.add_argument("--json", type=Path, default=RESULTS / "time_to_quality.json", help="pictures go beside it")
+    judging = parser.add_argument_group("a run that exists")
+    judging.add_argument("--judge", type=Path, metavar="RUN", help="draw from it with each seed and print the verdict")
+    judging.add_argument("--scheduler", help=f"of diffusers, {SAMPLING['scheduler']} if left out")
+    judging.add_argument("--num_inference_steps", type=int, help=f"{NUM_INFERENCE_STEPS} if left out")
+    judging.add_argument("--guidance_scale", type=float, help="1, which is off, if left out")
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # given to a peer's process, which only trains
     options, options.fit_options = parser.parse_known_args()  # what is not known here goes to fit
     options.root, options.work = options.root.resolve(), options.work.resolve()
+    if options.judge is not None and options.fit_options:
+        parser.error(f"--judge trains nothing, and takes no {' '.join(options.fit_options)}")
+    options.sampling = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    if options.judge is None and options.sampling:
+        parser.error(f"--{next(iter(options.sampling))} is for --judge RUN; contenders are all sampled in one way")
     return options
 
 
@@ -122,12 +144,14 @@ def measured(options: argparse.Namespace, name: str, minutes: float, seed: int) 
     print(f"{name}, {minutes:g} minutes, seed {seed}", flush=True)
     training = our_training if name in OURS else peer_training
     trained = training(options, name, minutes, seed)
-    drawn = our_images if name in OURS else peer_images
-    images, network = drawn(name, folder, options.num_images, seed)
+    if name in OURS:
+        images, network = our_images(folder, options.num_images, seed)
+    else:
+        images, network = peer_images(name, folder, options.num_images, seed)
     verdicts = judge(options.root, options.work).verdict(images)
     if name == "ours":
         guidance_scale = yaml.safe_load(CONFIG.read_text())["samples"]["guidance_scale"]
-        images, _ = our_images(name, folder, options.num_images, seed, guidance_scale)
+        images, _ = our_images(folder, options.num_images, seed, guidance_scale=guidance_scale)
         guided = judge(options.root, options.work).verdict(images)
         verdicts |= {"guided": {"guidance_scale": guidance_scale, **guided}}
     if seed == options.seeds[0]:
@@ -143,6 +167,19 @@ def measured(options: argparse.Namespace, name: str, minutes: float, seed: int) 
         **verdicts,
         "environment": environment(),
     }
+
+
+def print_verdicts(options: argparse.Namespace) -> None:
+    """Samples of a run that exists are judged as those of a contender, with each seed."""
+    sampling = SAMPLING | options.sampling
+    for seed in options.seeds:
+        begun = time.time()
+        images, _ = our_images(options.judge, options.num_images, seed, **sampling)
+        way = (f"{sampling['num_inference_steps']} steps of {sampling['scheduler']}, guidance "
+               f"{sampling['guidance_scale']:g}, in {time.time() - begun:.0f} s")  # fmt: skip
+        verdict = judge(options.root, options.work).verdict(images)
+        print(f"{options.judge}: distance {verdict['distance']:.2f}, label entropy {verdict['label_entropy']:.2f}; "
+              f"{options.num_images} images of seed {seed} by {way}", flush=True)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -236,20 +273,19 @@ def judge(root: Path, work: Path) -> Judge:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def our_images(
-    name: str, folder: Path, num_images: int, seed: int, guidance_scale: float = 1.0
-) -> tuple[Tensor, nn.Module]:
+def our_images(folder: Path, num_images: int, seed: int, **sampling: Any) -> tuple[Tensor, nn.Module]:
     """Samples in [-1, 1], at random labels where there are classes, and the network that they are of."""
     import unet_diffusion as ud
 
     denoiser = ud.load(folder).to("cpu")
+    if denoiser.image_shape != IMAGE_SHAPE:
+        raise SystemExit(f"the judge knows images of {IMAGE_SHAPE}, and {folder} draws {denoiser.image_shape}")
     images = denoiser.sample(
         num_images,
         labels=random_labels(denoiser.num_classes, num_images, seed),
-        num_inference_steps=NUM_INFERENCE_STEPS,
-        guidance_scale=guidance_scale,
         seed=seed,
         batch_size=SAMPLE_BATCH_SIZE,
+        **(SAMPLING | sampling),
     )
     return images.clamp(-1, 1), denoiser.unet
 

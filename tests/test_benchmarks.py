@@ -7,9 +7,11 @@ import re
 import sys
 from pathlib import Path
 
+import cifar10
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from features import frechet_distance, label_entropy
 from forked import run_python
 from latents_against_pixels import compile_ahead
@@ -18,7 +20,11 @@ from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import write_fashion_mnist, write_pairs
 from until_time import STEPS, UntilTime
 
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.inference.denoiser import Denoiser
+from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.inference.segmenter import Segmenter
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +129,102 @@ def test_time_to_quality(tmp_path):
     seconds = [result["seconds"] for result in results]
     printed(command)  # finds them, and measures nothing again
     assert [result["seconds"] for result in json.loads((tmp_path / "t.json").read_text())["results"]] == seconds
+    judging = [*command[:4], "--num_images", "10", "--work", str(tmp_path / "work")]
+    judging += ["--judge", str(tmp_path / "work" / "ours_0.2_0")]
+    ours = next(result for result in results if result["contender"] == "ours")
+    guidance_scale = str(ours["guided"]["guidance_scale"])
+    for options, expected in (([], ours), (["--guidance_scale", guidance_scale], ours["guided"])):
+        (distance,) = re.findall(r"distance ([\d.]+), label entropy", printed([*judging, *options]))
+        assert float(distance) == pytest.approx(expected["distance"], abs=0.01)
+    said = printed([*judging, "--scheduler", "DDIMScheduler", "--num_inference_steps", "4"])
+    assert "10 images of seed 0 by 4 steps of DDIMScheduler, guidance 1, in" in said
+
+
+def test_options_of_judging_and_of_training_are_not_mixed(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "time_to_quality.py"), "--root", str(tmp_path)]
+    for options, said in (
+        (["--judge", "run", "--model.loss", "l1"], "--judge trains nothing, and takes no --model.loss l1"),
+        (["--guidance_scale", "2"], "--guidance_scale is for --judge RUN"),
+    ):
+        done = run_python([*command, *options])
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
+PAINTS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
+
+
+@pytest.fixture(scope="module")
+def paints(tmp_path_factory):
+    """The folders of CIFAR-10 with three classes of noise on a colour; of each 20 to train and 5 to test."""
+    root = tmp_path_factory.mktemp("cifar10")
+    for part, number in {"train": 20, "test": 5}.items():
+        for name, colour in PAINTS.items():
+            (root / part / name).mkdir(parents=True)
+            noise = np.random.default_rng(number).integers(56, size=(number, 32, 32, 3)) + np.array(colour)
+            for index, pixels in enumerate(noise.astype(np.uint8)):
+                Image.fromarray(pixels).save(root / part / name / f"{index:04d}.png")
+    return root
+
+
+def test_classifier_of_photographs_learns_and_training_that_is_cut_off_is_that_of_one_go(paints, tmp_path, monkeypatch):
+    train, test = (cifar10.read(paints, part) for part in ("train", "test"))
+    assert (train.class_names, train.images.shape) == (list(PAINTS), (60, 3, 32, 32))
+    options = {"num_epochs": 30, "width": 4}
+    whole = cifar10.trained_network(train, tmp_path / "whole.pt", **options)
+    assert torch.equal(cifar10.classes(whole, test.images), test.targets)
+
+    keep, epochs = cifar10._keep, []
+
+    def cut_off(path, state):
+        keep(path, state)
+        epochs.append(state["epoch"])
+        if len(epochs) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar10, "_keep", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        cifar10.trained_network(train, tmp_path / "cut.pt", **options)
+    continued = cifar10.trained_network(train, tmp_path / "cut.pt", **options)
+    torch.testing.assert_close(continued.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    cifar10.trained_network(train, tmp_path / "cut.pt", **options)  # which is done
+    assert epochs == list(range(1, 31))
+    with pytest.raises(SystemExit, match="holds a classifier of other images or settings"):
+        cifar10.trained_network(train, tmp_path / "cut.pt", **options, seed=1)
+
+
+def test_images_are_moved_by_four_pixels_at_most_and_half_of_them_mirrored():
+    image = torch.arange(32 * 32.0).view(1, 1, 32, 32)
+    padded = F.pad(image, (4, 4, 4, 4), mode="reflect")
+    possible = [
+        part for one in (padded, padded.flip(3)) for part in one.unfold(2, 32, 1).unfold(3, 32, 1)[0, 0].flatten(0, 1)
+    ]
+    changed = cifar10.changed(image.expand(400, -1, -1, -1), torch.Generator().manual_seed(0))[:, 0]
+    which = [next(i for i, one in enumerate(possible) if torch.equal(one, found)) for found in changed]
+    assert len(set(which)) > 100  # of 2 * 9 * 9
+    assert 160 < sum(number < 81 for number in which) < 240
+
+
+@pytest.mark.slow
+def test_label_agreement_of_photographs(paints, tmp_path):
+    torch.manual_seed(0)
+    unet = DenoiserUNet(3, [8, 8], attention_levels=[], mid_attention=False, norm_num_groups=4, num_class_embeds=4)
+    names = list(PAINTS)
+    for file, class_names in {"run.ckpt": names, "others.ckpt": ["a", "b", "c"]}.items():
+        denoiser = Denoiser(unet, NoiseSchedule(10), (3, 32, 32), null_label=3, class_names=class_names)
+        save_denoiser(denoiser, tmp_path / file)
+    command = [sys.executable, str(ROOT / "benchmarks" / "label_agreement.py"), "--data", "cifar10"]
+    command += ["--root", str(paints), "--classifier", str(tmp_path / "c.pt"), "--classifier_epochs", "30"]
+    command += ["--num_images", "6", "--num_inference_steps", "2"]
+    said = printed([*command, str(tmp_path / "run.ckpt")])
+    assert "classifier: 100.0% right on held-out real images" in said
+    assert "guidance 1.5: " in said
+    (counts,) = re.findall(r"unconditional samples found in each class: \[(\d+), (\d+), (\d+)\]", said)
+    assert sum(map(int, counts)) == 6
+    assert "epoch" not in printed([*command, str(tmp_path / "run.ckpt")])  # the classifier is there
+    done = run_python([*command, str(tmp_path / "others.ckpt")])
+    assert done.returncode == 1
+    assert "the classifier knows the classes blue, green, red, and the run draws a, b, c" in done.stderr
 
 
 def test_frechet_distance_of_gaussians_is_that_of_its_closed_form():

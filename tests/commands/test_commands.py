@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -28,6 +28,7 @@ from unet_diffusion.commands.training_cli import TrainingCLI
 from unet_diffusion.data import Folder, ImageDataModule
 from unet_diffusion.diffusers_io.exporting import export_pipeline
 from unet_diffusion.diffusers_io.importing import import_pipeline
+from unet_diffusion.diffusion.sampling import image_generators
 from unet_diffusion.inference.loading import load_denoiser
 from unet_diffusion.inference.reading import read_denoiser
 from unet_diffusion.inference.record import save_denoiser
@@ -339,6 +340,20 @@ def test_checkpoint_run_folder_and_pipeline_give_the_same_images(strong_run, dra
     assert drawn[0].std() > 1
     np.testing.assert_array_equal(drawn[0], drawn[1])
     np.testing.assert_array_equal(drawn[0], drawn[2])
+
+
+def test_pixels_kept_in_their_range_are_those_of_the_exported_pipeline(strong_run, draw):
+    drawn, plain = (
+        pixels(draw(name, strong_run, "--num_images", 2, "--labels", 3, 7, "--guidance_scale", 4, *options))
+        for name, options in {"clipped": ["--thresholding"], "plain": []}.items()
+    )
+    pipeline = DiffusionPipeline.from_pretrained(strong_run / "pipeline", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, thresholding=True)
+    options = {"guidance_scale": 4.0, "num_inference_steps": 2, "generator": image_generators(0, [0, 1])}
+    images = np.stack([np.asarray(image) for image in pipeline(class_labels=[3, 7], **options).images])
+    assert np.abs(drawn.astype(int) - images).max() <= 1  # of 255, where rounding falls to the other side
+    assert np.abs(drawn.astype(int) - plain).max() > 10
 
 
 def named_pipeline(tmp_path, strong_run):

@@ -464,6 +464,11 @@ def test_arguments_out_of_range_are_refused(packed, options, said):
             f'"entries": {{"age": [1]}}}}, {{"num_images": 1, "sha256": "", "entries": {entries}}}]}}'
             for entries in ("{}", '{"age": [1, 2]}', '{"age": ["x"]}', '{"age": [null]}', '{"age": [[1]]}', "3")
         ),
+        *(
+            '{"smallest": [1, 2], "class_names": null, "bits": 8, "shards": [{"num_images": 1, "sha256": "", '
+            f'"crops": {crops}}}]}}'
+            for crops in ("[]", "[3]", "[[[1, 2], [0, 0, 1]]]", '[[["x", 2], [0, 0, 1, 2]]]')
+        ),
     ],
 )
 def test_damaged_index_is_refused(packed, content):
@@ -556,7 +561,8 @@ def test_bad_shard_to_validate_on_is_an_error_of_one_line(packed, num_workers):
 
 def test_shard_with_fewer_images_than_the_index_has_is_an_error(packed):
     index = json.loads((packed / "index.json").read_text())
-    index["shards"][3] |= {"num_images": 8, "entries": {"labels": [0] * 8, "captions": [""] * 8}}
+    crops = [[[12, 10], [0, 0, 12, 10]]] * 8
+    index["shards"][3] |= {"num_images": 8, "entries": {"labels": [0] * 8, "captions": [""] * 8}, "crops": crops}
     (packed / "index.json").write_text(json.dumps(index))
     with pytest.raises(ShardError, match=r"shard_00003.tar cannot be read: it holds 7 images, not 8 as index.json has"):
         epoch_of(stream(packed))

@@ -19,6 +19,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
+from unet_diffusion.data import Folder, ImageDataModule, Latents, Shards
 from unet_diffusion.diffusers_io.adapter_files import LORA_FILE
 from unet_diffusion.diffusers_io.exporting import export_pipeline
 from unet_diffusion.diffusers_io.importing import import_pipeline
@@ -26,6 +27,7 @@ from unet_diffusion.diffusion.conditions.text import TextTokens
 from unet_diffusion.diffusion.conditions.xl_text import XLText, size_waves, sizes_of
 from unet_diffusion.diffusion.sampling import image_generators
 from unet_diffusion.inference.loading import load_denoiser
+from unet_diffusion.runtime.cropping import Crop
 
 transformers = pytest.importorskip("transformers")
 
@@ -135,8 +137,8 @@ def test_folder_whose_null_is_another_is_refused(stable_diffusion_xl, tmp_path):
 
 
 def test_sizes_are_those_of_the_file_of_the_cut_and_of_the_image():
-    assert sizes_of((40, 60), (20, 20)) == (40, 60, 0, 5, 20, 20)
-    assert sizes_of((16, 16), (16, 16)) == (16, 16, 0, 0, 16, 16)
+    assert sizes_of(Crop.centred((40, 60), (20, 20)), (20, 20)) == (40, 60, 0, 5, 20, 20)
+    assert sizes_of(Crop.centred((16, 16), (16, 16)), (16, 16)) == (16, 16, 0, 0, 16, 16)
     assert size_waves(torch.tensor([[1, 2, 3, 4, 5, 6]])).shape == (1, 6 * 256)
 
 
@@ -162,7 +164,69 @@ def images(tmp_path_factory):
     return folder
 
 
-def test_imported_folder_is_trained_on_with_captions_and_sizes(stable_diffusion_xl, images, tmp_path, run_cli):
+def bound(pipeline, source) -> tuple[XLText, ImageDataModule]:
+    (text,) = import_pipeline(pipeline).conditions
+    data = ImageDataModule(source, num_val=2)
+    data.setup()
+    text.bind_data(data)
+    return text, data
+
+
+def sizes_read(pipeline, source, *, is_mirrored=False) -> list[list[int]]:
+    """The six numbers that training takes for each image of a source."""
+    text, data = bound(pipeline, source)
+    assert text.notes() == []
+    index = torch.arange(len(data.image_set.images))
+    return text.read({"index": index, "is_mirrored": torch.full_like(index, is_mirrored).bool()})[:, -6:].tolist()
+
+
+def test_sizes_are_those_of_the_files_by_whatever_way_images_come(stable_diffusion_xl, images, tmp_path, run_cli):
+    """Latents are of images cut by one column more on the right than on the left, which mirroring turns round."""
+    Image.effect_noise((17, 16), 99).convert("RGB").save(images / "odd.png")
+    captions = (images / "metadata.csv").read_text()
+    (images / "metadata.csv").write_text(f"{captions}\nodd.png,{CAPTIONS[0]}")
+    try:
+        files = {"of the file": [20, 28, 0, 3, 16, 16], "of the odd one": [16, 17, 0, 0, 16, 16]}
+        expected = [files["of the file"]] * 8 + [files["of the odd one"]]
+        mirrored = [files["of the file"]] * 8 + [[16, 17, 0, 1, 16, 16]]
+        encode = ["encode", stable_diffusion_xl / "vae", images, "--output", tmp_path / "latents", "--horizontal_flip"]
+        status, _, err = run_cli(*encode, "--captions", "--image_size", 16, 16, "--device", "cpu")
+        assert status == 0, err
+        folder, latents = Folder(images, image_size=16, captions=True), Latents(tmp_path / "latents")
+        for source in (folder, latents):
+            assert sizes_read(stable_diffusion_xl, source) == expected
+            assert sizes_read(stable_diffusion_xl, source, is_mirrored=True) == mirrored
+        for name, options in {"as they are": [], "scaled": ["--image_size", 16, 16]}.items():
+            status, _, err = run_cli("pack", images, tmp_path / name, "--captions", *options)
+            assert status == 0, err
+            shards = Shards(tmp_path / name, image_size=16, captions=True)
+            assert sorted(sizes_read(stable_diffusion_xl, shards)) == sorted(expected)
+        archives = Folder(tmp_path / "as they are", image_size=16, captions=True)
+        assert sorted(sizes_read(stable_diffusion_xl, archives)) == sorted(expected)
+        scaled = Folder(tmp_path / "scaled", image_size=16, captions=True)  # whose archives alone do not tell
+        (note,) = bound(stable_diffusion_xl, scaled)[0].notes()
+        assert "the data do not hold those of their files" in note
+        # Packed as 16x16, then cut to 8x16: what both cuts took off, in pixels of a file of the scale of the image.
+        twice = sizes_read(stable_diffusion_xl, Shards(tmp_path / "scaled", image_size=(8, 16), captions=True))
+        assert sorted(twice) == sorted([[20, 28, 4, 3, 8, 16]] * 8 + [[16, 17, 4, 0, 8, 16]])
+    finally:
+        (images / "odd.png").unlink()
+        (images / "metadata.csv").write_text(captions)
+
+
+def test_data_that_do_not_hold_the_sizes_of_files_are_told_of(stable_diffusion_xl):
+    (text,) = import_pipeline(stable_diffusion_xl).conditions
+    text.bind_data(SimpleNamespace(entries={"captions": CAPTIONS}, source=SimpleNamespace(), image_shape=(4, 8, 8),
+                                   codec=SimpleNamespace(image_shape=lambda shape: (3, 16, 16)),
+                                   train_indices=torch.arange(2)))  # fmt: skip
+    assert text.read({"index": torch.tensor([1])})[:, -6:].tolist() == [[16, 16, 0, 0, 16, 16]]
+    (note,) = text.notes()
+    assert "do not hold those of their files, so each is taken for a file of 16x16 of which nothing was cut" in note
+
+
+def test_imported_folder_is_trained_on_with_captions_and_sizes(
+    stable_diffusion_xl, images, tmp_path, run_cli, monkeypatch
+):
     imported = tmp_path / "xl.ckpt"
     status, _, err = run_cli("import", stable_diffusion_xl, imported)
     assert status == 0, err
@@ -175,8 +239,12 @@ def test_imported_folder_is_trained_on_with_captions_and_sizes(stable_diffusion_
     shorten(recipe, tmp_path / "run", steps=2)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     recipes = ["--config", tmp_path / "recipe.yaml", "--config", tmp_path / "xl.yaml"]
+    seen, forward = [], XLText.forward
+    monkeypatch.setattr(XLText, "forward", lambda text, entry: (seen.extend(entry.tolist()), forward(text, entry))[1])
     status, _, err = run_cli("fit", *recipes, "--ckpt_path", imported)
     assert status == 0, err
+    in_training = [tuple(entry[-6:]) for entry in seen]
+    assert in_training.count((20, 28, 0, 3, 16, 16)) >= 2 * 4  # two steps of a batch
     before, after = import_pipeline(stable_diffusion_xl), import_pipeline(tmp_path / "run" / "pipeline")
     weights = after.unet.state_dict()
     assert any(not torch.equal(value, weights[name]) for name, value in before.unet.state_dict().items())
@@ -218,7 +286,7 @@ def test_lora_of_both_text_encoders_draws_in_stock_diffusers_what_it_draws_here(
 
 def test_sizes_of_the_files_are_those_of_the_data(stable_diffusion_xl):
     (text,) = import_pipeline(stable_diffusion_xl).conditions
-    source = SimpleNamespace(sizes=[(40, 60), (16, 16)])
+    source = SimpleNamespace(crops=[Crop.centred(size, (16, 16)) for size in ((40, 60), (16, 16))])
     data = SimpleNamespace(entries={"captions": CAPTIONS}, source=source, image_shape=(3, 16, 16), codec=None,
                            train_indices=torch.arange(2))  # fmt: skip
     text.bind_data(data)

@@ -65,6 +65,11 @@ def test_a_scheduler_that_clips_has_none(name):
     assert linear_steps(build_scheduler(NoiseSchedule(), name), NUM_STEPS) is None
 
 
+def test_a_solver_that_is_asked_to_clip_has_none():
+    scheduler = build_scheduler(NoiseSchedule(), "DPMSolverMultistepScheduler", thresholding=True)
+    assert linear_steps(scheduler, NUM_STEPS) is None
+
+
 def test_noise_of_its_own_is_noticed():
     scheduler = build_scheduler(NoiseSchedule(), "EulerAncestralDiscreteScheduler")
     assert linear_steps(scheduler, NUM_STEPS) is None

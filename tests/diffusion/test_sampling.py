@@ -8,6 +8,7 @@ import pytest
 import torch
 from denoisers import SCHEDULER_WARNINGS
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
 
 from unet_diffusion.diffusion import refusals, sampling
 from unet_diffusion.diffusion.guidance import Guidance
@@ -427,6 +428,71 @@ def test_thresholding_of_a_scheduler_object_clips_each_x0(name):
     images = {one: sample(oracle(LINEAR_V, far), LINEAR_V, far.shape, scheduler=one) for one in (plain, clipping)}
     torch.testing.assert_close(images[plain], far, atol=1e-3, rtol=0)  # rounding of 50 steps
     torch.testing.assert_close(images[clipping], torch.ones_like(far), atol=1e-3, rtol=0)
+
+
+CLIP_BY_THEMSELVES = ("DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler")
+CLIP_WHEN_ASKED = (
+    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+    "UniPCMultistepScheduler",
+)
+
+
+@every_scheduler
+def test_thresholding_clips_each_x0_whatever_the_scheduler_or_is_refused(name):
+    far = torch.full((1, 1, 4, 4), 1.7)  # outside of [-1, 1], as a guided prediction may be
+    options = {"scheduler": name, "num_inference_steps": 10}
+    if name not in (*CLIP_BY_THEMSELVES, *CLIP_WHEN_ASKED):
+        with pytest.raises(
+            ValueError, match=rf"needs a scheduler that can clip x0, got {name}; use one of DDIM.*UniPC"
+        ):
+            sample(oracle(LINEAR, far), LINEAR, far.shape, thresholding=True, **options)
+        return
+    plain, clipped = (sample(oracle(LINEAR, far), LINEAR, far.shape, thresholding=one, **options) for one in (0, 1))
+    # DEIS ends at timestep 0, with 1 % of the noise.
+    tolerance = 0.05 if name == "DEISMultistepScheduler" else 1e-3
+    torch.testing.assert_close(clipped, torch.ones_like(far), atol=tolerance, rtol=0)
+    expected = torch.ones_like(far) if name in CLIP_BY_THEMSELVES else far
+    torch.testing.assert_close(plain, expected, atol=tolerance, rtol=0)
+
+
+@torch.no_grad()
+def looped(unet, scheduler, x) -> torch.Tensor:
+    """The images of five steps as diffusers' pipelines take them."""
+    scheduler.set_timesteps(5)
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("name", CLIP_WHEN_ASKED)
+def test_thresholding_draws_the_images_of_diffusers_with_its_own(name):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, **blocks).eval()
+    written = DDPMScheduler(**scheduler_config(LINEAR)).config  # as an exported folder has it
+    scheduler = getattr(diffusers, name).from_config(written, thresholding=True)
+    drawn = []
+    for thresholding in (False, True):
+        images = sample(
+            lambda x, t: unet(x, t).sample, LINEAR, (2, 3, 8, 8), scheduler=name, num_inference_steps=5, seed=3,
+            thresholding=thresholding,
+        )  # fmt: skip
+        drawn.append((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+    generators = image_generators(3, [0, 1])
+    if "generator" in inspect.signature(scheduler.step).parameters:  # which DDPMPipeline hands over
+        pipeline = DDPMPipeline(unet, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        expected = pipeline(batch_size=2, generator=generators, num_inference_steps=5, output_type="np").images
+    else:
+        expected = looped(unet, scheduler, randn_tensor((2, 3, 8, 8), generator=generators))
+    torch.testing.assert_close(drawn[1], torch.as_tensor(expected))
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3  # something was clipped
+
+
+def test_latents_are_never_clipped():
+    options = {"scheduler": "DPMSolverMultistepScheduler", "clip_sample": False, "thresholding": True}
+    with pytest.raises(ValueError, match=r"thresholding is for pixels, .* and this denoiser draws latents"):
+        sample(curved, SHORT, (1, 1, 4, 4), **options)
 
 
 @every_scheduler

@@ -131,6 +131,13 @@ def test_samples_of_other_settings_are_replaced_only_when_asked(few_steps, denoi
     evaluated(denoiser, tmp_path, overwrite=True)
 
 
+def test_samples_keep_their_range_when_it_is_asked_for(few_steps, denoiser, tmp_path):
+    asked = Sampling(num_inference_steps=2, batch_size=8, thresholding=True)
+    assert evaluated(denoiser, tmp_path, sampling=asked).protocol["thresholding"] is True
+    with pytest.raises(FileExistsError, match="thresholding: True there, False here"):
+        evaluated(denoiser, tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 12), (4, 8, 8)])
 def test_images_of_any_kind_without_classes_are_evaluated(few_steps, tiny_unet, tmp_path, shape):
     channels = shape[0]

@@ -295,6 +295,13 @@ def test_damaged_entries_are_refused(known):
     (folder / "index.json").write_text(json.dumps(index | {"texts": None}))
     with pytest.raises(ValueError, match=r"texts in .*index\.json must be a list for each name; remove the file"):
         read_latents(folder)
+    crop = [[20, 28], [0, 4, 20, 20]]
+    (folder / "index.json").write_text(json.dumps(index | {"crops": [crop] * 9}))
+    with pytest.raises(ValueError, match="must hold crops of 10 images, and holds those of 9; encode again"):
+        read_latents(folder)
+    (folder / "index.json").write_text(json.dumps(index | {"crops": [crop[:1]] * 10}))
+    with pytest.raises(ValueError, match=r"crops in .*index\.json are not as encode writes them; encode again"):
+        read_latents(folder)
     (folder / "entries.safetensors").write_bytes(b"x")
     known()
     assert torch.equal(read_latents(folder).entries["feature"], ENTRIES["feature"])
@@ -465,6 +472,9 @@ def test_latents_of_another_run_do_not_continue_it(trained, tmp_path, quiet_trai
 def test_sampled_images_are_decoded_latents(trained, run_cli, tmp_path):
     path = trained()
     arguments = [path, "--num_images=3", "--num_inference_steps=2", "--device=cpu", "--output", tmp_path / "out"]
+    status, _, err = run_cli("sample", *arguments, "--thresholding")
+    assert status == 1
+    assert "thresholding is for pixels, whose x0 lies in [-1, 1], and this denoiser draws latents" in err
     status, _, err = run_cli("sample", *arguments)
     assert status == 0, err
     read = read_denoiser(path)

@@ -98,6 +98,23 @@ def test_grids_of_a_network_that_does_not_change_are_the_same(fit_with_grid, tin
     torch.testing.assert_close(shown, [shown[0]] * 2, rtol=0, atol=1e-5)  # the average of equal weights is rounded
 
 
+def test_grid_keeps_pixels_in_their_range(fit_with_grid, tiny_module, shown):
+    module = tiny_module(**TWO_CLASSES)
+    options = {"scheduler": "UniPCMultistepScheduler", "thresholding": True}
+    fit_with_grid(tiny_grid(every_n_steps=0, **options), module=module)
+    options |= {"num_inference_steps": 2, "inputs": {"labels": torch.arange(6) % 2}}
+    expected = sample(module.ema_unet, module.schedule, (6, 1, 8, 8), **options)
+    torch.testing.assert_close(shown, [expected], rtol=0, atol=0)
+    plain = sample(module.ema_unet, module.schedule, (6, 1, 8, 8), **{**options, "thresholding": False})
+    assert (expected - plain).abs().max() > 1e-2
+
+
+def test_grid_with_a_scheduler_that_cannot_clip_is_refused_before_training(fit_with_grid):
+    grid = tiny_grid(scheduler="EulerDiscreteScheduler", thresholding=True)
+    with pytest.raises(ValueError, match="thresholding needs a scheduler that can clip x0, got EulerDiscreteScheduler"):
+        fit_with_grid(grid)
+
+
 def test_grid_follows_guidance(fit_with_grid, tiny_module, shown):
     module = tiny_module(**TWO_CLASSES)
     fit_with_grid(tiny_grid(every_n_steps=0, scheduler="DDIMScheduler", guidance_scale=3.0), module=module)

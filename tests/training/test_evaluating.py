@@ -83,6 +83,12 @@ def test_too_few_samples_are_refused_before_training(quiet_trainer):
         trainer.fit(tiny_module(), ImageDataModule(Digits(), batch_size=16))
 
 
+def test_scheduler_that_cannot_clip_is_refused_before_training(quiet_trainer):
+    evaluate = evaluation(scheduler="EulerDiscreteScheduler", thresholding=True)
+    with pytest.raises(ValueError, match="thresholding needs a scheduler that can clip x0, got EulerDiscreteScheduler"):
+        quiet_trainer(max_steps=1, callbacks=[evaluate]).fit(tiny_module(), ImageDataModule(Digits(), batch_size=16))
+
+
 @pytest.mark.slow
 def test_fit_evaluates_and_keeps_the_best(tmp_path, few_steps):
     from unet_diffusion.commands.main import main

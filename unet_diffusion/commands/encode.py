@@ -152,7 +152,7 @@ def encode(
         with tqdm(total=share, unit="image", desc="encode", disable=group.rank > 0) as bar:
             encode_images(
                 output, images_of, moments, settings=settings,
-                contents=data.image_set.contents or (), entries=data.entries,
+                contents=data.image_set.contents or (), entries=data.entries, crops=source.crops,
                 batch_size=batch_size, progress=bar.update, say=bar.write, group=group,
             )  # fmt: skip
         if group.rank > 0:

@@ -46,6 +46,7 @@ def sample_images(
     guidance_scale: float = 1.0,
     scheduler: str = "DPMSolverMultistepScheduler",
     num_inference_steps: int = 25,
+    thresholding: bool = False,
     seed: int = 0,
     output: Folder = Path("generated"),
     overwrite: bool = False,
@@ -96,6 +97,8 @@ def sample_images(
         guidance_scale: How much closer images come to their label or caption; 1 turns guidance off.
         scheduler: The name of a diffusers scheduler.
         num_inference_steps: The number of denoising steps.
+        thresholding: Keep pixels in their range at every step also with DPMSolver, DEIS and UniPC, for fewer specks
+            where guidance is strong. DDPM, DDIM and Heun always do; other schedulers cannot.
         seed: The seed of the noise.
         output: The folder for the images.
         overwrite: Replace images that sample has drawn in DIR.

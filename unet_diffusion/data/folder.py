@@ -24,6 +24,7 @@ from unet_diffusion.data.decoding import ImageFormat, decode_page
 from unet_diffusion.data.described import USUAL, Table, check_only_images, check_used
 from unet_diffusion.data.files import ImageFiles, classes_of, find_images
 from unet_diffusion.data.scaling import to_float
+from unet_diffusion.data.shards import INDEX, ShardIndex
 from unet_diffusion.data.source import IN_MEMORY_BYTES, Source
 from unet_diffusion.data.stored import stored_images
 from unet_diffusion.data.stored_image import Kind
@@ -35,6 +36,8 @@ from unet_diffusion.data.value_ranges import (
     shown_of,
     values_of,
 )
+from unet_diffusion.runtime.addresses import place_of
+from unet_diffusion.runtime.cropping import Crop
 from unet_diffusion.runtime.pixel_values import PixelValues
 
 OnBadFile = Literal["error", "skip"]
@@ -73,7 +76,7 @@ class Folder(Source):
         table: Which split, columns or members of a data set are used. None: the usual ones, see `Table`.
 
     Attributes:
-        sizes: Height and width of each image before it was scaled and cut, once they are loaded.
+        crops: The part of its file that each image shows, once they are loaded. None: pack has scaled them before.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -114,7 +117,6 @@ class Folder(Source):
         self.on_bad_file = on_bad_file
         self.in_memory = in_memory
         self.table = table
-        self.sizes: list[tuple[int, int]] = []
         self._left_out = self._changed = ""
 
     def load(self, *, progress: bool = True) -> ImageSet:
@@ -144,9 +146,12 @@ class Folder(Source):
             in_memory = len(files.names) * num_bytes <= IN_MEMORY_BYTES
         checked = (load_images if in_memory else check_images)(files, self.image_format, progress=progress)
         self._report(checked)
-        self.sizes, self.values = checked.sizes, values_of(checked, self.image_format, self.shown_channels)
+        self.values = values_of(checked, self.image_format, self.shown_channels)
+        size = self.image_format.height, self.image_format.width
+        crops = [Crop.centred(before, size) for before in checked.sizes]
+        self.crops = None if _holds_scaled_shards(self.root) else crops
         self._left_out = _left_out(files, checked, written)
-        self._changed = _changed(checked.sizes, (self.image_format.height, self.image_format.width))
+        self._changed = _changed(checked.sizes, size)
         entries, class_names = entries_of(
             files, checked.names, self.root, class_labels=self.class_labels, captions=self.captions
         )
@@ -190,6 +195,15 @@ def entries_of(
     labels, class_names = classes_of(files, names, root) if class_labels else ([], None)
     entries: Entries = {"labels": torch.tensor(labels)} if class_names else {}
     return entries | ({"captions": read_captions(files, names).texts} if captions else {}), class_names
+
+
+def _holds_scaled_shards(root: str | Path) -> bool:
+    """Whether pack has scaled the images, so that the files in its archives do not have the size of the real ones."""
+    index = Path(place_of(root)) / INDEX
+    try:
+        return index.is_file() and ShardIndex.from_json(index.read_bytes(), str(index)).channels is not None
+    except ValueError:  # an index of something else
+        return False
 
 
 def _left_out(files: ImageFiles, checked: CheckedImages, captions: Captions | None) -> str:

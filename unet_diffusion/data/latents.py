@@ -48,7 +48,7 @@ class Latents(Source):
         if self.scaling_factor is not None:
             self.latents.space = self.latents.space.rescaled(self.scaling_factor)
         self.codec = LatentCodec.of(self.latents.space)
-        latents, self.values = self.latents, self.latents.values
+        latents, self.values, self.crops = self.latents, self.latents.values, self.latents.crops
         one_each = latents.mean[: len(latents)]  # without those of the mirrored images
         return ImageSet(one_each, latents.entries, latents.class_names, latents.names)
 

@@ -31,6 +31,7 @@ from unet_diffusion.data.stored import only_image
 from unet_diffusion.data.stored_image import StoredImage
 from unet_diffusion.runtime.addresses import absolute_place
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
+from unet_diffusion.runtime.cropping import Crop, Size
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -55,15 +56,17 @@ class Packed:
         dtype: Type of the numbers.
         ends: The least and the largest number; None: the image has alpha or colours by index.
         are_colours: Whether the channels are grey, RGB, or RGB and alpha.
+        crop: The part of its file that the image shows.
     """
 
     content: bytes
     extension: str
-    size: tuple[int, int]
+    size: Size
     bits: int
     dtype: np.dtype
     ends: tuple[float, float] | None
     are_colours: bool
+    crop: Crop
 
 
 def pack_images(
@@ -197,7 +200,8 @@ def _write_shard(
         if sha256 != before:  # what is said of the shard is true no longer
             (folder / INDEX).unlink(missing_ok=True)
             _record_path(folder, number).unlink(missing_ok=True)
-    shard = Shard(len(good), sha256, {key: [rows[i] for i in good] for key, rows in entries.items()})
+    rows_of_good = {key: [rows[i] for i in good] for key, rows in entries.items()}
+    shard = Shard(len(good), sha256, rows_of_good, [one.crop for one in good.values()])
     sizes = [one.size for one in good.values()]
     record = {
         "shard": asdict(shard),
@@ -230,7 +234,8 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packe
             fitted_image(stored, ImageFormat(1, 1, image_format))  # refuses other channels
         bits = 8 if stored.bits <= 8 else stored.bits
         ends = _ends(numbers) if is_plain else None
-        return Packed(content, extension, stored.size, bits, numbers.dtype, ends, are_colours)
+        crop = Crop.centred(stored.size, stored.size)
+        return Packed(content, extension, stored.size, bits, numbers.dtype, ends, are_colours, crop)
     stored = only_image(content, image_format.channels)
     if stored.white is None:
         raise ValueError(f"{stored} have no range that is known, by which they could be scaled; leave --image_size "
@@ -240,9 +245,10 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packe
     are_colours = stored.kind != "channels"
     numbers = pixels.numpy()
     ends = None if are_colours and len(pixels) == 4 else _ends(numbers)
-    if bits == 8 and are_colours:
-        return Packed(_png(pixels), ".png", size, bits, numbers.dtype, ends, are_colours)
-    return Packed(tiff_of(numbers, are_colours=are_colours), ".tif", size, bits, numbers.dtype, ends, are_colours)
+    is_png = bits == 8 and are_colours
+    content, extension = (_png(pixels), ".png") if is_png else (tiff_of(numbers, are_colours=are_colours), ".tif")
+    crop = Crop.centred(stored.size, size)
+    return Packed(content, extension, size, bits, numbers.dtype, ends, are_colours, crop)
 
 
 def _extension(name: str, stored: StoredImage, content: bytes) -> str:

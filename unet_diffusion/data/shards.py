@@ -28,6 +28,7 @@ from torch import Tensor
 from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.decoding import ImageFormat, decode_image, to_depth
 from unet_diffusion.data.stores import Store
+from unet_diffusion.runtime.cropping import Crop
 from unet_diffusion.runtime.messages import printable
 
 INDEX = "index.json"
@@ -52,11 +53,13 @@ class Shard:
         num_images: The number of images in it, possibly 0.
         sha256: The checksum of the whole file.
         entries: What is known of each image, a list of numbers or texts by name.
+        crops: The part of its file that each image shows, as `Crop` has it. None: it is not known.
     """
 
     num_images: int
     sha256: str
     entries: dict[str, list[Any]] = field(default_factory=dict)
+    crops: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,11 @@ class ShardIndex:
             for shard in index.shards:
                 if any(len(rows) != shard.num_images for rows in shard.entries.values()):
                     raise ValueError("a shard has not as many entries as images")
+                if shard.crops is not None and len(shard.crops) != shard.num_images:
+                    raise ValueError("a shard has not as many crops as images")
                 if shard.entries.keys() != index.shards[0].entries.keys():
                     raise ValueError("shards have not the same entries")
+            index.crops  # noqa: B018  # refuses rows that are none
             if "labels" not in index.entries and index.class_names is not None:
                 raise ValueError("there are class_names, but no labels")
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
@@ -125,6 +131,12 @@ class ShardIndex:
         rows = {key: [row for shard in self.shards for row in shard.entries[key]] for key in self.shards[0].entries}
         is_text = {key: all(isinstance(row, str) for row in values) for key, values in rows.items()}
         return {key: values if is_text[key] else torch.tensor(values) for key, values in rows.items()}
+
+    @cached_property
+    def crops(self) -> list[Crop] | None:
+        """The part of its file that each image shows; None: it is not known of all."""
+        rows = [shard.crops for shard in self.shards]
+        return None if None in rows else [Crop.from_plain(row) for crops in rows for row in crops or ()]
 
 
 class ShardStore(Store):

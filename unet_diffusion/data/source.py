@@ -39,6 +39,7 @@ from unet_diffusion.data.fingerprints import content_hash
 from unet_diffusion.data.items import Item, ItemSource, num_items, read_item, read_items
 from unet_diffusion.data.split import split_by_name, split_indices
 from unet_diffusion.latents.codec import Codec
+from unet_diffusion.runtime.cropping import Crop
 from unet_diffusion.runtime.pictures import in_unit_range
 from unet_diffusion.runtime.pixel_values import PixelValues
 
@@ -72,6 +73,8 @@ class Source(ItemSource):
         image_shape: (C, H, W) of every image, if that is known before they are loaded.
         codec: What encoded the images, if the items are latents; None if they are images.
         values: What the numbers in the files mean, once they are loaded. None: they are those of the images.
+        crops: The part of its file that each image shows, such as `runtime.cropping.Crop.centred((20, 28), (16, 16))`,
+            once they are loaded, for `XLText`. None: it is not known.
     """
 
     class_names: Sequence[str] | None = None
@@ -79,6 +82,7 @@ class Source(ItemSource):
     image_shape: tuple[int, int, int] | None = None
     codec: Codec | None = None
     values: PixelValues | None = None
+    crops: Sequence[Crop] | None = None
 
     def load(self, *, progress: bool = True) -> ImageSet:
         """All images with what is known of them; `ImageDataModule` calls it once.

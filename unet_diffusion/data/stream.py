@@ -122,6 +122,11 @@ class Shards(Source):
         self._check_size(index.smallest, index.channels)
         value_range = range_of_shards(self.value_range, index.dtype, index.ends)
         self.image_format = replace(self.image_format, value_range=value_range)
+        if index.crops is not None:
+            size = self.image_format.height, self.image_format.width
+            # Files that are kept as they are have sizes of their own.
+            packed = [crop.size if index.channels is None else index.smallest for crop in index.crops]
+            self.crops = [crop.again(before, size) for crop, before in zip(index.crops, packed, strict=True)]
         entries = dict(index.entries)
         for key, name in OPTIONS.items():
             if not getattr(self, name):

@@ -64,6 +64,7 @@ def sample(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     clip_sample: bool = True,
+    thresholding: bool = False,
     progress: Callable[[int], object] | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
@@ -92,6 +93,7 @@ def sample(
         device: The device of the denoiser.
         clip_sample: Clip each estimate of x0 to [-1, 1], as DDPM, DDIM and Heun can; right for pixels, wrong for
             latents.
+        thresholding: Clip it with solvers that do so only when they are asked, such as DPM-Solver++ and UniPC, too.
         progress: Called after each call of the denoiser with the number of images that took a step, as tqdm's update;
             the sum is N * num_network_steps(...).
         watch: Called after each call of the denoiser, guidance included, with the timestep and the x0 that the
@@ -109,6 +111,8 @@ def sample(
         unconditional=unconditional,
         guidance=guidance,
         init_image=init_image,
+        clip_sample=clip_sample,
+        thresholding=thresholding,
     )
     if noise is not None and noise.shape != tuple(shape):
         raise ValueError(f"noise must have the shape {tuple(shape)}, got {tuple(noise.shape)}")
@@ -123,7 +127,7 @@ def sample(
         predictor = guide(denoiser, part_inputs, part_nulls, guidance)
         images = denoise(
             predictor if watch is None else _watched(predictor, schedule, watch),
-            build_scheduler(schedule, scheduler, clip_sample=clip_sample),
+            build_scheduler(schedule, scheduler, clip_sample=clip_sample, thresholding=thresholding),
             image_generators(seed, numbers[part]),
             (len(numbers[part]), *shape[1:]),
             num_inference_steps=num_inference_steps,
@@ -185,17 +189,22 @@ def denoise(
     return x
 
 
-def build_scheduler(schedule: NoiseSchedule, scheduler: Any = "DDIMScheduler", *, clip_sample: bool = True) -> Any:
+def build_scheduler(
+    schedule: NoiseSchedule, scheduler: Any = "DDIMScheduler", *, clip_sample: bool = True, thresholding: bool = False
+) -> Any:
     """A new diffusers scheduler for this schedule, with timesteps not yet set.
 
     Args:
         schedule: The noise schedule.
         scheduler: The name of a diffusers scheduler, or a scheduler object. The object's solver settings are used, with
             its thresholding; the noise schedule, prediction type and timestep spacing come from `schedule`.
-        clip_sample: Clip each estimate of x0 to [-1, 1], if the scheduler can.
+        clip_sample: Clip each estimate of x0 to [-1, 1], if the scheduler has this option.
+        thresholding: Clip it also if the scheduler has only diffusers' thresholding, which clips to the largest value
+            that it allows, here 1.
 
     Raises:
-        ValueError: If there is no such scheduler, or it is not valid for the schedule; the message says why.
+        ValueError: If there is no such scheduler, it is not valid for the schedule, or it cannot clip and has to; the
+            message says why.
     """
     name, own = name_of(scheduler), {} if isinstance(scheduler, str) else dict(getattr(scheduler, "config", {}))
     valid = ", ".join(supported_schedulers(schedule))
@@ -204,11 +213,29 @@ def build_scheduler(schedule: NoiseSchedule, scheduler: Any = "DDIMScheduler", *
     reason = refusal(schedule, name)
     if reason is not None:
         raise ValueError(f"{name} cannot sample this model: {reason}; use one of {valid}")
-    thresholding = {field: own[field] for field in THRESHOLDING if field in own}
-    fields = own | scheduler_config(schedule, clip_sample=clip_sample) | thresholding | BEYOND_DDPM.get(name, {})
-    scheduler_class = getattr(diffusers, name)
-    accepted = inspect.signature(scheduler_class).parameters
-    return scheduler_class(**{field: value for field, value in fields.items() if field in accepted})
+    of_object = {field: own[field] for field in THRESHOLDING if field in own}
+    fields = own | scheduler_config(schedule, clip_sample=clip_sample) | of_object | BEYOND_DDPM.get(name, {})
+    if thresholding:
+        fields |= _thresholding_fields(schedule, name, clip_sample)
+    return getattr(diffusers, name)(**{field: value for field, value in fields.items() if field in _fields_of(name)})
+
+
+def _thresholding_fields(schedule: NoiseSchedule, name: str, clip_sample: bool) -> dict[str, Any]:
+    """The fields with which a scheduler that does not clip by itself clips each x0 to [-1, 1]."""
+    if not clip_sample:
+        raise ValueError("thresholding is for pixels, whose x0 lies in [-1, 1], and this denoiser draws latents, which "
+                         "are not clipped; leave it out")  # fmt: skip
+    if "clip_sample" in _fields_of(name):
+        return {}
+    able = [one for one in supported_schedulers(schedule) if _fields_of(one) & {"clip_sample", "thresholding"}]
+    if name not in able:
+        raise ValueError(f"thresholding needs a scheduler that can clip x0, got {name}; use one of {', '.join(able)}")
+    return {"thresholding": True, "sample_max_value": 1.0}
+
+
+def _fields_of(name: str) -> set[str]:
+    """The names of a scheduler's fields."""
+    return {*inspect.signature(getattr(diffusers, name)).parameters}
 
 
 def name_of(scheduler: Any) -> str:
@@ -249,12 +276,15 @@ def check_sampling(
     unconditional: Inputs | None = None,
     guidance: Guidance = NO_GUIDANCE,
     init_image: InitImage | None = None,
+    clip_sample: bool = True,
+    thresholding: bool = False,
 ) -> None:
     """Refuse arguments that `sample` cannot serve, within half a second and without the denoiser.
 
     Raises:
         ValueError: If the scheduler is not valid for the schedule or the number of steps, if the inputs or init_image
-            do not fit, or if guidance lacks conditions or a null or starts beyond the last timestep.
+            do not fit, if guidance lacks conditions or a null or starts beyond the last timestep, or if thresholding
+            is asked for and the scheduler cannot clip, or x0 must not be clipped.
     """
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape must be (N, C, H, W), each at least 1, got {tuple(shape)}")
@@ -266,6 +296,8 @@ def check_sampling(
         raise ValueError(f"guidance_interval must start at a timestep in [0, {last}], got {low} and {high}; lower it")
     if init_image is not None:
         check_init_image(init_image, shape, name_of(scheduler), num_inference_steps)
+    if thresholding:
+        build_scheduler(schedule, scheduler, clip_sample=clip_sample, thresholding=True)
     _check_finite(schedule, scheduler, num_inference_steps)
     starts_from_noise = num_steps_from(init_image, num_inference_steps) == num_inference_steps
     if name_of(scheduler) == "HeunDiscreteScheduler" and starts_from_noise:

@@ -34,6 +34,7 @@ class Denoiser(DenoiserParts, Running):
         noise_level: int | None = None,
         scheduler: Any = "DPMSolverMultistepScheduler",
         num_inference_steps: int = 25,
+        thresholding: bool = False,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[int, int] | None = None,
@@ -66,6 +67,8 @@ class Denoiser(DenoiserParts, Running):
             noise_level: Noise level of the image to enlarge, 0 to 350; a higher level keeps less of it. None: 20.
             scheduler: A diffusers scheduler, or the name of its class.
             num_inference_steps: Denoising steps.
+            thresholding: Keep pixels in [-1, 1] at every step also with DPM-Solver++, DEIS and UniPC, which do so only
+                when they are asked; DDPM, DDIM and Heun always do.
             guidance_scale: Strength of the pull towards labels or captions; 1 is off.
             guidance_rescale: Share in [0, 1] of the contrast added by guidance that is removed again.
             guidance_interval: Lowest and highest timestep that is guided; None: all timesteps.

@@ -111,7 +111,6 @@ class Drawing:
                 device=self.device,
                 progress=progress,
                 watch=watch,
-                clip_sample=codec.clip_sample,
                 **self._inputs(indices),
                 **self._settings,
             )
@@ -250,6 +249,8 @@ class Drawing:
             "scheduler": options.scheduler,
             "num_inference_steps": options.num_inference_steps,
             "guidance": guidance,
+            "clip_sample": self.parts.codec.clip_sample,
+            "thresholding": options.thresholding,
         }
 
     def _seen_through_windows(self, network: PixelNetwork) -> Denoise:

@@ -34,6 +34,7 @@ class SampleOptions:
     noise_level: int | None = None
     scheduler: Any = "DPMSolverMultistepScheduler"
     num_inference_steps: int = 25
+    thresholding: bool = False
     guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[int, int] | None = None
@@ -148,6 +149,8 @@ class Sampling:
         guidance_scale: How much closer images come to their label, caption or mask; 1 turns guidance off.
         seed: The seed of the noise, and of the order of labels or of the masks.
         batch_size: The number of images that are drawn at once.
+        thresholding: Whether pixels are kept in their range at every step, also by solvers that do not do so by
+            themselves.
     """
 
     scheduler: str = "DPMSolverMultistepScheduler"
@@ -155,6 +158,7 @@ class Sampling:
     guidance_scale: float = 1.0
     seed: int = 0
     batch_size: int = 64
+    thresholding: bool = False
 
 
 def check_file(name: str, image: ImageLike | None) -> None:

@@ -49,7 +49,10 @@ BLANK = np.zeros((1, 1), dtype=np.int32)  # a mask of any size without objects
 COLOURED = 16  # grey levels that the channels of a coloured image are apart, on average
 ENLARGED = 2  # times, on the sheet, so that outlines are thin
 COPIED_AT_ONCE = 64  # pairs; the record is written after them
-OF_DRAWING = ("scheduler", "num_inference_steps", "guidance_scale", "precision", f"{CONTENTS}denoiser")  # settings
+OF_DRAWING = (  # settings
+    *("scheduler", "num_inference_steps", "guidance_scale", "thresholding", "precision"),
+    f"{CONTENTS}denoiser",
+)
 
 
 @dataclass
@@ -357,8 +360,8 @@ def _settings(
 
 
 def _settings_of_drawing(denoiser: Denoiser, sampling: Sampling) -> dict[str, Any]:
-    values = (sampling.scheduler, sampling.num_inference_steps, sampling.guidance_scale, denoiser.precision)
-    return dict(zip(OF_DRAWING, (*values, contents_of(denoiser)), strict=True))
+    values = (sampling.scheduler, sampling.num_inference_steps, sampling.guidance_scale, sampling.thresholding)
+    return dict(zip(OF_DRAWING, (*values, denoiser.precision, contents_of(denoiser)), strict=True))
 
 
 def _hash_of(arrays: Sequence[NDArray[Any]]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unet_diffusion.latents.space import LEAST_STD, LatentSpace, moment_sums
 from unet_diffusion.runtime.atomic_files import atomic_write, field_of, read_json, remove_left_behind
+from unet_diffusion.runtime.cropping import Crop
 from unet_diffusion.runtime.folder_settings import SETTINGS, require_same_settings
 from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
@@ -43,6 +44,7 @@ class LatentSet:
         has_mirrored: Whether mirror images are there too.
         names: The name of each image's file, or None.
         values: What the numbers in those files mean.
+        crops: The part of its file that each image shows, or None.
     """
 
     space: LatentSpace
@@ -53,6 +55,7 @@ class LatentSet:
     has_mirrored: bool
     names: list[str] | None = None
     values: PixelValues = field(default_factory=PixelValues)
+    crops: list[Crop] | None = None
 
     def __len__(self) -> int:
         return len(self.mean) // 2 if self.has_mirrored else len(self.mean)
@@ -66,6 +69,7 @@ def encode_images(
     settings: dict[str, Any],
     contents: Sequence[str] = (),
     entries: Mapping[str, Tensor | list[str]] | None = None,
+    crops: Sequence[Crop] | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] = lambda num_images: None,
     say: Callable[[str], object] = lambda line: None,
@@ -85,6 +89,7 @@ def encode_images(
             images.
         contents: A hash of each image's file. Latents of other contents are made again.
         entries: Values of each image beside its latents, by name: numbers (N, ...) or N texts.
+        crops: The part of its file that each image shows. None: it is not known.
         batch_size: The number of images that are encoded at once.
         progress: A function that is called with the number of images that were done.
         say: A function that is called with a line for each file of latents that is made again.
@@ -112,7 +117,7 @@ def encode_images(
         else:
             progress(len(numbers))
     group.barrier()
-    group.on_rank_zero(lambda: _write_index(folder, settings, numeric))
+    group.on_rank_zero(lambda: _write_index(folder, {**settings, "crops": crops}, numeric))
 
 
 def read_latents(folder: str | Path) -> LatentSet:
@@ -141,6 +146,7 @@ def read_latents(folder: str | Path) -> LatentSet:
         has_mirrored=index["has_mirrored"],
         names=index.get("names"),
         values=PixelValues.from_plain(index["values"]),
+        crops=_read_crops(folder, index),
     )
 
 
@@ -208,13 +214,26 @@ def _read_entries(folder: Path, index: Mapping[str, Any]) -> dict[str, Tensor | 
     return entries
 
 
+def _read_crops(folder: Path, index: Mapping[str, Any]) -> list[Crop] | None:
+    if (rows := index.get("crops")) is None:
+        return None
+    try:
+        crops = [Crop.from_plain(row) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"crops in {folder / INDEX} are not as encode writes them; encode again") from error
+    if len(crops) != index["num_images"]:
+        raise ValueError(f"{folder} must hold crops of {index['num_images']} images, and holds those of {len(crops)}; "
+                         "encode again")  # fmt: skip
+    return crops
+
+
 def _write_index(folder: Path, settings: dict[str, Any], entries: dict[str, Tensor]) -> None:
     mean, std = _moments(folder, settings["num_images"], shared=settings["has_codes"])
     fields = {name: settings[name] for name in ("autoencoder", "fingerprint", "image_shape")}
     (_, first), *_ = _shards(folder, settings["num_images"])
     factor = settings["image_shape"][1] // _read_shard(first)["mean"].shape[2]
     space = LatentSpace.from_plain({**fields, "downsampling": factor, "mean": mean, "std": std})
-    keys = ("num_images", "has_mirrored", "class_names", "names", "texts")
+    keys = ("num_images", "has_mirrored", "class_names", "names", "texts", "crops")
     index = {"space": space.plain(), **{key: settings.get(key) for key in keys}}
     index["values"] = settings.get("values", PixelValues().plain())
     with atomic_write(folder / ENTRIES) as partial:

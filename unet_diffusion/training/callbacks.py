@@ -131,6 +131,8 @@ class SampleGrid(PictureGrid):
         num_inference_steps: The number of steps from noise to the images.
         guidance_scale: The strength of guidance. 1 is off; more needs a model trained with label_dropout.
         seed: Seed of the grid's images.
+        thresholding: Whether pixels are kept in their range at every step also by solvers that do so only when they
+            are asked: DPM-Solver++, DEIS and UniPC.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class SampleGrid(PictureGrid):
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
         seed: int = 0,
+        thresholding: bool = False,
     ):
         super().__init__(every_n_steps)
         self.num_images = num_images
@@ -149,6 +152,7 @@ class SampleGrid(PictureGrid):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
+        self.thresholding = thresholding
         self._real_colours: Tensor | None = None  # of the run's data
 
     def setup(self, trainer: Trainer, pl_module: "DiffusionModule", stage: str) -> None:  # type: ignore[override]
@@ -170,7 +174,8 @@ class SampleGrid(PictureGrid):
                 f"samples.guidance_scale {self.guidance_scale} needs a condition with a null; "
                 "set model.label_dropout above 0 (0.1 is usual), or samples.guidance_scale to 1"
             )
-        if (self.scheduler, self.num_inference_steps, pl_module.schedule.num_train_timesteps) in ALWAYS_DRAWS:
+        asked = (self.scheduler, self.num_inference_steps, pl_module.schedule.num_train_timesteps)
+        if asked in ALWAYS_DRAWS and not self.thresholding:
             return
         from unet_diffusion.diffusion.sampling import check_sampling
 
@@ -179,6 +184,8 @@ class SampleGrid(PictureGrid):
             (self.num_images, 1, 1, 1),
             scheduler=self.scheduler,
             num_inference_steps=self.num_inference_steps,
+            clip_sample=(codec or pl_module.codec).clip_sample,
+            thresholding=self.thresholding,
         )
 
     def picture(self, trainer: Trainer, module: "DiffusionModule") -> Image:
@@ -224,6 +231,7 @@ class SampleGrid(PictureGrid):
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed,
+            thresholding=self.thresholding,
         )
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             if not any(one.is_asked_of_images for one in module.all_conditions):

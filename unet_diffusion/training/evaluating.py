@@ -38,6 +38,7 @@ class EvaluateSamples(Callback):
         num_inference_steps: Denoising steps of a sample.
         guidance_scale: How strongly samples are pulled towards labels or captions; 1 is off.
         seed: Seed of the samples, the same ones every time.
+        thresholding: Whether pixels are kept in their range at every step, as in `SampleGrid`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class EvaluateSamples(Callback):
         num_inference_steps: int = 15,
         guidance_scale: float = 1.0,
         seed: int = 0,
+        thresholding: bool = False,
     ):
         self.every_n_steps = every_n_steps
         self.num_images = num_images
@@ -56,6 +58,7 @@ class EvaluateSamples(Callback):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
+        self.thresholding = thresholding
         self.evaluated_at = -1  # step
         self._features: Features | None = None
         self._reference: Tensor | None = None  # features of training images
@@ -83,6 +86,11 @@ class EvaluateSamples(Callback):
         if self.num_images < LEAST_IMAGES:
             raise ValueError(f"evaluate.num_images must be at least {LEAST_IMAGES}, got {self.num_images}")
         request_of(pl_module.trained, data_of(trainer), self.num_images, self._sampling())
+        if self.thresholding:
+            from unet_diffusion.diffusion.sampling import build_scheduler
+
+            clip_sample = pl_module.codec.clip_sample
+            build_scheduler(pl_module.schedule, self.scheduler, clip_sample=clip_sample, thresholding=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Train the network of the features, which is no part of the time of evaluations."""
@@ -151,7 +159,13 @@ class EvaluateSamples(Callback):
     def _sampling(self) -> Any:
         from unet_diffusion.inference.sample_options import Sampling
 
-        return Sampling(self.scheduler, self.num_inference_steps, self.guidance_scale, self.seed)
+        return Sampling(
+            self.scheduler,
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.seed,
+            thresholding=self.thresholding,
+        )
 
 
 def evaluated_at(trainer: Trainer) -> int:

@@ -17,7 +17,7 @@ from unet_diffusion.diffusion.conditions.condition import Condition, Encode, Req
 from unet_diffusion.diffusion.conditions.text import TextTokens, load_frozen, text_config
 from unet_diffusion.models.embeddings import sinusoids
 from unet_diffusion.runtime.atomic_files import read_json
-from unet_diffusion.runtime.cropping import Size, centred_box
+from unet_diffusion.runtime.cropping import Crop, Size
 from unet_diffusion.runtime.initial_weights import WithoutInitialWeights
 
 NUM_SIZES = 6  # height and width of the file, top and left of the cut, height and width of the image
@@ -69,8 +69,10 @@ class XLText(Condition):
         self.projection = nn.Linear(second["context_dim"], projection_dim, bias=False)
         self.requires_grad_(False)
         self.captions: list[str] | None = None  # of all images of the data, after bind_data
-        self._sizes: list[Sequence[float]] = []  # of each of them
-        self._entry_of_data: Tensor | None = None  # (N, 2 L + 6), on the device
+        self._crops: Sequence[Crop] | None = None  # of each of them; None: not known
+        self._image_size: Size = (0, 0)  # of all of them
+        self._tokens_of_data: Tensor | None = None  # (N, 2 L), on the device
+        self._sizes_of_data = torch.empty(0, NUM_SIZES)  # (2 N, 6), there too; those of the mirror images come last
         self._tokenizers: tuple[Any, Any] = (None, None)  # that it was made with
 
     @property
@@ -106,8 +108,10 @@ class XLText(Condition):
         Raises:
             RuntimeError: If there are no tokenizers.
         """
-        numbers = torch.tensor([[round(side) for side in row] for row in sizes])
-        return torch.cat([self.first.token_ids(captions), self.second.token_ids(captions), numbers], dim=1)
+        return torch.cat([self._token_ids(captions), _rounded(sizes)], dim=1)
+
+    def _token_ids(self, captions: Sequence[str]) -> Tensor:
+        return torch.cat([self.first.token_ids(captions), self.second.token_ids(captions)], dim=1)
 
     def bind_data(self, datamodule: Any) -> None:
         """Keep the captions and sizes of the data.
@@ -121,10 +125,16 @@ class XLText(Condition):
         for text in (self.first, self.second):  # until those of a checkpoint are loaded
             text.learn_words([captions[i] for i in datamodule.train_indices.tolist()])
         codec, shape = getattr(datamodule, "codec", None), datamodule.image_shape
-        height, width = (shape if codec is None else codec.image_shape(shape))[1:]
-        before = getattr(getattr(datamodule, "source", None), "sizes", None) or [(height, width)] * len(captions)
-        self.captions, self._entry_of_data = captions, None
-        self._sizes = [sizes_of(one, (height, width)) for one in before]
+        self._image_size = (shape if codec is None else codec.image_shape(shape))[1:]
+        self._crops = getattr(getattr(datamodule, "source", None), "crops", None)
+        self.captions, self._tokens_of_data = captions, None
+
+    def notes(self) -> list[str]:
+        if self.captions is None or self._crops is not None:
+            return []
+        return [f"sizes of images: the data do not hold those of their files, so each is taken for a file of "
+                f"{'x'.join(map(str, self._image_size))} of which nothing was cut; train on the folder, encode or "
+                "pack it again, or let a source of your own define crops"]  # fmt: skip
 
     def copy_learned(self, other: Condition) -> None:
         assert isinstance(other, XLText)
@@ -135,11 +145,19 @@ class XLText(Condition):
         """The entry of a batch, (B, 2 L + 6): its "captions", or those of the images that its "index" names."""
         if self.batch_key in batch or self.captions is None or "index" not in batch:
             return super().read(batch)
-        tokenizers = self.first.tokenizer, self.second.tokenizer
-        if self._entry_of_data is None or self._tokenizers != tokenizers:  # a checkpoint has brought others
+        index, tokenizers = batch["index"], (self.first.tokenizer, self.second.tokenizer)
+        if self._tokens_of_data is None or self._tokenizers != tokenizers:  # a checkpoint has brought others
             self._tokenizers = tokenizers
-            self._entry_of_data = self.entry_of(self.captions, self._sizes).to(batch["index"].device)
-        return self._entry_of_data[batch["index"]]
+            self._tokens_of_data = self._token_ids(self.captions).to(index.device)
+            self._sizes_of_data = self._sizes_with_mirrored(self.captions).to(index.device)
+        mirrored = len(self.captions) * batch.get("is_mirrored", torch.zeros_like(index))
+        return torch.cat([self._tokens_of_data[index], self._sizes_of_data[index + mirrored]], dim=1)
+
+    def _sizes_with_mirrored(self, captions: Sequence[str]) -> Tensor:
+        """The sizes of all images, then those of their mirror images, (2 N, 6) int64."""
+        crops = self._crops or [Crop.centred(self._image_size, self._image_size)] * len(captions)
+        both = [*crops, *(crop.mirrored for crop in crops)]
+        return _rounded([sizes_of(crop, self._image_size) for crop in both])
 
     def meaning(self) -> Any:
         return [self.first.meaning(), self.second.meaning()]
@@ -151,7 +169,8 @@ class XLText(Condition):
         assert request.image_shape is not None
         captions = request.values["captions"]
         captions = [captions] if isinstance(captions, str) else list(captions)
-        whole = sizes_of(request.image_shape[1:], request.image_shape[1:])
+        size = request.image_shape[1:]
+        whole = sizes_of(Crop.centred(size, size), size)
         return {"captions": by_turns(self.entry_of(captions, [whole] * len(captions)), request.num_images)}
 
     def pipeline_parts(self) -> dict[str, Any]:
@@ -185,16 +204,21 @@ def size_waves(sizes: Tensor) -> Tensor:
     return sinusoids(sizes.flatten(), SIZE_WAVES).view(len(sizes), -1)
 
 
-def sizes_of(size: Size, fitted: Size) -> tuple[float, ...]:
-    """The six numbers of an image that was scaled and cut: its file's size, top and left of the cut, its size.
+def sizes_of(crop: Crop, image_size: Size) -> tuple[float, ...]:
+    """The six numbers of an image: its file's size, top and left of the cut in pixels of the image, its size.
 
     Args:
-        size: Height and width of the file.
-        fitted: Height and width of the image.
+        crop: The part of the file that the image shows.
+        image_size: Height and width of the image.
     """
-    top, left, height, _ = centred_box(size, fitted)
-    scale = fitted[0] / height
-    return (*size, top * scale, left * scale, *fitted)
+    top, left, height, _ = crop.box
+    scale = image_size[0] / height
+    return (*crop.size, top * scale, left * scale, *image_size)
+
+
+def _rounded(sizes: Sequence[Sequence[float]]) -> Tensor:
+    """Sizes as whole numbers, (N, 6) int64."""
+    return torch.tensor([[round(side) for side in row] for row in sizes])
 
 
 def pretrained_xl_text(folder: str | Path, *, dropout: float = 0.1) -> XLText:
