@@ -184,16 +184,13 @@ def _figure_of(
     if not isinstance(measure, Measure):
         return measure
     own, shuffled = [], []
-    other_of = dict(zip(places.tolist(), others.tolist(), strict=True))
+    partners = torch.arange(len(samples)).index_put((places,), others)
     for rows in torch.arange(len(samples)).split(AT_ONCE):
         seen = measure.seen(samples.take(rows))
         own.append(measure.counts(seen, held_out.batch(rows)))
-        with_other = [place for place, row in enumerate(rows.tolist()) if row in other_of]
-        if with_other:
-            batch = held_out.batch([other_of[int(rows[place])] for place in with_other])
-            shuffled.append(measure.counts([seen[place] for place in with_other], batch))
-    counts = np.concatenate(own)
-    beside = {SHUFFLED: float(measure.score(np.concatenate(shuffled).sum(axis=0)))} if shuffled else {}
+        shuffled.append(measure.counts(seen, held_out.batch(partners[rows])))
+    counts, of_partners = np.concatenate(own), np.concatenate(shuffled)[places.numpy()]
+    beside = {SHUFFLED: float(measure.score(of_partners.sum(axis=0)))} if len(places) else {}
     beside |= {name: _of_others(measure, images, held_out) for name, images in measure.others.items()}
     real = beside.pop("real images", None)
     value = float(measure.score(counts.sum(axis=0)))
