@@ -35,7 +35,11 @@ TILE, HEADER = 96, 16  # pixels of the least side of a tile, and of the line of 
 KNOWN = ("labels", "captions", "noise_level")  # entries with figures of their own, or with none to be had
 SHUFFLED = "shuffled"
 
+MAP_IOU, BOXES_HIT = "Mean IoU of map and segmentation", "Share of boxes hit"
+
 Batch = dict[str, Any]
+REAL_IMAGES = "real images"
+REAL: dict[str, Callable[[Batch], Tensor]] = {REAL_IMAGES: lambda batch: batch["images"]}
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ def following_section(samples: Selection, held_out: HeldOutConditions, judge: Ju
     names = [
         one.batch_key for one in held_out.conditions if measure_of(one, None) is None and one.batch_key not in KNOWN
     ]
+    if held_out.denoiser.condition(MaskedImage) is not None:
+        section.about += " PSNR is that in the hole of the mask, as the rest is pasted from the real image."
     if names:
         section.about += f" There is no figure for {' and '.join(names)}."
     section.pictures.append(_picture(samples, held_out))
@@ -105,46 +111,53 @@ def measure_of(condition: Condition, judge: Judge | None) -> Measure | Figure | 
             return Measure(
                 "paired_image_psnr", "PSNR to the real partner, dB",
                 "Peak signal-to-noise ratio to the real image whose pair the sample was drawn from, mean over samples.",
-                lambda images, batch: as_sums(psnr(batch["images"], images).double().numpy()),
+                _psnr_sums,
             )  # fmt: skip
         case LowResolution():
             return Measure(
                 "small_image_psnr", "PSNR to the real large image, dB",
                 "Peak signal-to-noise ratio to the real image that was made small, mean over samples. A sharp sample "
                 "may be below bicubic interpolation, which is smooth and errs little.",
-                lambda images, batch: as_sums(psnr(batch["images"], images).double().numpy()),
+                _psnr_sums,
                 others={"bicubic": _bicubic},
             )  # fmt: skip
         case MaskedImage():
             return Measure(
                 "masked_image_psnr", "PSNR in the hole, dB",
                 "Peak signal-to-noise ratio to the real image inside the mask, mean over samples.",
-                lambda images, batch: as_sums(psnr(batch["images"], images, batch["mask"] == 1).double().numpy()),
+                _psnr_sums,
                 others={"mean of the rest": lambda batch: filled_with_mean(batch["images"], batch["mask"] == 1)},
             )  # fmt: skip
         case SemanticMap():
-            title = "Mean IoU of map and segmentation"
             if judge is None:
-                return _without_judge("semantic_map_iou", title)
+                return _without_judge("semantic_map_iou", MAP_IOU)
             return Measure(
-                "semantic_map_iou", title,
+                "semantic_map_iou", MAP_IOU,
                 "Intersection over union of the map and what the segmenter sees in the sample, over the pixels of all "
                 "samples, mean over classes; of foreground and background, that of the foreground.",
                 lambda seen, batch: judge.counts_of_maps(seen, condition, batch["semantic_map"]),
-                mean_iou_of, judge.seen, {"real images": lambda batch: batch["images"]},
+                mean_iou_of, judge.seen, REAL,
             )  # fmt: skip
         case BoxTokens():
-            title = "Share of boxes hit"
             if judge is None:
-                return _without_judge("boxes_hit", title)
+                return _without_judge("boxes_hit", BOXES_HIT)
             return Measure(
-                "boxes_hit", title,
+                "boxes_hit", BOXES_HIT,
                 "The share of boxes with an IoU of at least 0.5 with the box around an object that the segmenter sees "
                 f"in the sample{judge.of_names(condition)}.",
                 lambda seen, batch: judge.counts_of_boxes(seen, condition, batch["boxes"]),
-                seen=judge.seen, others={"real images": lambda batch: batch["images"]},
+                seen=judge.seen, others=REAL,
             )  # fmt: skip
     return None
+
+
+def _psnr_sums(images: Tensor, batch: Batch) -> Values:
+    """The PSNR of each image to the real one as counts that add up, (B, 2); inside the mask, if there is one.
+
+    What a mask leaves is pasted from the real image, and says nothing of any condition.
+    """
+    where = batch["mask"] == 1 if MaskedImage.batch_key in batch else None
+    return as_sums(psnr(batch["images"], images, where).double().numpy())
 
 
 def _without_judge(key: str, title: str) -> Figure:
@@ -192,7 +205,7 @@ def _figure_of(
     counts, of_partners = np.concatenate(own), np.concatenate(shuffled)[places.numpy()]
     beside = {SHUFFLED: float(measure.score(of_partners.sum(axis=0)))} if len(places) else {}
     beside |= {name: _of_others(measure, images, held_out) for name, images in measure.others.items()}
-    real = beside.pop("real images", None)
+    real = beside.pop(REAL_IMAGES, None)
     value = float(measure.score(counts.sum(axis=0)))
     bounds = interval(measure.score, counts)
     return Figure(measure.key, measure.title, value, "higher", bounds, real, measure.remark, beside)

@@ -183,7 +183,7 @@ def mask_counts(truth: Truth, predicted: Predicted, num_classes: int) -> Values:
 
 def class_counts(truth: NDArray[Any], predicted: NDArray[Any], num_classes: int) -> Values:
     """Of each class, pixels that are right, of the truth, and of the prediction, (num_classes, 3)."""
-    parts = truth[truth == predicted], truth, predicted
+    parts = truth[truth == predicted], truth.ravel(), predicted.ravel()
     return np.stack([np.bincount(part, minlength=num_classes) for part in parts], axis=1)
 
 
