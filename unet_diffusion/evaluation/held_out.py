@@ -62,11 +62,9 @@ class HeldOutConditions:
 
     @property
     def contents(self) -> str:
-        """A hash of all that conditions read of the held-out images, in their order."""
+        """A hash of the held-out images and all that conditions read of them, in their order."""
         digest = hashlib.sha256()
-        entries, keys = self.data.entries, {one.batch_key for one in self.conditions}
-        if any(one.provides for one in self.conditions):
-            keys.add("images")
+        entries, keys = self.data.entries, {"images", *(one.batch_key for one in self.conditions)}
         for numbers in self.numbers.split(BATCH):
             batch = self._batches[numbers.tolist()]
             for key in sorted(keys & {*batch, *entries}):

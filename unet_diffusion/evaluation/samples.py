@@ -42,7 +42,7 @@ class SamplesToDraw:
         draw: Gives the samples of these numbers, (N, C, H, W) float32 on the CPU, in about [-1, 1]; calls its second
             argument, if it is not None, with the number of images that took a step.
         num_steps: The number of calls of the network per batch.
-        contents: What else decides the samples, as plain values by name.
+        contents: Gives what else decides the samples, as plain values by name.
         labels: The class of each sample, (num_images,) int64; None: they have none.
         captions: The caption of each sample; None: they have none.
         held_out: The conditions of held-out images that are drawn for; None: they are classes or captions alone.
@@ -50,7 +50,7 @@ class SamplesToDraw:
 
     draw: Callable[[Sequence[int], Callable[[int], object] | None], Tensor]
     num_steps: int
-    contents: dict[str, Any]
+    contents: Callable[[], dict[str, Any]]
     labels: Tensor | None = None
     captions: list[str] | None = None
     held_out: HeldOutConditions | None = None
@@ -85,7 +85,7 @@ def samples_to_draw(denoiser: Denoiser, data: ImageDataModule, num_images: int, 
     return SamplesToDraw(
         held_out.draw,
         held_out.num_steps,
-        {f"{CONTENTS}conditions": held_out.contents},
+        lambda: {f"{CONTENTS}conditions": held_out.contents},
         None if labels is None else labels[numbers],
         None if captions is None else [captions[number] for number in numbers.tolist()],
         held_out,
@@ -104,10 +104,11 @@ def _by_request(denoiser: Denoiser, data: ImageDataModule, num_images: int, samp
         **asdict(sampling),
     )
     drawing = denoiser.drawing(request)
-    contents = {
-        "captions": captions,
-        f"{CONTENTS}labels": None if labels is None else _hash_of_labels(data),  # more images begin with the same
-    }
+
+    def contents() -> dict[str, Any]:
+        of_labels = None if labels is None else _hash_of_labels(data)  # more images begin with the same
+        return {"captions": captions, f"{CONTENTS}labels": of_labels}
+
     of_each = None if captions is None else _by_turns(captions, range(num_images))
     return SamplesToDraw(drawing.draw, drawing.num_steps, contents, labels, of_each)
 
@@ -137,12 +138,15 @@ def draw_samples(
         FileExistsError: If the folder holds samples of other settings.
     """
     files = NumberedImages(denoiser.values, denoiser.image_shape[0])
-    settings: dict[str, Any] = asdict(sampling)
-    del settings["batch_size"]  # which no image depends on
-    settings |= {"precision": denoiser.precision, f"{CONTENTS}model": contents_of(denoiser), **to_draw.contents}
     names = [files.name(i) for i in range(num_images)]
-    missing = group.on_rank_zero(lambda: _missing(folder, settings, names, overwrite))
-    todo = group.shard(missing)
+
+    def missing() -> list[int]:
+        settings: dict[str, Any] = asdict(sampling)
+        del settings["batch_size"]  # which no image depends on
+        settings |= {"precision": denoiser.precision, f"{CONTENTS}model": contents_of(denoiser), **to_draw.contents()}
+        return _missing(folder, settings, names, overwrite)
+
+    todo = group.shard(group.on_rank_zero(missing))
     with tqdm(total=len(todo) * to_draw.num_steps, desc="drawing", unit="image step", disable=group.rank > 0) as bar:
         for first in range(0, len(todo), sampling.batch_size):
             indices = todo[first : first + sampling.batch_size]
