@@ -119,7 +119,7 @@ def measure_of(condition: Condition, judge: Judge | None) -> Measure | Figure | 
                 "Peak signal-to-noise ratio to the real image that was made small, mean over samples. A sharp sample "
                 "may be below bicubic interpolation, which is smooth and errs little.",
                 _psnr_sums,
-                others={"bicubic": _bicubic},
+                others={"bicubic": lambda batch: _bicubic(batch, condition)},
             )  # fmt: skip
         case MaskedImage():
             return Measure(
@@ -165,9 +165,10 @@ def _without_judge(key: str, title: str) -> Figure:
     return Figure(key, title, float("nan"), "higher", remark=remark)
 
 
-def _bicubic(batch: Batch) -> Tensor:
-    images = batch["images"]
-    height, width = batch[LowResolution.batch_key].shape[2:]
+def _bicubic(batch: Batch, condition: LowResolution) -> Tensor:
+    """The small images without their noise, enlarged."""
+    images, at_size_of_x0 = batch["images"], batch[condition.batch_key]
+    height, width = (side // condition.config.get("scale_factor", 1) for side in at_size_of_x0.shape[2:])
     return enlarged(shrink(images, (height, width)), (images.shape[2], images.shape[3]))
 
 
