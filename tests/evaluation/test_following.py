@@ -126,7 +126,7 @@ def real_images(held_out, count=NUM_VAL):
 class Thresholded(Segmenter):
     """Takes the bright pixels for the foreground."""
 
-    def maps(self, image, *, views=False, progress=None):
+    def maps(self, image, **options):
         is_bright = (image.mean(dim=0) > 0).float()
         return torch.stack([1 - is_bright, is_bright])
 
