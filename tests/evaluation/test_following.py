@@ -260,6 +260,16 @@ def test_hole_is_compared_inside_and_the_rest_is_pasted(tiny_unet):
     assert figure.beside["mean of the rest"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_pair_beside_a_mask_is_compared_in_the_hole_alone(tiny_unet):
+    unet = tiny_unet(in_channels=4, out_channels=1)
+    denoiser = denoiser_of(unet, MaskedImage(2), PairedImage(1), predict=lambda x, inputs: torch.zeros_like(x))
+    held_out = held_out_of(denoiser, data_of("paired_image"))
+    section = following_section(of_images(held_out.draw(range(NUM_VAL)).clamp(-1, 1)), held_out)
+    of_mask, of_pair = section.figures
+    assert of_pair.value == pytest.approx(of_mask.value)  # what is pasted would raise it
+    assert "PSNR is that in the hole of the mask" in section.about
+
+
 def test_small_image_of_a_codec_is_enlarged_at_the_noise_level_of_sample(few_steps, tiny_unet, tmp_path):
     unet = tiny_unet(in_channels=2, out_channels=1, num_class_embeds=1000)
     seen = []

@@ -28,7 +28,7 @@ class EvaluateSamples(Callback):
 
     Features are those of a small network that is trained on the run's images first; see `evaluation.own_features`. With
     few samples the Fréchet distance is too large, always by about the same: compare steps of a run, and judge the model
-    by `unet-diffusion evaluate`. Evaluations take at most a fifth of the time; those beyond are left out, and the run
+    by `unet-diffusion evaluate`. Samples are drawn for the same conditions as there. Evaluations take at most a fifth of the time; those beyond are left out, and the run
     tells which.
 
     Args:
