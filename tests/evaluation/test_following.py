@@ -238,7 +238,7 @@ def test_denoiser_that_ignores_its_condition_is_warned_of(few_steps, tiny_unet, 
     evaluation = evaluated(ignores(tiny_unet(**PAIR)), data_of("paired_image"), tmp_path)
     figure = evaluation.figures["paired_image_psnr"]
     assert figure.value == pytest.approx(figure.beside["shuffled"], abs=0.5)
-    assert any("do not follow paired_image measurably" in warning for warning in evaluation.warnings)
+    assert any("do not follow the paired image measurably" in warning for warning in evaluation.warnings)
 
 
 def test_hole_is_compared_inside_and_the_rest_is_pasted(tiny_unet):

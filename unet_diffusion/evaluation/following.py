@@ -86,7 +86,7 @@ def following_section(samples: Selection, held_out: HeldOutConditions, judge: Ju
             section.figures.append(figure)
             section.warnings += _warnings(figure, condition)
     names = [
-        one.batch_key for one in held_out.conditions if measure_of(one, None) is None and one.batch_key not in KNOWN
+        _name_of(one) for one in held_out.conditions if measure_of(one, None) is None and one.batch_key not in KNOWN
     ]
     if held_out.denoiser.condition(MaskedImage) is not None:
         section.about += " PSNR is that in the hole of the mask, as the rest is pasted from the real image."
@@ -226,9 +226,13 @@ def _warnings(figure: Figure, condition: Condition) -> Iterator[str]:
     shuffled = figure.beside.get(SHUFFLED)
     if shuffled is not None and (figure.interval or (figure.value,))[0] <= shuffled:
         yield (
-            f"The samples do not follow {condition.batch_key} measurably: {figure.title} is {figure.value:.3g}, and "
-            f"{shuffled:.3g} with the conditions of other images. Train for longer, or draw more samples."
+            f"The samples do not follow the {_name_of(condition)} measurably: {figure.title} is {figure.value:.3g}, "
+            f"and {shuffled:.3g} with the conditions of other images. Train for longer, or draw more samples."
         )
+
+
+def _name_of(condition: Condition) -> str:
+    return "small image" if isinstance(condition, LowResolution) else condition.batch_key.replace("_", " ")
 
 
 def _picture(samples: Selection, held_out: HeldOutConditions) -> Picture:
@@ -240,7 +244,7 @@ def _picture(samples: Selection, held_out: HeldOutConditions) -> Picture:
         seen = condition.seen(batch, batch)
         if seen is not None:
             has_channels = seen.shape[1] == batch["images"].shape[1]
-            columns[condition.batch_key.replace("_", " ")] = values.seen(seen) if has_channels else seen
+            columns[_name_of(condition)] = values.seen(seen) if has_channels else seen
     columns |= {"real image": values.seen(batch["images"]), "drawn image": samples.seen(rows)}
     caption = f"The first {len(rows)} samples: {', '.join(columns)}, from left to right."
     return Picture("conditions", caption, side_by_side(columns))

@@ -28,8 +28,8 @@ class EvaluateSamples(Callback):
 
     Features are those of a small network that is trained on the run's images first; see `evaluation.own_features`. With
     few samples the Fréchet distance is too large, always by about the same: compare steps of a run, and judge the model
-    by `unet-diffusion evaluate`. Samples are drawn for the same conditions as there. Evaluations take at most a fifth of the time; those beyond are left out, and the run
-    tells which.
+    by `unet-diffusion evaluate`, which draws for the same conditions. Evaluations take at most a fifth of the time;
+    those beyond are left out, and the run tells which.
 
     Args:
         every_n_steps: Optimiser steps between evaluations; 0 is off. `checkpoint.monitor eval/fd` keeps the best.
