@@ -285,6 +285,16 @@ def test_small_image_of_a_codec_is_enlarged_at_the_noise_level_of_sample(few_ste
     assert figure.beside["shuffled"] + 3 < figure.value < figure.beside["bicubic"]  # pixels are repeated
 
 
+def test_small_image_of_pixels_that_is_only_enlarged_is_as_good_as_bicubic_interpolation(
+    few_steps, tiny_unet, tmp_path
+):
+    condition = LowResolution(1, noise=False, scale_factor=2)
+    denoiser = denoiser_of(tiny_unet(**PAIR), condition, predict=lambda x, inputs: inputs["concat"])
+    figure = evaluated(denoiser, data_of(), tmp_path, num_images=NUM_VAL).figures["small_image_psnr"]
+    assert figure.value == pytest.approx(figure.beside["bicubic"], abs=0.02)  # samples are of 8 bits
+    assert figure.beside["shuffled"] + 3 < figure.value
+
+
 def test_map_is_compared_with_what_a_segmenter_sees(few_steps, tiny_unet, tmp_path):
     unet = tiny_unet(in_channels=3, out_channels=1)
     condition = SemanticMap(2, label_format="0/1")

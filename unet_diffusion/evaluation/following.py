@@ -168,7 +168,7 @@ def _without_judge(key: str, title: str) -> Figure:
 def _bicubic(batch: Batch, condition: LowResolution) -> Tensor:
     """The small images without their noise, enlarged."""
     images, at_size_of_x0 = batch["images"], batch[condition.batch_key]
-    height, width = (side // condition.config.get("scale_factor", 1) for side in at_size_of_x0.shape[2:])
+    height, width = (side // condition.scale_factor for side in at_size_of_x0.shape[2:])
     return enlarged(shrink(images, (height, width)), (images.shape[2], images.shape[3]))
 
 

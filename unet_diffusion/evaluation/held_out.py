@@ -135,7 +135,7 @@ class HeldOutConditions:
         images, numbers, seed = batch["images"], batch["index"].tolist(), self.sampling.seed
         draws = draws_of_images(self.conditions, images, numbers, seed)
         for condition, drawn in draws:
-            if isinstance(condition, LowResolution) and "level" in drawn:
+            if isinstance(condition, LowResolution) and condition.config["noise"]:
                 drawn["level"] = torch.full_like(drawn["level"], NOISE_LEVEL)
             if isinstance(condition, MaskedImage):
                 keys = [keyed_generator(seed, CONDITION_KEY, number) for number in numbers]
