@@ -41,6 +41,11 @@ from torch.nn.functional import interpolate
 
 import unet_diffusion as ud
 from unet_diffusion.data import Folder, scale_to_unit_range, split_by_name
+from unet_diffusion.diffusion.conditions.low_resolution import shrink
+from unet_diffusion.evaluation.following_scores import boxes_hit, enlarged, filled_with_mean
+from unet_diffusion.evaluation.image_quality import psnr
+from unet_diffusion.evaluation.scores_of_counts import iou_of
+from unet_diffusion.evaluation.segmented_images import class_counts
 from unet_diffusion.runtime.pictures import save_grid
 
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -48,7 +53,6 @@ SIDE, PAD = 32, 2  # pixels of an image, and of the frame around the 28x28 of th
 BRIGHT = 30  # grey levels above which a pixel belongs to the silhouette
 OUTLINE = 0.15  # of the gradient: more is an outline
 SMALLEST = 12  # pixels, of clothes in boxes
-HIT = 0.5  # least intersection over union
 NUM_SHOWN = 4
 GUIDANCE = 2.0
 WITHOUT = ["--model.unet.in_channels=1", "--model.unet.out_channels=1"]
@@ -267,7 +271,7 @@ def drawn(denoiser: ud.Denoiser, kind: str, data: HeldOut, num_inference_steps: 
 
 def small(images: Tensor) -> Tensor:
     """Images at a fourth of the width."""
-    return interpolate(images, scale_factor=0.25, mode="bicubic", antialias=True).clamp(-1, 1)
+    return shrink(images, (SIDE // 4, SIDE // 4))
 
 
 def measured(options: argparse.Namespace, kind: str, files: Path) -> dict[str, Any]:
@@ -301,18 +305,15 @@ def scorer(
             {"real": data.images},
         )
     if kind == "boxes":
-        wanted = torch.zeros(len(data.images), SIDE, SIDE, dtype=torch.bool)
-        for one, (left, top, width, height) in zip(wanted, data.boxes, strict=True):
-            one[top : top + height, left : left + width] = True
-        return "share of boxes hit", lambda images: hits(images, wanted), {"real": data.images}
-    where = data.mask.expand_as(data.images) if kind == "inpainting" else torch.ones_like(data.images, dtype=torch.bool)
+        return "share of boxes hit", lambda images: hits(images, data.boxes), {"real": data.images}
+    mask = data.mask.expand(len(data.images), -1, -1, -1)
     others = {}
     if kind == "enlarging":
-        others = {"bicubic": interpolate(small(data.images), scale_factor=4, mode="bicubic").clamp(-1, 1)}
+        others = {"bicubic": enlarged(small(data.images), (SIDE, SIDE))}
     if kind == "inpainting":
-        rest = (data.images * ~where).sum(dim=(1, 2, 3)) / (~where).sum(dim=(1, 2, 3))
-        others = {"mean": rest.view(-1, 1, 1, 1).expand_as(data.images)}
-    return "PSNR, dB", lambda images: psnr(images, data.images, where), others
+        others = {"mean": filled_with_mean(data.images, mask)}
+    where = mask if kind == "inpainting" else None
+    return "PSNR, dB", lambda images: psnr(data.images, images, where).mean().item(), others
 
 
 @cache
@@ -325,25 +326,17 @@ def silhouettes(images: Tensor) -> Tensor:
     return (images[:, 0] / 2 + 0.5) * 255 > BRIGHT
 
 
-def ious(found: Tensor, wanted: Tensor) -> list[float]:
-    both, either = (found & wanted).sum(dim=(1, 2)), (found | wanted).sum(dim=(1, 2))
-    return (both / either.clamp(min=1)).tolist()
+def ious(found: Tensor, wanted: Tensor) -> NDArray[np.floating]:
+    """The intersection over union of the silhouettes of each image, (N,)."""
+    pairs = zip(wanted.long().numpy(), found.long().numpy(), strict=True)
+    return iou_of(np.stack([class_counts(truth, drawn, 2) for truth, drawn in pairs]))
 
 
-def hits(images: Tensor, wanted: Tensor) -> float:
+def hits(images: Tensor, boxes: list[list[int]]) -> float:
     """The share of images in which the box around all that is bright fits the box asked for."""
-    found = torch.zeros_like(wanted)
-    for one, bright in zip(found, silhouettes(images), strict=True):
-        rows, columns = bright.any(dim=1).nonzero(), bright.any(dim=0).nonzero()
-        if len(rows):
-            one[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1] = True
-    return float(np.mean(np.array(ious(found, wanted)) >= HIT))
-
-
-def psnr(images: Tensor, real: Tensor, where: Tensor) -> float:
-    """The mean over images of 10 log10(4 / squared error), as values lie in [-1, 1]."""
-    error = ((images - real).square() * where).sum(dim=(1, 2, 3)) / where.sum(dim=(1, 2, 3))
-    return (10 * torch.log10(4 / error.clamp(min=1e-10))).mean().item()
+    corners = [[left, top, left + width, top + height] for left, top, width, height in boxes]
+    pairs = zip(silhouettes(images).int().numpy(), corners, strict=True)
+    return float(np.mean([boxes_hit(bright, [box]).item() for bright, box in pairs]))
 
 
 # --- the sheet

@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from unet_diffusion.commands.arguments import Checkpoint, Folder, Precision, check_exists, check_scheduler, claimed
+from unet_diffusion.commands.arguments import (
+    Checkpoint,
+    Folder,
+    Model,
+    Precision,
+    check_exists,
+    check_scheduler,
+    claimed,
+)
 from unet_diffusion.data.described import USUAL, Table, check_only_images
 from unet_diffusion.runtime.imports import import_lightning, quick_imports
 from unet_diffusion.runtime.messages import UsageError
@@ -23,6 +31,7 @@ def evaluate_run(
     thresholding: bool = False,
     guidance_scale: float = 1.0,
     seed: int = 0,
+    segmenter: Model | None = None,
     overwrite: bool = False,
     allow: Annotated[list[str], "MODULE"] | None = None,
     autoencoder: Checkpoint | None = None,
@@ -39,7 +48,8 @@ def evaluate_run(
         unet-diffusion evaluate imported.ckpt --data.source Folder --data.root images --data.image_size 64
 
     RUN is a run folder, a checkpoint, a diffusers folder, or a folder of images that anybody drew. Samples are compared
-    with the images that the run was trained on, and held-out images say what a perfect model would reach. The output
+    with the images that the run was trained on, and held-out images say what a perfect model would reach. A denoiser by
+    semantic maps, boxes, paired, small or masked images draws for those of the held-out images. The output
     folder gets evaluation.html, a page that needs nothing else, evaluation.json, and the samples. Several processes of
     torchrun share the work. After an interruption the same command continues the drawing of samples; segmenters and
     autoencoders are evaluated again from the start.
@@ -61,6 +71,8 @@ def evaluate_run(
             where guidance is strong. DDPM, DDIM and Heun always do; other schedulers cannot.
         guidance_scale: How much closer samples come to their label or caption; 1 turns guidance off.
         seed: The seed of the noise.
+        segmenter: The run folder or .ckpt file of a segmenter, or owner/name, a model on the hub. It sees in samples
+            whether they follow the semantic maps or boxes that they were drawn for.
         overwrite: Replace samples that were drawn with other settings.
         allow: The modules of your own, or of somebody you trust, that the files may name.
         autoencoder: The folder of the autoencoder of a denoiser of latents, if it is not where it was in training.
@@ -79,6 +91,8 @@ def evaluate_run(
     """
     check_only_images(table)
     check_exists("RUN", run)
+    if segmenter is not None:
+        check_exists("--segmenter", segmenter)
     check_scheduler(scheduler)
     if config is None and not data and not (run / "config.yaml").exists() and run.parent.name != "checkpoints":
         raise UsageError(f"{run} does not say what it was trained on; give its data, with --config FILE, or with "
@@ -88,6 +102,7 @@ def evaluate_run(
         from unet_diffusion.commands.run_data import config_of, data_of
         from unet_diffusion.evaluation.evaluation import evaluate, subject_of
         from unet_diffusion.evaluation.result import PAGE_NAME
+        from unet_diffusion.inference.loading import load_segmenter
         from unet_diffusion.inference.running import Running
         from unet_diffusion.inference.sample_options import Sampling
         from unet_diffusion.inference.segmenter import Segmenter
@@ -96,6 +111,9 @@ def evaluate_run(
     model = subject_of(run, allow=allow or (), autoencoder=autoencoder)
     if isinstance(model, Running):
         model.to(device, precision=precision)
+    judging = None if segmenter is None else load_segmenter(segmenter, allow=allow or ())
+    if judging is not None:
+        judging.to(device, precision=precision)
     task = "segment" if isinstance(model, Segmenter) else "denoise"
     images = data_of(config or config_of(run), _options(data or []), allow or [], task)
     sampling = Sampling(scheduler, num_inference_steps, guidance_scale, seed, batch_size, thresholding)
@@ -104,7 +122,7 @@ def evaluate_run(
         group.on_rank_zero(images.prepare_data)
         evaluation = evaluate(
             model, images, output=folder, subject=str(run), num_images=num_images, features=features,
-            features_weights=features_weights, sampling=sampling, overwrite=overwrite, group=group,
+            features_weights=features_weights, sampling=sampling, segmenter=judging, overwrite=overwrite, group=group,
             table=table,
         )  # fmt: skip
         if group.rank == 0:

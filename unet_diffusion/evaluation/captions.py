@@ -181,28 +181,29 @@ def caption_section(
     """
     section = Section("Do they show what their captions say?", "")
     words = frequent_words(train.captions or [])
+    order = torch.randperm(len(samples), generator=keyed_generator(SEED))
+    others = samples.select(order).captions or []
     if words:
         network = word_finder(train, words, folder, progress=progress)
         ours, real = (_precision(network, images, words) for images in (samples, held_out))
-        order = torch.randperm(len(samples), generator=keyed_generator(SEED))
-        chance = _precision(network, samples, words, samples.select(order).captions)
+        chance = _precision(network, samples, words, others)
         section.about = (
             f"A small network learns, from the training images, which of {len(words)} words their captions have. A "
             "sample's caption is right as far as the network finds its words in the sample."
         )
         section.figures.append(Figure(
-            "words_found", "Words of the captions found", ours, "higher", real=real,
-            remark=f"Mean average precision over words; {chance:.3g} if the captions of the samples are shuffled. "
-                   f"N = {len(samples)} samples, {len(held_out)} held-out images.",
+            "words_found", "Words of the captions found", ours, "higher", real=real, beside={"shuffled": chance},
+            remark=f"Mean average precision over words. N = {len(samples)} samples, {len(held_out)} held-out images.",
         ))  # fmt: skip
     if texts is not None and features is not None:
         pairs = zip((samples, held_out), features, strict=True)
         cosines = [F.cosine_similarity(seen, texts(images.captions or [])) for images, seen in pairs]
         ours, real = (float(cosine.mean()) for cosine in cosines)
+        chance = float(F.cosine_similarity(features[0], texts(others)).mean())
         margin = 1.96 * float(cosines[0].std()) / len(cosines[0]) ** 0.5
         section.figures.append(Figure(
             "clip_cosine", "Cosine of image and caption (CLIP)", ours, "higher", (ours - margin, ours + margin), real,
-            "The mean over samples; a hundred times this is the CLIP score of papers.",
+            "The mean over samples; a hundred times this is the CLIP score of papers.", {"shuffled": chance},
         ))  # fmt: skip
     return section if section.figures else None
 

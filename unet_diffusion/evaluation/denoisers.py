@@ -20,12 +20,16 @@ from unet_diffusion.evaluation.distances import (
     precision_and_recall,
 )
 from unet_diffusion.evaluation.features import FeatureName, features_named
+from unet_diffusion.evaluation.following import following_section
+from unet_diffusion.evaluation.following_scores import others_of_another_kind
+from unet_diffusion.evaluation.judge import Judge
 from unet_diffusion.evaluation.memorisation import memorisation
 from unet_diffusion.evaluation.result import Evaluation, Figure, Picture, Section, Table
-from unet_diffusion.evaluation.samples import SAMPLES, draw_samples, samples_in
+from unet_diffusion.evaluation.samples import SAMPLES, draw_samples, samples_in, samples_to_draw
 from unet_diffusion.evaluation.selections import Selection, of_data
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.sample_options import Sampling
+from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.pictures import image_grid
 from unet_diffusion.runtime.processes import ALONE, ProcessGroup
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -65,6 +69,7 @@ def evaluate_denoiser(
     features: FeatureName = "own",
     features_weights: str | None = None,
     sampling: Sampling | None = None,
+    segmenter: Segmenter | None = None,
     overwrite: bool = False,
     group: ProcessGroup = ALONE,
     table: described.Table = described.USUAL,
@@ -81,6 +86,7 @@ def evaluate_denoiser(
         features: What images are compared by.
         features_weights: The weights of pretrained features; see `features_named`.
         sampling: How samples are drawn; None: as `sample` does by default.
+        segmenter: What sees in samples whether they follow semantic maps and boxes; None: that is left out.
         overwrite: Whether samples that were drawn with other settings are replaced.
         group: The processes that share the drawing.
         table: Which part is used of a folder of images that is a data set.
@@ -94,8 +100,12 @@ def evaluate_denoiser(
     sampling = sampling or Sampling()
     train, held_out = of_data(data)
     _check(model, train, held_out, num_images)
+    asked, judge = None, None
     if isinstance(model, Denoiser):
-        samples = draw_samples(model, data, output / SAMPLES, num_images, sampling, overwrite=overwrite, group=group)
+        judge = None if segmenter is None else Judge(segmenter, model)
+        to_draw = samples_to_draw(model, data, num_images, sampling)
+        asked = to_draw.held_out
+        samples = draw_samples(model, to_draw, output / SAMPLES, num_images, sampling, overwrite=overwrite, group=group)
         drawn: dict[str, Any] = {key: value for key, value in asdict(sampling).items() if key != "batch_size"}
     else:
         samples, drawn = samples_in(model, data, train.image_shape, table), {}
@@ -125,6 +135,9 @@ def evaluate_denoiser(
             seen = None if made.texts is None else (ours.features, made.of(unmirrored))
             about_captions = caption_section(ours.images, train, unmirrored, output, texts=made.texts, features=seen)
             sections[1:1] = [] if about_captions is None else [about_captions]
+        if asked is not None:
+            sections[1:1] = [following_section(samples, asked, judge)]
+            protocol["drawn for"] = f"what is known of {len(asked)} held-out images, by turns"
         result = Evaluation(subject, protocol, sections)
         protocol["seconds"] = round(time.monotonic() - start, 1)
         return result
@@ -256,8 +269,10 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
     asked = samples.images.labels
     if asked is not None:
         agreement = float((seen == asked).float().mean())
+        places, others = others_of_another_kind(asked)
+        shuffled = {"shuffled": float((seen[places] == asked[others]).float().mean())} if len(places) else {}
         section.figures.append(Figure(
-            "class_agreement", "Class agreement", agreement, "higher", real=accuracy,
+            "class_agreement", "Class agreement", agreement, "higher", real=accuracy, beside=shuffled,
             remark="The share of samples that seem to be of the class that they were drawn as.",
         ))  # fmt: skip
     shares = [torch.bincount(one, minlength=len(class_names)) / len(one) for one in (seen, train_labels, seen_held_out)]

@@ -42,6 +42,7 @@ def evaluate(
     features: FeatureName = "own",
     features_weights: str | None = None,
     sampling: Sampling | None = None,
+    segmenter: Segmenter | None = None,
     overwrite: bool = False,
     group: ProcessGroup = ALONE,
     table: Table = USUAL,
@@ -63,6 +64,8 @@ def evaluate(
         features_weights: The weights of pretrained features: for inception the file of torch-fidelity, for dinov2 and
             clip a folder of transformers, or a name on the hub.
         sampling: How a denoiser draws; None: as `Denoiser.sample` does by default.
+        segmenter: What sees in the samples of a denoiser whether they follow semantic maps and boxes; None: that is
+            left out.
         overwrite: Whether samples that were drawn with other settings are replaced.
         group: The processes that share the work; each gets the evaluation.
         table: Which part is used of a folder of images that is a data set.
@@ -77,12 +80,14 @@ def evaluate(
         model = subject_of(model)
     if table.named and not isinstance(model, Path):
         raise ValueError(f"table names the parts of a data set of images, and {subject} is a model; leave it out")
+    if segmenter is not None and not isinstance(model, Denoiser):
+        raise ValueError(f"segmenter judges the samples of a denoiser, and {subject} is none; leave it out")
     if not isinstance(model, Path):
         keep_range(data, model.values)
     if isinstance(model, Denoiser | Path) and isinstance(data, ImageDataModule):
         return evaluate_denoiser(
             model, data, output=Path(output), subject=subject, num_images=num_images, features=features,
-            features_weights=features_weights, sampling=sampling, overwrite=overwrite, group=group,
+            features_weights=features_weights, sampling=sampling, segmenter=segmenter, overwrite=overwrite, group=group,
             table=table,
         )  # fmt: skip
     with tqdm(desc="evaluating", unit="image", disable=group.rank > 0) as bar:

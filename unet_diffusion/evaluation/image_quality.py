@@ -20,10 +20,18 @@ RANGE = 2.0  # of images in [-1, 1]
 SSIM_SIDE = 11  # pixels of its window (Wang et al. 2004)
 
 
-def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """10 log10(4 / mean squared error) of each image in [-1, 1], (B,) float32, in decibels; 100 at most."""
-    errors = (images.float() - reconstructions.float().clamp(-1, 1)).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(RANGE**2 / errors.clamp(min=RANGE**2 * 1e-10))
+def psnr(images: Tensor, reconstructions: Tensor, where: Tensor | None = None) -> Tensor:
+    """10 log10(4 / mean squared error) of each image in [-1, 1], (B,) float32, in decibels; 100 at most.
+
+    Args:
+        images: The images, (B, C, H, W).
+        reconstructions: What is compared with them, of the same shape.
+        where: The pixels that are compared, (B, 1, H, W) bool; None: all are. Without any, the result is NaN.
+    """
+    errors = (images.float() - reconstructions.float().clamp(-1, 1)).square()
+    weights = torch.ones_like(errors) if where is None else where.expand_as(errors).float()
+    means = (errors * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
+    return 10 * torch.log10(RANGE**2 / means.clamp(min=RANGE**2 * 1e-10))
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class Figure:
         interval: The bounds of a 95 % confidence interval; None: they are not known.
         real: The same figure of as many real images, compared with other real images; None: there is none.
         remark: What a reader must know to use the number; "" if nothing.
+        beside: The same figure of other things, by their names: "shuffled" is that of the samples, each compared with
+            the condition of another.
     """
 
     key: str
@@ -43,6 +45,13 @@ class Figure:
     interval: tuple[float, float] | None = None
     real: float | None = None
     remark: str = ""
+    beside: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def compared_with(self) -> str:
+        """The same figure of real images and of other things, in words; "" if there is none."""
+        values = {} if self.real is None else {"real images": self.real}
+        return ", ".join(f"{name}: {number_text(value)}" for name, value in {**values, **self.beside}.items())
 
 
 @dataclass(frozen=True)
@@ -170,8 +179,8 @@ class Evaluation:
             yield section.title
             for figure in section.figures:
                 interval = f" [{', '.join(map(number_text, figure.interval))}]" if figure.interval else ""
-                real = f"  (real images: {number_text(figure.real)})" if figure.real is not None else ""
-                yield f"  {figure.title}: {number_text(figure.value)}{interval}{real}"
+                others = f"  ({figure.compared_with})" if figure.compared_with else ""
+                yield f"  {figure.title}: {number_text(figure.value)}{interval}{others}"
                 if figure.remark:
                     yield f"      {figure.remark}"
             yield from (f"  ! {warning}" for warning in section.warnings)

@@ -1,7 +1,7 @@
 """The samples that are evaluated: drawn into a folder by a denoiser, or images that somebody left in a folder."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from unet_diffusion.data.decoding import ImageFormat
 from unet_diffusion.data.described import USUAL, Table
 from unet_diffusion.data.files import class_names_of, find_images, labels_of
 from unet_diffusion.data.fingerprints import content_hash
+from unet_diffusion.evaluation.held_out import HeldOutConditions
 from unet_diffusion.evaluation.selections import Selection, classes_of, of_images
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.reading import contents_of
@@ -33,9 +34,88 @@ CLASSES = "classes"  # in the settings that `sample` leaves: "3: three" for each
 VALUES = "values"  # likewise: what the numbers in the files mean
 
 
+@dataclass(frozen=True)
+class SamplesToDraw:
+    """The samples that a denoiser draws for a comparison with the data.
+
+    Args:
+        draw: Gives the samples of these numbers, (N, C, H, W) float32 on the CPU, in about [-1, 1]; calls its second
+            argument, if it is not None, with the number of images that took a step.
+        num_steps: The number of calls of the network per batch.
+        contents: Gives what else decides the samples, as plain values by name.
+        labels: The class of each sample, (num_images,) int64; None: they have none.
+        captions: The caption of each sample; None: they have none.
+        held_out: The conditions of held-out images that are drawn for; None: they are classes or captions alone.
+    """
+
+    draw: Callable[[Sequence[int], Callable[[int], object] | None], Tensor]
+    num_steps: int
+    contents: Callable[[], dict[str, Any]]
+    labels: Tensor | None = None
+    captions: list[str] | None = None
+    held_out: HeldOutConditions | None = None
+
+
+def samples_to_draw(denoiser: Denoiser, data: ImageDataModule, num_images: int, sampling: Sampling) -> SamplesToDraw:
+    """The samples to draw for a comparison with the data.
+
+    Classes are drawn as often as there are training images of them, and captions are those of held-out images, so that
+    a difference to the training images is the model's. All other conditions, and several together, are those of
+    held-out images.
+
+    Args:
+        denoiser: What draws them.
+        data: The data, loaded.
+        num_images: The number of images.
+        sampling: How they are drawn.
+
+    Raises:
+        ValueError: If the denoiser does not fit the data, or cannot draw like this.
+    """
+    conditions = denoiser.all_conditions
+    keys = {condition.batch_key for condition in conditions}
+    if denoiser.num_classes:
+        _check_classes(denoiser, data)
+    captions = _captions_of(data) if "captions" in keys else None
+    if keys in (set(), {"labels"}, {"captions"}) and not any(one.is_asked_of_images for one in conditions):
+        return _by_request(denoiser, data, num_images, sampling)
+    held_out = HeldOutConditions(denoiser, data, sampling)
+    numbers = held_out.numbers_of(range(num_images))
+    labels = classes_of(data) if denoiser.num_classes else None
+    return SamplesToDraw(
+        held_out.draw,
+        held_out.num_steps,
+        lambda: {f"{CONTENTS}conditions": held_out.contents},
+        None if labels is None else labels[numbers],
+        None if captions is None else [captions[number] for number in numbers.tolist()],
+        held_out,
+    )
+
+
+def _by_request(denoiser: Denoiser, data: ImageDataModule, num_images: int, sampling: Sampling) -> SamplesToDraw:
+    """The samples of a denoiser that draws by classes, by captions, or by nothing."""
+    labels = _labels_to_draw(data, num_images, sampling.seed) if denoiser.num_classes else None
+    has_captions = any("captions" in one.options for one in denoiser.all_conditions)
+    captions = _captions_to_draw(data, sampling.seed) if has_captions else None
+    request = SampleOptions(
+        num_images=num_images,
+        labels=None if labels is None else labels.tolist(),
+        captions=captions,
+        **asdict(sampling),
+    )
+    drawing = denoiser.drawing(request)
+
+    def contents() -> dict[str, Any]:
+        of_labels = None if labels is None else _hash_of_labels(data)  # more images begin with the same
+        return {"captions": captions, f"{CONTENTS}labels": of_labels}
+
+    of_each = None if captions is None else _by_turns(captions, range(num_images))
+    return SamplesToDraw(drawing.draw, drawing.num_steps, contents, labels, of_each)
+
+
 def draw_samples(
     denoiser: Denoiser,
-    data: ImageDataModule,
+    to_draw: SamplesToDraw,
     folder: Path,
     num_images: int,
     sampling: Sampling,
@@ -45,12 +125,9 @@ def draw_samples(
 ) -> Selection:
     """Draw images as files; those that are there, drawn with the same settings, are kept.
 
-    Classes are drawn as often as there are training images of them, and captions are those of held-out images, so that
-    a difference to the training images is the model's.
-
     Args:
         denoiser: What draws them.
-        data: The data, loaded.
+        to_draw: What it draws.
         folder: Where the images go, as `NumberedImages`.
         num_images: The number of images.
         sampling: How they are drawn.
@@ -58,56 +135,25 @@ def draw_samples(
         group: The processes that share the work.
 
     Raises:
-        ValueError: If the denoiser begins with images, or does not fit the data.
         FileExistsError: If the folder holds samples of other settings.
     """
-    request, labels = request_of(denoiser, data, num_images, sampling)
-    drawing = denoiser.drawing(request)
     files = NumberedImages(denoiser.values, denoiser.image_shape[0])
-    settings: dict[str, Any] = asdict(sampling)
-    del settings["batch_size"]  # which no image depends on
-    settings |= {"precision": denoiser.precision, f"{CONTENTS}model": contents_of(denoiser)}
-    settings["captions"] = request.captions
-    settings[f"{CONTENTS}labels"] = None if labels is None else _hash_of_labels(data)  # more images begin with the same
     names = [files.name(i) for i in range(num_images)]
-    missing = group.on_rank_zero(lambda: _missing(folder, settings, names, overwrite))
-    todo = group.shard(missing)
-    with tqdm(total=len(todo) * drawing.num_steps, desc="drawing", unit="image step", disable=group.rank > 0) as bar:
+
+    def missing() -> list[int]:
+        settings: dict[str, Any] = asdict(sampling)
+        del settings["batch_size"]  # which no image depends on
+        settings |= {"precision": denoiser.precision, f"{CONTENTS}model": contents_of(denoiser), **to_draw.contents()}
+        return _missing(folder, settings, names, overwrite)
+
+    todo = group.shard(group.on_rank_zero(missing))
+    with tqdm(total=len(todo) * to_draw.num_steps, desc="drawing", unit="image step", disable=group.rank > 0) as bar:
         for first in range(0, len(todo), sampling.batch_size):
             indices = todo[first : first + sampling.batch_size]
-            files.save(drawing.draw(indices, bar.update), folder, indices=indices)
+            files.save(to_draw.draw(indices, bar.update), folder, indices=indices)
     group.barrier()
     pixels = [files.pixels(folder / name) for name in names]
-    captions = None if request.captions is None else _by_turns(list(request.captions), range(num_images))
-    return of_images(torch.stack(pixels), labels, captions, denoiser.values)
-
-
-def request_of(
-    denoiser: Denoiser, data: ImageDataModule, num_images: int, sampling: Sampling
-) -> tuple[SampleOptions, Tensor | None]:
-    """What samples to draw for a comparison with the data, and the class of each, (num_images,) int64, if it has one.
-
-    Args:
-        denoiser: What draws them.
-        data: The data, loaded.
-        num_images: The number of images.
-        sampling: How they are drawn.
-
-    Raises:
-        ValueError: If the denoiser begins with images, or does not fit the data.
-    """
-    if needs := [one for condition in denoiser.all_conditions for one in condition.needs if one != "captions"]:
-        raise ValueError(f"this denoiser needs {' and '.join(needs)}, which no evaluation gives it; draw with "
-                         "`unet-diffusion sample`, and evaluate the folder of its images")  # fmt: skip
-    labels = _labels_to_draw(denoiser, data, num_images, sampling.seed)
-    has_captions = any("captions" in one.options for one in denoiser.all_conditions)
-    request = SampleOptions(
-        num_images=num_images,
-        labels=None if labels is None else labels.tolist(),
-        captions=_captions_to_draw(data, sampling.seed) if has_captions else None,
-        **asdict(sampling),
-    )
-    return request, labels
+    return of_images(torch.stack(pixels), to_draw.labels, to_draw.captions, denoiser.values)
 
 
 def samples_in(
@@ -157,26 +203,35 @@ def samples_in(
     return of_images(images, values=data.values)
 
 
-def _labels_to_draw(denoiser: Denoiser, data: ImageDataModule, num_images: int, seed: int) -> Tensor | None:
-    """The classes of training images in random order, as often as needed, (num_images,); None without classes."""
-    if not denoiser.num_classes:
-        return None
-    labels = classes_of(data)
-    if labels is None or data.num_classes != denoiser.num_classes:
+def _check_classes(denoiser: Denoiser, data: ImageDataModule) -> None:
+    """Refuse data without the classes of the denoiser."""
+    if classes_of(data) is None or data.num_classes != denoiser.num_classes:
         raise ValueError(
             f"the data must have the {denoiser.num_classes} classes that the model was trained on, and have "
             f"{data.num_classes or 'none'}; set data.class_labels to true, or give the data of the run"
         )
+
+
+def _labels_to_draw(data: ImageDataModule, num_images: int, seed: int) -> Tensor:
+    """The classes of training images in random order, as often as needed, (num_images,)."""
+    labels = classes_of(data)
+    assert labels is not None
     train_labels = labels[data.train_indices]
     order = torch.randperm(len(train_labels), generator=keyed_generator(seed))
     return train_labels[order[torch.arange(num_images) % len(order)]]
 
 
-def _captions_to_draw(data: ImageDataModule, seed: int) -> list[str]:
-    """The captions of the held-out images, in random order."""
+def _captions_of(data: ImageDataModule) -> list[str]:
+    """The caption of each image of the data."""
     captions = data.entries.get("captions")
     if not isinstance(captions, list):
         raise ValueError("the data must have captions, as the model draws by them; set data.captions to true")
+    return captions
+
+
+def _captions_to_draw(data: ImageDataModule, seed: int) -> list[str]:
+    """The captions of the held-out images, in random order."""
+    captions = _captions_of(data)
     order = torch.randperm(len(data.val_indices), generator=keyed_generator(seed))
     return [captions[i] for i in data.val_indices[order].tolist()]
 

@@ -22,6 +22,11 @@ def iou_of(mask: Values) -> Values:
     return _mean_over_classes(iou_by_class(mask)[..., 1:])
 
 
+def mean_iou_of(mask: Values) -> Values:
+    """The mean IoU of all classes that occur, of two that of the second: (..., M, 3) -> (...); NaN without any."""
+    return iou_of(mask) if np.shape(mask)[-2] == 2 else _mean_over_classes(iou_by_class(mask))
+
+
 def dice_by_class(mask: Values) -> Values:
     """The Dice score of each class, (..., M, 3) -> (..., M); NaN where neither truth nor prediction has it."""
     right, truth, predicted = np.moveaxis(np.asarray(mask, dtype=float), -1, 0)

@@ -168,7 +168,7 @@ def counted(index: int, segmented: Segmentation, truth: Truth) -> ImageCounts:
     return ImageCounts(
         index=index,
         mask=mask_counts(truth, predicted, num_classes if kind == "classes" else 2),
-        classes=_pixels(truth.classes[has_class], probabilities.argmax(axis=0)[has_class], num_classes),
+        classes=class_counts(truth.classes[has_class], probabilities.argmax(axis=0)[has_class], num_classes),
         reliability=_reliability(probabilities[:, has_class], kind, truth.classes[has_class]),
         objects=ObjectMatches.of(truth, predicted),
         segments=_segments(truth.objects, predicted.objects),
@@ -178,7 +178,13 @@ def counted(index: int, segmented: Segmentation, truth: Truth) -> ImageCounts:
 def mask_counts(truth: Truth, predicted: Predicted, num_classes: int) -> Values:
     """Of each class of the mask, pixels that are right, of the truth, and of the prediction, (M, 3)."""
     has_class = truth.classes != NO_VALUE
-    return _pixels(truth.mask[has_class], predicted.mask[has_class], num_classes)
+    return class_counts(truth.mask[has_class], predicted.mask[has_class], num_classes)
+
+
+def class_counts(truth: NDArray[Any], predicted: NDArray[Any], num_classes: int) -> Values:
+    """Of each class, pixels that are right, of the truth, and of the prediction, (num_classes, 3)."""
+    parts = truth[truth == predicted], truth.ravel(), predicted.ravel()
+    return np.stack([np.bincount(part, minlength=num_classes) for part in parts], axis=1)
 
 
 def membrane_sums(truth: Truth, predicted: Predicted, min_size: int) -> Values:
@@ -203,11 +209,6 @@ def _objects_of(image: Truth | Predicted) -> tuple[Values, Values]:
     numbers, first, areas = np.unique(image.objects, return_index=True, return_counts=True)
     is_object = numbers > 0
     return areas[is_object], image.mask.ravel()[first[is_object]].astype(np.int64)
-
-
-def _pixels(truth: NDArray[Any], predicted: NDArray[Any], num_classes: int) -> Values:
-    parts = truth[truth == predicted], truth, predicted
-    return np.stack([np.bincount(part, minlength=num_classes) for part in parts], axis=1)
 
 
 def _reliability(probabilities: NDArray[np.float32], kind: Kind, classes: NDArray[np.int64]) -> Values:

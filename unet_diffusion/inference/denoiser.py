@@ -95,12 +95,19 @@ class Denoiser(DenoiserParts, Running):
             raise ValueError(f"indices must be from 0 to {num_images - 1}, got {list(drawn)}; raise num_images")
         return self.drawing(options).draw(drawn, progress, watch)
 
-    def drawing(self, options: SampleOptions, numbers: Sequence[int] | None = None) -> "Drawing":
+    def drawing(
+        self,
+        options: SampleOptions,
+        numbers: Sequence[int] | None = None,
+        entries: Mapping[str, Tensor] | None = None,
+    ) -> "Drawing":
         """A drawing of the request, which is read and checked once and then drawn batch by batch.
 
         Args:
             options: The request.
             numbers: The number of each image, from which its noise is drawn; None: from 0.
+            entries: The entries that the conditions read, (num_images, ...) each, as in a batch of the data; None: the
+                entries follow from the options.
 
         Raises:
             ValueError: If options do not fit each other or this denoiser.
@@ -111,7 +118,7 @@ class Denoiser(DenoiserParts, Running):
         if options.autoguidance is not None:
             for module in options.autoguidance._modules_to_move():
                 module.to(self.device)
-        return Drawing(self, options, device=self.device, numbers=numbers, context=self._context)
+        return Drawing(self, options, device=self.device, entries=entries, numbers=numbers, context=self._context)
 
     def encode(self, images: Tensor) -> Tensor:
         """The x0 of images, (B, C, h, w) on the CPU: their normalised latents, or the images themselves.

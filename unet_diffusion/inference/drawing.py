@@ -58,6 +58,8 @@ class Drawing:
         self.numbers = range(options.num_images) if numbers is None else numbers
         if entries is None:
             options.check(parts)
+        else:
+            options.check_counts()
         if options.autoguidance is not None:
             check_autoguidance(options.autoguidance, parts)
         self.sample_shape = self._sample_shape()

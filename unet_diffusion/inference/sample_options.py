@@ -74,9 +74,7 @@ class SampleOptions:
             ValueError: If an option does not fit.
             FileNotFoundError: If a file is missing.
         """
-        for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts()
         if self.num_images > MOST_IMAGES:
             raise ValueError(f"num_images must be at most {MOST_IMAGES}, as file names have six digits, got "
                              f"{self.num_images}; draw more with another seed into another folder")  # fmt: skip
@@ -95,6 +93,16 @@ class SampleOptions:
         self._check_conditions(parts)
         if self.interpolate is not None:
             self._check_interpolation(parts)
+
+    def check_counts(self) -> None:
+        """Refuse numbers of images that are not at least 1.
+
+        Raises:
+            ValueError: If one is less.
+        """
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def _check_overlap(self) -> None:
         if self.overlap is not None and self.window is None:

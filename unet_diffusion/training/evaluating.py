@@ -28,8 +28,8 @@ class EvaluateSamples(Callback):
 
     Features are those of a small network that is trained on the run's images first; see `evaluation.own_features`. With
     few samples the Fréchet distance is too large, always by about the same: compare steps of a run, and judge the model
-    by `unet-diffusion evaluate`. Evaluations take at most a fifth of the time; those beyond are left out, and the run
-    tells which.
+    by `unet-diffusion evaluate`, which draws for the same conditions. Evaluations take at most a fifth of the time;
+    those beyond are left out, and the run tells which.
 
     Args:
         every_n_steps: Optimiser steps between evaluations; 0 is off. `checkpoint.monitor eval/fd` keeps the best.
@@ -78,14 +78,15 @@ class EvaluateSamples(Callback):
         if not self.every_n_steps:
             return
         from unet_diffusion.evaluation.distances import LEAST_IMAGES
-        from unet_diffusion.evaluation.samples import request_of
+        from unet_diffusion.evaluation.samples import samples_to_draw
 
         if not isinstance(data_of(trainer), ImageDataModule):
             raise ValueError("evaluate.every_n_steps needs an ImageDataModule, whose images samples are compared with; "
                              "set it to 0")  # fmt: skip
         if self.num_images < LEAST_IMAGES:
             raise ValueError(f"evaluate.num_images must be at least {LEAST_IMAGES}, got {self.num_images}")
-        request_of(pl_module.trained, data_of(trainer), self.num_images, self._sampling())
+        samples_to_draw(pl_module.trained, data_of(trainer), self.num_images, self._sampling())
+        pl_module.codec.release()
         if self.thresholding:
             from unet_diffusion.diffusion.sampling import build_scheduler
 
@@ -128,14 +129,14 @@ class EvaluateSamples(Callback):
     def _evaluated(self, trainer: Trainer, module: "DiffusionModule") -> dict[str, float]:
         """The figures by name, the same on all processes; a network that is shared out draws on all of them at once."""
         from unet_diffusion.evaluation.distances import frechet_distance, kernel_distance
-        from unet_diffusion.evaluation.samples import request_of
+        from unet_diffusion.evaluation.samples import samples_to_draw
         from unet_diffusion.evaluation.selections import of_images
 
         values: dict[str, float] = {}
         if trainer.is_global_zero or module.is_sharded:
-            request, _ = request_of(module.trained, data_of(trainer), self.num_images, self._sampling())
             with trainer.precision_plugin.forward_context():
-                samples = module.trained.drawing(request).draw(range(self.num_images)).clamp(-1, 1)
+                to_draw = samples_to_draw(module.trained, data_of(trainer), self.num_images, self._sampling())
+                samples = to_draw.draw(range(self.num_images), None).clamp(-1, 1)
             module.codec.release()
             if trainer.is_global_zero:
                 features, reference = self._compared_with(trainer)

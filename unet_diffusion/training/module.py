@@ -24,6 +24,7 @@ from unet_diffusion.diffusion.conditions.condition import (
     Request,
     network_inputs,
 )
+from unet_diffusion.diffusion.conditions.of_images import Draws, draws_of_images, entries_of_images
 from unet_diffusion.diffusion.losses import (
     ERRORS,
     NUM_QUARTERS,
@@ -398,40 +399,25 @@ class DiffusionModule(NetworkModule):
             step: Number of the batch in the run, which what is random is drawn for; None: it is fixed for each image.
         """
         check_batch(batch, needs_index=step is None)
-        entries: dict[str, Any] = dict(batch)
-        conditions = self.all_conditions
+        conditions, mean = self.all_conditions, self.codec.encode
         provided = {entry for one in conditions for entry in one.provides}
         if "x0" in batch and not provided:
-            x0 = batch["x0"]
-        else:
-            images = batch["images"]
-            generator = None
-            if step is not None and (provided or self.codec.is_random):
-                generator = keyed_generator(self.seed, CONDITION_KEY, step, self.global_rank, device=images.device)
-            drawn = self._drawn(images, entries, generator)
-            encode = self._encode_with(generator)
-            x0 = encode(images)
-            for condition, one in drawn:
-                entries |= {**one, **condition.entries(images, one, encode)}
-        for condition in conditions:
-            entries[condition.batch_key] = condition.read(entries, self.codec.encode)
-        return x0, entries
+            return batch["x0"], entries_of_images(conditions, batch, [], encode=mean)
+        images = batch["images"]
+        generator = None
+        if step is not None and (provided or self.codec.is_random):
+            generator = keyed_generator(self.seed, CONDITION_KEY, step, self.global_rank, device=images.device)
+        draws = self._draws(images, batch, generator)
+        encode = self._encode_with(generator)
+        x0 = encode(images)
+        return x0, entries_of_images(conditions, batch, draws, encode=mean, encode_provided=encode)
 
-    def _drawn(
-        self, images: Tensor, batch: Mapping[str, Any], generator: torch.Generator | None
-    ) -> list[tuple[Condition, dict[str, Tensor]]]:
+    def _draws(self, images: Tensor, batch: Mapping[str, Any], generator: torch.Generator | None) -> Draws:
         """What is random in the entries that conditions provide; without a generator, the same for an image always."""
         providing = [one for one in self.all_conditions if one.provides]
         if generator is not None:
             return [(one, one.draw(images.shape, generator)) for one in providing]
-        shape = torch.Size([1, *images.shape[1:]])
-        drawn = []
-        for condition in providing:
-            keys = [keyed_generator(self.seed, CONDITION_KEY, index) for index in batch["index"].tolist()]
-            each = [condition.draw(shape, key) for key in keys]
-            joined = {name: torch.cat([one[name] for one in each]).to(images.device) for name in each[0]}
-            drawn.append((condition, joined))
-        return drawn
+        return draws_of_images(providing, images, batch["index"].tolist(), self.seed) if providing else []
 
     def _encode_with(self, generator: torch.Generator | None) -> Encode:
         return lambda images: self.codec.encode(images, generator)

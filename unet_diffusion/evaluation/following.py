@@ -1,0 +1,266 @@
+"""Whether samples follow the conditions that they are drawn for: a figure for each, which falls if it is ignored.
+
+Beside it is the same figure where each sample is compared with the condition of another, which is what a denoiser
+reaches that ignores its condition, and that of something that needs no denoiser.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from unet_diffusion.diffusion.conditions.box_tokens import BoxTokens
+from unet_diffusion.diffusion.conditions.condition import Condition
+from unet_diffusion.diffusion.conditions.low_resolution import LowResolution, shrink
+from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
+from unet_diffusion.diffusion.conditions.paired_image import PairedImage
+from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
+from unet_diffusion.evaluation.following_scores import enlarged, filled_with_mean, others_of_another_kind
+from unet_diffusion.evaluation.held_out import HeldOutConditions
+from unet_diffusion.evaluation.image_quality import psnr
+from unet_diffusion.evaluation.intervals import Values, as_sums, interval, mean_of_sums
+from unet_diffusion.evaluation.judge import Judge
+from unet_diffusion.evaluation.result import Figure, Picture, Section
+from unet_diffusion.evaluation.scores_of_counts import mean_iou_of
+from unet_diffusion.evaluation.selections import Selection
+from unet_diffusion.runtime.pictures import GRID_GREY, image_grid, over_white
+
+AT_ONCE = 32  # images in memory, and what a segmenter sees in them
+SHOWN = 8
+TILE, HEADER = 96, 16  # pixels of the least side of a tile, and of the line of titles
+KNOWN = ("labels", "captions", "noise_level")  # entries with figures of their own, or with none to be had
+SHUFFLED = "shuffled"
+
+MAP_IOU, BOXES_HIT = "Mean IoU of map and segmentation", "Share of boxes hit"
+
+Batch = dict[str, Any]
+REAL_IMAGES = "real images"
+REAL: dict[str, Callable[[Batch], Tensor]] = {REAL_IMAGES: lambda batch: batch["images"]}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a figure is worked out of images and what conditions read of held-out images.
+
+    Args:
+        key: Name of the figure in JSON.
+        title: Its name for people.
+        remark: What it says.
+        counts: What is counted in each image, (B, ...), of what is seen in it and the batch that it is compared with.
+        score: The figure of the sums of these counts.
+        seen: What is seen in images, (B, C, H, W).
+        others: Images that need no denoiser, of a batch, by their names.
+    """
+
+    key: str
+    title: str
+    remark: str
+    counts: Callable[[Any, Batch], Values]
+    score: Callable[[Values], Values] = mean_of_sums
+    seen: Callable[[Tensor], Any] = lambda images: images
+    others: dict[str, Callable[[Batch], Tensor]] = field(default_factory=dict)
+
+
+def following_section(samples: Selection, held_out: HeldOutConditions, judge: Judge | None = None) -> Section:
+    """What is to be said of how samples follow the conditions of held-out images.
+
+    Args:
+        samples: The samples, by their numbers.
+        held_out: What they were drawn for.
+        judge: What sees maps and objects in images; None: figures that need it are left out.
+    """
+    places, others = others_of_another_kind(_kinds(samples, held_out))
+    section = Section(
+        "Does it follow its condition?",
+        f"Each of {len(samples)} samples is drawn for what is known of a held-out image, and compared with that. "
+        f"Shuffled: each is compared with what is known of another image{_of_another_class(held_out)}; a model that "
+        "ignores its condition reaches as much.",
+    )
+    for condition in held_out.conditions:
+        figure = _figure_of(condition, samples, held_out, judge, places, others)
+        if figure is not None:
+            section.figures.append(figure)
+            section.warnings += _warnings(figure, condition)
+    names = [
+        _name_of(one) for one in held_out.conditions if measure_of(one, None) is None and one.batch_key not in KNOWN
+    ]
+    if held_out.denoiser.condition(MaskedImage) is not None:
+        section.about += " PSNR is that in the hole of the mask, as the rest is pasted from the real image."
+    if names:
+        section.about += f" There is no figure for {' and '.join(names)}."
+    section.pictures.append(_picture(samples, held_out))
+    return section
+
+
+def measure_of(condition: Condition, judge: Judge | None) -> Measure | Figure | None:
+    """How it is measured whether images follow a condition.
+
+    Args:
+        condition: The condition.
+        judge: What sees maps and objects in images, if there is something.
+
+    Returns:
+        The measure; a figure without a value, which says what it lacks; or None: there is none for this kind.
+    """
+    match condition:
+        case PairedImage():
+            return Measure(
+                "paired_image_psnr", "PSNR to the real partner, dB",
+                "Peak signal-to-noise ratio to the real image whose pair the sample was drawn from, mean over samples.",
+                _psnr_sums,
+            )  # fmt: skip
+        case LowResolution():
+            return Measure(
+                "small_image_psnr", "PSNR to the real large image, dB",
+                "Peak signal-to-noise ratio to the real image that was made small, mean over samples. A sharp sample "
+                "may be below bicubic interpolation, which is smooth and errs little.",
+                _psnr_sums,
+                others={"bicubic": lambda batch: _bicubic(batch, condition)},
+            )  # fmt: skip
+        case MaskedImage():
+            return Measure(
+                "masked_image_psnr", "PSNR in the hole, dB",
+                "Peak signal-to-noise ratio to the real image inside the mask, mean over samples.",
+                _psnr_sums,
+                others={"mean of the rest": lambda batch: filled_with_mean(batch["images"], batch["mask"] == 1)},
+            )  # fmt: skip
+        case SemanticMap():
+            if judge is None:
+                return _without_judge("semantic_map_iou", MAP_IOU)
+            return Measure(
+                "semantic_map_iou", MAP_IOU,
+                "Intersection over union of the map and what the segmenter sees in the sample, over the pixels of all "
+                "samples, mean over classes; of foreground and background, that of the foreground.",
+                lambda seen, batch: judge.counts_of_maps(seen, condition, batch["semantic_map"]),
+                mean_iou_of, judge.seen, REAL,
+            )  # fmt: skip
+        case BoxTokens():
+            if judge is None:
+                return _without_judge("boxes_hit", BOXES_HIT)
+            return Measure(
+                "boxes_hit", BOXES_HIT,
+                "The share of boxes with an IoU of at least 0.5 with the box around an object that the segmenter sees "
+                f"in the sample{judge.of_names(condition)}.",
+                lambda seen, batch: judge.counts_of_boxes(seen, condition, batch["boxes"]),
+                seen=judge.seen, others=REAL,
+            )  # fmt: skip
+    return None
+
+
+def _psnr_sums(images: Tensor, batch: Batch) -> Values:
+    """The PSNR of each image to the real one as counts that add up, (B, 2); inside the mask, if there is one.
+
+    What a mask leaves is pasted from the real image, and says nothing of any condition.
+    """
+    where = batch["mask"] == 1 if MaskedImage.batch_key in batch else None
+    return as_sums(psnr(batch["images"], images, where).double().numpy())
+
+
+def _without_judge(key: str, title: str) -> Figure:
+    remark = "Left out, as it needs a segmenter of such images: give --segmenter RUN, a run of fit --task segment."
+    return Figure(key, title, float("nan"), "higher", remark=remark)
+
+
+def _bicubic(batch: Batch, condition: LowResolution) -> Tensor:
+    """The small images without their noise, enlarged."""
+    images, at_size_of_x0 = batch["images"], batch[condition.batch_key]
+    height, width = (side // condition.scale_factor for side in at_size_of_x0.shape[2:])
+    return enlarged(shrink(images, (height, width)), (images.shape[2], images.shape[3]))
+
+
+def _kinds(samples: Selection, held_out: HeldOutConditions) -> Tensor:
+    """The kind of each sample: the class of its held-out image, if several are known, or else that image."""
+    rows = range(len(samples))
+    labels = held_out.labels
+    if labels is not None and len(labels.unique()) > 1:
+        return labels[held_out.numbers_of(rows)]
+    return torch.arange(len(samples)) % len(held_out)
+
+
+def _of_another_class(held_out: HeldOutConditions) -> str:
+    return ", of another class" if held_out.labels is not None and len(held_out.labels.unique()) > 1 else ""
+
+
+def _figure_of(
+    condition: Condition,
+    samples: Selection,
+    held_out: HeldOutConditions,
+    judge: Judge | None,
+    places: Tensor,
+    others: Tensor,
+) -> Figure | None:
+    """The figure of a condition, with the same of other things; None if there is none for its kind."""
+    measure = measure_of(condition, judge)
+    if not isinstance(measure, Measure):
+        return measure
+    own, shuffled = [], []
+    partners = torch.arange(len(samples)).index_put((places,), others)
+    for rows in torch.arange(len(samples)).split(AT_ONCE):
+        seen = measure.seen(samples.take(rows))
+        own.append(measure.counts(seen, held_out.batch(rows)))
+        shuffled.append(measure.counts(seen, held_out.batch(partners[rows])))
+    counts, of_partners = np.concatenate(own), np.concatenate(shuffled)[places.numpy()]
+    beside = {SHUFFLED: float(measure.score(of_partners.sum(axis=0)))} if len(places) else {}
+    beside |= {name: _of_others(measure, images, held_out) for name, images in measure.others.items()}
+    real = beside.pop(REAL_IMAGES, None)
+    value = float(measure.score(counts.sum(axis=0)))
+    bounds = interval(measure.score, counts)
+    return Figure(measure.key, measure.title, value, "higher", bounds, real, measure.remark, beside)
+
+
+def _of_others(measure: Measure, images: Callable[[Batch], Tensor], held_out: HeldOutConditions) -> float:
+    """The figure of images that need no denoiser, for all held-out images."""
+    sums = []
+    for rows in torch.arange(len(held_out)).split(AT_ONCE):
+        batch = held_out.batch(rows)
+        sums.append(measure.counts(measure.seen(images(batch)), batch).sum(axis=0))
+    return float(measure.score(np.sum(sums, axis=0)))
+
+
+def _warnings(figure: Figure, condition: Condition) -> Iterator[str]:
+    """What is wrong if a figure is no better than with the conditions of other images."""
+    shuffled = figure.beside.get(SHUFFLED)
+    if shuffled is not None and (figure.interval or (figure.value,))[0] <= shuffled:
+        yield (
+            f"The samples do not follow the {_name_of(condition)} measurably: {figure.title} is {figure.value:.3g}, "
+            f"and {shuffled:.3g} with the conditions of other images. Train for longer, or draw more samples."
+        )
+
+
+def _name_of(condition: Condition) -> str:
+    return "small image" if isinstance(condition, LowResolution) else condition.batch_key.replace("_", " ")
+
+
+def _picture(samples: Selection, held_out: HeldOutConditions) -> Picture:
+    """Conditions, real image and drawn image of the first samples, a row each."""
+    rows = list(range(min(SHOWN, len(held_out), len(samples))))
+    batch, values = held_out.batch(rows), samples.values
+    columns: dict[str, Tensor] = {}
+    for condition in held_out.conditions:
+        seen = condition.seen(batch, batch)
+        if seen is not None:
+            has_channels = seen.shape[1] == batch["images"].shape[1]
+            columns[_name_of(condition)] = values.seen(seen) if has_channels else seen
+    columns |= {"real image": values.seen(batch["images"]), "drawn image": samples.seen(rows)}
+    caption = f"The first {len(rows)} samples: {', '.join(columns)}, from left to right."
+    return Picture("conditions", caption, side_by_side(columns))
+
+
+def side_by_side(columns: dict[str, Tensor]) -> Image.Image:
+    """A picture with a row for each image and a column for each title.
+
+    Args:
+        columns: Images by title, (N, C, H, W) in [-1, 1] each.
+    """
+    tiles = torch.stack([over_white(images.cpu().float()) for images in columns.values()], dim=1)
+    grid = image_grid(tiles.flatten(0, 1), columns=len(columns), min_tile=TILE)
+    picture = Image.new("RGB", (grid.width, grid.height + HEADER), (GRID_GREY,) * 3)
+    picture.paste(grid, (0, HEADER))
+    draw = ImageDraw.Draw(picture)
+    for column, title in enumerate(columns):
+        draw.text((column * grid.width / len(columns) + 4, 2), title, fill="white")
+    return picture
