@@ -486,6 +486,9 @@ def test_guidance_without_a_null_is_refused_before_work_starts(tiny_unet, tmp_pa
     denoiser = denoiser_of(tiny_unet(**PAIR), PairedImage(1, dropout=0), predict=None)
     with pytest.raises(ValueError, match="guidance_scale"):
         evaluated(denoiser, data_of("paired_image"), tmp_path, sampling=Sampling(guidance_scale=2.0))
+    sampling = Sampling("EulerDiscreteScheduler", thresholding=True)
+    with pytest.raises(ValueError, match="thresholding needs a scheduler that can clip x0, got EulerDiscreteScheduler"):
+        evaluated(denoiser, data_of("paired_image"), tmp_path, sampling=sampling)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluated(denoiser, data_of("paired_image"), tmp_path, sampling=Sampling(batch_size=0))
     assert not (tmp_path / "samples").exists()

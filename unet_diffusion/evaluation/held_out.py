@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -146,15 +147,7 @@ class HeldOutConditions:
         """The drawing of samples for what the conditions read, on the CPU."""
         batch = self._with_entries(self._read(rows), self.denoiser.encode)
         entries = {one.batch_key: batch[one.batch_key] for one in self.conditions}
-        sampling = self.sampling
-        options = SampleOptions(
-            num_images=len(rows),
-            scheduler=sampling.scheduler,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            seed=sampling.seed,
-            batch_size=sampling.batch_size,
-        )
+        options = SampleOptions(num_images=len(rows), **asdict(self.sampling))
         return self.denoiser.drawing(options, numbers=list(rows), entries=entries)
 
 

@@ -87,11 +87,6 @@ class EvaluateSamples(Callback):
             raise ValueError(f"evaluate.num_images must be at least {LEAST_IMAGES}, got {self.num_images}")
         samples_to_draw(pl_module.trained, data_of(trainer), self.num_images, self._sampling())
         pl_module.codec.release()
-        if self.thresholding:
-            from unet_diffusion.diffusion.sampling import build_scheduler
-
-            clip_sample = pl_module.codec.clip_sample
-            build_scheduler(pl_module.schedule, self.scheduler, clip_sample=clip_sample, thresholding=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Train the network of the features, which is no part of the time of evaluations."""
