@@ -51,7 +51,7 @@ def segmenter(channels=1, kind="instances") -> Segmenter:
 class Thresholded(Segmenter):
     """Takes the bright pixels for objects."""
 
-    def maps(self, image, *, views=False, progress=None):
+    def maps(self, image, **options):
         is_bright = (image.mean(dim=0) > 0).float()
         return torch.stack([1 - is_bright, is_bright, torch.zeros_like(is_bright), is_bright])
 
