@@ -92,7 +92,7 @@ def measure(
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Further options are those of unet-diffusion fit, such as --trainer.max_steps=100.",
+        epilog="Further options are those of unet-diffusion fit, such as --data.batch_size=8.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -108,6 +108,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/label_efficiency"), help="for runs and logs")
     parser.add_argument("--json", type=Path, default=RESULTS / "label_efficiency.json")
     options, options_of_fit = parser.parse_known_args()
+    if any(one.startswith("--trainer.max_steps") for one in options_of_fit):
+        parser.error("give the number of steps as --steps, as the threshold is fitted at the last one")
     options.of_fit = options_of_fit
     return options
 

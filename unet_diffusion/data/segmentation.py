@@ -6,6 +6,7 @@ section 3.1), and reaches beyond the image's border where it must, into its mirr
 """
 
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +30,7 @@ from unet_diffusion.runtime.randomness import keyed_generator
 from unet_diffusion.segmentation.augmentation import Augmentation, sample_at
 from unet_diffusion.segmentation.image_targets import ImageTargets
 from unet_diffusion.segmentation.labels import MAX_CLASSES, NO_VALUE, Targets
-from unet_diffusion.segmentation.object_size import median_diameter, scale_to, scaled_image, scaled_labels, scaled_size
+from unet_diffusion.segmentation.object_size import scales_described, to_one_size
 
 VAL_SHARE = 5  # by default a fifth of the images is kept for validation
 SUBSET_KEY = 10**9  # with the seed: which images are the labelled ones; no run gets to an epoch of that number
@@ -111,6 +112,7 @@ class SegmentationDataModule(SourceDataModule):
         self.stretch = stretch
         self.synthetic = synthetic
         self._images: LabelledImages | None = None
+        self._sized: dict[int, Tensor] = {}  # images that are trained on, scaled to objects of one size
         self._first_synthetic = 0
 
     def setup(self, stage: str | None = None) -> None:
@@ -141,7 +143,7 @@ class SegmentationDataModule(SourceDataModule):
         self._to_denoise = [index for index in range(len(self._pixels)) if index not in held_out]
         self._first_synthetic = len(self._pixels)
         self._ends = [percentiles(image) for image in self._pixels] if self.stretch else []
-        self._learnt = self._learnt_of({i: loaded.labels[i] for i in train.tolist()})
+        self._learnt = self._learnt_of(dict(enumerate(self._pixels)), {i: loaded.labels[i] for i in train.tolist()})
         # One index a window of an epoch; windows of the same image are apart by the number of images.
         self.train_images = train
         self.train_indices = torch.arange(len(train) * self.windows_per_image)
@@ -156,19 +158,13 @@ class SegmentationDataModule(SourceDataModule):
         pairs = zip(loaded.unlabelled, contents_of_pixels(loaded.unlabelled), strict=True)
         return [image for image, content in pairs if content not in contents]
 
-    def _learnt_of(self, labels: dict[int, NDArray[np.int32]]) -> dict[int, ImageTargets]:
+    def _learnt_of(self, images: Mapping[int, Tensor], labels: dict[int, NDArray[np.int32]]) -> dict[int, ImageTargets]:
         """The targets of images that are trained on, after these are scaled to objects of one size."""
         if self.targets.object_diameter is not None:
-            labels = {index: self._to_one_size(index, one) for index, one in labels.items()}
+            for index, one in labels.items():
+                instances, wanted = self.targets.instances(one), self.targets.object_diameter
+                self._sized[index], labels[index] = to_one_size(images[index], one, instances, wanted)
         return {index: ImageTargets.of(self.targets, one, self._balance) for index, one in labels.items()}
-
-    def _to_one_size(self, index: int, labels: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Scale an image, and return its labels at the same scale."""
-        assert self.targets.object_diameter is not None
-        factor = scale_to(self.targets.object_diameter, median_diameter(self.targets.instances(labels)))
-        size = scaled_size(labels.shape, factor)
-        self._pixels[index] = scaled_image(self._pixels[index], size)
-        return scaled_labels(labels, size)
 
     def _add_synthetic(self, synthetic: SyntheticPairs) -> None:
         """Append the synthetic images to the others."""
@@ -177,7 +173,11 @@ class SegmentationDataModule(SourceDataModule):
             self._check_labels(drawn)
         except ValueError as error:
             raise ValueError(f"synthetic {synthetic.root}: {error}") from error
-        sizes = zip(drawn.names, (one.shape for one in drawn.labels), strict=True)
+        numbers = range(len(self._pixels), len(self._pixels) + len(drawn.names))
+        learnt = self._learnt_of(
+            dict(zip(numbers, drawn.images, strict=True)), dict(zip(numbers, drawn.labels, strict=True))
+        )
+        sizes = zip(drawn.names, (learnt[i].classes.shape for i in sorted(learnt)), strict=True)
         if small := [f"{name} ({size[0]}x{size[1]})" for name, size in sizes if min(size) < self.window_size]:
             raise ValueError(
                 f"synthetic images must have at least {self.window_size}x{self.window_size} pixels, as windows do, and "
@@ -185,7 +185,7 @@ class SegmentationDataModule(SourceDataModule):
                 f"{self.window_size}"
             )
         self._pixels += drawn.images
-        self._learnt |= self._learnt_of(dict(enumerate(drawn.labels, start=self._first_synthetic)))
+        self._learnt |= learnt
         self._hashes = None  # they were of the other images
 
     def summary(self) -> list[str]:
@@ -196,7 +196,8 @@ class SegmentationDataModule(SourceDataModule):
         size = smallest if len(sizes) == 1 else f"{smallest} to {largest}"
         bits = " and ".join(str(8 * one) for one in sorted({image.element_size() for image in images}))
         chosen = f", {self.num_train} of them" if self.num_train is not None else ""
-        diameter = self.targets.object_diameter
+        factors = {self.images.names[i]: one.shape[1] / images[i].shape[1]
+                   for i, one in self._sized.items() if i < len(images)}  # fmt: skip
         num_synthetic = len(self._pixels) - self._first_synthetic
         kept = f", {self.num_fit} of which thresholds are fitted on" if self.num_fit else ""
         return [
@@ -205,7 +206,7 @@ class SegmentationDataModule(SourceDataModule):
             f"labels: {self._labels_described()}",
             f"cut: windows of {self.window_size}x{self.window_size} pixels, {self.windows_per_image} an image and "
             "epoch; whole images to validate on",
-            *([] if diameter is None else [f"scaled: each image, until its objects have {diameter:g} pixels across"]),
+            *([scales_described(factors, self.targets.object_diameter)] if self.targets.object_diameter else []),
             *([self.synthetic.described(num_synthetic, self.batch_size)] if self.synthetic and num_synthetic else []),
             *(
                 [f"denoised: {len(self._to_denoise)} images, all that are not held out"]
@@ -270,7 +271,7 @@ class SegmentationDataModule(SourceDataModule):
         """A random window of a training image, as a batch without its first dimension."""
         index, epoch, number = drawn
         generator = keyed_generator(self.seed, epoch, number)
-        image = self._scaled(index)
+        image = self._scaled(index, self._sized.get(index))
         size = (self.window_size, self.window_size)
         centre = self._centre(image.shape[1:], generator, self._drawn_pixel(drawn))
         augmentation = self.augmentation or NO_AUGMENTATION
@@ -343,8 +344,9 @@ class SegmentationDataModule(SourceDataModule):
         """For worker processes, which cannot be sent a trainer."""
         return {**self.__dict__, "trainer": None}
 
-    def _scaled(self, index: int) -> Tensor:
+    def _scaled(self, index: int, sized: Tensor | None = None) -> Tensor:
         image, is_stretched = self._pixels[index], self.stretch and index < self._first_synthetic
+        image = image if sized is None else sized
         return stretch_to_unit_range(image, self._ends[index]) if is_stretched else in_unit_range(image)
 
     def _drawn_pixel(self, drawn: DrawnWindow) -> tuple[int, int] | None:

@@ -1,6 +1,5 @@
 """A trained segmenter, which makes masks."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,10 +36,11 @@ from unet_diffusion.segmentation.labels import (
     mask_from,
     probabilities_in,
 )
-from unet_diffusion.segmentation.object_size import median_diameter, scale_to, scaled_image, scaled_size
+from unet_diffusion.segmentation.object_size import MOST_SCALING, median_diameter, scale_to, scaled_image, scaled_size
 from unet_diffusion.segmentation.prediction import predicted_maps
 
-NUM_LOOKS = 2  # to find how large the objects of an image are
+NUM_LOOKS = 2  # to see how large the objects of an image are
+LEAST_SEEN = 12  # pixels of an object that counts then: a disc of the least diameter that can be wanted
 FIELDS = (  # of a record, beside the network
     *("kind", "class_names", "timestep", "stretch", "object_diameter", "window_size", "settings", "threshold"),
     "min_size",
@@ -177,7 +177,7 @@ class Segmenter(Running):
                 `unet-diffusion segment` segments all pages of a stack.
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
             diameter: The typical diameter of the image's objects in pixels, for a segmenter with `object_diameter`;
-                None: it is found by segmenting the image up to twice before.
+                None: the image is segmented twice to see it, and then at the right scale.
             threshold: The foreground is where its probability is larger; None: the segmenter's own.
             min_size: Least number of pixels in an object; smaller objects are left out. None: the segmenter's own.
             progress: Called with the share of the image that is done, above 0 and up to 1.
@@ -200,7 +200,7 @@ class Segmenter(Running):
             check_tensor("image", image, is_bounded=not self.stretch and self.values.value_range is None)
         threshold = self.threshold if threshold is None else threshold
         min_size = self.min_size if min_size is None else min_size
-        maps = self.maps(image, views=views, diameter=diameter, progress=progress).numpy()
+        maps = self.maps(image, views=views, diameter=diameter, threshold=threshold, progress=progress).numpy()
         return Segmentation(maps, self.kind, self.class_names, threshold, min_size)
 
     def check_diameter(self, diameter: float | None) -> None:
@@ -212,8 +212,12 @@ class Segmenter(Running):
         if diameter is not None and self.object_diameter is None:
             raise ValueError(f"diameter is for a segmenter that scales images, got {diameter}; leave it out, or train "
                              "one with data.targets.object_diameter")  # fmt: skip
-        if diameter is not None and not 0 < diameter < math.inf:
-            raise ValueError(f"diameter must be above 0 pixels, got {diameter}")
+        if diameter is None or self.object_diameter is None:
+            return
+        least, most = self.object_diameter / MOST_SCALING, self.object_diameter * MOST_SCALING
+        if not least <= diameter <= most:
+            raise ValueError(f"diameter must be from {least:g} to {most:g} pixels, as images are scaled by at most "
+                             f"{MOST_SCALING:g}, got {diameter:g}; scale the image before")  # fmt: skip
 
     @torch.no_grad()
     def maps(
@@ -222,6 +226,7 @@ class Segmenter(Running):
         *,
         views: bool = False,
         diameter: float | None = None,
+        threshold: float | None = None,
         progress: Callable[[float], object] | None = None,
     ) -> Tensor:
         """The probability of each class at each pixel, and then distances or affinities, (K, H, W) on the CPU.
@@ -230,6 +235,8 @@ class Segmenter(Running):
             image: Image of any size, (C, H, W) in [-1, 1].
             views: Average over the eight rotated and mirrored views.
             diameter: As in `segment`.
+            threshold: The probability of the foreground that is used to see how large objects are; None: the
+                segmenter's own.
             progress: Called with the share of the image that is done, above 0 and up to 1.
         """
         if self.object_diameter is None:
@@ -239,7 +246,9 @@ class Segmenter(Running):
             factor = scale_to(self.object_diameter, diameter)
             scaled = scaled_image(image, scaled_size(size, factor))
             maps = self._maps_of(scaled, progress=_part(progress, number, looks + 1))
-            seen = median_diameter(instances_from(maps.numpy(), self.kind, threshold=self.threshold))
+            seen = median_diameter(
+                instances_from(maps.numpy(), self.kind, threshold=threshold or self.threshold, min_size=LEAST_SEEN)
+            )
             diameter = diameter if seen is None else seen / factor
         scaled = scaled_image(image, scaled_size(size, scale_to(self.object_diameter, diameter)))
         return scaled_image(self._maps_of(scaled, views=views, progress=_part(progress, looks, looks + 1)), size)

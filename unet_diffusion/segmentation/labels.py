@@ -26,6 +26,7 @@ REACH = 6
 SMOOTHING, PEAK_HEIGHT = 1.0, 0.1  # sd in pixels; of the smoothed distances, lower peaks make no object
 NO_VALUE = -1  # class of pixels that are not to be learnt
 MAX_CLASSES = 256  # predictions are written as 8-bit images
+LEAST_DIAMETER = 4  # pixels, to which objects are scaled
 MIN_SIZE, THRESHOLD = 16, 0.5  # of objects: their least number of pixels, and the foreground's probability
 NUM_SHOWN = 12  # values in an error message
 # Labels are right with fewer edges of other objects than these: number of edges, and their share of all pieces.
@@ -51,8 +52,9 @@ class Targets:
         class_balance: Whether to weight classes by their inverse frequency in the training images.
         border_weight: Weight w0 between cells that are close (Ronneberger et al. 2015, equation 2); 0 is off.
         border_sigma: Distance over which that weight falls off, in pixels.
-        object_diameter: Scale images, so that the median diameter of their objects is this number of pixels: those that
-            are trained on by their labels, others by what the segmenter finds at first. None: images keep their size.
+        object_diameter: Scale images by 1/4 to 4, until the median diameter of their objects is this number of pixels:
+            labelled images that are trained on by their labels, and others by what the segmenter sees in them. None:
+            images keep their size.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -95,10 +97,12 @@ class Targets:
                 f"border_width must be at least 1, border_sigma above 0 and border_weight 0 or more, got "
                 f"{self.border_width}, {self.border_sigma} and {self.border_weight}"
             )
-        if self.object_diameter is not None and (self.label_format == "classes" or self.object_diameter < 4):
+        if self.object_diameter is not None and self.object_diameter < LEAST_DIAMETER:
+            raise ValueError(f"object_diameter must be at least {LEAST_DIAMETER} pixels, got {self.object_diameter}")
+        if self.object_diameter is not None and self.kind in ("classes", "affinities"):
             raise ValueError(
-                f"object_diameter must be at least 4 pixels, and needs objects, which label_format classes does not "
-                f"tell apart, got {self.object_diameter} with {self.label_format}; leave it out"
+                f"object_diameter needs objects, and no affinities, whose offsets are pixels of unscaled images, got "
+                f"label_format {self.label_format} and affinities {self.affinities}; leave it out"
             )
         if self.border_weight and self.label_format == "classes":
             raise ValueError("border_weight needs objects, which label_format classes does not tell apart; set it to 0")

@@ -33,7 +33,10 @@ FIRST_EPOCH = 10**9 + 1  # of the data's order, from which these batches come; n
 
 
 class HasAverages(LightningModule):
-    """A module whose averages are validated with statistics of their own; a subclass defines the methods that fail."""
+    """A module whose averages are validated with statistics of their own.
+
+    A subclass defines `averaged_pairs`, and with batch norms `pass_average`.
+    """
 
     ema_decay: float
 
@@ -52,6 +55,8 @@ class HasAverages(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """What recomputes the statistics of the averages; nothing without batch norms, or if there is no average."""
         has_norms = any(running_norms(average) for average, _ in self.averaged_pairs())
+        if has_norms and self.ema_decay > 0 and type(self).pass_average is HasAverages.pass_average:
+            raise NotImplementedError(f"{type(self).__name__} must define pass_average() to train batch norms")
         return [AverageStatistics()] if has_norms and self.ema_decay > 0 else []
 
 
@@ -105,6 +110,7 @@ class AverageStatistics(Callback):
             return
         num_batches = math.ceil(min(NUM_BATCHES, total_batches(trainer) + 1) / trainer.world_size)
         norms = [norm for average, _ in module.averaged_pairs() for norm in running_norms(average)]
+        before = [buffer.clone() for norm in norms for buffer in norm.buffers()]
 
         def pass_on_device(batch: Any) -> None:
             with trainer.precision_plugin.forward_context():
@@ -115,6 +121,11 @@ class AverageStatistics(Callback):
         for norm in norms:  # processes had other batches, and equally many
             for statistic in (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)):
                 statistic.copy_(trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
+        if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
+            rank_zero_warn("the statistics of batch norms of the average are not finite, and those of the trained "
+                           "network are kept; train in bfloat16 or float32")  # fmt: skip
+            for buffer, value in zip((buffer for norm in norms for buffer in norm.buffers()), before, strict=True):
+                buffer.copy_(value)
         self._are_own, self._recomputed_at = True, trainer.global_step
 
 

@@ -72,8 +72,9 @@ def put_hyperparameters(checkpoint: dict[str, Any], optimizers: Sequence[Optimiz
     for saved, schedule, optimizer in zip(checkpoint.get("optimizer_states", []), schedules, optimizers, strict=False):
         if len(saved["param_groups"]) != len(optimizer.param_groups):
             raise ValueError(
-                f"the checkpoint's weights have {len(saved['param_groups'])} learning rates, and the settings ask for "
-                f"{len(optimizer.param_groups)}; set model.pretrained_lr_scale as it was"
+                f"the checkpoint's optimiser has {len(saved['param_groups'])} groups of weights, and that of the "
+                f"settings {len(optimizer.param_groups)}; set model.optimizer as it was, and of a segmenter "
+                "model.pretrained_lr_scale"
             )
         for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
             old |= {name: value for name, value in new.items() if name not in ("params", "lr", "initial_lr")}

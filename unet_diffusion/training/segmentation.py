@@ -61,7 +61,8 @@ class SegmentationModule(NetworkModule):
         init_from: A denoiser whose weights the network starts with: a checkpoint file, a run folder or a diffusers
             pipeline folder. The run prints what was taken over.
         pretrained_lr_scale: The learning rate of the weights from `init_from`, relative to that of the new head. Below
-            1 they stay nearer to the denoiser, which few labels then do not overwrite.
+            1 they stay nearer to the denoiser, which few labels then do not overwrite. The optimiser then gets two
+            groups of weights, those of the head first.
         joint: Denoise windows of images without labels, too, with the same network. None: segment only.
         optimizer: A function that makes the optimiser from the parameters.
         lr_warmup_steps: The number of optimiser steps over which the learning rate rises linearly to its full value; 0
@@ -119,8 +120,7 @@ class SegmentationModule(NetworkModule):
         if joint is not None and any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in unet.modules()):
             raise ValueError("joint needs a network without batch norm, which would mix the statistics of images with "
                              "and without noise; set norm to group")  # fmt: skip
-        if not 0 < pretrained_lr_scale <= 1:
-            raise ValueError(f"pretrained_lr_scale must be above 0 and at most 1, got {pretrained_lr_scale}")
+        _check_lr_scale(pretrained_lr_scale)
         if pretrained_lr_scale != 1 and (init_from is None or isinstance(unet, FeatureClassifier)):
             raise ValueError(
                 f"pretrained_lr_scale must be 1 where no weights from init_from are trained, got "
@@ -189,6 +189,9 @@ class SegmentationModule(NetworkModule):
             )
         if datamodule.images.unlabelled and self.joint is None:
             raise ValueError("data.unlabelled is for a network that denoises, too; set model.joint, or leave it out")
+        if targets.object_diameter is not None and self.joint is not None:
+            raise ValueError("joint denoises images without labels, whose objects have no known size; leave out "
+                             "data.targets.object_diameter")  # fmt: skip
         expected = targets.num_maps + (channels if self.joint is not None else 0)
         if num_scores != expected:
             others = {"instances": ", and one for the distance from the edge",
@@ -219,6 +222,11 @@ class SegmentationModule(NetworkModule):
         for name, parameter in self.unet.named_parameters():
             parts[is_of_denoiser(name)].append(parameter)
         optimizer = self.optimizer_factory([{"params": part} for part in parts])  # type: ignore[arg-type]  # groups, too
+        if len(optimizer.param_groups) != len(parts):
+            raise ValueError(
+                f"the optimiser must keep the two groups of weights of pretrained_lr_scale, and has "
+                f"{len(optimizer.param_groups)}; set pretrained_lr_scale to 1"
+            )
         optimizer.param_groups[1]["lr"] *= self.pretrained_lr_scale
         return [optimizer]
 
@@ -233,6 +241,7 @@ class SegmentationModule(NetworkModule):
         alone = {"init_from": None, "pretrained_lr_scale": 1.0}  # the checkpoint has the weights
         module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, **alone})
         module.pretrained_lr_scale = arguments.get("pretrained_lr_scale", 1.0)
+        _check_lr_scale(module.pretrained_lr_scale)
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
         module.object_diameter = trained.object_diameter
         module.threshold, module.min_size = trained.threshold, trained.min_size
@@ -353,3 +362,8 @@ class SegmentationModule(NetworkModule):
         """
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             return self.trained.maps(image)
+
+
+def _check_lr_scale(scale: float) -> None:
+    if not 0 < scale <= 1:
+        raise ValueError(f"pretrained_lr_scale must be above 0 and at most 1, got {scale}")
