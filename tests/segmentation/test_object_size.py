@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from unet_diffusion.data import PairedFiles, SegmentationDataModule
+from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
@@ -16,6 +17,7 @@ from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.segmentation.object_size import median_diameter, scale_to, scaled_image, scaled_labels
 from unet_diffusion.training import SegmentationModule
+from unet_diffusion.training.joint import JointDenoising
 
 
 def discs(radius: int, side: int = 96, num: int = 3) -> np.ndarray:
@@ -58,6 +60,8 @@ def test_diameter_is_that_of_discs_of_the_same_area():
     diameters = [one.equivalent_diameter_area for one in skimage.measure.regionprops(labels)]
     assert median_diameter(labels) == pytest.approx(np.median(diameters))
     assert median_diameter(np.zeros((4, 4), dtype=np.int32)) is None
+    labels[labels == 1] = 2**31 - 1  # a number, not a count: it takes no memory
+    assert median_diameter(labels) == pytest.approx(np.median(diameters))
 
 
 def test_scale_brings_objects_to_the_wanted_size_within_limits():
@@ -118,11 +122,28 @@ def test_progress_rises_to_1_over_all_looks():
 def test_diameter_without_meaning_is_refused():
     with pytest.raises(ValueError, match="diameter is for a segmenter that scales images, got 12; leave it out"):
         finder(None).segment(as_image(discs(10)), diameter=12)
-    with pytest.raises(ValueError, match="diameter must be above 0 pixels, got 0"):
-        finder(10).segment(as_image(discs(10)), diameter=0)
-    for options in ({"label_format": "classes", "num_classes": 2}, {"label_format": "instances"}):
-        with pytest.raises(ValueError, match="object_diameter must be at least 4 pixels, and needs objects"):
-            Targets(**options, object_diameter=20 if "num_classes" in options else 3)
+    for diameter in (0, 2, 41):
+        with pytest.raises(ValueError, match=f"diameter must be from 2.5 to 40 pixels.* got {diameter}; scale the im"):
+            finder(10).segment(as_image(discs(10)), diameter=diameter)
+    with pytest.raises(ValueError, match="object_diameter must be at least 4 pixels, got 3"):
+        Targets(label_format="instances", object_diameter=3)
+    for options in ({"label_format": "classes", "num_classes": 2}, {"label_format": "0/1", "affinities": True}):
+        with pytest.raises(ValueError, match="object_diameter needs objects, and no affinities"):
+            Targets(**options, object_diameter=20)
+
+
+def test_looks_are_at_the_threshold_that_is_asked_for():
+    segmenter = finder(10)
+    segmenter.unet.weight.data.fill_(0.2)  # probabilities of 0.6 within objects, and of 0.4 beside them
+    segmenter.segment(as_image(discs(10)), threshold=0.7)
+    assert set(segmenter.unet.seen) == {(96, 96)}  # no object is seen
+    segmenter.segment(as_image(discs(10)), threshold=0.55)
+    assert max(segmenter.unet.seen[-1]) < 60  # of 96, which is nearly half
+
+
+def test_objects_of_nearly_the_wanted_size_are_left_as_they_are():
+    assert scale_to(20, 20.9) == scale_to(20, 19.1) == 1
+    assert scale_to(20, 22) == pytest.approx(20 / 22)
 
 
 def write_discs(root) -> PairedFiles:
@@ -146,10 +167,35 @@ def test_images_that_are_trained_on_have_objects_of_one_size_and_others_keep_the
     for index in data.train_images.tolist():
         labels = data._learnt[index].classes.numpy().astype(np.int32)
         assert median_diameter(labels) == pytest.approx(20, rel=0.05)
-        bright = data._pixels[index][0].numpy() > 110
+        bright = data._scaled(index, data._sized[index])[0].numpy() > -0.14
         assert (bright == (labels > 0)).mean() > 0.99  # image and labels are scaled alike
-    assert data.whole(3)["images"].shape == (1, 128, 128)
-    assert "scaled: each image, until its objects have 20 pixels across" in data.summary()
+    for index in range(4):
+        assert data.whole(index)["images"].shape == (1, 128, 128)
+    assert data.whole(0)["classes"].shape == (128, 128)
+    line = "scaled: labelled images to train on, by 0.34 to 1, until the median diameter of their objects is 20 pixels"
+    assert line in data.summary()
+
+
+def test_images_beyond_the_limits_are_named(tmp_path):
+    data = scaled_data(tmp_path, 200)
+    data.setup()
+    line = next(one for one in data.summary() if one.startswith("scaled:"))
+    assert "by 3.3 to 4" in line
+    assert line.endswith("2 would need more (0, 1)")
+
+
+def test_threshold_is_fitted_on_images_that_are_trained_on(quiet_trainer, tmp_path):
+    torch.manual_seed(0)
+    made = SegmentationModule(SegmentationUNet(1, 2, channels=(4, 8), padding="same"))
+    quiet_trainer(max_steps=1, val_check_interval=1).fit(made, scaled_data(tmp_path))
+    assert 0 < made.threshold < 1
+
+
+def test_joint_training_has_no_objects_of_one_size(quiet_trainer, tmp_path):
+    unet = SegmentationUNet(1, 3, channels=(4, 8), padding="same", norm="group", timestep_embedding=True)
+    made = SegmentationModule(unet, timestep=0, joint=JointDenoising(NoiseSchedule(100, "linear")))
+    with pytest.raises(ValueError, match="joint denoises images without labels, whose objects have no known size"):
+        quiet_trainer(max_steps=1).fit(made, scaled_data(tmp_path))
 
 
 def test_checkpoint_keeps_the_size_and_a_run_must(quiet_trainer, tmp_path):

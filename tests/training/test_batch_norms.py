@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.training import SegmentationModule
 from unet_diffusion.training.batch_norms import FIRST_EPOCH, AverageStatistics
 from unet_diffusion.training.checkpointing import LAST, RunCheckpoint
+from unet_diffusion.training.stopping import StopOnSignal
 
 ADAM = functools.partial(torch.optim.Adam, lr=1.0e-2)
 
@@ -150,11 +152,20 @@ class StopsEarly(Callback):
         trainer.should_stop = trainer.global_step == 2
 
 
-@pytest.mark.parametrize("end", [*ENDS, "stopped"])
+class IsAskedToStop(Callback):
+    """Gets a signal in the last step, of a run that ends by itself."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == trainer.max_steps - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("end", [*ENDS, "stopped", "asked to stop"])
 def test_checkpoint_at_the_end_holds_the_statistics_of_the_average(quiet_trainer, tmp_path, end):
     keep = RunCheckpoint(tmp_path, save_last=True, every_n_train_steps=2, enable_version_counter=False)
-    callbacks = [keep, *([StopsEarly()] if end == "stopped" else [])]
-    options = {"limit_val_batches": 0, "max_epochs": 3, **ENDS.get(end, {})}
+    more = {"stopped": [StopsEarly()], "asked to stop": [StopOnSignal(), IsAskedToStop()]}
+    callbacks = [keep, *more.get(end, [])]
+    options = {"limit_val_batches": 0, "max_epochs": 3, **ENDS.get("steps" if end == "asked to stop" else end, {})}
     made, data = module(), cells(windows_per_image=4)
     trainer = quiet_trainer(enable_checkpointing=True, callbacks=callbacks, **options)
     trainer.fit(made, data)

@@ -263,7 +263,8 @@ class SyntheticPairs:
         if number < 1:
             raise ValueError(
                 f"share of synthetic must give a window in each batch, and {self.share} of {batch_size} is less than "
-                f"one; raise data.batch_size to {math.ceil(1 / self.share)}"
+                f"one; raise data.batch_size to {math.ceil(1 / self.share)}, with as many windows in an epoch "
+                "(data.windows_per_image)"
                 + (f", or data.synthetic.share to {math.ceil(1000 / batch_size) / 1000}" if batch_size > 1 else "")
             )
         return number

@@ -315,7 +315,7 @@ class SegmentationModule(NetworkModule):
             largest = max(data.classes(index).numel() for index in images)
             images = evenly_spaced(images, max(MOST_DIVIDED // largest, 1))
         seconds = SECONDS_PER_PIXEL * len(THRESHOLDS) * sum(data.classes(index).numel() for index in images)
-        if seconds > LONG:
+        if seconds > LONG and self._validation_sums is None:  # once
             fewer = "; a smaller data.num_fit takes less" if len(data.fit_indices) > 1 else ""
             rank_zero_info(f"fitting the threshold: the mutex watershed divides {len(images)} images at "
                            f"{len(THRESHOLDS)} thresholds, which takes about {seconds:.0f} seconds before each "

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from unet_diffusion.runtime.signals import Interrupted
 from unet_diffusion.training.checkpointing import RunCheckpoint
 from unet_diffusion.training.lightning_internals import (
+    ends_now,
     is_within_step,
     leave_signals_to_callbacks,
     strategy_timeout,
@@ -56,7 +57,8 @@ class StopOnSignal(Callback):
             signal.signal(signum, self._receive)  # Lightning puts back what was there at the end
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if not is_within_step(trainer) and not validation_follows(trainer):
+        # The last step is saved by RunCheckpoint, after what other callbacks do at the end.
+        if not is_within_step(trainer) and not validation_follows(trainer) and not ends_now(trainer):
             self._save_if_asked(trainer, RunCheckpoint.save_after_batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
