@@ -4,8 +4,8 @@
     python benchmarks/label_agreement.py runs/fashion_mnist --data fashion_mnist --root DIR --num_images 2000
     python benchmarks/label_agreement.py runs/cifar10 --data cifar10 --root cifar10.zip/cifar10 --num_images 2000
 
-For cifar10 the root holds train and test, each with a folder of images for each class. Its classifier takes some ten
-minutes of two cores to train; --classifier FILE keeps it, and continues a training that was cut off.
+For cifar10 the root holds train and test, each with a folder of images for each class. --classifier FILE keeps its
+classifier, and continues a training that was cut off.
 
 Printed: the classifier's accuracy on held-out real images; the share of samples that it gives the label asked for, with
 and without guidance; how many unconditional samples (null label) it finds in each class.
@@ -28,7 +28,10 @@ from torch import Tensor
 
 import unet_diffusion as ud
 
+CLASSIFIER_SEED = 0  # samples of every seed have the same judge
 NUM_UNGUIDED = 500  # samples without guidance, and without label
+NUM_CLASSES = 10
+SHAPES = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,12 @@ class Classifier:
 def main() -> None:
     options = parse_options()
     denoiser = ud.load(options.checkpoint).to("cpu")
-    num_classes = denoiser.num_classes
-    if not num_classes:
-        raise SystemExit(f"{options.checkpoint} draws no classes, and samples of it were not asked for any")
+    num_classes, shape = denoiser.num_classes, SHAPES[options.data]
+    if not num_classes or denoiser.image_shape != shape:
+        raise SystemExit(f"the classifier knows classes of images of {shape}, and {options.checkpoint} draws "
+                         f"{num_classes or 'no'} classes of {denoiser.image_shape}")  # fmt: skip
+    if options.data != "cifar10" and num_classes != NUM_CLASSES:  # which compares names of classes
+        raise SystemExit(f"the classifier knows {NUM_CLASSES} classes, and {options.checkpoint} draws {num_classes}")
     classifier = CLASSIFIERS[options.data](options, denoiser)
     print(f"classifier: {classifier.accuracy:.1%} right on held-out real images", flush=True)
     classify = classifier.classify
@@ -109,7 +115,7 @@ def digits_classifier(options: argparse.Namespace, denoiser: ud.Denoiser) -> Cla
 
 def fashion_classifier(options: argparse.Namespace, denoiser: ud.Denoiser) -> Classifier:
     """A small convolutional network, trained on the 60,000 training images and scored on the 10,000 test images."""
-    classify = partial(classes, trained_classifier(options.root, options.seed))
+    classify = partial(classes, trained_classifier(options.root, CLASSIFIER_SEED))
     images, targets = fashion_mnist(options.root, train=False)
     return Classifier(classify, (classify(images) == targets).float().mean().item())
 
@@ -118,16 +124,14 @@ def cifar10_classifier(options: argparse.Namespace, denoiser: ud.Denoiser) -> Cl
     """A small residual network, trained on the 50,000 training images and scored on the 10,000 test images.
 
     Raises:
-        SystemExit: If the run draws other classes, or images of another shape.
+        SystemExit: If the run draws other classes.
     """
     train = cifar10.read(options.root, "train")
-    if denoiser.image_shape != (shape := tuple(train.images.shape[1:])):
-        raise SystemExit(f"the classifier knows images of {shape}, and the run draws {denoiser.image_shape}")
     if denoiser.class_names != train.class_names:
         raise SystemExit(f"the classifier knows the classes {', '.join(train.class_names)}, and the run draws "
                          f"{', '.join(denoiser.class_names or ['numbers'])}")  # fmt: skip
     network = cifar10.trained_network(
-        train, options.classifier, seed=options.seed, num_epochs=options.classifier_epochs
+        train, options.classifier, seed=CLASSIFIER_SEED, num_epochs=options.classifier_epochs
     )
     classify = partial(cifar10.classes, network)
     test = cifar10.read(options.root, "test")

@@ -128,6 +128,11 @@ def parse_options() -> argparse.Namespace:
     options.root, options.work = options.root.resolve(), options.work.resolve()
     if options.judge is not None and options.fit_options:
         parser.error(f"--judge trains nothing, and takes no {' '.join(options.fit_options)}")
+    of_contenders = ("contenders", "minutes", "again", "json")
+    if options.judge is not None and (
+        useless := [name for name in of_contenders if getattr(options, name) != parser.get_default(name)]
+    ):
+        parser.error(f"--{useless[0]} is for contenders, and --judge trains none")
     options.sampling = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
     if options.judge is None and options.sampling:
         parser.error(f"--{next(iter(options.sampling))} is for --judge RUN; contenders are all sampled in one way")

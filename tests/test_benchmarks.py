@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cifar10
@@ -191,6 +192,9 @@ def test_classifier_of_photographs_learns_and_training_that_is_cut_off_is_that_o
     assert epochs == list(range(1, 31))
     with pytest.raises(SystemExit, match="holds a classifier of other images or settings"):
         cifar10.trained_network(train, tmp_path / "cut.pt", **options, seed=1)
+    others = replace(train, images=train.images.flip(0))
+    with pytest.raises(SystemExit, match="holds a classifier of other images or settings"):
+        cifar10.trained_network(others, tmp_path / "cut.pt", **options)
 
 
 def test_images_are_moved_by_four_pixels_at_most_and_half_of_them_mirrored():

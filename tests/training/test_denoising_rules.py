@@ -25,7 +25,8 @@ def test_conditions_of_ones_own_that_refuse_each_other_are_told_so():
         check_conditions(unet, [MaskedImage(4), Sketch(2)])
 
 
-def test_run_whose_records_do_not_name_the_usual_option_goes_on_with_it():
-    record = {"class_path": "LowResolution", "init_args": {"channels": 3}}
-    usual, other = ({**record, "init_args": {"channels": 3, "option": name}} for name in ("image", "small_image"))
-    assert conditions_identity([record]) == conditions_identity([usual]) != conditions_identity([other])
+def test_run_may_go_on_with_another_dropout_but_not_with_another_image():
+    record = {"class_path": "LowResolution", "init_args": {"channels": 3, "option": "image", "dropout": 0.1}}
+    dropped, other = ({**record, "init_args": record["init_args"] | change} for change in
+                      ({"dropout": 0.2}, {"option": "small_image"}))  # fmt: skip
+    assert conditions_identity([record]) == conditions_identity([dropped]) != conditions_identity([other])

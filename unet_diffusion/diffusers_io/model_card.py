@@ -284,9 +284,11 @@ def _preparation(parts: DenoiserParts, pipeline: ConditionalPipeline) -> str:
     taken = [name for name in pipeline.arguments if not (name == "image" and pipeline.paints)]
     _, height, width = parts.sample_shape
     maps = pipeline.channels_beside.get("concat")
-    factor = pipeline.config["scale_factor"] if "small_image" in taken else 1
-    sizes = {"height": height // factor, "width": width // factor}
-    usages = [text.format(num_maps=maps, **sizes) for name, text in PREPARATIONS.items() if name in taken]
+    usages = []
+    for name, text in PREPARATIONS.items():
+        factor = pipeline.config["scale_factor"] if name == "small_image" else 1
+        if name in taken:
+            usages.append(text.format(num_maps=maps, height=height // factor, width=width // factor))
     usages += [one.usage for one in (pipeline.tokens, pipeline.maps, pipeline.maps_2) if one is not None]
     imports, _, statements = zip(*(usage.rpartition("\n\n") for usage in usages), strict=True) if usages else ((),) * 3
     lines = [line for line in dict.fromkeys(imports) if line]

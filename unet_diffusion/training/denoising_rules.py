@@ -15,8 +15,6 @@ from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.latents.codec import Codec
 from unet_diffusion.models.unet import PixelNetwork
 
-UNNAMED = (("option", "image"), ("noise", True), ("scale_factor", 1))  # defaults of LowResolution
-
 
 def check_batch(batch: Any, *, needs_index: bool) -> None:
     """Refuse a batch that is not a dict with images or x0.
@@ -192,15 +190,13 @@ def check_noise_levels(conditions: Sequence[Condition], provided: set[str]) -> N
 def conditions_identity(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What may not change of the conditions while a run goes on.
 
-    How often a condition is dropped may change, and whether its weights are trained. The defaults of `LowResolution`
-    count as values that are not named: some records do not name them.
+    How often a condition is dropped may change, and whether its weights are trained.
 
     Args:
         records: The records of the conditions.
     """
     identities = []
     for record in records:
-        kept = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
-        init_args = {name: one for name, one in kept.items() if (name, one) not in UNNAMED}
+        init_args = {name: one for name, one in record["init_args"].items() if name not in ("dropout", "frozen")}
         identities.append({**record, "init_args": init_args})
     return identities
