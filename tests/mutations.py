@@ -194,7 +194,7 @@ MUTATIONS = [
              "training/test_checkpointing.py training/test_resume.py"),
     Mutation("resume: stopped within a step", "training/stopping.py",
              "if not is_within_step(trainer) and not validation_follows(trainer) and not ends_now(trainer):",
-             "if not validation_follows(trainer):", "training/test_resume.py"),
+             "if not validation_follows(trainer) and not ends_now(trainer):", "training/test_resume.py"),
     Mutation("resume: status of an interruption", "runtime/signals.py",
              "super().__init__(128 + signum)", "super().__init__(1)",
              "training/test_resume.py commands/test_two_stages.py"),
