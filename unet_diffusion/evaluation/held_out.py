@@ -52,8 +52,9 @@ class HeldOutConditions:
 
     @property
     def labels(self) -> Tensor | None:
-        """The class of every image of the data, (N,) int64; None if there are no classes."""
-        return classes_of(self.data)
+        """The class of each held-out image, (n,) int64, in their order; None if there are no classes."""
+        labels = classes_of(self.data)
+        return None if labels is None else labels[self.numbers]
 
     @property
     def num_steps(self) -> int:
