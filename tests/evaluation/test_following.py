@@ -497,6 +497,25 @@ def test_samples_in_training_are_drawn_for_held_out_images_too(few_steps, tiny_u
     assert trainer.callback_metrics["eval/fd"] > 0
 
 
+def test_conditions_are_encoded_batch_by_batch(tiny_unet):
+    class Counting(Halving):
+        sizes = ()
+
+        def encode(self, images, generator=None):
+            self.sizes += (len(images),)
+            return super().encode(images)
+
+    codec = Counting()
+    denoiser = denoiser_of(tiny_unet(**PAIR), PairedImage(1), predict=lambda x, inputs: -inputs["concat"], codec=codec)
+    data = data_of("paired_image")
+    data.setup("fit")
+    held_out = HeldOutConditions(denoiser, data, FEW)
+    codec.sizes = ()
+    drawn = held_out.draw(range(NUM_VAL))
+    assert codec.sizes == (8, 8, 4)
+    torch.testing.assert_close(drawn, Halving().decode(avg_pool2d(real_images(held_out), 2)))
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
