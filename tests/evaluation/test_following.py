@@ -488,13 +488,28 @@ def test_evaluation_that_was_cut_off_goes_on_and_other_conditions_are_refused(fe
 
 
 def test_samples_in_training_are_drawn_for_held_out_images_too(few_steps, tiny_unet, quiet_trainer, monkeypatch):
+    made, drawn = [], []
+
+    class Recording(HeldOutConditions):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+        def draw(self, rows, progress=None):
+            drawn.append(super().draw(rows, progress))
+            return drawn[-1]
+
+    monkeypatch.setattr("unet_diffusion.evaluation.samples.HeldOutConditions", Recording)
     monkeypatch.setattr("unet_diffusion.training.evaluating.MOST_SHARE", 1.0)
     schedule = NoiseSchedule(50, "squaredcos_cap_v2")
     module = DiffusionModule(tiny_unet(**PAIR), schedule, conditions=[PairedImage(1)])
     evaluate = EvaluateSamples(2, num_images=12, num_inference_steps=2)
-    trainer = quiet_trainer(max_steps=2, callbacks=[evaluate], limit_val_batches=0)
+    trainer = quiet_trainer(max_steps=4, callbacks=[evaluate], limit_val_batches=0)
     trainer.fit(module, data_of("paired_image"))
     assert trainer.callback_metrics["eval/fd"] > 0
+    assert len(made) == 1  # the data are read and checked once
+    first, second = drawn
+    assert not torch.equal(first, second)  # the averaged network goes on
 
 
 def test_conditions_are_encoded_batch_by_batch(tiny_unet):

@@ -12,7 +12,7 @@ from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Encode
 from unet_diffusion.diffusion.conditions.low_resolution import NOISE_LEVEL, LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, draw_masks
-from unet_diffusion.diffusion.conditions.of_images import Draws, draws_of_images, entries_of_images
+from unet_diffusion.diffusion.conditions.of_images import Draws, bind_conditions, draws_of_images, entries_of_images
 from unet_diffusion.evaluation.selections import BATCH, classes_of, images_of
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.sample_options import SampleOptions, Sampling
@@ -115,11 +115,7 @@ class HeldOutConditions:
                 if condition.provides:
                     raise ValueError(f"{type(condition).__name__} needs images, and the data hold latents; give the "
                                      "images, with --data.source Folder --data.root DIR")  # fmt: skip
-        provided = {entry for condition in self.conditions for entry in condition.provides}
-        for condition in self.conditions:
-            condition.bind_sample_shape(self.denoiser.sample_shape)
-            if condition.provides or condition.batch_key not in provided:
-                condition.bind_data(self.data)
+        bind_conditions(self.conditions, self.denoiser.sample_shape, self.data)
 
     def _read(self, rows: Sequence[int] | Tensor) -> dict[str, Any]:
         return dict(self.data.source.on_device(self._batches[self.numbers_of(rows).tolist()], None))
