@@ -512,6 +512,16 @@ def test_samples_in_training_are_drawn_for_held_out_images_too(few_steps, tiny_u
     assert not torch.equal(first, second)  # the averaged network goes on
 
 
+@pytest.mark.parametrize(("thresholding", "expected"), [(False, 1.7), (True, 1.0)])
+def test_samples_keep_their_range_when_it_is_asked_for(tiny_unet, thresholding, expected):
+    denoiser = denoiser_of(tiny_unet(**PAIR), PairedImage(1), predict=lambda x, inputs: torch.full_like(x, 1.7))
+    data = data_of("paired_image")
+    data.setup("fit")
+    sampling = Sampling("DPMSolverMultistepScheduler", num_inference_steps=3, thresholding=thresholding)
+    drawn = HeldOutConditions(denoiser, data, sampling).draw(range(4))
+    torch.testing.assert_close(drawn, torch.full((4, 1, SIDE, SIDE), expected))
+
+
 def test_conditions_are_encoded_batch_by_batch(tiny_unet):
     class Counting(Halving):
         sizes = ()

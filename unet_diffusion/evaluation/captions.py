@@ -170,7 +170,7 @@ def caption_section(
     features: tuple[Tensor, Tensor] | None = None,
     progress: bool = True,
 ) -> Section | None:
-    """What is to be said of the captions of samples; None if captions have no words that could be found.
+    """The section of an evaluation on the captions of samples; None if captions have no words that could be found.
 
     Args:
         samples: The samples, with the captions that they were drawn by.

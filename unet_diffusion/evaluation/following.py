@@ -49,10 +49,10 @@ class Measure:
     Args:
         key: Name of the figure in JSON.
         title: Its name for people.
-        remark: What it says.
-        counts: What is counted in each image, (B, ...), of what is seen in it and the batch that it is compared with.
-        score: The figure of the sums of these counts.
-        seen: What is seen in images, (B, C, H, W).
+        remark: A sentence that explains the figure.
+        counts: Gives the counts of each image, (B, ...), of what is seen in it and the batch that it is compared with.
+        score: Gives the figure of the sums of these counts.
+        seen: Gives what is seen in images, (B, C, H, W).
         others: Images that need no denoiser, of a batch, by their names.
     """
 
@@ -66,12 +66,12 @@ class Measure:
 
 
 def following_section(samples: Selection, held_out: HeldOutConditions, judge: Judge | None = None) -> Section:
-    """What is to be said of how samples follow the conditions of held-out images.
+    """The section of an evaluation on how samples follow the conditions of held-out images.
 
     Args:
         samples: The samples, by their numbers.
-        held_out: What they were drawn for.
-        judge: What sees maps and objects in images; None: figures that need it are left out.
+        held_out: The conditions that they were drawn for.
+        judge: The segmenter that sees maps and objects in images; None: figures that need it are left out.
     """
     labels = _labels(samples, held_out)
     kinds = torch.arange(len(samples)) % len(held_out) if labels is None else labels
@@ -105,7 +105,7 @@ def measure_of(condition: Condition, judge: Judge | None) -> Measure | Figure | 
 
     Args:
         condition: The condition.
-        judge: What sees maps and objects in images, if there is something.
+        judge: The segmenter that sees maps and objects in images; None: there is none.
 
     Returns:
         The measure; a figure without a value, which says what it lacks; or None: there is none for this kind.
@@ -254,7 +254,8 @@ def _of_others(
 def _warning(figure: Figure, condition: Condition) -> str:
     return (
         f"The samples do not follow the {_name_of(condition)} measurably: {figure.title} is {figure.value:.3g}, and "
-        f"{figure.beside[SHUFFLED]:.3g} with the conditions of other images. Train for longer, or draw more samples."
+        f"{figure.beside[SHUFFLED]:.3g} with the conditions of other images. Train for longer, or draw for more "
+        "held-out images."
     )
 
 
