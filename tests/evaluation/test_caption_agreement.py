@@ -72,6 +72,28 @@ def test_words_are_found_in_images_that_show_them_and_not_in_others(few_steps, t
     assert caption_section(noise, train, held_out, tmp_path).figures[0].value < 0.7
 
 
+def test_shuffled_captions_are_all_other_captions(few_steps):
+    numbers = [i for i in range(60) if i % 3 < 2]  # red and green, with captions that are all of them one of two
+
+    def texts(captions):
+        return torch.stack([torch.tensor(COLOURS["red" if "red" in one else "green"]) + 1 for one in captions])
+
+    images = squares(60, seed=2).select(torch.tensor(numbers))
+    samples = of_images(images.take(range(40)), captions=["a red thing", "a green thing"] * 20)
+    features = texts(samples.captions)
+    section = caption_section(samples, squares(120), samples, None, texts=texts, features=(features, features))
+    words, cosine = section.figures
+    worst = average_precision_score([0] * 20 + [1] * 20, np.arange(40, 0, -1))  # all that lack a word come first
+    assert words.beside["shuffled"] == pytest.approx(worst, abs=0.02)
+    assert (cosine.value, cosine.beside["shuffled"]) == pytest.approx((1, 0))
+
+
+def test_nothing_is_shuffled_where_all_captions_are_the_same(few_steps):
+    samples = of_images(squares(60).take(range(12)), captions=["a red thing"] * 12)
+    section = caption_section(samples, squares(120), squares(40, seed=1), None)
+    assert section.figures[0].beside == {}
+
+
 def test_the_network_is_trained_once_and_read_again(few_steps, tmp_path, monkeypatch):
     train = squares(60)
     first = word_finder(train, ["blue", "red"], tmp_path, progress=False)

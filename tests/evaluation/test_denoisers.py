@@ -131,7 +131,7 @@ def test_samples_of_other_settings_are_replaced_only_when_asked(few_steps, denoi
     evaluated(denoiser, tmp_path, overwrite=True)
 
 
-def test_samples_keep_their_range_when_it_is_asked_for(few_steps, denoiser, tmp_path):
+def test_samples_that_were_drawn_with_another_thresholding_are_refused(few_steps, denoiser, tmp_path):
     asked = Sampling(num_inference_steps=2, batch_size=8, thresholding=True)
     assert evaluated(denoiser, tmp_path, sampling=asked).protocol["thresholding"] is True
     with pytest.raises(FileExistsError, match="thresholding: True there, False here"):

@@ -234,6 +234,35 @@ def test_figures_of_paired_images_are_those_of_another_library(tiny_unet):
     assert figure.beside["shuffled"] == pytest.approx(expected(drawn[places], real[others]), rel=1e-5)
 
 
+def test_more_samples_of_the_same_held_out_images_do_not_narrow_the_interval(tiny_unet):
+    held_out = held_out_of(follows(tiny_unet(**PAIR)), data_of("paired_image"))
+    real = real_images(held_out)
+    drawn = (real + 0.1 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    (few,), (many,) = (
+        following_section(of_images(images), held_out).figures for images in (drawn, drawn.repeat(5, 1, 1, 1))
+    )
+    assert many.value == pytest.approx(few.value)
+    assert many.interval == pytest.approx(few.interval)
+
+
+def test_partners_are_of_another_class_only_where_the_held_out_images_have_several(tiny_unet):
+    def section_of(data):
+        held_out = held_out_of(ignores(tiny_unet(**PAIR)), data)
+        return following_section(of_images(torch.zeros(NUM_VAL, 1, SIDE, SIDE)), held_out)
+
+    data = data_of("paired_image", "labels", classes=True)
+    assert "of another image, of another class;" in section_of(data).about
+    data.val_indices = torch.nonzero(data.entries["labels"] == 0)[:NUM_VAL, 0]  # the rest have two classes
+    section = section_of(data)
+    assert "of another image;" in section.about
+    assert "shuffled" in section.figures[0].beside
+    assert section.warnings
+    data.val_indices = data.val_indices[:1]
+    section = section_of(data)
+    assert "Nothing is shuffled, as all samples are drawn for the same held-out image" in section.about
+    assert (section.figures[0].beside, section.warnings) == ({}, [])
+
+
 def test_denoiser_that_ignores_its_condition_is_warned_of(few_steps, tiny_unet, tmp_path):
     evaluation = evaluated(ignores(tiny_unet(**PAIR)), data_of("paired_image"), tmp_path)
     figure = evaluation.figures["paired_image_psnr"]
@@ -258,6 +287,22 @@ def test_hole_is_compared_inside_and_the_rest_is_pasted(tiny_unet):
             for image, mask in zip(batch["images"], is_hole, strict=True)]  # fmt: skip
     expected = float(np.mean(10 * np.log10(4 / np.array(rest))))
     assert figure.beside["mean of the rest"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_hole_that_is_filled_without_a_look_at_the_rest_is_warned_of(tiny_unet):
+    unet = tiny_unet(in_channels=3, out_channels=1)
+    denoiser = denoiser_of(unet, MaskedImage(2), predict=lambda x, inputs: torch.full_like(x, -0.6))
+    held_out = held_out_of(denoiser, data_of())
+    batch = held_out.batch(range(NUM_VAL))
+    section = following_section(of_images(held_out.draw(range(NUM_VAL)).clamp(-1, 1)), held_out)
+    places, others = others_of_another_kind(torch.arange(NUM_VAL))
+    errors = [
+        (-0.6 - batch["images"][other][batch["mask"][place] == 1]).square().mean()
+        for place, other in zip(places, others, strict=True)
+    ]
+    expected = float(np.mean(10 * np.log10(4 / np.array(errors))))
+    assert section.figures[0].beside["shuffled"] == pytest.approx(expected, rel=1e-5)
+    assert any("do not follow the masked image measurably" in warning for warning in section.warnings)
 
 
 def test_pair_beside_a_mask_is_compared_in_the_hole_alone(tiny_unet):
@@ -293,6 +338,9 @@ def test_small_image_of_pixels_that_is_only_enlarged_is_as_good_as_bicubic_inter
     figure = evaluated(denoiser, data_of(), tmp_path, num_images=NUM_VAL).figures["small_image_psnr"]
     assert figure.value == pytest.approx(figure.beside["bicubic"], abs=0.02)  # samples are of 8 bits
     assert figure.beside["shuffled"] + 3 < figure.value
+    held_out = held_out_of(denoiser, data_of())
+    (figure,) = following_section(of_images(held_out.draw(range(5)).clamp(-1, 1)), held_out).figures
+    assert figure.value == pytest.approx(figure.beside["bicubic"], rel=1e-5)  # of the same five images
 
 
 def test_map_is_compared_with_what_a_segmenter_sees(few_steps, tiny_unet, tmp_path):
@@ -440,13 +488,57 @@ def test_evaluation_that_was_cut_off_goes_on_and_other_conditions_are_refused(fe
 
 
 def test_samples_in_training_are_drawn_for_held_out_images_too(few_steps, tiny_unet, quiet_trainer, monkeypatch):
+    made, drawn = [], []
+
+    class Recording(HeldOutConditions):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+        def draw(self, rows, progress=None):
+            drawn.append(super().draw(rows, progress))
+            return drawn[-1]
+
+    monkeypatch.setattr("unet_diffusion.evaluation.samples.HeldOutConditions", Recording)
     monkeypatch.setattr("unet_diffusion.training.evaluating.MOST_SHARE", 1.0)
     schedule = NoiseSchedule(50, "squaredcos_cap_v2")
     module = DiffusionModule(tiny_unet(**PAIR), schedule, conditions=[PairedImage(1)])
     evaluate = EvaluateSamples(2, num_images=12, num_inference_steps=2)
-    trainer = quiet_trainer(max_steps=2, callbacks=[evaluate], limit_val_batches=0)
+    trainer = quiet_trainer(max_steps=4, callbacks=[evaluate], limit_val_batches=0)
     trainer.fit(module, data_of("paired_image"))
     assert trainer.callback_metrics["eval/fd"] > 0
+    assert len(made) == 1  # the data are read and checked once
+    first, second = drawn
+    assert not torch.equal(first, second)  # the averaged network goes on
+
+
+@pytest.mark.parametrize(("thresholding", "expected"), [(False, 1.7), (True, 1.0)])
+def test_samples_keep_their_range_when_it_is_asked_for(tiny_unet, thresholding, expected):
+    denoiser = denoiser_of(tiny_unet(**PAIR), PairedImage(1), predict=lambda x, inputs: torch.full_like(x, 1.7))
+    data = data_of("paired_image")
+    data.setup("fit")
+    sampling = Sampling("DPMSolverMultistepScheduler", num_inference_steps=3, thresholding=thresholding)
+    drawn = HeldOutConditions(denoiser, data, sampling).draw(range(4))
+    torch.testing.assert_close(drawn, torch.full((4, 1, SIDE, SIDE), expected))
+
+
+def test_conditions_are_encoded_batch_by_batch(tiny_unet):
+    class Counting(Halving):
+        sizes = ()
+
+        def encode(self, images, generator=None):
+            self.sizes += (len(images),)
+            return super().encode(images)
+
+    codec = Counting()
+    denoiser = denoiser_of(tiny_unet(**PAIR), PairedImage(1), predict=lambda x, inputs: -inputs["concat"], codec=codec)
+    data = data_of("paired_image")
+    data.setup("fit")
+    held_out = HeldOutConditions(denoiser, data, FEW)
+    codec.sizes = ()
+    drawn = held_out.draw(range(NUM_VAL))
+    assert codec.sizes == (8, 8, 4)
+    torch.testing.assert_close(drawn, Halving().decode(avg_pool2d(real_images(held_out), 2)))
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

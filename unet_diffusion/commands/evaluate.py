@@ -48,11 +48,11 @@ def evaluate_run(
         unet-diffusion evaluate imported.ckpt --data.source Folder --data.root images --data.image_size 64
 
     RUN is a run folder, a checkpoint, a diffusers folder, or a folder of images that anybody drew. Samples are compared
-    with the images that the run was trained on, and held-out images say what a perfect model would reach. A denoiser by
-    semantic maps, boxes, paired, small or masked images draws for those of the held-out images. The output
-    folder gets evaluation.html, a page that needs nothing else, evaluation.json, and the samples. Several processes of
-    torchrun share the work. After an interruption the same command continues the drawing of samples; segmenters and
-    autoencoders are evaluated again from the start.
+    with the images that the run was trained on, and held-out images say what a perfect model would reach. A denoiser
+    that draws from maps, boxes or images gets those of the held-out images. The output folder gets evaluation.html, a
+    page that needs nothing else, evaluation.json, and the samples. Several processes of torchrun share the work. After
+    an interruption the same command continues the drawing of samples; segmenters and autoencoders are evaluated again
+    from the start.
 
     Args:
         run: The run folder, checkpoint, diffusers folder or folder of images.
@@ -71,8 +71,8 @@ def evaluate_run(
             where guidance is strong. DDPM, DDIM and Heun always do; other schedulers cannot.
         guidance_scale: How much closer samples come to their label or caption; 1 turns guidance off.
         seed: The seed of the noise.
-        segmenter: The run folder or .ckpt file of a segmenter, or owner/name, a model on the hub. It sees in samples
-            whether they follow the semantic maps or boxes that they were drawn for.
+        segmenter: The run folder or .ckpt file of a segmenter, or owner/name, a model on the hub. The segmenter
+            judges whether samples follow the semantic maps or boxes that they were drawn for.
         overwrite: Replace samples that were drawn with other settings.
         allow: The modules of your own, or of somebody you trust, that the files may name.
         autoencoder: The folder of the autoencoder of a denoiser of latents, if it is not where it was in training.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from unet_diffusion.evaluation.following_scores import others_of_another_kind
 from unet_diffusion.evaluation.result import Figure, Section
 from unet_diffusion.evaluation.selections import Selection
 from unet_diffusion.runtime.atomic_files import atomic_write
@@ -32,6 +33,7 @@ LARGEST_SIDE = 64  # in pixels; larger images are averaged down by a whole facto
 NUM_STEPS, BATCH, RATE = 600, 64, 3e-3
 DROPOUT = 0.2
 SEED = 0
+SHUFFLED = "shuffled"  # samples and the captions of others, which differ from their own
 
 Texts = Callable[[list[str]], Tensor]
 """texts(captions) gives their embeddings, (N, d), to compare with those of images."""
@@ -168,7 +170,7 @@ def caption_section(
     features: tuple[Tensor, Tensor] | None = None,
     progress: bool = True,
 ) -> Section | None:
-    """What is to be said of the captions of samples; None if captions have no words that could be found.
+    """The section of an evaluation on the captions of samples; None if captions have no words that could be found.
 
     Args:
         samples: The samples, with the captions that they were drawn by.
@@ -181,31 +183,39 @@ def caption_section(
     """
     section = Section("Do they show what their captions say?", "")
     words = frequent_words(train.captions or [])
-    order = torch.randperm(len(samples), generator=keyed_generator(SEED))
-    others = samples.select(order).captions or []
+    captions = samples.captions or []
+    places, others = others_of_another_kind(_numbers_of(captions))
+    shuffled, of_others = samples.select(places), samples.select(others).captions or []
     if words:
         network = word_finder(train, words, folder, progress=progress)
         ours, real = (_precision(network, images, words) for images in (samples, held_out))
-        chance = _precision(network, samples, words, others)
+        chance = {SHUFFLED: _precision(network, shuffled, words, of_others)} if of_others else {}
         section.about = (
             f"A small network learns, from the training images, which of {len(words)} words their captions have. A "
             "sample's caption is right as far as the network finds its words in the sample."
         )
         section.figures.append(Figure(
-            "words_found", "Words of the captions found", ours, "higher", real=real, beside={"shuffled": chance},
+            "words_found", "Words of the captions found", ours, "higher", real=real, beside=chance,
             remark=f"Mean average precision over words. N = {len(samples)} samples, {len(held_out)} held-out images.",
         ))  # fmt: skip
     if texts is not None and features is not None:
         pairs = zip((samples, held_out), features, strict=True)
         cosines = [F.cosine_similarity(seen, texts(images.captions or [])) for images, seen in pairs]
         ours, real = (float(cosine.mean()) for cosine in cosines)
-        chance = float(F.cosine_similarity(features[0], texts(others)).mean())
+        of_pairs = F.cosine_similarity(features[0][places], texts(of_others)) if of_others else None
+        chance = {} if of_pairs is None else {SHUFFLED: float(of_pairs.mean())}
         margin = 1.96 * float(cosines[0].std()) / len(cosines[0]) ** 0.5
         section.figures.append(Figure(
             "clip_cosine", "Cosine of image and caption (CLIP)", ours, "higher", (ours - margin, ours + margin), real,
-            "The mean over samples; a hundred times this is the CLIP score of papers.", {"shuffled": chance},
+            "The mean over samples; a hundred times this is the CLIP score of papers.", chance,
         ))  # fmt: skip
     return section if section.figures else None
+
+
+def _numbers_of(captions: Sequence[str]) -> Tensor:
+    """The number of each caption among those that differ, (N,) int64."""
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    return torch.tensor([numbers[caption] for caption in captions])
 
 
 @torch.no_grad()

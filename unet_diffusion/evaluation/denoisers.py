@@ -86,7 +86,7 @@ def evaluate_denoiser(
         features: What images are compared by.
         features_weights: The weights of pretrained features; see `features_named`.
         sampling: How samples are drawn; None: as `sample` does by default.
-        segmenter: What sees in samples whether they follow semantic maps and boxes; None: that is left out.
+        segmenter: The segmenter that judges whether samples follow semantic maps and boxes; None: that is left out.
         overwrite: Whether samples that were drawn with other settings are replaced.
         group: The processes that share the drawing.
         table: Which part is used of a folder of images that is a data set.

@@ -64,8 +64,8 @@ def evaluate(
         features_weights: The weights of pretrained features: for inception the file of torch-fidelity, for dinov2 and
             clip a folder of transformers, or a name on the hub.
         sampling: How a denoiser draws; None: as `Denoiser.sample` does by default.
-        segmenter: What sees in the samples of a denoiser whether they follow semantic maps and boxes; None: that is
-            left out.
+        segmenter: The segmenter that judges whether the samples of a denoiser follow semantic maps and boxes; None:
+            that is left out.
         overwrite: Whether samples that were drawn with other settings are replaced.
         group: The processes that share the work; each gets the evaluation.
         table: Which part is used of a folder of images that is a data set.

@@ -4,7 +4,7 @@ Beside it is the same figure where each sample is compared with the condition of
 reaches that ignores its condition, and that of something that needs no denoiser.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,10 +49,10 @@ class Measure:
     Args:
         key: Name of the figure in JSON.
         title: Its name for people.
-        remark: What it says.
-        counts: What is counted in each image, (B, ...), of what is seen in it and the batch that it is compared with.
-        score: The figure of the sums of these counts.
-        seen: What is seen in images, (B, C, H, W).
+        remark: A sentence that explains the figure.
+        counts: Gives the counts of each image, (B, ...), of what is seen in it and the batch that it is compared with.
+        score: Gives the figure of the sums of these counts.
+        seen: Gives what is seen in images, (B, C, H, W).
         others: Images that need no denoiser, of a batch, by their names.
     """
 
@@ -66,25 +66,29 @@ class Measure:
 
 
 def following_section(samples: Selection, held_out: HeldOutConditions, judge: Judge | None = None) -> Section:
-    """What is to be said of how samples follow the conditions of held-out images.
+    """The section of an evaluation on how samples follow the conditions of held-out images.
 
     Args:
         samples: The samples, by their numbers.
-        held_out: What they were drawn for.
-        judge: What sees maps and objects in images; None: figures that need it are left out.
+        held_out: The conditions that they were drawn for.
+        judge: The segmenter that sees maps and objects in images; None: figures that need it are left out.
     """
-    places, others = others_of_another_kind(_kinds(samples, held_out))
+    labels = _labels(samples, held_out)
+    kinds = torch.arange(len(samples)) % len(held_out) if labels is None else labels
+    places, others = others_of_another_kind(kinds)
     section = Section(
         "Does it follow its condition?",
         f"Each of {len(samples)} samples is drawn for what is known of a held-out image, and compared with that. "
-        f"Shuffled: each is compared with what is known of another image{_of_another_class(held_out)}; a model that "
-        "ignores its condition reaches as much.",
+        + _about_shuffled(has_partners=len(places) > 0, has_classes=labels is not None),
     )
     for condition in held_out.conditions:
-        figure = _figure_of(condition, samples, held_out, judge, places, others)
-        if figure is not None:
+        measure = measure_of(condition, judge)
+        if isinstance(measure, Figure):
+            section.figures.append(measure)
+        elif measure is not None:
+            figure, is_followed = _figure_of(measure, samples, held_out, places, others)
             section.figures.append(figure)
-            section.warnings += _warnings(figure, condition)
+            section.warnings += [] if is_followed else [_warning(figure, condition)]
     names = [
         _name_of(one) for one in held_out.conditions if measure_of(one, None) is None and one.batch_key not in KNOWN
     ]
@@ -101,7 +105,7 @@ def measure_of(condition: Condition, judge: Judge | None) -> Measure | Figure | 
 
     Args:
         condition: The condition.
-        judge: What sees maps and objects in images, if there is something.
+        judge: The segmenter that sees maps and objects in images; None: there is none.
 
     Returns:
         The measure; a figure without a value, which says what it lacks; or None: there is none for this kind.
@@ -172,63 +176,87 @@ def _bicubic(batch: Batch, condition: LowResolution) -> Tensor:
     return enlarged(shrink(images, (height, width)), (images.shape[2], images.shape[3]))
 
 
-def _kinds(samples: Selection, held_out: HeldOutConditions) -> Tensor:
-    """The kind of each sample: the class of its held-out image, if several are known, or else that image."""
-    rows = range(len(samples))
-    labels = held_out.labels
-    if labels is not None and len(labels.unique()) > 1:
-        return labels[held_out.numbers_of(rows)]
-    return torch.arange(len(samples)) % len(held_out)
+def _labels(samples: Selection, held_out: HeldOutConditions) -> Tensor | None:
+    """The class of the held-out image of each sample; None if they have no classes, or all the same."""
+    if held_out.labels is None:
+        return None
+    labels = held_out.labels[torch.arange(len(samples)) % len(held_out)]
+    return labels if len(labels.unique()) > 1 else None
 
 
-def _of_another_class(held_out: HeldOutConditions) -> str:
-    return ", of another class" if held_out.labels is not None and len(held_out.labels.unique()) > 1 else ""
+def _about_shuffled(*, has_partners: bool, has_classes: bool) -> str:
+    if not has_partners:
+        return (
+            "Nothing is shuffled, as all samples are drawn for the same held-out image; so nobody is warned of a model "
+            "that ignores its condition."
+        )
+    of_class = ", of another class" if has_classes else ""
+    return (
+        f"Shuffled: each is compared with what is known of another image{of_class}; a model that ignores its condition "
+        "reaches as much."
+    )
 
 
 def _figure_of(
-    condition: Condition,
-    samples: Selection,
-    held_out: HeldOutConditions,
-    judge: Judge | None,
-    places: Tensor,
-    others: Tensor,
-) -> Figure | None:
-    """The figure of a condition, with the same of other things; None if there is none for its kind."""
-    measure = measure_of(condition, judge)
-    if not isinstance(measure, Measure):
-        return measure
+    measure: Measure, samples: Selection, held_out: HeldOutConditions, places: Tensor, others: Tensor
+) -> tuple[Figure, bool]:
+    """The figure of a condition, with the same of other things; and whether it is above the shuffled one for sure."""
     own, shuffled = [], []
     partners = torch.arange(len(samples)).index_put((places,), others)
     for rows in torch.arange(len(samples)).split(AT_ONCE):
-        seen = measure.seen(samples.take(rows))
-        own.append(measure.counts(seen, held_out.batch(rows)))
-        shuffled.append(measure.counts(seen, held_out.batch(partners[rows])))
-    counts, of_partners = np.concatenate(own), np.concatenate(shuffled)[places.numpy()]
-    beside = {SHUFFLED: float(measure.score(of_partners.sum(axis=0)))} if len(places) else {}
-    beside |= {name: _of_others(measure, images, held_out) for name, images in measure.others.items()}
+        seen, batch = measure.seen(samples.take(rows)), held_out.batch(rows)
+        own.append(measure.counts(seen, batch))
+        shuffled.append(measure.counts(seen, _with_mask_of(batch, held_out.batch(partners[rows]))))
+    counts = np.concatenate(own)
+    bounds = interval(measure.score, _by_image(counts, held_out))
+    beside, is_followed = dict[str, float](), True
+    if len(places):
+        pairs = np.zeros((len(counts), 2, *counts.shape[1:]))  # of a sample and its partner
+        pairs[places] = np.stack([counts, np.concatenate(shuffled)], axis=1)[places]
+        beside[SHUFFLED] = float(measure.score(pairs[:, 1].sum(axis=0)))
+        is_followed = _is_above(measure.score, _by_image(pairs, held_out))
+    num_drawn_for = min(len(samples), len(held_out))
+    beside |= {name: _of_others(measure, images, held_out, num_drawn_for) for name, images in measure.others.items()}
     real = beside.pop(REAL_IMAGES, None)
     value = float(measure.score(counts.sum(axis=0)))
-    bounds = interval(measure.score, counts)
-    return Figure(measure.key, measure.title, value, "higher", bounds, real, measure.remark, beside)
+    return Figure(measure.key, measure.title, value, "higher", bounds, real, measure.remark, beside), is_followed
 
 
-def _of_others(measure: Measure, images: Callable[[Batch], Tensor], held_out: HeldOutConditions) -> float:
-    """The figure of images that need no denoiser, for all held-out images."""
+def _by_image(counts: Values, held_out: HeldOutConditions) -> Values:
+    """The counts of the samples of each held-out image together: they are alike, and no independent draws."""
+    sums = np.zeros((min(len(counts), len(held_out)), *counts.shape[1:]))
+    np.add.at(sums, np.arange(len(counts)) % len(held_out), counts)
+    return sums
+
+
+def _is_above(score: Callable[[Values], Values], pairs: Values) -> bool:
+    """Whether the score of the first of pairs of counts, (n, 2, ...), is above that of the second, beyond chance."""
+    bounds = interval(lambda sums: score(sums[:, 0]) - score(sums[:, 1]), pairs)
+    return bounds is None or bounds[0] > 0  # None: there is no score
+
+
+def _with_mask_of(batch: Batch, of_partners: Batch) -> Batch:
+    """The batch of the partners with the samples' own masks: beside its mask, a sample is pasted from a real image."""
+    return of_partners | {"mask": batch["mask"]} if MaskedImage.batch_key in batch else of_partners
+
+
+def _of_others(
+    measure: Measure, images: Callable[[Batch], Tensor], held_out: HeldOutConditions, num_drawn_for: int
+) -> float:
+    """The figure of images that need no denoiser, for the held-out images that samples were drawn for."""
     sums = []
-    for rows in torch.arange(len(held_out)).split(AT_ONCE):
+    for rows in torch.arange(num_drawn_for).split(AT_ONCE):
         batch = held_out.batch(rows)
         sums.append(measure.counts(measure.seen(images(batch)), batch).sum(axis=0))
     return float(measure.score(np.sum(sums, axis=0)))
 
 
-def _warnings(figure: Figure, condition: Condition) -> Iterator[str]:
-    """What is wrong if a figure is no better than with the conditions of other images."""
-    shuffled = figure.beside.get(SHUFFLED)
-    if shuffled is not None and (figure.interval or (figure.value,))[0] <= shuffled:
-        yield (
-            f"The samples do not follow the {_name_of(condition)} measurably: {figure.title} is {figure.value:.3g}, "
-            f"and {shuffled:.3g} with the conditions of other images. Train for longer, or draw more samples."
-        )
+def _warning(figure: Figure, condition: Condition) -> str:
+    return (
+        f"The samples do not follow the {_name_of(condition)} measurably: {figure.title} is {figure.value:.3g}, and "
+        f"{figure.beside[SHUFFLED]:.3g} with the conditions of other images. Train for longer, or draw for more "
+        "held-out images."
+    )
 
 
 def _name_of(condition: Condition) -> str:

@@ -1,4 +1,4 @@
-"""What says whether images follow their conditions, image by image, and images that need no denoiser to compare with.
+"""Scores of whether images follow their conditions, image by image, and images to compare with, without a denoiser.
 
 Every figure here falls if the condition is ignored: that is what the comparison with the conditions of other images
 shows, see `others_of_another_kind`.

@@ -12,9 +12,8 @@ from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.diffusion.conditions.condition import CONDITION_KEY, Encode
 from unet_diffusion.diffusion.conditions.low_resolution import NOISE_LEVEL, LowResolution
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage, draw_masks
-from unet_diffusion.diffusion.conditions.of_images import Draws, draws_of_images, entries_of_images
-from unet_diffusion.diffusion.sampling import num_network_steps
-from unet_diffusion.evaluation.selections import BATCH, classes_of
+from unet_diffusion.diffusion.conditions.of_images import Draws, bind_conditions, draws_of_images, entries_of_images
+from unet_diffusion.evaluation.selections import BATCH, classes_of, images_of
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.sample_options import SampleOptions, Sampling
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -33,6 +32,7 @@ class HeldOutConditions:
 
     Attributes:
         numbers: The numbers of the held-out images in the data, (n,) int64, in the order in which they are drawn for.
+        num_steps: The number of calls of the network per batch.
 
     Raises:
         ValueError: If the data lack what a condition reads, or the samples cannot be drawn like this.
@@ -45,21 +45,16 @@ class HeldOutConditions:
         order = torch.randperm(len(data.val_indices), generator=keyed_generator(sampling.seed))
         self.numbers = data.val_indices[order]
         self._batches = data.source.batches(data.image_set)
-        self._drawing([0])  # refuses options that do not fit
+        self.num_steps: int = self._drawing([0]).num_steps  # refuses options that do not fit
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     @property
     def labels(self) -> Tensor | None:
-        """The class of every image of the data, (N,) int64; None if there are no classes."""
-        return classes_of(self.data)
-
-    @property
-    def num_steps(self) -> int:
-        """The number of calls of the network per batch."""
-        sampling = self.sampling
-        return num_network_steps(self.denoiser.schedule, sampling.scheduler, sampling.num_inference_steps, None)
+        """The class of each held-out image, (n,) int64, in their order; None if there are no classes."""
+        labels = classes_of(self.data)
+        return None if labels is None else labels[self.numbers]
 
     @property
     def contents(self) -> str:
@@ -93,17 +88,20 @@ class HeldOutConditions:
             conditions encode images, the images themselves.
         """
         batch = self._read(rows)
-        if self.data.codec is not None:
-            batch["images"] = self.data.codec.decode(batch["x0"]).clamp(-1, 1)
+        batch["images"] = images_of(self.data, batch)
         return self._with_entries(batch, lambda images: images)
 
     def draw(self, rows: Sequence[int], progress: Callable[[int], object] | None = None) -> Tensor:
         """Samples, (B, C, H, W) float32 on the CPU, in about [-1, 1]; what a mask leaves of an image is pasted.
 
         Args:
-            rows: The numbers of B samples.
+            rows: The numbers of B samples; those beyond the batch size of sampling are read when their batch is drawn.
             progress: Called with the number of images that took a step.
         """
+        parts = torch.as_tensor(rows).split(self.sampling.batch_size)
+        return torch.cat([self._batch_drawn(part.tolist(), progress) for part in parts])
+
+    def _batch_drawn(self, rows: Sequence[int], progress: Callable[[int], object] | None) -> Tensor:
         images = self._drawing(rows).draw(range(len(rows)), progress)
         if self.denoiser.condition(MaskedImage) is None:
             return images
@@ -117,11 +115,7 @@ class HeldOutConditions:
                 if condition.provides:
                     raise ValueError(f"{type(condition).__name__} needs images, and the data hold latents; give the "
                                      "images, with --data.source Folder --data.root DIR")  # fmt: skip
-        provided = {entry for condition in self.conditions for entry in condition.provides}
-        for condition in self.conditions:
-            condition.bind_sample_shape(self.denoiser.sample_shape)
-            if condition.provides or condition.batch_key not in provided:
-                condition.bind_data(self.data)
+        bind_conditions(self.conditions, self.denoiser.sample_shape, self.data)
 
     def _read(self, rows: Sequence[int] | Tensor) -> dict[str, Any]:
         return dict(self.data.source.on_device(self._batches[self.numbers_of(rows).tolist()], None))

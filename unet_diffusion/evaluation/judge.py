@@ -63,7 +63,7 @@ class Judge:
         """Of each class of each image, pixels that are right, of the map, and of the segmentation, (B, K, 3).
 
         Args:
-            seen: What is seen in B images.
+            seen: The segmentations of B images.
             condition: The condition of the maps.
             entry: Its entry, (B, 1 or 2, H, W).
         """
@@ -80,7 +80,7 @@ class Judge:
         """The boxes of each image that are hit, and all its boxes, (B, 2).
 
         Args:
-            seen: What is seen in B images.
+            seen: The segmentations of B images.
             condition: The condition of the boxes.
             entry: Its entry, (B, M, 5).
         """

@@ -64,7 +64,7 @@ def samples_to_draw(denoiser: Denoiser, data: ImageDataModule, num_images: int, 
     held-out images.
 
     Args:
-        denoiser: What draws them.
+        denoiser: The denoiser that draws them.
         data: The data, loaded.
         num_images: The number of images.
         sampling: How they are drawn.
@@ -126,8 +126,8 @@ def draw_samples(
     """Draw images as files; those that are there, drawn with the same settings, are kept.
 
     Args:
-        denoiser: What draws them.
-        to_draw: What it draws.
+        denoiser: The denoiser that draws them.
+        to_draw: The samples to draw.
         folder: Where the images go, as `NumberedImages`.
         num_images: The number of images.
         sampling: How they are drawn.

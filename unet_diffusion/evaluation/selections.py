@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,10 +110,7 @@ def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
     batches, labels, captions = data.source.batches(data.image_set), classes_of(data), data.entries.get("captions")
 
     def read(numbers: list[int]) -> Tensor:
-        batch = data.source.on_device(batches[numbers], None)
-        if data.codec is None:
-            return batch["images"]
-        return data.codec.decode(batch["x0"]).clamp(-1, 1)
+        return images_of(data, data.source.on_device(batches[numbers], None))
 
     whole = Selection(
         read,
@@ -122,6 +120,11 @@ def of_data(data: ImageDataModule) -> tuple[Selection, Selection]:
         data.values,
     )
     return whole.select(data.train_indices), whole.select(data.val_indices)
+
+
+def images_of(data: ImageDataModule, batch: dict[str, Any]) -> Tensor:
+    """The images of a batch of the data, (B, C, H, W) in [-1, 1]; of latents those that their autoencoder makes."""
+    return batch["images"] if data.codec is None else data.codec.decode(batch["x0"]).clamp(-1, 1)
 
 
 def some_of(images: Selection, most: int) -> Selection:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # they import torch-fidelity and diffusers, which take second
     from torch import Tensor
 
     from unet_diffusion.evaluation.features import Features
+    from unet_diffusion.evaluation.samples import SamplesToDraw
     from unet_diffusion.training.module import DiffusionModule
 
 EVALUATED = ("eval/fd", "eval/kid")  # what is logged
@@ -60,6 +61,7 @@ class EvaluateSamples(Callback):
         self.seed = seed
         self.thresholding = thresholding
         self.evaluated_at = -1  # step
+        self._to_draw: SamplesToDraw | None = None  # with the averaged network, which training changes in place
         self._features: Features | None = None
         self._reference: Tensor | None = None  # features of training images
         self._begun = self._spent = 0.0  # seconds
@@ -85,7 +87,7 @@ class EvaluateSamples(Callback):
                              "set it to 0")  # fmt: skip
         if self.num_images < LEAST_IMAGES:
             raise ValueError(f"evaluate.num_images must be at least {LEAST_IMAGES}, got {self.num_images}")
-        samples_to_draw(pl_module.trained, data_of(trainer), self.num_images, self._sampling())
+        self._to_draw = samples_to_draw(pl_module.trained, data_of(trainer), self.num_images, self._sampling())
         pl_module.codec.release()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,14 +126,13 @@ class EvaluateSamples(Callback):
     def _evaluated(self, trainer: Trainer, module: "DiffusionModule") -> dict[str, float]:
         """The figures by name, the same on all processes; a network that is shared out draws on all of them at once."""
         from unet_diffusion.evaluation.distances import frechet_distance, kernel_distance
-        from unet_diffusion.evaluation.samples import samples_to_draw
         from unet_diffusion.evaluation.selections import of_images
 
         values: dict[str, float] = {}
         if trainer.is_global_zero or module.is_sharded:
             with trainer.precision_plugin.forward_context():
-                to_draw = samples_to_draw(module.trained, data_of(trainer), self.num_images, self._sampling())
-                samples = to_draw.draw(range(self.num_images), None).clamp(-1, 1)
+                assert self._to_draw is not None  # since on_fit_start
+                samples = self._to_draw.draw(range(self.num_images), None).clamp(-1, 1)
             module.codec.release()
             if trainer.is_global_zero:
                 features, reference = self._compared_with(trainer)

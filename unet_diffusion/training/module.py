@@ -24,7 +24,7 @@ from unet_diffusion.diffusion.conditions.condition import (
     Request,
     network_inputs,
 )
-from unet_diffusion.diffusion.conditions.of_images import Draws, draws_of_images, entries_of_images
+from unet_diffusion.diffusion.conditions.of_images import Draws, bind_conditions, draws_of_images, entries_of_images
 from unet_diffusion.diffusion.losses import (
     ERRORS,
     NUM_QUARTERS,
@@ -219,10 +219,7 @@ class DiffusionModule(NetworkModule):
         refuse_unused(datamodule, taken)
         if "labels" not in taken:
             self.class_names = None  # the network's classes, if any, are levels of noise
-        for condition in self.all_conditions:  # the trained ones
-            condition.bind_sample_shape(self.sample_shape)
-            if condition.provides or condition.batch_key not in provided:
-                condition.bind_data(datamodule)
+        bind_conditions(self.all_conditions, self.sample_shape, datamodule)  # the trained ones
         check_noise_levels(self.all_conditions, provided)
         for average, trained in zip(self.ema_conditions, self.conditions, strict=True):
             cast(Condition, average).copy_learned(cast(Condition, trained))

@@ -1,4 +1,4 @@
-"""The entries of a batch of images of the data, as conditions read them in training, in validation and to draw."""
+"""Conditions and the data: they learn of them, and read their batches in training, in validation and to draw."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +11,24 @@ from unet_diffusion.runtime.randomness import keyed_generator
 
 Draws = list[tuple[Condition, dict[str, Tensor]]]
 """Each condition that provides entries, with the random numbers behind them, (B, ...) each."""
+
+
+def bind_conditions(conditions: Sequence[Condition], sample_shape: tuple[int, int, int], datamodule: Any) -> None:
+    """Have conditions learn of the data; those whose entry another one provides learn nothing.
+
+    Args:
+        conditions: The conditions.
+        sample_shape: (C, h, w) of x0.
+        datamodule: The data, set up.
+
+    Raises:
+        ValueError: If the data do not fit a condition.
+    """
+    provided = {entry for condition in conditions for entry in condition.provides}
+    for condition in conditions:
+        condition.bind_sample_shape(sample_shape)
+        if condition.provides or condition.batch_key not in provided:
+            condition.bind_data(datamodule)
 
 
 def draws_of_images(conditions: Sequence[Condition], images: Tensor, index: Sequence[int], seed: int) -> Draws:
