@@ -373,8 +373,8 @@ def test_processes_put_synthetic_windows_at_places_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 1}, r"0.5 of 1 is less than one; raise data.batch_size to 2$"),
-        ({"batch_size": 3, "share": 0.3}, r"0.3 of 3 is less .*batch_size to 4, or data.synthetic.share to 0.334$"),
+        ({"batch_size": 1}, r"0.5 of 1 is less than one; raise data.batch_size to 2, with as many windows in an epoch"),
+        ({"batch_size": 3, "share": 0.3}, r"0.3 of 3 is less .*batch_size to 4, .*, or data.synthetic.share to 0.334$"),
         ({"batch_size": 100, "share": 0.3}, r"0.3 of 2 is less than one"),  # of the windows that there are
     ],
 )

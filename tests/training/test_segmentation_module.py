@@ -361,7 +361,7 @@ def test_share_of_the_rate_is_kept_over_a_checkpoint(quiet_trainer, denoiser, tm
     quiet_trainer(max_steps=2, limit_val_batches=0).fit(again, cells(), ckpt_path=path)
     head, pretrained = (group["lr"] for group in again.trainer.optimizers[0].param_groups)
     assert pretrained == 0.25 * head > 0
-    with pytest.raises(ValueError, match="weights have 2 learning rates, and the settings ask for 1; set model"):
+    with pytest.raises(ValueError, match="optimiser has 2 groups of weights, and that of the settings 1; set model"):
         quiet_trainer(max_steps=2, limit_val_batches=0).fit(made(1.0), cells(), ckpt_path=path)
 
 

@@ -22,6 +22,7 @@ from unet_diffusion.checks.labels import (
     pixel_findings,
 )
 from unet_diffusion.data.base import ImageDataModule
+from unet_diffusion.data.folder import Folder
 from unet_diffusion.data.known import contents_of_pixels
 from unet_diffusion.data.segmentation import SegmentationDataModule
 from unet_diffusion.data.shards import ShardedImages
@@ -56,8 +57,8 @@ def _of_images(data: ImageDataModule, texts: Sequence[TextTokens], quick: bool) 
     if (some := _some_images(data, quick)) is not None:
         facts += value_facts(some[0])
         findings += image_findings(*some)
-    if sizes := getattr(data.source, "sizes", []):
-        findings += crop_findings(sizes, data.image_shape[1:])
+    if isinstance(data.source, Folder) and data.source.crops is not None:
+        findings += crop_findings([crop.size for crop in data.source.crops], data.image_shape[1:])
     sections = [Section("Data", facts, [*findings, *_duplicates(data, quick)])]
     labels, class_names, captions = data.entries.get("labels"), data.class_names, data.entries.get("captions")
     if isinstance(labels, Tensor) and class_names is not None:

@@ -142,6 +142,7 @@ class SegmentationModule(NetworkModule):
         self.joint = joint
         self.batches_at_once = 1 if joint is None else 2  # the second is denoised
         self._validation_sums: Tensor | None = None
+        self._has_told_to_wait = False
 
     @property
     def input_shape(self) -> tuple[int, int, int] | None:
@@ -315,7 +316,8 @@ class SegmentationModule(NetworkModule):
             largest = max(data.classes(index).numel() for index in images)
             images = evenly_spaced(images, max(MOST_DIVIDED // largest, 1))
         seconds = SECONDS_PER_PIXEL * len(THRESHOLDS) * sum(data.classes(index).numel() for index in images)
-        if seconds > LONG and self._validation_sums is None:  # once
+        if seconds > LONG and not self._has_told_to_wait:
+            self._has_told_to_wait = True
             fewer = "; a smaller data.num_fit takes less" if len(data.fit_indices) > 1 else ""
             rank_zero_info(f"fitting the threshold: the mutex watershed divides {len(images)} images at "
                            f"{len(THRESHOLDS)} thresholds, which takes about {seconds:.0f} seconds before each "
