@@ -4,12 +4,12 @@ import ast
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions, packages_distributions, requires
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from wheels import REPOSITORY, build_wheel
+from wheels import REPOSITORY, Elsewhere, build_wheel
 
 IMPORTS_OF_EXTRAS = {
     "segmentation_models_pytorch": ["encoders"],
@@ -78,6 +78,38 @@ def test_every_package_that_is_imported_is_declared():
         installed = {canonicalize_name(distribution) for distribution in distributions[name]}
         declared = {canonicalize_name(line.name) for line in requirements(*IMPORTS_OF_EXTRAS.get(name, ()))}
         assert installed & declared, f"{files} import {name} of {installed}: declare it in pyproject.toml"
+
+
+def installed_without_extras() -> set[str]:
+    """The distributions that pip installs for this package alone."""
+    names: set[str] = set()
+    waiting = requirements()
+    while waiting:
+        line = waiting.pop()
+        name = canonicalize_name(line.name)
+        needed = [Requirement(text) for text in requires(name) or []]
+        wanted = [{"extra": extra} for extra in ("", *line.extras)]
+        new = [need for need in needed if not need.marker or any(map(need.marker.evaluate, wanted))]
+        waiting += [need for need in new if name not in names or line.extras]
+        names.add(name)
+    return names
+
+
+@pytest.mark.slow
+def test_main_job_needs_no_extra(tmp_path):
+    kept = installed_without_extras() | {"pip"}
+    assert "diffusers" in kept
+    assert "transformers" not in kept
+    files: dict[bool, set[str]] = {True: set(), False: set()}
+    for distribution in distributions():
+        names = {file.parts[0] for file in distribution.files or []}
+        files[canonicalize_name(distribution.name) in kept] |= names
+    assert {"transformers", "peft", "wandb", "rich"} <= files[False] - files[True]
+    elsewhere = Elsewhere(tmp_path, without=files[False] - files[True])
+    elsewhere.run("-m", "pip", "install", "--quiet", "unet-diffusion")
+    options = "--trainer.max_steps=2 --trainer.val_check_interval=2 --model.speed=plain --trainer.accelerator=cpu"
+    elsewhere.run("-m", "unet_diffusion", "fit", "--config", "digits", *options.split())
+    assert (elsewhere.folder / "runs/digits/pipeline/model_index.json").is_file()
 
 
 def test_every_requirement_has_a_lower_bound():

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import tarfile
 import venv
+from collections.abc import Collection
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -39,9 +40,14 @@ def build_wheel(root: Path) -> Path:
 
 
 class Elsewhere:
-    """A new environment with links to all packages of this one but ours, which pip finds as a wheel there."""
+    """A new environment with links to the packages of this one, and with ours as a wheel that pip finds.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: An empty folder.
+        without: Names in the folder of packages that get no link.
+    """
+
+    def __init__(self, root: Path, without: Collection[str] = ()) -> None:
         wheel = build_wheel(root)
         venv.create(root / "environment", with_pip=False, symlinks=True)
         self.folder = root / "empty"
@@ -49,7 +55,7 @@ class Elsewhere:
         self.python = root / "environment" / "bin" / "python"
         (packages,) = (root / "environment" / "lib").glob("python*/site-packages")
         for package in Path(sysconfig.get_path("purelib")).iterdir():
-            if not OURS.match(package.name):
+            if not OURS.match(package.name) and package.name not in without:
                 (packages / package.name).symlink_to(package)
         self._variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._variables |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent)}

@@ -19,7 +19,6 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     LDMPipeline,
-    LDMSuperResolutionPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
@@ -27,6 +26,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+)
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution import (
+    LDMSuperResolutionPipeline,  # `from diffusers import` finds it only where transformers is installed
 )
 from torch import Tensor
 

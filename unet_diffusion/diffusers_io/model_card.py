@@ -84,8 +84,9 @@ pipeline = LDMSuperResolutionPipeline.from_pretrained("path/to/this/folder")
 image = load_image("image.png")  # the image to enlarge; its sides are rounded down to multiples of 32 pixels
 images = pipeline(image, num_inference_steps=50).images
 ```
-To sample in fewer steps, choose a number of steps that divides {steps}. `DPMSolverMultistepScheduler` works, too. Euler
-schedulers do not, because the pipeline would scale the small image for them, too.
+diffusers offers this pipeline only where transformers is installed. To sample in fewer steps, choose a number of steps
+that divides {steps}. `DPMSolverMultistepScheduler` works, too. Euler schedulers do not, because the pipeline would
+scale the small image for them, too.
 """
 TEXT_USAGE = """```python
 from diffusers import StableDiffusionPipeline
