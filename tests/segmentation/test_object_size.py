@@ -110,13 +110,16 @@ def test_known_diameter_takes_one_look():
 def test_image_without_objects_keeps_its_size():
     segmenter = finder(10)
     assert not segmenter.segment(-torch.ones(1, 64, 64)).instances.any()
-    assert set(segmenter.unet.seen) == {(64, 64)}
+    assert segmenter.unet.seen == [(64, 64)] * 2  # no second look, which would see the same
 
 
 def test_progress_rises_to_1_over_all_looks():
     shares: list[float] = []
     finder(10).segment(as_image(discs(10)), progress=shares.append)
     assert shares == pytest.approx([1 / 3, 2 / 3, 1])
+    shares.clear()
+    finder(20).segment(as_image(discs(10)), progress=shares.append)  # of the right size at once
+    assert shares == pytest.approx([1 / 3, 1])
 
 
 def test_diameter_without_meaning_is_refused():

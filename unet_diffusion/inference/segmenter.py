@@ -250,6 +250,8 @@ class Segmenter(Running):
                 instances_from(maps.numpy(), self.kind, threshold=threshold or self.threshold, min_size=LEAST_SEEN)
             )
             diameter = diameter if seen is None else seen / factor
+            if scale_to(self.object_diameter, diameter) == factor:
+                break  # the next look would be the same
         scaled = scaled_image(image, scaled_size(size, scale_to(self.object_diameter, diameter)))
         return scaled_image(self._maps_of(scaled, views=views, progress=_part(progress, looks, looks + 1)), size)
 
