@@ -11,7 +11,7 @@ first tenth of it, of low noise only. Then the same network segments, with label
     finetuned  the same from the weights of the first denoiser
     low_noise  the same from those of the denoiser of low noise
     slow       as low_noise, and these weights learn at a tenth of the rate
-    features   configs/nuclei_features.yaml: a pixel classifier on the first denoiser, which is frozen
+    features   configs/nuclei_features.yaml: a pixel classifier on all maps of the first denoiser, which is frozen
     joint      configs/nuclei_joint.yaml, which denoises all 320 while it learns from the N labels
 
 Each has the same number of steps, is trained by `unet-diffusion fit` in a process of its own, which fits its threshold
@@ -154,7 +154,10 @@ def measured(options: argparse.Namespace, method: str, num_labelled: int, seed: 
     recipe, changes, denoiser = METHODS[method]
     changes = [*changes, *([] if denoiser is None else [f"--model.init_from={denoiser_of(options, denoiser)}"])]
     if method == "features":
-        changes.append(f"--model.unet.init_args.denoiser={network_that_denoises(options.channels)}")
+        changes += [
+            f"--model.unet.init_args.denoiser={network_that_denoises(options.channels)}",
+            f"--model.unet.init_args.levels={list(range(len(options.channels) - 1))}",
+        ]
     else:
         changes.append(f"--model.unet.init_args.channels={list(options.channels)}")
     arguments = [

@@ -100,12 +100,10 @@ class FeatureClassifier(PixelNetwork):
             ValueError: If the denoiser does not take the size.
         """
         projections = iter(self.projections)
-        # Maps are added one at a time: all of them together, enlarged, would take most of the memory.
-        hidden = sum(
-            F.interpolate(next(projections)(features), size=x.shape[-2:], mode="bilinear")
-            for timestep in self.timesteps
-            for features in self.maps(x, timestep)
-        )
+        # Maps of one size are added before they are enlarged: enlarged, each takes most of the memory and of the time.
+        projected = [[next(projections)(one) for one in self.maps(x, timestep)] for timestep in self.timesteps]
+        of_levels = [sum(same_size) for same_size in zip(*projected, strict=True)]
+        hidden = sum(F.interpolate(one, size=x.shape[-2:], mode="bilinear") for one in of_levels)
         return self.classifier(hidden)
 
     @torch.no_grad()
