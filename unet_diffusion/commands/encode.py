@@ -54,7 +54,7 @@ def encode(
     The same command again continues where it was cut off. Several processes of torchrun share the work.
 
     Args:
-        autoencoder: The run folder or diffusers folder of the autoencoder.
+        autoencoder: The run folder, diffusers folder or file of weights of the autoencoder.
         images: The folder of images, archive.zip, or archive.zip/folder; or a data set, as in pack.
         output: The folder for the latents.
         image_size: The height and width of the images in pixels. The default is the autoencoder's size.

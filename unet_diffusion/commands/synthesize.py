@@ -41,7 +41,7 @@ def synthesize_pairs(
 ) -> None:
     """Make labelled training data: masks from real ones, and an image drawn for each.
 
-        unet-diffusion synthesize runs/nuclei_from_masks --labels label --num_labels 320 --image_size 160 --output new
+        unet-diffusion synthesize RUN --labels label --num_labels 320 --image_size 160 160 --output new
 
     A mask is a window of a real label image, turned by quarters, mirrored and a little enlarged or reduced, with
     objects of other images at free places. A pair is kept where the segmenter finds the mask in the image. The pairs
