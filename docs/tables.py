@@ -367,11 +367,14 @@ def conditions() -> Rows:
         "enlarging": "image of a fourth of the width",
         "inpainting": "image with a hole",
     }
-    rows: Rows = [("condition", "figure", "drawn", "drawn, shuffled", "beside it", "seconds of training")]
+    rows: Rows = [("condition", "figure", "drawn", "shuffled", "beside it", "seconds of training")]
     for run in result("conditions")["results"]:
-        beside = [f"{who} {run[who]:.2f}" for who in ("real", "bicubic", "mean") if who in run]
-        cells = (f"{run[who]:.2f}" for who in ("drawn", "shuffled"))
-        rows.append((names[run["condition"]], run["figure"], *cells, *(beside or [""]), f"{run['seconds']:,.0f}"))
+        drawn = f"{run['value']:.2f}"
+        if run["interval"]:
+            drawn += " ({:.2f} to {:.2f})".format(*run["interval"])
+        beside = ", ".join(f"{name} {value:.2f}" for name, value in run["beside"].items())
+        cells = (drawn, f"{run['shuffled']:.2f}", beside, f"{run['seconds']:,.0f}")
+        rows.append((names[run["condition"]], run["figure"], *cells))
     return rows
 
 

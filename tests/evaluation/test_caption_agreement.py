@@ -65,6 +65,7 @@ def test_words_are_found_in_images_that_show_them_and_not_in_others(few_steps, t
     assert figure.value > 0.95
     assert figure.real > 0.95
     assert figure.beside["shuffled"] < 0.6
+    assert [picture.key for picture in good.pictures] == ["captions"]
     rolled = squares(60, seed=2)
     wrong = of_images(rolled.take(range(60)).roll(1, dims=0), captions=rolled.captions)  # each the colour of the next
     assert caption_section(wrong, train, held_out, tmp_path).figures[0].value < 0.6

@@ -225,7 +225,11 @@ def test_folder_of_images_of_anybody_is_evaluated_and_its_classes_are_folders(fe
     for number, name in enumerate(["slow", "fast"]):
         save_images(train.take(torch.nonzero(train.labels == number)[:12, 0]), tmp_path / "images" / name)
     evaluation = evaluated(tmp_path / "images", tmp_path / "out", data)
-    assert evaluation.figures["class_agreement"].value > 0.5
+    agreement = evaluation.figures["class_agreement"]
+    assert agreement.value > 0.5
+    margin = 1.96 * (agreement.value * (1 - agreement.value) / 24) ** 0.5  # of a share
+    assert agreement.interval[1] - agreement.interval[0] == pytest.approx(2 * margin, rel=0.3)
+    assert "classes" in [picture.key for picture in evaluation.sections[1].pictures]
     assert "scheduler" not in evaluation.protocol
     assert not (tmp_path / "out" / "samples").exists()
 

@@ -25,7 +25,7 @@ from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.evaluation import own_features as own
 from unet_diffusion.evaluation.denoisers import evaluate_denoiser
-from unet_diffusion.evaluation.following import following_section, side_by_side
+from unet_diffusion.evaluation.following import following_section
 from unet_diffusion.evaluation.following_scores import boxes_hit, filled_with_mean, others_of_another_kind
 from unet_diffusion.evaluation.held_out import HeldOutConditions
 from unet_diffusion.evaluation.image_quality import psnr
@@ -401,6 +401,17 @@ def test_boxes_are_hit_by_objects_that_lie_in_them(tiny_unet, kind):
     assert ("as what the box names" in figure.remark) == (kind == "classes")
 
 
+def test_segmenter_that_sees_nothing_is_warned_of_and_not_the_samples(tiny_unet):
+    denoiser = box_denoiser(tiny_unet(context_dim=WIDTH, num_heads=2, attention_levels=[0]))
+    held_out = held_out_of(denoiser, data_of("boxes"))
+    judge = Judge(segmenter(), denoiser)
+    judge.segmenter.maps = lambda image, **options: torch.stack([torch.ones_like(image[0]), image[0] * 0])
+    section = following_section(of_images(real_images(held_out)), held_out, judge)
+    assert section.figures[0].value == section.figures[0].real == 0
+    (warning,) = section.warnings
+    assert "says nothing of the samples, as it is 0 for real images: the segmenter does not see the boxes" in warning
+
+
 def test_objects_of_another_name_do_not_hit_a_box(tiny_unet):
     denoiser = box_denoiser(tiny_unet(context_dim=WIDTH, num_heads=2, attention_levels=[0]))
     held_out = held_out_of(denoiser, data_of("boxes"))
@@ -611,13 +622,3 @@ def test_segmenter_of_other_classes_or_without_use_is_refused(tiny_unet, tmp_pat
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match=r"judges the samples of a denoiser, and .*images is none; leave it out"):
         ud.evaluate(tmp_path / "images", data_of(), output=tmp_path, segmenter=segmenter())
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def test_picture_has_a_row_for_each_image_and_a_column_for_each_title():
-    grey, colour = torch.zeros(2, 1, 96, 96), torch.ones(2, 3, 96, 96)
-    picture = np.asarray(side_by_side({"map": grey, "real image": colour, "drawn image": -colour}))
-    centres = picture[[16 + 50, 16 + 148]][:, [50, 148, 246]]
-    assert (centres == np.array([128, 255, 0])[None, :, None]).all()

@@ -32,7 +32,7 @@ def test_json_holds_all_figures_and_is_valid(tmp_path):
 def test_page_needs_no_other_file_and_no_network():
     page = evaluation().page()
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page) == []
-    assert page.count('src="data:image/png;base64,') == 1
+    assert page.count('<figure id="grid"><img src="data:image/png;base64,') == 1
 
 
 def test_page_shows_every_figure_and_escapes_names():

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from unet_diffusion.evaluation.following_pictures import picture_by_name
 from unet_diffusion.evaluation.following_scores import others_of_another_kind
-from unet_diffusion.evaluation.result import Figure, Section
+from unet_diffusion.evaluation.result import Figure, Picture, Section
 from unet_diffusion.evaluation.selections import Selection
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -209,6 +210,10 @@ def caption_section(
             "clip_cosine", "Cosine of image and caption (CLIP)", ours, "higher", (ours - margin, ours + margin), real,
             "The mean over samples; a hundred times this is the CLIP score of papers.", chance,
         ))  # fmt: skip
+    image = picture_by_name(dict.fromkeys(captions), held_out, held_out.captions or [], samples, captions)
+    if image is not None:
+        about_picture = "A held-out image of each caption, up to ten, and below samples that were drawn for it."
+        section.pictures.append(Picture("captions", about_picture, image))
     return section if section.figures else None
 
 

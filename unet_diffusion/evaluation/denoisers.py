@@ -21,7 +21,9 @@ from unet_diffusion.evaluation.distances import (
 )
 from unet_diffusion.evaluation.features import FeatureName, features_named
 from unet_diffusion.evaluation.following import following_section
+from unet_diffusion.evaluation.following_pictures import picture_by_name
 from unet_diffusion.evaluation.following_scores import others_of_another_kind
+from unet_diffusion.evaluation.intervals import interval_of_mean
 from unet_diffusion.evaluation.judge import Judge
 from unet_diffusion.evaluation.memorisation import memorisation
 from unet_diffusion.evaluation.result import Evaluation, Figure, Picture, Section, Table
@@ -268,13 +270,14 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
     )
     asked = samples.images.labels
     if asked is not None:
-        agreement = float((seen == asked).float().mean())
+        is_right = (seen == asked).double()
         places, others = others_of_another_kind(asked)
-        shuffled = {"shuffled": float((seen[places] == asked[others]).float().mean())} if len(places) else {}
+        shuffled = {"shuffled": float((seen[places] == asked[others]).double().mean())} if len(places) else {}
         section.figures.append(Figure(
-            "class_agreement", "Class agreement", agreement, "higher", real=accuracy, beside=shuffled,
-            remark="The share of samples that seem to be of the class that they were drawn as.",
+            "class_agreement", "Class agreement", float(is_right.mean()), "higher", interval_of_mean(is_right.numpy()),
+            accuracy, "The share of samples that seem to be of the class that they were drawn as.", shuffled,
         ))  # fmt: skip
+        section.pictures += _picture_of_classes(samples.images, asked, held_out.images, labels, class_names)
     shares = [torch.bincount(one, minlength=len(class_names)) / len(one) for one in (seen, train_labels, seen_held_out)]
     balance = float((shares[0] - shares[1]).abs().sum() / 2)
     section.figures.append(Figure(
@@ -291,6 +294,15 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
                                 "images: the model does not draw them, or draws them as something else.")  # fmt: skip
     section.tables.append(_class_table(samples, train, seen, shares, class_names))
     return section
+
+
+def _picture_of_classes(
+    samples: Selection, asked: Tensor, held_out: Selection, labels: Tensor, class_names: list[str]
+) -> list[Picture]:
+    named_samples, named_held_out = ([class_names[one] for one in numbers.tolist()] for numbers in (asked, labels))
+    image = picture_by_name(class_names, held_out, named_held_out, samples, named_samples)
+    caption = "A held-out image of each class, up to ten, and below samples that were drawn as this class."
+    return [] if image is None else [Picture("classes", caption, image)]
 
 
 def _voted(features: Tensor, train_features: Tensor, labels: Tensor) -> Tensor:

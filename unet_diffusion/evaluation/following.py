@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from unet_diffusion.diffusion.conditions.box_tokens import BoxTokens
@@ -19,6 +18,7 @@ from unet_diffusion.diffusion.conditions.low_resolution import LowResolution, sh
 from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
 from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
+from unet_diffusion.evaluation.following_pictures import side_by_side
 from unet_diffusion.evaluation.following_scores import enlarged, filled_with_mean, others_of_another_kind
 from unet_diffusion.evaluation.held_out import HeldOutConditions
 from unet_diffusion.evaluation.image_quality import psnr
@@ -27,11 +27,9 @@ from unet_diffusion.evaluation.judge import Judge
 from unet_diffusion.evaluation.result import Figure, Picture, Section
 from unet_diffusion.evaluation.scores_of_counts import mean_iou_of
 from unet_diffusion.evaluation.selections import Selection
-from unet_diffusion.runtime.pictures import GRID_GREY, image_grid, over_white
 
 AT_ONCE = 32  # images in memory, and what a segmenter sees in them
 SHOWN = 8
-TILE, HEADER = 96, 16  # pixels of the least side of a tile, and of the line of titles
 KNOWN = ("labels", "captions", "noise_level")  # entries with figures of their own, or with none to be had
 SHUFFLED = "shuffled"
 
@@ -252,10 +250,15 @@ def _of_others(
 
 
 def _warning(figure: Figure, condition: Condition) -> str:
+    name, shuffled = _name_of(condition), figure.beside[SHUFFLED]
+    if figure.real is not None and not figure.real > shuffled:
+        return (
+            f"{figure.title} says nothing of the samples, as it is {figure.real:.3g} for real images: the segmenter "
+            f"does not see the {name} in them. Give one that was trained on such images."
+        )
     return (
-        f"The samples do not follow the {_name_of(condition)} measurably: {figure.title} is {figure.value:.3g}, and "
-        f"{figure.beside[SHUFFLED]:.3g} with the conditions of other images. Train for longer, or draw for more "
-        "held-out images."
+        f"The samples do not follow the {name} measurably: {figure.title} is {figure.value:.3g}, and {shuffled:.3g} "
+        "with the conditions of other images. Train for longer, or draw for more held-out images."
     )
 
 
@@ -276,19 +279,3 @@ def _picture(samples: Selection, held_out: HeldOutConditions) -> Picture:
     columns |= {"real image": values.seen(batch["images"]), "drawn image": samples.seen(rows)}
     caption = f"The first {len(rows)} samples: {', '.join(columns)}, from left to right."
     return Picture("conditions", caption, side_by_side(columns))
-
-
-def side_by_side(columns: dict[str, Tensor]) -> Image.Image:
-    """A picture with a row for each image and a column for each title.
-
-    Args:
-        columns: Images by title, (N, C, H, W) in [-1, 1] each.
-    """
-    tiles = torch.stack([over_white(images.cpu().float()) for images in columns.values()], dim=1)
-    grid = image_grid(tiles.flatten(0, 1), columns=len(columns), min_tile=TILE)
-    picture = Image.new("RGB", (grid.width, grid.height + HEADER), (GRID_GREY,) * 3)
-    picture.paste(grid, (0, HEADER))
-    draw = ImageDraw.Draw(picture)
-    for column, title in enumerate(columns):
-        draw.text((column * grid.width / len(columns) + 4, 2), title, fill="white")
-    return picture

@@ -76,7 +76,7 @@ class Picture:
     """A picture that explains a figure.
 
     Args:
-        key: Name of the picture.
+        key: Name of the picture, and of its place on the page.
         caption: What it shows, as a sentence.
         image: The picture.
     """
