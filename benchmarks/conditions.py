@@ -5,10 +5,10 @@
 DIR holds FashionMNIST/raw. The first images become folders of files as a user has them: classes, captions, silhouettes
 as label images, outlines as paired images, and, for boxes, clothes of random sizes at random places. Each condition is
 trained by `unet-diffusion fit` in a process of its own, by the recipe `folder` and the overlay of the condition, and
-scored by `unet-diffusion evaluate` in another: it draws for held-out images, and says how well the samples fit, beside
-the same for the conditions of other images, which is what a denoiser reaches that ignores its condition. A segmenter
-that judges maps and boxes is trained on the clothes at random places. A result stands in the JSON as soon as it is
-there; what is trained or in the JSON is not made again.
+scored by `unet-diffusion evaluate` in another, which draws for held-out images and says how well the samples fit.
+Beside it is the same figure for the conditions of other images. A denoiser that ignores its condition would reach about
+as much. A segmenter that judges maps and boxes is trained on the clothes at random places. Each result is written to
+the JSON at once; trainings and results that exist are not repeated.
 
 The sheet is made of the pictures on the pages of the evaluations.
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from features import fashion_mnist
-from measure import RESULTS, environment, process_seconds, write_json
+from measure import RESULTS, environment, process_seconds, table, write_json
 from numpy.typing import NDArray
 from PIL import Image
 from skimage.filters import sobel
@@ -36,8 +36,8 @@ SIDE, PAD = 32, 2  # pixels of an image, and of the frame around the 28x28 of th
 BRIGHT = 30  # grey levels above which a pixel belongs to the silhouette
 OUTLINE = 0.15  # of the gradient: more is an outline
 SMALLEST = 12  # pixels, of clothes in boxes
-GUIDED = ("class", "text", "map", "boxes")  # with a scale of 2
-SHEET, GAP = 1304, 12  # pixels of its width, pictures of five, five and three columns, and between pictures
+GUIDED, GUIDANCE_SCALE = ("class", "text", "map", "boxes"), 2
+SHEET, GAP = 1304, 12  # pixels: its width, of parts of five, five and three columns; and the gap between parts
 PART = (492, 410)  # pixels of five columns and four rows of a picture, with the titles
 STEPS = ["--trainer.max_steps=800", "--trainer.val_check_interval=800", "--samples.every_n_steps=0"]
 WITHOUT = ["--model.unet.in_channels=1", "--model.unet.out_channels=1"]
@@ -117,17 +117,21 @@ NEEDED = {"map": ["segmenter"], "boxes": ["segmenter"], "enlarging": ["autoencod
 def main() -> None:
     options = parsed()
     files = options.work / "files"
-    if not (files / "boxes.json").exists():
-        write_files(options.root, files, options.num_images)
     results = json.loads(options.json.read_text())["results"] if options.json.exists() else []
     known = {result["condition"] for result in results}
-    for kind in [kind for kind in options.kinds if kind not in known]:
+    new = [kind for kind in options.kinds if kind not in known]
+    if new and not (files / "boxes.json").exists():
+        write_files(options.root, files, options.num_images)
+    for kind in new:
         print(kind, flush=True)
         seconds = trained(options, kind)
         results.append({"condition": kind, **evaluated(options, kind), "seconds": seconds})
         print(f"  {results[-1]}", flush=True)
         write_json(options.json, {"environment": environment(), "results": results})
-    sheet([options.work / kind for kind in options.kinds], options.json.with_suffix(".png"))
+    print(table([{key: result[key] for key in ("condition", "figure", "value", "shuffled")} for result in results]))
+    pages = [page_of(options.work / result["condition"]) for result in results]
+    if all(page.exists() for page in pages):  # results may be of another folder of runs
+        sheet(pages, options.json.with_suffix(".png"))
 
 
 def parsed() -> argparse.Namespace:
@@ -146,6 +150,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/conditions"), help="for files, runs and logs")
     parser.add_argument("--json", type=Path, default=RESULTS / "conditions.json")
     options, options.of_fit = parser.parse_known_args()
+    if any("=" not in option for option in options.of_fit):
+        parser.error(f"write options of fit as --NAME=VALUE, got {' '.join(options.of_fit)}")
     return options
 
 
@@ -201,16 +207,20 @@ def trained(options: argparse.Namespace, kind: str) -> float:
 
 def fit(options: argparse.Namespace, name: str, arguments: list[str]) -> float:
     """Trains in a process of its own, unless that was done before, and returns the seconds."""
-    run, seconds = options.work / name, options.work / f"{name}.seconds"  # is there once the training has ended
-    if not seconds.exists():
+    run, record = options.work / name, options.work / f"{name}.json"  # written when training has ended
+    arguments = [*arguments, f"--data.num_val={options.num_val}"]
+    if not record.exists():
         shutil.rmtree(run, ignore_errors=True)  # of a training that was cut off
         places = {"FILES": str((options.work / "files").resolve()), "RUNS": str(options.work.resolve())}
-        arguments = [re.sub("FILES|RUNS", lambda match: places[match[0]], argument) for argument in arguments]
-        arguments.sort(key=lambda argument: not argument.startswith("--config"))  # options change what recipes set
-        held_out, folder = f"--data.num_val={options.num_val}", f"--trainer.default_root_dir={run}"
-        command = [sys.executable, "-m", "unet_diffusion", "fit", *arguments, held_out, folder]
-        seconds.write_text(f"{process_seconds(command, options.work / f'{name}.log'):.1f}")
-    return float(seconds.read_text())
+        placed = [re.sub("FILES|RUNS", lambda match: places[match[0]], argument) for argument in arguments]
+        placed.sort(key=lambda argument: not argument.startswith("--config"))  # options change what recipes set
+        command = [sys.executable, "-m", "unet_diffusion", "fit", *placed, f"--trainer.default_root_dir={run}"]
+        seconds = round(process_seconds(command, options.work / f"{name}.log"), 1)
+        write_json(record, {"arguments": arguments, "seconds": seconds})
+    trained = json.loads(record.read_text())
+    if trained["arguments"] != arguments:
+        raise SystemExit(f"{run} was trained with other options; delete {record}, or choose another --work")
+    return trained["seconds"]
 
 
 def evaluated(options: argparse.Namespace, kind: str) -> dict[str, Any]:
@@ -219,7 +229,7 @@ def evaluated(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     command = [
         *(sys.executable, "-m", "unet_diffusion", "evaluate", str(run), f"--num_images={options.num_samples}"),
         *(f"--num_inference_steps={options.num_inference_steps}", "--seed=0", "--overwrite"),
-        *(["--guidance_scale=2"] if kind in GUIDED else []),
+        *([f"--guidance_scale={GUIDANCE_SCALE}"] if kind in GUIDED else []),
         *([f"--segmenter={options.work / 'segmenter'}"] if "segmenter" in NEEDED.get(kind, []) else []),
     ]
     process_seconds(command, run.with_name(f"{kind}_evaluation.log"))
@@ -233,10 +243,14 @@ def evaluated(options: argparse.Namespace, kind: str) -> dict[str, Any]:
 # --- the sheet
 
 
-def sheet(runs: list[Path], path: Path) -> None:
-    """Four rows and up to five columns of the picture of each run, in lines of up to three or four."""
-    whole, left, top = Image.new("RGB", (SHEET, len(runs) * (PART[1] + GAP)), "white"), 0, 0
-    for picture in map(picture_of, runs):
+def page_of(run: Path) -> Path:
+    return run / "evaluation" / "evaluation.html"
+
+
+def sheet(pages: list[Path], path: Path) -> None:
+    """Four rows and up to five columns of the picture on each page, in lines of up to three or four."""
+    whole, left, top = Image.new("RGB", (SHEET, len(pages) * (PART[1] + GAP)), "white"), 0, 0
+    for picture in map(picture_on, pages):
         part = picture.crop((0, 0, min(picture.width, PART[0]), min(picture.height, PART[1])))
         if left + part.width > SHEET:
             left, top = 0, top + PART[1] + GAP
@@ -245,12 +259,11 @@ def sheet(runs: list[Path], path: Path) -> None:
     whole.crop((0, 0, SHEET, top + PART[1])).save(path, optimize=True)
 
 
-def picture_of(run: Path) -> Image.Image:
+def picture_on(page: Path) -> Image.Image:
     """The picture of conditions and what was drawn for them on the page of an evaluation."""
-    key = {"class": "classes", "text": "captions"}.get(run.name, "conditions")
-    page = (run / "evaluation" / "evaluation.html").read_text()
-    match = re.search(f'<figure id="{key}"><img src="data:image/png;base64,([^"]+)"', page)
-    assert match is not None, f"{run} has no picture of {key}"
+    key = {"class": "classes", "text": "captions"}.get(page.parents[1].name, "conditions")
+    match = re.search(f'<figure id="{key}"><img src="data:image/png;base64,([^"]+)"', page.read_text())
+    assert match is not None, f"{page} has no picture of {key}"
     return Image.open(io.BytesIO(base64.b64decode(match[1])))
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cifar10
+import conditions
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,13 @@ from scaling import BYTES_HELD, Cluster, predict_ddp, predict_fsdp2, ring_bytes
 from test_configs import write_fashion_mnist, write_pairs
 from until_time import STEPS, UntilTime
 
+from unet_diffusion.diffusion.conditions.box_tokens import BoxTokens
+from unet_diffusion.diffusion.conditions.low_resolution import LowResolution
+from unet_diffusion.diffusion.conditions.masked_image import MaskedImage
+from unet_diffusion.diffusion.conditions.paired_image import PairedImage
+from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.evaluation.following import measure_of
 from unet_diffusion.inference.denoiser import Denoiser
 from unet_diffusion.inference.record import save_denoiser
 from unet_diffusion.inference.segmenter import Segmenter
@@ -510,19 +517,37 @@ def test_conditions(tmp_path):
     command += ["--num_images", "40", "--num_val", "12", "--num_samples", "12", "--num_inference_steps", "2"]
     command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "c.json")]
     command += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--model.speed=plain", "--data.batch_size=4"]
-    kinds = ["class", "boxes", "enlarging"]  # of each way to be scored, one; words need more images
+    kinds = ["class", "boxes", "enlarging"]  # captions need more images
     printed([*command, "--kinds", *kinds])
     results = json.loads((tmp_path / "c.json").read_text())["results"]
     assert [result["condition"] for result in results] == kinds
     assert all(result["shuffled"] >= 0 and result["seconds"] > 0 for result in results)
     assert [list(result["beside"]) for result in results] == [["real images"], ["real images"], ["bicubic"]]
     with Image.open(tmp_path / "c.png") as sheet:
-        assert sheet.width > sheet.height
+        assert sheet.size == (conditions.SHEET, conditions.PART[1])
+        lefts = (0, conditions.PART[0] + conditions.GAP)
+        assert all(sheet.convert("L").crop((left, 20, left + 90, 400)).getextrema()[0] < 128 for left in lefts)
     (tmp_path / "c.json").unlink()
     (tmp_path / "work" / "class" / "evaluation" / "evaluation.html").unlink()
     printed([*command, "--kinds", "class"])  # is trained
     again = json.loads((tmp_path / "c.json").read_text())["results"]
     assert again == results[:1]
+    (tmp_path / "c.json").unlink()
+    with pytest.raises(AssertionError, match="class was trained with other options; delete"):
+        printed([*command, "--kinds", "class", "--trainer.max_steps=3"])
+
+
+def test_figures_of_conditions_are_those_of_evaluate():
+    made = {
+        "map": SemanticMap(2, num_classes=2),
+        "boxes": BoxTokens(context_dim=8, num_classes=1, max_boxes=1),
+        "pairs": PairedImage(1),
+        "enlarging": LowResolution(channels=1),
+        "inpainting": MaskedImage(channels=2),
+    }
+    assert {kind: measure_of(condition, None).key for kind, condition in made.items()} == {
+        kind: key for kind, key in conditions.FIGURES.items() if kind not in ("class", "text")
+    }
 
 
 @pytest.mark.slow

@@ -96,14 +96,14 @@ def installed_without_extras() -> set[str]:
 
 
 @pytest.mark.slow
-def test_main_job_needs_no_extra(tmp_path):
-    kept = installed_without_extras() | {"pip"}
-    assert "diffusers" in kept
-    assert "transformers" not in kept
+def test_denoiser_is_trained_and_exported_without_any_extra(tmp_path):
+    needed = installed_without_extras() | {"pip"}
+    assert "diffusers" in needed
+    assert "transformers" not in needed
     files: dict[bool, set[str]] = {True: set(), False: set()}
     for distribution in distributions():
         names = {file.parts[0] for file in distribution.files or []}
-        files[canonicalize_name(distribution.name) in kept] |= names
+        files[canonicalize_name(distribution.name) in needed] |= names
     assert {"transformers", "peft", "wandb", "rich"} <= files[False] - files[True]
     elsewhere = Elsewhere(tmp_path, without=files[False] - files[True])
     elsewhere.run("-m", "pip", "install", "--quiet", "unet-diffusion")

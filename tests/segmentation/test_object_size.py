@@ -110,7 +110,7 @@ def test_known_diameter_takes_one_look():
 def test_image_without_objects_keeps_its_size():
     segmenter = finder(10)
     assert not segmenter.segment(-torch.ones(1, 64, 64)).instances.any()
-    assert segmenter.unet.seen == [(64, 64)] * 2  # no second look, which would see the same
+    assert segmenter.unet.seen == [(64, 64)]  # another look would see the same
 
 
 def test_progress_rises_to_1_over_all_looks():

@@ -63,7 +63,7 @@ def segment(
         probabilities: Also write DIR/probabilities/NAME.npy, float16 (classes, height, width).
         views: Average over rotations and flips, which takes 8 times the work.
         diameter: The typical diameter of the objects in pixels, for a segmenter that was trained on objects of one
-            size. By default each image is segmented twice to see it, and then at the right scale.
+            size. By default each image is segmented once or twice to see it, and then at the right scale.
         threshold: The foreground is where its probability is larger. The default was fitted in training.
         min_size: Least number of pixels in an object, with --instances or --overlays; smaller objects are left out. The
             default was fitted in training.

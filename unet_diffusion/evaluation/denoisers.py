@@ -299,7 +299,9 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
 def _picture_of_classes(
     samples: Selection, asked: Tensor, held_out: Selection, labels: Tensor, class_names: list[str]
 ) -> list[Picture]:
-    named_samples, named_held_out = ([class_names[one] for one in numbers.tolist()] for numbers in (asked, labels))
+    named_samples, named_held_out = (
+        [class_names[number] for number in numbers.tolist()] for numbers in (asked, labels)
+    )
     image = picture_by_name(class_names, held_out, named_held_out, samples, named_samples)
     caption = "A held-out image of each class, up to ten, and below samples that were drawn as this class."
     return [] if image is None else [Picture("classes", caption, image)]

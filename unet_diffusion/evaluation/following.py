@@ -1,6 +1,6 @@
 """Whether samples follow the conditions that they are drawn for: a figure for each, which falls if it is ignored.
 
-Beside it is the same figure where each sample is compared with the condition of another, which is what a denoiser
+Beside it is the same figure where each sample is compared with the condition of another, about as much as a denoiser
 reaches that ignores its condition, and that of something that needs no denoiser.
 """
 
@@ -191,7 +191,7 @@ def _about_shuffled(*, has_partners: bool, has_classes: bool) -> str:
     of_class = ", of another class" if has_classes else ""
     return (
         f"Shuffled: each is compared with what is known of another image{of_class}; a model that ignores its condition "
-        "reaches as much."
+        "reaches about as much."
     )
 
 
@@ -253,8 +253,9 @@ def _warning(figure: Figure, condition: Condition) -> str:
     name, shuffled = _name_of(condition), figure.beside[SHUFFLED]
     if figure.real is not None and not figure.real > shuffled:
         return (
-            f"{figure.title} says nothing of the samples, as it is {figure.real:.3g} for real images: the segmenter "
-            f"does not see the {name} in them. Give one that was trained on such images."
+            f"{figure.title} says nothing of the samples: it is {figure.real:.3g} for real images, and {shuffled:.3g} "
+            f"with the conditions of other images. Either the segmenter does not see the {name} in such images, or the "
+            f"{name} of the held-out images are alike."
         )
     return (
         f"The samples do not follow the {name} measurably: {figure.title} is {figure.value:.3g}, and {shuffled:.3g} "

@@ -41,6 +41,8 @@ def picture_by_name(
 ) -> Image.Image | None:
     """A picture with a column for each of up to ten names: a held-out image, and up to three samples below.
 
+    All columns have as many samples as that with the fewest.
+
     Args:
         names: The names, such as classes or captions, in their order; those without images or samples are left out.
         held_out: Real images.

@@ -177,7 +177,7 @@ class Segmenter(Running):
                 `unet-diffusion segment` segments all pages of a stack.
             views: Average over the eight rotated and mirrored views, which takes eight times as long.
             diameter: The typical diameter of the image's objects in pixels, for a segmenter with `object_diameter`;
-                None: the image is segmented twice to see it, and then at the right scale.
+                None: the image is segmented once or twice to see it, and then at the right scale.
             threshold: The foreground is where its probability is larger; None: the segmenter's own.
             min_size: Least number of pixels in an object; smaller objects are left out. None: the segmenter's own.
             progress: Called with the share of the image that is done, above 0 and up to 1.
@@ -250,8 +250,12 @@ class Segmenter(Running):
                 instances_from(maps.numpy(), self.kind, threshold=threshold or self.threshold, min_size=LEAST_SEEN)
             )
             diameter = diameter if seen is None else seen / factor
-            if scale_to(self.object_diameter, diameter) == factor:
-                break  # the next look would be the same
+            if scale_to(self.object_diameter, diameter) == factor:  # the next look would be the same
+                if views:
+                    break
+                if progress is not None:
+                    progress(1.0)
+                return scaled_image(maps, size)
         scaled = scaled_image(image, scaled_size(size, scale_to(self.object_diameter, diameter)))
         return scaled_image(self._maps_of(scaled, views=views, progress=_part(progress, looks, looks + 1)), size)
 

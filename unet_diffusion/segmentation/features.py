@@ -100,10 +100,12 @@ class FeatureClassifier(PixelNetwork):
             ValueError: If the denoiser does not take the size.
         """
         projections = iter(self.projections)
-        # Maps of one size are added before they are enlarged: enlarged, each takes most of the memory and of the time.
-        projected = [[next(projections)(one) for one in self.maps(x, timestep)] for timestep in self.timesteps]
-        of_levels = [sum(same_size) for same_size in zip(*projected, strict=True)]
-        hidden = sum(F.interpolate(one, size=x.shape[-2:], mode="bilinear") for one in of_levels)
+        projected = [
+            [next(projections)(features) for features in self.maps(x, timestep)] for timestep in self.timesteps
+        ]
+        # Enlarged maps take most of the memory and time, so maps of one size are added first.
+        sums = [sum(same_size) for same_size in zip(*projected, strict=True)]
+        hidden = sum(F.interpolate(maps, size=x.shape[-2:], mode="bilinear") for maps in sums)
         return self.classifier(hidden)
 
     @torch.no_grad()
