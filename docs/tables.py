@@ -267,20 +267,17 @@ def isbi2012() -> Rows:
     return rows
 
 
-def denoised_first() -> Rows:
-    """Scores on nuclei of segmenters that start from a denoiser, by the number of labels."""
+def label_efficiency() -> Rows:
+    """Scores on nuclei of ways to few labels, by the number of labels."""
     methods = {
-        "scratch": "from scratch",
-        "finetuned": "denoiser, fine-tuned",
-        "features": "features of the frozen denoiser",
+        "alone": "segmenting alone",
+        "finetuned": "denoise first, then segment",
+        "low_noise": "the same, with low noise only",
+        "slow": "the same, and slow below",
+        "features": "a classifier on the frozen denoiser",
+        "joint": "denoising beside segmenting",
     }
-    return by_labels(result("denoised_first")["results"], methods)
-
-
-def joint_training() -> Rows:
-    """Scores on nuclei of a network that denoises beside segmenting, and of the same without."""
-    methods = {"alone": "segmenting alone", "joint": "denoising beside segmenting"}
-    return by_labels(result("joint_training")["results"], methods)
+    return by_labels(result("label_efficiency")["results"], methods)
 
 
 def synthetic_pairs() -> Rows:
