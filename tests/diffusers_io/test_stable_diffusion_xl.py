@@ -292,6 +292,12 @@ def test_sizes_of_the_files_are_those_of_the_data(stable_diffusion_xl):
     text.bind_data(data)
     entry = text.read({"index": torch.tensor([0, 1])})
     assert entry[:, -6:].tolist() == [[40, 60, 0, 4, 16, 16], [16, 16, 0, 0, 16, 16]]
+    source.crops.append(source.crops[0])
+    with pytest.raises(ValueError, match="must be one for each image, got 3 for 2 images"):
+        text.bind_data(data)
+    source.crops.append(source.crops[0])
+    data.entries = {"captions": CAPTIONS * 2}
+    text.bind_data(data)  # other data than before, of another number
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from unet_diffusion.evaluation.following_pictures import picture_by_name
 from unet_diffusion.evaluation.following_scores import others_of_another_kind
-from unet_diffusion.evaluation.result import Figure, Picture, Section
+from unet_diffusion.evaluation.result import SHUFFLED, Figure, Picture, Section
 from unet_diffusion.evaluation.selections import Selection
 from unet_diffusion.runtime.atomic_files import atomic_write
 from unet_diffusion.runtime.randomness import keyed_generator
@@ -34,7 +34,6 @@ LARGEST_SIDE = 64  # in pixels; larger images are averaged down by a whole facto
 NUM_STEPS, BATCH, RATE = 600, 64, 3e-3
 DROPOUT = 0.2
 SEED = 0
-SHUFFLED = "shuffled"  # samples and the captions of others, which differ from their own
 
 Texts = Callable[[list[str]], Tensor]
 """texts(captions) gives their embeddings, (N, d), to compare with those of images."""

@@ -26,7 +26,7 @@ from unet_diffusion.evaluation.following_scores import others_of_another_kind
 from unet_diffusion.evaluation.intervals import interval_of_mean
 from unet_diffusion.evaluation.judge import Judge
 from unet_diffusion.evaluation.memorisation import memorisation
-from unet_diffusion.evaluation.result import Evaluation, Figure, Picture, Section, Table
+from unet_diffusion.evaluation.result import SHUFFLED, Evaluation, Figure, Picture, Section, Table
 from unet_diffusion.evaluation.samples import SAMPLES, draw_samples, samples_in, samples_to_draw
 from unet_diffusion.evaluation.selections import Selection, of_data
 from unet_diffusion.inference.denoiser import Denoiser
@@ -272,7 +272,7 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
     if asked is not None:
         is_right = (seen == asked).double()
         places, others = others_of_another_kind(asked)
-        shuffled = {"shuffled": float((seen[places] == asked[others]).double().mean())} if len(places) else {}
+        shuffled = {SHUFFLED: float((seen[places] == asked[others]).double().mean())} if len(places) else {}
         section.figures.append(Figure(
             "class_agreement", "Class agreement", float(is_right.mean()), "higher", interval_of_mean(is_right.numpy()),
             accuracy, "The share of samples that seem to be of the class that they were drawn as.", shuffled,
@@ -299,6 +299,7 @@ def _classes(samples: Compared, train: Compared, held_out: Compared, class_names
 def _picture_of_classes(
     samples: Selection, asked: Tensor, held_out: Selection, labels: Tensor, class_names: list[str]
 ) -> list[Picture]:
+    """A picture of samples below held-out images of their classes, (N,) and (n,) int64; none if no class has both."""
     named_samples, named_held_out = (
         [class_names[number] for number in numbers.tolist()] for numbers in (asked, labels)
     )

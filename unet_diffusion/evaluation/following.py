@@ -24,14 +24,13 @@ from unet_diffusion.evaluation.held_out import HeldOutConditions
 from unet_diffusion.evaluation.image_quality import psnr
 from unet_diffusion.evaluation.intervals import Values, as_sums, interval, mean_of_sums
 from unet_diffusion.evaluation.judge import Judge
-from unet_diffusion.evaluation.result import Figure, Picture, Section
+from unet_diffusion.evaluation.result import SHUFFLED, Figure, Picture, Section
 from unet_diffusion.evaluation.scores_of_counts import mean_iou_of
 from unet_diffusion.evaluation.selections import Selection
 
 AT_ONCE = 32  # images in memory, and what a segmenter sees in them
 SHOWN = 8
 KNOWN = ("labels", "captions", "noise_level")  # entries with figures of their own, or with none to be had
-SHUFFLED = "shuffled"
 
 MAP_IOU, BOXES_HIT = "Mean IoU of map and segmentation", "Share of boxes hit"
 

@@ -20,6 +20,7 @@ from PIL import Image
 from unet_diffusion.runtime.atomic_files import atomic_write
 
 JSON_NAME, PAGE_NAME = "evaluation.json", "evaluation.html"
+SHUFFLED = "shuffled"  # the samples, each compared with the condition of another, which differs from its own
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class XLText(Condition):
         """Keep the captions and sizes of the data.
 
         Raises:
-            ValueError: If the data have no captions.
+            ValueError: If the data have no captions, or crops of another number of images.
         """
         captions = getattr(datamodule, "entries", {}).get(self.batch_key)
         if captions is None:
@@ -127,9 +127,9 @@ class XLText(Condition):
         codec, shape = getattr(datamodule, "codec", None), datamodule.image_shape
         self._image_size = (shape if codec is None else codec.image_shape(shape))[1:]
         self._crops = getattr(getattr(datamodule, "source", None), "crops", None)
-        if self._crops is not None and self.captions is not None and len(self._crops) != len(self.captions):
+        if self._crops is not None and len(self._crops) != len(captions):
             raise ValueError(f"crops of the source must be one for each image, got {len(self._crops)} for "
-                             f"{len(self.captions)} images")  # fmt: skip
+                             f"{len(captions)} images; let the source define them anew")  # fmt: skip
         self.captions, self._tokens_of_data = captions, None
 
     def notes(self) -> list[str]:
