@@ -74,8 +74,8 @@ def settings_of(run_cli, row: str) -> dict:
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder to run the commands in, in which what they read is there but empty."""
-    for name in ("images", "latents", "labels"):
-        (tmp_path / name).mkdir()
+    for name in ("images", "labels", *(f"latents/{autoencoder}" for autoencoder in ("kl-f8", "vq-f4", "vq-f8"))):
+        (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 
 
@@ -93,6 +93,15 @@ def test_recipe_is_understood_and_has_the_published_size(run_cli, workplace, row
         assert network.in_channels == network.out_channels + beside
         assert network.context_dim == next((one.config.get("context_dim") for one in conditions
                                             if one.network_argument == "context"), None)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [str(row) for row in range(10, 18)])
+def test_recipe_reads_the_latents_of_an_autoencoder_of_the_page_with_its_channels(run_cli, workplace, row):
+    settings = settings_of(run_cli, row)
+    name = Path(settings["data"]["init_args"]["source"]["init_args"]["root"]).name
+    of_autoencoder = settings_of(run_cli, next(other for other, cells in TABLE.items() if cells[0] == name))
+    latent_channels = of_autoencoder["model"]["autoencoder"]["init_args"]["latent_channels"]
+    assert latent_channels == settings["model"]["unet"]["init_args"]["in_channels"]
 
 
 def of_diffusers(source: dict) -> UNet2DModel | UNet2DConditionModel:

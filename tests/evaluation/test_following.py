@@ -282,10 +282,10 @@ def test_hole_is_compared_inside_and_the_rest_is_pasted(tiny_unet):
     torch.testing.assert_close(drawn, torch.where(is_hole, 0.0, batch["images"]))
     (figure,) = following_section(of_images(drawn), held_out).figures
     errors = [image[mask].square().mean() for image, mask in zip(batch["images"], is_hole, strict=True)]
-    assert figure.value == pytest.approx(float(np.mean(10 * np.log10(4 / np.array(errors)))), rel=1e-5)
+    assert figure.value == pytest.approx(10 * np.log10(4 / np.mean(errors)), rel=1e-5)
     rest = [(image[mask] - image[~mask].mean()).square().mean()
             for image, mask in zip(batch["images"], is_hole, strict=True)]  # fmt: skip
-    expected = float(np.mean(10 * np.log10(4 / np.array(rest))))
+    expected = 10 * np.log10(4 / np.mean(rest))
     assert figure.beside["mean of the rest"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -300,7 +300,7 @@ def test_hole_that_is_filled_without_a_look_at_the_rest_is_warned_of(tiny_unet):
         (-0.6 - batch["images"][other][batch["mask"][place] == 1]).square().mean()
         for place, other in zip(places, others, strict=True)
     ]
-    expected = float(np.mean(10 * np.log10(4 / np.array(errors))))
+    expected = 10 * np.log10(4 / np.mean(errors))
     assert section.figures[0].beside["shuffled"] == pytest.approx(expected, rel=1e-5)
     assert any("do not follow the masked image measurably" in warning for warning in section.warnings)
 

@@ -7,7 +7,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from unet_diffusion.evaluation.image_quality import RANGE
+from unet_diffusion.evaluation.image_quality import RANGE, errors_as_sums, pooled_psnr
 from unet_diffusion.evaluation.intervals import FEW_IMAGES, Values, interval, interval_of_mean, mean
 from unet_diffusion.evaluation.latent_sums import LatentSums
 from unet_diffusion.evaluation.result import Figure, Picture, Section, Table
@@ -64,14 +64,13 @@ def reconstruction_section(
         perceptual_name: The network of LPIPS.
         distance: The Fréchet distance; None: there is none.
     """
-    errors = RANGE**2 / 10 ** (qualities.psnr / 10)
-    pooled = np.stack([errors, np.ones_like(errors)], axis=1)
+    errors = errors_as_sums(qualities.psnr)
     small = "" if np.isfinite(qualities.ssim).any() else "Images are too small for its window of 11 pixels."
     figures = [
         Figure("psnr_images", "PSNR in dB, mean over images", mean(qualities.psnr), "higher",
                interval_of_mean(qualities.psnr)),
-        Figure("psnr_pooled", "PSNR in dB, pooled", float(_psnr_of(pooled.sum(axis=0))), "higher",
-               interval(_psnr_of, pooled)),
+        Figure("psnr_pooled", "PSNR in dB, pooled", float(pooled_psnr(errors.sum(axis=0))), "higher",
+               interval(pooled_psnr, errors)),
         Figure("ssim", "SSIM", mean(qualities.ssim), "higher", interval_of_mean(qualities.ssim), remark=small),
         Figure("lpips", f"LPIPS ({perceptual_name})" if perceptual_name else "LPIPS", mean(qualities.lpips), "lower",
                interval_of_mean(qualities.lpips), remark=perceptual_remark),
@@ -165,11 +164,6 @@ def worst_section(images: Tensor, reconstructions: Tensor, values: Values, pixel
         f"({largest:.0%} of the range of values). PSNR: {', '.join(f'{value:.1f}' for value in values)} dB."
     )
     return Section("Where does it fail?", ABOUT_WORST, pictures=[Picture("worst", caption, grid)])
-
-
-def _psnr_of(sums: Values) -> Values:
-    """The PSNR of the mean squared error, of sums of errors and of images, (..., 2) -> (...)."""
-    return 10 * np.log10(RANGE**2 * sums[..., 1] / sums[..., 0])
 
 
 def _coloured(values: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.evaluation.following_pictures import side_by_side
 from unet_diffusion.evaluation.following_scores import enlarged, filled_with_mean, others_of_another_kind
 from unet_diffusion.evaluation.held_out import HeldOutConditions
-from unet_diffusion.evaluation.image_quality import psnr
-from unet_diffusion.evaluation.intervals import Values, as_sums, interval, mean_of_sums
+from unet_diffusion.evaluation.image_quality import errors_as_sums, pooled_psnr, psnr
+from unet_diffusion.evaluation.intervals import Values, interval, mean_of_sums
 from unet_diffusion.evaluation.judge import Judge
 from unet_diffusion.evaluation.result import SHUFFLED, Figure, Picture, Section
 from unet_diffusion.evaluation.scores_of_counts import mean_iou_of
@@ -111,22 +111,24 @@ def measure_of(condition: Condition, judge: Judge | None) -> Measure | Figure | 
         case PairedImage():
             return Measure(
                 "paired_image_psnr", "PSNR to the real partner, dB",
-                "Peak signal-to-noise ratio to the real image whose pair the sample was drawn from, mean over samples.",
-                _psnr_sums,
+                "Peak signal-to-noise ratio to the real image whose pair the sample was drawn from; pooled, so that it "
+                "is that of the mean squared error over samples.",
+                _errors, pooled_psnr,
             )  # fmt: skip
         case LowResolution():
             return Measure(
                 "small_image_psnr", "PSNR to the real large image, dB",
-                "Peak signal-to-noise ratio to the real image that was made small, mean over samples. A sharp sample "
-                "may be below bicubic interpolation, which is smooth and errs little.",
-                _psnr_sums,
+                "Peak signal-to-noise ratio to the real image that was made small, pooled. A sharp sample may be below "
+                "bicubic interpolation, which is smooth and errs little.",
+                _errors, pooled_psnr,
                 others={"bicubic": lambda batch: _bicubic(batch, condition)},
             )  # fmt: skip
         case MaskedImage():
             return Measure(
                 "masked_image_psnr", "PSNR in the hole, dB",
-                "Peak signal-to-noise ratio to the real image inside the mask, mean over samples.",
-                _psnr_sums,
+                "Peak signal-to-noise ratio to the real image inside the mask; pooled, as holes in an empty background "
+                "are filled nearly without error, and would raise a mean of ratios.",
+                _errors, pooled_psnr,
                 others={"mean of the rest": lambda batch: filled_with_mean(batch["images"], batch["mask"] == 1)},
             )  # fmt: skip
         case SemanticMap():
@@ -152,13 +154,13 @@ def measure_of(condition: Condition, judge: Judge | None) -> Measure | Figure | 
     return None
 
 
-def _psnr_sums(images: Tensor, batch: Batch) -> Values:
-    """The PSNR of each image to the real one as counts that add up, (B, 2); inside the mask, if there is one.
+def _errors(images: Tensor, batch: Batch) -> Values:
+    """The squared error of each image as counts that add up, (B, 2); inside the mask, if there is one.
 
     What a mask leaves is pasted from the real image, and says nothing of any condition.
     """
     where = batch["mask"] == 1 if MaskedImage.batch_key in batch else None
-    return as_sums(psnr(batch["images"], images, where).double().numpy())
+    return errors_as_sums(psnr(batch["images"], images, where).double().numpy())
 
 
 def _without_judge(key: str, title: str) -> Figure:

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from unet_diffusion.evaluation.intervals import Values, as_sums, mean_of_sums
 from unet_diffusion.runtime.safe_loading import load_plain
 
 PerceptualNet = Literal["vgg", "alex", "squeeze"]
@@ -32,6 +34,19 @@ def psnr(images: Tensor, reconstructions: Tensor, where: Tensor | None = None) -
     weights = torch.ones_like(errors) if where is None else where.expand_as(errors).float()
     means = (errors * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
     return 10 * torch.log10(RANGE**2 / means.clamp(min=RANGE**2 * 1e-10))
+
+
+def errors_as_sums(psnr: Values) -> Values:
+    """The mean squared errors that the PSNR of images, (N,), stand for, as counts that add up, (N, 2)."""
+    return as_sums(RANGE**2 / 10 ** (psnr / 10))
+
+
+def pooled_psnr(sums: Values) -> Values:
+    """The PSNR of the mean of squared errors, of sums of `errors_as_sums`, (..., 2) -> (...).
+
+    Few images with hardly any error raise it less than they raise the mean of PSNR.
+    """
+    return 10 * np.log10(RANGE**2 / mean_of_sums(sums))
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
