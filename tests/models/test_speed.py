@@ -212,6 +212,14 @@ def test_what_is_compiled_is_tried_in_any_run(tiny_unet, monkeypatch, tmp_path):
     assert choose(tiny_unet(), num_steps=200, speeds=("plain", "fused"))[0] == "fused"
 
 
+def test_compiled_network_alone_is_compiled_for_a_whole_batch_in_each_precision(tiny_unet, monkeypatch):
+    told = ToldTimes(monkeypatch, {("compiled", FLOAT32): 0.1, ("compiled", BFLOAT16): 0.05}, compile_seconds=100)
+    chosen = choose(tiny_unet(), speeds=("compiled",), precisions=(FLOAT32, BFLOAT16))[:2]
+    assert chosen == ("compiled", BFLOAT16)
+    assert {images for _, _, images in told.steps} == {16}  # another number would compile it again
+    assert {dtype for _, dtype, _ in told.steps} == {FLOAT32, BFLOAT16}
+
+
 def test_a_setting_that_does_not_run_is_left_out(tiny_unet, monkeypatch):
     ToldTimes(monkeypatch, {("plain", FLOAT32): 0.1, ("channels_last", FLOAT32): 0.05})
     chosen, _, reason = choose(tiny_unet(), speeds=("plain", "channels_last", "fused"))

@@ -226,8 +226,7 @@ class _Trial:
         try:
             if self._is_affordable(setting):
                 self._set_up(setting)
-                # A small step would compile the network again, for another shape.
-                small = self.best_small if setting.speed == "compiled" else self._small_step(setting)
+                small = self._small_step(setting)
                 if self._is_promising(setting, small):
                     self._time_steps(setting, expected=small * self.num_timed / self.num_small)
         except RuntimeError as error:  # the compiler failed, or there is not enough memory
@@ -267,11 +266,19 @@ class _Trial:
         start = time.perf_counter()
         set_speed(self.network, setting.speed)
         if setting.speed == "compiled":
+            self.num_timed = self.num_timed or len(self.x)
             self._step(setting, self.num_timed)
         self.compiled_for += time.perf_counter() - start
 
     def _small_step(self, setting: Setting) -> float:
-        """Return the seconds of a step with few images."""
+        """Return the seconds of a step with few images.
+
+        Another number of images would compile the network again. So the first compiled one is timed with as many as
+        decide, and a later one counts as promising.
+        """
+        if setting.speed == "compiled":
+            whole_share = self.num_small / self.num_timed
+            return self.best_small if self.seconds else self._step(setting, self.num_timed) * whole_share
         if self.x.device.type != "cpu":
             self._step(setting, self.num_small)  # for a second, a GPU loads kernels and chooses among them
         return self._step(setting, self.num_small)
