@@ -209,6 +209,20 @@ def test_least_size_is_fitted_to_specks_and_kept_in_the_checkpoint(quiet_trainer
     assert SegmentationModule.load_from_checkpoint(path).min_size in sizes
 
 
+def test_what_was_fitted_is_kept_until_it_is_fitted_again(quiet_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("unet_diffusion.training.segmentation.kept_threshold", lambda *args: (0.3, 40))
+    fitted = quiet_trainer(max_steps=1, limit_val_batches=1, val_check_interval=1)
+    first = fit_and_save(module(), cells(), fitted, tmp_path / "first.ckpt")
+    resumed, trainer = module(), quiet_trainer(max_steps=2, limit_val_batches=0)
+    trainer.fit(resumed, cells(), ckpt_path=first)
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    again = read_segmenter(tmp_path / "second.ckpt")
+    assert (again.threshold, again.min_size) == (0.3, 40)
+    validated = module()
+    quiet_trainer(limit_val_batches=1).validate(validated, cells(), ckpt_path=first, verbose=False)
+    assert (validated.threshold, validated.min_size) == (0.3, 40)
+
+
 def test_network_of_affinities_learns_to_tell_touching_cells_apart(quiet_trainer, tmp_path):
     data = cells(affinities=True, num_fit=1, window_size=64, batch_size=4, num_images=12)
     torch.manual_seed(0)

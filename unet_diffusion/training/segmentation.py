@@ -258,6 +258,12 @@ class SegmentationModule(NetworkModule):
         settings = {name: record[name] for name in ("timestep", "kind", "class_names", "stretch", "object_diameter")}
         return {**record["unet"]["init_args"], **settings}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was fitted before the checkpoint, until it is fitted again."""
+        super().on_load_checkpoint(checkpoint)
+        record = checkpoint[self.record_key]
+        self.threshold, self.min_size = record["threshold"], record["min_size"]
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of windows, where the network predicts."""
         margin, images = self.unet.margin, batch["images"]
