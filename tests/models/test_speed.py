@@ -353,6 +353,27 @@ def test_auto_takes_graphs_where_compiling_pays_and_they_can_be(
     assert ran_at == [expected]
 
 
+def test_precision_of_graphs_is_found_with_the_compiled_network(tiny_module, tiny_images, quiet_trainer, monkeypatch):
+    timed, ran_at = [], []
+
+    def fastest_of(*args, speeds, precisions, **options):
+        timed.append((speeds, precisions))
+        return speeds[0], precisions[-1], "for a test"
+
+    monkeypatch.setattr("unet_diffusion.training.timing.fastest_setting", fastest_of)
+    for place in ("timing", "base"):
+        monkeypatch.setattr(f"unet_diffusion.training.{place}.can_be_graphed", lambda trainer: True)
+    monkeypatch.setattr(
+        "unet_diffusion.training.base.possible_precisions", lambda trainer, **options: (FLOAT32, BFLOAT16)
+    )
+    monkeypatch.setattr(NetworkModule, "run_at", lambda self, speed: ran_at.append(speed))
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(tiny_module(speed="graphed"), tiny_images(class_names=None))
+    assert timed == [(("compiled",), (FLOAT32, BFLOAT16))]
+    assert ran_at == ["graphed"]
+    assert trainer.precision == "bf16-mixed"
+
+
 def test_graphs_where_they_cannot_be_are_refused(tiny_module, tiny_images, quiet_trainer):
     with pytest.raises(ValueError, match="speed graphed needs a GPU in one process, with accumulate_grad_batches 1"):
         quiet_trainer(max_steps=1).fit(tiny_module(speed="graphed"), tiny_images(class_names=None))

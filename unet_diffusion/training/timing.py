@@ -33,12 +33,13 @@ def fastest(
         precisions: The precisions to choose from.
     """
     num_steps = num_batches(trainer, data_of(trainer), num_processes=trainer.world_size)
+    timed: tuple[Speed, ...] = ("compiled",) if speeds == ("graphed",) else speeds  # graphs are not timed
     speed, precision, reason = fastest_setting(
-        network, x, inputs=inputs, num_steps=num_steps, speeds=speeds, precisions=precisions
+        network, x, inputs=inputs, num_steps=num_steps, speeds=timed, precisions=precisions
     )
     rank_zero_info(reason)
     speed, precision = trainer.strategy.broadcast((speed, precision))
-    if len(speeds) > 1 and speed == "compiled" and can_be_graphed(trainer):
+    if "graphed" in speeds and speed == "compiled" and can_be_graphed(trainer):
         speed = "graphed"
     return speed, precision
 
