@@ -543,7 +543,7 @@ MUTATIONS = [
              "            if trainer.is_global_zero:\n                write_png(picture, path)",
              "            if True:\n                write_png(picture, path)", "test_distributed.py"),
     Mutation("pictures: a picture for each batch of a step", "training/callbacks.py",
-             "step % self.every_n_steps == 0 and step != self._drawn_at:", "step % self.every_n_steps == 0:",
+             "step % self.every_n_steps == 0 and not is_within_step(trainer):", "step % self.every_n_steps == 0:",
              "training/test_callbacks.py"),
     Mutation("log: rows before a new column", "training/csv_log.py",
              "            writer.writerows(rows)\n", "", "training/test_csv_log.py"),

@@ -43,6 +43,25 @@ def test_figures_are_logged_at_their_steps_and_not_at_others(quiet_trainer, few_
     assert trainer.callback_metrics["eval/fd"] > 0
 
 
+def test_batches_that_are_accumulated_are_no_steps_of_their_own(quiet_trainer, few_steps, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        EvaluateSamples, "_evaluated", lambda self, trainer, module: steps.append(trainer.global_step) or {}
+    )
+
+    def train(max_steps, **options):
+        trainer = quiet_trainer(
+            max_steps=max_steps, callbacks=[evaluation()], limit_val_batches=0, accumulate_grad_batches=2
+        )
+        trainer.fit(tiny_module(), ImageDataModule(Digits(), batch_size=16), **options)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    train(2)
+    assert steps == [2]  # and not 0, of an untrained network
+    train(4, ckpt_path=tmp_path / "last.ckpt")
+    assert steps == [2, 4]
+
+
 def test_evaluating_changes_nothing_of_the_training(quiet_trainer, few_steps):
     def weights(callbacks) -> list[torch.Tensor]:
         module = tiny_module()

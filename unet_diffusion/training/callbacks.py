@@ -29,7 +29,7 @@ from unet_diffusion.runtime.pictures import image_grid, in_unit_range, write_png
 from unet_diffusion.segmentation.labels import probabilities_in
 from unet_diffusion.segmentation.pictures import comparison
 from unet_diffusion.training.base import NetworkModule
-from unet_diffusion.training.lightning_internals import data_of, is_trial, log_interval
+from unet_diffusion.training.lightning_internals import data_of, is_trial, is_within_step, log_interval
 from unet_diffusion.training.symptoms import colour_drift, warn_of
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class PictureGrid(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_at:
-            self._drawn_at = step  # with accumulation, several batches end at the same step
+        if self.every_n_steps and step % self.every_n_steps == 0 and not is_within_step(trainer):
+            self._drawn_at = step
             self._draw(trainer, pl_module, run_folder(trainer) / "samples" / f"step_{step:07d}.png")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

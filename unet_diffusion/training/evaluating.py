@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from unet_diffusion.data.base import ImageDataModule
 from unet_diffusion.diffusion.schedulers import SchedulerName
 from unet_diffusion.training.callbacks import run_folder
-from unet_diffusion.training.lightning_internals import callbacks_of, data_of, is_trial
+from unet_diffusion.training.lightning_internals import callbacks_of, data_of, is_trial, is_within_step
 
 if TYPE_CHECKING:  # they import torch-fidelity and diffusers, which take seconds
     from torch import Tensor
@@ -101,13 +101,13 @@ class EvaluateSamples(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
-        is_due = self.every_n_steps and step % self.every_n_steps == 0 and step != self.evaluated_at
+        is_due = self.every_n_steps and step % self.every_n_steps == 0 and not is_within_step(trainer)
         if not is_due or is_trial(trainer) or trainer.strategy.broadcast(self._is_too_slow(step)):
             return
         begun = time.monotonic()
         values = self._evaluated(trainer, pl_module)
         self._spent += time.monotonic() - begun
-        self.evaluated_at = step  # with accumulation, several batches end at the same step
+        self.evaluated_at = step
         for name, value in values.items():
             pl_module.log(name, value, logger=False)
         for logger in trainer.loggers:  # at any step, not only at those at which losses are logged
