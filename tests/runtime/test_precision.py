@@ -226,6 +226,10 @@ def test_less_memory_is_advised_only_in_a_precision_of_the_hardware(monkeypatch)
     assert smaller_precision(trainer) == "bf16-mixed"
     trainer.precision = "bf16-mixed"
     assert smaller_precision(trainer) is None
+    trainer.precision = "32-true"
+    has_only(monkeypatch, FLOAT32, FLOAT16)
+    assert smaller_precision(trainer) == "16-mixed"
+    assert smaller_precision(trainer, can_scale_losses=False) is None  # it would be refused
 
 
 def test_a_precision_of_weights_is_refused(tiny_module, tiny_images, quiet_trainer):

@@ -10,6 +10,7 @@ from unet_diffusion.data import SegmentationDataModule, SyntheticCells
 from unet_diffusion.models.autoencoders import kl_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator
 from unet_diffusion.models.segmentation_unet import SegmentationUNet
+from unet_diffusion.runtime.pictures import save_images
 from unet_diffusion.segmentation.labels import Targets
 from unet_diffusion.training import AutoencoderModule, SegmentationModule, health
 from unet_diffusion.training.adversarial import AdversarialLoss
@@ -152,6 +153,20 @@ def test_out_of_memory_says_the_batch_size_and_what_to_change(tiny_digits, run_c
     assert status == 1
     assert "out of memory (" in err
     assert "lower data.batch_size from 32 to 16, and set trainer.accumulate_grad_batches to 2" in err
+
+
+def test_autoencoder_out_of_memory_is_not_told_to_accumulate_batches(small_recipes, run_cli, tmp_path, monkeypatch):
+    def step(module, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")
+
+    monkeypatch.setattr(AutoencoderModule, "training_step", step)
+    save_images(torch.rand(16, 3, 32, 32) * 2 - 1, tmp_path / "images")
+    images = ["--data.root", tmp_path / "images"]
+    root = ["--trainer.default_root_dir", tmp_path / "run"]
+    status, _, err = run_cli("fit", "--config", small_recipes[0], *images, *root)
+    assert status == 1
+    assert "lower data.batch_size from 4 to 2" in err
+    assert "accumulate_grad_batches" not in err  # Lightning refuses it, as the module steps by itself
 
 
 def test_too_little_disk_is_said_before_training(tiny_digits, run_cli, tmp_path, monkeypatch):

@@ -139,13 +139,19 @@ class TrainingCLI(OpenCLI):
                 atexit.register(kill, signal.SIGKILL)
             if not isinstance(error, RuntimeError | MemoryError) or not is_out_of_memory(error):
                 raise
-            batch_size = getattr(getattr(self, "datamodule", None), "batch_size", None)
-            accumulated = self.trainer.accumulate_grad_batches if hasattr(self, "trainer") else 1
-            precision = smaller_precision(self.trainer) if hasattr(self, "trainer") else None
-            raise MemoryError(memory_advice(error, batch_size, accumulated, precision)) from error
+            raise MemoryError(self._memory_advice(error)) from error
         finally:
             if self.claimed:
                 self.claimed.close()
+
+    def _memory_advice(self, error: BaseException) -> str:
+        batch_size = getattr(getattr(self, "datamodule", None), "batch_size", None)
+        if not hasattr(self, "trainer"):
+            return memory_advice(error, batch_size, 1, None)
+        can_accumulate = self.model.automatic_optimization  # otherwise Lightning refuses it
+        accumulated = self.trainer.accumulate_grad_batches if can_accumulate else None
+        precision = smaller_precision(self.trainer, can_scale_losses=self.model.can_scale_losses)
+        return memory_advice(error, batch_size, accumulated, precision)
 
     @classmethod
     def run(cls, arguments: FitArguments) -> "TrainingCLI":

@@ -112,23 +112,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(
-    error: BaseException, batch_size: int | None, accumulate_grad_batches: int, smaller_precision: str | None
+    error: BaseException, batch_size: int | None, accumulate_grad_batches: int | None, smaller_precision: str | None
 ) -> str:
     """An error message that says what to change when memory does not suffice.
 
     Args:
         error: The error that was raised.
         batch_size: The number of images in a batch; None if unknown.
-        accumulate_grad_batches: The number of batches in a step.
+        accumulate_grad_batches: The number of batches in a step; None if a step cannot have several.
         smaller_precision: The trainer's precision that would take less memory here; None if there is none.
     """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if batch_size is None or batch_size == 1:
         less = "use smaller images or a narrower network (model.unet.channels)"
     else:
-        less = (
-            f"lower data.batch_size from {batch_size} to {batch_size // 2}, and set "
-            f"trainer.accumulate_grad_batches to {2 * accumulate_grad_batches}, which trains on as many images a step"
-        )
+        less = f"lower data.batch_size from {batch_size} to {batch_size // 2}"
+        if accumulate_grad_batches is not None:
+            less += (
+                f", and set trainer.accumulate_grad_batches to {2 * accumulate_grad_batches}, which trains on as many "
+                "images a step"
+            )
     other = f". trainer.precision {smaller_precision} takes less, too" if smaller_precision else ""
     return f"out of memory ({first}); {less}{other}"

@@ -99,10 +99,16 @@ def _is_in_hardware(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in precisions_for(device) or (dtype == torch.float16 and device.type == "cuda")
 
 
-def smaller_precision(trainer: Trainer) -> TrainingPrecision | None:
-    """The 16-bit precision that this machine has in hardware; None if the trainer is in it, or there is none."""
+def smaller_precision(trainer: Trainer, *, can_scale_losses: bool = True) -> TrainingPrecision | None:
+    """The 16-bit precision that this machine has in hardware; None if the trainer is in it, or there is none.
+
+    Args:
+        trainer: The run's trainer.
+        can_scale_losses: Whether the module can do with scaled losses, which float16 needs.
+    """
     name = NAMES[precisions_for(trainer.strategy.root_device)[-1]]
-    return None if name in ("32-true", trainer.precision) else name
+    refused = ("32-true", trainer.precision, *(() if can_scale_losses else ("16-mixed",)))
+    return None if name in refused else name
 
 
 def set_precision(trainer: Trainer, dtype: torch.dtype) -> None:
