@@ -405,12 +405,13 @@ def test_exported_folder_is_loaded_by_diffusers_with_the_scale_of_the_latents(tr
 def test_card_of_an_exported_autoencoder_says_how_to_use_it_and_its_python_runs(trained_file, tmp_path, make, tag, std):
     made, _ = trained_file(make())
     made.latent_std, made.settings = std, {"model": {"lr": 0.5}, "note": "größer"}
+    made.ema_autoencoder.register_to_config(scaling_factor=0.5)  # as an imported one may have, until it is measured
     made.trained.export(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     front_matter = yaml.safe_load(card.split("---")[1])
     assert front_matter == {"library_name": "diffusers", "tags": ["autoencoder", tag, "unet-diffusion"]}
     assert yaml.safe_load(card.split("Settings:\n```yaml\n")[1].split("```")[0]) == made.settings
-    assert ("standard deviation of 2.5 to 1" if std else "was not measured, so `scaling_factor` is 1") in card
+    assert ("standard deviation of 2.5 to 1" if std else "was not measured; `scaling_factor` stays 0.5") in card
     names: dict = {}
     exec(card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out")), names)
     assert names["latents"].shape == (1, 2, 8, 8)

@@ -210,14 +210,14 @@ def autoencoder_card(
         latent_height=height // factor,
         latent_width=width // factor,
         latents="latents" if codes else "latent_dist.mean",
-        about_scale=_about_scale(latent_std),
+        about_scale=_about_scale(latent_std, autoencoder.config["scaling_factor"]),
         settings=_yaml(settings) if settings else "# not known\n",
     )
 
 
-def _about_scale(latent_std: float | None) -> str:
+def _about_scale(latent_std: float | None, scaling_factor: float | None) -> str:
     if latent_std is None:
-        return "The standard deviation of the latents was not measured, so `scaling_factor` is 1."
+        return f"The standard deviation of the latents was not measured; `scaling_factor` stays {scaling_factor}."
     return f"`scaling_factor` brings latents of validation images from a standard deviation of {latent_std:.3g} to 1."
 
 
