@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from plans import plan
@@ -15,6 +16,11 @@ from unet_diffusion.checks.plan import (
     plan_findings,
     refuse_little_memory,
 )
+from unet_diffusion.diffusion.schedule import NoiseSchedule
+from unet_diffusion.models.denoiser_unet import DenoiserUNet
+from unet_diffusion.segmentation.features import FeatureClassifier
+from unet_diffusion.training import SegmentationModule
+from unet_diffusion.training.planning import plan_of
 
 GIB = 2**30
 MEASURED = Measured(0.5, 10.0, 20, used_bytes=2 * GIB, free_bytes=4 * GIB, where="of the GPU")
@@ -23,7 +29,23 @@ DISK = Disk(checkpoint_bytes=GIB, num_kept=3, free_bytes=10 * GIB)
 
 def test_state_is_weights_averages_gradients_and_moments():
     assert plan().state_bytes == 4 * 5 * 1_000_000
-    assert plan(num_parameters=2_000_000, num_moments=1).state_bytes == 4 * (4 + 2) * 1_000_000
+    half_frozen = plan(num_parameters=2_000_000, num_moments=1)
+    assert half_frozen.state_bytes == 4 * (2 + 1 + 1 + 1) * 1_000_000
+
+
+def test_frozen_weights_are_counted_once():
+    denoiser = DenoiserUNet(1, [8, 16], layers_per_block=1, norm_num_groups=4)
+    num_frozen = sum(parameter.numel() for parameter in denoiser.parameters())
+    unet = FeatureClassifier(denoiser, NoiseSchedule(), levels=[0], hidden_channels=[4, 4])
+    module = SegmentationModule(unet)
+    module.image_shape = (1, 32, 32)
+    data = SimpleNamespace(train_indices=range(4), val_indices=range(2), batch_size=2)
+    steps = {"max_steps": 10, "max_epochs": -1, "accumulate_grad_batches": 1}
+    trainer = SimpleNamespace(optimizers=module.new_optimizers(), **steps)
+    made = plan_of(trainer, module, data, num_processes=1)
+    new = [*unet.projections.parameters(), *unet.classifier.parameters()]
+    assert made.num_trained == sum(parameter.numel() for parameter in new)
+    assert made.num_parameters == num_frozen + made.num_trained
 
 
 def test_lines_have_duration_times_shown_memory_and_disk():

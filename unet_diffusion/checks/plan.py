@@ -73,8 +73,8 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
-        """The memory of the weights, their average, their gradients and the optimiser's moments."""
-        return BYTES * 2 * self.num_parameters + self.coming_bytes
+        """The memory of the weights, the average, gradients and moments of those that are trained."""
+        return BYTES * (self.num_parameters + self.num_trained) + self.coming_bytes
 
 
 @dataclass(frozen=True)

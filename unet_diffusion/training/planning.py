@@ -65,9 +65,10 @@ def plan_of(trainer: Trainer, module: NetworkModule, data: Any, *, num_processes
         num_processes: The number of processes of the run.
     """
     optimizer = trainer.optimizers[0]
-    averages = {id(p) for average, network in module.averaged_pairs() for p in average.parameters()}
+    averaged = {id(p) for _, network in module.averaged_pairs() for p in network.parameters()}
+    averages = {id(p) for average, _ in module.averaged_pairs() for p in average.parameters()} - averaged
     trained = [p for p in module.parameters() if p.requires_grad]
-    parameters = [p for p in module.parameters() if p.requires_grad or id(p) not in averages]
+    parameters = [p for p in module.parameters() if id(p) not in averages]  # an average shares frozen weights
     momentum = optimizer.defaults.get("momentum", 0.0)
     assert module.input_shape is not None
     return Plan(
