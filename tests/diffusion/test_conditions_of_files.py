@@ -12,6 +12,7 @@ from unet_diffusion.data import Folder, ImageDataModule
 from unet_diffusion.diffusion.conditions.condition import network_inputs, unconditional_inputs
 from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
+from unet_diffusion.runtime.pictures import over_white
 
 OBJECTS = torch.tensor([[0, 0, 0, 0, 0], [0, 5, 5, 5, 0], [0, 5, 5, 5, 0], [0, 5, 5, 5, 0], [0, 0, 7, 0, 0]])
 
@@ -91,6 +92,14 @@ def test_what_is_not_known_is_zero_in_all_channels():
     assert shares(condition, labels)[0, :, 0].tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     batch = {"semantic_map": condition.read({"semantic_map": labels[None, None]})}
     assert unconditional_inputs([condition], batch)["concat"].abs().max() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_classes_are_seen_apart_in_pictures_of_images_of_any_channels(channels):
+    labels = torch.arange(3).view(1, 1, 1, 3).expand(1, 1, 2, 3)
+    seen = SemanticMap(3, 3).seen({"images": torch.zeros(1, channels, 2, 3)}, {"semantic_map": labels})
+    assert seen.shape == (1, channels, 2, 3)
+    assert len(over_white(seen)[0, :, 0].unique(dim=1).T) == 3  # a colour for each class
 
 
 @pytest.mark.parametrize(

@@ -112,13 +112,16 @@ class SemanticMap(EncodedCondition):
         return self.encoder.entry_of(mirrored_like_images(batch, labels, labels.flip(-1)))
 
     def seen(self, batch: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> Tensor:
-        """Each class in a colour of its own; in grey images, in a grey of its own."""
+        """Each class in a colour of its own, in as many channels as images have; in grey images, in a grey."""
         classes = entries[self.batch_key][:, :1]
         channels = batch["images"].shape[1]
         if channels == 1:
             return classes / max(self.encoder.num_classes - 1, 1) * 2 - 1
-        steps = torch.tensor([*COLOUR_STEPS, 0][:channels], device=classes.device).view(-1, 1, 1)
-        return classes * steps % 256 / 127.5 - 1
+        steps = [COLOUR_STEPS[channel % len(COLOUR_STEPS)] for channel in range(channels)]
+        colours = classes * torch.tensor(steps, device=classes.device).view(-1, 1, 1) % 256 / 127.5 - 1
+        if channels == len(COLOUR_STEPS) + 1:
+            colours[:, -1] = 1.0  # opaque
+        return colours
 
     def meaning(self) -> Any:
         meaning = [self.encoder.num_classes, self.config["label_format"]]
