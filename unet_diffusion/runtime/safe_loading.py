@@ -9,6 +9,7 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +23,11 @@ from unet_diffusion.runtime.atomic_files import field_of, read_json
 NUM_PICKLES = 5  # in a file of the format that torch wrote before zip archives
 # Names in a pickle whose objects can have any size. No checkpoint has them: tensors are rebuilt from their storage.
 ALLOCATE = re.compile(r"(?:__builtin__|builtins) bytearray|torch[\w.]* (?:\w*Tensor|TypedStorage|UntypedStorage)")
+
+UNREADABLE = (  # what torch raises for files that are no checkpoints, or damaged
+    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError),
+    *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
+)
 
 
 def load_plain(path: str | os.PathLike[str]) -> Any:
@@ -39,7 +45,7 @@ def load_plain(path: str | os.PathLike[str]) -> Any:
     check_pickle(Path(path))
     try:
         return _unpickled(path, is_whole)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except UNREADABLE as error:
         if not is_whole:
             reason = "is no checkpoint, or only a part of one: it must be a file written by torch.save"
         elif isinstance(error, pickle.UnpicklingError):
@@ -54,18 +60,7 @@ def step_of(path: str | os.PathLike[str]) -> float:
     try:
         check_pickle(Path(path))
         return int(_unpickled(path, _is_whole(path))["global_step"])
-    except (
-        MemoryError,
-        OverflowError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        OSError,
-    ):
+    except (MemoryError, OverflowError, zipfile.BadZipFile, *UNREADABLE):
         return math.inf
 
 
