@@ -52,12 +52,22 @@ def cut(content: bytes) -> bytes:
     return content[:-1000]
 
 
-def flip_a_bit(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+def flip_a_bit(content: bytes, place: int | None = None) -> bytes:
+    place = len(content) // 2 if place is None else place
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+def flip_a_bit_of_the_list_of_its_files(content: bytes) -> bytes:
+    return flip_a_bit(content, content.index(b"PK\x01\x02"))
+
+
+def mark_its_first_file_as_encrypted(content: bytes) -> bytes:
+    return flip_a_bit(content, content.index(b"PK\x01\x02") + 8)
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, flip_a_bit, flip_a_bit_of_the_list_of_its_files, mark_its_first_file_as_encrypted]
+)
 def test_newest_checkpoint_that_is_whole_is_found(tmp_path, damage):
     for step, name in enumerate(("previous.ckpt", "last.ckpt"), start=1):
         WholeCheckpoints().save_checkpoint({"global_step": step, "weights": torch.zeros(1000)}, tmp_path / name)

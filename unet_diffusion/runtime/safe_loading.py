@@ -11,6 +11,7 @@ import pickletools
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ NUM_PICKLES = 5  # in a file of the format that torch wrote before zip archives
 # Names in a pickle whose objects can have any size. No checkpoint has them: tensors are rebuilt from their storage.
 ALLOCATE = re.compile(r"(?:__builtin__|builtins) bytearray|torch[\w.]* (?:\w*Tensor|TypedStorage|UntypedStorage)")
 
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError)  # what zipfile raises
 UNREADABLE = (  # what torch raises for files that are no checkpoints, or damaged
     *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError),
     *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
@@ -60,7 +62,7 @@ def step_of(path: str | os.PathLike[str]) -> float:
     try:
         check_pickle(Path(path))
         return int(_unpickled(path, _is_whole(path))["global_step"])
-    except (MemoryError, OverflowError, zipfile.BadZipFile, *UNREADABLE):
+    except (MemoryError, OverflowError, *UNREADABLE):
         return math.inf
 
 
@@ -69,13 +71,18 @@ def _is_whole(path: str | os.PathLike[str]) -> bool:
 
     Raises:
         OSError: If the file is missing or cannot be opened.
-        ValueError: If the archive is compressed.
+        ValueError: If the archive is damaged or compressed.
     """
     with open(path, "rb") as file:
-        is_whole = zipfile.is_zipfile(file)
-        if is_whole and any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(file).infolist()):
-            raise ValueError(f"{path} was not loaded: it must be uncompressed; save it again with torch.save")
-    return is_whole
+        try:
+            if not zipfile.is_zipfile(file):
+                return False
+            members = zipfile.ZipFile(file).infolist()
+        except (*DAMAGED, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}); copy or download it again") from error
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError(f"{path} was not loaded: it must be uncompressed; save it again with torch.save")
+    return True
 
 
 def _unpickled(path: str | os.PathLike[str], is_whole: bool) -> Any:
@@ -92,7 +99,7 @@ def _check_bytes(path: str, size: int, time: int) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (*DAMAGED, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again") from error
     if bad is not None:
         raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong); copy or download it again")
@@ -156,7 +163,7 @@ def check_pickle(path: Path) -> None:
 
 def _operations(path: Path) -> Iterator[tuple[Any, Any, Any]]:
     """Yield the operations of all pickles in a file, as far as they can be read."""
-    with suppress(ValueError, zipfile.BadZipFile, EOFError), open(path, "rb") as file:
+    with suppress(*DAMAGED), open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             file.seek(0)
             for _ in range(NUM_PICKLES):
