@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from unet_diffusion.diffusers_io.configurations import config_from_diffusers, schedule_from_diffusers
 from unet_diffusion.diffusers_io.exporting import to_diffusers
 from unet_diffusion.diffusers_io.importing import from_diffusers, import_pipeline
+from unet_diffusion.diffusers_io.segmenter_folder import read_segmenter_folder
 from unet_diffusion.models.denoiser_unet import DenoiserUNet
 
 CIFAR10_32 = {
@@ -334,6 +335,18 @@ def test_missing_weight_is_refused(tmp_path):
     save_file(weights, file)
     with pytest.raises(ValueError, match=r"conv_norm_out\.bias"):
         from_diffusers(tmp_path)
+
+
+def test_damaged_weights_are_refused_by_the_name_of_their_file(tmp_path):
+    tiny_unet2d().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])  # a download that was cut off
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is damaged"):
+        from_diffusers(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    file.rename(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        read_segmenter_folder(tmp_path)
 
 
 def test_folder_without_network_or_weights_says_what_is_missing(tmp_path):

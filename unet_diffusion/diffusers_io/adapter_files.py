@@ -22,6 +22,7 @@ from unet_diffusion.diffusion.parts import DenoiserParts
 from unet_diffusion.latents.codec import LatentCodec
 from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder
 from unet_diffusion.runtime.messages import in_words
+from unet_diffusion.runtime.tensor_files import read_safetensors
 
 StrPath = str | os.PathLike[str]
 
@@ -190,7 +191,7 @@ def add_word(parts: DenoiserParts, path: StrPath) -> str:
     file = Path(path) / WORD_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file() or file.suffix != ".safetensors":
         raise FileNotFoundError(f"a word must be a .safetensors file, or a folder with {WORD_FILE}, got {path}")
-    text, words = text_of(parts.conditions), load_file(file)
+    text, words = text_of(parts.conditions), read_safetensors(file)
     width = text.config["context_dim"]
     if len(words) != 1 or next(iter(words.values())).shape not in ((width,), (1, width)):
         shapes = {name: tuple(value.shape) for name, value in words.items()}

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unet_diffusion.runtime.atomic_files import check_replaceable, put_folder, read_json
 from unet_diffusion.runtime.shareable import shareable
+from unet_diffusion.runtime.tensor_files import read_safetensors
 
 StrPath = str | os.PathLike[str]
 CLASS_NAME, WEIGHTS = "Segmenter", "model.safetensors"
@@ -90,11 +91,12 @@ def read_segmenter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
 
     Raises:
         FileNotFoundError: If the folder has no weights.
+        ValueError: If a file is damaged.
     """
     record = {name: value for name, value in read_json(folder / "config.json").items() if name != "_class_name"}
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} must hold {WEIGHTS} beside config.json, and does not; copy it again")
-    return record, load_file(folder / WEIGHTS)
+    return record, read_safetensors(folder / WEIGHTS)
 
 
 def _card(record: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:

@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unet_diffusion.runtime.messages import in_words
 from unet_diffusion.runtime.safe_loading import load_plain
+from unet_diffusion.runtime.tensor_files import read_safetensors
 
 LEGACY_ATTENTION_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # old -> current
 # A variant, such as fp16, stands before or after the number of the shard.
@@ -25,7 +25,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        loaded = load_file(file) if file.suffix == ".safetensors" else load_plain(file)
+        loaded = read_safetensors(file) if file.suffix == ".safetensors" else load_plain(file)
         loaded = {_current_key(key): value for key, value in loaded.items()}
         if repeated := weights.keys() & loaded.keys():
             raise ValueError(f"{folder} must hold each weight once, got {min(repeated)} again in {file.name}")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from unet_diffusion.inference.record_checks import no_larger_than
@@ -14,6 +13,7 @@ from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.models.encoder_unet import EncoderUNet
 from unet_diffusion.runtime.atomic_files import field_of, read_json
 from unet_diffusion.runtime.messages import in_words
+from unet_diffusion.runtime.tensor_files import read_safetensors
 
 Normalization = Literal["imagenet", "unit"]
 KIND = "_model_class"  # field of config.json in which the package names the class
@@ -61,7 +61,7 @@ def encoder_segmenter(
             raise ValueError(f"{name} must be {json.dumps(rule)} in {path}, got {json.dumps(config.get(name))}; {fix}")
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} must hold {WEIGHTS}, and does not; save_pretrained writes it")
-    weights = load_file(folder / WEIGHTS)
+    weights = read_safetensors(folder / WEIGHTS)
     scores = field_of(config, "classes", path)
     is_binary = scores <= len(BINARY)
     in_channels = field_of(config, "in_channels", path)

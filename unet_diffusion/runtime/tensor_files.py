@@ -52,7 +52,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: If the file is damaged, has another format, or holds objects that could run code.
     """
     path = Path(path)
-    content = _safetensors(path) if path.suffix == SUFFIX else load_plain(path)
+    content = read_safetensors(path) if path.suffix == SUFFIX else load_plain(path)
     for name in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -62,6 +62,22 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if all(key.startswith(PARALLEL) for key in tensors):
         tensors = {key.removeprefix(PARALLEL): value for key, value in tensors.items()}
     return with_averages(tensors)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors in a .safetensors file by name, on the CPU.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        OSError: If the file is missing or cannot be opened.
+        ValueError: If the file is damaged, or has another format.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -90,13 +106,6 @@ def with_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = {key: value for key, value in tensors.items() if not key.startswith(AVERAGED)}
     averages = {key: AVERAGED + key.removeprefix(NETWORK).replace(".", "") for key in weights}
     return weights | {key: tensors[average] for key, average in averages.items() if average in tensors}
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
 
 
 def _damaged(path: str | os.PathLike[str], error: SafetensorError) -> ValueError:
