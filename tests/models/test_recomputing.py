@@ -65,8 +65,9 @@ def test_gradients_of_fused_kernels_are_bit_for_bit_those_without_checkpointing(
         assert torch.equal(gradient, recomputing[key]), key
 
 
-def test_statistics_of_batch_norms_move_once_a_step():
-    plain, recomputing = both("batch norms")
+@pytest.mark.parametrize("convert", [nn.Identity(), nn.SyncBatchNorm.convert_sync_batchnorm], ids=["own", "sync"])
+def test_statistics_of_batch_norms_move_once_a_step(convert):
+    plain, recomputing = map(convert, both("batch norms"))
     for network in (plain, recomputing):
         gradients(network)
     before = both("batch norms")[0].state_dict()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or of all together
 from torch.utils.checkpoint import checkpoint
 
 
@@ -36,7 +37,7 @@ def recompute_blocks(network: nn.Module) -> None:
 @contextmanager
 def _at_rest(block: nn.Module) -> Iterator[None]:
     """A context in which batch norms do not move their running statistics, which the first computation has moved."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
