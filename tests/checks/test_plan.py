@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import Trainer
 from plans import plan
 
 from unet_diffusion.checks.plan import (
@@ -21,6 +22,7 @@ from unet_diffusion.models.denoiser_unet import DenoiserUNet
 from unet_diffusion.segmentation.features import FeatureClassifier
 from unet_diffusion.training import SegmentationModule
 from unet_diffusion.training.planning import plan_of
+from unet_diffusion.training.timing import num_batches
 
 GIB = 2**30
 MEASURED = Measured(0.5, 10.0, 20, used_bytes=2 * GIB, free_bytes=4 * GIB, where="of the GPU")
@@ -40,12 +42,21 @@ def test_frozen_weights_are_counted_once():
     module = SegmentationModule(unet)
     module.image_shape = (1, 32, 32)
     data = SimpleNamespace(train_indices=range(4), val_indices=range(2), batch_size=2)
-    steps = {"max_steps": 10, "max_epochs": -1, "accumulate_grad_batches": 1}
-    trainer = SimpleNamespace(optimizers=module.new_optimizers(), **steps)
+    trainer = Trainer(max_steps=10, logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.optimizers = module.new_optimizers()
     made = plan_of(trainer, module, data, num_processes=1)
     new = [*unet.projections.parameters(), *unet.classifier.parameters()]
     assert made.num_trained == sum(parameter.numel() for parameter in new)
     assert made.num_parameters == num_frozen + made.num_trained
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_steps"), [({}, 24), ({"limit_train_batches": 3}, 6), ({"limit_train_batches": 0.5}, 12)]
+)
+def test_steps_are_those_of_epochs_as_the_trainer_limits_them(limit, num_steps):
+    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, accelerator="cpu", **limit)
+    data = SimpleNamespace(train_indices=range(49), batch_size=2)
+    assert num_batches(trainer, data, num_processes=2) == num_steps
 
 
 def test_lines_have_duration_times_shown_memory_and_disk():

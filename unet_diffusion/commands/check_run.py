@@ -73,7 +73,7 @@ class CheckCLI(TrainingCLI):
         if trainer.check_val_every_n_epoch is None:
             return batches // interval
         if not isinstance(interval, int):
-            interval *= batches_of_an_epoch(self.datamodule, num_processes=num_processes)
+            interval *= batches_of_an_epoch(self.trainer, self.datamodule, num_processes=num_processes)
         return batches / interval / trainer.check_val_every_n_epoch
 
 

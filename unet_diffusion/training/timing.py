@@ -68,15 +68,18 @@ def num_batches(trainer: Trainer, datamodule: Any, *, num_processes: int) -> flo
     if trainer.max_steps != -1:
         ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
     if trainer.max_epochs not in (None, -1):
-        ends.append(trainer.max_epochs * batches_of_an_epoch(datamodule, num_processes=num_processes))
+        ends.append(trainer.max_epochs * batches_of_an_epoch(trainer, datamodule, num_processes=num_processes))
     return min(ends)
 
 
-def batches_of_an_epoch(datamodule: Any, *, num_processes: int) -> int:
+def batches_of_an_epoch(trainer: Trainer, datamodule: Any, *, num_processes: int) -> int:
     """The number of batches of one process in an epoch.
 
     Args:
+        trainer: The trainer, which may limit them.
         datamodule: The data module, set up.
         num_processes: The number of processes of the run.
     """
-    return max(len(datamodule.train_indices) // (datamodule.batch_size * num_processes), 1)
+    batches = max(len(datamodule.train_indices) // (datamodule.batch_size * num_processes), 1)
+    limit = trainer.limit_train_batches
+    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
