@@ -121,6 +121,16 @@ def test_segmenter_that_learnt_to_denoise_gives_the_maps_alone(quiet_trainer, tm
     torch.testing.assert_close(read_segmenter(path).maps(image), scores.softmax(dim=0))
 
 
+def test_checkpoint_of_joint_training_is_trained_further(quiet_trainer, tmp_path):
+    path = fit_and_save(joint_module(), cells(), quiet_trainer(max_steps=1, limit_val_batches=0), tmp_path / "x.ckpt")
+    again, made = SegmentationModule.load_from_checkpoint(path), joint_module()
+    assert again.joint.weight == made.joint.weight
+    assert again.joint.schedule.config == made.joint.schedule.config
+    trainer = quiet_trainer(max_steps=2, limit_val_batches=0)
+    trainer.fit(again, cells(), ckpt_path=path)
+    assert "train/denoising_loss" in trainer.callback_metrics
+
+
 def test_training_lowers_the_loss_and_finds_the_cells(quiet_trainer):
     data = cells(augmentation=Augmentation(elastic_sd=2.0), window_size=64, batch_size=4)
     made = module(network(norm="batch", channels=(8, 16)), optimizer=functools.partial(torch.optim.Adam, lr=1.0e-2))

@@ -4,13 +4,16 @@ Buchholz et al. 2020 (https://arxiv.org/abs/2005.02987) found it to help most wh
 denoise first and segment then. Here noise is added as in diffusion, and the network is told how much.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unet_diffusion.diffusion.losses import squared_error
 from unet_diffusion.diffusion.schedule import NoiseSchedule, stratified_timesteps
+from unet_diffusion.training.hyperparameters import scalar_arguments
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,15 @@ class JointDenoising:
         """
         denoising_loss = squared_error(prediction, target).mean()
         return (1 - self.weight) * segmentation_loss + self.weight * denoising_loss, denoising_loss
+
+
+def joint_in(settings: Mapping[str, Any]) -> JointDenoising | None:
+    """What a segmenter denoised in training; None if it segmented only.
+
+    Args:
+        settings: The settings in the record of its checkpoint.
+    """
+    known = settings.get("model", {}).get("joint")
+    if known is None:
+        return None
+    return JointDenoising(NoiseSchedule(**known["schedule"]["init_args"]), **scalar_arguments(JointDenoising, known))

@@ -32,7 +32,7 @@ from unet_diffusion.segmentation.scores import THRESHOLDS
 from unet_diffusion.segmentation.transfer import is_of_denoiser, load_denoiser_weights
 from unet_diffusion.training.base import NetworkModule
 from unet_diffusion.training.hyperparameters import check_choice
-from unet_diffusion.training.joint import JointDenoising
+from unet_diffusion.training.joint import JointDenoising, joint_in
 from unet_diffusion.training.lightning_internals import data_of, total_batches
 from unet_diffusion.training.optimizers import LRDecay, default_optimizer
 from unet_diffusion.training.prediction import images_of
@@ -240,7 +240,8 @@ class SegmentationModule(NetworkModule):
     ) -> Self:
         trained = read_segmenter(path, allow=allow)
         alone = {"init_from": None, "pretrained_lr_scale": 1.0}  # the checkpoint has the weights
-        module = cls(**{"unet": trained.unet, "timestep": trained.timestep, **arguments, **alone})
+        parts = {"unet": trained.unet, "timestep": trained.timestep, "joint": joint_in(trained.settings)}
+        module = cls(**{**parts, **arguments, **alone})
         module.pretrained_lr_scale = arguments.get("pretrained_lr_scale", 1.0)
         _check_lr_scale(module.pretrained_lr_scale)
         module.kind, module.class_names, module.stretch = trained.kind, trained.class_names, trained.stretch
