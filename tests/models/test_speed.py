@@ -18,6 +18,7 @@ from unet_diffusion.models.speed import SPEEDS, fastest_setting, prepare_weights
 from unet_diffusion.runtime.precision import cpu_has_bfloat16
 from unet_diffusion.training import DiffusionModule
 from unet_diffusion.training.base import NetworkModule
+from unet_diffusion.training.health import is_out_of_memory
 
 CPU = torch.device("cpu")
 NEEDS_FUSED = pytest.mark.skipif("fused" not in speed.speeds_for(CPU), reason="needs AVX2 and a C++ compiler")
@@ -225,6 +226,33 @@ def test_a_setting_that_does_not_run_is_left_out(tiny_unet, monkeypatch):
     chosen, _, reason = choose(tiny_unet(), speeds=("plain", "channels_last", "fused"))
     assert chosen == "channels_last"
     assert "; fused in float32 does not run here (g++ is not what it seems); " in reason
+
+
+def test_a_setting_that_fails_after_its_first_step_is_left_out(tiny_unet, monkeypatch):
+    told = ToldTimes(monkeypatch, {("plain", FLOAT32): 0.1, ("channels_last", FLOAT32): 0.05})
+    step = told.step
+
+    def runs_once(setting, number):
+        if told.steps.count(("channels_last", FLOAT32, 16)) == 1 and setting.speed == "channels_last":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(setting, number)
+
+    told.step = runs_once
+    chosen, _, reason = choose(tiny_unet(), speeds=("plain", "channels_last"))
+    assert chosen == "plain"
+    assert "channels_last in float32 does not run here (CUDA out of memory); " in reason
+
+
+def test_batch_that_fits_at_no_speed_is_a_lack_of_memory(tiny_unet, monkeypatch):
+    told = ToldTimes(monkeypatch, {})
+
+    def fails(setting, number):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    told.step = fails
+    with pytest.raises(RuntimeError, match=r"runs at no speed here: .*CUDA out of memory") as caught:
+        choose(tiny_unet(), speeds=("plain", "channels_last"))
+    assert is_out_of_memory(caught.value)
 
 
 def test_trying_leaves_network_and_random_numbers_alone(tiny_unet, monkeypatch):

@@ -220,6 +220,7 @@ class _Trial:
         self.best_small = math.inf  # seconds
         self.seconds: dict[Setting, float] = {}  # seconds of a step with the whole batch
         self.notes: list[str] = []
+        self.failure: type[RuntimeError] = RuntimeError  # of the last setting that failed
 
     def time(self, setting: Setting) -> None:
         """Time one setting, unless there is no time left for it."""
@@ -230,16 +231,19 @@ class _Trial:
                 if self._is_promising(setting, small):
                     self._time_steps(setting, expected=small * self.num_timed / self.num_small)
         except RuntimeError as error:  # the compiler failed, or there is not enough memory
+            self.seconds.pop(setting, None)  # of a first step, after which it failed
+            self.failure = type(error)
             self.notes.append(f"{setting} does not run here ({str(error).strip().splitlines()[0]})")
 
     def simplest_of_the_fastest(self) -> Setting:
         """Return the simplest setting whose step takes hardly longer than the fastest.
 
         Raises:
-            RuntimeError: If no setting runs.
+            RuntimeError: If no setting runs; torch.OutOfMemoryError, which is one, if memory does not suffice.
         """
         if not self.seconds:
-            raise RuntimeError(f"the network runs at no speed here: {'; '.join(self.notes)}")
+            kind = torch.OutOfMemoryError if issubclass(self.failure, torch.OutOfMemoryError) else RuntimeError
+            raise kind(f"the network runs at no speed here: {'; '.join(self.notes)}")
         fastest = min(self.seconds.values())
         return min(
             (setting for setting, taken in self.seconds.items() if taken <= MIN_GAIN * fastest),
