@@ -185,6 +185,15 @@ def test_copied_pixels_are_those_of_the_same_masks(files):
     assert np.mean(bright) > np.mean(dark) + 40  # cells are brighter than their background
 
 
+def test_pixels_are_not_copied_from_images_that_are_larger_than_their_labels(files):
+    Image.new("L", (56, 50)).save(files / "image" / "1.png")
+    with pytest.raises(
+        ValueError, match=r"1 of 3 images cannot be used:\n  1\.png: 50x56 pixels, and 48x56 in its label"
+    ):
+        ud.copy_paste(files / "image", files / "label", output=files / "out", **COPIED)
+    assert not (files / "out").exists()
+
+
 def test_copied_pixels_are_stretched_as_the_denoisers_images_were(run_cli, files):
     dark = np.asarray(Image.open(files / "image/0.png")) // 8
     for number in range(NUM):
