@@ -33,6 +33,7 @@ from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.pictures import picture_of, read_images, save_grid, scale_to_unit_range, to_uint8, write_png
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.segmentation.pictures import outlined
 from unet_diffusion.segmentation.recombining import Mask, RecombinedMasks, pixels_at
 from unet_diffusion.segmentation.scores import dice
@@ -313,6 +314,9 @@ def _check_pairs(num_images: int, channels: int, segmenter: Segmenter | None, mi
     if segmenter.unet.in_channels != channels:
         raise ValueError(f"the segmenter must take the {channels} channels of the images of the pairs, and takes "
                          f"{segmenter.unet.in_channels}; train one with source.channels {channels}")  # fmt: skip
+    if not segmenter.stretch:  # which gives the same image whatever the range
+        fix = "give a segmenter of pictures of 8 or 16 bits"
+        PixelValues().require_range_of(segmenter.values, "the segmenter was trained on", fix)
 
 
 def _images_of(
