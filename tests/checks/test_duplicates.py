@@ -41,6 +41,16 @@ def test_images_without_content_are_not_alike():
     assert alike_findings(thumbnails(images() // 100 + 7), NAMES, TRAIN, VAL) == []
 
 
+def test_small_bright_images_are_alike_by_what_they_show_and_not_by_their_brightness():
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(220, 250, (40, 1, 8, 8), generator=generator).to(torch.uint8)
+    assert alike_findings(thumbnails(small), NAMES, TRAIN, VAL) == []
+    assert alike_findings(thumbnails(torch.full_like(small, 250)), NAMES, TRAIN, VAL) == []
+    small[30] = small[3] - 150
+    (finding,) = alike_findings(thumbnails(small), NAMES, TRAIN, VAL)
+    assert "(30.png and 3.png)" in finding.text
+
+
 def test_thumbnails_of_a_list_are_those_of_a_tensor():
     assert torch.equal(thumbnails(list(images())), thumbnails(images()))
 

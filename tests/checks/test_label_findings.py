@@ -1,6 +1,7 @@
 """Findings about classes and label images: each for labels that deserve it, and none for others."""
 
 import numpy as np
+import pytest
 import torch
 
 from unet_diffusion.checks.labels import (
@@ -90,6 +91,13 @@ def test_empty_label_images_are_counted():
 def test_objects_wider_than_a_window_are_found():
     (finding,) = object_findings(objects_of([squares(1)], INSTANCES), INSTANCES, 1, window_size=3)
     assert "wider than a window of 3 pixels" in finding.text
+
+
+@pytest.mark.parametrize(("diameter", "num_findings"), [(4, 0), (8, 1)])
+def test_objects_of_one_size_are_as_wide_as_they_are_scaled_to(diameter, num_findings):
+    targets = Targets("instances", separate_borders=True, object_diameter=diameter)
+    large = squares(1).repeat(3, axis=0).repeat(3, axis=1)
+    assert len(object_findings(objects_of([large], targets), targets, 1, window_size=6)) == num_findings
 
 
 def test_a_rare_class_is_ignored_by_cross_entropy_alone():

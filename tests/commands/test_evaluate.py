@@ -70,11 +70,11 @@ def test_model_without_a_configuration_is_evaluated_on_data_that_are_named(
 
 
 def test_folder_of_images_is_compared_with_the_data_of_a_recipe(few_steps, run_cli, tmp_path):
-    save_images(torch.rand(15, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1, tmp_path / "drawn")
-    status, out, err = run_cli("evaluate", tmp_path / "drawn", "--config", "digits")
+    save_images(torch.rand(15, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1, tmp_path / "guided_1.5")
+    status, out, err = run_cli("evaluate", tmp_path / "guided_1.5", "--config", "digits")
     assert status == 0, err
     assert "Fréchet distance" in out
-    assert stored(tmp_path / "drawn-evaluation")["protocol"]["samples"] == 15
+    assert stored(tmp_path / "guided_1.5-evaluation")["protocol"]["samples"] == 15
 
 
 def test_archives_by_their_numbers_are_images_and_no_model(tmp_path):

@@ -217,6 +217,17 @@ def test_shards_of_five_channels_are_those_of_the_folder(stacks, tmp_path, size)
     assert sorted(read) == sorted(of_folder.numpy().tolist())
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_images_of_other_channels_are_not_packed(tmp_path, dtype):
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        pixels = np.full((8, 9, 2), number, dtype=dtype)
+        tifffile.imwrite(tmp_path / "images" / f"{number}.tif", pixels, photometric="minisblack", planarconfig="contig")
+    bad = pack_images(find_images(tmp_path / "images"), tmp_path / "shards", root="images", channels=3)
+    assert len(bad) == 2
+    assert "an image must have 3 channels, as channels says, and this file has 2 channels" in bad[0]
+
+
 @pytest.mark.parametrize(("photometric", "shown"), [("minisblack", (0, 1, 2)), ("rgb", None)])
 def test_four_channels_that_are_no_colours_are_not_shown_as_rgb_and_alpha(tmp_path, photometric, shown):
     for place in ("images", "labels"):

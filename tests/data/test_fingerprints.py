@@ -50,6 +50,19 @@ def test_files_that_change_places_are_found_though_written_at_the_same_moment(fo
     assert changes(before, fingerprints(find_images(folder), before)) == ["a.png", "b.png"]
 
 
+def test_member_of_an_archive_that_cannot_be_unpacked_has_no_hash(folder, tmp_path):
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.png", "content " * 100)
+        begin = packed.getinfo("a.png").header_offset + zipfile.sizeFileHeader + len("a.png")
+    damaged = bytearray(archive.read_bytes())
+    damaged[begin : begin + 8] = b"\xff" * 8  # not the archive, but what is packed
+    archive.write_bytes(damaged)
+    before = fingerprint(find_images(archive), "a.png")
+    assert before[1] == ""
+    assert is_of(find_images(archive), "a.png", before)
+
+
 def test_changes_are_the_names_of_new_gone_and_other_files(folder):
     before = fingerprints(find_images(folder), {})
     assert changes(before, fingerprints(find_images(folder), before)) == []

@@ -9,6 +9,7 @@ from PIL import Image
 
 from unet_diffusion.data import Digits, Folder, Groups, ImageDataModule, ShuffledBatches, split_by_group
 from unet_diffusion.data.groups import balanced_order
+from unet_diffusion.data.split import VAL_SHARE, number_of
 from unet_diffusion.runtime.randomness import keyed_generator
 
 SLICES = r"_slice\d+"
@@ -97,6 +98,15 @@ def test_pattern_that_makes_no_groups_is_refused(pattern, message):
 def test_split_that_leaves_nothing_to_train_on_is_refused():
     with pytest.raises(ValueError, match="num_val must leave a group to train on, and 4 takes all 2 groups of the 6"):
         sides(names_of(range(2), 3), 4)
+
+
+def test_a_group_is_left_to_train_on_where_all_have_low_numbers():
+    groups = ["p5", "p7", "p7"]
+    assert all(number_of(group) < VAL_SHARE for group in groups)
+    train, val = split_by_group(groups)
+    assert {groups[i] for i in train.tolist()} | {groups[i] for i in val.tolist()} == {*groups}
+    assert len(train)
+    assert len(val)
 
 
 def test_images_without_names_have_no_groups():

@@ -1,6 +1,7 @@
 """Images and labels are matched, read and checked; windows are drawn from them."""
 
 import pickle
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -394,6 +395,19 @@ def test_position_in_a_resumed_epoch_decides_what_may_be_synthetic(tmp_path):
     loader.load_state_dict({"epoch": 1, "num_batches": 30})
     loader.sampler.set_epoch(1)
     assert [[index for index, *_ in drawn] for drawn in loader.sampler] == whole[130:]
+
+
+def test_batches_that_are_left_out_of_an_epoch_do_not_count_as_the_first_ones(tmp_path):
+    pairs(tmp_path / "drawn", size=(20, 20))
+    made = data(pairs(tmp_path / "real"), synthetic=SyntheticPairs(tmp_path / "drawn", num_batches=14))
+    limits = {"max_epochs": 3, "limit_train_batches": 5}
+    made.trainer = Trainer(**limits, accelerator="cpu", logger=False, enable_checkpointing=False)
+    sampler = made.train_dataloader().sampler
+    is_synthetic = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        is_synthetic += [any(index > 4 for index, *_ in drawn) for drawn in islice(sampler, 5)]
+    assert is_synthetic == [True] * 14 + [False]
 
 
 def test_synthetic_images_are_taken_as_they_were_drawn(tmp_path):

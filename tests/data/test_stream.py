@@ -27,6 +27,7 @@ from unet_diffusion.commands.main import main
 from unet_diffusion.data import (
     Folder,
     ImageDataModule,
+    ResumableLoader,
     ShardError,
     Shards,
     ShardStore,
@@ -131,6 +132,17 @@ def test_resumed_epoch_goes_on_at_every_step():
     whole = lists(2, horizontal_flip=True)
     for step in range(len(whole) + 1):
         assert lists(2, first_batch=step, horizontal_flip=True) == whole[step:]
+
+
+@pytest.mark.parametrize("name", ["window", "num_lanes"])
+def test_epoch_that_goes_on_in_another_order_of_shards_is_told(name):
+    def loader(**options):
+        sampler = ShuffledShards(STARTS, 3, **{"window": 2, "num_lanes": 2, **options})
+        return ResumableLoader(dataset=range(100), sampler=sampler, batch_size=None)
+
+    state = {**loader().state_dict(), "num_batches": 1}
+    with pytest.warns(UserWarning, match=rf"another order than in the checkpoint \({name} was 2, is 4\)"):
+        loader(**{name: 4}).load_state_dict(state)
 
 
 def test_run_does_not_go_on_with_shards_that_were_packed_anew(images, packed, run_cli):

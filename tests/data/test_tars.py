@@ -303,6 +303,14 @@ def test_all_archives_below_a_folder_are_read_and_hidden_members_are_not(tmp_pat
     assert "._0.png" in files.left_out.described()
 
 
+def test_members_of_an_archive_of_the_folder_itself_have_the_names_of_its_files(tmp_path):
+    path = members(tmp_path / "a.tar", ("./0.png", PNG), ("./0.txt", b"a caption"), ("./b/1.png", PNG), ("./._0", b""))
+    files = find_images(path)
+    assert files.names == ["0.png", "b/1.png"]
+    assert files.captions(["0.png"]) == ["a caption"]
+    assert files.left_out.described() == "1 hidden or of the system (._0)"
+
+
 def test_classes_that_are_empty_or_missing_are_told_and_no_others(tmp_path):
     classes = [b"cat", b"", b" dog\n", b"cat"]
     content = [one for number, text in enumerate(classes) for one in ((f"{number}.png", PNG), (f"{number}.cls", text))]

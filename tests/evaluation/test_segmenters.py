@@ -396,7 +396,15 @@ def test_pixels_without_a_class_count_for_nothing():
 
     result = evaluated(Stub(half), ignored, ignore_label=99).figures
     assert result["dice_images"].value == result["ap_50_images"].value == 1
-    assert result["pixel_error_pooled"].value == 0
+    assert result["pixel_error_pooled"].value == result["warping_error_pooled"].value == 0
+
+    def lost(seen):
+        return foreground(np.zeros(seen.shape))
+
+    wrong = evaluated(Stub(lost), ignored, ignore_label=99).figures["warping_error_pooled"].value
+    alone = evaluated(Stub(lost), [one[:24] for one in labels]).figures["warping_error_pooled"].value
+    assert wrong == pytest.approx(alone)
+    assert alone > 0
 
 
 def test_two_processes_give_what_one_gives():

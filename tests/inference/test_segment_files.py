@@ -143,6 +143,32 @@ def test_unreadable_file_is_reported_at_the_end_and_the_rest_is_done(run_cli, ru
     assert len(sizes(tmp_path / "masks")) == 4
 
 
+def test_image_that_takes_too_much_memory_is_reported_and_the_rest_is_done(run_cli, run, images, tmp_path, monkeypatch):
+    segment = Segmenter.segment
+
+    def of_little_memory(self, image, **options):
+        if image.shape[1:] == (70, 51):
+            np.empty(2**60, dtype=np.uint8)
+        return segment(self, image, **options)
+
+    monkeypatch.setattr(Segmenter, "segment", of_little_memory)
+    status, _, err = run_cli("segment", run, images, "--output", tmp_path / "masks")
+    assert status == 1
+    assert "1 of 4 images could not be segmented:\n  grey.png: Unable to allocate 1.00 EiB" in err
+    assert len(sizes(tmp_path / "masks")) == 3
+
+
+def test_where_no_file_can_be_read_nothing_is_left_that_stops_the_next_try(run_cli, run, images, tmp_path):
+    segment = ["segment", run, images / "grey.png", "--output", tmp_path / "masks", "--instances"]
+    content = (images / "grey.png").read_bytes()
+    (images / "grey.png").write_bytes(b"no image")
+    assert run_cli(*segment)[0] == 1
+    assert not (tmp_path / "masks").exists()
+    (images / "grey.png").write_bytes(content)
+    status, _, err = run_cli(*segment)
+    assert status == 0, err
+
+
 def test_pages_of_a_large_tiff_are_pages_of_its_mask(run_cli, run, tmp_path):
     pixels = RNG.integers(256, size=(3, 40, 45), dtype=np.uint8)
     (tmp_path / "images").mkdir()

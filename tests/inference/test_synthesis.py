@@ -185,6 +185,15 @@ def test_copied_pixels_are_those_of_the_same_masks(files):
     assert np.mean(bright) > np.mean(dark) + 40  # cells are brighter than their background
 
 
+def test_pixels_are_not_copied_from_images_that_are_larger_than_their_labels(files):
+    Image.new("L", (56, 50)).save(files / "image" / "1.png")
+    with pytest.raises(
+        ValueError, match=r"1 of 3 images cannot be used:\n  1\.png: 50x56 pixels, and 48x56 in its label"
+    ):
+        ud.copy_paste(files / "image", files / "label", output=files / "out", **COPIED)
+    assert not (files / "out").exists()
+
+
 def test_copied_pixels_are_stretched_as_the_denoisers_images_were(run_cli, files):
     dark = np.asarray(Image.open(files / "image/0.png")) // 8
     for number in range(NUM):
@@ -248,6 +257,7 @@ def test_no_pair_that_is_kept_is_an_error_that_leaves_the_record(run_cli, files)
             "must take the 1 channels of the images of the pairs, and takes 3",
         ),
         (["--segmenter", "classes.ckpt"], "must tell objects from background, and this one was trained on classes"),
+        (["--segmenter", "measured.ckpt"], "the segmenter was trained on numbers of 0 to 60 as -1 to 1, and the data"),
         (["--segmenter", "denoiser.ckpt"], "holds a denoiser, not a segmenter"),
         (["--labels", "negative"], "1 of 3 label files cannot be used:\n  1.tif: numbers of objects must be 0 or more"),
         (["--labels", "empty"], "3 label images hold no object"),
@@ -258,6 +268,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(run_cli, files, m
     monkeypatch.chdir(files)
     segmenter(channels=3).save("colours.ckpt")
     segmenter(kind="classes").save("classes.ckpt")
+    replace(segmenter(), stretch=False, values=PixelValues("float32", 0, 60)).save("measured.ckpt")
     for folder in ("negative", "empty"):
         (files / folder).mkdir()
         for number in range(3):

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
 
 from unet_diffusion.segmentation import labels as labels_module
 from unet_diffusion.segmentation.border_weights import border_weights
+from unet_diffusion.segmentation.image_targets import ImageTargets
 from unet_diffusion.segmentation.labels import (
     BACKGROUND,
     BORDER,
@@ -254,6 +256,19 @@ def test_distances_are_pixels_to_the_next_one_outside_the_object():
     labels[:, 1:6], labels[:, 6:9] = 4, 5  # the border of the image is no edge
     distances = Targets("instances", separate_borders=True).distances(labels)
     assert distances[1].tolist() == [0, 1, 2, 3, 2, 1, 1, 2, 1, 0, 0, 0]
+
+
+def test_object_that_fills_the_image_is_as_far_from_an_edge_as_the_middle_of_a_large_one():
+    targets = Targets("instances", separate_borders=True)
+    large = np.zeros((64, 64), dtype=np.int32)
+    large[8:56, 8:56] = 1
+    centre = torch.stack(torch.meshgrid(torch.arange(28, 36), torch.arange(28, 36), indexing="ij")).float()
+    learnt = [
+        ImageTargets.of(targets, labels, np.ones(3, dtype=np.float32)).sampled(centre)["distances"]
+        for labels in (large, np.ones_like(large))
+    ]
+    assert torch.equal(learnt[1], learnt[0])
+    assert not targets.distances(np.zeros_like(large)).any()
 
 
 def test_touching_objects_without_a_border_between_them_are_told_apart_by_their_distances():

@@ -108,7 +108,7 @@ def _thumbnails(images: Tensor) -> Tensor:
     white = 1.0 if images.is_floating_point() else float(torch.iinfo(images.dtype).max)
     height, width = (min(side, SIDE) for side in grey.shape[-2:])
     small = F.adaptive_avg_pool2d(grey, (height, width)).flatten(1) / white
-    small = F.pad(small, (0, SIDE**2 - small.shape[1]))  # all of a set have one size, and labelled ones may differ
     small = small - small.mean(dim=1, keepdim=True)
-    has_content = small.std(dim=1, keepdim=True) > LEAST_CONTRAST
-    return F.normalize(small, dim=1) * has_content
+    has_content = small.std(dim=1, keepdim=True, correction=0) > LEAST_CONTRAST
+    small = F.normalize(small, dim=1) * has_content
+    return F.pad(small, (0, SIDE**2 - small.shape[1]))  # all of a set have one size, and labelled ones may differ

@@ -122,7 +122,8 @@ def object_findings(objects: Objects, targets: Targets, num_images: int, window_
     if share > MANY_TOUCHING and targets.label_format == "instances" and targets.kind == "binary":
         text = f"{percent(share)} of the objects touch another, and are learnt as one with it"
         findings.append(Finding("advice", text, "--data.targets.separate_borders true, and one more out_channels"))
-    if len(objects.areas) and (large := float(np.median(objects.areas)) ** 0.5) > window_size:
+    # Images that are scaled to objects of one size have objects of that size in windows.
+    if len(objects.areas) and (large := targets.object_diameter or np.median(objects.areas) ** 0.5) > window_size:
         text = f"half of the objects are wider than a window of {window_size} pixels (about {large:.0f})"
         findings.append(Finding("advice", text, "--data.window_size N, a larger one, or smaller images"))
     return findings

@@ -130,7 +130,7 @@ def encode(
         **table.settings(),
         "background": background,
         "precision": dtype,
-        **{key: str(place.resolve()) for key, place in beside.items()},
+        **{key: None if place is None else str(place.resolve()) for key, place in asked.items()},
     }
     device_type = torch.device(device).type
     if device_type == "cpu":

@@ -143,4 +143,5 @@ def _output_of(run: Path) -> Path:
     if run.is_file() and run.parent.name == "checkpoints":
         run = run.parents[1]
     is_run = (run / "checkpoints").is_dir()
-    return run / "evaluation" if is_run else run.with_name(f"{run.stem}-evaluation")
+    name = run.name if run.is_dir() else run.stem  # a folder such as guided_1.5 has no ending
+    return run / "evaluation" if is_run else run.with_name(f"{name}-evaluation")

@@ -137,10 +137,11 @@ def segment(
             failed = segment_images(trained, sources, outputs, predict=predict, progress=bar.update, group=group)
         if group.rank > 0:
             return
-    if is_new and len(failed) == len(sources):
+    is_empty = is_new and len(failed) == len(sources)
+    if is_empty:
         shutil.rmtree(output)
     print(f"{len(sources) - len(failed)} masks in {output}")
-    if instances:
+    if instances and not is_empty:
         print(f"{write_objects(sources, outputs, trained.unet.in_channels)} objects in {output / TABLE}")
     if failed:
         raise ValueError("\n  ".join([f"{len(failed)} of {len(sources)} images could not be segmented:", *failed]))

@@ -223,7 +223,7 @@ class _Pixels:
 
 def _pixels(image: StoredImage, image_format: ImageFormat, reducible_to: int | None = None) -> _Pixels:
     """The pixels of an image: on a scale of 8 or 16 bits, or of a range of values, whose ends become 0 and 1."""
-    _check_channels(image, image_format.channels)
+    check_channels(image, image_format.channels)
     if image_format.value_range is not None:
         levels = _in_range(image, image_format.value_range, reducible_to)
         return _Pixels(levels, 1.0, False, image.kind != "channels")
@@ -237,8 +237,16 @@ def _pixels(image: StoredImage, image_format: ImageFormat, reducible_to: int | N
     return _Pixels(levels.transpose(2, 0, 1), white, alpha is not None, image.kind != "channels")
 
 
-def _check_channels(image: StoredImage, channels: int) -> None:
-    """Refuse an image whose channels cannot become those asked for without a guess."""
+def check_channels(image: StoredImage, channels: int) -> None:
+    """Refuse an image whose channels cannot become those asked for without a guess.
+
+    Args:
+        image: An image of a file.
+        channels: The channels that are asked for, as in `ImageFormat`.
+
+    Raises:
+        ValueError: If they cannot.
+    """
     if image.kind == "channels" and image.num_channels == channels:
         return
     alpha = " and alpha" if image.alpha is not None else ""

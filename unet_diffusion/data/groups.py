@@ -68,7 +68,7 @@ def split_by_group(groups: Sequence[str], num_val: int | None = None) -> tuple[T
     Args:
         groups: The name of each image's group.
         num_val: The number of validation images at least, as a group is kept whole. None takes the groups with a number
-            below 0.1: at least one, and no more than 1000 images take.
+            below 0.1: at least one, not all, and no more than 1000 images take.
 
     Raises:
         ValueError: If no group is left to train on.
@@ -76,7 +76,7 @@ def split_by_group(groups: Sequence[str], num_val: int | None = None) -> tuple[T
     numbers = {group: number_of(group) for group in groups}
     ranked = sorted(numbers, key=numbers.__getitem__)
     if num_val is None:
-        low = [group for group in ranked if numbers[group] < VAL_SHARE]
+        low = [group for group in ranked[:-1] if numbers[group] < VAL_SHARE]  # the last is left to train on
         chosen = _first_groups(low or ranked[:1], groups, MAX_NUM_VAL)
     else:
         check_split(len(groups), num_val)

@@ -88,9 +88,8 @@ class LabelledSource(ItemSource):
                 raise ValueError(f"{item.where} must hold no keys but image, label and name, got "
                                  f"{', '.join(sorted(others))}; remove them")  # fmt: skip
             label = _label_image(item)
-            mismatch = _mismatch([item.image], [label])
-            if mismatch:
-                raise ValueError(f"{item.where} must be as large as its label, and has {mismatch}")
+            if differs := mismatch([item.image], [label]):
+                raise ValueError(f"{item.where} must be as large as its label, and has {differs}")
             if len(item.image) != len((loaded.images or [item.image])[0]):
                 raise ValueError(f"all images must have the same channels, and {item.where} has {len(item.image)} and "
                                  f"the first {len(loaded.images[0])}")  # fmt: skip
@@ -164,7 +163,7 @@ class PairedFiles(LabelledSource):
             label_pages = decoded(decode_label_pages, label_files, label_name)
             if isinstance(pages, str) or isinstance(label_pages, str):
                 return pages if isinstance(pages, str) else f"its label {label_name}: {label_pages}"
-            return _mismatch(pages, label_pages) or (pages, label_pages)
+            return mismatch(pages, label_pages) or (pages, label_pages)
 
         loaded, bad = LabelledImages([], [], [], self._left_out(image_files, label_files)), []
         for name, outcome in in_threads(read, list(pairs), "loading images and labels", progress):
@@ -403,7 +402,13 @@ def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _mismatch(pages: Sequence[Tensor], label_pages: Sequence[NDArray[Any]]) -> str | None:
+def mismatch(pages: Sequence[Tensor], label_pages: Sequence[NDArray[Any]]) -> str | None:
+    """How an image differs from its label in pages or size, for the end of a sentence; None: it does not.
+
+    Args:
+        pages: The pages of the image, (C, H, W) each.
+        label_pages: The pages of the label, (H, W) each.
+    """
     if len(pages) != len(label_pages):
         return f"{len(pages)} pages, and {len(label_pages)} in its label"
     for image, label in zip(pages, label_pages, strict=True):

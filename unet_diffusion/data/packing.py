@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unet_diffusion.data.batches import Entries
 from unet_diffusion.data.checking import decoded, in_threads
-from unet_diffusion.data.decoding import ImageFormat, fitted_image, plain_numbers
+from unet_diffusion.data.decoding import ImageFormat, check_channels, fitted_image, plain_numbers
 from unet_diffusion.data.files import ImageFiles
 from unet_diffusion.data.fingerprints import content_hash, is_of, text_digest
 from unet_diffusion.data.listing import IMAGE_EXTENSIONS
@@ -230,8 +230,9 @@ def _packed(content: bytes, name: str, image_format: ImageFormat | int) -> Packe
         are_colours = stored.kind != "channels"
         is_plain = stored.palette is None and stored.alpha is None and stored.transparent is None
         numbers = plain_numbers(stored) if is_plain else stored.numbers()
+        check_channels(stored, image_format)
         if stored.white is not None:
-            fitted_image(stored, ImageFormat(1, 1, image_format))  # refuses other channels
+            fitted_image(stored, ImageFormat(1, 1, image_format))  # refuses numbers that are no colours
         bits = 8 if stored.bits <= 8 else stored.bits
         ends = _ends(numbers) if is_plain else None
         crop = Crop.centred(stored.size, stored.size)

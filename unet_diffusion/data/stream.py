@@ -271,6 +271,11 @@ class ShuffledShards(ShuffledBatches):
         self.window = window
         self.num_lanes = num_lanes
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides, with the images and the epoch, which images a batch has; plain values."""
+        return {**super().order, "window": self.window, "num_lanes": self.num_lanes}
+
     def __iter__(self) -> Iterator[LaneBatch]:
         parts = self._parts()
         lanes = [self._lane(parts, lane) for lane in range(self.num_lanes)]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from posixpath import normpath
 from typing import IO, Any
 
 from unet_diffusion.data.described import (
@@ -178,10 +179,11 @@ class TarFiles(DescribedFiles):
             return
         if leads_outside(member.name):  # outputs are named after inputs
             raise _Refused(f"names must be paths within it, got {member.name!r}")
-        if hidden := of_a_system(member.name):
+        name = normpath(member.name)  # `tar -cf a.tar .` writes ./a.png
+        if hidden := of_a_system(name):
             self.left_out.names[HIDDEN].add(hidden)
             return
-        folder, slash, file = member.name.rpartition("/")
+        folder, slash, file = name.rpartition("/")
         first, _, ending = file.partition(".")
         ending = ending.lower()  # as the library has it
         sample = samples.setdefault(f"{folder}{slash}{first}", _Sample())

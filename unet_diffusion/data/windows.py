@@ -34,9 +34,14 @@ class WindowBatches(ShuffledBatches):
         num_replicas: The number of processes that share an epoch.
         rank: The rank of this process, in [0, num_replicas).
 
+    Attributes:
+        in_epoch: The number of batches of an epoch that a run trains on; None: all.
+
     Raises:
         ValueError: If the share of synthetic images gives none in a batch.
     """
+
+    in_epoch: int | None = None
 
     def __init__(
         self,
@@ -58,9 +63,10 @@ class WindowBatches(ShuffledBatches):
         self.synthetic_images = synthetic_images
 
     def __iter__(self) -> Iterator[list[Any]]:
+        before = self.epoch * (len(self) if self.in_epoch is None else self.in_epoch)
         for step, numbers in enumerate(super().__iter__(), start=self.first_batch):
             drawn = [(int(self.images[number % len(self.images)]), self.epoch, number) for number in numbers]
-            may_be_synthetic = self.synthetic and self.epoch * len(self) + step < self.synthetic.num_batches
+            may_be_synthetic = self.synthetic and before + step < self.synthetic.num_batches
             yield self._with_synthetic(drawn, step) if may_be_synthetic else drawn
 
     def _with_synthetic(self, drawn: list[DrawnWindow], step: int) -> list[DrawnWindow]:
@@ -76,6 +82,17 @@ class WindowBatches(ShuffledBatches):
         return drawn
 
 
+def batches_of_epoch(trainer: Trainer, batches_per_epoch: int) -> int:
+    """The number of batches of an epoch that a run trains on, which limit_train_batches may lower.
+
+    Args:
+        trainer: The trainer of the run.
+        batches_per_epoch: The number of batches of the loader.
+    """
+    limit = trainer.limit_train_batches
+    return min(limit, batches_per_epoch) if isinstance(limit, int) else int(limit * batches_per_epoch)
+
+
 def batches_of_run(trainer: Trainer, batches_per_epoch: int) -> float:
     """The number of training batches of a run that ends by max_steps or max_epochs; infinity if it ends by neither.
 
@@ -83,9 +100,7 @@ def batches_of_run(trainer: Trainer, batches_per_epoch: int) -> float:
         trainer: The trainer of the run.
         batches_per_epoch: The number of batches of the loader.
     """
-    limit = trainer.limit_train_batches
-    in_epoch = min(limit, batches_per_epoch) if isinstance(limit, int) else int(limit * batches_per_epoch)
-    accumulated = trainer.accumulate_grad_batches
+    in_epoch, accumulated = batches_of_epoch(trainer, batches_per_epoch), trainer.accumulate_grad_batches
     ends = [math.inf]
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         ends.append(trainer.max_epochs * in_epoch)

@@ -193,10 +193,11 @@ def membrane_sums(truth: Truth, predicted: Predicted, min_size: int) -> Values:
 
 
 def warped_shares(probabilities: NDArray[np.float32], truth: Truth, thresholds: tuple[float, ...]) -> Values:
-    """The pixels that are wrong by `warping_error`, and all pixels, at each threshold, (T, 2)."""
-    masks = [mask_from(probabilities, "binary", threshold=threshold) > 0 for threshold in thresholds]
-    size = truth.mask.size
-    return np.array([(size * warping_error(truth.mask > 0, mask), size) for mask in masks])
+    """The pixels with a class that are wrong by `warping_error`, and all of them, at each threshold, (T, 2)."""
+    has_class = truth.classes != NO_VALUE
+    masks = [(mask_from(probabilities, "binary", threshold=threshold) > 0) & has_class for threshold in thresholds]
+    size, num_counted = has_class.size, np.count_nonzero(has_class)
+    return np.array([(size * warping_error(truth.mask > 0, mask), num_counted) for mask in masks])
 
 
 def connected_parts(classes: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -122,7 +122,7 @@ def object_section(
         for key, title, better, score in SEGMENT_SCORES:
             figures += _best(key, title, better, sums, _where_counted(score))
         wrong = np.stack([one for one in warped if one is not None])
-        figures += _best("warping_error", "Warping error", "lower", wrong, lambda sums: sums[..., 0] / sums[..., 1])
+        figures += _best("warping_error", "Warping error", "lower", wrong, mean_of_sums)
     about = [PARTS.get(kind, ""), ABOUT_OBJECTS, "" if kind == "classes" else ABOUT_SEGMENTS, ABOUT_SIZES]
     sizes = _sizes(images)
     tables = [_iou_table(objects), _size_table(images, sizes)]

@@ -157,7 +157,8 @@ def segment_images(
                 try:
                     _segment_pages(trained, pages, mask, outputs, predict)
                     outputs.made_of.note(mask, made_of)
-                except (ValueError, RuntimeError, OSError) as error:  # out of memory, disk full: other images may work
+                # Out of memory, which NumPy and torch say in ways of their own, or disk full: other images may work.
+                except (ValueError, RuntimeError, OSError, MemoryError) as error:
                     pages = str(error)
             if isinstance(pages, str):
                 failed.append(f"{images.sources[mask][1]}: {pages}")

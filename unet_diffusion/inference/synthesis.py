@@ -22,7 +22,7 @@ from unet_diffusion.data.checking import decoded, in_threads
 from unet_diffusion.data.decoding import decode_pages
 from unet_diffusion.data.files import find_images_or_one
 from unet_diffusion.data.label_decoding import decode_label_pages
-from unet_diffusion.data.labelled import listed, match
+from unet_diffusion.data.labelled import listed, match, mismatch
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.inference.denoiser import Denoiser
@@ -33,6 +33,7 @@ from unet_diffusion.inference.segmenter import Segmenter
 from unet_diffusion.runtime.atomic_files import atomic_write, read_json, remove_left_behind
 from unet_diffusion.runtime.folder_settings import CONTENTS, require_same_settings
 from unet_diffusion.runtime.pictures import picture_of, read_images, save_grid, scale_to_unit_range, to_uint8, write_png
+from unet_diffusion.runtime.pixel_values import PixelValues
 from unet_diffusion.segmentation.pictures import outlined
 from unet_diffusion.segmentation.recombining import Mask, RecombinedMasks, pixels_at
 from unet_diffusion.segmentation.scores import dice
@@ -229,7 +230,7 @@ def copy_paste(
     if len(image_size) != 2 or min(image_size) < 1:
         raise ValueError(f"image_size must be a height and a width in pixels, got {tuple(image_size)}")
     names, real = first_labels(labels, num_labels)
-    pixels = _images_of(images, labels, num_labels, channels, stretch=stretch)
+    pixels = _images_of(images, labels, names, real, channels, stretch=stretch)
     kinds = [_kind_of(image) for image in pixels]
     masks = RecombinedMasks(real, image_size, seed=seed, names=names, kinds=kinds)
     settings = _settings(real, pixels, segmenter, min_dice)
@@ -313,22 +314,28 @@ def _check_pairs(num_images: int, channels: int, segmenter: Segmenter | None, mi
     if segmenter.unet.in_channels != channels:
         raise ValueError(f"the segmenter must take the {channels} channels of the images of the pairs, and takes "
                          f"{segmenter.unet.in_channels}; train one with source.channels {channels}")  # fmt: skip
+    if not segmenter.stretch:  # which gives the same image whatever the range
+        fix = "give a segmenter of pictures of 8 or 16 bits"
+        PixelValues().require_range_of(segmenter.values, "the segmenter was trained on", fix)
 
 
 def _images_of(
-    root: StrPath, labels_root: StrPath, num_labels: int, channels: int, *, stretch: bool
+    root: StrPath, labels_root: StrPath, names: Sequence[str], labels: Labels, channels: int, *, stretch: bool
 ) -> list[NDArray[np.uint8]]:
-    """The image of each page of the first label files, (C, H, W)."""
+    """The image of each page of label files, (C, H, W), which must be as large as its label."""
     files, label_files = find_images_or_one(str(root)), find_images_or_one(str(labels_root))
     image_of = {label: image for image, label in match(files.names, label_files.names, can_have_suffix=False).values()}
-    names = [image_of[name] for name in label_files.names[:num_labels]]
+    pages_of: dict[str, Labels] = {}
+    for name, label in zip(names, labels, strict=True):
+        pages_of.setdefault(name, []).append(label)
 
     def read(name: str) -> list[Tensor] | str:
-        return decoded(lambda data: decode_pages(data, channels), files, name)
+        pages = decoded(lambda data: decode_pages(data, channels), files, image_of[name])
+        return pages if isinstance(pages, str) else mismatch(pages, pages_of[name]) or pages
 
-    outcomes = list(in_threads(read, names, "loading images", False))
-    if wrong := [f"{name}: {why}" for name, why in outcomes if isinstance(why, str)]:
-        raise ValueError(f"{len(wrong)} of {len(names)} images cannot be used:{listed(wrong)}")
+    outcomes = list(in_threads(read, list(pages_of), "loading images", False))
+    if wrong := [f"{image_of[name]}: {why}" for name, why in outcomes if isinstance(why, str)]:
+        raise ValueError(f"{len(wrong)} of {len(pages_of)} images cannot be used:{listed(wrong)}")
     pages = [page for _, pages in outcomes if not isinstance(pages, str) for page in pages]
     return [to_uint8(to_float(page, stretch=stretch)[None])[0].numpy() for page in pages]
 

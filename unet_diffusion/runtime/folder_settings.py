@@ -48,7 +48,7 @@ def require_same_settings(
     Args:
         folder: The folder, which is made if it is not there.
         settings: Plain values that decide what the results are. Work of one kind has the same names every time. A
-            folder may lack those that begin with table., which are None then.
+            folder may lack those that begin with table. or with "contents of ", which are None then.
         what: The results, such as "latents".
         fix: What the user can do where settings differ.
         notes: Plain values to write with the settings, which are not compared.
@@ -188,7 +188,7 @@ def _of_something_else(folder: Path, what: str) -> str:
 
 def _kind_of(settings: Mapping[str, Any]) -> set[str]:
     """The names of settings that work of this kind always has."""
-    return {name for name in settings if not name.startswith(OPTIONAL)}
+    return {name for name in settings if not name.startswith((OPTIONAL, CONTENTS))}
 
 
 def _holds_files(folder: Path) -> bool:

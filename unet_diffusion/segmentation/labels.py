@@ -164,6 +164,8 @@ class Targets:
     def distances(self, labels: NDArray[Any]) -> NDArray[np.float32]:
         """Return the distance of each pixel to the next one outside of its object, in pixels, (H, W); 0 is background.
 
+        It is infinite where one object fills the image.
+
         Args:
             labels: A label image whose values were checked.
         """
@@ -231,7 +233,8 @@ class Targets:
 def depths(instances: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the distance of each pixel to the edge of its object, (H, W), and the largest distance in that object.
 
-    The edge is the outermost pixels of the object, whose distance is 0; the border of the image is no edge.
+    The edge is the outermost pixels of the object, whose distance is 0; the border of the image is no edge. An object
+    that fills the image has no edge, and its distances are infinite.
 
     Args:
         instances: Instance numbers, 0 for background, (H, W).
@@ -239,10 +242,11 @@ def depths(instances: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[n
     numbers, compact = np.unique(instances, return_inverse=True)
     compact = compact.reshape(instances.shape)
     edge = skimage.segmentation.find_boundaries(compact, mode="inner", background=-1) & (instances > 0)
-    depth, deepest = np.zeros(instances.shape), np.zeros(len(numbers))
-    if edge.any():  # otherwise one object fills the image
-        depth = np.where(instances > 0, scipy.ndimage.distance_transform_edt(~edge), 0)
-        np.maximum.at(deepest, compact.ravel(), depth.ravel())
+    if not edge.any():  # one object fills the image, or there is none
+        endless = np.where(instances > 0, np.inf, 0)
+        return endless, endless
+    depth, deepest = np.where(instances > 0, scipy.ndimage.distance_transform_edt(~edge), 0), np.zeros(len(numbers))
+    np.maximum.at(deepest, compact.ravel(), depth.ravel())
     return depth, deepest[compact]
 
 
