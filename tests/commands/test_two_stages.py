@@ -241,9 +241,10 @@ def test_record_that_was_being_written_when_it_was_killed_is_no_file_of_somethin
 
 def test_what_would_fail_late_is_refused_before_anything_is_written(ran, run_cli, command, tmp_path):
     commands, _ = ran
-    without = ["--denoiser", CONFIGS / "latents.yaml"]
-    status, _, err = run_cli(*command[:6], *without, "--captions")
-    assert (status, "must have conditions to take captions" in err) == (1, True), err
+    (bare := tmp_path / "bare.yaml").write_text("task: denoise\n")
+    for without in (CONFIGS / "latents.yaml", bare):
+        status, _, err = run_cli(*command[:6], "--denoiser", without, "--captions")
+        assert (status, "must have conditions to take captions" in err) == (1, True), err
     (tmp_path / "images" / "metadata.csv").unlink()
     status, _, err = run_cli(*command, "--captions")
     assert (status, "16 of 16 images have no caption" in err) == (1, True), err

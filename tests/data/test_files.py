@@ -74,6 +74,11 @@ def test_folder_inside_a_zip_is_a_root(tmp_path):
     assert files.read("b/2.png") == PNG
 
 
+def test_folder_inside_a_zip_may_begin_with_a_dot(tmp_path):
+    files = find_images(write_zip(tmp_path / "set.zip", [".cache/1.png", "cache/2.png"]) / ".cache")
+    assert files.names == ["1.png"]
+
+
 def test_zip_can_be_sent_to_a_worker(tmp_path):
     files = pickle.loads(pickle.dumps(find_images(write_zip(tmp_path / "set.zip", ["top/1.png"]) / "top")))
     assert files.read("1.png") == PNG

@@ -9,6 +9,7 @@ import torch
 
 from unet_diffusion.diffusion.conditions.box_tokens import BoxTokens
 from unet_diffusion.diffusion.conditions.condition import Request, network_inputs, unconditional_inputs
+from unet_diffusion.runtime.pictures import over_white
 
 BOXES = [["dog", 0, 0, 4, 8], ["cat", 2, 2, 8, 8]]  # of an image of 16 x 16
 
@@ -39,6 +40,15 @@ def test_boxes_of_mirrored_images_are_mirrored():
     entry = condition.read({"index": torch.tensor([0, 0]), "is_mirrored": torch.tensor([True, False])})
     assert entry[0].tolist() == [[0, 0.375, 0.125, 0.875, 0.625], [1, 0.75, 0, 1, 0.5]]
     assert torch.equal(entry[1], condition.read({"index": torch.tensor([0])})[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_outlines_of_boxes_are_seen_on_black(channels):
+    condition = bound(BOXES)
+    batch = {"images": torch.zeros(1, channels, 16, 16)}
+    seen = over_white(condition.seen(batch, {"boxes": condition.read({"index": torch.tensor([0])})}))[0, 0]
+    assert seen[12:].eq(-1).all()  # below both boxes
+    assert (seen[0, :5] > seen[9, 2]).all()  # the dog, of the later name, and the lower edge of the cat
 
 
 def test_order_of_boxes_does_not_matter():

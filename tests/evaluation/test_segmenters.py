@@ -435,6 +435,14 @@ def test_the_worst_images_come_first():
     assert pictures[0].caption.startswith("000004")
 
 
+def test_dice_that_an_image_without_objects_lacks_is_left_out_of_its_caption():
+    labels = [np.zeros((SIDE, SIDE), dtype=np.int32) if seed == 5 else cells(seed) for seed in range(6)]
+    result = evaluated(separated(), labels)
+    captions = [one.caption for section in result.sections for one in section.pictures if one.key.startswith("worst")]
+    assert captions[-1] == "000005: AP 1.00, 0 objects in the label, 0 predicted."
+    assert all(": Dice 1.00, AP 1.00, " in caption for caption in captions[:-1])
+
+
 def test_outlines_say_which_objects_are_matched():
     labels = cells(0)
     truth, predicted = (Predicted((one > 0).astype(int), one) for one in (labels, without_small(labels)))

@@ -393,7 +393,14 @@ def test_bad_input_gets_one_message(run_cli, run, images, digits_run, tmp_path, 
 
 @pytest.mark.parametrize(
     ("name", "mask"),
-    [("a.png", "a.png"), ("a.TIF", "a.TIF"), ("b/a.jpeg", "b/a.png"), ("a.webp", "a.png"), ("a.tf8", "a.tf8")],
+    [
+        ("a.png", "a.png"),
+        ("a.TIF", "a.TIF"),
+        ("b/a.jpeg", "b/a.png"),
+        ("a.webp", "a.png"),
+        ("a.tf8", "a.tf8"),
+        ("b/a.nii.gz", "b/a.png"),
+    ],
 )
 def test_mask_keeps_the_name_unless_its_format_would_spoil_it(name, mask):
     assert mask_name(name) == mask

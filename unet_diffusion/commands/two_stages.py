@@ -213,7 +213,7 @@ class TwoStages:
         num_classes = len(classes_of(files, files.names, self.images)[1]) if self.class_labels else 0
         if self.captions:
             read_captions(files, files.names)
-            if not read_settings(self.denoiser)["model"].get("conditions"):
+            if not read_settings(self.denoiser).get("model", {}).get("conditions"):
                 raise ValueError(f"the recipe {self.denoiser} must have conditions to take captions; use "
                                  "latents_text, or leave --captions out")  # fmt: skip
         autoencoder = self._autoencoder()

@@ -365,7 +365,7 @@ def _split_at_archive(root: Path) -> tuple[Path, str]:
                 if path.suffix.lower() == ".zip":
                     raise ValueError(f"{path} is no zip archive, or only a part of one; copy or download it again")
                 raise ValueError(f"root must be a folder or a zip archive, but {path} is neither; give its folder")
-            return path, root.relative_to(path).as_posix().removeprefix(".")
+            return path, "" if root == path else root.relative_to(path).as_posix()
     raise FileNotFoundError(f"root must be an existing folder or zip archive, got {root}, looked for {root.absolute()}")
 
 

@@ -6,7 +6,7 @@ A TIFF file with several pages, as of the ISBI challenge, counts as as many imag
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from unet_diffusion.data.described import NOT_NAMED
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.items import Item, ItemSource, read_items
 from unet_diffusion.data.label_decoding import decode_label_pages
+from unet_diffusion.data.listing import without_ending
 from unet_diffusion.data.stored import stored_images
 from unet_diffusion.data.stored_image import Kind
 from unet_diffusion.data.value_ranges import (
@@ -212,7 +213,7 @@ class PairedFiles(LabelledSource):
         return images
 
     def _left_out(self, images: ImageFiles, labels: ImageFiles) -> str:
-        others = sum(not _stem(name).endswith(self.label_suffix) for name in labels.names)
+        others = sum(not without_ending(name).endswith(self.label_suffix) for name in labels.names)
         parts = {
             "beside the images": images.left_out.described(),
             "beside the labels": labels.left_out.described(),
@@ -362,7 +363,7 @@ def match(
         ValueError: If a file has no partner; the message lists such files.
     """
     if len(images) == len(labels) == 1:
-        return {_stem(images[0]): (images[0], labels[0])}
+        return {without_ending(images[0]): (images[0], labels[0])}
     image_by_name = _by_name(images, "")
     label_by_name = _by_name(labels, label_suffix)
     without_label = [image_by_name[name] for name in image_by_name if name not in label_by_name]
@@ -385,7 +386,7 @@ def match(
 def _by_name(names: Sequence[str], suffix: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
-        stem = _stem(name)
+        stem = without_ending(name)
         if not stem.endswith(suffix):
             continue  # of another kind, such as the images themselves in the same folder
         stem = stem.removesuffix(suffix) if suffix else stem
@@ -395,11 +396,6 @@ def _by_name(names: Sequence[str], suffix: str) -> dict[str, str]:
             )
         found[stem] = name
     return found
-
-
-def _stem(name: str) -> str:
-    name = name[: -len(".gz")] if name.lower().endswith(".nii.gz") else name
-    return str(PurePosixPath(name).with_suffix(""))
 
 
 def mismatch(pages: Sequence[Tensor], label_pages: Sequence[NDArray[Any]]) -> str | None:

@@ -73,6 +73,12 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def without_ending(name: str) -> str:
+    """A file's name without its extension, of which .nii.gz is one."""
+    name = name[: -len(".gz")] if name.lower().endswith(".nii.gz") else name
+    return str(PurePosixPath(name).with_suffix(""))
+
+
 def leads_outside(name: str) -> bool:
     """Whether a name in an archive, joined to a folder, would leave it; on Windows too.
 

@@ -160,8 +160,10 @@ def _worst_section(look: _Look, images: list[ImageCounts]) -> Section:
         shown = look.data.values.seen(look.data.whole(image.index)["images"][None])[0]
         num_true, num_predicted = len(image.objects.true_areas), len(image.objects.areas)
         rows.append([names[image.index], float(dices[place]), float(precisions[place]), num_true, num_predicted])
-        caption = (f"{names[image.index]}: Dice {dices[place]:.2f}, AP {precisions[place]:.2f}; "
-                   f"{num_true} objects in the label, {num_predicted} predicted.")  # fmt: skip
+        scored = {"Dice": dices[place], "AP": precisions[place]}
+        parts = [f"{name} {value:.2f}" for name, value in scored.items() if np.isfinite(value)]  # NaN without objects
+        parts += [f"{num_true} objects in the label", f"{num_predicted} predicted"]
+        caption = f"{names[image.index]}: {', '.join(parts)}."
         pictures.append(Picture(f"worst_{len(pictures)}", caption, outlined_errors(shown, truth, predicted)))
         look.step()
     columns = ["image", "Dice", "AP, IoU 0.5 to 0.9", "true objects", "predicted objects"]

@@ -17,7 +17,7 @@ from unet_diffusion.data.decoding import decode_page
 from unet_diffusion.data.described import USUAL, Table
 from unet_diffusion.data.files import ImageFiles, find_images_or_one
 from unet_diffusion.data.fingerprints import MadeOf, fingerprint, is_of
-from unet_diffusion.data.listing import TIFF_EXTENSIONS
+from unet_diffusion.data.listing import TIFF_EXTENSIONS, without_ending
 from unet_diffusion.data.scaling import to_float
 from unet_diffusion.data.stored import stored_images
 from unet_diffusion.data.stored_image import StoredImage
@@ -90,7 +90,7 @@ class ImagesToSegment:
             others.append(files.left_out.described())
             for name in files.names:
                 mask = mask_name(name)
-                stem = str(PurePosixPath(name).with_suffix(""))
+                stem = without_ending(name)
                 if stem in stems:
                     raise ValueError(
                         f"images must differ in more than their extension, got {stems[stem]} and {name}; "
@@ -168,9 +168,8 @@ def segment_images(
 
 def mask_name(name: str) -> str:
     """The name of an image's mask: the image's name, with .png if the image's format would spoil a mask."""
-    path = PurePosixPath(name)
-    keeps = path.suffix.lower() in (PNG, *TIFF_EXTENSIONS)
-    return str(path if keeps else path.with_suffix(PNG))
+    keeps = name.lower().endswith((PNG, *TIFF_EXTENSIONS))
+    return name if keeps else without_ending(name) + PNG
 
 
 def _segment_pages(

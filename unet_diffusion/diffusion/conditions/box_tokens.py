@@ -162,6 +162,8 @@ class BoxTokens(EncodedCondition):
                 grey = (label + 1) / num_classes
                 picture[:, [y0, y1], x0 : x1 + 1] = grey
                 picture[:, y0 : y1 + 1, [x0, x1]] = grey
+        if channels == 4:
+            pictures[:, -1] = 1.0  # opaque
         return pictures
 
     def meaning(self) -> Any:
