@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import csv
 import functools
@@ -483,6 +484,29 @@ def test_continued_run_takes_the_optimisers_new_settings(
     assert as_before.abs().max() > 1e-3
     (group,) = fitted(3, 0.1, tmp_path / "x.ckpt", weight_decay=0.5)[0].optimizers[0].param_groups
     assert group["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), torch.optim.Adam,
+         "has the options dampening, momentum, nesterov, unlike Adam of the settings"),
+        (torch.optim.AdamW, torch.optim.NAdam, "has the options amsgrad, fused, unlike NAdam"),
+        (torch.optim.Adam, functools.partial(torch.optim.Adam, amsgrad=True), "has no moments for amsgrad"),
+        (torch.optim.Adam, torch.optim.AdamW, None),  # whose moments are the same
+    ],
+)  # fmt: skip
+def test_moments_of_another_optimiser_are_refused_before_training(
+    tiny_module, tiny_images, quiet_trainer, tmp_path, before, after, said
+):
+    data = tiny_images(class_names=None)
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(tiny_module(optimizer=before), data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    other = quiet_trainer(max_steps=2, limit_val_batches=0)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        other.fit(tiny_module(optimizer=after), data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert other.global_step == (2 if said is None else 0)
 
 
 def test_checkpoint_of_other_classes_is_refused(tiny_module, tiny_images, quiet_trainer, tmp_path):

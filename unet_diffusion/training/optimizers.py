@@ -65,7 +65,7 @@ def put_hyperparameters(checkpoint: dict[str, Any], optimizers: Sequence[Optimiz
         optimizers: Optimisers made by the present settings.
 
     Raises:
-        ValueError: If an optimiser has another number of groups of weights.
+        ValueError: If an optimiser is of another kind, or has another number of groups of weights.
     """
     schedules = checkpoint.get("lr_schedulers") or [{} for _ in optimizers]
     # Not strict: a run that begins has no states yet.
@@ -77,6 +77,11 @@ def put_hyperparameters(checkpoint: dict[str, Any], optimizers: Sequence[Optimiz
                 "model.pretrained_lr_scale"
             )
         for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            if difference := _of_another_kind(old, new):
+                raise ValueError(
+                    f"the checkpoint's optimiser {difference}, unlike {type(optimizer).__name__} of the settings; set "
+                    "model.optimizer as it was, or start another run"
+                )
             old |= {name: value for name, value in new.items() if name not in ("params", "lr", "initial_lr")}
             before = old.get("initial_lr", old["lr"])
             if new["lr"] != before:
@@ -84,6 +89,17 @@ def put_hyperparameters(checkpoint: dict[str, Any], optimizers: Sequence[Optimiz
                 old["initial_lr"] = new["lr"]
         if "base_lrs" in schedule:
             schedule["base_lrs"] = [group["initial_lr"] for group in saved["param_groups"]]
+
+
+def _of_another_kind(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """How a group of weights of a checkpoint tells that its moments are not those of a new optimiser; "" if they are.
+
+    Of two classes each has options that the other lacks. Versions of PyTorch, and optimisers that run, only add some.
+    """
+    if new.get("amsgrad") and not old.get("amsgrad"):
+        return "has no moments for amsgrad"
+    gone, added = old.keys() - new.keys() - {"initial_lr"}, new.keys() - old.keys()
+    return f"has the options {', '.join(sorted(gone))}" if gone and added else ""
 
 
 def lay_out_moments(optimizers: Iterable[Optimizer]) -> None:
