@@ -375,6 +375,7 @@ def test_auto_takes_graphs_where_compiling_pays_and_they_can_be(
         "unet_diffusion.training.timing.fastest_setting", lambda *args, **options: ("compiled", FLOAT32, "for a test")
     )
     monkeypatch.setattr("unet_diffusion.training.timing.can_be_graphed", lambda trainer: can_be_graphed)
+    monkeypatch.setattr(NetworkModule, "_speeds", lambda self: ("plain", "compiled", "graphed"))  # as on a GPU
     ran_at = []
     monkeypatch.setattr(NetworkModule, "run_at", lambda self, speed: ran_at.append(speed))
     quiet_trainer(max_steps=1, limit_val_batches=0).fit(tiny_module(speed="auto"), tiny_images(class_names=None))
