@@ -558,7 +558,7 @@ MUTATIONS = [
     Mutation("segment: other settings go on", "runtime/folder_settings.py",
              "if differ:\n", "if False:\n", "inference/test_segment_files.py latents/test_latents.py"),
     Mutation("segment: masks as JPEG", "inference/segment_files.py",
-             "keeps = path.suffix.lower() in (PNG, *TIFF_EXTENSIONS)", "keeps = True",
+             "keeps = name.lower().endswith((PNG, *TIFF_EXTENSIONS))", "keeps = True",
              "inference/test_segment_files.py"),
     Mutation("two stages: done ones again", "commands/two_stages.py",
              'record["done"] += [] if status else [name]', 'record["done"] += []', "commands/test_two_stages.py"),
