@@ -22,7 +22,7 @@ from unet_diffusion.data.checking import num_cpus
 from unet_diffusion.data.known import contents_of_pixels
 from unet_diffusion.data.labelled import LabelledImages, LabelledSource, SyntheticPairs, listed
 from unet_diffusion.data.scaling import percentiles, stretch_to_unit_range
-from unet_diffusion.data.windows import DrawnWindow, WindowBatches, batches_of_epoch, batches_of_run, ends_by_time
+from unet_diffusion.data.windows import DrawnWindow, WindowBatches, batches_of_run, ends_by_time, within_limit
 from unet_diffusion.runtime.messages import first_few
 from unet_diffusion.runtime.pictures import in_unit_range
 from unet_diffusion.runtime.pixel_values import PixelValues, default_shown
@@ -312,7 +312,7 @@ class SegmentationDataModule(SourceDataModule):
             **self.order(),
         )
         if self.synthetic is not None and self.trainer is not None:
-            sampler.in_epoch = batches_of_epoch(self.trainer, len(sampler))
+            sampler.in_epoch = within_limit(self.trainer, len(sampler))
         self._check_end(len(sampler))
         workers = self.num_workers or 0
         return ResumableLoader(

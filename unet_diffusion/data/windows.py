@@ -82,8 +82,8 @@ class WindowBatches(ShuffledBatches):
         return drawn
 
 
-def batches_of_epoch(trainer: Trainer, batches_per_epoch: int) -> int:
-    """The number of batches of an epoch that a run trains on, which limit_train_batches may lower.
+def within_limit(trainer: Trainer, batches_per_epoch: int) -> int:
+    """The number of batches of an epoch that limit_train_batches leaves to a run.
 
     Args:
         trainer: The trainer of the run.
@@ -100,7 +100,7 @@ def batches_of_run(trainer: Trainer, batches_per_epoch: int) -> float:
         trainer: The trainer of the run.
         batches_per_epoch: The number of batches of the loader.
     """
-    in_epoch, accumulated = batches_of_epoch(trainer, batches_per_epoch), trainer.accumulate_grad_batches
+    in_epoch, accumulated = within_limit(trainer, batches_per_epoch), trainer.accumulate_grad_batches
     ends = [math.inf]
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         ends.append(trainer.max_epochs * in_epoch)

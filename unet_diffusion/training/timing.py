@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from unet_diffusion.data.windows import within_limit
 from unet_diffusion.models.speed import Speed, fastest_setting
 from unet_diffusion.models.unet import PixelNetwork
 from unet_diffusion.training.lightning_internals import data_of
@@ -80,6 +81,5 @@ def batches_of_an_epoch(trainer: Trainer, datamodule: Any, *, num_processes: int
         datamodule: The data module, set up.
         num_processes: The number of processes of the run.
     """
-    batches = max(len(datamodule.train_indices) // (datamodule.batch_size * num_processes), 1)
-    limit = trainer.limit_train_batches
-    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    batches = len(datamodule.train_indices) // (datamodule.batch_size * num_processes)
+    return within_limit(trainer, max(batches, 1))
