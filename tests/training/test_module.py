@@ -494,6 +494,7 @@ def test_continued_run_takes_the_optimisers_new_settings(
         (torch.optim.AdamW, torch.optim.NAdam, "has the options amsgrad, fused, unlike NAdam"),
         (torch.optim.Adam, functools.partial(torch.optim.Adam, amsgrad=True), "has no moments for amsgrad"),
         (torch.optim.Adam, torch.optim.AdamW, None),  # whose moments are the same
+        (functools.partial(torch.optim.SGD, lr=0.1), torch.optim.Adam, None),  # there are none
     ],
 )  # fmt: skip
 def test_moments_of_another_optimiser_are_refused_before_training(

@@ -76,8 +76,9 @@ def put_hyperparameters(checkpoint: dict[str, Any], optimizers: Sequence[Optimiz
                 f"settings {len(optimizer.param_groups)}; set model.optimizer as it was, and of a segmenter "
                 "model.pretrained_lr_scale"
             )
+        has_moments = any(saved["state"].values())  # plain SGD has none, and any optimiser can follow it
         for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-            if difference := _of_another_kind(old, new):
+            if has_moments and (difference := _of_another_kind(old, new)):
                 raise ValueError(
                     f"the checkpoint's optimiser {difference}, unlike {type(optimizer).__name__} of the settings; set "
                     "model.optimizer as it was, or start another run"
