@@ -4,7 +4,8 @@ A checkpoint of a training holds more than weights. Only its tensors are read, w
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -74,10 +75,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         OSError: If the file is missing or cannot be opened.
         ValueError: If the file is damaged, or has another format.
     """
-    try:
+    with _damage_named(path):
         return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -90,11 +89,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         OSError: If the file is missing or cannot be opened.
         ValueError: If the file is damaged, or has another format.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
+    with _damage_named(path), safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def with_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,5 +104,10 @@ def with_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights | {key: tensors[average] for key, average in averages.items() if average in tensors}
 
 
-def _damaged(path: str | os.PathLike[str], error: SafetensorError) -> ValueError:
-    return ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again")
+@contextmanager
+def _damage_named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which the library's errors become ValueErrors that name the file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again") from error

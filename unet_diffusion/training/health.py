@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from unet_diffusion.runtime.atomic_files import atomic_write
-from unet_diffusion.training.lightning_internals import log_interval
+from unet_diffusion.training.lightning_internals import is_within_step, log_interval
 
 MAX_BAD_STEPS = 10  # in a row; one outlier is skipped, a run of them is no outlier
 MAX_BAD_STEPS_IN_FLOAT16 = 30  # in a row: each halves the scale of the losses, from 2^16 until gradients fit
@@ -32,7 +32,6 @@ class SkipBadSteps(Callback):
     def __init__(self) -> None:
         self._counts: dict[int, Tensor] = {}  # by optimiser: all, in a row now, most in a row since they were read
         self._reported = 0
-        self._looked_at = 0  # step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check the gradients; modules that step without Lightning call it themselves.
@@ -64,9 +63,8 @@ class SkipBadSteps(Callback):
     ) -> None:
         every = log_interval(trainer) or MAX_BAD_STEPS
         step = trainer.global_step
-        if step % every or step == self._looked_at:  # with accumulation, several batches end at the same step
+        if step % every or is_within_step(trainer):
             return
-        self._looked_at = step
         skipped, most = self._read()
         for counts in self._counts.values():
             counts[2] = 0.0
