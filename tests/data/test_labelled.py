@@ -277,6 +277,14 @@ def test_epoch_draws_each_image_as_often_as_told(tmp_path):
     assert torch.cat([batch["index"] for batch in batches]).bincount().tolist() == [3, 3, 3, 3]
 
 
+def test_resumed_epoch_of_another_number_of_windows_is_told(tmp_path):
+    source = pairs(tmp_path)
+    begun = data(source, windows_per_image=3).train_dataloader()
+    next(iter(begun))
+    with pytest.warns(UserWarning, match=r"another order than in the checkpoint \(windows_per_image was 3, is 2\)"):
+        data(source, windows_per_image=2).train_dataloader().load_state_dict(begun.state_dict())
+
+
 def test_validation_images_are_the_last_and_whole(tmp_path):
     made = data(pairs(tmp_path), num_val=2)
     batches = list(made.val_dataloader())

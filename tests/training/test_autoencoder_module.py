@@ -18,7 +18,7 @@ from unet_diffusion.evaluation.image_quality import PERCEPTUAL_FILES, psnr, ssim
 from unet_diffusion.inference.reading import read_autoencoder, read_denoiser
 from unet_diffusion.models.autoencoders import kl_autoencoder, pretrained_autoencoder, reconstruct, vq_autoencoder
 from unet_diffusion.models.discriminator import PatchDiscriminator, hinge_loss
-from unet_diffusion.training import AutoencoderModule, latent_terms, symptoms
+from unet_diffusion.training import AutoencoderModule, adversarial, latent_terms, symptoms
 from unet_diffusion.training import autoencoder as training
 from unet_diffusion.training.adversarial import AdversarialLoss
 
@@ -331,11 +331,12 @@ def fit_with_critic_loss(losses, quiet_trainer, tiny_images, monkeypatch):
 def test_discriminator_that_has_won_or_lost_is_warned_about(
     quiet_trainer, tiny_images, judged_at_once, monkeypatch, loss, message
 ):
+    monkeypatch.setattr(adversarial, "MEMORY", 0.1)
     with pytest.warns(UserWarning, match=message):
-        fit_with_critic_loss([loss] * 2, quiet_trainer, tiny_images, monkeypatch)
+        fit_with_critic_loss([loss] * 3, quiet_trainer, tiny_images, monkeypatch)
 
 
-@pytest.mark.parametrize("losses", [[0.5, 0.5], [0.5, 0.0, 1.2]])
+@pytest.mark.parametrize("losses", [[0.5, 0.5], [0.5, 0.0, 1.2], [0.0], [1.2]])
 def test_discriminator_that_is_right_at_times_is_not_warned_about(
     quiet_trainer, tiny_images, judged_at_once, monkeypatch, losses
 ):

@@ -1,5 +1,6 @@
 """When RunCheckpoint saves, and what it takes for the best; that files are whole is shown in test_resume.py."""
 
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -136,6 +137,23 @@ def test_weights_are_not_taken_for_the_best_by_a_validation_of_others(
     assert {path.rsplit("=", 1)[-1] for path in best.best_k_models} == {"2.ckpt", "4.ckpt"}
     assert torch.load(tmp_path / "previous.ckpt", weights_only=True)["global_step"] == 3
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(("num_batches", "steps"), [(4, {2, 4}), (3, {3})])  # from one validation to the next
+def test_validation_within_a_step_is_said_not_to_count(
+    tiny_module, tiny_images, quiet_trainer, checkpoints, num_batches, steps
+):
+    best = checkpoints(monitor="val/loss", mode="max", save_top_k=9, every_n_epochs=1)
+    options = {"val_check_interval": num_batches, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    trainer = quiet_trainer(
+        max_steps=4, accumulate_grad_batches=2, enable_checkpointing=True, callbacks=[best], **options
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(tiny_module(), tiny_images())
+    told = [one for one in caught if "set trainer.val_check_interval to a multiple of" in str(one.message)]
+    assert len(told) == num_batches % 2
+    assert {path.rsplit("=", 1)[-1] for path in best.best_k_models} == {f"{step}.ckpt" for step in steps}
 
 
 def test_last_is_the_newest_even_if_others_are_better(tiny_module, tiny_images, quiet_trainer, checkpoints, tmp_path):

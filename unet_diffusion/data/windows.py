@@ -62,6 +62,11 @@ class WindowBatches(ShuffledBatches):
         self.synthetic = synthetic
         self.synthetic_images = synthetic_images
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides, with the images and the epoch, which windows a batch has; plain values."""
+        return {**super().order, "windows_per_image": len(self.indices) // len(self.images)}
+
     def __iter__(self) -> Iterator[list[Any]]:
         before = self.epoch * (len(self) if self.in_epoch is None else self.in_epoch)
         for step, numbers in enumerate(super().__iter__(), start=self.first_batch):

@@ -145,8 +145,8 @@ class AdapterModule(DiffusionModule):
         module = cls(
             **{"base": record["base"]["path"], "adapter": trained.adapter.adapter, "allow": allow, **arguments}
         )
-        module.sample_shape, module.class_names, module.codec = trained.sample_shape, trained.class_names, trained.codec
-        module.keep_values(trained.values)
+        module.codec = trained.codec
+        module.take_meaning_of(trained)
         return module
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # has overloads

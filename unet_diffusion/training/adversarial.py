@@ -19,6 +19,7 @@ from unet_diffusion.training.optimizers import adam_of_gans
 MAX_ADAPTIVE_WEIGHT = 1e4  # Esser et al.'s code, as the next one
 GRADIENT_FLOOR = 1e-4
 TELLS_ALL_APART, CANNOT_TELL = 0.02, 0.99  # of the hinge loss, which is 1 for a discriminator that says nothing
+NOT_JUDGED = 0.5  # of the same, between the two
 MEMORY = 0.98  # share of the average of that loss that stays at each step: it is of about 50 steps
 
 
@@ -79,8 +80,9 @@ class AdversarialLoss:
 
     def count(self, loss: Tensor) -> Tensor:
         """The average of the discriminator's loss over the last steps, (), with that of this step."""
-        before = self._average
-        self._average = loss.detach() if before is None else before.lerp(loss.detach(), 1 - MEMORY)
+        if self._average is None:  # also where a run continues, which the first step must not judge
+            self._average = torch.full_like(loss, NOT_JUDGED)
+        self._average = self._average.lerp(loss.detach(), 1 - MEMORY)
         return self._average
 
 

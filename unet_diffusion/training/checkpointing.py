@@ -106,6 +106,12 @@ class RunCheckpoint(OpenModelCheckpoint):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validated_at = trainer.global_step
+        if is_within_step(trainer) and str(self.monitor).startswith("val/"):
+            rank_zero_warn(
+                f"the validation after step {trainer.global_step} came before a step had all its batches, so that no "
+                "checkpoint is kept by its score; set trainer.val_check_interval to a multiple of "
+                f"trainer.accumulate_grad_batches, {trainer.accumulate_grad_batches}"
+            )
         if not self.is_of_epoch_ends(trainer) and self.epoch_is_due(trainer):
             self._is_due = True
         if self._is_due and not is_within_step(trainer):

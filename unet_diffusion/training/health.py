@@ -122,7 +122,7 @@ def memory_advice(
     """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if batch_size is None or batch_size == 1:
-        less = "use smaller images or a narrower network (model.unet.channels)"
+        less = "use smaller images or a network with fewer channels"
     else:
         less = f"lower data.batch_size from {batch_size} to {batch_size // 2}"
         if accumulate_grad_batches is not None:

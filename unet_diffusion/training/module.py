@@ -260,11 +260,15 @@ class DiffusionModule(NetworkModule):
         conditions = cast(list[Condition], list(trained.conditions))
         parts = {"unet": trained.unet, "schedule": trained.schedule, "codec": trained.codec, "conditions": conditions}
         module = cls(**{**parts, **arguments, "init_from": None})
-        module.sample_shape, module.class_names = trained.sample_shape, trained.class_names
-        module.keep_values(trained.values)
-        for condition in module.all_conditions:
-            condition.bind_sample_shape(module.sample_shape)
+        module.take_meaning_of(trained)
         return module
+
+    def take_meaning_of(self, trained: Denoiser) -> None:
+        """Take over what a trained denoiser knows of its data: the shape and values of samples, and class names."""
+        self.sample_shape, self.class_names = trained.sample_shape, trained.class_names
+        self.keep_values(trained.values)
+        for condition in self.all_conditions:
+            condition.bind_sample_shape(trained.sample_shape)
 
     @staticmethod
     def identity_in(record: dict[str, Any]) -> dict[str, Any]:
