@@ -11,11 +11,12 @@ by, but for the threshold below. Contenders, each trained by `unet-diffusion fit
     port      what most ports of the U-Net are: the paper's widths, padded, with batch norm; plain cross-entropy and
               flips only; otherwise as modern
 
-How many steps fit follows from two short runs. Scores but the pixel error are the best over nine thresholds of the mean
-over the test slices, each score by itself, as in the challenge, whose own pixel error is there, too. Scores of objects
-are those of the segments that the trained network makes, at the threshold and least size that are fitted on two slices
-of the others, with thinned borders. Tested with the average over the eight rotated and mirrored views of a slice, and
-without. A result is kept as soon as it is there, and a run that was cut off continues.
+How many steps fit follows from two short runs, once for all seeds. Scores but the pixel error are the best over nine
+thresholds of the mean over the test slices, each score by itself, as in the challenge, whose own pixel error is there,
+too. Scores of objects are those of the segments that the trained network makes, at the threshold and least size that
+are fitted on two slices of the others, with thinned borders. Tested with the average over the eight rotated and
+mirrored views of a slice, and without. A result is kept as soon as it is there, and a run that was cut off continues;
+its seconds are not known.
 """
 
 import argparse
@@ -111,27 +112,32 @@ def measured(options: argparse.Namespace, name: str, seed: int) -> list[dict]:
     run = options.work / f"{name}_{options.minutes:g}_{seed}"
     record = run / "trained.json"
     if not record.exists():
-        num_steps = steps_that_fit(options, name, seed)
+        num_steps, is_continued = steps_that_fit(options, name), run.exists()
         seconds = fit(options, name, seed, num_steps, run)
-        record.write_text(json.dumps({"steps": num_steps, "seconds": round(seconds, 1)}))
+        record.write_text(json.dumps({"steps": num_steps, "seconds": None if is_continued else round(seconds, 1)}))
     trained = json.loads(record.read_text())
     shared = {"contender": name, "minutes": options.minutes, "seed": seed, **trained}
     return [{**shared, "views": views, **tested(options.root, run, views=views)} for views in (False, True)]
 
 
-def steps_that_fit(options: argparse.Namespace, name: str, seed: int) -> int:
-    """From two short runs: what starting costs, and a step."""
-    short, long = options.calibration_steps
-    taken = [fit(options, name, seed, steps, options.work / f"calibration_{name}_{steps}") for steps in (short, long)]
-    pace = (taken[1] - taken[0]) / (long - short)
-    start = taken[0] - short * pace
-    print(f"  start {start:.1f} s, step {pace:.2f} s", flush=True)
-    return max(int((60 * options.minutes - start) / pace), 1)
+def steps_that_fit(options: argparse.Namespace, name: str) -> int:
+    """From two short runs, which are not repeated: what starting costs, and a step."""
+    record, (short, long) = options.work / f"{name}_pace.json", options.calibration_steps
+    if not record.exists():
+        taken = []
+        for steps in (short, long):
+            run = options.work / f"calibration_{name}_{steps}"
+            shutil.rmtree(run, ignore_errors=True)  # of a run that was cut off
+            taken.append(fit(options, name, options.seeds[0], steps, run))
+        pace = (taken[1] - taken[0]) / (long - short)
+        record.write_text(json.dumps({"start": taken[0] - short * pace, "step": pace}))
+    seconds = json.loads(record.read_text())
+    print(f"  start {seconds['start']:.1f} s, step {seconds['step']:.2f} s", flush=True)
+    return max(int((60 * options.minutes - seconds["start"]) / seconds["step"]), 1)
 
 
 def fit(options: argparse.Namespace, name: str, seed: int, num_steps: int, run: Path) -> float:
-    """Seconds that training took, from the start of the process to its end."""
-    shutil.rmtree(run, ignore_errors=True)  # of a run that was cut off
+    """Seconds that training took, from the start of the process to its end; a run that was cut off continues."""
     config, more = CONTENDERS[name]
     folder = options.root.resolve() / "train"
     arguments = [
@@ -146,7 +152,7 @@ def fit(options: argparse.Namespace, name: str, seed: int, num_steps: int, run: 
         f"--data.num_fit={NUM_FIT}",
         f"--model.speed={options.speed}",
         "--samples.every_n_steps=0",
-        f"--checkpoint.every_n_train_steps={num_steps}",
+        "--checkpoint.every_n_train_steps=100",
         f"--trainer.default_root_dir={run}",
         *more,
         *options.of_fit,
