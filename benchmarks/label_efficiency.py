@@ -37,7 +37,12 @@ from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory, set_speed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-LOW_NOISE = ["--model.schedule.num_train_timesteps=100", "--model.schedule.beta_end=2.1e-3"]  # as nuclei_joint.yaml
+LOW_NOISE = [  # as nuclei_joint.yaml
+    "--model.schedule.num_train_timesteps=100",
+    "--model.schedule.beta_schedule=linear",
+    "--model.schedule.beta_end=2.1e-3",
+    "--model.schedule.prediction_type=epsilon",
+]
 DENOISERS = {"usual": [], "low_noise": LOW_NOISE}
 ALONE = ["--model.joint=null", "--model.unet.init_args.out_channels=4"]
 WIDTHS = (16, 32, 64, 128, 256)  # of nuclei_joint.yaml

@@ -30,8 +30,6 @@ from measure import RESULTS, process_seconds
 
 OF_DENOISER = [  # the same for the denoiser without labels and for that of masks
     "--model.unet.channels=[16,32,64,128]",
-    "--model.schedule.beta_schedule=squaredcos_cap_v2",
-    "--model.schedule.prediction_type=sample",
     "--model.speed=plain",
     "--model.ema_decay=0.998",
 ]

@@ -308,10 +308,11 @@ def nuclei() -> Rows:
     kinds = ("fluorescence", "stained", "bright field")
     rows: Rows = [("", "AP at 0.5", "pooled", "AP 0.5 to 0.9", "pooled", "Dice", *(f"{kind}, AP" for kind in kinds))]
     scores = ("ap_50", "ap_50_pooled", "ap_50_to_90", "ap_50_to_90_pooled", "dice")
-    for run in result("nuclei")["results"]:
+    for run in [*result("nuclei")["results"], *result("nuclei_10000_steps")["results"]]:
+        steps = f", {run['steps']:,} steps" if "steps" in run else ""
         cells = [f"{run['all'][score]:.3f}" for score in scores]
         cells += [f"{run[kind]['ap_50']:.3f} and {run[kind]['ap_50_to_90']:.3f}" for kind in kinds]
-        rows.append((names.get(run["method"], run["method"]), *cells))
+        rows.append((names.get(run["method"], run["method"]) + steps, *cells))
     return rows
 
 
