@@ -634,6 +634,13 @@ def test_wrong_numbers_are_refused(tmp_path, options, message):
         data(pairs(tmp_path), **options)
 
 
+def test_no_image_is_kept_to_fit_thresholds_of_classes_which_have_none(tmp_path):
+    classes = Targets(label_format="classes", num_classes=256)
+    with pytest.raises(ValueError, match="num_fit is to fit thresholds, and label_format classes has none, got 2"):
+        data(pairs(tmp_path), classes, num_fit=2)
+    assert data(pairs(tmp_path), classes).train_images.tolist() == [0, 1, 2, 3]
+
+
 # ------------------------------------------------------------------------------------------------------ stretch, tiles
 
 

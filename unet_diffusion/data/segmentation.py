@@ -58,7 +58,7 @@ class SegmentationDataModule(SourceDataModule):
         num_train: The number of the other images to train on, drawn by the seed; a larger number keeps the images of
             a smaller one. None takes all.
         num_fit: The number of these images, drawn by the seed, that are kept to fit the threshold and the least size of
-            objects on; 0 fits them on images that are trained on.
+            objects on; 0 fits them on images that are trained on. Targets of classes have none to fit, and take 0.
         object_share: The share of windows that are drawn about a pixel of an object, which would be rare in sparse
             images. The others are drawn anywhere.
         augmentation: How windows are deformed. None leaves them as they are.
@@ -100,6 +100,8 @@ class SegmentationDataModule(SourceDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= object_share <= 1:
             raise ValueError(f"object_share must be from 0 to 1, got {object_share}")
+        if num_fit and targets.kind == "classes":
+            raise ValueError(f"num_fit is to fit thresholds, and label_format classes has none, got {num_fit}; use 0")
         if synthetic is not None:
             synthetic.num_in(batch_size)  # refuses a share that gives none
         self.targets = targets
