@@ -177,6 +177,10 @@ def test_segmenter_predicts_probabilities_of_images_of_any_size(fitted, quiet_tr
     torch.testing.assert_close(batches[0][0].sum(dim=0), torch.ones(40, 24))
     (whole,) = trainer.predict(module, DataLoader(TensorDataset(noise(2, 1, 32, 32)), batch_size=2))
     assert [tuple(one.shape) for one in whole] == [(2, 32, 32)] * 2
+    (single,) = trainer.predict(module, DataLoader([images[0]["images"]], batch_size=None))
+    assert torch.equal(single[0], batches[0][0])
+    with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\), or \(C, H, W\) for one, got \(40, 24\)"):
+        trainer.predict(module, DataLoader(images[0]["images"], batch_size=None))
 
 
 @pytest.mark.parametrize("task", ["kl", "vq"])

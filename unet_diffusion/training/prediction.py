@@ -10,16 +10,21 @@ def images_of(batch: Any) -> list[Tensor]:
     """The images of a batch, (C, H, W) each.
 
     Args:
-        batch: A tensor (B, C, H, W), a dict with it as "images", a list of such dicts, or a tuple that begins with it.
+        batch: A tensor (B, C, H, W), or (C, H, W) for one image; a dict with it as "images", a list of such dicts, or
+            a tuple that begins with it.
+
+    Raises:
+        ValueError: If a tensor has another number of dimensions.
     """
     if isinstance(batch, Tensor):
-        return list(batch)
+        if batch.ndim not in (3, 4):
+            raise ValueError(f"images must be (B, C, H, W), or (C, H, W) for one, got {tuple(batch.shape)}")
+        return list(batch) if batch.ndim == 4 else [batch]
     if isinstance(batch, dict):
-        images = batch["images"]
-        return list(images) if images.ndim == 4 else [images]
+        return images_of(batch["images"])
     if batch and isinstance(batch[0], dict):
         return [image for one in batch for image in images_of(one)]
-    return list(batch[0])
+    return images_of(batch[0])
 
 
 def numbered(batch: Any) -> Mapping[str, Any]:
