@@ -22,7 +22,7 @@ class CocoBoxes:
     Args:
         boxes: The boxes of each image.
         sizes: The height and width of each image.
-        wrong: A line for each annotation that cannot be used.
+        wrong: A line for each annotation that cannot be used, and for each image or class that is not told apart.
     """
 
     boxes: dict[str, list[Box]] = field(default_factory=dict)
@@ -41,6 +41,11 @@ def coco_boxes(table: Mapping[str, Any]) -> CocoBoxes:
     """
     found = CocoBoxes()
     try:
+        found.wrong += [
+            *_listed_twice(table["images"], "id", "file_name"),
+            *_listed_twice(table["images"], "file_name", "height", "width"),
+            *_listed_twice(table["categories"], "id", "name"),
+        ]
         classes = {one["id"]: str(one["name"]) for one in table["categories"]}
         names = {one["id"]: str(one["file_name"]) for one in table["images"]}
         found.sizes = {str(one["file_name"]): (int(one["height"]), int(one["width"])) for one in table["images"]}
@@ -66,6 +71,20 @@ def coco_boxes(table: Mapping[str, Any]) -> CocoBoxes:
             f"annotations with image_id, category_id and bbox of four numbers; got {type(error).__name__}: {error}"
         ) from error
     return found
+
+
+def _listed_twice(rows: Sequence[Mapping[str, Any]], key: str, *values: str) -> list[str]:
+    """A line for each value of a key that rows give different values of other keys, as in files put together."""
+    values_of: dict[Any, list[str]] = {}
+    for row in rows:
+        text = " x ".join(str(row[value]) for value in values)
+        if text not in values_of.setdefault(row[key], []):
+            values_of[row[key]].append(text)
+    return [
+        f"the {key} {name!r} stands for {' and '.join(texts)}; give each its own"
+        for name, texts in values_of.items()
+        if len(texts) > 1
+    ]
 
 
 def why_not_inside(box: Box, size: Size) -> str | None:
