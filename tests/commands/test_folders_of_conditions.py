@@ -7,6 +7,7 @@ from denoisers import TINY_UNET, latent_space, randomise
 from PIL import Image
 from torch import nn
 
+from unet_diffusion.diffusion.conditions.paired_image import PairedImage
 from unet_diffusion.diffusion.conditions.semantic_map import SemanticMap
 from unet_diffusion.diffusion.schedule import NoiseSchedule
 from unet_diffusion.inference.denoiser import Denoiser
@@ -41,6 +42,33 @@ def test_images_of_a_map_may_be_overwritten_by_a_model_without(run_cli, maps, tm
     for model, condition in ((plain, []), (by_maps, ["--condition", f"semantic_map={maps}"])):
         status, _, err = run_cli("sample", model, *output, *condition, "--overwrite")
         assert status == 0, err
+
+
+def test_a_condition_that_is_given_twice_is_refused(run_cli, maps, tmp_path):
+    by_maps = save_denoiser(tmp_path / "maps.ckpt", SemanticMap(2, label_format="0/1"))
+    words = ("--condition", f"semantic_map={maps}", f"semantic_map={maps / '0.png'}", "--output", tmp_path / "drawn")
+    status, _, err = run_cli("sample", by_maps, *SAMPLE, *words)
+    assert status == 2
+    assert "--condition has one value for each name, got 2 for semantic_map; put several images into a folder" in err
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_two_conditions_of_other_images_are_refused_before_anything_is_drawn(run_cli, maps, tmp_path):
+    """By turns, the second image of one folder would be drawn with the third of the other."""
+    both = save_denoiser(tmp_path / "both.ckpt", SemanticMap(2, label_format="0/1"), PairedImage(1))
+    pairs = tmp_path / "pair"
+    pairs.mkdir()
+    for number in range(3):
+        Image.fromarray(np.eye(16, dtype=np.uint8)).save(maps / f"{number}.png")
+        Image.fromarray(np.full((16, 16), 80 * number, dtype=np.uint8)).save(pairs / f"{number}.tif")
+    words = ("--condition", f"semantic_map={maps}", f"paired_image={pairs}", "--output", tmp_path / "drawn")
+    status, _, err = run_cli("sample", both, *SAMPLE, *words)
+    assert status == 0, err
+    (pairs / "1.tif").unlink()
+    status, _, err = run_cli("sample", both, *SAMPLE, *words, "--overwrite")
+    assert status == 1
+    assert "semantic_map and paired_image must be of the same images, as they take turns together" in err
+    assert "only one of them has 1; add or remove files" in err
 
 
 def test_latents_with_and_without_maps_are_of_other_settings(run_cli, maps, tmp_path):

@@ -145,6 +145,19 @@ def test_user_gives_a_list_several_lists_or_a_file_of_either_form(tmp_path):
     assert torch.equal(asked(str(tmp_path / "coco.json")), one)
 
 
+def test_images_of_a_file_take_turns_by_name_like_those_of_a_folder():
+    table = {
+        "images": [
+            {"id": i, "file_name": name, "width": 16, "height": 16} for i, name in enumerate(["b.png", "a.png"])
+        ],
+        "categories": [{"id": 5, "name": "cat"}],
+        "annotations": [{"image_id": i, "category_id": 5, "bbox": [0, 0, 4 + 4 * i, 8]} for i in range(2)],
+    }
+    a, b = [["cat", 0, 0, 8, 8]], [["cat", 0, 0, 4, 8]]
+    assert torch.equal(asked(table), asked([a, b]))
+    assert bound(BOXES).image_names(table) == ["a.png", "b.png"]
+
+
 @pytest.mark.parametrize(
     ("value", "error", "said"),
     [

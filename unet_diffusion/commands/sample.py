@@ -179,7 +179,13 @@ def _conditions(words: list[str]) -> dict[str, str]:
     """The values of conditions by their names, from NAME=VALUE."""
     if wrong := [word for word in words if "=" not in word]:
         raise UsageError(f"--condition must be NAME=VALUE, got {wrong[0]!r}")
-    return {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    values = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    if len(values) < len(words):
+        names = [word.partition("=")[0] for word in words]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"--condition has one value for each name, got {names.count(repeated)} for {repeated}; "
+                         "put several images into a folder")  # fmt: skip
+    return values
 
 
 def _check_files_and_scheduler(checkpoint: Path | str, pictures: dict[str, Path | None], scheduler: str) -> None:

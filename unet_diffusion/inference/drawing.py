@@ -20,7 +20,7 @@ from unet_diffusion.diffusion.sampling import check_sampling, num_network_steps,
 from unet_diffusion.diffusion.tiling import windowed
 from unet_diffusion.inference.init_images import UserImage, read_user_image, size_of
 from unet_diffusion.inference.sample_options import OVERLAP, SampleOptions
-from unet_diffusion.inference.user_files import read_label_images, read_pictures
+from unet_diffusion.inference.user_files import check_same_images, read_label_images, read_pictures
 from unet_diffusion.models.unet import PixelNetwork
 
 MOST_PIXELS = 2**26  # 8192 x 8192: a float32 channel takes 256 MiB, and a layer of a network many times as much
@@ -188,6 +188,7 @@ class Drawing:
     def _entries(self) -> dict[str, Tensor]:
         """The entries that the conditions read, (num_images, ...) each."""
         options, image = self.options, self.image
+        check_same_images(self._conditions, options.values)
         request = Request(
             num_images=options.num_images,
             seed=options.seed,

@@ -1,6 +1,8 @@
 """What a user gives for a condition: files, folders or images in memory, read at the size to draw."""
 
 import os
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ from torch import Tensor
 from unet_diffusion.data.checking import decoded
 from unet_diffusion.data.decoding import ValueRange
 from unet_diffusion.data.described import DescribedFiles
-from unet_diffusion.data.files import OneFile, find_images
+from unet_diffusion.data.files import FolderFiles, OneFile, find_images
 from unet_diffusion.data.label_decoding import decode_label_pages, fitted_label
+from unet_diffusion.data.listing import without_ending
+from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.inference.init_images import read_picture
+from unet_diffusion.runtime.messages import first_few
 
 
 def read_pictures(name: str, value: Any, shape: tuple[int, int, int], value_range: ValueRange | None = None) -> Tensor:
@@ -47,6 +52,38 @@ def read_label_images(name: str, value: Any, shape: tuple[int, int, int]) -> Ten
     """
     labels = [fitted_label(_label(name, one), *shape[1:]) for one in _each(name, value)]
     return torch.from_numpy(np.stack(labels))[:, None]
+
+
+def check_same_images(conditions: Iterable[Condition], values: Mapping[str, Any]) -> None:
+    """Refuse folders and tables of several images that share some names and not all: turns would pair other images.
+
+    Args:
+        conditions: The conditions that the values are for.
+        values: The user's values by the name of the option.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If they are about different images, or a file cannot be read.
+    """
+    given = {
+        option: _image_names(values[option], condition)
+        for condition in conditions
+        for option in condition.files
+        if option in values
+    }
+    for (first, names), (second, others) in combinations(given.items(), 2):
+        different = sorted({*names} ^ {*others})
+        if min(len(names), len(others)) > 1 and {*names} & {*others} and different:
+            raise ValueError(f"{first} and {second} must be of the same images, as they take turns together, and only "
+                             f"one of them has {first_few(different)}; add or remove files")  # fmt: skip
+
+
+def _image_names(value: Any, condition: Condition) -> list[str]:
+    """The names without endings of the images that a value is about; those of a folder are its images."""
+    names = condition.image_names(value)
+    if not names and isinstance(value, str | os.PathLike) and (folder := Path(value).expanduser()).is_dir():
+        names = FolderFiles(folder).names
+    return [without_ending(name) for name in names]
 
 
 def _each(name: str, value: Any) -> list[Any]:

@@ -31,7 +31,7 @@ class BoxTokens(EncodedCondition):
 
     The data hold the boxes of each image as a text in their entry "boxes": JSON of [name, left, top, width, height] in
     pixels; `data.Folder` makes it of a file of COCO's form. The names are learnt from the data. To sample, a user gives
-    a list of such boxes, a list of lists, or a JSON file of these or of COCO's form.
+    a list of such boxes, a list of lists, or a JSON file of these or of COCO's form, whose images take turns by name.
 
     Args:
         context_dim: Width of a token, which must be the network's context_dim.
@@ -169,6 +169,10 @@ class BoxTokens(EncodedCondition):
     def meaning(self) -> Any:
         return self.names
 
+    def image_names(self, value: Any) -> list[str]:
+        value = _content(value)
+        return sorted(coco_boxes(value).boxes) if isinstance(value, dict) else []
+
     def from_user(self, request: Request) -> dict[str, Tensor]:
         assert request.image_shape is not None
         size = request.image_shape[1:]
@@ -205,25 +209,31 @@ def _of_user(value: Any, size: Size) -> list[list[Any]]:
         FileNotFoundError: If there is no such file.
         ValueError: If the value is of another form.
     """
-    if isinstance(value, str | Path):
-        path = Path(value).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"boxes must be a JSON file, and there is none at {path}")
-        try:
-            value = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"boxes must be a JSON file, and {path} holds something else: {error}") from error
+    value = _content(value)
     if isinstance(value, dict):
         found = coco_boxes(value)
         if found.wrong:
             raise ValueError(f"boxes cannot be used: {first_few(found.wrong)}")
-        return [fitted_boxes(one, found.sizes[name], size) for name, one in found.boxes.items()]
+        return [fitted_boxes(one, found.sizes[name], size) for name, one in sorted(found.boxes.items())]
     if _is_list_of_boxes(value):
         return [value]
     if isinstance(value, list | tuple) and value and all(map(_is_list_of_boxes, value)):
         return list(value)
     raise ValueError(f"boxes must be a list of (name, left, top, width, height) in pixels, or a list of such lists, "
                      f"got {str(value)[:80]}")  # fmt: skip
+
+
+def _content(value: Any) -> Any:
+    """What a JSON file holds, or the value itself if it is no path."""
+    if not isinstance(value, str | Path):
+        return value
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"boxes must be a JSON file, and there is none at {path}")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"boxes must be a JSON file, and {path} holds something else: {error}") from error
 
 
 def _is_list_of_boxes(value: Any) -> bool:

@@ -279,6 +279,14 @@ class Condition(nn.Module):
         """
         return {}
 
+    def image_names(self, value: Any) -> list[str]:
+        """The names of the images that a user's value is about, if it has names other than those of files in a folder.
+
+        Args:
+            value: The value of an option of `files`.
+        """
+        return []
+
     def from_user(self, request: Request) -> dict[str, Tensor]:
         """The entries for a user's request, (N, ...) each on the CPU; fewer than N values are repeated in turn.
 
