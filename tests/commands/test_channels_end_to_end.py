@@ -156,7 +156,7 @@ def test_run_keeps_its_measured_range_and_an_image_beyond_it_is_told_and_can_be_
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "32-bit floating-point numbers have no range that is known; set value_range"),
+        ([], "32-bit floating-point numbers have no range that is known; save the image in 8 or 16 bits"),
         (["--data.value_range", "[2000, 40000]"], "numbers must be within value_range, 2000 to 40000, and go from 10"),
         (["--data.value_range", "[5, 5]"], "value_range must be two finite numbers, the lower first"),
         (["--data.value_range", "guessed"], "value_range"),

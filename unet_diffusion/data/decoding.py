@@ -229,8 +229,8 @@ def _pixels(image: StoredImage, image_format: ImageFormat, reducible_to: int | N
         return _Pixels(levels, 1.0, False, image.kind != "channels")
     if image.white is None:
         raise ValueError(
-            f"{image} have no range that is known; set value_range to the two numbers that are to become -1 and 1, or "
-            "to measured, or save the image in 8 or 16 bits"
+            f"{image} have no range that is known; save the image in 8 or 16 bits, or train with value_range: the two "
+            "numbers that are to become -1 and 1, or measured"
         )
     colour, alpha, white = _colours(image, image.white, reducible_to)
     levels = colour if alpha is None else np.concatenate([colour, alpha], axis=-1)
