@@ -3,16 +3,18 @@
     python benchmarks/label_efficiency.py --root DIR
 
 DIR holds image/ and label/ of 400 microscopy images; the last 80 by name are tested on, and never trained on or chosen
-by. Two denoisers of the other 320, without labels, are trained first if they are not there: those of
-configs/nuclei_denoiser.yaml with the network of configs/nuclei_joint.yaml, one with its noise schedule and one with the
-first tenth of it, of low noise only. Then the same network segments, with labels of N of the 320, drawn by the seed:
+by. Denoisers of the other 320, without labels, are trained first if they are not there: those of
+configs/nuclei_denoiser.yaml with the network of configs/nuclei_joint.yaml. The usual one predicts x0, another the noise
+of the linear schedule, and a third that of its first tenth, of low noise only. Then the same network segments, with
+labels of N of the 320, drawn by the seed:
 
-    alone      configs/nuclei_joint.yaml without denoising, from random weights
-    finetuned  the same from the weights of the first denoiser
-    low_noise  the same from those of the denoiser of low noise
-    slow       as low_noise, and these weights learn at a tenth of the rate
-    features   configs/nuclei_features.yaml: a pixel classifier on all maps of the first denoiser, which is frozen
-    joint      configs/nuclei_joint.yaml, which denoises all 320 while it learns from the N labels
+    alone              configs/nuclei_joint.yaml without denoising, from random weights
+    finetuned          the same from the weights of the usual denoiser
+    finetuned_epsilon  the same from those of the denoiser that predicts the noise
+    low_noise          the same from those of the denoiser of low noise
+    slow               as low_noise, and these weights learn at a tenth of the rate
+    features           configs/nuclei_features.yaml: a pixel classifier on all maps of the usual denoiser, frozen
+    joint              configs/nuclei_joint.yaml, which denoises all 320 while it learns from the N labels
 
 Each has the same number of steps, is trained by `unet-diffusion fit` in a process of its own, which fits its threshold
 on images that it trains on, and is scored on the test images as in nuclei.py. The program of nuclei.py that learns
@@ -37,18 +39,15 @@ from unet_diffusion.inference.reading import read_segmenter
 from unet_diffusion.models.speed import keep_freed_memory, set_speed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-LOW_NOISE = [  # as nuclei_joint.yaml
-    "--model.schedule.num_train_timesteps=100",
-    "--model.schedule.beta_schedule=linear",
-    "--model.schedule.beta_end=2.1e-3",
-    "--model.schedule.prediction_type=epsilon",
-]
-DENOISERS = {"usual": [], "low_noise": LOW_NOISE}
+EPSILON = ["--model.schedule.beta_schedule=linear", "--model.schedule.prediction_type=epsilon"]
+LOW_NOISE = ["--model.schedule.num_train_timesteps=100", "--model.schedule.beta_end=2.1e-3"]  # as nuclei_joint.yaml
+DENOISERS = {"usual": [], "epsilon": EPSILON, "low_noise": [*EPSILON, *LOW_NOISE]}
 ALONE = ["--model.joint=null", "--model.unet.init_args.out_channels=4"]
 WIDTHS = (16, 32, 64, 128, 256)  # of nuclei_joint.yaml
 METHODS = {  # the recipe, what is changed of it, and the denoiser to start from
     "alone": ("nuclei_joint.yaml", ALONE, None),
     "finetuned": ("nuclei_joint.yaml", ALONE, "usual"),
+    "finetuned_epsilon": ("nuclei_joint.yaml", ALONE, "epsilon"),
     "low_noise": ("nuclei_joint.yaml", ALONE, "low_noise"),
     "slow": ("nuclei_joint.yaml", [*ALONE, "--model.pretrained_lr_scale=0.1"], "low_noise"),
     "features": ("nuclei_features.yaml", [], "usual"),

@@ -272,7 +272,8 @@ def label_efficiency() -> Rows:
     methods = {
         "alone": "segmenting alone",
         "finetuned": "denoise first, then segment",
-        "low_noise": "the same, with low noise only",
+        "finetuned_epsilon": "the same, predicting the noise",
+        "low_noise": "the same, of low noise only",
         "slow": "the same, and slow below",
         "features": "a classifier on the frozen denoiser",
         "joint": "denoising beside segmenting",
