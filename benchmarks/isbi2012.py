@@ -121,16 +121,17 @@ def measured(options: argparse.Namespace, name: str, seed: int) -> list[dict]:
 
 
 def steps_that_fit(options: argparse.Namespace, name: str) -> int:
-    """From two short runs, which are not repeated: what starting costs, and a step."""
+    """From two short runs, which are not repeated with the same options: what starting costs, and a step."""
     record, (short, long) = options.work / f"{name}_pace.json", options.calibration_steps
-    if not record.exists():
+    settings = {"speed": options.speed, "calibration_steps": options.calibration_steps, "of_fit": options.of_fit}
+    if not record.exists() or json.loads(record.read_text())["settings"] != settings:
         taken = []
         for steps in (short, long):
             run = options.work / f"calibration_{name}_{steps}"
             shutil.rmtree(run, ignore_errors=True)  # of a run that was cut off
             taken.append(fit(options, name, options.seeds[0], steps, run))
         pace = (taken[1] - taken[0]) / (long - short)
-        record.write_text(json.dumps({"start": taken[0] - short * pace, "step": pace}))
+        record.write_text(json.dumps({"settings": settings, "start": taken[0] - short * pace, "step": pace}))
     seconds = json.loads(record.read_text())
     print(f"  start {seconds['start']:.1f} s, step {seconds['step']:.2f} s", flush=True)
     return max(int((60 * options.minutes - seconds["start"]) / seconds["step"]), 1)

@@ -272,9 +272,9 @@ def label_efficiency() -> Rows:
     methods = {
         "alone": "segmenting alone",
         "finetuned": "denoise first, then segment",
-        "finetuned_epsilon": "the same, predicting the noise",
-        "low_noise": "the same, of low noise only",
-        "slow": "the same, and slow below",
+        "finetuned_epsilon": "from a denoiser of the noise",
+        "low_noise": "from a denoiser of low noise",
+        "slow": "from the same, slowly",
         "features": "a classifier on the frozen denoiser",
         "joint": "denoising beside segmenting",
     }

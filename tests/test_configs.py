@@ -277,17 +277,22 @@ def test_recipe_with_maps_trains_and_leaves_a_pipeline(run_cli, tmp_path, name):
         assert (tmp_path / "run" / file).is_file(), file
 
 
+def save_denoiser_of_nuclei(path):
+    """A small denoiser with the schedule of its recipe, from which other recipes start."""
+    schedule = yaml.safe_load((CONFIGS / "nuclei_denoiser.yaml").read_text())["model"]["schedule"]["init_args"]
+    save_denoiser(Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(**schedule), (3, 8, 8)), path)
+
+
 def test_recipe_of_masks_starts_as_the_denoiser_and_draws_training_data_as_its_comment_says(run_cli, caplog, tmp_path):
     write_pairs(tmp_path, 3, instances=True)
-    save_denoiser(
-        Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8)), tmp_path / "denoiser.ckpt"
-    )
+    save_denoiser_of_nuclei(tmp_path / "denoiser.ckpt")
     arguments = ["--config", CONFIGS / FROM_MASKS, *SMALLER, *NARROWER[FROM_MASKS], "--data.tile_size=32"]
     arguments += ["--data.root", tmp_path / "image", "--data.semantic_map", tmp_path / "label"]
     arguments += ["--model.init_from", tmp_path / "denoiser.ckpt", "--samples.num_inference_steps=2"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err
     assert "those of 4 channels of conditions begin at 0" in caplog.text
+    assert "the schedule is another" not in caplog.text
     for file in ("samples.png", "checkpoints/last.ckpt", "pipeline/model_index.json", "config.yaml"):
         assert (tmp_path / "run" / file).is_file(), file
     command = ["synthesize", tmp_path / "run", "--labels", tmp_path / "label", "--num_labels", 4, "--num_images", 2]
@@ -324,8 +329,7 @@ def test_recipe_trains_and_leaves_a_segmenter(run_cli, caplog, tmp_path, name):
         for side in ("image", "label"):
             arguments += [f"--data.{side}s", tmp_path / side]
     if "init_from" in (CONFIGS / name).read_text():
-        denoiser = Denoiser(DenoiserUNet(**NUCLEI), NoiseSchedule(1000, "linear"), (3, 8, 8))
-        save_denoiser(denoiser, tmp_path / "denoiser.ckpt")
+        save_denoiser_of_nuclei(tmp_path / "denoiser.ckpt")
         arguments += ["--model.init_from", tmp_path / "denoiser.ckpt"]
     status, _, err = run_cli("fit", *arguments, "--trainer.default_root_dir", tmp_path / "run")
     assert status == 0, err

@@ -49,7 +49,7 @@ def test_a_condition_that_is_given_twice_is_refused(run_cli, maps, tmp_path):
     words = ("--condition", f"semantic_map={maps}", f"semantic_map={maps / '0.png'}", "--output", tmp_path / "drawn")
     status, _, err = run_cli("sample", by_maps, *SAMPLE, *words)
     assert status == 2
-    assert "--condition has one value for each name, got 2 for semantic_map; put several images into a folder" in err
+    assert "--condition has one value for each name, got 2 for semantic_map; give one" in err
     assert not (tmp_path / "drawn").exists()
 
 
@@ -68,7 +68,11 @@ def test_two_conditions_of_other_images_are_refused_before_anything_is_drawn(run
     status, _, err = run_cli("sample", both, *SAMPLE, *words, "--overwrite")
     assert status == 1
     assert "semantic_map and paired_image must be of the same images, as they take turns together" in err
-    assert "only one of them has 1; add or remove files" in err
+    assert "they differ in 1; add, remove or rename files" in err
+    (pairs / "2.tif").rename(pairs / "3.tif")
+    (pairs / "0.tif").rename(pairs / "4.tif")
+    status, _, err = run_cli("sample", both, *SAMPLE, *words, "--overwrite")  # names that have nothing in common
+    assert status == 0, err
 
 
 def test_latents_with_and_without_maps_are_of_other_settings(run_cli, maps, tmp_path):

@@ -146,17 +146,17 @@ WRONG = {
     "two images of one number, as in two files put together": (
         lambda folder: write_boxes(folder, images=[*coco()["images"], {**coco()["images"][0], "file_name": "z.png"}]),
         "boxes",
-        "the id 0 stands for 0.png and z.png; give each its own",
+        "images: the id 0 stands for 0.png and z.png; give each its own",
     ),
     "an image of two sizes": (
         lambda folder: write_boxes(folder, images=[*coco()["images"], {**coco()["images"][0], "id": 50, "width": 9}]),
         "boxes",
-        "the file_name '0.png' stands for 20 x 24 and 20 x 9; give each its own",
+        "images: the file_name '0.png' stands for 24 x 20 and 9 x 20; give each its own",
     ),
     "two classes of one number": (
         lambda folder: write_boxes(folder, categories=[*coco()["categories"], {"id": 7, "name": "cow"}]),
         "boxes",
-        "the id 7 stands for cat and cow; give each its own",
+        "categories: the id 7 stands for cat and cow; give each its own",
     ),
     "boxes of another form": (
         lambda folder: write_boxes(folder, categories={"7": "cat"}),

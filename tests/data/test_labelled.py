@@ -636,7 +636,7 @@ def test_wrong_numbers_are_refused(tmp_path, options, message):
 
 def test_no_image_is_kept_to_fit_thresholds_of_classes_which_have_none(tmp_path):
     classes = Targets(label_format="classes", num_classes=256)
-    with pytest.raises(ValueError, match="num_fit is to fit thresholds, and label_format classes has none, got 2"):
+    with pytest.raises(ValueError, match="num_fit must be 0 with label_format classes, which has no threshold, got 2"):
         data(pairs(tmp_path), classes, num_fit=2)
     assert data(pairs(tmp_path), classes).train_images.tolist() == [0, 1, 2, 3]
 

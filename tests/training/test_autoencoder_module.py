@@ -336,6 +336,14 @@ def test_discriminator_that_has_won_or_lost_is_warned_about(
         fit_with_critic_loss([loss] * 3, quiet_trainer, tiny_images, monkeypatch)
 
 
+def test_average_loss_of_a_discriminator_begins_undecided():
+    made = adversary()
+    for step in range(1, 300):
+        average = made.count(torch.zeros(())).item()
+        assert average == pytest.approx(0.5 * 0.98**step, rel=1e-4)
+        assert (adversarial.problem_of(average) is None) == (step < 160)  # log(0.02 / 0.5) / log(0.98) is 159.3
+
+
 @pytest.mark.parametrize("losses", [[0.5, 0.5], [0.5, 0.0, 1.2], [0.0], [1.2]])
 def test_discriminator_that_is_right_at_times_is_not_warned_about(
     quiet_trainer, tiny_images, judged_at_once, monkeypatch, losses

@@ -139,21 +139,33 @@ def test_weights_are_not_taken_for_the_best_by_a_validation_of_others(
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
-@pytest.mark.parametrize(("num_batches", "steps"), [(4, {2, 4}), (3, {3})])  # from one validation to the next
-def test_validation_within_a_step_is_said_not_to_count(
-    tiny_module, tiny_images, quiet_trainer, checkpoints, num_batches, steps
-):
-    best = checkpoints(monitor="val/loss", mode="max", save_top_k=9, every_n_epochs=1)
+def fit_steps_of_two_batches(make_module, make_data, make_trainer, best, *, num_batches):
+    """Four steps, with a validation after so many batches."""
     options = {"val_check_interval": num_batches, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    trainer = quiet_trainer(
+    trainer = make_trainer(
         max_steps=4, accumulate_grad_batches=2, enable_checkpointing=True, callbacks=[best], **options
     )
+    trainer.fit(make_module(), make_data())
+    return {path.rsplit("=", 1)[-1] for path in best.best_k_models}
+
+
+def test_validations_between_steps_decide_what_is_kept(tiny_module, tiny_images, quiet_trainer, checkpoints):
+    best = checkpoints(monitor="val/loss", mode="max", save_top_k=9, every_n_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*val_check_interval")
+        kept = fit_steps_of_two_batches(tiny_module, tiny_images, quiet_trainer, best, num_batches=4)
+    assert kept == {"2.ckpt", "4.ckpt"}
+
+
+def test_validations_within_a_step_are_told_once_not_to_count(tiny_module, tiny_images, quiet_trainer, checkpoints):
+    best = checkpoints(monitor="val/loss", mode="max", save_top_k=9, every_n_epochs=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(tiny_module(), tiny_images())
-    told = [one for one in caught if "set trainer.val_check_interval to a multiple of" in str(one.message)]
-    assert len(told) == num_batches % 2
-    assert {path.rsplit("=", 1)[-1] for path in best.best_k_models} == {f"{step}.ckpt" for step in steps}
+        kept = fit_steps_of_two_batches(tiny_module, tiny_images, quiet_trainer, best, num_batches=1)
+    told = [str(one.message) for one in caught if "set trainer.val_check_interval to" in str(one.message)]
+    assert len(told) == 1
+    assert "is a multiple of trainer.accumulate_grad_batches, 2" in told[0]
+    assert kept == {"1.ckpt", "2.ckpt", "3.ckpt", "4.ckpt"}  # by the validations after whole steps
 
 
 def test_last_is_the_newest_even_if_others_are_better(tiny_module, tiny_images, quiet_trainer, checkpoints, tmp_path):

@@ -179,6 +179,13 @@ def test_segmenter_predicts_probabilities_of_images_of_any_size(fitted, quiet_tr
     assert [tuple(one.shape) for one in whole] == [(2, 32, 32)] * 2
     (single,) = trainer.predict(module, DataLoader([images[0]["images"]], batch_size=None))
     assert torch.equal(single[0], batches[0][0])
+    sizes = [noise(1, 40, 24), noise(1, 24, 32)]
+    (listed,) = trainer.predict(module, DataLoader(sizes, batch_size=2, collate_fn=list))
+    assert [tuple(one.shape[1:]) for one in listed] == [(40, 24), (24, 32)]
+    (pairs,) = trainer.predict(module, DataLoader([(one, 0) for one in sizes], batch_size=2, collate_fn=list))
+    assert all(torch.equal(*both) for both in zip(listed, pairs, strict=True))
+    with pytest.raises(ValueError, match="a batch must be images, or a dict, list or tuple of them, got str"):
+        trainer.predict(module, DataLoader(["image.png"], batch_size=None))
     with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\), or \(C, H, W\) for one, got \(40, 24\)"):
         trainer.predict(module, DataLoader(images[0]["images"], batch_size=None))
 

@@ -164,7 +164,7 @@ def refuse_little_memory(plan: Plan, free_bytes: int | None) -> None:
     if free_bytes is not None and plan.coming_bytes > free_bytes:
         raise ValueError(
             f"gradients and moments of {plan.num_trained:,} parameters take {in_bytes(plan.coming_bytes)}, and "
-            f"{in_bytes(free_bytes)} are free; use a narrower network (model.unet.channels)"
+            f"{in_bytes(free_bytes)} are free; use a network with fewer channels"
         )
 
 

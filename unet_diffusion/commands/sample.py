@@ -184,7 +184,7 @@ def _conditions(words: list[str]) -> dict[str, str]:
         names = [word.partition("=")[0] for word in words]
         repeated = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"--condition has one value for each name, got {names.count(repeated)} for {repeated}; "
-                         "put several images into a folder")  # fmt: skip
+                         "give one, which may be a folder of images or a file of several lists of boxes")  # fmt: skip
     return values
 
 

@@ -101,7 +101,7 @@ class SegmentationDataModule(SourceDataModule):
         if not 0 <= object_share <= 1:
             raise ValueError(f"object_share must be from 0 to 1, got {object_share}")
         if num_fit and targets.kind == "classes":
-            raise ValueError(f"num_fit is to fit thresholds, and label_format classes has none, got {num_fit}; use 0")
+            raise ValueError(f"num_fit must be 0 with label_format classes, which has no threshold, got {num_fit}")
         if synthetic is not None:
             synthetic.num_in(batch_size)  # refuses a share that gives none
         self.targets = targets

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from unet_diffusion.data.decoding import ValueRange
 from unet_diffusion.data.described import DescribedFiles
 from unet_diffusion.data.files import FolderFiles, OneFile, find_images
 from unet_diffusion.data.label_decoding import decode_label_pages, fitted_label
-from unet_diffusion.data.listing import without_ending
+from unet_diffusion.data.listing import composed, without_ending
 from unet_diffusion.diffusion.conditions.condition import Condition
 from unet_diffusion.inference.init_images import read_picture
 from unet_diffusion.runtime.messages import first_few
@@ -65,25 +65,25 @@ def check_same_images(conditions: Iterable[Condition], values: Mapping[str, Any]
         FileNotFoundError: If there is no such file or folder.
         ValueError: If they are about different images, or a file cannot be read.
     """
-    given = {
-        option: _image_names(values[option], condition)
-        for condition in conditions
-        for option in condition.files
-        if option in values
-    }
-    for (first, names), (second, others) in combinations(given.items(), 2):
-        different = sorted({*names} ^ {*others})
-        if min(len(names), len(others)) > 1 and {*names} & {*others} and different:
-            raise ValueError(f"{first} and {second} must be of the same images, as they take turns together, and only "
-                             f"one of them has {first_few(different)}; add or remove files")  # fmt: skip
+    given = {option: condition for condition in conditions for option in condition.files if option in values}
+    if len(given) < 2:
+        return
+    names_of = {option: _image_names(values[option], condition) for option, condition in given.items()}
+    for (first, names), (second, others) in combinations(names_of.items(), 2):
+        if any("/" in name for name in names) != any("/" in name for name in others):  # a table may name folders
+            names, others = ([PurePosixPath(name).name for name in some] for some in (names, others))
+        if min(len(names), len(others)) > 1 and {*names} & {*others} and names != others:
+            different = first_few(sorted({*names} ^ {*others})) or "their order"
+            raise ValueError(f"{first} and {second} must be of the same images, as they take turns together, and they "
+                             f"differ in {different}; add, remove or rename files")  # fmt: skip
 
 
 def _image_names(value: Any, condition: Condition) -> list[str]:
-    """The names without endings of the images that a value is about; those of a folder are its images."""
+    """The names without endings of the images that a value is about, in turn; those of a folder are its images."""
     names = condition.image_names(value)
     if not names and isinstance(value, str | os.PathLike) and (folder := Path(value).expanduser()).is_dir():
         names = FolderFiles(folder).names
-    return [without_ending(name) for name in names]
+    return [without_ending(composed(name)) for name in names]
 
 
 def _each(name: str, value: Any) -> list[Any]:

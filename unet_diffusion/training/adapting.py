@@ -146,7 +146,7 @@ class AdapterModule(DiffusionModule):
             **{"base": record["base"]["path"], "adapter": trained.adapter.adapter, "allow": allow, **arguments}
         )
         module.codec = trained.codec
-        module.take_meaning_of(trained)
+        module.copy_data_description(trained)
         return module
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # has overloads

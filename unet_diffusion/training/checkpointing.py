@@ -73,6 +73,7 @@ class RunCheckpoint(OpenModelCheckpoint):
 
     _is_due = False
     _validated_at = -1  # step
+    _has_warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -106,11 +107,13 @@ class RunCheckpoint(OpenModelCheckpoint):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validated_at = trainer.global_step
-        if is_within_step(trainer) and str(self.monitor).startswith("val/"):
+        if is_within_step(trainer) and str(self.monitor).startswith("val/") and not self._has_warned:
+            self._has_warned = True
             rank_zero_warn(
                 f"the validation after step {trainer.global_step} came before a step had all its batches, so that no "
-                "checkpoint is kept by its score; set trainer.val_check_interval to a multiple of "
-                f"trainer.accumulate_grad_batches, {trainer.accumulate_grad_batches}"
+                "checkpoint is kept by its score, nor by those of others like it; set trainer.val_check_interval to a "
+                f"number of batches that is a multiple of trainer.accumulate_grad_batches, "
+                f"{trainer.accumulate_grad_batches}, as the number of batches of an epoch should be"
             )
         if not self.is_of_epoch_ends(trainer) and self.epoch_is_due(trainer):
             self._is_due = True

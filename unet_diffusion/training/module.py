@@ -260,10 +260,10 @@ class DiffusionModule(NetworkModule):
         conditions = cast(list[Condition], list(trained.conditions))
         parts = {"unet": trained.unet, "schedule": trained.schedule, "codec": trained.codec, "conditions": conditions}
         module = cls(**{**parts, **arguments, "init_from": None})
-        module.take_meaning_of(trained)
+        module.copy_data_description(trained)
         return module
 
-    def take_meaning_of(self, trained: Denoiser) -> None:
+    def copy_data_description(self, trained: Denoiser) -> None:
         """Take over what a trained denoiser knows of its data: the shape and values of samples, and class names."""
         self.sample_shape, self.class_names = trained.sample_shape, trained.class_names
         self.keep_values(trained.values)

@@ -10,11 +10,11 @@ def images_of(batch: Any) -> list[Tensor]:
     """The images of a batch, (C, H, W) each.
 
     Args:
-        batch: A tensor (B, C, H, W), or (C, H, W) for one image; a dict with it as "images", a list of such dicts, or
-            a tuple that begins with it.
+        batch: A tensor (B, C, H, W), or (C, H, W) for one image; a dict with it as "images", or a tuple or list that
+            begins with it; a list of tensors (C, H, W), of dicts or of tuples, each with one image or more.
 
     Raises:
-        ValueError: If a tensor has another number of dimensions.
+        ValueError: If it is anything else.
     """
     if isinstance(batch, Tensor):
         if batch.ndim not in (3, 4):
@@ -22,9 +22,12 @@ def images_of(batch: Any) -> list[Tensor]:
         return list(batch) if batch.ndim == 4 else [batch]
     if isinstance(batch, dict):
         return images_of(batch["images"])
-    if batch and isinstance(batch[0], dict):
+    if not isinstance(batch, list | tuple) or not batch:
+        raise ValueError(f"a batch must be images, or a dict, list or tuple of them, got {type(batch).__name__}")
+    is_list_of_images = isinstance(batch, list) and all(isinstance(one, Tensor) and one.ndim == 3 for one in batch)
+    if is_list_of_images or isinstance(batch[0], dict | list | tuple):
         return [image for one in batch for image in images_of(one)]
-    return images_of(batch[0])
+    return images_of(batch[0])  # what comes after the images is not for the network
 
 
 def numbered(batch: Any) -> Mapping[str, Any]:

@@ -42,9 +42,9 @@ def coco_boxes(table: Mapping[str, Any]) -> CocoBoxes:
     found = CocoBoxes()
     try:
         found.wrong += [
-            *_listed_twice(table["images"], "id", "file_name"),
-            *_listed_twice(table["images"], "file_name", "height", "width"),
-            *_listed_twice(table["categories"], "id", "name"),
+            *_listed_twice(table, "images", "id", "file_name"),
+            *_listed_twice(table, "images", "file_name", "width", "height"),
+            *_listed_twice(table, "categories", "id", "name"),
         ]
         classes = {one["id"]: str(one["name"]) for one in table["categories"]}
         names = {one["id"]: str(one["file_name"]) for one in table["images"]}
@@ -73,15 +73,15 @@ def coco_boxes(table: Mapping[str, Any]) -> CocoBoxes:
     return found
 
 
-def _listed_twice(rows: Sequence[Mapping[str, Any]], key: str, *values: str) -> list[str]:
-    """A line for each value of a key that rows give different values of other keys, as in files put together."""
+def _listed_twice(table: Mapping[str, Any], part: str, key: str, *values: str) -> list[str]:
+    """A line for each value of a key that rows of a part give different other values, as in files put together."""
     values_of: dict[Any, list[str]] = {}
-    for row in rows:
+    for row in table[part]:
         text = " x ".join(str(row[value]) for value in values)
         if text not in values_of.setdefault(row[key], []):
             values_of[row[key]].append(text)
     return [
-        f"the {key} {name!r} stands for {' and '.join(texts)}; give each its own"
+        f"{part}: the {key} {name!r} stands for {' and '.join(texts)}; give each its own"
         for name, texts in values_of.items()
         if len(texts) > 1
     ]
