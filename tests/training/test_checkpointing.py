@@ -162,7 +162,7 @@ def test_validations_within_a_step_are_told_once_not_to_count(tiny_module, tiny_
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         kept = fit_steps_of_two_batches(tiny_module, tiny_images, quiet_trainer, best, num_batches=1)
-    told = [str(one.message) for one in caught if "set trainer.val_check_interval to" in str(one.message)]
+    told = [str(one.message) for one in caught if "Set trainer.val_check_interval to" in str(one.message)]
     assert len(told) == 1
     assert "is a multiple of trainer.accumulate_grad_batches, 2" in told[0]
     assert kept == {"1.ckpt", "2.ckpt", "3.ckpt", "4.ckpt"}  # by the validations after whole steps

@@ -110,10 +110,10 @@ class RunCheckpoint(OpenModelCheckpoint):
         if is_within_step(trainer) and str(self.monitor).startswith("val/") and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
-                f"the validation after step {trainer.global_step} came before a step had all its batches, so that no "
-                "checkpoint is kept by its score, nor by those of others like it; set trainer.val_check_interval to a "
-                f"number of batches that is a multiple of trainer.accumulate_grad_batches, "
-                f"{trainer.accumulate_grad_batches}, as the number of batches of an epoch should be"
+                f"the validation after step {trainer.global_step} came before the next step had all its batches; no "
+                "checkpoint is kept by the score of such a validation. Set trainer.val_check_interval to a number of "
+                f"batches that is a multiple of trainer.accumulate_grad_batches, {trainer.accumulate_grad_batches}; "
+                "an epoch should have such a number, too"
             )
         if not self.is_of_epoch_ends(trainer) and self.epoch_is_due(trainer):
             self._is_due = True
